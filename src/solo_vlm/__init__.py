@@ -1,0 +1,50 @@
+"""Single-transformer vision-language models: one decoder, raw image patches, no vision encoder.
+
+Importing this package is cheap: neither torch nor transformers is loaded until a name is used. Once
+transformers' Auto classes are loaded, by anybody, they know SOLO.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from solo_vlm import _auto
+
+if TYPE_CHECKING:
+    from solo_vlm.model.configuration_solo import SoloConfig
+    from solo_vlm.model.image_processing_solo import SoloImageProcessor
+    from solo_vlm.model.modeling_solo import SoloForConditionalGeneration, SoloModel
+    from solo_vlm.model.processing_solo import SoloProcessor
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "SoloConfig": "solo_vlm.model.configuration_solo",
+    "SoloModel": "solo_vlm.model.modeling_solo",
+    "SoloForConditionalGeneration": "solo_vlm.model.modeling_solo",
+    "SoloImageProcessor": "solo_vlm.model.image_processing_solo",
+    "SoloProcessor": "solo_vlm.model.processing_solo",
+}
+
+__all__ = [
+    "SoloConfig",
+    "SoloForConditionalGeneration",
+    "SoloImageProcessor",
+    "SoloModel",
+    "SoloProcessor",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_auto.register_when_loaded()

@@ -1,0 +1,1 @@
+"""From files to packed sequences: schema, sources, encode, packing, streams, collate."""

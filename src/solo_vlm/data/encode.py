@@ -1,0 +1,109 @@
+"""The one encoder: a sample becomes ids, labels and uint8 patches, for every stage and for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solo_vlm.data.schema import Sample, SampleError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from solo_vlm.model.processing_solo import SoloProcessor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Document:
+    """An encoded sample, or a piece of a long text.
+
+    Attributes:
+        input_ids: (length,) int64.
+        labels: (length,) int64; the id itself where it is supervised, else -100. Never at the first token.
+        patches: (patches, 3072) uint8, one a `<vpatch>`.
+        grids: (images, 3) int64: 1, rows, columns.
+    """
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    patches: NDArray[np.uint8]
+    grids: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def encode(sample: Sample, processor: SoloProcessor) -> Document:
+    """Encode one sample. Labels follow roles: what the assistant says, and the end of each of its turns.
+
+    Raises:
+        SampleError: an image cannot be read ("image"), or the chat cannot be rendered ("chat-template").
+    """
+    from solo_vlm.model.processing_solo import ChatTemplateError
+
+    patches, grids = _encode_images(sample, processor)
+    try:
+        chat = processor.encode_chat(sample.messages, [(int(r), int(c)) for _, r, c in grids])
+    except ChatTemplateError as error:
+        raise SampleError("chat-template", str(error)) from error
+    supervised = chat.supervised.copy()
+    supervised[0] = False
+    labels = np.where(supervised, chat.input_ids, IGNORE_INDEX)
+    return Document(chat.input_ids, labels, patches, grids)
+
+
+def _encode_images(
+    sample: Sample, processor: SoloProcessor
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    if not sample.images:
+        return np.empty((0, 3 * processor.image_processor.patch_size**2), np.uint8), np.empty((0, 3), np.int64)
+    try:
+        vision = processor.image_processor(sample.images)
+    except (ValueError, OSError) as error:
+        raise SampleError("image", str(error)) from error
+    return np.asarray(vision["pixel_values"]), np.asarray(vision["image_grid_thw"])
+
+
+def fit_to_length(document: Document, length: int) -> Iterator[Document]:
+    """Yield the document, or a long text in pieces of at most `length` tokens.
+
+    Only the first piece has an unsupervised first token by nature; the first token of every later piece
+    loses its label, since what came before it is not there to predict it.
+
+    Raises:
+        SampleError: the document holds images and is too long ("too-long"): an image is never cut.
+    """
+    if len(document) <= length:
+        yield document
+        return
+    if len(document.patches):
+        raise SampleError("too-long", f"{len(document)} tokens with images, {length} are possible")
+    for start in range(0, len(document), length):
+        labels = document.labels[start : start + length].copy()
+        labels[0] = IGNORE_INDEX
+        yield Document(
+            document.input_ids[start : start + length], labels, document.patches, document.grids
+        )
+
+
+def encode_text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Document:
+    """Encode a document without images by a plain tokenizer, to train an LLM: BOS, text, EOS.
+
+    Raises:
+        SampleError: the sample has images, or more than one turn ("not-text").
+    """
+    if sample.images or [message["role"] for message in sample.messages] != ["assistant"]:
+        raise SampleError("not-text", "a plain LLM reads documents of one assistant turn, without images")
+    text = "".join(part["text"] for part in sample.messages[0]["content"])
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    beginning = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    input_ids = np.array([beginning, *ids, tokenizer.eos_token_id], dtype=np.int64)
+    labels = input_ids.copy()
+    labels[0] = IGNORE_INDEX
+    return Document(input_ids, labels, np.empty((0, 0), np.uint8), np.empty((0, 3), np.int64))

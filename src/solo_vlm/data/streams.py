@@ -1,0 +1,251 @@
+"""Virtual streams: one fixed order of packed sequences for any number of processes, resumable exactly.
+
+The data are dealt to a fixed number of streams: stream s owns every S-th unit of every source. Each stream
+mixes, shuffles and packs on its own; packed sequence g comes from stream g mod S. Ranks and workers only
+share out streams, so they change who reads, never what comes next. A stream's state is keys and counters,
+a few kilobytes, and travels with every packed sequence, so that prefetching cannot skew it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from solo_vlm.data.encode import Document, fit_to_length
+from solo_vlm.data.packing import BestFitPacker
+from solo_vlm.data.schema import Sample, SampleError, parse_sample
+from solo_vlm.data.sources import Source
+from solo_vlm.errors import SoloError
+
+State = dict[str, Any]
+Key = tuple[int, int, int, int]  # source, unit, row, piece of a long text
+Encode = Callable[[Sample], Document]
+
+_SHUFFLED_UNITS = 4  # units that a stream reads from at a time, a row from either by chance
+_HOPELESS = 1000  # unusable samples in a row
+
+
+@dataclass(frozen=True)
+class MixtureItem:
+    """A source and its share of the mixture, in samples or tokens."""
+
+    source: Source
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """Documents that go into one sequence, the stream they come from, and its state after them."""
+
+    documents: list[Document]
+    stream: int
+    state: State
+
+
+class VirtualStream:
+    """One of S streams: draws samples from its share of a mixture and packs them.
+
+    Sources are interleaved by deficit: next comes the source that is furthest behind its weight. So
+    proportions are exact at any time, and a source that has run out (`epochs`) leaves the mixture.
+
+    Args:
+        index: which stream, 0 to `streams` - 1.
+        streams: how many there are.
+        mixture: sources with weights.
+        encode: makes a document of a sample.
+        length: tokens in a packed sequence.
+        seed: of the order.
+        epochs: passes over each source; None: without end.
+        weigh: what weights count, "samples" or "tokens".
+        buffer_size: documents that the packer may hold back.
+
+    Raises:
+        SoloError: a source has fewer units than there are streams.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        streams: int,
+        mixture: Sequence[MixtureItem],
+        encode: Encode,
+        length: int,
+        seed: int = 0,
+        epochs: int | None = None,
+        weigh: Literal["samples", "tokens"] = "tokens",
+        buffer_size: int = 128,
+    ) -> None:
+        self._index = index
+        self._mixture = list(mixture)
+        self._encode = encode
+        self._length = length
+        self._weigh = weigh
+        self._cursors = [
+            _Cursor(item.source, index, streams, f"{seed}/{number}", epochs)
+            for number, item in enumerate(mixture)
+        ]
+        self._served = [0.0] * len(self._mixture)
+        self._packer: BestFitPacker[tuple[Key, Document]] = BestFitPacker(length, buffer_size)
+        self._pieces: deque[tuple[Key, Document]] = deque()
+        self._counts: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[PackedSequence]:
+        while (pack := self._next_pack()) is not None:
+            documents = [document for _, document in pack]
+            self._counts["sequences"] += 1
+            self._counts["documents"] += len(documents)
+            self._counts["tokens"] += sum(map(len, documents))
+            yield PackedSequence(documents, self._index, self.state_dict())
+
+    def state_dict(self) -> State:
+        """What is needed to go on from here: plain lists, numbers and strings."""
+        return {
+            "cursors": [cursor.state_dict() for cursor in self._cursors],
+            "served": list(self._served),
+            "waiting": [list(key) for key, _ in self._packer.waiting()],
+            "pieces": [list(key) for key, _ in self._pieces],
+            "counts": dict(self._counts),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a state; documents that were held back are read again."""
+        for cursor, saved in zip(self._cursors, state["cursors"], strict=True):
+            cursor.load_state_dict(saved)
+        self._served = list(state["served"])
+        for key, document in self._read_again(state["waiting"]):
+            self._packer.add((key, document), len(document))
+        self._pieces = deque(self._read_again(state["pieces"]))
+        self._counts = Counter(state["counts"])
+
+    def _next_pack(self) -> list[tuple[Key, Document]] | None:
+        while self._pieces or self._draw():
+            key, document = self._pieces.popleft()
+            if (pack := self._packer.add((key, document), len(document))) is not None:
+                return pack
+        return next(self._packer.flush(), None)
+
+    def _draw(self) -> bool:
+        """Encode the next sample of the mixture that can be used; False where all sources have run out."""
+        for _ in range(_HOPELESS):
+            behind = [
+                (served / item.weight, number)
+                for number, (served, item) in enumerate(zip(self._served, self._mixture, strict=True))
+                if not self._cursors[number].exhausted
+            ]
+            if not behind:
+                return False
+            number = min(behind)[1]
+            unit, row, raw = self._cursors[number].next_row()
+            self._counts["samples"] += 1
+            try:
+                pieces = list(fit_to_length(self._encode(parse_sample(raw)), self._length))
+            except SampleError as error:
+                self._counts[f"skipped/{self._mixture[number].source.name}/{error.reason}"] += 1
+                continue
+            self._served[number] += sum(map(len, pieces)) if self._weigh == "tokens" else 1
+            self._pieces.extend(((number, unit, row, piece), doc) for piece, doc in enumerate(pieces))
+            return True
+        raise SoloError(f"{_HOPELESS} unusable samples in a row: {dict(self._counts)}")
+
+    def _read_again(self, keys: Sequence[Sequence[int]]) -> Iterator[tuple[Key, Document]]:
+        for number, unit, row, piece in keys:
+            raw = self._cursors[number].row(unit, row)
+            pieces = list(fit_to_length(self._encode(parse_sample(raw)), self._length))
+            yield (number, unit, row, piece), pieces[piece]
+
+
+class _Cursor:
+    """A stream's place in one source: which units are open, and how far each is read."""
+
+    def __init__(self, source: Source, stream: int, streams: int, seed: str, epochs: int | None) -> None:
+        self._own = list(range(stream, len(source), streams))
+        if not self._own:
+            raise SoloError(
+                f"{source.name} has {len(source)} units (row groups), too few for {streams} streams: "
+                "set data.streams lower, or write the data with smaller row groups"
+            )
+        self._source = source
+        self._seed = f"{seed}/{stream}"
+        self._epochs = epochs
+        self._epoch = 0
+        self._opened = 0  # units opened in this epoch
+        self._drawn = 0  # rows drawn in all
+        self._open: list[list[int]] = []  # [unit, rows read]
+        self._cache: dict[int, Sequence[dict[str, Any]]] = {}
+        self._row_orders: dict[int, np.ndarray] = {}
+        self._fill()
+
+    @property
+    def exhausted(self) -> bool:
+        return not self._open
+
+    def next_row(self) -> tuple[int, int, dict[str, Any]]:
+        """(unit, row, raw sample); the rows of an epoch come in a shuffled order, each once."""
+        chosen = _chance(f"{self._seed}/{self._drawn}") % len(self._open)
+        unit, done = self._open[chosen]
+        rows = self._rows(unit)
+        if unit not in self._row_orders:
+            self._row_orders[unit] = self._order(f"rows/{unit}", len(rows))
+        row = int(self._row_orders[unit][done])
+        raw = rows[row]
+        self._drawn += 1
+        self._open[chosen][1] += 1
+        if done + 1 == len(rows):
+            self._open.pop(chosen)
+            self._row_orders.pop(unit)
+            self._cache.pop(unit)
+            self._fill()
+        return unit, row, raw
+
+    def row(self, unit: int, row: int) -> dict[str, Any]:
+        """A row by its key, out of order."""
+        return self._rows(unit)[row]
+
+    def state_dict(self) -> State:
+        return {
+            "epoch": self._epoch,
+            "opened": self._opened,
+            "drawn": self._drawn,
+            "open": [list(unit) for unit in self._open],
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self._epoch, self._opened, self._drawn = state["epoch"], state["opened"], state["drawn"]
+        self._open = [list(unit) for unit in state["open"]]
+        self._row_orders.clear()
+
+    def _fill(self) -> None:
+        """Open units until enough are open; begin the next epoch when this one is read to the end."""
+        while len(self._open) < _SHUFFLED_UNITS:
+            if self._opened == len(self._own):
+                last = self._epochs is not None and self._epoch + 1 >= self._epochs
+                if self._open or last:
+                    return
+                if not self._drawn:
+                    raise SoloError(f"{self._source.name} has no rows")
+                self._epoch, self._opened = self._epoch + 1, 0
+            unit = self._own[self._order("units", len(self._own))[self._opened]]
+            self._opened += 1
+            if len(self._rows(unit)):
+                self._open.append([unit, 0])
+
+    def _order(self, what: str, count: int) -> np.ndarray:
+        generator = np.random.default_rng(_chance(f"{self._seed}/{what}/{self._epoch}"))
+        return generator.permutation(count)
+
+    def _rows(self, unit: int) -> Sequence[dict[str, Any]]:
+        if unit not in self._cache:
+            while len(self._cache) > _SHUFFLED_UNITS:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[unit] = self._source.read(unit)
+        return self._cache[unit]
+
+
+def _chance(name: str) -> int:
+    """A reproducible random number from a name: no generator state to keep."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,154 @@
+"""Chat samples of every stage, built from the scenes, the digits and the texts.
+
+A sample is {"id", "messages": [{"role", "content": [part, ...]}], "images": [{"bytes", "path"}]};
+its parts are {"type": "image"} or {"type": "text", "text"}, and the n-th image part means the n-th
+image.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from . import texts
+from .digits import DIGIT_QUESTION, held_out_digit, training_digit
+from .scenes import (
+    FAMILIES,
+    Question,
+    Scene,
+    bar_chart,
+    counted_objects,
+    single_object,
+    two_objects,
+    written_letter,
+    written_word,
+)
+
+CAPTION_REQUEST = "Describe the image."
+
+Sample = dict[str, Any]
+Build = Callable[[np.random.Generator], Sample]
+Draw = Callable[[np.random.Generator], Scene]
+
+# How often a stage draws each kind of scene.
+_NAMED: dict[Draw, float] = {
+    training_digit: 0.4,
+    single_object: 0.3,
+    written_letter: 0.2,
+    written_word: 0.1,
+}
+_CAPTIONED: dict[Draw, float] = {
+    two_objects: 0.3,
+    counted_objects: 0.2,
+    written_word: 0.17,
+    bar_chart: 0.2,
+    single_object: 0.03,
+    training_digit: 0.1,
+}
+
+
+def text_sample(rng: np.random.Generator) -> Sample:
+    """A text of the language model's corpus."""
+    return pretraining_sample(texts.document(rng))
+
+
+def stage1_sample(rng: np.random.Generator) -> Sample:
+    """An image of one thing, and the name of its class: "red circle", "seven", "b"."""
+    scene = _draw(rng, _NAMED)
+    return pretraining_sample(scene.name, scene.image)
+
+
+def stage2_sample(rng: np.random.Generator) -> Sample:
+    """An image and its caption."""
+    scene = _draw(rng, _CAPTIONED)
+    return pretraining_sample(scene.caption, scene.image)
+
+
+def stage3_sample(rng: np.random.Generator) -> Sample:
+    """An image and its caption, followed in every other sample by questions and answers."""
+    scene = _draw(rng, _CAPTIONED)
+    text = scene.caption
+    if rng.random() < 0.5:
+        asked = _some(rng, scene.questions, 3)
+        text = " ".join([f"{text}.", *(f"{question} {answer}." for question, answer in asked)])
+    return pretraining_sample(text, scene.image)
+
+
+def instruction_sample(rng: np.random.Generator) -> Sample:
+    """A caption request, one to three questions on an image, or a question without an image."""
+    kind = rng.random()
+    if kind < 0.1:
+        return chat_sample([texts.question(rng)])
+    scene = _draw(rng, _CAPTIONED)
+    if kind < 0.4:
+        return chat_sample([(CAPTION_REQUEST, scene.caption)], scene.image)
+    return chat_sample(_some(rng, scene.questions, int(rng.integers(1, 4))), scene.image)
+
+
+def held_out_digit_sample(index: int) -> Sample:
+    """The held-out digit number `index`, and which it is."""
+    scene = held_out_digit(index)
+    return chat_sample([(DIGIT_QUESTION, scene.name)], scene.image)
+
+
+def held_out_caption_sample(index: int, rng: np.random.Generator) -> Sample:
+    """A request for a caption: the families take turns, half of the pairs are reserved ones."""
+    scene = _held_out_scene(index, rng)
+    return chat_sample([(CAPTION_REQUEST, scene.caption)], scene.image)
+
+
+def held_out_question_sample(index: int, rng: np.random.Generator) -> Sample:
+    """One question: the families take turns, half of the pairs are reserved ones."""
+    scene = _held_out_scene(index, rng)
+    return chat_sample(_some(rng, scene.questions, 1), scene.image)
+
+
+def pretraining_sample(text: str, image: Image.Image | None = None) -> Sample:
+    """A chat of one assistant turn: the image, if any, then the text."""
+    return _sample([_turn("assistant", text, image is not None)], image)
+
+
+def chat_sample(exchanges: Sequence[Question], image: Image.Image | None = None) -> Sample:
+    """A chat of questions and answers; the image, if any, precedes the first question."""
+    messages = []
+    for number, (question, answer) in enumerate(exchanges):
+        messages.append(_turn("user", question, image is not None and number == 0))
+        messages.append(_turn("assistant", answer))
+    return _sample(messages, image)
+
+
+def _sample(messages: list[dict[str, Any]], image: Image.Image | None) -> Sample:
+    images = [] if image is None else [{"bytes": _png(image), "path": None}]
+    return {"id": "", "messages": messages, "images": images}
+
+
+def _turn(role: str, text: str, with_image: bool = False) -> dict[str, Any]:
+    content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
+    return {"role": role, "content": [*content, {"type": "text", "text": text}]}
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _draw(rng: np.random.Generator, shares: dict[Draw, float]) -> Scene:
+    point = rng.random()
+    for draw, share in shares.items():
+        point -= share
+        if point < 0:
+            return draw(rng)
+    return draw(rng)
+
+
+def _some(rng: np.random.Generator, questions: Sequence[Question], count: int) -> list[Question]:
+    return [questions[index] for index in rng.permutation(len(questions))[:count]]
+
+
+def _held_out_scene(index: int, rng: np.random.Generator) -> Scene:
+    turn, family = divmod(index, len(FAMILIES))
+    draw = list(FAMILIES.values())[family]
+    return two_objects(rng, reserved=True) if draw is two_objects and turn % 2 else draw(rng)

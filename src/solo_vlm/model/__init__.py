@@ -1,0 +1,1 @@
+"""The model, in transformers' file names: configuration, image processing, processing, modeling."""

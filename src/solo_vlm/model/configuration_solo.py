@@ -1,0 +1,74 @@
+"""Configuration of a SOLO model: any decoder's configuration, plus how an image enters it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@strict
+class SoloConfig(PreTrainedConfig):
+    """A decoder-only transformer that takes raw image patches beside text tokens (SOLO paper, section 2).
+
+    Args:
+        text_config: configuration of the decoder (any of transformers' causal language models), or a dict
+            of one with its `model_type`. Default: Mistral-7B-v0.1, the paper's LLM, with four new tokens.
+        vision_patch_size: side of a square patch in pixels; a patch is `3 * size * size` numbers.
+        image_mean: per-channel mean that `uint8` patches are normalised with, after division by 255.
+        image_std: per-channel standard deviation, likewise.
+        image_token_id: id of `<vpatch>`, the placeholder of one patch.
+        vision_start_token_id: id of `<vision>`, before an image.
+        vision_row_token_id: id of `<vrow_sep>`, between two rows of patches.
+        vision_end_token_id: id of `</vision>`, after an image.
+        use_cache: whether forward passes outside of training return a key/value cache by default.
+        tie_word_embeddings: whether the LM head is the token embedding; taken over from `text_config`.
+    """
+
+    model_type = "solo"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (transformers' own idiom)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vision_patch_size: int = 32
+    image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
+    image_std: list[float] | tuple[float, ...] = IMAGENET_STD
+    image_token_id: int = 32000
+    vision_start_token_id: int = 32001
+    vision_row_token_id: int = 32002
+    vision_end_token_id: int = 32003
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.text_config, dict):
+            model_type = self.text_config.get("model_type", "mistral")
+            self.text_config = CONFIG_MAPPING[model_type](**self.text_config)
+        elif self.text_config is None:
+            self.text_config = CONFIG_MAPPING["mistral"](vocab_size=32064, rms_norm_eps=1e-5)
+        # Decoders keep this flag themselves; the composed model must agree with it, or it would untie them.
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__post_init__(**kwargs)
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch: channels * side * side (3072 for 32 x 32)."""
+        return 3 * self.vision_patch_size**2
+
+    @property
+    def vision_token_ids(self) -> tuple[int, int, int, int]:
+        """Ids that stand for images and never for text: `<vpatch>`, `<vision>`, `<vrow_sep>`, `</vision>`."""
+        return (
+            self.image_token_id,
+            self.vision_start_token_id,
+            self.vision_row_token_id,
+            self.vision_end_token_id,
+        )
+
+
+__all__ = ["SoloConfig"]

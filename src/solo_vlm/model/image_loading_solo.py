@@ -1,0 +1,372 @@
+"""One way from anything that holds a picture to an upright 8-bit RGB `PIL.Image`.
+
+Training, evaluation and serving all read images through `load_image`, so a file means the same pixels
+everywhere. The rules are those of `transformers.image_utils.load_image` (EXIF orientation applied,
+transparency laid on white), plus the cases that one leaves open: 16-bit and float images, arrays and
+tensors, size limits, and an error that names the file and says what is wrong with it.
+"""
+
+import base64
+import os
+import re
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+from urllib.error import HTTPError
+from urllib.parse import quote, unquote_to_bytes, urlsplit
+from urllib.request import (
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    ProxyHandler,
+    Request,
+    UnknownHandler,
+)
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 100_000_000
+"""Largest width * height that `load_image` decodes by default: 300 MB of RGB."""
+
+MAX_DOWNLOAD_BYTES = 256 * 2**20
+"""Largest response body, in bytes, that `load_image` accepts from a URL by default."""
+
+ChannelOrder = Literal["channels_first", "channels_last"]
+
+_UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION_TAG = 0x0112
+
+_NOT_PIXELS = (  # how files that are often mistaken for images begin -> what to say
+    (rb"(?s)(<\?xml.*?|<!--.*?)?<(svg|!doctype svg)", "SVG is a drawing, not pixels; render it to PNG first"),
+    (rb"<(!doctype html|html|head|body)", "this is an HTML page, not an image"),
+    (rb"%pdf", "PDF is a document, not an image; render its pages first"),
+    (rb"version https://git-lfs", "this is a Git LFS pointer; fetch the real file with `git lfs pull`"),
+    (rb"(?s)....ftyp(hei|hev|mif)", "HEIF needs a plug-in: install pillow-heif and register its opener"),
+    (rb"(?s)\xff\xd8|\x89png|gif8|riff....webp|bm|ii\*\0|mm\0\*", "truncated or damaged"),
+)
+
+
+class ImageError(ValueError):
+    """The data is not an image that can be used. Reading it again gives the same error."""
+
+
+class ImageFetchError(ImageError, OSError):
+    """The data could not be read: no such file, no permission, a failed disk or network. A retry may help."""
+
+
+def load_image(
+    source: Any,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+    input_data_format: ChannelOrder | None = None,
+    allow_paths: bool = True,
+    allow_urls: bool = True,
+    timeout: float = 30.0,
+    max_bytes: int = MAX_DOWNLOAD_BYTES,
+) -> Image.Image:
+    """Read an image from any source into an upright 8-bit RGB `PIL.Image`.
+
+    Sources:
+      - `PIL.Image.Image` of any mode (returned as is when it is already RGB and upright);
+      - a local path (`str` or `os.PathLike`), an `http(s)://` URL, a `data:` URL, bare base64, or the bytes
+        of an image file. Of several frames the first is taken;
+      - a NumPy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1 (grey), 2 (grey + alpha),
+        3 (RGB) or 4 (RGBA) channels. A shape that fits both orders, such as (3, 8, 3), is channels first.
+
+    Values become 8-bit by the full range of their type, never by clipping:
+      - uint8 as is; bool and 1-bit: 0 and 255;
+      - uint16 arrays and modes `I;16*` and `I` (where Pillow puts 16-bit files): 65535 becomes 255. A mode
+        `I` image beyond 0..65535 has no known range and is refused;
+      - other integer arrays must already lie in 0..255;
+      - floats (arrays and mode `F`): 0..1 becomes 0..255; if any value exceeds 1, they must lie in 0..255.
+
+    Transparency (alpha channel, palette or tRNS chunk) is laid on white. EXIF orientation is applied;
+    unreadable EXIF is ignored. CMYK and YCbCr are converted by Pillow, without colour management.
+
+    Args:
+        source: where the image is, see above.
+        max_pixels: refuse a file whose header declares more pixels (width * height), before decoding it.
+            Pillow's own limit of twice `PIL.Image.MAX_IMAGE_PIXELS` holds as well.
+        name: what error messages call the image. Default: the path, URL or kind of source.
+        input_data_format: axis order of an array, where guessing it is not wanted.
+        allow_paths: whether a string may name a local file. A server turns this off for its users' input.
+        allow_urls: whether `http(s)://` is fetched. A server turns this off, or checks the address first.
+        timeout: seconds that a download may take, and that a server may stay silent.
+        max_bytes: largest download accepted.
+
+    Raises:
+        ImageError: not an image, truncated, damaged, empty, or over a limit.
+        ImageFetchError: the file or URL could not be read.
+        TypeError: `source` is of a type that cannot hold an image.
+    """
+    if isinstance(source, Image.Image):
+        return _finish(source, name or f"{source.mode} image in memory", max_pixels)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(BytesIO(source), name or f"image of {len(source)} bytes", max_pixels)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name or f"array {source.shape} {source.dtype}", input_data_format)
+    if type(source).__module__.partition(".")[0] == "torch" and hasattr(source, "detach"):
+        tensor = source.detach().cpu()
+        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bfloat16
+        return _from_array(array, name or f"tensor {array.shape} {tensor.dtype}", input_data_format)
+    if isinstance(source, str):
+        return _from_text(source, name, max_pixels, allow_paths, allow_urls, timeout, max_bytes)
+    if isinstance(source, os.PathLike):
+        path = os.fsdecode(source)
+        if not allow_paths:
+            raise ImageError(f"{name or _shorten(path)}: no file may be read here")
+        return _from_file(path, name, max_pixels)
+    raise TypeError(
+        "an image is a PIL image, array, tensor, path, URL, base64 string or bytes, "
+        f"not {type(source).__module__}.{type(source).__qualname__}"
+    )
+
+
+def _from_text(
+    text: str,
+    name: str | None,
+    max_pixels: int,
+    allow_paths: bool,
+    allow_urls: bool,
+    timeout: float,
+    max_bytes: int,
+) -> Image.Image:
+    """Load from a URL, data URL, path or bare base64, told apart in this order."""
+    scheme = text[:8].lower()
+    if scheme.startswith(("http://", "https://")):
+        name = name or _shorten(text)
+        if not allow_urls:
+            raise ImageError(f"{name}: fetching URLs is not allowed here")
+        return _decode(BytesIO(_download(text, name, timeout, max_bytes)), name, max_pixels)
+    if scheme.startswith("data:"):
+        header, comma, body = text.partition(",")
+        name = name or f"data URL ({_shorten(header)})"
+        if not comma:
+            raise ImageError(f"{name}: a data URL needs a comma before its data")
+        encoded = header.lower().endswith(";base64")
+        data = _decode_base64(unquote_to_bytes(body)) if encoded else unquote_to_bytes(body)
+        if data is None:
+            raise ImageError(f"{name}: invalid base64")
+        return _decode(BytesIO(data), name, max_pixels)
+    if allow_paths and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a long base64 text
+        return _from_file(text, name, max_pixels)
+    # The smallest images take about 30 bytes: a shorter text is a mistyped path.
+    data = _decode_base64(text.encode("ascii", "replace")) if len(text) > 40 else None
+    if data is not None:
+        return _decode(BytesIO(data), name or "base64 image", max_pixels)
+    if not allow_paths:
+        raise ImageError(f"{name or _shorten(text)}: neither a URL nor base64, and no file may be read here")
+    return _from_file(text, name, max_pixels)  # says why it cannot be read
+
+
+def _from_file(path: str, name: str | None, max_pixels: int) -> Image.Image:
+    name = name or _shorten(path)
+    try:
+        with Path(path).open("rb") as file:
+            return _decode(file, name, max_pixels)
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        raise ImageFetchError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    """Decode an open image file, sizes checked before pixels are."""
+    try:
+        image = Image.open(file)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name}: too large to decode safely ({error})") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: {_what_it_is(file)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _damaged(error, name) from error
+    rgb = _finish(image, name, max_pixels)
+    rgb.format = None  # marks it as checked, see _finish
+    return rgb
+
+
+def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """Decode if that is still to be done, convert to RGB, turn upright."""
+    width, height = image.size
+    if not width or not height:
+        raise ImageError(f"{name}: no pixels ({width} x {height})")
+    if image.format == "EPS":  # Pillow would run Ghostscript on it
+        raise ImageError(f"{name}: EPS is a program, not pixels; render it to PNG first")
+    # Only an image straight from a file has a format. Others are in memory already: nothing to protect.
+    if image.format and width * height > max_pixels:
+        raise ImageError(f"{name}: {width} x {height} is more than the limit of {max_pixels:,} pixels")
+    try:
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        rgb = _to_rgb(image, name)
+        if turn is not None:
+            rgb = rgb.transpose(turn)
+            rgb.info = {}  # its EXIF is out of date now: loading the result again must not turn it again
+        return rgb
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise _damaged(error, name) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # good pixels with broken metadata are common
+        return 1
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    mode = image.mode
+    if mode == "I" or mode.startswith("I;16"):
+        grey = _to_bytes(np.asarray(image), name, full_range=65535)
+        return Image.fromarray(grey).convert("RGB")
+    if mode == "F":
+        return Image.fromarray(_to_bytes(np.asarray(image), name)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = (image.convert("LA") if mode == "La" else image).convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image if mode == "RGB" else image.convert("RGB")
+
+
+def _from_array(array: np.ndarray, name: str, order: ChannelOrder | None) -> Image.Image:
+    if array.size == 0:
+        raise ImageError(f"{name}: no pixels")
+    if array.ndim == 2:
+        array = array[:, :, None]
+    elif array.ndim != 3:
+        raise ImageError(f"{name}: an image has 2 or 3 dimensions, not {array.ndim}")
+    elif order == "channels_first" or (order is None and _channels_come_first(array.shape)):
+        array = array.transpose(1, 2, 0)
+    channels = array.shape[2]
+    if not 1 <= channels <= 4:
+        raise ImageError(f"{name}: neither the first nor the last axis holds 1 to 4 channels")
+    pixels = _to_bytes(array, name)
+    return _to_rgb(Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels), name)
+
+
+def _channels_come_first(shape: tuple[int, ...]) -> bool:
+    first, last = shape[0], shape[2]
+    # Colour outweighs grey, so that (1, W, 3), one row of RGB, is not taken for a grey (H, 3) image.
+    for counts in ((3, 4), (1,), (2,)):
+        if first in counts or last in counts:
+            return first in counts
+    return False
+
+
+def _to_bytes(values: np.ndarray, name: str, full_range: int | None = None) -> np.ndarray:
+    """uint8 (0..255) from any numeric array, by the ranges that `load_image` documents."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values * np.uint8(255)
+    if values.dtype.kind == "f":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 255):  # also true of NaN
+            raise ImageError(f"{name}: floats must lie in 0..1 or 0..255, these span {low:g}..{high:g}")
+        return np.rint(values * 255 if high <= 1 else values).astype(np.uint8)
+    if values.dtype.kind not in "iu":
+        raise ImageError(f"{name}: pixels cannot be of type {values.dtype}")
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        full_range = 65535
+    limit = full_range or 255
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > limit:
+        raise ImageError(f"{name}: {values.dtype} pixels must lie in 0..{limit}, these span {low}..{high}")
+    if limit == 255:
+        return values.astype(np.uint8)
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # round(value * 255 / 65535)
+
+
+def _decode_base64(data: bytes) -> bytes | None:
+    """Bytes of a base64 text, line breaks, the URL-safe alphabet and missing padding allowed; else None."""
+    data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    try:
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except ValueError:
+        return None
+
+
+def _download(url: str, name: str, timeout: float, max_bytes: int) -> bytes:
+    """Body of an http(s) URL. The standard library serves, so that no HTTP client is required."""
+    deadline = time.monotonic() + timeout
+    opener = OpenerDirector()  # without the file: and ftp: handlers a redirect could lead to
+    for handler in (
+        ProxyHandler,
+        HTTPHandler,
+        HTTPSHandler,
+        HTTPRedirectHandler,
+        HTTPDefaultErrorHandler,
+        HTTPErrorProcessor,
+        UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    try:
+        request = Request(_ascii_url(url), headers={"User-Agent": "solo-vlm", "Accept": "image/*,*/*;q=0.8"})
+        with opener.open(request, timeout=timeout) as response:
+            chunks, size = [], 0
+            while chunk := response.read1(2**16):
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > max_bytes:
+                    raise ImageError(f"{name}: larger than the limit of {max_bytes:,} bytes")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not complete after {timeout:g} s")
+            expected = response.headers.get("Content-Length")
+    except ImageError:
+        raise
+    except HTTPError as error:
+        raise ImageFetchError(f"{name}: HTTP {error.code} {error.reason}") from error
+    except Exception as error:  # URLError, TimeoutError, HTTPException, an invalid URL
+        raise ImageFetchError(
+            f"{name}: download failed ({getattr(error, 'reason', None) or error})"
+        ) from error
+    if expected and expected.isdigit() and size < int(expected):
+        raise ImageFetchError(f"{name}: download ended after {size:,} of {int(expected):,} bytes")
+    return b"".join(chunks)
+
+
+def _ascii_url(url: str) -> str:
+    parts = urlsplit(url)
+    if not parts.netloc.isascii():
+        parts = parts._replace(netloc=parts.netloc.encode("idna").decode())
+    return quote(parts.geturl(), safe="!#$%&'()*+,/:;=?@[]~")
+
+
+def _what_it_is(file: BinaryIO) -> str:
+    file.seek(0)
+    head = file.read(1024)
+    if not head:
+        return "empty file"
+    for pattern, what in _NOT_PIXELS:
+        if re.match(pattern, head.removeprefix(b"\xef\xbb\xbf").lstrip(), re.IGNORECASE):
+            return what
+    return "not an image of a known format"
+
+
+def _damaged(error: Exception, name: str) -> ImageError:
+    if isinstance(error, OSError) and error.errno is not None:  # the system's errors, not Pillow's
+        return ImageFetchError(f"{name}: {error.strerror}")
+    return ImageError(f"{name}: truncated or damaged image ({error or type(error).__name__})")
+
+
+def _shorten(text: str, limit: int = 200) -> str:
+    text = text.replace("\n", " ")
+    return text if len(text) <= limit else f"{text[: limit - 20]}...{text[-17:]}"

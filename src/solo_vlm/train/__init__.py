@@ -1,0 +1,20 @@
+"""Training: a recipe goes in, a run folder with checkpoints, metrics and a manifest comes out."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from solo_vlm.train.loop import train
+    from solo_vlm.train.recipe import Recipe
+
+_LAZY = {"Recipe": "solo_vlm.train.recipe", "train": "solo_vlm.train.loop"}
+
+__all__ = ["Recipe", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,49 @@
+"""AdamW, and its learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from solo_vlm.train.recipe import OptimizerSettings
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; norms and biases are not decayed (as Megatron-LM has it)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
+    )
+
+
+def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
+    """Linear warm-up, then a cosine from `learning_rate` to `min_learning_rate` (SOLO paper, section 3).
+
+    Args:
+        step: 0 for the first step, which already moves the weights.
+        steps: of the whole run.
+        settings: warm-up and bounds.
+    """
+    peak, floor = settings.learning_rate, settings.min_learning_rate
+    if step < settings.warmup_steps:
+        return peak * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, steps - 1 - settings.warmup_steps)
+    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def named_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Trainable parameters with their names, a tied one once."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
