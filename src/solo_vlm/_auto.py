@@ -2,47 +2,60 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 
 import wrapt
 
+_AUTO = "transformers.models.auto"
+_MODEL = "solo_vlm.model"
+
 
 def register_when_loaded() -> None:
-    """Arrange for every Auto class to know SOLO, without importing transformers or torch now."""
-    package = "transformers.models.auto"
-    wrapt.register_post_import_hook(_register_config, f"{package}.configuration_auto")
-    wrapt.register_post_import_hook(_register_models, f"{package}.modeling_auto")
-    wrapt.register_post_import_hook(_register_image_processor, f"{package}.image_processing_auto")
-    wrapt.register_post_import_hook(_register_processor, f"{package}.processing_auto")
+    """Arrange for every Auto class to know SOLO, without importing transformers or torch now.
+
+    Whichever of the two modules is loaded first, the Auto class's or ours, the other is loaded with it.
+    """
+    _when_both_loaded("configuration_auto", "configuration_solo", _register_config)
+    _when_both_loaded("modeling_auto", "modeling_solo", _register_models)
+    _when_both_loaded("image_processing_auto", "image_processing_solo", _register_image_processor)
+    _when_both_loaded("processing_auto", "processing_solo", _register_processor)
 
 
-def _register_config(auto: ModuleType) -> None:
-    from solo_vlm.model.configuration_solo import SoloConfig
+def _when_both_loaded(auto: str, ours: str, register: Callable[[ModuleType, ModuleType], None]) -> None:
+    def auto_loaded(_: ModuleType) -> None:
+        # If ours is being imported, this import is what loaded the Auto class; its own hook comes next.
+        if f"{_MODEL}.{ours}" not in sys.modules:
+            import_module(f"{_MODEL}.{ours}")
 
-    auto.AutoConfig.register(SoloConfig.model_type, SoloConfig, exist_ok=True)
+    def ours_loaded(module: ModuleType) -> None:
+        register(import_module(f"{_AUTO}.{auto}"), module)
+
+    wrapt.register_post_import_hook(auto_loaded, f"{_AUTO}.{auto}")
+    wrapt.register_post_import_hook(ours_loaded, f"{_MODEL}.{ours}")
 
 
-def _register_models(auto: ModuleType) -> None:
-    from solo_vlm.model.configuration_solo import SoloConfig
-    from solo_vlm.model.modeling_solo import SoloForConditionalGeneration, SoloModel
+def _register_config(auto: ModuleType, ours: ModuleType) -> None:
+    auto.AutoConfig.register(ours.SoloConfig.model_type, ours.SoloConfig, exist_ok=True)
 
-    auto.AutoModel.register(SoloConfig, SoloModel, exist_ok=True)
+
+def _register_models(auto: ModuleType, ours: ModuleType) -> None:
+    auto.AutoModel.register(ours.SoloConfig, ours.SoloModel, exist_ok=True)
     for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
         if auto_class := getattr(auto, name, None):
-            auto_class.register(SoloConfig, SoloForConditionalGeneration, exist_ok=True)
+            auto_class.register(ours.SoloConfig, ours.SoloForConditionalGeneration, exist_ok=True)
 
 
-def _register_image_processor(auto: ModuleType) -> None:
+def _register_image_processor(auto: ModuleType, ours: ModuleType) -> None:
     from solo_vlm.model.configuration_solo import SoloConfig
-    from solo_vlm.model.image_processing_solo import SoloImageProcessor
 
-    auto.AutoImageProcessor.register(
-        SoloConfig, image_processor_classes={"pil": SoloImageProcessor}, exist_ok=True
-    )
+    classes = {"pil": ours.SoloImageProcessor}
+    auto.AutoImageProcessor.register(SoloConfig, image_processor_classes=classes, exist_ok=True)
 
 
-def _register_processor(auto: ModuleType) -> None:
+def _register_processor(auto: ModuleType, ours: ModuleType) -> None:
     from solo_vlm.model.configuration_solo import SoloConfig
-    from solo_vlm.model.processing_solo import SoloProcessor
 
-    auto.AutoProcessor.register(SoloConfig, SoloProcessor, exist_ok=True)
+    auto.AutoProcessor.register(SoloConfig, ours.SoloProcessor, exist_ok=True)

@@ -11,6 +11,16 @@ from pathlib import Path
 from solo_vlm.errors import SoloError
 
 
+def check_new(path: Path) -> None:
+    """Make sure that a folder can be made there, before long work begins.
+
+    Raises:
+        SoloError: `path` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise SoloError(f"{path} exists already: choose another name or remove it")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it becomes `path`, on failure nothing is left.
@@ -18,9 +28,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         SoloError: `path` exists and is not an empty folder.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise SoloError(f"{path} exists already: choose another name or remove it")
+    check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)
@@ -37,12 +45,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success the file replaces `path`, on failure it is removed."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
         yield partial
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -58,11 +58,11 @@ def encode(sample: Sample, processor: SoloProcessor) -> Document:
     return Document(chat.input_ids, labels, patches, grids)
 
 
-def _encode_images(
-    sample: Sample, processor: SoloProcessor
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _encode_images(sample: Sample, processor: SoloProcessor) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     if not sample.images:
-        return np.empty((0, 3 * processor.image_processor.patch_size**2), np.uint8), np.empty((0, 3), np.int64)
+        return np.empty((0, 3 * processor.image_processor.patch_size**2), np.uint8), np.empty(
+            (0, 3), np.int64
+        )
     try:
         vision = processor.image_processor(sample.images)
     except (ValueError, OSError) as error:
@@ -87,9 +87,7 @@ def fit_to_length(document: Document, length: int) -> Iterator[Document]:
     for start in range(0, len(document), length):
         labels = document.labels[start : start + length].copy()
         labels[0] = IGNORE_INDEX
-        yield Document(
-            document.input_ids[start : start + length], labels, document.patches, document.grids
-        )
+        yield Document(document.input_ids[start : start + length], labels, document.patches, document.grids)
 
 
 def encode_text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Document:

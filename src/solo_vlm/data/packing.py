@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -12,11 +12,12 @@ T = TypeVar("T")
 
 @dataclass
 class BestFitPacker(Generic[T]):
-    """Packs a stream of items while holding back at most `buffer_size` of them.
+    """Packs a stream of items, always choosing among the `buffer_size` items that wait.
 
-    A full buffer gives one pack: the item that has waited longest, then again and again the longest item
-    that still fits. Nothing is split and nothing waits for ever. Ties go to the item that came first, so
-    that the result depends on the order of arrival alone.
+    One pack is open. When the buffer is full, the longest waiting item that still fits goes into it; where
+    none fits, the pack is closed and the item that has waited longest opens the next. Nothing is split and
+    nothing waits for ever. Ties go to the item that came first, so that the result depends on the order of
+    arrival alone.
 
     Args:
         capacity: tokens in a pack.
@@ -25,42 +26,78 @@ class BestFitPacker(Generic[T]):
 
     capacity: int
     buffer_size: int = 128
+    _open: list[T] = field(default_factory=list, init=False)
+    _room: int = field(init=False)
     _by_length: list[tuple[int, int]] = field(default_factory=list, init=False)  # (length, -arrival)
-    _items: dict[int, T] = field(default_factory=dict, init=False)  # in order of arrival
+    _waiting: dict[int, T] = field(default_factory=dict, init=False)  # in order of arrival
     _arrivals: int = field(default=0, init=False)
 
+    def __post_init__(self) -> None:
+        self._room = self.capacity
+
+    @property
+    def open(self) -> list[T]:
+        """Items of the open pack, in order."""
+        return list(self._open)
+
+    @property
+    def waiting(self) -> list[T]:
+        """Items of the buffer, in order of arrival."""
+        return list(self._waiting.values())
+
     def add(self, item: T, length: int) -> list[T] | None:
-        """Take an item; return a pack if the buffer was full.
+        """Take an item; return a pack if that closed one.
 
         Raises:
             ValueError: the item is longer than a pack, or empty.
         """
+        self._enqueue(item, length)
+        return self._place() if len(self._waiting) > self.buffer_size else None
+
+    def drain(self) -> list[T] | None:
+        """With no more items to come: the next pack of what is left, or None when nothing is."""
+        while self._waiting:
+            if (closed := self._place()) is not None:
+                return closed
+        return self._close() if self._open else None
+
+    def restore(self, open_pack: Iterable[tuple[T, int]], waiting: Iterable[tuple[T, int]]) -> None:
+        """Bring an empty packer into the state that `open` and `waiting` told, given (item, length) pairs."""
+        for item, length in open_pack:
+            self._open.append(item)
+            self._room -= length
+        for item, length in waiting:
+            self._enqueue(item, length)
+
+    def _enqueue(self, item: T, length: int) -> None:
         if not 0 < length <= self.capacity:
             raise ValueError(f"an item of {length} tokens does not go into a pack of {self.capacity}")
-        self._items[self._arrivals] = item
+        self._waiting[self._arrivals] = item
         insort(self._by_length, (length, -self._arrivals))
         self._arrivals += 1
-        return self._pack() if len(self._items) >= self.buffer_size else None
 
-    def flush(self) -> Iterator[list[T]]:
-        """Pack what is left; the last packs may be far from full."""
-        while self._items:
-            yield self._pack()
+    def _place(self) -> list[T] | None:
+        """Move one item into the open pack; return the pack that had to be closed for it, if any."""
+        best = bisect_right(self._by_length, (self._room, 0)) - 1 if self._open else self._oldest()
+        if best >= 0:
+            self._take(best)
+            return None
+        closed = self._close()
+        self._take(self._oldest())
+        return closed
 
-    def waiting(self) -> list[T]:
-        """Items that are held back, in order of arrival: adding them to an empty packer restores this one."""
-        return list(self._items.values())
+    def _take(self, index: int) -> None:
+        length, arrival = self._by_length.pop(index)
+        self._open.append(self._waiting.pop(-arrival))
+        self._room -= length
 
-    def _pack(self) -> list[T]:
-        oldest = next(iter(self._items))
-        at = next(i for i, (_, arrival) in enumerate(self._by_length) if arrival == -oldest)
-        room, pack = self.capacity, []
-        while at >= 0:
-            length, arrival = self._by_length.pop(at)
-            pack.append(self._items.pop(-arrival))
-            room -= length
-            at = bisect_right(self._by_length, (room, 0)) - 1
-        return pack
+    def _close(self) -> list[T]:
+        closed, self._open, self._room = self._open, [], self.capacity
+        return closed
+
+    def _oldest(self) -> int:
+        oldest = next(iter(self._waiting))
+        return next(i for i, (_, arrival) in enumerate(self._by_length) if arrival == -oldest)
 
 
 def pack(lengths: Iterable[int], capacity: int, buffer_size: int = 128) -> list[list[int]]:
@@ -70,5 +107,5 @@ def pack(lengths: Iterable[int], capacity: int, buffer_size: int = 128) -> list[
         ValueError: a length is not in 1..capacity.
     """
     packer: BestFitPacker[int] = BestFitPacker(capacity, buffer_size)
-    packs = [full for i, length in enumerate(lengths) if (full := packer.add(i, length)) is not None]
-    return [*packs, *packer.flush()]
+    packs = [closed for i, length in enumerate(lengths) if (closed := packer.add(i, length)) is not None]
+    return [*packs, *iter(packer.drain, None)]

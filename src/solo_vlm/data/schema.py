@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 ImageSource = bytes | str
 
@@ -56,7 +56,12 @@ class _ImagePart(BaseModel):
 
 class _Message(BaseModel):
     role: Literal["system", "user", "assistant"]
-    content: str | list[Annotated[_TextPart | _ImagePart, Field(discriminator="type")]]
+    content: list[Annotated[_TextPart | _ImagePart, Field(discriminator="type")]]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _string_is_one_text_part(cls, content: Any) -> Any:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 class _StoredImage(BaseModel):
@@ -90,8 +95,7 @@ def parse_sample(row: dict[str, Any]) -> Sample:
     messages, images = [], []
     for message in parsed.messages:
         parts: list[dict[str, str]] = []
-        content = message.content
-        for part in [_TextPart(type="text", text=content)] if isinstance(content, str) else content:
+        for part in message.content:
             if isinstance(part, _TextPart):
                 parts.append({"type": "text", "text": part.text})
                 continue

@@ -107,7 +107,8 @@ class VirtualStream:
         return {
             "cursors": [cursor.state_dict() for cursor in self._cursors],
             "served": list(self._served),
-            "waiting": [list(key) for key, _ in self._packer.waiting()],
+            "open": [list(key) for key, _ in self._packer.open],
+            "waiting": [list(key) for key, _ in self._packer.waiting],
             "pieces": [list(key) for key, _ in self._pieces],
             "counts": dict(self._counts),
         }
@@ -117,8 +118,12 @@ class VirtualStream:
         for cursor, saved in zip(self._cursors, state["cursors"], strict=True):
             cursor.load_state_dict(saved)
         self._served = list(state["served"])
-        for key, document in self._read_again(state["waiting"]):
-            self._packer.add((key, document), len(document))
+        self._packer.restore(
+            *(
+                [(held, len(held[1])) for held in self._read_again(state[part])]
+                for part in ("open", "waiting")
+            )
+        )
         self._pieces = deque(self._read_again(state["pieces"]))
         self._counts = Counter(state["counts"])
 
@@ -127,7 +132,7 @@ class VirtualStream:
             key, document = self._pieces.popleft()
             if (pack := self._packer.add((key, document), len(document))) is not None:
                 return pack
-        return next(self._packer.flush(), None)
+        return self._packer.drain()
 
     def _draw(self) -> bool:
         """Encode the next sample of the mixture that can be used; False where all sources have run out."""

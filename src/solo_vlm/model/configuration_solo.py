@@ -31,10 +31,10 @@ class SoloConfig(PreTrainedConfig):
     """
 
     model_type = "solo"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (transformers' own idiom)
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
 
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: Any = None  # after initialisation always a PreTrainedConfig
     vision_patch_size: int = 32
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD

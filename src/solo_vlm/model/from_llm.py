@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from solo_vlm.errors import SoloError
 from solo_vlm.files import new_folder
@@ -56,10 +56,11 @@ def from_llm(
 ) -> SoloModelAndProcessor:
     """Turn a causal language model into a SOLO model that has yet to see an image.
 
-    Rows of the new tokens are drawn from a normal distribution with the mean and covariance of the
-    existing rows (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"), so that
-    they start as ordinary words. The patch embedding is drawn so that a patch of unit-variance pixels has
-    the spread of a token embedding. The text-only logits stay the LLM's own; this is checked.
+    Rows of the new tokens start at the mean of the existing rows, told apart by a trace of noise with
+    their covariance, which bounds how far the LLM's predictions can move (Hewitt 2021, "Initializing New
+    Word Embeddings for Pretrained Language Models"; transformers' `mean_resizing`). The patch embedding is
+    drawn so that a patch of independent, unit-variance pixels has the spread of a token embedding. The
+    text-only logits stay the LLM's own; this is checked.
 
     Args:
         llm: hub id or local folder of a transformers causal language model.
@@ -76,7 +77,7 @@ def from_llm(
 
 
 def compose(
-    language_model: nn.Module,
+    language_model: PreTrainedModel,
     tokenizer: Any,
     seed: int = 0,
     image_processor: SoloImageProcessor | None = None,
@@ -86,6 +87,8 @@ def compose(
     expected = _text_logits(language_model, probe)
     image_processor = image_processor or SoloImageProcessor()
     spelling = _add_vision_tokens(tokenizer)
+    if tokenizer.pad_token is None:  # batches of prompts are padded; attention masks hide what with
+        tokenizer.pad_token = tokenizer.eos_token
     processor = SoloProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
@@ -121,7 +124,7 @@ def compose(
     return SoloModelAndProcessor(model, processor)
 
 
-def _load(llm: str | Path, gguf_file: str | None, dtype: str) -> tuple[Any, nn.Module]:
+def _load(llm: str | Path, gguf_file: str | None, dtype: str) -> tuple[Any, PreTrainedModel]:
     source, options = str(llm), {"gguf_file": gguf_file} if gguf_file else {}
     if gguf_file and not (Path(source) / gguf_file).is_file() and Path(source).is_dir():
         raise SoloError(f"{source} has no file {gguf_file}")
@@ -138,7 +141,7 @@ def _load(llm: str | Path, gguf_file: str | None, dtype: str) -> tuple[Any, nn.M
     return tokenizer, model.eval()
 
 
-def _without_quantization(model: nn.Module, llm: str | Path) -> nn.Module:
+def _without_quantization(model: PreTrainedModel, llm: str | Path) -> PreTrainedModel:
     """A model loaded from GGUF refuses to be saved: the same weights in a fresh, ordinary one."""
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
@@ -186,7 +189,7 @@ def _check_template(processor: SoloProcessor) -> None:
 
 
 @torch.no_grad()
-def _assemble(language_model: nn.Module, config: SoloConfig) -> SoloForConditionalGeneration:
+def _assemble(language_model: PreTrainedModel, config: SoloConfig) -> SoloForConditionalGeneration:
     with torch.device("meta"):
         model = SoloForConditionalGeneration(config)
     model.model.language_model = language_model.base_model
@@ -201,24 +204,26 @@ def _assemble(language_model: nn.Module, config: SoloConfig) -> SoloForCondition
     return model.eval()
 
 
-def _generation_config(language_model: nn.Module, tokenizer: Any, config: SoloConfig) -> GenerationConfig:
+def _generation_config(
+    language_model: PreTrainedModel, tokenizer: Any, config: SoloConfig
+) -> GenerationConfig:
     """The LLM's own, greedy, which never speaks in vision tokens or in rows that pad the vocabulary."""
     generation = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=language_model.generation_config.eos_token_id or tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     padding = range(len(tokenizer), config.text_config.vocab_size)
     generation.suppress_tokens = [*config.vision_token_ids, *padding]
     return generation
 
 
-def _probe_tokens(tokenizer: Any, language_model: nn.Module) -> Tensor:
+def _probe_tokens(tokenizer: Any, language_model: PreTrainedModel) -> Tensor:
     vocabulary = min(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (1, 16), generator=generator)
 
 
 @torch.no_grad()
-def _text_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+def _text_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, use_cache=False).logits.float()

@@ -12,7 +12,9 @@ from solo_vlm.model.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.model.processing_solo import SoloProcessor
 
 
-def load_model(path: str | Path, dtype: str = "auto", device: str | None = None) -> SoloForConditionalGeneration:
+def load_model(
+    path: str | Path, dtype: str = "auto", device: str | None = None
+) -> SoloForConditionalGeneration:
     """A SOLO model in evaluation mode.
 
     Args:

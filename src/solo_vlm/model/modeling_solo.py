@@ -59,7 +59,7 @@ class SoloPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers' own idiom)
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -195,15 +195,15 @@ class SoloModel(SoloPreTrainedModel):
 class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
     """SOLO with its language-model head: training loss, and text generation from text and images."""
 
-    _tied_weights_keys = {  # noqa: RUF012 (transformers' own idiom)
-        "lm_head.weight": "model.language_model.embed_tokens.weight"
-    }
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: SoloConfig) -> None:
         super().__init__(config)
         self.model = SoloModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(
+            config.text_config.hidden_size, config.text_config.vocab_size, bias=False
+        )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -126,16 +127,15 @@ class SoloProcessor(ProcessorMixin):
             ValueError: image parts and grids differ in number.
         """
         protected: list[str] = []
-        flat = [
-            {**message, "content": self._flatten(message["content"], protected)} for message in messages
-        ]
+        flat = [{**message, "content": self._flatten(message["content"], protected)} for message in messages]
         if all(message["role"] == "assistant" for message in flat) and not add_generation_prompt:
             segments = self._document_segments(flat)
         else:
             segments = self._chat_segments(flat, add_generation_prompt)
 
         layouts = iter([self.image_layout(*grid) for grid in grids])
-        pieces, marks = [], []
+        pieces: list[NDArray[np.int64]] = []
+        marks: list[NDArray[np.bool_]] = []
         for text, supervised in segments:
             ids, is_text = self._tokenize(text, protected, layouts, first=not pieces)
             pieces.append(ids)
@@ -216,7 +216,7 @@ class SoloProcessor(ProcessorMixin):
             raise ChatTemplateError(f"the chat template refuses this chat: {error}") from error
 
     def _tokenize(
-        self, text: str, protected: list[str], layouts: Any, first: bool
+        self, text: str, protected: list[str], layouts: Iterator[NDArray[np.int64]], first: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Ids of a segment with images expanded, and which of them are text."""
         ids: list[int] = []
@@ -233,8 +233,8 @@ class SoloProcessor(ProcessorMixin):
         is_text = np.ones(len(tokens), dtype=bool)
         places = np.flatnonzero(tokens == self.image_token_id)
         is_text[places] = False
-        images = [next(layouts, None) for _ in places]
-        if any(image is None for image in images):
+        images = list(islice(layouts, len(places)))
+        if len(images) < len(places):
             raise ValueError("the chat has more image parts than images were given")
         repeats = np.ones(len(tokens), dtype=np.int64)
         repeats[places] = [len(image) for image in images]
@@ -274,7 +274,7 @@ class SoloProcessor(ProcessorMixin):
                 **kwargs,
             )
         batched = isinstance(conversation[0], (list, tuple))
-        chats = conversation if batched else [conversation]
+        chats: list[Any] = conversation if batched else [conversation]
         images = [[_image_source(part) for part in _image_parts(chat)] for chat in chats]
         vision = self.image_processor([i for own in images for i in own]) if any(images) else {}
         grids = iter([(int(r), int(c)) for _, r, c in vision.get("image_grid_thw", ())])

@@ -12,14 +12,14 @@ from solo_vlm.files import new_folder
 
 
 def write_untrained_llm(out: Path, texts: Iterable[str], seed: int = 0) -> None:
-    """Train a tokenizer on texts, and save it with a Llama of about three million random weights."""
+    """Train a tokenizer on texts, and save it with a Llama of about two million random weights."""
     tokenizer = train_tokenizer(texts)
     set_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
@@ -36,11 +36,11 @@ def write_untrained_llm(out: Path, texts: Iterable[str], seed: int = 0) -> None:
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: every string can be encoded, the words of `texts` in few tokens."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<s>", "</s>"],
+        special_tokens=["<s>", "</s>", "[INST]", "[/INST]"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

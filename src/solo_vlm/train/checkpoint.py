@@ -48,9 +48,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max((path for path in folder.glob("step-*") if (path / _STATE).is_file()), default=None)
 
 
-def load_training_state(
-    path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> Progress:
+def load_training_state(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Progress:
     """Restore the optimizer's moments; return where the run stood. The model is loaded by its own means.
 
     Raises:

@@ -67,17 +67,17 @@ def train(recipe: Recipe, resume: bool = False, progress: ProgressBar | None = N
         with progress_bar() as progress:
             return train(recipe, resume, progress)
 
-    out = Path(recipe.out)
-    sources = open_sources(recipe.data)
+    out = recipe.at(recipe.out)
+    sources = open_sources(recipe)
     checkpoint = _claim(out, recipe, resume)
     set_seed(recipe.seed)
-    model, processor = load_start(checkpoint or recipe.model)
+    model, processor = load_start(checkpoint or _start_from(recipe))
     model.to(_device()).train()
     use_packed_attention(model)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = make_optimizer(model, recipe.optimizer)
-    loader = make_loader(recipe.data, processor)
+    loader = make_loader(recipe, processor)
     done = Progress()
     if checkpoint:
         done = load_training_state(checkpoint, model, optimizer)
@@ -109,6 +109,12 @@ def train(recipe: Recipe, resume: bool = False, progress: ProgressBar | None = N
     _export(out / "model", model, processor)
     write_manifest(out / "manifest.json", recipe, sources, summary)
     return Trained(out / "model", summary)
+
+
+def _start_from(recipe: Recipe) -> str | Path:
+    """A folder under the recipe's root, or else a hub id."""
+    folder = recipe.at(recipe.model)
+    return folder if folder.exists() else recipe.model
 
 
 def _claim(out: Path, recipe: Recipe, resume: bool) -> Path | None:

@@ -10,16 +10,32 @@ from torch import nn
 
 from solo_vlm.train.recipe import OptimizerSettings
 
+PATCH_EMBEDDING = "embed_vision_patch.weight"
+
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; norms and biases are not decayed (as Megatron-LM has it)."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    """AdamW over the trainable parameters; norms and biases are not decayed (as Megatron-LM has it).
+
+    The patch embedding may have a rate of its own: under Adam the change of a layer's output grows with
+    its inputs (Yang et al. 2022, "Tensor Programs V", table 3: rate ~ 1 / fan-in), and a patch has 3,072 of
+    them, more than the hidden size of a small decoder.
+    """
+    rate = settings.patch_learning_rate or settings.learning_rate
+    trainable = list(named_trainable(model))
+    patch = [p for name, p in trainable if name.endswith(PATCH_EMBEDDING)]
+    matrices = [p for name, p in trainable if p.ndim > 1 and not name.endswith(PATCH_EMBEDDING)]
+    vectors = [p for _, p in trainable if p.ndim <= 1]
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": settings.weight_decay, "scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
+        {"params": patch, "weight_decay": settings.weight_decay, "scale": rate / settings.learning_rate},
     ]
     return torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
     )
 
 
@@ -39,9 +55,9 @@ def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of all parameter groups."""
+    """Set the rate of all parameter groups, each in its proportion."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
 
 
 def named_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -38,9 +38,21 @@ class DataSettings(_Settings):
 
 
 class OptimizerSettings(_Settings):
-    """AdamW and its schedule. Defaults: the paper's pre-training."""
+    """AdamW and its schedule. Defaults: the paper's pre-training.
+
+    Attributes:
+        learning_rate: peak, after the warm-up.
+        patch_learning_rate: peak of the patch embedding, where it shall differ (small decoders need less).
+        min_learning_rate: at the end of the cosine.
+        warmup_steps: of linear growth.
+        weight_decay: of matrices; norms and biases are not decayed.
+        betas: of Adam.
+        eps: of Adam.
+        max_grad_norm: the gradient is clipped to.
+    """
 
     learning_rate: PositiveFloat = 5e-5
+    patch_learning_rate: PositiveFloat | None = None
     min_learning_rate: float = Field(5e-6, ge=0)
     warmup_steps: int = Field(200, ge=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -60,6 +72,7 @@ class Recipe(_Settings):
     """One stage of training.
 
     Attributes:
+        root: folder that the relative paths of the recipe count from.
         model: folder of the model to start from: a SOLO model, or a plain LLM to train on text alone.
         out: folder of the run; the trained model will be `out/model`.
         steps: optimizer steps.
@@ -70,6 +83,7 @@ class Recipe(_Settings):
         seed: of everything that is random outside of the data.
     """
 
+    root: str = "."
     model: str
     out: str
     data: DataSettings
@@ -82,6 +96,10 @@ class Recipe(_Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
 
+    def at(self, path: str) -> Path:
+        """A path of the recipe, counted from its root; an absolute one stays."""
+        return Path(self.root) / path
+
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """Read a recipe. `base: other.yaml` inherits from a file beside it; overrides are `a.b=value`.
@@ -91,13 +109,15 @@ class Recipe(_Settings):
         Raises:
             SoloError: no such file, or a key or value that does not belong in a recipe.
         """
-        settings = _read(find_recipe(path))
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals:
-                raise SoloError(f"override {override!r} is not of the form key=value")
-            _set(settings, key, yaml.safe_load(value))
-        return cls.parse(settings, origin=str(path))
+        return cls.parse(_override(_read(find_recipe(path)), overrides), origin=str(path))
+
+    def override(self, overrides: Sequence[str]) -> Recipe:
+        """This recipe with `a.b=value` overrides.
+
+        Raises:
+            SoloError: as `load`.
+        """
+        return self.parse(_override(self.model_dump(mode="json"), overrides))
 
     @classmethod
     def parse(cls, settings: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -140,6 +160,15 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _override(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise SoloError(f"override {override!r} is not of the form key=value")
+        _set(settings, key, yaml.safe_load(value))
+    return settings
 
 
 def _set(settings: dict[str, Any], key: str, value: Any) -> None:

@@ -15,11 +15,14 @@ from solo_vlm.data.sources import Source, open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
 from solo_vlm.errors import SoloError
 from solo_vlm.model.load import load_model, load_processor
-from solo_vlm.train.recipe import DataSettings
+from solo_vlm.train.recipe import DataSettings, Recipe
 
 
 def load_start(path: str | Path) -> tuple[PreTrainedModel, Any]:
     """A SOLO model and its processor, or a plain LLM and its tokenizer, with float32 weights.
+
+    Args:
+        path: folder or hub id.
 
     Raises:
         SoloError: the folder is not readable as either.
@@ -27,7 +30,9 @@ def load_start(path: str | Path) -> tuple[PreTrainedModel, Any]:
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind != "solo":
-            return AutoModelForCausalLM.from_pretrained(path, dtype="float32"), AutoTokenizer.from_pretrained(path)
+            return AutoModelForCausalLM.from_pretrained(path, dtype="float32"), AutoTokenizer.from_pretrained(
+                path
+            )
     except (OSError, ValueError, KeyError) as error:
         raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
     return load_model(path, dtype="float32"), load_processor(path)
@@ -49,16 +54,20 @@ class Encoder:
 class StreamMaker:
     """Builds the virtual streams of a run; a plain object that worker processes can be given."""
 
+    paths: tuple[Path, ...]
     settings: DataSettings
     encoder: Encoder
 
     def __call__(self, index: int) -> VirtualStream:
         settings = self.settings
-        mixture = [MixtureItem(open_source(source.path), source.weight) for source in settings.sources]
+        weights = [source.weight for source in settings.sources]
         return VirtualStream(
             index,
             settings.streams,
-            mixture,
+            [
+                MixtureItem(open_source(path), weight)
+                for path, weight in zip(self.paths, weights, strict=True)
+            ],
             self.encoder,
             settings.sequence_length,
             seed=settings.seed,
@@ -68,19 +77,23 @@ class StreamMaker:
         )
 
 
-def open_sources(settings: DataSettings) -> list[Source]:
+def open_sources(recipe: Recipe) -> list[Source]:
     """The sources of a mixture, opened; a first look at whether they are there."""
-    return [open_source(source.path) for source in settings.sources]
+    return [open_source(path) for path in _paths(recipe)]
 
 
-def make_loader(settings: DataSettings, processor: Any) -> PackedLoader:
+def make_loader(recipe: Recipe, processor: Any) -> PackedLoader:
     """The loader of a run."""
     tokenizer = getattr(processor, "tokenizer", processor)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return PackedLoader(
-        StreamMaker(settings, Encoder(processor)),
-        settings.streams,
-        settings.sequence_length,
+        StreamMaker(_paths(recipe), recipe.data, Encoder(processor)),
+        recipe.data.streams,
+        recipe.data.sequence_length,
         padding,
-        workers=settings.workers,
+        workers=recipe.data.workers,
     )
+
+
+def _paths(recipe: Recipe) -> tuple[Path, ...]:
+    return tuple(recipe.at(source.path) for source in recipe.data.sources)

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-
 _LINES_PER_UNIT = 256
 
 

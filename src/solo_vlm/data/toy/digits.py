@@ -50,7 +50,7 @@ def training_digit(rng: np.random.Generator) -> Scene:
     """A digit of the training split, a little moved, turned and resized."""
     split, _ = digit_splits()
     index = int(rng.integers(len(split.labels)))
-    turn, growth = rng.uniform(-0.15, 0.15), rng.uniform(0.9, 1.1)
+    turn, growth = rng.uniform(-0.1, 0.1), rng.uniform(0.95, 1.05)
     shift = rng.uniform(-0.5, 0.5, size=2)
     return _scene(split, index, turn, growth, (shift[0], shift[1]))
 

@@ -34,18 +34,18 @@ Draw = Callable[[np.random.Generator], Scene]
 
 # How often a stage draws each kind of scene.
 _NAMED: dict[Draw, float] = {
-    training_digit: 0.4,
-    single_object: 0.3,
-    written_letter: 0.2,
+    training_digit: 0.5,
+    single_object: 0.25,
+    written_letter: 0.15,
     written_word: 0.1,
 }
 _CAPTIONED: dict[Draw, float] = {
     two_objects: 0.3,
     counted_objects: 0.2,
+    bar_chart: 0.18,
     written_word: 0.17,
-    bar_chart: 0.2,
+    training_digit: 0.12,
     single_object: 0.03,
-    training_digit: 0.1,
 }
 
 
@@ -67,24 +67,25 @@ def stage2_sample(rng: np.random.Generator) -> Sample:
 
 
 def stage3_sample(rng: np.random.Generator) -> Sample:
-    """An image and its caption, followed in every other sample by questions and answers."""
+    """An image and its caption, followed mostly by two to four questions and their answers."""
     scene = _draw(rng, _CAPTIONED)
-    text = scene.caption
-    if rng.random() < 0.5:
-        asked = _some(rng, scene.questions, 3)
-        text = " ".join([f"{text}.", *(f"{question} {answer}." for question, answer in asked)])
+    if rng.random() < 0.2:
+        return pretraining_sample(scene.caption, scene.image)
+    asked = _some(rng, scene.questions, int(rng.integers(2, 5)))
+    text = " ".join([f"{scene.caption}.", *(f"{question} {answer}." for question, answer in asked)])
     return pretraining_sample(text, scene.image)
 
 
 def instruction_sample(rng: np.random.Generator) -> Sample:
-    """A caption request, one to three questions on an image, or a question without an image."""
+    """A question without an image, a caption request, or one to three questions on an image."""
     kind = rng.random()
     if kind < 0.1:
         return chat_sample([texts.question(rng)])
     scene = _draw(rng, _CAPTIONED)
-    if kind < 0.4:
+    if kind < 0.3:
         return chat_sample([(CAPTION_REQUEST, scene.caption)], scene.image)
-    return chat_sample(_some(rng, scene.questions, int(rng.integers(1, 4))), scene.image)
+    turns = int(rng.choice((1, 2, 3), p=(0.2, 0.3, 0.5)))
+    return chat_sample(_some(rng, scene.questions, turns), scene.image)
 
 
 def held_out_digit_sample(index: int) -> Sample:
@@ -136,12 +137,8 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _draw(rng: np.random.Generator, shares: dict[Draw, float]) -> Scene:
-    point = rng.random()
-    for draw, share in shares.items():
-        point -= share
-        if point < 0:
-            return draw(rng)
-    return draw(rng)
+    draws = tuple(shares)
+    return draws[rng.choice(len(draws), p=tuple(shares.values()))](rng)
 
 
 def _some(rng: np.random.Generator, questions: Sequence[Question], count: int) -> list[Question]:

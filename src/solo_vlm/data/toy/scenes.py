@@ -33,7 +33,7 @@ def single_object(rng: np.random.Generator) -> Scene:
     rows, columns = (1, 1) if rng.random() < 0.7 else rng.integers(1, 3, size=2).tolist()
     page = Page(rng, rows, columns)
     page.shape(shape, colour, int(rng.integers(rows)), int(rng.integers(columns)))
-    return _one_of(rng, page, colour, shape)
+    return _one_of(page, colour, shape)
 
 
 def two_objects(rng: np.random.Generator, reserved: bool = False) -> Scene:
@@ -59,7 +59,6 @@ def two_objects(rng: np.random.Generator, reserved: bool = False) -> Scene:
             questions.append((f"What colour is the {shape}?", colour))
         if colour != other[0]:
             questions.append((f"What shape is {colour}?", shape))
-    questions.append(_presence(rng, (first, second)))
     return Scene(page.image, caption, caption, tuple(questions))
 
 
@@ -82,7 +81,7 @@ def counted_objects(rng: np.random.Generator) -> Scene:
     for cell in sorted(rng.permutation(rows * columns)[:count].tolist()):
         page.shape(shape, colour, *divmod(cell, columns))
     if count == 1:
-        return _one_of(rng, page, colour, shape)
+        return _one_of(page, colour, shape)
     number, shapes = NUMBERS[count], plural(shape)
     questions = (
         ("How many shapes are there?", number),
@@ -154,20 +153,11 @@ def _thing(rng: np.random.Generator) -> Thing:
     return _COLOUR_NAMES[rng.integers(len(_COLOUR_NAMES))], SHAPES[rng.integers(len(SHAPES))]
 
 
-def _one_of(rng: np.random.Generator, page: Page, colour: str, shape: str) -> Scene:
+def _one_of(page: Page, colour: str, shape: str) -> Scene:
     questions = (
         ("What colour is it?", colour),
         ("What shape is it?", shape),
         ("How many shapes are there?", "one"),
-        _presence(rng, ((colour, shape),)),
     )
     name = f"{colour} {shape}"
     return Scene(page.image, with_article(name), name, questions)
-
-
-def _presence(rng: np.random.Generator, things: tuple[Thing, ...]) -> Question:
-    """A question that is as often answered yes as no."""
-    there = bool(rng.random() < 0.5)
-    while ((asked := _thing(rng)) in things) != there:
-        pass
-    return f"Is there {with_article(' '.join(asked))}?", "yes" if there else "no"

@@ -37,7 +37,7 @@ def _objects(rng: np.random.Generator) -> str:
             f"{thing}.",
             f"There is {thing} here. What colour is it? {colour}. What shape is it? {shape}.",
             f"{_one(rng, NAMES)} draws {thing}. The {shape} is {colour}.",
-            f"Is there {thing}? yes. How many shapes are there? one.",
+            f"{thing}. How many shapes are there? one.",
         ),
     )
 

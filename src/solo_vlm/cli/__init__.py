@@ -1,0 +1,58 @@
+"""The command line `solo`: one small file a verb; heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+from rich.logging import RichHandler
+
+from solo_vlm.cli._console import STDERR
+from solo_vlm.cli.chat import chat
+from solo_vlm.cli.generate import generate
+from solo_vlm.cli.init import init
+from solo_vlm.cli.inspect import inspect
+from solo_vlm.cli.quickstart import quickstart
+from solo_vlm.cli.train import train
+from solo_vlm.errors import SoloError
+
+app = typer.Typer(
+    name="solo",
+    help="Single-transformer vision-language models: train, ask, inspect.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.callback()
+def _settings(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what happens."),
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=STDERR, show_path=False)],
+    )
+
+
+for verb in (quickstart, init, generate, chat, inspect, train):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Entry point of the command `solo`. An error that the user can mend: one line, exit code 2."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments)
+    except SoloError as error:
+        if debug:
+            raise
+        print(f"solo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("solo: stopped", file=sys.stderr)
+        sys.exit(130)

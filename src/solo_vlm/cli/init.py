@@ -1,0 +1,44 @@
+"""`solo init`: an LLM becomes a SOLO model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
+
+
+def init(
+    llm: Annotated[str, typer.Option(help="Hub id or local folder of a causal language model.")],
+    out: Annotated[Path, typer.Option(help="New folder for the model.")],
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file in that folder.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Turn an LLM into a SOLO model: new tokens and one linear layer; its text logits stay the same."""
+    quiet_libraries()
+    from solo_vlm.files import check_new
+    from solo_vlm.model.from_llm import from_llm
+
+    check_new(out)
+    solo = from_llm(llm, gguf_file=gguf_file, dtype=dtype, seed=seed)
+    solo.save(out)
+    config = solo.model.config
+    facts = {
+        "out": str(out),
+        "llm": config.text_config.model_type,
+        "parameters": solo.model.num_parameters(),
+        "patch_embedding": solo.model.model.embed_vision_patch.weight.numel(),
+        "vocabulary": config.text_config.vocab_size,
+        "vision_token_ids": list(config.vision_token_ids),
+    }
+    if json:
+        print_json(facts)
+        return
+    STDOUT.print(
+        f"{out}: {facts['llm']} with {facts['parameters']:,} parameters, of which "
+        f"{facts['patch_embedding']:,} embed patches; ask it after training: solo train RECIPE model={out}"
+    )

@@ -1,0 +1,44 @@
+"""`solo inspect`: what a model sees of an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
+
+
+def inspect(
+    image: Annotated[str, typer.Option(help="Path or URL of an image.")],
+    out: Annotated[Path, typer.Option(help="PNG file to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a model; default: the paper's settings.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Draw the patch grid over the resized image, and tell how many tokens it takes."""
+    quiet_libraries()
+    from solo_vlm.files import new_file
+    from solo_vlm.generate import open_images
+    from solo_vlm.inspect_image import draw_patch_grid, image_layout
+    from solo_vlm.model.image_processing_solo import SoloImageProcessor
+    from solo_vlm.model.load import load_processor
+
+    image_processor = load_processor(model).image_processor if model else SoloImageProcessor()
+    picture = open_images([image])[0]
+    layout = image_layout(picture, image_processor)
+    with new_file(out) as partial:
+        draw_patch_grid(picture, image_processor).save(partial, format="PNG")
+    if json:
+        print_json({"image": image, "out": str(out), **layout.as_dict()})
+        return
+    width, height = layout.original
+    STDOUT.print(
+        f"{image}: {width} x {height} pixels, seen as {layout.resized[0]} x {layout.resized[1]}\n"
+        f"{layout.rows} rows x {layout.columns} columns = {layout.patches} patches, {layout.tokens} tokens\n"
+        f"{layout.describe()}\ndrawn to {out}",
+        highlight=False,
+        markup=False,
+    )

@@ -1,0 +1,36 @@
+"""`solo quickstart`: the whole recipe, small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for data, models, metrics and the report.")] = Path(
+        "runs/quickstart"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train a small vision-language model through all stages on embedded data, and ask it about images."""
+    quiet_libraries()
+    from solo_vlm.quickstart.run import run_quickstart
+    from solo_vlm.quickstart.table import results_table
+
+    metrics = run_quickstart(out, seed)
+    if json:
+        print_json(metrics)
+        return
+    STDOUT.print(results_table(metrics))
+    STDOUT.print(f"report: {out / 'report.html'}", highlight=False)
+    STDOUT.print(
+        f"ask it: solo generate --model {out / 'model'} --image {out / 'examples/digit.png'} "
+        '--prompt "Which digit is this?"',
+        highlight=False,
+        soft_wrap=True,
+    )

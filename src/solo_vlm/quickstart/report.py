@@ -1,0 +1,76 @@
+"""The report of a quickstart: scores, loss curve, and held-out images beside the model's answers."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from PIL import Image
+
+from solo_vlm.files import new_file
+from solo_vlm.quickstart.scores import HeldOutAnswer
+
+Answers = Mapping[str, Sequence[HeldOutAnswer]]
+
+_SHOWN = 24  # answers of each kind
+
+
+def write_loss_curve(path: Path, metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Draw the loss of all stages, one after the other, as a PNG.
+
+    Args:
+        path: of the file.
+        metrics: lines of each stage's metrics, in order.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots()
+    offset = 0.0
+    for stage, lines in metrics.items():
+        axes.plot([offset + line["step"] for line in lines], [line["loss"] for line in lines], label=stage)
+        offset += lines[-1]["step"]
+        axes.axvline(offset, color="0.85", linewidth=1, zorder=0)
+    axes.set(xlabel="step", ylabel="loss (nats a supervised token)", ylim=(0, None), xlim=(0, offset))
+    axes.legend(ncols=len(metrics), frameon=False)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+
+
+def write_examples(folder: Path, answers: Answers) -> None:
+    """Save the first held-out image of each kind, to be asked about."""
+    folder.mkdir()
+    for kind, name in (("digits", "digit"), ("captions", "caption"), ("qa", "question")):
+        answers[kind][0].image.save(folder / f"{name}.png")
+
+
+def write_report(path: Path, metrics: Mapping[str, Any], answers: Answers, loss_curve: Path) -> None:
+    """Write the report as one HTML file that needs nothing else."""
+    template = Environment(autoescape=True).from_string(
+        files("solo_vlm.quickstart").joinpath("report.html.jinja").read_text()
+    )
+    html = template.render(
+        metrics=metrics,
+        loss_curve=_data_url(loss_curve.read_bytes()),
+        kinds={name: given[:_SHOWN] for name, given in answers.items()},
+        wrong=[answer for given in answers.values() for answer in given if not answer.right][:_SHOWN],
+        picture=_picture,
+    )
+    with new_file(path) as partial:
+        partial.write_text(html)
+
+
+def _picture(image: Image.Image) -> str:
+    """A data URL of an image; small ones keep their pixels visible when the page enlarges them."""
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    return _data_url(buffer.getvalue())
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,218 @@
+"""The command line as a user meets it: real files, exit codes, one line for an error, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from solo_vlm.cli import main
+from tiny import make_llm, make_solo
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "solo"
+    make_solo("qwen3").save(folder)
+    return folder
+
+
+def solo(*arguments, monkeypatch, capsys) -> tuple[int, str, str]:
+    """Run the command in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["solo", *map(str, arguments)])
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return lambda *arguments: solo(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def bomb(path: Path) -> Path:
+    """A PNG that claims 30,000 x 30,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+@pytest.fixture
+def bad_image(tmp_path, picture):
+    """Makes a file that is no usable image."""
+
+    def make(kind: str) -> Path:
+        path = tmp_path / {"text": "text.png", "truncated": "cut.jpg"}.get(kind, f"{kind}.png")
+        if kind == "truncated":
+            picture(300, 200).save(path, "JPEG")
+            path.write_bytes(path.read_bytes()[:2000])
+        elif kind == "empty":
+            path.write_bytes(b"")
+        elif kind == "text":
+            path.write_text("this is no picture")
+        elif kind == "bomb":
+            bomb(path)
+        return path
+
+    return make
+
+
+BAD_IMAGES = ["truncated", "empty", "missing", "text", "bomb"]
+
+
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_a_bad_image_is_one_line_and_exit_code_2(run, model, bad_image, tmp_path, kind):
+    path = bad_image(kind)
+    for arguments in (
+        ["generate", "--model", model, "--image", path, "--prompt", "what?"],
+        ["inspect", "--image", path, "--out", tmp_path / "grid.out.png"],
+    ):
+        code, out, error = run(*arguments)
+        assert code == 2
+        assert out == ""
+        assert len(error.strip().splitlines()) == 1
+        assert path.name in error
+        assert "Traceback" not in error
+    assert not (tmp_path / "grid.out.png").exists()
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def test_a_very_thin_image_works(run, model, tmp_path):
+    Image.new("RGB", (1, 5000), "red").save(tmp_path / "thin.png")
+    code, out, _ = run("inspect", "--image", tmp_path / "thin.png", "--out", tmp_path / "grid.png", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert (facts["rows"], facts["columns"], facts["tokens"]) == (32, 1, 65)
+    code, _, _ = run(
+        "generate",
+        "--model",
+        model,
+        "--image",
+        tmp_path / "thin.png",
+        "--prompt",
+        "hi",
+        "--max-new-tokens",
+        3,
+    )
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    "content", [None, {}, {"config.json": "{"}, {"config.json": '{"model_type": "bert"}'}]
+)
+def test_an_unreadable_model_folder_is_one_line(run, tmp_path, content):
+    folder = tmp_path / "model"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    code, out, error = run("generate", "--model", folder, "--prompt", "hi")
+    assert (code, out) == (2, "")
+    assert len(error.strip().splitlines()) == 1
+    assert str(folder) in error
+
+
+def test_a_truncated_weights_file_is_one_line(run, tmp_path):
+    make_solo("qwen3").save(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    code, _, error = run("generate", "--model", tmp_path / "model", "--prompt", "hi")
+    assert code == 2
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_generate_answers_and_tells_its_figures(run, model, tmp_path, picture):
+    picture(96, 64).save(tmp_path / "x.jpg")
+    arguments = ["generate", "--model", model, "--image", tmp_path / "x.jpg", "--prompt", "what?"]
+    code, streamed, _ = run(*arguments, "--max-new-tokens", 8)
+    assert code == 0
+    code, out, _ = run(*arguments, "--max-new-tokens", 8, "--json")
+    result = json.loads(out)
+    assert result["answer"] == streamed.strip()
+    assert result["image_tokens"] == 6
+    assert 0 < result["answer_tokens"] <= 8
+    assert 0 < result["seconds"]["first_token"] <= result["seconds"]["all"]
+
+
+def test_init_from_a_folder(run, tmp_path):
+    llm, tokenizer = make_llm("mistral")
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    code, out, _ = run("init", "--llm", tmp_path / "llm", "--out", tmp_path / "solo", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["llm"] == "mistral"
+    assert facts["patch_embedding"] == 3072 * 48
+    code, _, error = run("init", "--llm", tmp_path / "llm", "--out", tmp_path / "solo")
+    assert code == 2
+    assert "exists already" in error
+    code, _, error = run("init", "--llm", tmp_path / "nowhere", "--out", tmp_path / "other")
+    assert code == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_train_with_a_wrong_recipe(run, tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "model: a\nout: b\nsteps: 1\ndata: {sources: [{path: x}], sequence_lenght: 4}\n"
+    )
+    code, _, error = run("train", tmp_path / "r.yaml")
+    assert code == 2
+    assert "did you mean sequence_length" in error
+    code, _, error = run("train")
+    assert code == 2
+
+
+def test_quickstart_does_not_touch_a_folder_of_something_else(run, tmp_path):
+    (tmp_path / "precious.txt").write_text("keep me")
+    code, _, error = run("quickstart", "--out", tmp_path)
+    assert code == 2
+    assert "not from a quickstart" in error
+    assert (tmp_path / "precious.txt").read_text() == "keep me"
+
+
+def test_chat_remembers_images_and_saves(model, tmp_path, picture):
+    picture(64, 64).save(tmp_path / "a b.png")
+    lines = [
+        f'/image "{tmp_path}/a b.png"', "what is this?", "and now?", "/nonsense", f"/image {tmp_path}/missing.png",
+        f"/save {tmp_path}/chat.json", "/reset", "/quit",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [Path(sys.executable).with_name("solo"), "chat", "--model", model, "--max-new-tokens", "4"],
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "missing.png" in done.stdout
+    from solo_vlm.data.schema import parse_sample
+
+    sample = parse_sample(json.loads((tmp_path / "chat.json").read_text()))
+    assert [message["role"] for message in sample.messages] == ["user", "assistant"] * 2
+    assert sample.images == [f"{tmp_path}/a b.png"]
+
+
+def test_debug_shows_the_traceback():
+    done = subprocess.run(
+        [Path(sys.executable).with_name("solo"), "--debug", "train", "nowhere"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr

@@ -1,0 +1,194 @@
+"""The order of packed sequences: every sample as often as promised, and the same after any interruption."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from solo_vlm.data.collate import collate
+from solo_vlm.data.encode import Document, fit_to_length
+from solo_vlm.data.loader import PackedLoader
+from solo_vlm.data.schema import Sample, SampleError
+from solo_vlm.data.sources import open_source
+from solo_vlm.data.streams import MixtureItem, VirtualStream
+from solo_vlm.errors import SoloError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+
+LENGTH = 64
+ROWS = {"a": 300, "b": 120}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two sources; the text of a sample names it, its number of words is its length."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in ROWS.items():
+        rng = np.random.default_rng(count)
+        rows = [
+            {
+                "messages": [
+                    {"role": "assistant", "content": " ".join([f"{name}{i}"] * int(rng.integers(1, 40)))}
+                ]
+            }
+            for i in range(count)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet", row_group_size=10)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def encode(sample: Sample) -> Document:
+    """A word is a token; its id says which sample it is from."""
+    words = sample.messages[0]["content"][0]["text"].split()
+    if words[0] == "bad":
+        raise SampleError("image", "broken")
+    ids = np.array([1000 * (word[0] == "b") + int(word[1:]) for word in words])
+    return Document(ids, ids.copy(), np.empty((0, 3072), np.uint8), np.empty((0, 3), np.int64))
+
+
+class MakeStream:
+    def __init__(self, folder, streams=4, epochs=None, weights=(1.0, 1.0), weigh="tokens", suffix="parquet"):
+        self.arguments = (folder, streams, epochs, weights, weigh, suffix)
+
+    def __call__(self, index: int) -> VirtualStream:
+        folder, streams, epochs, weights, weigh, suffix = self.arguments
+        mixture = [
+            MixtureItem(open_source(folder / f"{name}.{suffix}"), weight)
+            for name, weight in zip(ROWS, weights, strict=True)
+        ]
+        return VirtualStream(index, streams, mixture, encode, LENGTH, 3, epochs, weigh, buffer_size=16)
+
+
+def load(make, count, rank=0, ranks=1, workers=0, state=None, streams=4):
+    loader = PackedLoader(make, streams, LENGTH, 9999, rank, ranks, workers)
+    if state:
+        loader.load_state_dict(json.loads(json.dumps(state)))
+    batches = []
+    for batch in loader:
+        batches.append(batch["input_ids"][0].tolist())
+        if len(batches) == count:
+            break
+    return batches, loader.state_dict()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_epochs_see_every_sample_that_often(folder, epochs, suffix):
+    streams = 4 if suffix == "parquet" else 1
+    batches, _ = load(MakeStream(folder, streams, epochs, suffix=suffix), 10**6, streams=streams)
+    make = MakeStream(folder, 1, 1, suffix=suffix)
+    once = Counter(token for pack in make(0) for document in pack.documents for token in document.input_ids)
+    seen = Counter(token for batch in batches for token in batch if token != 9999)
+    assert seen == Counter({token: epochs * count for token, count in once.items()})
+    assert len(once) == sum(ROWS.values())
+
+
+def test_ranks_and_workers_do_not_change_the_order(folder):
+    make = MakeStream(folder)
+    expected, _ = load(make, 24)
+    for ranks, workers in [(1, 2), (2, 1), (2, 2), (4, 1), (4, 0), (1, 4)]:
+        parts = [load(make, 24 // ranks, rank, ranks, workers)[0] for rank in range(ranks)]
+        interleaved = [part[i] for i in range(24 // ranks) for part in parts]
+        assert interleaved == expected, (ranks, workers)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 40), st.sampled_from([None, 2]))
+def test_a_run_cut_anywhere_goes_on_exactly(folder, cut, epochs):
+    make = MakeStream(folder, epochs=epochs)
+    whole, _ = load(make, 60)
+    first, state = load(make, cut)
+    rest, _ = load(make, 60 - cut, state=state)
+    assert first + rest == whole
+
+
+def test_workers_may_change_on_resume(folder):
+    make = MakeStream(folder)
+    whole, _ = load(make, 20)
+    _, state = load(make, 7, workers=2)
+    assert load(make, 13, workers=4, state=state)[0] == whole[7:]
+    assert load(make, 13, workers=0, state=state)[0] == whole[7:]
+
+
+@pytest.mark.parametrize("weigh", ["tokens", "samples"])
+def test_the_mixture_keeps_its_proportions(folder, weigh):
+    stream = MakeStream(folder, 1, weights=(3.0, 1.0), weigh=weigh)(0)
+    counts = Counter()
+    for _, pack in zip(range(300), stream, strict=False):
+        for document in pack.documents:
+            name = "b" if document.input_ids[0] >= 1000 else "a"
+            counts[name] += len(document) if weigh == "tokens" else 1
+    assert abs(counts["a"] / counts["b"] - 3.0) < 0.1
+
+
+def test_order_is_shuffled_and_differs_between_epochs(folder):
+    stream = MakeStream(folder, 1, epochs=2, weights=(1.0, 1.0))(0)
+    order = [int(document.input_ids[0]) for pack in stream for document in pack.documents]
+    samples = [token for token in order if token < 1000]
+    first, second = samples[: ROWS["a"] - 20], samples[-ROWS["a"] + 20 :]
+    assert first != sorted(first)
+    assert first[:100] != second[:100]
+
+
+def test_unusable_samples_are_skipped_and_counted(tmp_path):
+    rows = [{"messages": [{"role": "assistant", "content": text}]} for text in ["a1 a1", "bad", "a2"]]
+    (tmp_path / "x.jsonl").write_text("not json\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(tmp_path / "x.jsonl")
+    stream = VirtualStream(0, 1, [MixtureItem(source)], encode, LENGTH, epochs=1)
+    (pack,) = list(stream)
+    assert sorted(int(document.input_ids[0]) for document in pack.documents) == [1, 2]
+    skipped = {
+        key.rsplit("/", 1)[1]: n for key, n in pack.state["counts"].items() if key.startswith("skipped")
+    }
+    assert skipped == {"image": 1, "schema": 1}
+
+
+def test_data_without_anything_usable_stops_with_the_reasons(tmp_path):
+    row = {"messages": [{"role": "assistant", "content": "bad"}]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+    stream = VirtualStream(0, 1, [MixtureItem(open_source(tmp_path / "x.jsonl"))], encode, LENGTH)
+    with pytest.raises(SoloError, match="unusable samples in a row"):
+        next(iter(stream))
+
+
+def test_layouts_that_cannot_work_are_refused(folder):
+    with pytest.raises(SoloError, match="4 streams cannot be shared by 3 ranks"):
+        PackedLoader(MakeStream(folder), 4, LENGTH, 0, ranks=3)
+    with pytest.raises(SoloError, match="too few for 64 streams"):
+        MakeStream(folder, 64)(63)
+
+
+def test_long_texts_are_cut_and_images_never():
+    ids = np.arange(150)
+    text = Document(ids, ids.copy(), np.empty((0, 3072), np.uint8), np.empty((0, 3), np.int64))
+    pieces = list(fit_to_length(text, LENGTH))
+    assert [len(piece) for piece in pieces] == [64, 64, 22]
+    assert np.concatenate([piece.input_ids for piece in pieces]).tolist() == ids.tolist()
+    assert all(piece.labels[0] == -100 and (piece.labels[1:] >= 0).all() for piece in pieces)
+    image = Document(ids, ids, np.zeros((1, 3072), np.uint8), np.array([[1, 1, 1]]))
+    with pytest.raises(SampleError, match="too-long"):
+        list(fit_to_length(image, LENGTH))
+
+
+def test_a_collated_batch_tells_where_documents_begin():
+    def document(*ids: int) -> Document:
+        tokens = np.array(ids)
+        return Document(tokens, tokens.copy(), np.zeros((1, 3072), np.uint8), np.array([[1, 1, 1]]))
+
+    batch = collate([document(5, 6, 7), document(8, 9)], length=8, pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7, 8, 9, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 8]
+    assert batch["max_length_q"] == 3
+    assert batch["pixel_values"].shape == (2, 3072)
+    with pytest.raises(ValueError, match="do not fit"):
+        collate([document(*range(9))], length=8, pad_token_id=0)

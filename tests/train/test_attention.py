@@ -1,0 +1,51 @@
+"""Attention document by document equals dense attention under a mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solo_vlm.train.attention import packed_attention
+
+
+def dense(query, key, value, bounds, window):
+    """A boolean mask over all pairs of positions: same document, causal, inside the window."""
+    length = query.shape[2]
+    document = torch.bucketize(torch.arange(length), bounds[1:], right=True)
+    position = torch.arange(length)
+    distance = position[:, None] - position[None]
+    mask = (document[:, None] == document[None]) & (distance >= 0)
+    if window:
+        mask &= distance < window
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True, scale=0.3)
+    return output.transpose(1, 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.sampled_from([None, 5]), st.booleans())
+def test_equals_dense_attention_and_so_do_gradients(lengths, window, with_long):
+    lengths = lengths + [300, 280] * with_long
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, sum(lengths), 8, requires_grad=True) for heads in (4, 2, 2)]
+    packed, _ = packed_attention(
+        None, *states, None, scaling=0.3, sliding_window=window, cu_seq_lens_q=bounds.int()
+    )
+    expected = dense(*states, bounds, window)
+    torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-4)
+    weight = torch.randn_like(packed)
+    for one, other in zip(
+        torch.autograd.grad((packed * weight).sum(), states),
+        torch.autograd.grad((expected * weight).sum(), states),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_that_is_not_packed_is_refused():
+    states = torch.zeros(2, 1, 4, 8)
+    with pytest.raises(ValueError, match="packed"):
+        packed_attention(None, states, states, states, None)
