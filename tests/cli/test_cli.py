@@ -190,9 +190,15 @@ def test_quickstart_does_not_touch_a_folder_of_something_else(run, tmp_path):
 def test_chat_remembers_images_and_saves(model, tmp_path, picture):
     picture(64, 64).save(tmp_path / "a b.png")
     lines = [
-        f'/image "{tmp_path}/a b.png"', "what is this?", "and now?", "/nonsense", f"/image {tmp_path}/missing.png",
-        f"/save {tmp_path}/chat.json", "/reset", "/quit",
-    ]  # fmt: skip
+        f'/image "{tmp_path}/a b.png"',
+        "what is this?",
+        "and now?",
+        "/nonsense",
+        f"/image {tmp_path}/missing.png",
+        f"/save {tmp_path}/chat.json",
+        "/reset",
+        "/quit",
+    ]
     done = subprocess.run(
         [Path(sys.executable).with_name("solo"), "chat", "--model", model, "--max-new-tokens", "4"],
         input="\n".join(lines) + "\n",

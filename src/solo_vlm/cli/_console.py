@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 STDERR = Console(stderr=True)
-STDOUT = Console()
+STDOUT = Console(soft_wrap=True)  # a path that wraps cannot be copied
 
 
 def print_json(value: Any) -> None:

@@ -15,6 +15,9 @@ def quickstart(
         "runs/quickstart"
     ),
     seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
+    fraction: Annotated[
+        float, typer.Option(min=0.001, max=1.0, help="Share of the training steps, for a first look.")
+    ] = 1.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train a small vision-language model through all stages on embedded data, and ask it about images."""
@@ -22,15 +25,14 @@ def quickstart(
     from solo_vlm.quickstart.run import run_quickstart
     from solo_vlm.quickstart.table import results_table
 
-    metrics = run_quickstart(out, seed)
+    metrics = run_quickstart(out, seed, fraction)
     if json:
         print_json(metrics)
         return
     STDOUT.print(results_table(metrics))
     STDOUT.print(f"report: {out / 'report.html'}", highlight=False)
     STDOUT.print(
-        f"ask it: solo generate --model {out / 'model'} --image {out / 'examples/digit.png'} "
+        f"ask it: solo generate --model {out / 'sft/model'} --image {out / 'examples/digit.png'} "
         '--prompt "Which digit is this?"',
         highlight=False,
-        soft_wrap=True,
     )

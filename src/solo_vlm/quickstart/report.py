@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment
 from PIL import Image
 
@@ -33,13 +34,22 @@ def write_loss_curve(path: Path, metrics: Mapping[str, Sequence[Mapping[str, flo
     axes = figure.subplots()
     offset = 0.0
     for stage, lines in metrics.items():
-        axes.plot([offset + line["step"] for line in lines], [line["loss"] for line in lines], label=stage)
+        steps = [offset + line["step"] for line in lines]
+        losses = np.array([line["loss"] for line in lines])
+        (faint,) = axes.plot(steps, losses, linewidth=0.6, alpha=0.3)
+        axes.plot(steps, _smooth(losses), color=faint.get_color(), label=stage)
         offset += lines[-1]["step"]
         axes.axvline(offset, color="0.85", linewidth=1, zorder=0)
     axes.set(xlabel="step", ylabel="loss (nats a supervised token)", ylim=(0, None), xlim=(0, offset))
     axes.legend(ncols=len(metrics), frameon=False)
     with new_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
+
+
+def _smooth(losses: np.ndarray, window: int = 9) -> np.ndarray:
+    """Mean over a window that narrows towards both ends."""
+    half = np.minimum(window // 2, np.minimum(np.arange(len(losses)), np.arange(len(losses))[::-1]))
+    return np.array([losses[i - h : i + h + 1].mean() for i, h in enumerate(half)])
 
 
 def write_examples(folder: Path, answers: Answers) -> None:

@@ -25,7 +25,19 @@ class SourceSettings(_Settings):
 
 
 class DataSettings(_Settings):
-    """What the model reads. Defaults: the paper's packing (sequences of 32,768 tokens)."""
+    """What the model reads. Defaults: the paper's packing (sequences of 32,768 tokens).
+
+    Attributes:
+        sources: files, folders or glob patterns of .parquet or .jsonl, with their weights.
+        sequence_length: tokens in a packed sequence.
+        weigh: whether weights are shares of tokens or of samples.
+        epochs: passes over each source; none: without end.
+        streams: virtual streams; ranks and workers must divide them, and every source needs as many row
+            groups.
+        workers: processes a rank that read ahead; 0 reads in the training process.
+        packing_buffer: documents to choose from when packing.
+        seed: of the order.
+    """
 
     sources: list[SourceSettings] = Field(min_length=1)
     sequence_length: PositiveInt = 32768

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+
+from solo_vlm.data.samples_file import write_samples
 
 from .digits import HELD_OUT_DIGITS
 from .samples import (
@@ -23,23 +23,7 @@ from .samples import (
     text_sample,
 )
 
-_ROW_GROUP = 256
 _HELD_OUT_SEED = 2024
-
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "messages": pa.list_(
-            pa.struct(
-                {
-                    "role": pa.string(),
-                    "content": pa.list_(pa.struct({"type": pa.string(), "text": pa.string()})),
-                }
-            )
-        ),
-        "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})),
-    }
-)
 
 
 def write_toy_data(
@@ -104,13 +88,4 @@ def _images(sample: Sample) -> list[bytes]:
 
 
 def _write(path: Path, samples: Iterable[Sample]) -> int:
-    """Writes the samples under a temporary name, then renames: no half a file is ever seen."""
-    unfinished = path.with_name(path.name + ".tmp")
-    numbered = ({**sample, "id": f"{path.stem}-{i}"} for i, sample in enumerate(samples))
-    count = 0
-    with pq.ParquetWriter(unfinished, SCHEMA) as writer:
-        while rows := list(itertools.islice(numbered, _ROW_GROUP)):
-            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-            count += len(rows)
-    unfinished.replace(path)
-    return count
+    return write_samples(path, ({**sample, "id": f"{path.stem}-{i}"} for i, sample in enumerate(samples)))
