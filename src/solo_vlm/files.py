@@ -10,6 +10,8 @@ from pathlib import Path
 
 from solo_vlm.errors import SoloError
 
+_PREFIX = ".partial-"
+
 
 def check_new(path: Path) -> None:
     """Make sure that a folder can be made there, before long work begins.
@@ -54,6 +56,12 @@ def new_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what processes that were killed have left in a folder."""
+    for path in folder.glob(f"{_PREFIX}*"):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
 def _partial(path: Path) -> Path:
     # The suffix stays last, for writers that choose a format by it.
-    return path.with_name(f".partial-{os.getpid()}-{path.name}")
+    return path.with_name(f"{_PREFIX}{os.getpid()}-{path.name}")

@@ -146,17 +146,18 @@ def test_unusable_samples_are_skipped_and_counted(tmp_path):
     (pack,) = list(stream)
     assert sorted(int(document.input_ids[0]) for document in pack.documents) == [1, 2]
     skipped = {
-        key.rsplit("/", 1)[1]: n for key, n in pack.state["counts"].items() if key.startswith("skipped")
+        key.rsplit("/", 1)[1]: n for key, n in pack.state["counts"].items() if key.startswith("skipped/")
     }
-    assert skipped == {"image": 1, "schema": 1}
+    assert skipped == {"image": 1, "json": 1}
 
 
 def test_data_without_anything_usable_stops_with_the_reasons(tmp_path):
     row = {"messages": [{"role": "assistant", "content": "bad"}]}
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     stream = VirtualStream(0, 1, [MixtureItem(open_source(tmp_path / "x.jsonl"))], encode, LENGTH)
-    with pytest.raises(SoloError, match="unusable samples in a row"):
+    with pytest.raises(SoloError, match="11 of 11 samples cannot be used") as error:
         next(iter(stream))
+    assert "x.jsonl, block at byte 0, row 0: image: broken" in str(error.value)
 
 
 def test_layouts_that_cannot_work_are_refused(folder):

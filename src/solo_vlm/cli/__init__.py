@@ -11,6 +11,8 @@ from rich.logging import RichHandler
 
 from solo_vlm.cli._console import STDERR
 from solo_vlm.cli.chat import chat
+from solo_vlm.cli.convert import app as convert
+from solo_vlm.cli.data import app as data
 from solo_vlm.cli.generate import generate
 from solo_vlm.cli.init import init
 from solo_vlm.cli.inspect import inspect
@@ -41,6 +43,8 @@ def _settings(
 
 for verb in (quickstart, init, generate, chat, inspect, train):
     app.command()(verb)
+app.add_typer(data, name="data")
+app.add_typer(convert, name="convert")
 
 
 def main() -> None:

@@ -101,6 +101,10 @@ class PackedLoader:
                 totals[name] = totals.get(name, 0) + count
         return totals
 
+    def skipped(self) -> list[dict[str, str]]:
+        """Samples that could not be used, the first of each stream: where they are, and what is wrong."""
+        return [entry for state in self._states.values() for entry in state["skipped"]]
+
 
 class _PackedDataset(IterableDataset[LoadedBatch]):
     """Reads its streams in turn; a worker reads every workers-th of them."""

@@ -27,7 +27,8 @@ Key = tuple[int, int, int, int]  # source, unit, row, piece of a long text
 Encode = Callable[[Sample], Document]
 
 _SHUFFLED_UNITS = 4  # units that a stream reads from at a time, a row from either by chance
-_HOPELESS = 1000  # unusable samples in a row
+_LISTED = 20  # skipped samples that a stream names; it counts all
+_TOLERATED_FROM = 1000  # samples: with fewer, a fraction of them says little
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class VirtualStream:
         epochs: passes over each source; None: without end.
         weigh: what weights count, "samples" or "tokens".
         buffer_size: documents that the packer may hold back.
+        max_skipped: fraction of samples that may be unusable before the run stops.
 
     Raises:
         SoloError: a source has fewer units than there are streams.
@@ -79,12 +81,14 @@ class VirtualStream:
         epochs: int | None = None,
         weigh: Literal["samples", "tokens"] = "tokens",
         buffer_size: int = 128,
+        max_skipped: float = 0.01,
     ) -> None:
         self._index = index
         self._mixture = list(mixture)
         self._encode = encode
         self._length = length
         self._weigh = weigh
+        self._max_skipped = max_skipped
         self._cursors = [
             _Cursor(item.source, index, streams, f"{seed}/{number}", epochs)
             for number, item in enumerate(mixture)
@@ -93,6 +97,7 @@ class VirtualStream:
         self._packer: BestFitPacker[tuple[Key, Document]] = BestFitPacker(length, buffer_size)
         self._pieces: deque[tuple[Key, Document]] = deque()
         self._counts: Counter[str] = Counter()
+        self._skipped: list[dict[str, str]] = []
 
     def __iter__(self) -> Iterator[PackedSequence]:
         while (pack := self._next_pack()) is not None:
@@ -111,6 +116,7 @@ class VirtualStream:
             "waiting": [list(key) for key, _ in self._packer.waiting],
             "pieces": [list(key) for key, _ in self._pieces],
             "counts": dict(self._counts),
+            "skipped": list(self._skipped),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -126,6 +132,7 @@ class VirtualStream:
         )
         self._pieces = deque(self._read_again(state["pieces"]))
         self._counts = Counter(state["counts"])
+        self._skipped = list(state["skipped"])
 
     def _next_pack(self) -> list[tuple[Key, Document]] | None:
         while self._pieces or self._draw():
@@ -136,7 +143,7 @@ class VirtualStream:
 
     def _draw(self) -> bool:
         """Encode the next sample of the mixture that can be used; False where all sources have run out."""
-        for _ in range(_HOPELESS):
+        while True:
             behind = [
                 (served / item.weight, number)
                 for number, (served, item) in enumerate(zip(self._served, self._mixture, strict=True))
@@ -145,23 +152,38 @@ class VirtualStream:
             if not behind:
                 return False
             number = min(behind)[1]
-            unit, row, raw = self._cursors[number].next_row()
+            unit, row = self._cursors[number].next_key()
             self._counts["samples"] += 1
             try:
-                pieces = list(fit_to_length(self._encode(parse_sample(raw)), self._length))
+                pieces = self._pieces_of(number, unit, row)
             except SampleError as error:
-                self._counts[f"skipped/{self._mixture[number].source.name}/{error.reason}"] += 1
+                self._skip(self._mixture[number].source, unit, row, error)
                 continue
             self._served[number] += sum(map(len, pieces)) if self._weigh == "tokens" else 1
             self._pieces.extend(((number, unit, row, piece), doc) for piece, doc in enumerate(pieces))
             return True
-        raise SoloError(f"{_HOPELESS} unusable samples in a row: {dict(self._counts)}")
+
+    def _pieces_of(self, number: int, unit: int, row: int) -> list[Document]:
+        sample = parse_sample(self._cursors[number].row(unit, row))
+        return list(fit_to_length(self._encode(sample), self._length))
+
+    def _skip(self, source: Source, unit: int, row: int, error: SampleError) -> None:
+        """Count a sample that cannot be used; stop the run where there are too many."""
+        self._counts["skipped"] += 1
+        self._counts[f"skipped/{source.name}/{error.reason}"] += 1
+        if len(self._skipped) < _LISTED:
+            self._skipped.append({"where": source.where(unit, row), "error": str(error)})
+        skipped, samples = self._counts["skipped"], self._counts["samples"]
+        if skipped > self._max_skipped * max(samples, _TOLERATED_FROM):
+            listed = "".join(f"\n  {entry['where']}: {entry['error']}" for entry in self._skipped)
+            raise SoloError(
+                f"{skipped} of {samples} samples cannot be used, more than data.max_skipped = "
+                f"{self._max_skipped:g} allows:{listed}"
+            )
 
     def _read_again(self, keys: Sequence[Sequence[int]]) -> Iterator[tuple[Key, Document]]:
         for number, unit, row, piece in keys:
-            raw = self._cursors[number].row(unit, row)
-            pieces = list(fit_to_length(self._encode(parse_sample(raw)), self._length))
-            yield (number, unit, row, piece), pieces[piece]
+            yield (number, unit, row, piece), self._pieces_of(number, unit, row)[piece]
 
 
 class _Cursor:
@@ -189,26 +211,28 @@ class _Cursor:
     def exhausted(self) -> bool:
         return not self._open
 
-    def next_row(self) -> tuple[int, int, dict[str, Any]]:
-        """(unit, row, raw sample); the rows of an epoch come in a shuffled order, each once."""
+    def next_key(self) -> tuple[int, int]:
+        """(unit, row) of the next sample; the rows of an epoch come in a shuffled order, each once."""
         chosen = _chance(f"{self._seed}/{self._drawn}") % len(self._open)
         unit, done = self._open[chosen]
-        rows = self._rows(unit)
+        count = len(self._rows(unit))
         if unit not in self._row_orders:
-            self._row_orders[unit] = self._order(f"rows/{unit}", len(rows))
+            self._row_orders[unit] = self._order(f"rows/{unit}", count)
         row = int(self._row_orders[unit][done])
-        raw = rows[row]
         self._drawn += 1
         self._open[chosen][1] += 1
-        if done + 1 == len(rows):
+        if done + 1 == count:
             self._open.pop(chosen)
             self._row_orders.pop(unit)
-            self._cache.pop(unit)
             self._fill()
-        return unit, row, raw
+        return unit, row
 
     def row(self, unit: int, row: int) -> dict[str, Any]:
-        """A row by its key, out of order."""
+        """The raw sample of a key.
+
+        Raises:
+            SampleError: the file is broken there.
+        """
         return self._rows(unit)[row]
 
     def state_dict(self) -> State:

@@ -1,4 +1,4 @@
-"""Chat templates: the paper's own for base models, and a wrapper that lets any LLM's take images."""
+"""Chat templates: the paper's own for base models, the release's, and a wrapper that lets any take images."""
 
 from __future__ import annotations
 
@@ -14,6 +14,27 @@ SOLO_CHAT_TEMPLATE = """\
     {{- '[INST] ' + ns.system + message['content'] + ' [/INST]' -}}
     {%- set ns.system = '' -%}
   {%- elif message['role'] == 'assistant' -%}
+    {%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+  {%- else -%}
+    {{- raise_exception("roles are 'system', 'user' and 'assistant', not '" + message['role'] + "'") -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+# What SOLO-7B was fine-tuned with: the same, but a turn's images stand before it (the first turn's before
+# <s>), and white space around a question is cut.
+_RELEASE_CHAT_TEMPLATE = """\
+{%- set ns = namespace(system='', bos=bos_token or '') -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'system' -%}
+    {%- set ns.system = message['content'] + '\\n' -%}
+  {%- elif message['role'] == 'user' -%}
+    {{- 'IMAGE_TOKEN' * message['content'].count('IMAGE_TOKEN') + ns.bos -}}
+    {{- '[INST] ' + (ns.system + message['content'].replace('IMAGE_TOKEN', '')).strip() + ' [/INST]' -}}
+    {%- set ns.system = '' -%}
+    {%- set ns.bos = '' -%}
+  {%- elif message['role'] == 'assistant' -%}
+    {{- ns.bos -}}{%- set ns.bos = '' -%}
     {%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
   {%- else -%}
     {{- raise_exception("roles are 'system', 'user' and 'assistant', not '" + message['role'] + "'") -}}
@@ -51,3 +72,8 @@ def with_images(chat_template: str, image_token: str) -> str:
         image_token: placeholder that an image part becomes; the processor expands it.
     """
     return _FLATTEN_CONTENT.replace("IMAGE_TOKEN", image_token) + chat_template
+
+
+def release_chat_template(image_token: str) -> str:
+    """The chat template of the layout "release"; see `SoloProcessor`."""
+    return with_images(_RELEASE_CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token), image_token)

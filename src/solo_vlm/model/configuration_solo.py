@@ -8,6 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
+from .release_solo import config_from_release, is_release
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -54,6 +56,12 @@ class SoloConfig(PreTrainedConfig):
         # Decoders keep this flag themselves; the composed model must agree with it, or it would untie them.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers' method; the release's own `config.json` is understood, too."""
+        settings, kwargs = super().get_config_dict(*args, **kwargs)
+        return config_from_release(settings) if is_release(settings) else settings, kwargs
 
     @property
     def patch_dim(self) -> int:

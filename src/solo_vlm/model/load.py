@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from solo_vlm.errors import SoloError
 from solo_vlm.model.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.model.processing_solo import SoloProcessor
+from solo_vlm.model.release_solo import is_release
 
 
 def load_model(
@@ -18,7 +20,7 @@ def load_model(
     """A SOLO model in evaluation mode.
 
     Args:
-        path: folder or hub id.
+        path: folder or hub id; one of the release is read as it is.
         dtype: "auto" (as stored) or a torch dtype's name.
         device: default: the accelerator if there is one.
 
@@ -27,16 +29,42 @@ def load_model(
     """
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     model = _load(SoloForConditionalGeneration, path, dtype=kind)
+    if _is_release(path):
+        _use_release_vocabulary(model, path)
     return model.to(device or _default_device()).eval()
 
 
 def load_processor(path: str | Path) -> SoloProcessor:
-    """The processor that belongs to a SOLO model.
+    """The processor that belongs to a SOLO model; for the release's own folder, one in its layout.
 
     Raises:
         SoloError: nothing readable is there.
     """
+    if _is_release(path):
+        from solo_vlm.model.convert.project_folder import release_processor
+        from solo_vlm.model.convert.tokenizer import release_tokenizer
+
+        return release_processor(release_tokenizer(path), patch_size=32, layout="release")
     return _load(SoloProcessor, path)
+
+
+def _use_release_vocabulary(model: SoloForConditionalGeneration, path: str | Path) -> None:
+    """Vision ids as the tokenizer, if there is one, has them, and generation without those tokens."""
+    from solo_vlm.model.convert.project_folder import generation_config
+    from solo_vlm.model.convert.tokenizer import has_tokenizer, release_tokenizer, tokenizer_vision_ids
+
+    if not Path(path).is_dir() or has_tokenizer(Path(path)):
+        tokenizer = release_tokenizer(path, rows=model.config.text_config.vocab_size)
+        for name, token_id in tokenizer_vision_ids(tokenizer).items():
+            setattr(model.config, name, token_id)
+    model.generation_config = generation_config(model.config)
+
+
+def _is_release(path: str | Path) -> bool:
+    try:
+        return is_release(PreTrainedConfig.get_config_dict(str(path))[0])
+    except (OSError, ValueError):  # the loaders say what is wrong with it
+        return False
 
 
 def _load(cls: Any, path: str | Path, **options: Any) -> Any:

@@ -21,6 +21,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_solo import SoloConfig
 from .loss_solo import supervised_cross_entropy
+from .release_solo import RELEASE_KEYS
 
 
 @dataclass
@@ -65,6 +66,23 @@ class SoloPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' method; a folder of the release loads, too, and is saved in this project's format.
+
+        The vision ids are then SOLO-7B's; `solo_vlm.model.load.load_model` asks the folder's tokenizer.
+        """
+        kwargs.setdefault("key_mapping", RELEASE_KEYS)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers would save under the names that it has read.
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or []
+            if not RELEASE_KEYS.keys() & set(conversion.source_patterns)
+        ]
+        return loaded
 
 
 class SoloModel(SoloPreTrainedModel):

@@ -6,15 +6,18 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .chat_template import SOLO_CHAT_TEMPLATE, release_chat_template, with_images
+
 Message = dict[str, Any]
 Grid = tuple[int, int]
+Layout = Literal["clean", "release"]
 
 _STAND_IN = "\ue000{index}\ue001"
 _STAND_IN_PATTERN = re.compile("\ue000(\\d+)\ue001")
@@ -44,6 +47,9 @@ class SoloProcessor(ProcessorMixin):
     between rows, then `</vision>`: R * C + R + 1 tokens. In a prompt string one `<vpatch>` stands for an
     image; in a chat, an image part does, and text that spells a special token stays text.
 
+    The release fine-tuned SOLO-7B with another layout, on which its answers depend: an image ends with a
+    second `<vision>`, and the images of a turn stand before it, those of the first turn before `<s>`.
+
     Args:
         image_processor: a `SoloImageProcessor`.
         tokenizer: the LLM's tokenizer with the four vision tokens added.
@@ -52,6 +58,7 @@ class SoloProcessor(ProcessorMixin):
         vision_start_token: likewise for `<vision>`.
         vision_row_token: likewise for `<vrow_sep>`.
         vision_end_token: likewise for `</vision>`.
+        layout: "clean" (the chat template says where images stand), or "release" (its own chat template).
     """
 
     def __init__(
@@ -63,19 +70,25 @@ class SoloProcessor(ProcessorMixin):
         vision_start_token: str = "<vision>",
         vision_row_token: str = "<vrow_sep>",
         vision_end_token: str = "</vision>",
+        layout: str = "clean",
         **kwargs: Any,
     ) -> None:
+        if layout not in ("clean", "release"):
+            raise ValueError(f'the layout is "clean" or "release", not {layout!r}')
+        self.layout = layout
         self.image_token = image_token
         self.vision_start_token = vision_start_token
         self.vision_row_token = vision_row_token
         self.vision_end_token = vision_end_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        self._start_id, self._row_id, self._end_id = tokenizer.convert_tokens_to_ids(
-            [vision_start_token, vision_row_token, vision_end_token]
+        self._closing_token = vision_start_token if layout == "release" else vision_end_token
+        self._start_id, self._row_id, self._closing_id = tokenizer.convert_tokens_to_ids(
+            [vision_start_token, vision_row_token, self._closing_token]
         )
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         longest_first = sorted({*special, "\ue000"}, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)))
+        chat_template = _template_for(layout, chat_template, image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     # --- the layout of an image ---------------------------------------------------------------------
@@ -84,13 +97,13 @@ class SoloProcessor(ProcessorMixin):
         """Layout of one image as a string; transformers puts it where the prompt has `<vpatch>`."""
         rows, columns = (int(n) for n in image_inputs["image_grid_thw"][image_idx][1:])
         body = self.vision_row_token.join([self.image_token * columns] * rows)
-        return f"{self.vision_start_token}{body}{self.vision_end_token}"
+        return f"{self.vision_start_token}{body}{self._closing_token}"
 
     def image_layout(self, rows: int, columns: int) -> NDArray[np.int64]:
         """Layout of one image as ids, (rows * columns + rows + 1,) int64."""
         ids = np.full((rows, columns + 1), self.image_token_id, dtype=np.int64)
         ids[:, -1] = self._row_id
-        ids[-1, -1] = self._end_id
+        ids[-1, -1] = self._closing_id
         return np.concatenate([[self._start_id], ids.ravel()])
 
     def _get_num_multimodal_tokens(
@@ -166,7 +179,7 @@ class SoloProcessor(ProcessorMixin):
     def _chat_segments(self, messages: list[Message], add_generation_prompt: bool) -> list[tuple[str, bool]]:
         """The rendered chat, cut where an assistant turn begins and ends: [(text, supervised), ...]."""
         whole = self._render(messages, add_generation_prompt)
-        if self.tokenizer.bos_token and not whole.startswith(self.tokenizer.bos_token):
+        if self.tokenizer.bos_token and not self._begins_with_bos(whole):
             offset = len(self.tokenizer.bos_token)
             whole = self.tokenizer.bos_token + whole
         else:
@@ -187,6 +200,11 @@ class SoloProcessor(ProcessorMixin):
         if not segments[-1][0].endswith(self.tokenizer.eos_token):
             segments.append((self.tokenizer.eos_token, messages[-1]["role"] == "assistant"))
         return segments
+
+    def _begins_with_bos(self, rendered: str) -> bool:
+        """Whether nothing but images stands before BOS."""
+        bos, image = re.escape(self.tokenizer.bos_token), re.escape(self.image_token)
+        return re.match(f"(?:{image})*{bos}", rendered) is not None
 
     def _end_of_turn(self, whole: str, start: int, offset: int, messages: list[Message]) -> int:
         """Where the assistant turn that begins at `start` ends: after its end token, without white space."""
@@ -290,6 +308,14 @@ class SoloProcessor(ProcessorMixin):
         else:
             text = self.tokenizer.pad({"input_ids": ids}, padding=True)
         return BatchFeature({**text, **vision}, tensor_type=return_tensors)
+
+
+def _template_for(layout: str, chat_template: str | None, image_token: str) -> str | None:
+    """The chat template that goes with a layout: a saved processor may be loaded with the other one."""
+    release = release_chat_template(image_token)
+    if layout == "release":
+        return release
+    return with_images(SOLO_CHAT_TEMPLATE, image_token) if chat_template == release else chat_template
 
 
 def _image_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:

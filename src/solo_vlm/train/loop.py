@@ -105,6 +105,7 @@ def train(recipe: Recipe, resume: bool = False, progress: ProgressBar | None = N
         "seconds": seconds,
         "tokens_per_second": (done.tokens - tokens_before) / seconds,
         "data": loader.counts(),
+        "skipped": loader.skipped(),
     }
     _export(out / "model", model, processor)
     write_manifest(out / "manifest.json", recipe, sources, summary)

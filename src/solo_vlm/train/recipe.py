@@ -36,6 +36,7 @@ class DataSettings(_Settings):
             groups.
         workers: processes a rank that read ahead; 0 reads in the training process.
         packing_buffer: documents to choose from when packing.
+        max_skipped: fraction of samples that may be unusable before the run stops and lists them.
         seed: of the order.
     """
 
@@ -46,6 +47,7 @@ class DataSettings(_Settings):
     streams: PositiveInt = 64
     workers: int = Field(0, ge=0)
     packing_buffer: PositiveInt = 128
+    max_skipped: float = Field(0.01, ge=0, le=1)
     seed: int = 0
 
 

@@ -74,6 +74,7 @@ class StreamMaker:
             epochs=settings.epochs,
             weigh=settings.weigh,
             buffer_size=settings.packing_buffer,
+            max_skipped=settings.max_skipped,
         )
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from solo_vlm.data.sources.files import CODECS, DataFile, find_files
 from solo_vlm.data.sources.jsonl import JsonlSource
+from solo_vlm.data.sources.megatron_indexed import TEXT_INDEX, MegatronIndexedSource
 from solo_vlm.data.sources.parquet import ParquetSource
+from solo_vlm.data.sources.webdataset import WebDatasetSource
 from solo_vlm.errors import SoloError
 
 
 class Source(Protocol):
-    """A data set on disk, as numbered units of rows (a parquet row group, a block of JSON lines)."""
+    """A data set, as numbered units of rows (a parquet row group, a block of JSON lines, a tar)."""
 
     name: str
 
@@ -20,7 +23,7 @@ class Source(Protocol):
         """Number of units."""
 
     def read(self, unit: int) -> Sequence[dict[str, Any]]:
-        """All rows of a unit, in file order."""
+        """All rows of a unit, in file order. A row that is broken raises SampleError when it is asked for."""
 
     def where(self, unit: int, row: int) -> str:
         """Name file and row, for messages."""
@@ -29,26 +32,40 @@ class Source(Protocol):
         """Changes when files are added, removed or rewritten."""
 
 
+_FORMATS: dict[str, Callable[[str, list[DataFile]], Source]] = {
+    ".parquet": ParquetSource,
+    ".jsonl": JsonlSource,
+    **{f".jsonl{compression}": JsonlSource for compression in CODECS},
+    ".tar": WebDatasetSource,
+    TEXT_INDEX: MegatronIndexedSource,
+}
+
+
 def open_source(path: str | Path) -> Source:
-    """Open a file, a folder of files, or a glob pattern. The format follows from the file names.
+    """Open a file, a folder of files, or a glob pattern; local, or a URL that fsspec understands.
+
+    The format follows from the file names: .parquet, .jsonl (also .gz, .zst, .lz4), .tar (WebDataset)
+    or -text.idx (the release's packed data in Megatron's files).
 
     Raises:
         SoloError: nothing is there, or the files are of no known or of several formats.
     """
-    files = _files(Path(path))
-    kinds = {file.suffix for file in files}
+    try:
+        files = find_files(str(path), list(_FORMATS))
+    except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose package is missing
+        raise SoloError(f"cannot read {path}: {error}") from error
     if not files:
         raise SoloError(f"no data files at {path}")
-    if kinds == {".parquet"}:
-        return ParquetSource(str(path), files)
-    if kinds == {".jsonl"}:
-        return JsonlSource(str(path), files)
-    raise SoloError(f"{path}: expected .parquet or .jsonl files, found {', '.join(sorted(kinds))}")
+    # Megatron leaves .jsonl files with counts beside its data.
+    files = [file for file in files if file.name.endswith(TEXT_INDEX)] or files
+    formats = {_format(file) for file in files}
+    if len(formats) > 1 or None in formats:
+        raise SoloError(f"{path}: expected files of one of the formats {', '.join(_FORMATS)}")
+    (kind,) = formats
+    return _FORMATS[str(kind)](str(path), files)
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(p for p in path.iterdir() if p.suffix in (".parquet", ".jsonl"))
-    if path.is_file():
-        return [path]
-    return sorted(path.parent.glob(path.name)) if path.parent.is_dir() else []
+def _format(file: DataFile) -> str | None:
+    """The known suffix of a file; compressed and plain JSON lines are one format."""
+    suffix = next((suffix for suffix in _FORMATS if file.name.endswith(suffix)), None)
+    return ".jsonl" if suffix and suffix.startswith(".jsonl") else suffix

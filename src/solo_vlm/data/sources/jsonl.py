@@ -1,19 +1,28 @@
-"""JSON lines; a unit is a block of lines."""
+"""JSON lines; a unit is a block of lines, or a whole file where it is compressed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
+
+import pyarrow as pa
+
+from solo_vlm.data.schema import SampleError
+from solo_vlm.data.sources.files import CODECS, BrokenUnit, DataFile, fingerprint, retried
+from solo_vlm.data.sources.release_jsonl import as_chat_row
 
 _LINES_PER_UNIT = 256
 
 
 class JsonlSource:
-    """Rows of .jsonl files. Relative image paths count from the folder of the file."""
+    """Rows of .jsonl files, plain or compressed (.gz, .zst, .lz4).
 
-    def __init__(self, name: str, files: list[Path]) -> None:
+    Blocks of a plain file can be read alone. A compressed file can only be read from its beginning, so it is
+    one unit: split large data over many files. Relative image paths count from the folder of the file.
+    """
+
+    def __init__(self, name: str, files: Sequence[DataFile]) -> None:
         self.name = name
         self._files = files
         self._units = [(file, *block) for file in files for block in _blocks(file)]
@@ -21,31 +30,54 @@ class JsonlSource:
     def __len__(self) -> int:
         return len(self._units)
 
-    def read(self, unit: int) -> list[dict[str, Any]]:
-        """All rows of a block. A line that is no JSON object becomes a row that the schema refuses."""
+    def read(self, unit: int) -> Sequence[dict[str, Any]]:
+        """All rows of a block. A line that is no JSON object is a row that says so when it is asked for."""
         file, start, end = self._units[unit]
-        with file.open("rb") as stream:
-            stream.seek(start)
-            lines = stream.read(end - start).splitlines()
-        return [_with_absolute_images(_parse(line), file.parent) for line in lines if line.strip()]
+        try:
+            data = _read_block(file, start, end)
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            return BrokenUnit(SampleError("broken-shard", f"{file.url}: {error}"))
+        return _Rows([line for line in data.splitlines() if line.strip()], file.folder)
 
     def where(self, unit: int, row: int) -> str:
         """Name file, position of the block and row in it."""
         file, start, _ = self._units[unit]
-        return f"{file}, block at byte {start}, row {row}"
+        return f"{file.url}, block at byte {start}, row {row}"
 
     def fingerprint(self) -> str:
         """Names and sizes of the files."""
-        digest = hashlib.sha256()
-        for file in self._files:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        return digest.hexdigest()[:16]
+        return fingerprint(self._files)
 
 
-def _blocks(file: Path) -> list[tuple[int, int]]:
+class _Rows(Sequence[dict[str, Any]]):
+    """Lines that are parsed when they are asked for."""
+
+    def __init__(self, lines: list[bytes], folder: str) -> None:
+        self._lines = lines
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            row = as_chat_row(json.loads(self._lines[index]))
+        except ValueError as error:
+            raise SampleError("json", str(error)) from error
+        if not isinstance(row, dict):
+            raise SampleError("json", "not an object")
+        return _with_absolute_images(row, self._folder)
+
+
+@retried
+def _blocks(file: DataFile) -> list[tuple[int, int]]:
     """(start, end) byte offsets of blocks of whole lines."""
+    if file.name.endswith(tuple(CODECS)):
+        return [(0, file.size)]
     starts, position = [0], 0
-    with file.open("rb") as stream:
+    with file.open() as stream:
         for number, line in enumerate(stream, start=1):
             position += len(line)
             if number % _LINES_PER_UNIT == 0:
@@ -53,27 +85,28 @@ def _blocks(file: Path) -> list[tuple[int, int]]:
     return [(start, end) for start, end in zip(starts, [*starts[1:], position], strict=True) if end > start]
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return {"messages": f"not JSON: {error}"}
-    return row if isinstance(row, dict) else {"messages": "not a JSON object"}
+@retried
+def _read_block(file: DataFile, start: int, end: int) -> bytes:
+    if file.name.endswith(tuple(CODECS)):
+        return file.read_decompressed()
+    with file.open() as stream:
+        stream.seek(start)
+        return stream.read(end - start)
 
 
-def _with_absolute_images(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _with_absolute_images(row: dict[str, Any], folder: str) -> dict[str, Any]:
     for message in row["messages"] if isinstance(row.get("messages"), list) else ():
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and isinstance(part.get("path"), str):
-                part["path"] = str(folder / part["path"])
+                part["path"] = _absolute(part["path"], folder)
     if isinstance(row.get("images"), list):
         row["images"] = [_absolute(image, folder) for image in row["images"]]
     return row
 
 
-def _absolute(image: Any, folder: Path) -> Any:
-    """Resolve a path; leave URLs, data URLs and everything else alone."""
-    if isinstance(image, str) and "://" not in image and not image.startswith("data:"):
-        return str(folder / image)
+def _absolute(image: Any, folder: str) -> Any:
+    """Resolve a relative path; leave absolute ones, URLs, data URLs and everything else alone."""
+    if isinstance(image, str) and "://" not in image and not image.startswith(("data:", "/")):
+        return f"{folder}/{image}"
     return image

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from solo_vlm.data.schema import SampleError
+from solo_vlm.data.sources.files import BrokenUnit, DataFile, fingerprint, retried
 from solo_vlm.errors import SoloError
 
 
 class ParquetSource:
-    """Rows of parquet files. Images stay the encoded bytes that they are in the file."""
+    """Rows of parquet files. Images stay the encoded bytes that they are in the file.
 
-    def __init__(self, name: str, files: list[Path]) -> None:
+    Raises:
+        SoloError: a file has no readable footer, so that nobody can say what it holds.
+    """
+
+    def __init__(self, name: str, files: Sequence[DataFile]) -> None:
         self.name = name
         self._files = files
         self._units = [(file, group) for file in files for group in _filled_groups(file)]
@@ -23,32 +28,54 @@ class ParquetSource:
     def __len__(self) -> int:
         return len(self._units)
 
-    def read(self, unit: int) -> list[dict[str, Any]]:
-        """All rows of a row group."""
+    def read(self, unit: int) -> Sequence[dict[str, Any]]:
+        """All rows of a row group; a broken one is a single row that says so."""
         file, group = self._units[unit]
-        with pq.ParquetFile(file) as parquet:
-            return parquet.read_row_group(group).to_pylist()
+        try:
+            return _Rows(_read_group(file, group))
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            return BrokenUnit(SampleError("broken-shard", f"{file.url}, row group {group}: {error}"))
 
     def where(self, unit: int, row: int) -> str:
         """Name file, row group and row."""
         file, group = self._units[unit]
-        return f"{file}, row group {group}, row {row}"
+        return f"{file.url}, row group {group}, row {row}"
 
     def fingerprint(self) -> str:
-        """Names, sizes and row counts of the files."""
-        digest = hashlib.sha256()
-        for file in self._files:
-            digest.update(f"{file.name} {file.stat().st_size} {_metadata(file).num_rows}\n".encode())
-        return digest.hexdigest()[:16]
+        """Names and sizes of the files."""
+        return fingerprint(self._files)
 
 
-def _filled_groups(file: Path) -> list[int]:
-    metadata = _metadata(file)
+class _Rows(Sequence[dict[str, Any]]):
+    """Rows of a table, made Python objects one at a time: images are not held twice."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._table.slice(index, 1).to_pylist()[0]
+
+
+@retried
+def _read_group(file: DataFile, group: int) -> pa.Table:
+    with file.open() as stream, pq.ParquetFile(stream) as parquet:
+        return parquet.read_row_group(group)
+
+
+def _filled_groups(file: DataFile) -> list[int]:
+    metadata = _read_metadata(file)
     return [group for group in range(metadata.num_row_groups) if metadata.row_group(group).num_rows]
 
 
-def _metadata(file: Path) -> pq.FileMetaData:
+@retried
+def _read_metadata(file: DataFile) -> pq.FileMetaData:
     try:
-        return pq.read_metadata(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SoloError(f"{file} is not a readable parquet file: {error}") from error
+        with file.open() as stream:
+            return pq.read_metadata(stream)
+    except pa.ArrowException as error:
+        raise SoloError(f"{file.url} is not a readable parquet file: {error}") from error

@@ -1,0 +1,104 @@
+"""`solo convert`: checkpoints of the release and of Megatron come here, and go back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
+
+if TYPE_CHECKING:
+    from solo_vlm.model.convert.project_folder import Converted
+
+app = typer.Typer(
+    help="Checkpoints of the release and of Megatron, to this project and back.", no_args_is_help=True
+)
+
+
+class _Layout(StrEnum):
+    clean = "clean"
+    release = "release"
+
+
+class _Rotary(StrEnum):
+    interleaved = "interleaved"
+    halves = "halves"
+
+
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder to convert.")]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="New folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def release(
+    src: Source,
+    dst: Destination,
+    layout: Annotated[
+        _Layout, typer.Option(help="Of images in chats; SOLO-7B knows 'release'.")
+    ] = _Layout.release,
+    json: Json = False,
+) -> None:
+    """Convert the folder of SOLO-7B, or of a model fine-tuned from it by the release's code."""
+    quiet_libraries()
+    from solo_vlm.model.convert.release import convert_release
+
+    _report(convert_release(src, dst, layout.value), json)
+
+
+@app.command()
+def megatron(
+    src: Source,
+    dst: Destination,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder with tokenizer.model; else SRC.")] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="Tokens, without padding; else the tokenizer's.")
+    ] = None,
+    iteration: Annotated[int | None, typer.Option(help="Which; else the latest.")] = None,
+    layout: Annotated[_Layout, typer.Option(help="Of images in chats.")] = _Layout.clean,
+    rotary: Annotated[
+        _Rotary, typer.Option(help="How queries and keys are stored; Megatron-LLM's are interleaved.")
+    ] = _Rotary.interleaved,
+    json: Json = False,
+) -> None:
+    """Convert a checkpoint of Megatron-LLM, of any tensor- and pipeline-parallel size."""
+    quiet_libraries()
+    from solo_vlm.model.convert.megatron import convert_megatron
+
+    _report(convert_megatron(src, dst, tokenizer, vocabulary, iteration, layout.value, rotary.value), json)
+
+
+@app.command()
+def to_release(src: Source, dst: Destination, json: Json = False) -> None:
+    """Write a model over Mistral the way the release does, for its own code."""
+    quiet_libraries()
+    from solo_vlm.model.convert.release import convert_to_release
+
+    facts = convert_to_release(src, dst)
+    _print(facts, f"{dst}: {facts['tensors']} tensors, {_size(facts['bytes'])}", json)
+
+
+def _report(converted: Converted, json: bool) -> None:
+    tokens = "no tokenizer" if converted.tokens is None else f"{converted.tokens:,} tokens"
+    text = (
+        f"{converted.out}: {converted.tensors} tensors, {_size(converted.bytes)} in {converted.dtype}; "
+        f"{converted.vocabulary:,} rows of tokens, {tokens}"
+    )
+    if converted.tokens is not None:
+        text += f"; ask it: solo generate --model {converted.out} --image FILE --prompt TEXT"
+    _print(asdict(converted), text, json)
+
+
+def _print(facts: dict[str, Any], text: str, json: bool) -> None:
+    if json:
+        print_json(facts)
+    else:
+        STDOUT.print(text)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

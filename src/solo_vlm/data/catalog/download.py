@@ -1,0 +1,79 @@
+"""Download of URL lists by img2dataset, a program with an environment of its own.
+
+Its versions of pandas, OpenCV and others do not go together with this package's, so it runs as a command.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from solo_vlm.data.catalog.entry import DataSet, UrlList
+from solo_vlm.errors import SoloError
+
+_INSTALL = "python -m venv .venv-img2dataset && .venv-img2dataset/bin/pip install img2dataset"
+_LONG_SIDE = 1024  # the processor never shows a model more
+
+
+def download(data_set: DataSet, urls: Path, out: Path, program: str, processes: int, threads: int) -> None:
+    """Download the images of a URL list as WebDataset tars, which the data set's converter reads.
+
+    The program goes on where it stopped, and leaves a `*_stats.json` beside each tar with the failures.
+
+    Args:
+        data_set: an entry with a `url_list`.
+        urls: the published list, or a folder of its files.
+        out: folder for the tars.
+        program: name or path of `img2dataset`.
+        processes: of the program.
+        threads: of each process.
+
+    Raises:
+        SoloError: the set is no URL list, the list or the program is missing, or the program fails.
+    """
+    if data_set.url_list is None:
+        raise SoloError(f"{data_set.title} is no list of URLs: fetch it from {data_set.source}")
+    if not urls.exists():
+        raise SoloError(f"{urls} does not exist: get it from {data_set.source}")
+    found = shutil.which(program)
+    if found is None:
+        raise SoloError(f"{program} is not installed; in an environment of its own: {_INSTALL}")
+    if data_set.url_list.format == "tsv":
+        urls = _with_header(data_set.url_list, urls, out)
+    command = download_command(data_set.url_list, urls, out, found, processes, threads)
+    try:
+        subprocess.run(command, check=True)
+    except subprocess.CalledProcessError as error:
+        raise SoloError(f"{program} ended with exit code {error.returncode}") from error
+
+
+def download_command(
+    url_list: UrlList, urls: Path, out: Path, program: str, processes: int, threads: int
+) -> list[str]:
+    """The command. Images within the size limit keep their bytes; larger ones shrink to it."""
+    settings = {
+        "url_list": urls,
+        "input_format": url_list.format,
+        "url_col": url_list.url_column,
+        "caption_col": url_list.caption_column,
+        "output_folder": out,
+        "output_format": "webdataset",
+        "image_size": _LONG_SIDE,
+        "resize_mode": "keep_ratio_largest",
+        "resize_only_if_bigger": True,
+        "skip_reencode": True,
+        "processes_count": processes,
+        "thread_count": threads,
+    }
+    return [program, *(f"--{name}={value}" for name, value in settings.items())]
+
+
+def _with_header(url_list: UrlList, urls: Path, out: Path) -> Path:
+    """The published table has no header, which the program needs: a copy with one, beside the tars."""
+    headed = out.with_name(f"{out.name}-urls.tsv")
+    headed.parent.mkdir(parents=True, exist_ok=True)
+    with urls.open("rb") as source, headed.open("wb") as target:
+        target.write(f"{url_list.caption_column}\t{url_list.url_column}\n".encode())
+        shutil.copyfileobj(source, target)
+    return headed

@@ -1,0 +1,117 @@
+"""Data files wherever fsspec reaches: local disk, S3, the hub, https. Reading is retried, then fails."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, ParamSpec, TypeVar
+
+import fsspec
+import pyarrow as pa
+from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+CODECS = {".gz": "gzip", ".zst": "zstd", ".lz4": "lz4"}
+
+_ATTEMPTS = 5
+_FIRST_WAIT = 0.5  # seconds, doubled each time
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of a source.
+
+    Attributes:
+        url: path, or URL with the protocol of a file system of fsspec (`s3://`, `hf://`, `https://`).
+        size: bytes.
+    """
+
+    url: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        """Without folders."""
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def folder(self) -> str:
+        """What relative paths in the file count from."""
+        return self.url.rpartition("/")[0]
+
+    def open(self) -> BinaryIO:
+        """Open for reading; the file object can seek."""
+        return fsspec.open(self.url, "rb").open()
+
+    def read_decompressed(self) -> bytes:
+        """The whole content; .gz, .zst and .lz4 are decompressed, and one that is cut short is an error."""
+        codec = CODECS[self.name[self.name.rindex(".") :]]
+        with self.open() as stream, pa.CompressedInputStream(stream, codec) as plain:
+            return plain.read()
+
+
+def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
+    """A file as it is, or what a folder or a glob pattern holds with one of these suffixes, sorted.
+
+    Args:
+        path: local path or URL.
+        suffixes: such as ".parquet"; a single file is taken whatever its suffix.
+    """
+    system, root = fsspec.core.url_to_fs(path)
+    if system.isfile(root):
+        names = [root]
+    else:
+        found = system.ls(root, detail=False) if system.isdir(root) else system.glob(root)
+        names = sorted(name for name in found if _is_data(name, suffixes))
+    local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
+    return [DataFile(name if local else system.unstrip_protocol(name), system.size(name)) for name in names]
+
+
+def _is_data(name: str, suffixes: Sequence[str]) -> bool:
+    """Hidden files are left alone: they may be somebody's half-written ones."""
+    return name.endswith(tuple(suffixes)) and not name.rsplit("/", 1)[-1].startswith(".")
+
+
+def fingerprint(files: Sequence[DataFile]) -> str:
+    """Changes when files are added, removed, renamed or change in size."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.size}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def retried(read: Callable[P, R]) -> Callable[P, R]:
+    """Try again, with growing waits, when the disk or the network fails; then let the error through."""
+    return retry(
+        retry=retry_if_exception(_may_pass),
+        stop=stop_after_attempt(_ATTEMPTS),
+        wait=wait_exponential_jitter(multiplier=_FIRST_WAIT, max=30),
+        reraise=True,
+    )(read)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether a second try can help. Errors about content carry no errno; a missing file stays missing."""
+    if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno is not None or isinstance(error, ConnectionError | TimeoutError)
+    return type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "asyncio")
+
+
+class BrokenUnit(Sequence[Any]):
+    """Stands for a unit that cannot be read: one row, which raises what is wrong when it is asked for."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if index != 0:
+            raise IndexError(index)
+        raise self._error

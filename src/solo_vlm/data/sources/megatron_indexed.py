@@ -1,0 +1,199 @@
+"""The release's packed data in Megatron's indexed files, unpacked into the chats they were made of.
+
+A set is four pairs of files, PREFIX-text, -role, -vision_patch and -vision_patch_indices (.bin and .idx). An
+array is a pack: documents with a BOS of role PACK_SEP between. Patches are normalised pixels in float16,
+which tells the 256 levels apart, so that images come back exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from solo_vlm.data.schema import SampleError
+from solo_vlm.data.sources.files import DataFile, find_files, fingerprint
+from solo_vlm.data.sources.indexed_file import IndexedFile
+from solo_vlm.errors import SoloError
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+TEXT_INDEX = "-text.idx"
+_FEATURES = ("text", "role", "vision_patch", "vision_patch_indices")
+_ROLES = {0: "system", 1: "user", 2: "assistant"}
+_PACK_SEPARATOR = 1000
+_PATCH_SIZE = 32
+_PATCH_DIM = 3 * _PATCH_SIZE**2
+_VISION_TOKENS = ("<vision>", "<vpatch>", "<vrow_sep>", "<vframe_sep>", "</vision>")
+
+
+class MegatronIndexedSource:
+    """Rows of the release's packed sets; a unit is a pack, a row is one of its documents.
+
+    Texts are decoded with the `tokenizer.model` that encoded them: it must lie beside the data, or one folder
+    above. So any model can be trained on the data, and packs are made anew.
+
+    Args:
+        name: for messages.
+        files: the `-text.idx` file of each set.
+
+    Raises:
+        SoloError: a file or the tokenizer is missing or broken, or the four of a set do not fit together.
+    """
+
+    def __init__(self, name: str, files: Sequence[DataFile]) -> None:
+        self.name = name
+        self._sets = [_PackedSet(file) for file in files]
+        self._files = [file for packed in self._sets for file in packed.files]
+        self._units = [(packed, pack) for packed in self._sets for pack in range(len(packed))]
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def read(self, unit: int) -> Sequence[dict[str, Any]]:
+        """All documents of a pack. One whose image the packer has cut says so when it is asked for."""
+        packed, pack = self._units[unit]
+        return _Documents(packed, pack)
+
+    def where(self, unit: int, row: int) -> str:
+        """Name files, pack and document."""
+        packed, pack = self._units[unit]
+        return f"{packed.prefix}, pack {pack}, document {row}"
+
+    def fingerprint(self) -> str:
+        """Names and sizes of the files."""
+        return fingerprint(self._files)
+
+
+class _PackedSet:
+    """The four indexed files of a set, and the tokenizer that its text was encoded with."""
+
+    def __init__(self, text_index: DataFile) -> None:
+        self.prefix = text_index.url.removesuffix(TEXT_INDEX)
+        pairs = {feature: self._pair(feature) for feature in _FEATURES}
+        self.files = [file for pair in pairs.values() for file in pair]
+        self.text, self.role, self.patch, self.patch_index = (IndexedFile(*pair) for pair in pairs.values())
+        for other in (self.role, self.patch_index):
+            if not np.array_equal(other.sizes, self.text.sizes):
+                raise SoloError(f"{self.prefix}: its text, roles and patch indices differ in length")
+        if len(self.patch) != len(self.text):
+            raise SoloError(f"{self.prefix}: it has {len(self.text)} packs, but patches of {len(self.patch)}")
+        self.tokenizer = self._tokenizer(text_index.folder)
+        self.vision_ids = [self.tokenizer.piece_to_id(token) for token in _VISION_TOKENS]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def _pair(self, feature: str) -> tuple[DataFile, DataFile]:
+        index, data = (f"{self.prefix}-{feature}.{suffix}" for suffix in ("idx", "bin"))
+        if not _exists(data) and _exists(f"{data}.lz4"):
+            raise SoloError(
+                f"{data}.lz4 cannot be read at any place: decompress it first (lz4 -d {data}.lz4)"
+            )
+        for file in (index, data):
+            if not _exists(file):
+                raise SoloError(f"{file} is missing")
+        return find_files(index, ())[0], find_files(data, ())[0]
+
+    def _tokenizer(self, folder: str) -> SentencePieceProcessor:
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise SoloError(f"{self.prefix} needs sentencepiece: pip install 'solo-vlm[train]'") from error
+        for place in (folder, folder.rpartition("/")[0]):
+            if _exists(f"{place}/tokenizer.model"):
+                with find_files(f"{place}/tokenizer.model", ())[0].open() as stream:
+                    return SentencePieceProcessor(model_proto=stream.read())
+        raise SoloError(f"{folder} has no tokenizer.model: copy the one that {self.prefix} was encoded with")
+
+
+class _Documents(Sequence[dict[str, Any]]):
+    """Documents of a pack; a document's patches are read when it is asked for."""
+
+    def __init__(self, packed: _PackedSet, pack: int) -> None:
+        self._set = packed
+        self._pack = pack
+        self._tokens = packed.text.read(pack).astype(np.int64)
+        self._roles = packed.role.read(pack).astype(np.int64)
+        self._patch_index = packed.patch_index.read(pack).astype(np.int64)
+        separators = np.flatnonzero(self._roles == _PACK_SEPARATOR)
+        starts, ends = [0, *(separators + 1)], [*separators, len(self._tokens)]
+        self._spans = [(start, end) for start, end in zip(starts, ends, strict=True) if end > start]
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: Any) -> Any:
+        parts = self._parts(*self._spans[index])
+        return {
+            "messages": [
+                {"role": role, "content": [part for _, part in of_role]}
+                for role, of_role in groupby(parts, key=lambda part: part[0])
+            ]
+        }
+
+    def _parts(self, start: int, end: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(role, content part), in order."""
+        opening, patch, row_separator, _, closing = self._set.vision_ids
+        vision = np.isin(self._tokens, self._set.vision_ids)
+        while start < end:
+            if vision[start] and self._tokens[start] != opening:
+                raise SampleError("cut-image", "the packer has cut an image")
+            role = self._role(start)
+            if vision[start]:
+                closed = np.flatnonzero(self._tokens[start:end] == closing)
+                if not len(closed):
+                    raise SampleError("cut-image", "the packer has cut an image")
+                stop = start + int(closed[0])
+                image = self._tokens[start:stop]
+                rows = 1 + int((image == row_separator).sum())
+                patches = self._patch_index[start:stop][image == patch]
+                yield role, {"type": "image", "image": self._image(patches, rows)}
+                start = stop + 1
+            else:
+                same = ~vision[start:end] & (self._roles[start:end] == self._roles[start])
+                stop = end if same.all() else start + int(np.argmin(same))
+                text = self._set.tokenizer.decode(self._tokens[start:stop].tolist())
+                yield role, {"type": "text", "text": text}
+                start = stop
+
+    def _role(self, position: int) -> str:
+        if (role := int(self._roles[position])) not in _ROLES:
+            raise SampleError("role", f"a token has the role {role}")
+        return _ROLES[role]
+
+    def _image(self, patches: NDArray[np.int64], rows: int) -> bytes:
+        """The image of these patches, as a file without compression."""
+        from PIL import Image
+
+        if not len(patches) or len(patches) % rows or (np.diff(patches) != 1).any():
+            raise SampleError("cut-image", f"{len(patches)} patches in {rows} rows are no image")
+        first, last = int(patches[0]), int(patches[-1])
+        stored = self._set.patch.read(self._pack, first * _PATCH_DIM, (last + 1) * _PATCH_DIM)
+        pixels = _pixels(stored.reshape(-1, 3, _PATCH_SIZE, _PATCH_SIZE))
+        grid = pixels.reshape(rows, -1, 3, _PATCH_SIZE, _PATCH_SIZE)
+        image = grid.transpose(0, 3, 1, 4, 2)  # (rows, pixels of a row, columns, pixels of a column, 3)
+        height, width = rows * _PATCH_SIZE, len(patches) // rows * _PATCH_SIZE
+        buffer = BytesIO()
+        Image.fromarray(image.reshape(height, width, 3)).save(buffer, "BMP")
+        return buffer.getvalue()
+
+
+def _pixels(patches: NDArray[Any]) -> NDArray[np.uint8]:
+    """(patches, 3, size, size) normalised floats to pixels."""
+    from solo_vlm.model.configuration_solo import IMAGENET_MEAN, IMAGENET_STD
+
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return np.clip(np.rint((patches.astype(np.float32) * std + mean) * 255), 0, 255).astype(np.uint8)
+
+
+def _exists(url: str) -> bool:
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(url)
+    return system.isfile(path)

@@ -1,0 +1,81 @@
+"""`solo data`: the catalog's verbs as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from catalog_rows import USUAL
+from solo_vlm.cli import main
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["solo", "data", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_list_shows_every_data_set_with_the_papers_count(run):
+    code, out, _ = run("list")
+    assert code == 0
+    for name in USUAL:
+        assert f" {name} " in out
+    assert "23,681,864 images" in out
+    assert "253,309 sequences" in out
+
+
+def test_list_as_json(run):
+    _, out, error = run("list", "--json")
+    entries = {entry["name"]: entry for entry in json.loads(out)["data_sets"]}
+    assert error == ""
+    assert len(entries) == 45
+    assert entries["capfusion"]["stages"][0]["vision_tokens"] == 5_491_625_358
+    assert entries["tallyqa"]["samples"] == 100_000
+    assert entries["detailed-captions"]["schema_confirmed"] is False
+
+
+def test_convert(run, tmp_path):
+    (tmp_path / "raw").mkdir()
+    row = USUAL["vqav2"][0]
+    pq.write_table(pa.Table.from_pylist([row, {**row, "texts": []}]), tmp_path / "raw" / "x.parquet")
+    arguments = ["convert", "vqav2", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1]
+    code, out, error = run(*arguments)
+    assert code == 0
+    assert "1 samples with 1 images" in out.replace("\n", "")
+    assert "1 rejected:" in out
+    assert error == ""
+    code, out, _ = run(*arguments, "--json")
+    assert code == 0
+    assert json.loads(out)["rejected"] == {"no-answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "vqa", "--raw", ".", "--out", "o"], "did you mean dvqa"),
+        (["convert", "vqav2", "--raw", "nowhere", "--out", "o"], "nowhere does not exist"),
+        (["download", "vqav2", "--urls", ".", "--out", "o"], "no list of URLs"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, error = run(*arguments)
+    assert (code, out) == (2, "")
+    (line,) = error.splitlines()
+    assert line.startswith("solo: ")
+    assert message in line
+    assert not list(tmp_path.iterdir())

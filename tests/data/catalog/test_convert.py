@@ -1,0 +1,306 @@
+"""Conversion of whole folders: formats, shares, restart, broken files, engines."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from catalog_rows import JPEG, USUAL, cauldron, llava
+from solo_vlm.data.catalog import json_values, pieces, raw_files
+from solo_vlm.data.catalog.convert import REPORT_FILE, convert
+from solo_vlm.data.schema import SampleError, parse_sample
+from solo_vlm.errors import SoloError
+
+SLIMPAJAMA = [{"text": f"Document {n}.", "meta": {"redpajama_set_name": "RedPajamaBook"}} for n in range(40)]
+WEB = {"text": "Buy!", "meta": {"redpajama_set_name": "RedPajamaC4"}}
+
+
+def lines(rows) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def compress(content: bytes, codec: str) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, codec) as stream:
+        stream.write(content)
+        stream.flush()
+    return sink.getvalue().to_pybytes()
+
+
+def write_parquet(path: Path, rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def samples(out: Path):
+    return [
+        parse_sample(row) for file in sorted(out.glob("*.parquet")) for row in pq.read_table(file).to_pylist()
+    ]
+
+
+def texts(out: Path) -> set[str]:
+    return {sample.messages[-1]["content"][-1]["text"] for sample in samples(out)}
+
+
+def test_a_folder_becomes_files_that_training_reads(tmp_path, raw):
+    row = USUAL["vqav2"][0]
+    write_parquet(raw / "vqav2" / "train-0.parquet", [row] * 5)
+    write_parquet(raw / "vqav2" / "train-1.parquet", [row, {**row, "images": []}])
+    report = convert("vqav2", [raw], tmp_path / "out", workers=1)
+    assert (report["samples"], report["images"], report["files"]) == (6, 6, 2)
+    assert report["rejected"] == {"image-missing": 1}
+    (example,) = report["examples"]["image-missing"]
+    assert "train-1.parquet, row 1" in example
+    assert [sample.images for sample in samples(tmp_path / "out")] == [[JPEG]] * 6
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        REPORT_FILE,
+        "vqav2--train-0.parquet",
+        "vqav2--train-1.parquet",
+    ]
+    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text()) == report
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".lz4"])
+def test_compressed_lines(tmp_path, suffix):
+    content = lines([*SLIMPAJAMA, WEB]) + b'{"text": broken\n\n[1]\n'
+    packed = {"": content, ".gz": gzip.compress(content)}
+    for codec in ("zst", "lz4"):
+        packed[f".{codec}"] = compress(content, {"zst": "zstd", "lz4": "lz4"}[codec])
+    (tmp_path / f"chunk.jsonl{suffix}").write_bytes(packed[suffix])
+    report = convert("slimpajama", [tmp_path / f"chunk.jsonl{suffix}"], tmp_path / "out", workers=1)
+    assert report["samples"] == 40
+    assert report["rejected"] == {"web-crawl": 1, "json": 1, "raw-schema": 1}
+    assert "Document 39." in texts(tmp_path / "out")
+
+
+def test_tars_of_the_downloader(tmp_path):
+    members = {
+        "1.jpg": JPEG,
+        "1.txt": b"a cat",
+        "1.json": b"{}",
+        "2.jpg": JPEG,
+        "2.txt": "ein Käfer".encode(),
+    }
+    write_tar(tmp_path / "raw" / "00000.tar", {**members, "3.json": b"{}"})
+    report = convert("cc3m", [tmp_path / "raw"], tmp_path / "out", workers=1)
+    assert texts(tmp_path / "out") == {"a cat", "ein Käfer"}
+    assert report["rejected"] == {"raw-schema": 1}
+
+
+def test_the_downloaders_own_table_is_no_raw_file(tmp_path):
+    write_tar(tmp_path / "raw" / "00000.tar", {"1.jpg": JPEG, "1.txt": b"a cat"})
+    write_parquet(
+        tmp_path / "raw" / "00000.parquet", [{"url": "https://x/1", "caption": "a cat", "key": "1"}]
+    )
+    assert convert("cc3m", [tmp_path / "raw"], tmp_path / "out", workers=1)["samples"] == 1
+
+
+def test_a_list_of_urls_stays_one(tmp_path):
+    (tmp_path / "list.tsv").write_text("a cat\thttps://x/1.jpg\na dog\thttps://x/2.jpg\n")
+    convert("cc3m", [tmp_path / "list.tsv"], tmp_path / "out", workers=1)
+    assert [sample.images for sample in samples(tmp_path / "out")] == [
+        ["https://x/1.jpg"],
+        ["https://x/2.jpg"],
+    ]
+    with pytest.raises(SoloError, match="then solo data download cc3m"):
+        convert("cc3m", [tmp_path], tmp_path / "other")
+
+
+def test_tars_of_classes(tmp_path, raw):
+    write_tar(raw / "n02084071.tar", {"n02084071_1.JPEG": JPEG, "n02084071_2.JPEG": JPEG, "n1_1.JPEG": JPEG})
+    report = convert("imagenet-21k", [raw], tmp_path / "out", workers=1)
+    assert texts(tmp_path / "out") == {"dog"}
+    assert (report["samples"], report["rejected"]) == (2, {"class-unknown": 1})
+
+
+@pytest.mark.parametrize("kind", ["tar", "zst", "parquet", "json"])
+def test_a_truncated_file_keeps_what_it_has(tmp_path, kind, raw):
+    row = llava("gqa/images/2327515.jpg", "<image>\nQ" + "x" * 400, "A")
+    files = {
+        "tar": ("cc3m", "0.tar"),
+        "zst": ("slimpajama", "0.jsonl.zst"),
+        "parquet": ("vqav2", "0.parquet"),
+        "json": ("gqa", "llava_v1_5_mix665k.json"),
+    }
+    name, file = files[kind]
+    path = raw / file
+    if kind == "tar":
+        write_tar(path, {f"{n}.{end}": JPEG * 100 for n in range(50) for end in ("jpg", "txt")})
+    elif kind == "zst":
+        path.write_bytes(compress(lines(SLIMPAJAMA), "zstd"))
+    elif kind == "parquet":
+        write_parquet(path, [USUAL["vqav2"][0]] * 20)
+    else:
+        path.write_text(json.dumps([row] * 20))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    good = raw / f"more{path.name}" if kind != "json" else None
+    if kind == "parquet":  # nothing of a cut parquet file can be read: its index is at the end
+        write_parquet(good, [USUAL["vqav2"][0]])
+    if kind == "zst":
+        good.write_bytes(compress(lines(SLIMPAJAMA), "zstd"))
+    report = convert(name, [raw], tmp_path / "out", workers=1)
+    assert report["samples"] > 0
+    assert report["rejected"] == {"file-broken": 1}
+    assert file in report["examples"]["file-broken"][0]
+
+
+def test_an_array_of_json_is_read_in_pieces(monkeypatch):
+    monkeypatch.setattr(json_values, "_CHUNK", 7)
+    rows = [{"n": 1}, {"text": "ein Käfer ] , [" * 9}, {"n": {"deep": [1, {"x": None}]}}]
+    for content in (json.dumps(rows), json.dumps(rows, indent=2), lines(rows).decode(), "", "[]", " [\n] "):
+        expected = rows if "Kä" in content or "\\u" in content else []
+        assert list(json_values.json_values(io.StringIO(content))) == expected
+    *read, error = json_values.json_values(io.StringIO(json.dumps(rows)[:-9]))
+    assert read == rows[:2]
+    assert isinstance(error, SampleError)
+    assert error.reason == "file-broken"
+
+
+def test_half_a_character_is_rejected_and_a_whole_one_kept(tmp_path):
+    row = llava("https://x/1.jpg", "<image>\nQ \U0001f600", "A \ud83d")
+    for name, content in (("a.jsonl", lines([row])), ("b.json", json.dumps([row]).encode())):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SoloError, match="surrogates not allowed"):
+            convert("release-sft", [tmp_path / name], tmp_path / f"{name}-out", workers=1)
+    row["conversations"][1]["value"] = "A"
+    (tmp_path / "a.jsonl").write_bytes(lines([row]))
+    assert convert("release-sft", [tmp_path / "a.jsonl"], tmp_path / "out", workers=1)["samples"] == 1
+
+
+def test_a_large_file_is_shared_and_every_row_converted_once(tmp_path, raw, monkeypatch):
+    monkeypatch.setattr(pieces, "_SHARE_BYTES", 600)
+    rows = [llava("gqa/images/2327515.jpg", "<image>\nQ?", f"A{n}") for n in range(23)]
+    (raw / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
+    report = convert("gqa", [raw], tmp_path / "out", workers=1)
+    assert report["files"] > 3
+    assert report["samples"] == 23
+    assert texts(tmp_path / "out") == {f"A{n}" for n in range(23)}
+
+
+def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, raw, monkeypatch):
+    for n in range(4):
+        write_parquet(raw / f"train-{n}.parquet", [USUAL["vqav2"][0]] * (n + 1))
+    out, read = tmp_path / "out", []
+
+    def read_rows(path):
+        read.append(path.name)
+        if len(read) == 3:
+            yield next(raw_files.read_rows(path))
+            raise OSError(5, "the disk is gone")
+        yield from raw_files.read_rows(path)
+
+    monkeypatch.setattr(pieces, "read_rows", read_rows)
+    with pytest.raises(SoloError, match=r"train-2\.parquet.*the disk is gone"):
+        convert("vqav2", [raw], out, workers=1)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "train-0.parquet",
+        "train-1.parquet",
+    ]
+    report = convert("vqav2", [raw], out, workers=1)
+    assert read[3:] == ["train-2.parquet", "train-3.parquet"]
+    assert report["samples"] == 1 + 2 + 3 + 4
+    assert convert("vqav2", [raw], out, workers=1) == report
+    assert len(read) == 5
+    # A raw file that was fetched again is converted again.
+    write_parquet(raw / "train-0.parquet", [USUAL["vqav2"][0]] * 7)
+    assert convert("vqav2", [raw], out, workers=1)["samples"] == 7 + 2 + 3 + 4
+    assert read[5:] == ["train-0.parquet"]
+
+
+def test_progress_is_told(tmp_path, raw):
+    for n in range(2):
+        write_parquet(raw / f"train-{n}.parquet", [USUAL["vqav2"][0]])
+    seen: list[tuple[int, int]] = []
+    convert("vqav2", [raw], tmp_path / "out", workers=1, on_progress=lambda *numbers: seen.append(numbers))
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_mistakes_of_the_user(tmp_path, raw):
+    out = tmp_path / "out"
+    with pytest.raises(
+        SoloError, match=r"no \*\.parquet in .*: get VQAv2 from HuggingFaceM4/the_cauldron:vqav2"
+    ):
+        convert("vqav2", [raw], out)
+    with pytest.raises(SoloError, match="does not exist"):
+        convert("vqav2", [raw / "nowhere"], out)
+    write_parquet(raw / "a" / "x.parquet", [{"something": 1}])
+    with pytest.raises(SoloError, match=r"no row is one of VQAv2: .*no field texts; expected parquet rows"):
+        convert("vqav2", [raw], out, workers=1)
+    with pytest.raises(SoloError, match=r"a--x\.parquet is not of this conversion"):
+        convert("textvqa", [raw / "a"], out, workers=1)
+    write_parquet(raw / "b" / "x.parquet", [{"something": 1}])
+    with pytest.raises(SoloError, match="two of the raw files have one name"):
+        convert("vqav2", [raw / "a" / "x.parquet", raw / "b" / "x.parquet"], tmp_path / "new")
+    with pytest.raises(SoloError, match="holds the raw files"):
+        convert("vqav2", [raw / "a" / "x.parquet"], raw / "a")
+    (raw / "notes.txt").write_text("x")
+    with pytest.raises(SoloError, match=r"notes\.txt: expected one of \.parquet"):
+        convert("vqav2", [raw / "notes.txt"], tmp_path / "new", workers=1)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, raw):
+    write_parquet(raw / "x.parquet", [USUAL["vqav2"][0]])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".partial-1-x.parquet.parquet").write_bytes(b"half")
+    assert convert("vqav2", [raw], tmp_path / "out", workers=1)["samples"] == 1
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_new_files_below_the_raw_folder_are_not_raw(tmp_path, raw):
+    write_parquet(raw / "x.parquet", [USUAL["vqav2"][0]])
+    for _ in range(2):
+        assert convert("vqav2", [raw], raw / "converted", workers=1)["files"] == 1
+
+
+def engine_makes_the_same(engine, tmp_path, raw):
+    for n in range(3):
+        rows = [cauldron(f"Q{n}-{i}", "A", "vqav2") for i in range(5)]
+        write_parquet(raw / f"train-{n}.parquet", [*rows, {"images": [], "texts": rows[0]["texts"]}])
+    alone = convert("vqav2", [raw], tmp_path / "alone", workers=1)
+    report = convert("vqav2", [raw], tmp_path / "out", engine, workers=2)
+    order = ("samples", "images", "files", "rejected")
+    assert (
+        [report[key] for key in order] == [alone[key] for key in order] == [15, 15, 3, {"image-missing": 3}]
+    )
+    for path in (tmp_path / "alone").glob("*.parquet"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_pool_of_processes(tmp_path, raw):
+    engine_makes_the_same("local", tmp_path, raw)
+
+
+@pytest.mark.slow
+def test_ray(tmp_path, raw):
+    ray = pytest.importorskip("ray")
+    try:
+        engine_makes_the_same("ray", tmp_path, raw)
+        (raw / "mapping.txt").unlink()
+        write_tar(raw / "n1.tar", {"n1_1.JPEG": JPEG})
+        with pytest.raises(SoloError, match=r"^.*mapping\.txt is missing"):
+            convert("imagenet-21k", [raw], tmp_path / "classes", "ray")
+    finally:
+        ray.shutdown()
+
+
+def test_without_ray_the_user_is_told(tmp_path, raw, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    write_parquet(raw / "x.parquet", [USUAL["vqav2"][0]])
+    with pytest.raises(SoloError, match=r"pip install 'solo-vlm\[ray\]'"):
+        convert("vqav2", [raw], tmp_path / "out", "ray")

@@ -1,0 +1,42 @@
+"""The catalog's figures against the totals that the paper prints, and the page that shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from solo_vlm.data.catalog.registry import DATA_SETS
+from solo_vlm.data.catalog.table import markdown_table
+
+PAGE = Path(__file__).parents[3] / "docs" / "catalog.md"
+
+
+@pytest.mark.parametrize(
+    ("stage", "tokens", "text_tokens", "vision_tokens", "instances"),
+    [
+        (1, 6_764_080_695, 4_553_623_160, 2_210_457_535, 195_122),
+        (2, 14_846_598_913, 6_814_674_150, 8_031_924_763, 445_565),
+        (3, 1_279_664_194, 797_032_867, 482_631_327, 38_324),
+    ],
+)
+def test_the_stages_add_up_to_the_papers_totals(stage, tokens, text_tokens, vision_tokens, instances):
+    counts = [count for entry in DATA_SETS.values() for count in entry.stages if count.stage == stage]
+    assert sum(count.tokens for count in counts) == tokens
+    assert sum(count.text_tokens for count in counts) == text_tokens
+    assert sum(count.vision_tokens for count in counts) == vision_tokens
+    assert sum(count.instances for count in counts) == instances
+
+
+def test_each_entry_is_complete():
+    for entry in DATA_SETS.values():
+        assert bool(entry.stages) != bool(entry.group)
+        for fact in (entry.title, entry.source, entry.licence, entry.raw_schema, entry.evidence, entry.files):
+            assert fact, entry.name
+    assert sum(bool(entry.samples) for entry in DATA_SETS.values()) == 32
+
+
+def test_the_page_shows_the_catalog():
+    assert markdown_table(DATA_SETS.values()) in PAGE.read_text(encoding="utf-8"), (
+        "docs/catalog.md is out of date: paste the output of `solo data list --markdown`"
+    )

@@ -1,0 +1,22 @@
+"""A checkpoint of 2 GB converts in less than 1 GB of memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "convert_memory.py"
+
+
+@pytest.mark.slow
+def test_peak_memory():
+    result = subprocess.run(
+        [sys.executable, BENCHMARK, "--gigabytes", "2"], check=True, capture_output=True, text=True
+    )
+    peaks = [float(peak) for peak in re.findall(r"peak memory +([\d.]+) GB", result.stdout)]
+    assert len(peaks) == 4
+    assert max(peaks) < 1.0, result.stdout
