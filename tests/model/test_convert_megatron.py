@@ -95,6 +95,15 @@ def test_without_tokenizer_or_size_the_padding_stays(weights, expected, tmp_path
     assert torch.equal(head[:ROWS], expected["lm_head.weight"])
     with pytest.raises(SoloError, match="2048 rows of tokens: the vocabulary cannot be 2049"):
         convert_megatron(source, tmp_path / "other", vocabulary=2049)
+    with pytest.raises(SoloError, match="has no tokenizer: name the folder"):
+        convert_megatron(source, tmp_path / "other", tokenizer_folder=tmp_path)
+
+
+def test_the_llms_own_tokenizer_gets_the_releases_tokens(weights, expected, tmp_path):
+    source = write_megatron(tmp_path / "megatron", weights, SETTINGS, 2, 1, PADDED)
+    write_sentencepiece(source, [])
+    assert convert_megatron(source, tmp_path / "solo").vocabulary == ROWS
+    assert_identical(read(tmp_path / "solo"), expected)
 
 
 def test_the_configuration_is_the_arguments_and_the_model_answers(weights, tokenizer, tmp_path, picture):

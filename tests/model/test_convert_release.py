@@ -196,6 +196,15 @@ def test_a_tokenizer_that_does_not_belong_to_the_weights(tmp_path):
         convert_release(source, tmp_path / "solo")
 
 
+def test_a_broken_tokenizer(tmp_path):
+    settings = release_settings(ROWS, num_hidden_layers=1)
+    source = write_release(tmp_path / "source", release_weights(settings), settings)
+    (source / "tokenizer.model").write_bytes(b"no protocol buffer")
+    with pytest.raises(SoloError, match="cannot read the tokenizer of"):
+        convert_release(source, tmp_path / "solo")
+    assert not (tmp_path / "solo").exists()
+
+
 def test_without_a_tokenizer_there_is_no_processor(tmp_path, caplog):
     source = golden_folder(tmp_path / "source", "safetensors", 1)
     assert convert_release(source, tmp_path / "solo").tokens is None

@@ -29,7 +29,7 @@ def load_model(
     """
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     model = _load(SoloForConditionalGeneration, path, dtype=kind)
-    if _is_release(path):
+    if _release_settings(path):
         _use_release_vocabulary(model, path)
     return model.to(device or _default_device()).eval()
 
@@ -40,11 +40,12 @@ def load_processor(path: str | Path) -> SoloProcessor:
     Raises:
         SoloError: nothing readable is there.
     """
-    if _is_release(path):
+    if settings := _release_settings(path):
         from solo_vlm.model.convert.project_folder import release_processor
         from solo_vlm.model.convert.tokenizer import release_tokenizer
 
-        return release_processor(release_tokenizer(path), patch_size=32, layout="release")
+        tokenizer = release_tokenizer(path, rows=settings["vocab_size"])
+        return release_processor(tokenizer, settings.get("vision_patch_size", 32), layout="release")
     return _load(SoloProcessor, path)
 
 
@@ -60,11 +61,13 @@ def _use_release_vocabulary(model: SoloForConditionalGeneration, path: str | Pat
     model.generation_config = generation_config(model.config)
 
 
-def _is_release(path: str | Path) -> bool:
+def _release_settings(path: str | Path) -> dict[str, Any] | None:
+    """The `config.json` of a folder of the release; None for any other."""
     try:
-        return is_release(PreTrainedConfig.get_config_dict(str(path))[0])
+        settings = PreTrainedConfig.get_config_dict(str(path))[0]
     except (OSError, ValueError):  # the loaders say what is wrong with it
-        return False
+        return None
+    return settings if is_release(settings) else None
 
 
 def _load(cls: Any, path: str | Path, **options: Any) -> Any:

@@ -62,6 +62,8 @@ def convert_megatron(
         raise SoloError(
             f"{checkpoint.folder} has {rows} rows of tokens: the vocabulary cannot be {vocabulary}"
         )
+    if tokenizer_folder is not None and not has_tokenizer(tokenizer_folder):
+        raise SoloError(f"{tokenizer_folder} has no tokenizer: name the folder with the tokenizer.model")
     tokenizer_folder = tokenizer_folder or source
     tokenizer = None
     if has_tokenizer(tokenizer_folder):

@@ -56,7 +56,8 @@ def release_tokenizer(
 
     Args:
         source: has a `tokenizer.model` or a `tokenizer.json`.
-        rows: of the token embedding. Default: as many as there are tokens, of the release's own or all.
+        rows: of the token embedding. Default: as many as there are tokens, with all of the release's own but
+            the chat tokens.
         most_rows: the default for `rows` is never more than this.
 
     Raises:
@@ -64,7 +65,7 @@ def release_tokenizer(
     """
     backend = _backend(source)
     if rows is None:
-        rows = max(backend.get_vocab_size(), _base(backend) + len(VISION_TOKENS))
+        rows = max(backend.get_vocab_size(), _base(backend) + len(VISION_TOKENS) + len(LOCATION_TOKENS))
         rows = rows if most_rows is None else min(rows, most_rows)
     if rows < _base(backend) + len(VISION_TOKENS):
         raise SoloError(
