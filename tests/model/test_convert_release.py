@@ -28,6 +28,7 @@ from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer
 from solo_vlm.model.convert.release import convert_release, convert_to_release
 from solo_vlm.model.load import load_model, load_processor
+from solo_vlm.train.start import load_start
 from tiny import ask
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "release_tiny"
@@ -351,3 +352,10 @@ def test_the_original_folder_without_its_tokenizer_still_loads(tmp_path):
     assert load_model(source, device="cpu").config.image_token_id == 32001
     with pytest.raises(SoloError, match="tokenizer"):
         load_processor(source)
+
+
+def test_training_takes_the_release_for_what_it_is(release):
+    """Its config says "mistral": read as a plain LLM, it would lose its eyes without a word."""
+    model, processor = load_start(release)
+    assert isinstance(model, SoloForConditionalGeneration)
+    assert processor.layout == "release"

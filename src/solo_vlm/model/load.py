@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from solo_vlm.errors import SoloError
+from solo_vlm.model.configuration_solo import SoloConfig
 from solo_vlm.model.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.model.processing_solo import SoloProcessor
 from solo_vlm.model.release_solo import is_release
@@ -47,6 +48,19 @@ def load_processor(path: str | Path) -> SoloProcessor:
         tokenizer = release_tokenizer(path, rows=settings["vocab_size"])
         return release_processor(tokenizer, settings.get("vision_patch_size", 32), layout="release")
     return _load(SoloProcessor, path)
+
+
+def is_solo(path: str | Path) -> bool:
+    """Whether a folder or hub id holds a SOLO model, this project's or the release's.
+
+    Raises:
+        SoloError: nothing readable is there.
+    """
+    try:
+        settings = PreTrainedConfig.get_config_dict(str(path))[0]
+    except (OSError, ValueError) as error:
+        raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
+    return settings.get("model_type") == SoloConfig.model_type or is_release(settings)
 
 
 def _use_release_vocabulary(model: SoloForConditionalGeneration, path: str | Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from solo_vlm.data.encode import Document, encode, encode_text
 from solo_vlm.data.loader import PackedLoader
@@ -14,7 +14,7 @@ from solo_vlm.data.schema import Sample
 from solo_vlm.data.sources import Source, open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
 from solo_vlm.errors import SoloError
-from solo_vlm.model.load import load_model, load_processor
+from solo_vlm.model.load import is_solo, load_model, load_processor
 from solo_vlm.train.recipe import DataSettings, Recipe
 
 
@@ -27,15 +27,13 @@ def load_start(path: str | Path) -> tuple[PreTrainedModel, Any]:
     Raises:
         SoloError: the folder is not readable as either.
     """
+    if is_solo(path):
+        return load_model(path, dtype="float32"), load_processor(path)
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
-        if kind != "solo":
-            return AutoModelForCausalLM.from_pretrained(path, dtype="float32"), AutoTokenizer.from_pretrained(
-                path
-            )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+        return model, AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
-    return load_model(path, dtype="float32"), load_processor(path)
 
 
 @dataclass(frozen=True)
