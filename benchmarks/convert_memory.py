@@ -1,4 +1,6 @@
-"""Peak memory of `solo convert` on made-up checkpoints: python benchmarks/convert_memory.py [--gigabytes 2].
+"""Peak memory of `solo convert` on made-up checkpoints.
+
+    python benchmarks/convert_memory.py [--gigabytes 2] [--json]
 
 Prints, for each format, the size of the weights and the most memory that the converting process ever held.
 """
@@ -14,6 +16,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from environment import environment
 from safetensors.torch import save_file
 
 HIDDEN, MLP, HEADS, KEY_VALUE_HEADS, ROWS = 2048, 7168, 16, 8, 33152
@@ -139,7 +142,10 @@ def measure(verb: str, source: Path, out: Path) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=2.0)
-    layers = layers_for(parser.parse_args().gigabytes * 1e9)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    layers = layers_for(arguments.gigabytes * 1e9)
+    results = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         runs = [
@@ -150,7 +156,11 @@ def main() -> None:
         ]
         for number, (name, verb, make) in enumerate(runs):
             size, peak = measure(verb, make(), folder / f"out{number}")
-            print(f"{name:22} {size / 1e9:5.2f} GB of weights, peak memory {peak / 1e9:5.2f} GB")
+            results[name] = {"weights_gb": size / 1e9, "peak_gb": peak / 1e9}
+            if not arguments.json:
+                print(f"{name:22} {size / 1e9:5.2f} GB of weights, peak memory {peak / 1e9:5.2f} GB")
+    if arguments.json:
+        print(json.dumps({**results, "environment": environment()}))
 
 
 if __name__ == "__main__":
