@@ -51,13 +51,18 @@ def image_layout(image: Image.Image, image_processor: SoloImageProcessor) -> Ima
 def draw_patch_grid(image: Image.Image, image_processor: SoloImageProcessor) -> Image.Image:
     """The resized image with the borders of its patches; small ones are enlarged to be seen."""
     layout = image_layout(image, image_processor)
-    zoom = max(1, 512 // max(layout.resized))
-    side = image_processor.patch_size * zoom
     seen = image.resize(layout.resized, Image.Resampling.BILINEAR)
-    picture = seen.resize((layout.columns * side + 1, layout.rows * side + 1), Image.Resampling.NEAREST)
+    return draw_grid(seen, layout.rows, layout.columns)
+
+
+def draw_grid(seen: Image.Image, rows: int, columns: int) -> Image.Image:
+    """An image that is resized already, with the borders of its patches."""
+    zoom = max(1, 512 // max(seen.size))
+    side = seen.width // columns * zoom
+    picture = seen.resize((columns * side + 1, rows * side + 1), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
-    for column in range(layout.columns + 1):
+    for column in range(columns + 1):
         draw.line([(column * side, 0), (column * side, picture.height)], fill=_LINE)
-    for row in range(layout.rows + 1):
+    for row in range(rows + 1):
         draw.line([(0, row * side), (picture.width, row * side)], fill=_LINE)
     return picture

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from catalog_rows import USUAL
-from solo_vlm.cli import main
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["solo", "data", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def test_list_shows_every_data_set_with_the_papers_count(run):
-    code, out, _ = run("list")
+def test_list_shows_every_data_set_with_the_papers_count(run_data):
+    code, out, _ = run_data("list")
     assert code == 0
     for name in USUAL:
         assert f" {name} " in out
@@ -38,8 +20,8 @@ def test_list_shows_every_data_set_with_the_papers_count(run):
     assert "253,309 sequences" in out
 
 
-def test_list_as_json(run):
-    _, out, error = run("list", "--json")
+def test_list_as_json(run_data):
+    _, out, error = run_data("list", "--json")
     entries = {entry["name"]: entry for entry in json.loads(out)["data_sets"]}
     assert error == ""
     assert len(entries) == 45
@@ -48,17 +30,17 @@ def test_list_as_json(run):
     assert entries["detailed-captions"]["schema_confirmed"] is False
 
 
-def test_convert(run, tmp_path):
+def test_convert(run_data, tmp_path):
     (tmp_path / "raw").mkdir()
     row = USUAL["vqav2"][0]
     pq.write_table(pa.Table.from_pylist([row, {**row, "texts": []}]), tmp_path / "raw" / "x.parquet")
     arguments = ["convert", "vqav2", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1]
-    code, out, error = run(*arguments)
+    code, out, error = run_data(*arguments)
     assert code == 0
     assert "1 samples with 1 images" in out.replace("\n", "")
     assert "1 rejected:" in out
     assert error == ""
-    code, out, _ = run(*arguments, "--json")
+    code, out, _ = run_data(*arguments, "--json")
     assert code == 0
     assert json.loads(out)["rejected"] == {"no-answer": 1}
 
@@ -71,9 +53,9 @@ def test_convert(run, tmp_path):
         (["download", "vqav2", "--urls", ".", "--out", "o"], "no list of URLs"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, message, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line_and_exit_code_2(run_data, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, error = run(*arguments)
+    code, out, error = run_data(*arguments)
     assert (code, out) == (2, "")
     (line,) = error.splitlines()
     assert line.startswith("solo: ")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from solo_vlm.data.schema import Sample, SampleError
+from solo_vlm.errors import SoloError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,3 +107,47 @@ def encode_text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Document:
     labels = input_ids.copy()
     labels[0] = IGNORE_INDEX
     return Document(input_ids, labels, np.empty((0, 0), np.uint8), np.empty((0, 3), np.int64))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes samples with a processor; or texts alone with a tokenizer, for an LLM."""
+
+    processor: Any
+
+    def __call__(self, sample: Sample) -> Document:
+        return encode(sample, self.processor) if self.sees_images else encode_text(sample, self.processor)
+
+    @property
+    def sees_images(self) -> bool:
+        return hasattr(self.processor, "image_processor")
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer if self.sees_images else self.processor
+
+    @property
+    def vision_ids(self) -> NDArray[np.int64]:
+        """All ids that the layout of an image is made of."""
+        layout = self.processor.image_layout(2, 1) if self.sees_images else ()
+        return np.unique(np.asarray(layout, np.int64))
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """The encoder for a SOLO model, or for a plain LLM.
+
+    Raises:
+        SoloError: the folder is not readable as either.
+    """
+    from transformers import AutoTokenizer
+
+    from solo_vlm.model.load import is_solo, load_processor
+
+    if is_solo(path):
+        return Encoder(load_processor(path))
+    try:
+        return Encoder(AutoTokenizer.from_pretrained(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise SoloError(
+            f"cannot read a model's tokenizer from {path}: {str(error).splitlines()[0]}"
+        ) from error

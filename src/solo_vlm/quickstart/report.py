@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment
-from PIL import Image
 
 from solo_vlm.files import new_file
+from solo_vlm.html import image_url, png_url, render
 from solo_vlm.quickstart.scores import HeldOutAnswer
 
 Answers = Mapping[str, Sequence[HeldOutAnswer]]
@@ -61,26 +57,14 @@ def write_examples(folder: Path, answers: Answers) -> None:
 
 def write_report(path: Path, metrics: Mapping[str, Any], answers: Answers, loss_curve: Path) -> None:
     """Write the report as one HTML file that needs nothing else."""
-    template = Environment(autoescape=True).from_string(
-        files("solo_vlm.quickstart").joinpath("report.html.jinja").read_text()
-    )
-    html = template.render(
+    html = render(
+        "solo_vlm.quickstart",
+        "report.html.jinja",
         metrics=metrics,
-        loss_curve=_data_url(loss_curve.read_bytes()),
+        loss_curve=png_url(loss_curve.read_bytes()),
         kinds={name: given[:_SHOWN] for name, given in answers.items()},
         wrong=[answer for given in answers.values() for answer in given if not answer.right][:_SHOWN],
-        picture=_picture,
+        picture=image_url,
     )
     with new_file(path) as partial:
         partial.write_text(html)
-
-
-def _picture(image: Image.Image) -> str:
-    """A data URL of an image; small ones keep their pixels visible when the page enlarges them."""
-    buffer = BytesIO()
-    image.save(buffer, format="PNG")
-    return _data_url(buffer.getvalue())
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -35,7 +35,7 @@ from solo_vlm.train.manifest import write_manifest
 from solo_vlm.train.metrics import MetricsLog, progress_bar
 from solo_vlm.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.start import load_start, make_loader, open_sources
+from solo_vlm.train.start import load_start, make_loader
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def train(recipe: Recipe, resume: bool = False, progress: ProgressBar | None = N
             return train(recipe, resume, progress)
 
     out = recipe.at(recipe.out)
-    sources = open_sources(recipe)
+    sources = recipe.open_sources()
     checkpoint = _claim(out, recipe, resume)
     set_seed(recipe.seed)
     model, processor = load_start(checkpoint or _start_from(recipe))

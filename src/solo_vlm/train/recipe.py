@@ -2,56 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
-from solo_vlm.errors import SoloError
+from solo_vlm.data.mixture import DataSettings, Mixture, SourceSettings
+from solo_vlm.settings import Settings
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SourceSettings(_Settings):
-    """One source of a mixture: where it is, and its share."""
-
-    path: str
-    weight: PositiveFloat = 1.0
-
-
-class DataSettings(_Settings):
-    """What the model reads. Defaults: the paper's packing (sequences of 32,768 tokens).
-
-    Attributes:
-        sources: files, folders or glob patterns of .parquet or .jsonl, with their weights.
-        sequence_length: tokens in a packed sequence.
-        weigh: whether weights are shares of tokens or of samples.
-        epochs: passes over each source; none: without end.
-        streams: virtual streams; ranks and workers must divide them, and every source needs as many row
-            groups.
-        workers: processes a rank that read ahead; 0 reads in the training process.
-        packing_buffer: documents to choose from when packing.
-        max_skipped: fraction of samples that may be unusable before the run stops and lists them.
-        seed: of the order.
-    """
-
-    sources: list[SourceSettings] = Field(min_length=1)
-    sequence_length: PositiveInt = 32768
-    weigh: Literal["samples", "tokens"] = "tokens"
-    epochs: PositiveInt | None = None
-    streams: PositiveInt = 64
-    workers: int = Field(0, ge=0)
-    packing_buffer: PositiveInt = 128
-    max_skipped: float = Field(0.01, ge=0, le=1)
-    seed: int = 0
-
-
-class OptimizerSettings(_Settings):
+class OptimizerSettings(Settings):
     """AdamW and its schedule. Defaults: the paper's pre-training.
 
     Attributes:
@@ -75,14 +34,14 @@ class OptimizerSettings(_Settings):
     max_grad_norm: PositiveFloat = 1.0
 
 
-class CheckpointSettings(_Settings):
+class CheckpointSettings(Settings):
     """How often the run is saved and how many of the newest checkpoints stay."""
 
     every: PositiveInt = 500
     keep: PositiveInt = 2
 
 
-class Recipe(_Settings):
+class Recipe(Mixture):
     """One stage of training.
 
     Attributes:
@@ -97,10 +56,9 @@ class Recipe(_Settings):
         seed: of everything that is random outside of the data.
     """
 
-    root: str = "."
-    model: str
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     out: str
-    data: DataSettings
     steps: PositiveInt
     global_batch: PositiveInt = 128
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -110,105 +68,5 @@ class Recipe(_Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
 
-    def at(self, path: str) -> Path:
-        """A path of the recipe, counted from its root; an absolute one stays."""
-        return Path(self.root) / path
 
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Read a recipe. `base: other.yaml` inherits from a file beside it; overrides are `a.b=value`.
-
-        A recipe of the package can be named without its folder, as in `quickstart/stage1`.
-
-        Raises:
-            SoloError: no such file, or a key or value that does not belong in a recipe.
-        """
-        return cls.parse(_override(_read(find_recipe(path)), overrides), origin=str(path))
-
-    def override(self, overrides: Sequence[str]) -> Recipe:
-        """This recipe with `a.b=value` overrides.
-
-        Raises:
-            SoloError: as `load`.
-        """
-        return self.parse(_override(self.model_dump(mode="json"), overrides))
-
-    @classmethod
-    def parse(cls, settings: dict[str, Any], origin: str = "recipe") -> Recipe:
-        """A recipe from plain settings.
-
-        Raises:
-            SoloError: naming the key, and the nearest right one where it is unknown.
-        """
-        try:
-            return cls.model_validate(settings)
-        except ValidationError as error:
-            raise SoloError(f"{origin}: {_explain(error)}") from error
-
-
-def find_recipe(path: str | Path) -> Path:
-    """The file of a recipe: a path as given, or the name of one that comes with the package."""
-    package = Path(__file__).parents[1]
-    folders = [Path(), package / "recipes", package.parents[1] / "recipes"]
-    for folder in folders:
-        for candidate in (folder / path, folder / f"{path}.yaml"):
-            if candidate.is_file():
-                return candidate
-    raise SoloError(f"no recipe {path}: give the path of a YAML file, or a name such as quickstart/stage1")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise SoloError(f"cannot read recipe {path}: {error}") from error
-    if not isinstance(settings, dict):
-        raise SoloError(f"{path} is not a recipe: expected keys and values")
-    base = settings.pop("base", None)
-    return _merge(_read(path.parent / base), settings) if base else settings
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _override(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise SoloError(f"override {override!r} is not of the form key=value")
-        _set(settings, key, yaml.safe_load(value))
-    return settings
-
-
-def _set(settings: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        settings = settings.setdefault(parent, {})
-        if not isinstance(settings, dict):
-            raise SoloError(f"override {key}: {parent} is a single value, it has no {last}")
-    settings[last] = value
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(step) for step in first["loc"])
-    if first["type"] != "extra_forbidden":
-        return f"{key}: {first['msg']}"
-    near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(Recipe), n=1)
-    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def _known_keys(model: type[BaseModel]) -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(name)
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _known_keys(kind)
-    return keys
+__all__ = ["CheckpointSettings", "DataSettings", "OptimizerSettings", "Recipe", "SourceSettings"]

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from solo_vlm.data.encode import Document, encode, encode_text
+from solo_vlm.data.encode import Encoder, load_encoder
 from solo_vlm.data.loader import PackedLoader
-from solo_vlm.data.schema import Sample
-from solo_vlm.data.sources import Source, open_source
+from solo_vlm.data.mixture import DataSettings
+from solo_vlm.data.sources import open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
 from solo_vlm.errors import SoloError
-from solo_vlm.model.load import is_solo, load_model, load_processor
-from solo_vlm.train.recipe import DataSettings, Recipe
+from solo_vlm.model.load import load_model
+from solo_vlm.train.recipe import Recipe
 
 
 def load_start(path: str | Path) -> tuple[PreTrainedModel, Any]:
@@ -27,32 +27,20 @@ def load_start(path: str | Path) -> tuple[PreTrainedModel, Any]:
     Raises:
         SoloError: the folder is not readable as either.
     """
-    if is_solo(path):
-        return load_model(path, dtype="float32"), load_processor(path)
+    encoder = load_encoder(path)
+    if encoder.sees_images:
+        return load_model(path, dtype="float32"), encoder.processor
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
-        return model, AutoTokenizer.from_pretrained(path)
+        return AutoModelForCausalLM.from_pretrained(path, dtype="float32"), encoder.processor
     except (OSError, ValueError, KeyError) as error:
         raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Encodes samples with a processor; or texts alone with a tokenizer, for an LLM."""
-
-    processor: Any
-
-    def __call__(self, sample: Sample) -> Document:
-        if hasattr(self.processor, "image_processor"):
-            return encode(sample, self.processor)
-        return encode_text(sample, self.processor)
 
 
 @dataclass(frozen=True)
 class StreamMaker:
     """Builds the virtual streams of a run; a plain object that worker processes can be given."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[str, ...]
     settings: DataSettings
     encoder: Encoder
 
@@ -76,23 +64,15 @@ class StreamMaker:
         )
 
 
-def open_sources(recipe: Recipe) -> list[Source]:
-    """The sources of a mixture, opened; a first look at whether they are there."""
-    return [open_source(path) for path in _paths(recipe)]
-
-
 def make_loader(recipe: Recipe, processor: Any) -> PackedLoader:
     """The loader of a run."""
-    tokenizer = getattr(processor, "tokenizer", processor)
+    encoder = Encoder(processor)
+    tokenizer = encoder.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return PackedLoader(
-        StreamMaker(_paths(recipe), recipe.data, Encoder(processor)),
+        StreamMaker(recipe.source_paths(), recipe.data, encoder),
         recipe.data.streams,
         recipe.data.sequence_length,
         padding,
         workers=recipe.data.workers,
     )
-
-
-def _paths(recipe: Recipe) -> tuple[Path, ...]:
-    return tuple(recipe.at(source.path) for source in recipe.data.sources)

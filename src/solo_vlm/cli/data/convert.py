@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from solo_vlm.cli._console import STDERR, STDOUT, print_json
+from solo_vlm.cli._console import STDOUT, print_json
+from solo_vlm.cli.data._progress import progress_bar
 
 
 class _Engine(StrEnum):
@@ -29,21 +30,10 @@ def convert(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a data set's raw files to sample files. Run it again to go on where it stopped."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from solo_vlm.data.catalog.convert import convert as run
 
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=STDERR, transient=True, disable=not STDERR.is_terminal) as progress:
-        task = progress.add_task(name)
-        report = run(
-            name,
-            raw,
-            out,
-            engine.value,
-            workers,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    with progress_bar(name) as on_progress:
+        report = run(name, raw, out, engine.value, workers, on_progress)
     print_json(report) if json else _show(report)
 
 

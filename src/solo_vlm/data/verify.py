@@ -1,0 +1,101 @@
+"""Read all data once, and say what cannot be used and why, before a long run meets it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from solo_vlm.data.catalog.report import Report
+from solo_vlm.data.encode import Encoder
+from solo_vlm.data.mixture import Mixture
+from solo_vlm.data.reading import OnProgress, RowReader, UnitProgress
+from solo_vlm.files import new_file
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What reading everything has shown.
+
+    Attributes:
+        sources: what became of the rows of each source, by its path in the mixture.
+        max_skipped: fraction of rows that may be unusable.
+    """
+
+    sources: dict[str, Report]
+    max_skipped: float
+
+    @property
+    def rows(self) -> int:
+        return self.rejected + sum(report.samples for report in self.sources.values())
+
+    @property
+    def rejected(self) -> int:
+        return sum(report.rejected.total() for report in self.sources.values())
+
+    @property
+    def passed(self) -> bool:
+        return self.rejected <= self.max_skipped * self.rows
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "passed": self.passed,
+            "rows": self.rows,
+            "rejected": self.rejected,
+            "max_skipped": self.max_skipped,
+            "sources": [{"source": path, **report.as_dict()} for path, report in self.sources.items()],
+        }
+
+
+def verify_mixture(
+    mixture: Mixture,
+    encoder: Encoder,
+    report_file: Path | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> Verification:
+    """Read every row of every source once, as training would: schema, images, chat template, length.
+
+    Args:
+        mixture: the sources.
+        encoder: of the model that shall read them.
+        report_file: gets a line of JSON for each row that cannot be used; appears when all is read.
+        on_progress: called with the units read and their number.
+
+    Raises:
+        SoloError: a source is missing.
+    """
+    sources = mixture.open_sources()
+    on_unit = UnitProgress(sum(map(len, sources)), on_progress)
+    reports = {}
+    with _opened(report_file) as lines:
+        for path, source in zip(mixture.source_names(), sources, strict=True):
+            reader = RowReader(source, encoder, mixture.data.sequence_length, on_unit)
+            reports[path] = _verify(path, reader, lines)
+    return Verification(reports, mixture.data.max_skipped)
+
+
+@contextmanager
+def _opened(file: Path | None) -> Iterator[TextIO | None]:
+    if file is None:
+        yield None
+        return
+    with new_file(file) as partial, partial.open("w") as lines:
+        yield lines
+
+
+def _verify(path: str, reader: RowReader, lines: TextIO | None) -> Report:
+    report = Report()
+    for row in reader.read_all():
+        if row.error is None:
+            report.samples += 1
+            report.images += row.images
+            continue
+        report.reject(row.where, row.error)
+        if lines is not None:
+            line = {"source": path, "where": row.where, "reason": row.error.reason, "error": str(row.error)}
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return report

@@ -1,0 +1,55 @@
+"""Reading everything once: what is found, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+
+def test_data_that_are_right_pass(made, run_data):
+    code, out, error = run_data("verify", made.file, "--json")
+    assert (code, error) == (0, "")
+    facts = json.loads(out)
+    assert (facts["passed"], facts["rows"], facts["rejected"]) == (True, 150, 0)
+    assert [source["samples"] for source in facts["sources"]] == [120, 30]
+    assert [source["images"] for source in facts["sources"]] == [120, 0]
+
+
+def test_what_cannot_be_used_is_counted_and_placed(broken, run_data, tmp_path):
+    report = tmp_path / "report.jsonl"
+    code, out, _ = run_data("verify", broken, "--json", "--report", report)
+    facts = json.loads(out)
+    assert code == 1
+    assert (facts["passed"], facts["rows"], facts["rejected"]) == (False, 36, 5)
+    bad, texts = facts["sources"]
+    assert bad["rejected"] == {"schema": 2, "image": 1, "too-long": 1, "image-count": 1}
+    assert texts["rejected"] == {}
+    (image,) = bad["examples"]["image"]
+    assert image.startswith(f"{tmp_path}/bad.parquet, row group 0, row 1: image: ")
+    assert len(bad["examples"]["schema"]) == 2
+
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert Counter(line["reason"] for line in lines) == bad["rejected"]
+    assert [line["where"].rpartition(", row group ")[2] for line in lines] == [
+        *("0, row 1", "0, row 2", "0, row 3", "1, row 0", "1, row 1")
+    ]
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_max_skipped_decides(broken, run_data):
+    share = 5 / 36
+    assert run_data("verify", broken, f"data.max_skipped={share + 1e-6}")[0] == 0
+    code, out, error = run_data("verify", broken, f"data.max_skipped={share - 1e-6}")
+    assert (code, error) == (1, "")
+    assert "2 schema, such as" in out
+    assert "5 of 36 rows cannot be used: MORE than data.max_skipped" in out
+
+
+def test_a_cut_file_is_found(made, run_data, tmp_path):
+    """The footer of a parquet file is at its end, so that damage in the middle shows only in reading."""
+    data = bytearray((made.folder / "captions.parquet").read_bytes())
+    data[1000:3000] = bytes(2000)
+    (tmp_path / "x.parquet").write_bytes(data)
+    code, out, _ = run_data("verify", made.file, f"data.sources=[{{path: {tmp_path}/x.parquet}}]", "--json")
+    assert code == 1
+    assert json.loads(out)["sources"][0]["rejected"]["broken-shard"] >= 1
