@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import numpy as np
@@ -30,11 +31,12 @@ def picture():
 
 
 @pytest.fixture
-def run_data(monkeypatch, capsys):
-    """Run `solo data` in this process: exit code, stdout, stderr."""
+def run(monkeypatch, capsys):
+    """Run the command `solo` in this process: exit code, stdout, stderr."""
 
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["solo", "data", *map(str, arguments)])
+    def solo_command(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["solo", *map(str, arguments)])
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a new process
         try:
             main()
             code = 0
@@ -42,4 +44,10 @@ def run_data(monkeypatch, capsys):
             code = int(stop.code or 0)
         return code, *capsys.readouterr()
 
-    return run
+    return solo_command
+
+
+@pytest.fixture
+def run_data(run):
+    """As `run`, for the verbs of `solo data`."""
+    return lambda *arguments: run("data", *arguments)

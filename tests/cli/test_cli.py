@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from solo_vlm.cli import main
 from tiny import make_llm, make_solo
 
 
@@ -21,23 +20,6 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "solo"
     make_solo("qwen3").save(folder)
     return folder
-
-
-def solo(*arguments, monkeypatch, capsys) -> tuple[int, str, str]:
-    """Run the command in this process: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["solo", *map(str, arguments)])
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    return lambda *arguments: solo(*arguments, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def bomb(path: Path) -> Path:

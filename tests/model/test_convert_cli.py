@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
 
 import pytest
 
@@ -18,28 +16,9 @@ from release_files import (
     write_release,
     write_sentencepiece,
 )
-from solo_vlm.cli import main
 
 ROWS = TEXT_TOKENS + len(VISION + LOCATIONS)
 SETTINGS = release_settings(ROWS, num_hidden_layers=2)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process: exit code, stdout, stderr."""
-
-    def solo(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["solo", *map(str, arguments)])
-        monkeypatch.setattr(logging.getLogger(), "handlers", [])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return solo
 
 
 @pytest.fixture
