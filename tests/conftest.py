@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import numpy as np
@@ -10,12 +11,16 @@ import pytest
 from PIL import Image
 
 from solo_vlm.cli import main
-from solo_vlm.model.from_llm import SoloModelAndProcessor
-from tiny import make_solo
+
+# A name that is no folder is not looked up on the hub. Read when transformers is imported, so it comes first.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
-def solo() -> SoloModelAndProcessor:
+def solo():
+    """A small SOLO model with its processor."""
+    from tiny import make_solo
+
     return make_solo()
 
 

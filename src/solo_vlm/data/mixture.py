@@ -68,6 +68,11 @@ class Mixture(Settings):
         """A path of the mixture, counted from its root; an absolute one stays."""
         return Path(self.root) / path
 
+    def model_source(self) -> str | Path:
+        """A folder under the root, or else a hub id."""
+        folder = self.at(self.model)
+        return folder if folder.exists() else self.model
+
     def source_names(self) -> tuple[str, ...]:
         """Sources as the file names them."""
         return tuple(source.path for source in self.data.sources)

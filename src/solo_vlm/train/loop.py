@@ -71,7 +71,7 @@ def train(recipe: Recipe, resume: bool = False, progress: ProgressBar | None = N
     sources = recipe.open_sources()
     checkpoint = _claim(out, recipe, resume)
     set_seed(recipe.seed)
-    model, processor = load_start(checkpoint or _start_from(recipe))
+    model, processor = load_start(checkpoint or recipe.model_source())
     model.to(_device()).train()
     use_packed_attention(model)
     if recipe.gradient_checkpointing:
@@ -110,12 +110,6 @@ def train(recipe: Recipe, resume: bool = False, progress: ProgressBar | None = N
     _export(out / "model", model, processor)
     write_manifest(out / "manifest.json", recipe, sources, summary)
     return Trained(out / "model", summary)
-
-
-def _start_from(recipe: Recipe) -> str | Path:
-    """A folder under the recipe's root, or else a hub id."""
-    folder = recipe.at(recipe.model)
-    return folder if folder.exists() else recipe.model
 
 
 def _claim(out: Path, recipe: Recipe, resume: bool) -> Path | None:

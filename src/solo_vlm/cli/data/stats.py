@@ -32,7 +32,7 @@ def stats(
     from solo_vlm.data.stats import mixture_stats
 
     settings = Mixture.load(mixture, overrides or [])
-    encoder = load_encoder(settings.at(settings.model))
+    encoder = load_encoder(settings.model_source())
     with progress_bar("reading") as on_progress:
         facts = mixture_stats(settings, encoder, None if exact else samples, on_progress).as_dict()
     if json:

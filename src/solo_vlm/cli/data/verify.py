@@ -27,7 +27,7 @@ def verify(
     from solo_vlm.data.verify import verify_mixture
 
     settings = Mixture.load(mixture, overrides or [])
-    encoder = load_encoder(settings.at(settings.model))
+    encoder = load_encoder(settings.model_source())
     with progress_bar("reading") as on_progress:
         verification = verify_mixture(settings, encoder, report, on_progress)
     print_json(verification.as_dict()) if json else _show(verification.as_dict())

@@ -26,7 +26,7 @@ def view(
     from solo_vlm.data.mixture import Mixture
 
     settings = Mixture.load(mixture, overrides or [])
-    shown = write_gallery(out, settings, load_encoder(settings.at(settings.model)), samples, seed)
+    shown = write_gallery(out, settings, load_encoder(settings.model_source()), samples, seed)
     if json:
         print_json({"out": str(out), "samples": shown})
         return
