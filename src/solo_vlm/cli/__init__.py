@@ -50,7 +50,7 @@ app.add_typer(convert, name="convert")
 def main() -> None:
     """Entry point of the command `solo`. An error that the user can mend: one line, exit code 2."""
     # OpenMP's threads wait for each other by spinning. On a busy machine, spinning for ever (the default)
-    # takes the core from the thread that is waited for, and training becomes tens of times slower.
+    # takes the core from the thread that is waited for, and training all but stands still.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
