@@ -169,11 +169,12 @@ class FlakyFileSystem(MemoryFileSystem):
     protocol = "flaky"
     store: dict = {}  # noqa: RUF012 (as in the class it derives from)
     failures = 0
+    error: OSError = OSError(errno.EIO, "the network is down")
 
     def _open(self, *arguments, **options):
         if type(self).failures > 0:
             type(self).failures -= 1
-            raise OSError(errno.EIO, "the network is down")
+            raise self.error
         return super()._open(*arguments, **options)
 
 
@@ -197,8 +198,12 @@ def test_a_disk_that_recovers_loses_nothing(flaky, name):
     assert flaky.failures == 0
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "the network is down"), ConnectionError("the network is down")]
+)
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
-def test_a_disk_that_does_not_recover_is_an_error_and_no_skipped_sample(flaky, name):
+def test_a_disk_that_does_not_recover_is_an_error_and_no_skipped_sample(flaky, name, error, monkeypatch):
+    monkeypatch.setattr(flaky, "error", error)
     source = open_source(f"flaky://data/{name}")
     flaky.failures = 10**6
     with pytest.raises(OSError, match="network is down"):

@@ -62,9 +62,8 @@ def encode(sample: Sample, processor: SoloProcessor) -> Document:
 
 def _encode_images(sample: Sample, processor: SoloProcessor) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     if not sample.images:
-        return np.empty((0, 3 * processor.image_processor.patch_size**2), np.uint8), np.empty(
-            (0, 3), np.int64
-        )
+        patch_dim = 3 * processor.image_processor.patch_size**2
+        return np.empty((0, patch_dim), np.uint8), np.empty((0, 3), np.int64)
     try:
         vision = processor.image_processor(sample.images)
     except (ValueError, OSError) as error:

@@ -11,6 +11,8 @@ import fsspec
 import pyarrow as pa
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
+from solo_vlm.data.schema import SampleError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -98,8 +100,13 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
         return False
     if isinstance(error, OSError):
-        return error.errno is not None or isinstance(error, ConnectionError | TimeoutError)
+        return _of_the_system(error)
     return type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "asyncio")
+
+
+def _of_the_system(error: OSError) -> bool:
+    """Whether disk or network failed. pyarrow calls broken content an OSError, too, but without a number."""
+    return error.errno is not None or isinstance(error, ConnectionError | TimeoutError)
 
 
 class BrokenUnit(Sequence[Any]):
@@ -115,3 +122,15 @@ class BrokenUnit(Sequence[Any]):
         if index != 0:
             raise IndexError(index)
         raise self._error
+
+
+def broken_unit(error: Exception, where: str) -> BrokenUnit:
+    """What stands for a unit whose content pyarrow could not make sense of.
+
+    Args:
+        error: pyarrow's; that of a failing disk or network is raised again, since the unit may be whole.
+        where: file, and place in it.
+    """
+    if isinstance(error, OSError) and _of_the_system(error):
+        raise error
+    return BrokenUnit(SampleError("broken-shard", f"{where}: {error}"))

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from solo_vlm.data.schema import SampleError
-from solo_vlm.data.sources.files import CODECS, BrokenUnit, DataFile, fingerprint, retried
+from solo_vlm.data.sources.files import CODECS, DataFile, broken_unit, fingerprint, retried
 from solo_vlm.data.sources.release_jsonl import as_chat_row
 
 _LINES_PER_UNIT = 256
@@ -36,9 +36,7 @@ class JsonlSource:
         try:
             data = _read_block(file, start, end)
         except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            return BrokenUnit(SampleError("broken-shard", f"{file.url}: {error}"))
+            return broken_unit(error, file.url)
         return _Rows([line for line in data.splitlines() if line.strip()], file.folder)
 
     def where(self, unit: int, row: int) -> str:

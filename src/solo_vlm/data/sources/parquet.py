@@ -8,8 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from solo_vlm.data.schema import SampleError
-from solo_vlm.data.sources.files import BrokenUnit, DataFile, fingerprint, retried
+from solo_vlm.data.sources.files import DataFile, broken_unit, fingerprint, retried
 from solo_vlm.errors import SoloError
 
 
@@ -34,9 +33,7 @@ class ParquetSource:
         try:
             return _Rows(_read_group(file, group))
         except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            return BrokenUnit(SampleError("broken-shard", f"{file.url}, row group {group}: {error}"))
+            return broken_unit(error, f"{file.url}, row group {group}")
 
     def where(self, unit: int, row: int) -> str:
         """Name file, row group and row."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from solo_vlm.data.schema import SampleError
-from solo_vlm.data.sources.files import BrokenUnit, DataFile, fingerprint, retried
+from solo_vlm.data.sources.files import DataFile, broken_unit, fingerprint, retried
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
@@ -33,7 +33,7 @@ class WebDatasetSource:
         try:
             members, error = _index(file)
         except tarfile.TarError as broken:
-            return BrokenUnit(SampleError("broken-shard", f"{file.url}: {broken}"))
+            return broken_unit(broken, file.url)
         return _Rows(file, members, error)
 
     def where(self, unit: int, row: int) -> str:
