@@ -5,3 +5,5 @@ from __future__ import annotations
 
 class SoloError(Exception):
     """Something the user gave is wrong; the message says what, and what to do."""
+
+    exit_code = 2

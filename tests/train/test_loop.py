@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pyarrow as pa
@@ -12,13 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
+from solo_vlm.data.collate import collate
+from solo_vlm.data.encode import Encoder
+from solo_vlm.data.schema import parse_sample
+from solo_vlm.data.sources import open_source
 from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer
-from solo_vlm.train import Recipe, train
-from solo_vlm.train.loop import _steps
+from solo_vlm.train import Recipe, loop, train
+from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.manifest import read_recipe
 from solo_vlm.train.optimizer import learning_rate, make_optimizer
 from solo_vlm.train.recipe import OptimizerSettings
+from solo_vlm.train.start import load_start
+from solo_vlm.train.step import forward_backward, supervised_tokens
 from tiny import ask, make_llm, make_solo, png
 
 
@@ -82,19 +89,25 @@ def test_a_model_learns_to_name_what_it_sees(run_folder, tmp_path):
     assert list((tmp_path / "out" / "tensorboard").iterdir())
 
 
+def dies_after(steps, monkeypatch):
+    """Let a run end by an exception after so many steps."""
+    take_step = loop.take_step
+    taken = iter(range(1, steps + 1))
+
+    def take_or_die(*arguments):
+        if next(taken, None) is None:
+            raise KeyboardInterrupt
+        return take_step(*arguments)
+
+    monkeypatch.setattr(loop, "take_step", take_or_die)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_interrupted_run_goes_on_bit_for_bit(run_folder, tmp_path, monkeypatch, precision):
     whole, cut = (recipe(run_folder, tmp_path / name, precision=precision) for name in ("whole", "cut"))
     train(whole)
-
-    def dies_after_eight_steps(*arguments):
-        for step, figures in enumerate(_steps(*arguments), start=1):
-            yield figures
-            if step == 8:
-                raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("solo_vlm.train.loop._steps", dies_after_eight_steps)
+        dies_after(8, patch)
         with pytest.raises(KeyboardInterrupt):
             train(cut)
     assert not (tmp_path / "cut" / "model").exists()
@@ -115,31 +128,52 @@ def test_a_manifest_repeats_its_run(run_folder, tmp_path):
     assert losses(tmp_path / "again") == losses(tmp_path / "out")
 
 
-def test_the_split_of_a_global_batch_does_not_matter(run_folder, tmp_path):
-    """The same eight sequences as one step of eight, or their mean taken by hand in one go."""
-    from solo_vlm.train.attention import use_packed_attention
-    from solo_vlm.train.loop import _forward_backward, _precision
-    from solo_vlm.train.start import load_start, make_loader
-
-    settings = recipe(run_folder, tmp_path / "unused")
+@pytest.fixture(scope="module")
+def documents(run_folder):
+    """Sixteen documents with and without images, and the model that reads them."""
     model, processor = load_start(run_folder / "start")
-    loader = iter(make_loader(settings, processor))
-    batches = [next(loader) for _ in range(8)]
-    supervised = torch.cat([batch["labels"] for batch in batches])
+    encoder = Encoder(processor)
+    rows = [
+        row for name in ("images", "text") for row in open_source(str(run_folder / f"{name}.parquet")).read(0)
+    ]
+    return model, [encoder(parse_sample(row)) for row in rows * 2]
+
+
+def test_the_loss_is_the_mean_over_all_supervised_tokens(documents):
+    """Against each document by itself, all logits, and cross entropy by hand."""
+    model, documents = documents
+    model.set_attn_implementation("eager")
     model.eval()
+    total = supervised = 0
     with torch.no_grad():
-        total = sum(
-            torch.nn.functional.cross_entropy(
-                model(**{k: b[k] for k in ("input_ids", "position_ids", "pixel_values")}).logits[0, :-1],
-                b["labels"][0, 1:],
-                reduction="sum",
-            )
-            for b in batches
-        )
-    expected = total / (supervised[:, 1:] != -100).sum()
+        for document in documents:
+            ids, labels = torch.tensor(document.input_ids)[None], torch.tensor(document.labels)
+            logits = model(input_ids=ids, pixel_values=torch.tensor(document.patches)).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
+            supervised += int((labels[1:] != -100).sum())
     use_packed_attention(model.train())
-    loss = _forward_backward(model, batches, _precision(settings, model.device))
-    assert math.isclose(loss, expected.item(), rel_tol=1e-5)
+    batches = [collate(documents[:9], 512, 0), collate(documents[9:], 512, 0)]
+    assert supervised_tokens(batches) == supervised
+    losses = forward_backward(model, batches, supervised, nullcontext())
+    assert math.isclose(sum(losses), total / supervised, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_the_split_of_a_global_batch_changes_neither_loss_nor_gradient(documents, parts):
+    model, documents = documents
+    use_packed_attention(model.train())
+
+    def gradient(parts):
+        model.zero_grad()
+        size = len(documents) // parts
+        batches = [collate(documents[n : n + size], 512, 0) for n in range(0, len(documents), size)]
+        losses = forward_backward(model, batches, supervised_tokens(batches), nullcontext())
+        return sum(losses), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    loss, whole = gradient(1)
+    split_loss, split = gradient(parts)
+    assert math.isclose(loss, split_loss, rel_tol=1e-5)
+    assert (split - whole).norm() < 1e-5 * whole.norm()
 
 
 def test_a_plain_llm_trains_on_text(run_folder, tmp_path):

@@ -13,10 +13,12 @@ from solo_vlm.cli._console import STDERR
 from solo_vlm.cli.chat import chat
 from solo_vlm.cli.convert import app as convert
 from solo_vlm.cli.data import app as data
+from solo_vlm.cli.eval import app as evaluate
 from solo_vlm.cli.generate import generate
 from solo_vlm.cli.init import init
 from solo_vlm.cli.inspect import inspect
 from solo_vlm.cli.quickstart import quickstart
+from solo_vlm.cli.scaling import app as scaling
 from solo_vlm.cli.train import train
 from solo_vlm.errors import SoloError
 
@@ -45,10 +47,12 @@ for verb in (quickstart, init, generate, chat, inspect, train):
     app.command()(verb)
 app.add_typer(data, name="data")
 app.add_typer(convert, name="convert")
+app.add_typer(scaling, name="scaling")
+app.add_typer(evaluate, name="eval")
 
 
 def main() -> None:
-    """Entry point of the command `solo`. An error that the user can mend: one line, exit code 2."""
+    """Entry point of the command `solo`. An error that the user can mend: one line, and its exit code."""
     # OpenMP's threads wait for each other by spinning. On a busy machine, spinning for ever (the default)
     # takes the core from the thread that is waited for, and training all but stands still.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -60,7 +64,7 @@ def main() -> None:
         if debug:
             raise
         print(f"solo: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("solo: stopped", file=sys.stderr)
         sys.exit(130)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from typing import Any
 
 from rich.console import Console
@@ -17,8 +19,10 @@ def print_json(value: Any) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' own progress bars and notes off the terminal."""
-    from transformers.utils import logging
+    """Keep transformers' own progress bars and notes off the terminal, and torch's on its inner workings."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)

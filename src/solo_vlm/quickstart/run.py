@@ -96,7 +96,7 @@ def _claim(out: Path) -> None:
 
 def _recipe(stage: str, out: Path, seed: int, fraction: float) -> Recipe:
     recipe = Recipe.load(f"quickstart/{stage}")
-    steps = max(1, round(recipe.steps * fraction))
+    steps = max(1, round((recipe.steps or 0) * fraction))
     return recipe.override(
         [f"root={json.dumps(str(out))}", f"seed={seed}", f"data.seed={seed}", f"steps={steps}"]
     )

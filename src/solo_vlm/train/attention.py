@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,17 +13,22 @@ from transformers import AttentionInterface, PreTrainedModel
 
 PACKED_ATTENTION = "solo_packed"
 
+_REPLACED = (None, "eager", "sdpa", PACKED_ATTENTION)
+
 _SHORT = 256  # tokens; longer documents gain nothing from company
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let the decoder attend document by document where that is the fastest correct way (on CPU).
+    """Let the decoder attend document by document: torch's flash attention on CUDA, groups of sdpa elsewhere.
 
-    Elsewhere the model keeps its own attention; transformers' isolates documents by `position_ids`.
+    Models that cap attention scores (Gemma 2), which neither can do, keep transformers' own attention, and so
+    do those that were loaded with flash-attn or flex attention. It isolates documents by `position_ids`.
     """
-    if model.device.type == "cpu":
-        AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-        model.set_attn_implementation(PACKED_ATTENTION)
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) or config._attn_implementation not in _REPLACED:
+        return
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    model.set_attn_implementation(PACKED_ATTENTION)
 
 
 def packed_attention(
@@ -35,6 +41,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document of a packed row; the signature is transformers'.
@@ -49,6 +56,7 @@ def packed_attention(
         dropout: probability.
         sliding_window: tokens that a query sees, itself included; None: all before it.
         cu_seq_lens_q: (documents + 1,) int32, where documents begin and end.
+        max_length_q: length of the longest document.
         **kwargs: other arguments of transformers' interface, not needed here.
 
     Returns:
@@ -59,16 +67,51 @@ def packed_attention(
     """
     if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError("packed attention is for packed training batches; use sdpa for anything else")
-    queries, keys, values = (
-        states[0].transpose(0, 1) for states in (query, key, value)
-    )  # (length, heads, d)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (length, heads, d)
+    if query.device.type == "cuda":
+        return _flash(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
+    return _grouped(q, k, v, cu_seq_lens_q.long(), scaling, dropout, sliding_window)[None], None
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    longest: int | None,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """(length, heads, d) by torch's variable-length flash attention."""
+    from torch.nn.attention.varlen import varlen_attn  # it registers CUDA kernels
+
+    longest = longest or int(bounds.diff().max())
+    # Its window counts the tokens to the left of a query, ours includes the query itself.
+    left = -1 if sliding_window is None else sliding_window - 1
+    options: dict[str, Any] = {"scale": scaling, "window_size": (left, 0)}
+    if "enable_gqa" in signature(varlen_attn).parameters:  # earlier versions do it unasked
+        options["enable_gqa"] = True
+    attended: Any = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+    return attended
+
+
+def _grouped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """(length, heads, d) by sdpa over documents of about the same length."""
     outputs, places = [], []
-    for index, valid in _groups(cu_seq_lens_q.long()):
+    for index, valid in _groups(bounds):
         window = _window_mask(index.shape[1], sliding_window, query.device)
         attended = F.scaled_dot_product_attention(
-            queries[index].transpose(1, 2),  # (documents, heads, longest, d)
-            keys[index].transpose(1, 2),
-            values[index].transpose(1, 2),
+            query[index].transpose(1, 2),  # (documents, heads, longest, d)
+            key[index].transpose(1, 2),
+            value[index].transpose(1, 2),
             attn_mask=window,
             dropout_p=dropout,
             is_causal=window is None,
@@ -77,8 +120,7 @@ def packed_attention(
         )
         outputs.append(attended.transpose(1, 2)[valid])
         places.append(index[valid])
-    in_order = torch.cat(places).argsort()
-    return torch.cat(outputs)[in_order][None], None
+    return torch.cat(outputs)[torch.cat(places).argsort()]
 
 
 def _groups(bounds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import signal
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import yaml
 from rich.progress import Progress as ProgressBar
-from torch import Tensor, nn
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
 from solo_vlm.data.collate import PackedBatch
-from solo_vlm.data.encode import IGNORE_INDEX
+from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.errors import SoloError
-from solo_vlm.files import new_folder
-from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.files import new_file
 from solo_vlm.train.checkpoint import (
+    Checkpoints,
     Progress,
-    keep_newest,
-    latest_checkpoint,
-    load_training_state,
-    save_checkpoint,
+    load_checkpoint,
+    read_progress,
 )
+from solo_vlm.train.export import export
+from solo_vlm.train.figures import StepFigures
 from solo_vlm.train.manifest import write_manifest
 from solo_vlm.train.metrics import MetricsLog, progress_bar
 from solo_vlm.train.optimizer import learning_rate, make_optimizer, set_learning_rate
+from solo_vlm.train.plan import planned_steps
+from solo_vlm.train.processes import Processes, start_processes
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.start import load_start, make_loader
+from solo_vlm.train.run_folder import claim
+from solo_vlm.train.start import make_loader, make_model
+from solo_vlm.train.step import Step, take_step
+from solo_vlm.train.stopping import Stopped, StopRequest, listen
+from solo_vlm.train.trackers import make_trackers
+from solo_vlm.train.validation import Validation
 
 logger = logging.getLogger(__name__)
+
+_NAMED = 20  # samples, where a loss is not finite
 
 
 @dataclass(frozen=True)
@@ -49,10 +60,11 @@ class Trained:
 
 
 def train(recipe: Recipe, resume: bool = False, progress: ProgressBar | None = None) -> Trained:
-    """Run a recipe to its end.
+    """Run a recipe to its end, with all processes that torchrun has started.
 
     A run that was interrupted goes on from its newest checkpoint if it is started again with the same
-    recipe; on a CPU its losses are then those of an uninterrupted run, bit for bit.
+    recipe, on as many processes as you like. On a CPU with as many as before, its losses are those of an
+    uninterrupted run, bit for bit.
 
     Args:
         recipe: the settings.
@@ -61,151 +73,187 @@ def train(recipe: Recipe, resume: bool = False, progress: ProgressBar | None = N
 
     Raises:
         SoloError: model or data cannot be read, the folder holds another run, nothing is there to resume,
-            or the loss is no longer finite.
+            the recipe cannot be shared among the processes, or losses are no longer finite.
+        Stopped: SIGTERM or SIGINT came; the run is saved.
     """
-    if progress is None:
-        with progress_bar() as progress:
-            return train(recipe, resume, progress)
-
-    out = recipe.at(recipe.out)
-    sources = recipe.open_sources()
-    checkpoint = _claim(out, recipe, resume)
-    set_seed(recipe.seed)
-    model, processor = load_start(checkpoint or recipe.model_source())
-    model.to(_device()).train()
-    use_packed_attention(model)
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    optimizer = make_optimizer(model, recipe.optimizer)
-    loader = make_loader(recipe, processor)
-    done = Progress()
-    if checkpoint:
-        done = load_training_state(checkpoint, model, optimizer)
-        loader.load_state_dict(done.data or {})
-        logger.info("going on from %s", checkpoint)
-
-    log = MetricsLog(out, progress, out.name, recipe.steps, done.step)
-    started, tokens_before = time.perf_counter(), done.tokens
-    try:
-        for figures in _steps(recipe, model, optimizer, loader, done):
-            if done.step == 1 or done.step % recipe.log_every == 0 or done.step == recipe.steps:
-                log.step(done.step, figures)
-            log.advance(done.step)
-            if done.step % recipe.checkpoint.every == 0 and done.step < recipe.steps:
-                done.data = loader.state_dict()
-                save_checkpoint(out / "checkpoints", model, processor, optimizer, done)
-                keep_newest(out / "checkpoints", recipe.checkpoint.keep)
-    finally:
-        log.close()
-
-    seconds = time.perf_counter() - started
-    summary = {
-        "steps": done.step,
-        "tokens": done.tokens,
-        "seconds": seconds,
-        "tokens_per_second": (done.tokens - tokens_before) / seconds,
-        "data": loader.counts(),
-        "skipped": loader.skipped(),
-    }
-    _export(out / "model", model, processor)
-    write_manifest(out / "manifest.json", recipe, sources, summary)
-    return Trained(out / "model", summary)
+    with start_processes(recipe) as processes, listen() as stop:
+        if progress is not None:
+            return _Run(recipe, resume, processes, progress).to_the_end(stop)
+        with progress_bar(quiet=not processes.is_first) as progress:
+            return _Run(recipe, resume, processes, progress).to_the_end(stop)
 
 
-def _claim(out: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """Make the run's folder ours; return the checkpoint to go on from, if the same run left one."""
-    if (out / "model").exists():
-        raise SoloError(f"{out} holds a finished run: remove it, or choose another folder with out=...")
-    ours = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    theirs = out / "recipe.yaml"
-    if theirs.is_file() and theirs.read_text() != ours:
-        raise SoloError(f"{out} holds a run of another recipe: remove it, or choose another with out=...")
-    checkpoint = latest_checkpoint(out / "checkpoints")
-    if resume and checkpoint is None:
-        raise SoloError(f"nothing to resume: {out} has no checkpoint")
-    out.mkdir(parents=True, exist_ok=True)
-    theirs.write_text(ours)
-    return checkpoint
+class _Run:
+    """A run in this process: everything that a step needs, and where it stands."""
 
+    def __init__(self, recipe: Recipe, resume: bool, processes: Processes, progress: ProgressBar) -> None:
+        self.recipe = recipe
+        self.processes = processes
+        self.out = recipe.at(recipe.out)
+        self.sources = recipe.open_sources()
+        checkpoint = processes.decide(lambda: claim(self.out, recipe, resume))
+        set_seed(recipe.seed)
+        self.model, self.processor = make_model(recipe, processes)
+        self.optimizer = make_optimizer(self.model, recipe.optimizer)
+        layout = processes.layout
+        self.loader = make_loader(recipe, self.processor, self.sources, processes.data_rank, layout.data)
+        if checkpoint:
+            load_checkpoint(checkpoint, self.model, self.optimizer)
+            self.done = read_progress(checkpoint)
+            self.loader.load_state_dict(self.done.data or {})
+            logger.info("going on from %s", checkpoint)
+        else:
+            self.done = Progress(steps=recipe.steps or processes.decide(lambda: planned_steps(recipe)))
+        self.checkpoints = Checkpoints(
+            self.out / "checkpoints", recipe.checkpoint.keep, recipe.checkpoint.asynchronous, processes
+        )
+        self.validation = Validation(recipe, self.processor, processes) if recipe.validation else None
+        self.counter = StepFigures(self.model.config, Encoder(self.processor), processes)
+        self.log = None
+        if processes.is_first:
+            trackers = make_trackers(recipe, self.out, self.done.step)
+            self.log = MetricsLog(self.out, trackers, progress, self.done.steps, self.done.step)
 
-def _steps(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    loader: PackedLoader,
-    done: Progress,
-) -> Iterator[dict[str, float]]:
-    """Make one optimizer step after the other; yield its figures. Ends early where the data do."""
-    batches = iter(loader)
-    precision = _precision(recipe, model.device)
-    while done.step < recipe.steps:
-        started = time.perf_counter()
-        global_batch = list(islice(batches, recipe.global_batch))
-        if not global_batch:
-            logger.warning("the data ended after %d of %d steps", done.step, recipe.steps)
-            return
-        waited = time.perf_counter() - started
-        rate = learning_rate(done.step, recipe.steps, recipe.optimizer)
-        set_learning_rate(optimizer, rate)
-        loss = _forward_backward(model, global_batch, precision)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.max_grad_norm)
-        if not math.isfinite(loss) or not torch.isfinite(norm):
-            raise SoloError(f"step {done.step + 1}: loss {loss}, gradient norm {norm:g}; lower the rate")
-        optimizer.step()
-        optimizer.zero_grad()
-        tokens = sum(batch["input_ids"].numel() for batch in global_batch)
-        done.step, done.tokens = done.step + 1, done.tokens + tokens
-        yield {
-            "loss": loss,
-            "learning_rate": rate,
-            "gradient_norm": norm.item(),
-            "tokens_per_second": tokens / (time.perf_counter() - started),
-            "data_wait_seconds": waited,
-            "supervised_tokens": _supervised(global_batch),
-            "vision_tokens": sum(len(batch["pixel_values"]) for batch in global_batch),
+    def to_the_end(self, stop: StopRequest) -> Trained:
+        """Take all steps; export the model and write the manifest."""
+        started, tokens_before = time.perf_counter(), self.done.tokens
+        try:
+            for figures in self._steps(stop):
+                self._note(figures)
+            self.checkpoints.finish()
+        finally:
+            if self.log:
+                self.log.close()
+        seconds = time.perf_counter() - started
+        summary = {
+            "steps": self.done.step,
+            "tokens": self.done.tokens,
+            "seconds": seconds,
+            "tokens_per_second": (self.done.tokens - tokens_before) / seconds,
+            "skipped_steps": self.done.skipped_steps,
+            "data": self._counts(),
+            "processes": asdict(self.processes.layout),
         }
+        skipped = list(chain.from_iterable(self.processes.gather(self.loader.skipped())))
+        model = export(self.out, self.model, self.processor, self.recipe, self.processes)
+        if self.processes.is_first:
+            with new_file(self.out / "skipped.jsonl") as partial:
+                partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
+            write_manifest(self.out / "manifest.json", self.recipe, self.sources, summary)
+        return Trained(model, summary)
 
+    def _steps(self, stop: StopRequest) -> Iterator[dict[str, float]]:
+        """Make one optimizer step after the other; yield its figures. Ends early where the data do."""
+        batches = iter(self.loader)
+        skipped_in_a_row = 0
+        while self.done.step < (self.recipe.steps or sys.maxsize):
+            self.counter.start()
+            global_batch, samples = self._read(batches)
+            self.counter.read()
+            counts = self.counter.add_up()
+            if not counts["slots"]:
+                if self.recipe.steps:
+                    logger.warning("the data ended after %d of %d steps", self.done.step, self.recipe.steps)
+                return
+            rate = learning_rate(self.done.step, self.done.steps, self.recipe.optimizer)
+            set_learning_rate(self.optimizer, rate)
+            self._seed()
+            step = take_step(
+                self.model, self.optimizer, global_batch, counts["supervised"], self.recipe, self.processes
+            )
+            self.done.step += 1
+            self.done.tokens += self._capacity
+            if step.finite:
+                skipped_in_a_row = 0
+            else:
+                skipped_in_a_row += 1
+                self._skip(step, samples, skipped_in_a_row)
+            yield {
+                "loss": step.loss,
+                "learning_rate": rate,
+                "gradient_norm": step.gradient_norm,
+                "skipped_steps": self.done.skipped_steps,
+                **self.counter.figures(self._capacity),
+            }
+            self._stop_if_asked(stop)
 
-def _forward_backward(
-    model: PreTrainedModel, batches: list[PackedBatch], precision: AbstractContextManager[Any]
-) -> float:
-    """Accumulate the gradient of the mean loss over all supervised tokens of the batches."""
-    supervised = max(_supervised(batches), 1)
-    total = 0.0
-    for batch in batches:
-        with precision:
-            inputs = _inputs(model, batch)
-            loss = model(**inputs, use_cache=False, num_items_in_batch=supervised).loss
-        loss.backward()
-        total += loss.item()
-    return total
+    def _read(self, batches: Iterator[PackedBatch]) -> tuple[list[PackedBatch], list[list[str]]]:
+        """This process's sequences of the next global batch, counted, and the names of their samples."""
+        global_batch, samples = [], []
+        before = self.loader.counts()
+        for _ in range(self.processes.layout.accumulation):
+            batch = next(batches, None)
+            if batch is None:
+                batch = self.loader.empty_batch()
+            after = self.loader.counts()
+            documents, tokens = (after.get(n, 0) - before.get(n, 0) for n in ("documents", "tokens"))
+            self.counter.count(batch, documents, tokens)
+            global_batch.append(batch)
+            samples.append(self.loader.last_samples())
+            before = after
+        return global_batch, samples
 
+    @property
+    def _capacity(self) -> int:
+        """Tokens of a global batch."""
+        return self.recipe.global_batch * self.recipe.data.sequence_length
 
-def _inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
-    """The batch on the model's device; an LLM is not given the (empty) image inputs."""
-    images = ("pixel_values", "image_grid_thw")
-    return {
-        name: value.to(model.device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if model.config.model_type == "solo" or name not in images
-    }
+    def _seed(self) -> None:
+        """Chance (dropout) depends on the step, so that no checkpoint has to hold a generator's state."""
+        entropy = (self.recipe.seed, self.done.step, self.processes.data_rank)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
+    def _skip(self, step: Step, samples: list[list[str]], in_a_row: int) -> None:
+        """Note a step that did not change the weights; stop where there are too many in a row."""
+        self.done.skipped_steps += 1
+        bad = [names for names, loss in zip(samples, step.losses, strict=True) if not math.isfinite(loss)]
+        # Where every loss is finite, the gradient is to blame, and any sample may be.
+        suspects = chain.from_iterable(self.processes.gather(list(chain.from_iterable(bad))))
+        named = list(suspects) or list(
+            chain.from_iterable(self.processes.gather(list(chain.from_iterable(samples))))
+        )
+        what = f"step {self.done.step}: loss {step.loss:g}, gradient norm {step.gradient_norm:g}"
+        listed = "".join(f"\n  {name}" for name in named[:_NAMED])
+        if in_a_row >= self.recipe.max_nonfinite:
+            raise SoloError(
+                f"{what}; {in_a_row} steps in a row could not be used. Look at these samples, or lower the "
+                f"rate:{listed}"
+            )
+        logger.warning("%s; the step is skipped. Its samples:%s", what, listed)
 
-def _supervised(batches: list[PackedBatch]) -> int:
-    return sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+    def _note(self, figures: dict[str, float]) -> None:
+        """After a step: validate, log and save where it is time to."""
+        step, recipe = self.done.step, self.recipe
+        ends = step == recipe.steps
+        if self.validation and recipe.validation and (ends or step % recipe.validation.every == 0):
+            figures["validation_loss"] = self.validation.loss(self.model)
+        if step == 1 or ends or step % recipe.log_every == 0 or "validation_loss" in figures:
+            skipped = {n: c for n, c in self._counts().items() if n.startswith("skipped")}
+            if self.log:
+                self.log.step(step, {**figures, **skipped})
+        if self.log:
+            self.log.advance(step)
+        if step % recipe.checkpoint.every == 0 and not ends:
+            self._save()
+        self.checkpoints.advance()
 
+    def _save(self) -> None:
+        self.done.data = PackedLoader.merge(self.processes.gather(self.loader.state_dict()))
+        self.checkpoints.save(self.model, self.optimizer, self.done)
 
-def _precision(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
-    if recipe.precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    def _stop_if_asked(self, stop: StopRequest) -> None:
+        (asked,) = self.processes.sum(bool(stop.signal))
+        if not asked or self.done.step == self.recipe.steps:
+            return
+        self._save()
+        self.checkpoints.finish()
+        number = stop.signal or signal.SIGTERM  # another process may have got it
+        raise Stopped(
+            f"stopped by {signal.Signals(number).name}, saved after step {self.done.step}: "
+            "the same command goes on from there",
+            number,
+        )
 
-
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def _export(path: Path, model: PreTrainedModel, processor: Any) -> None:
-    with new_folder(path) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+    def _counts(self) -> dict[str, int]:
+        """Of all processes: sequences, documents, tokens, samples, and skipped ones by source and reason."""
+        return dict(sum(map(Counter, self.processes.gather(self.loader.counts())), Counter()))

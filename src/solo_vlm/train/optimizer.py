@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from solo_vlm.train.recipe import OptimizerSettings
 
-PATCH_EMBEDDING = "embed_vision_patch.weight"
+PATCH_EMBEDDING = "embed_vision_patch."  # in the name of its weight, under adapters, too
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
@@ -21,22 +22,30 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     them, more than the hidden size of a small decoder.
     """
     rate = settings.patch_learning_rate or settings.learning_rate
-    trainable = list(named_trainable(model))
-    patch = [p for name, p in trainable if name.endswith(PATCH_EMBEDDING)]
-    matrices = [p for name, p in trainable if p.ndim > 1 and not name.endswith(PATCH_EMBEDDING)]
-    vectors = [p for _, p in trainable if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay, "scale": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
-        {"params": patch, "weight_decay": settings.weight_decay, "scale": rate / settings.learning_rate},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, parameter in named_trainable(model):
+        is_patch = PATCH_EMBEDDING in name
+        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+        scale = rate / settings.learning_rate if is_patch else 1.0
+        # One fused step takes parameters of one mesh: those that tensor parallelism splits are on another.
+        key = (decay, scale, getattr(parameter, "device_mesh", None))
+        group = groups.setdefault(key, {"params": [], "weight_decay": decay, "scale": scale})
+        group["params"].append(parameter)
+    optimizer = torch.optim.AdamW(
+        list(groups.values()),
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
         fused=True,
     )
+    # From the start, so that a checkpoint holds the same tensors whenever it is written.
+    for _, parameter in named_trainable(model):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:

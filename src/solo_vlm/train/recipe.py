@@ -35,10 +35,60 @@ class OptimizerSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """How often the run is saved and how many of the newest checkpoints stay."""
+    """How the run is saved.
+
+    Attributes:
+        every: steps between two checkpoints.
+        keep: how many of the newest stay.
+        asynchronous: write while training goes on; what is written is copied to memory first.
+    """
 
     every: PositiveInt = 500
     keep: PositiveInt = 2
+    asynchronous: bool = True
+
+
+class ParallelSettings(Settings):
+    """How processes share the work: `tensor` of them split every layer, all groups of those split the data.
+
+    Attributes:
+        tensor: processes that each layer is split over; 2 in the paper.
+        reshard: free a layer's gathered weights after its forward pass and gather them again for the
+            backward pass: less memory, more communication.
+    """
+
+    tensor: PositiveInt = 1
+    reshard: bool = True
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (Hu et al. 2021) in place of full fine-tuning; the patch embedding is trained whole.
+
+    Attributes:
+        rank: of the adapters.
+        alpha: their scale is alpha / rank.
+        dropout: on their inputs.
+        targets: names of the linear layers they go to; default: all of the decoder's.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class ValidationSettings(Settings):
+    """Loss on data that are held out.
+
+    Attributes:
+        sources: as of the training data.
+        every: steps between two measurements.
+        sequences: packed sequences measured, the same ones each time.
+    """
+
+    sources: list[SourceSettings] = Field(min_length=1)
+    every: PositiveInt = 500
+    sequences: PositiveInt = 64
 
 
 class Recipe(Mixture):
@@ -48,25 +98,55 @@ class Recipe(Mixture):
         root: folder that the relative paths of the recipe count from.
         model: folder of the model to start from: a SOLO model, or a plain LLM to train on text alone.
         out: folder of the run; the trained model will be `out/model`.
-        steps: optimizer steps.
+        steps: optimizer steps; none: until the data end (`data.epochs`), their number estimated for the
+            schedule of the learning rate.
         global_batch: packed sequences a step, over all processes.
         precision: "bf16" computes in bfloat16 over float32 weights, "fp32" in float32.
-        gradient_checkpointing: recompute activations in the backward pass.
+        activation_checkpointing: what the backward pass computes again instead of keeping it: "none";
+            "selective", all but the results of matrix products and attention; "full", every layer.
+        compile: compile the decoder's layers with torch.compile.
+        float8: matrix products in float8, where the hardware has it.
+        trainable: "all" parameters, the "patch_embedding" alone, or the "new_tokens" (the patch embedding
+            and the rows of SOLO's own tokens).
+        lora: train low-rank adapters instead of the decoder's weights.
+        quantize: hold the frozen decoder under the adapters in 4 bits ("nf4": QLoRA, Dettmers et al. 2023).
+        parallel: how processes share the work.
         log_every: steps between two lines of metrics.
+        trackers: where metrics go besides `metrics.jsonl`.
+        validation: held-out data, if any.
+        max_nonfinite: steps in a row that may be skipped for a loss or gradient that is not finite.
         seed: of everything that is random outside of the data.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     out: str
-    steps: PositiveInt
+    steps: PositiveInt | None = None
     global_batch: PositiveInt = 128
     precision: Literal["bf16", "fp32"] = "bf16"
-    gradient_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    float8: bool = False
+    trainable: Literal["all", "patch_embedding", "new_tokens"] = "all"
+    lora: LoraSettings | None = None
+    quantize: Literal["nf4"] | None = None
+    parallel: ParallelSettings = ParallelSettings()
     log_every: PositiveInt = 10
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    validation: ValidationSettings | None = None
+    max_nonfinite: PositiveInt = 5
     seed: int = 0
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
 
 
-__all__ = ["CheckpointSettings", "DataSettings", "OptimizerSettings", "Recipe", "SourceSettings"]
+__all__ = [
+    "CheckpointSettings",
+    "DataSettings",
+    "LoraSettings",
+    "OptimizerSettings",
+    "ParallelSettings",
+    "Recipe",
+    "SourceSettings",
+    "ValidationSettings",
+]

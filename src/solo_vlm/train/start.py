@@ -6,34 +6,95 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from solo_vlm.data.encode import Encoder, load_encoder
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.mixture import DataSettings
-from solo_vlm.data.sources import open_source
+from solo_vlm.data.sources import Source, open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
 from solo_vlm.errors import SoloError
 from solo_vlm.model.load import load_model
+from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
+from solo_vlm.train.adapters import nf4
+from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.train.compilation import compile_layers, use_float8
+from solo_vlm.train.parallel import fill, shard
+from solo_vlm.train.processes import Processes
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.trainable import choose_trainable
 
 
-def load_start(path: str | Path) -> tuple[PreTrainedModel, Any]:
+def load_start(path: str | Path, recipe: Recipe | None = None) -> tuple[PreTrainedModel, Any]:
     """A SOLO model and its processor, or a plain LLM and its tokenizer, with float32 weights.
 
     Args:
         path: folder or hub id.
+        recipe: may ask for 4-bit weights.
 
     Raises:
         SoloError: the folder is not readable as either.
     """
     encoder = load_encoder(path)
+    options: dict[str, Any] = {"dtype": "float32"}
+    if recipe and recipe.quantize:
+        options["quantization_config"] = nf4(recipe.precision)
     if encoder.sees_images:
-        return load_model(path, dtype="float32"), encoder.processor
+        return load_model(path, **options), encoder.processor
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype="float32"), encoder.processor
+        return AutoModelForCausalLM.from_pretrained(path, **options), encoder.processor
     except (OSError, ValueError, KeyError) as error:
         raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
+
+
+def make_model(recipe: Recipe, processes: Processes) -> tuple[PreTrainedModel, Any]:
+    """The model that a recipe starts from, ready to train on these processes, and its processor.
+
+    Raises:
+        SoloError: the model cannot be read, or not be trained or shared as the recipe asks.
+    """
+    load = _load_whole if processes.mesh is None else _load_sharded
+    model, processor = load(recipe, processes)
+    use_activation_checkpointing(model, recipe.activation_checkpointing)
+    use_packed_attention(model)
+    if recipe.compile:
+        compile_layers(model)
+    return model.train(), processor
+
+
+def _load_whole(recipe: Recipe, processes: Processes) -> tuple[PreTrainedModel, Any]:
+    model, processor = load_start(recipe.model_source(), recipe)
+    choose_trainable(model, recipe)
+    if recipe.float8:
+        use_float8(model, processes.device)
+    return model, processor
+
+
+def _load_sharded(recipe: Recipe, processes: Processes) -> tuple[PreTrainedModel, Any]:
+    """The first process alone reads the weights; the others, and its own shards, are filled from there."""
+    if recipe.quantize:  # of one process, on an accelerator
+        model, processor = load_start(recipe.model_source(), recipe)
+        choose_trainable(model, recipe, processes.layout.processes)
+        return model.to(processes.device), processor
+    read: list[PreTrainedModel] = []
+
+    def describe() -> tuple[type[PreTrainedModel], PreTrainedConfig, dict[str, Tensor]]:
+        model, _ = load_start(recipe.model_source(), recipe)
+        choose_trainable(model, recipe, processes.layout.processes)
+        read.append(model)
+        return type(model), model.config, dict(model.named_buffers())
+
+    kind, config, buffers = processes.decide(describe)
+    with torch.device("meta"):
+        model = kind(config)
+        choose_trainable(model, recipe, processes.layout.processes)
+    if recipe.float8:
+        use_float8(model, processes.device)
+    shard(model, recipe, processes)
+    fill(model, read[0].state_dict() if read else {}, buffers, processes.device)
+    return model, load_encoder(recipe.model_source()).processor
 
 
 @dataclass(frozen=True)
@@ -64,8 +125,10 @@ class StreamMaker:
         )
 
 
-def make_loader(recipe: Recipe, processor: Any) -> PackedLoader:
-    """The loader of a run."""
+def make_loader(
+    recipe: Recipe, processor: Any, sources: list[Source], rank: int = 0, ranks: int = 1
+) -> PackedLoader:
+    """The loader of one share of a run's data."""
     encoder = Encoder(processor)
     tokenizer = encoder.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -74,5 +137,9 @@ def make_loader(recipe: Recipe, processor: Any) -> PackedLoader:
         recipe.data.streams,
         recipe.data.sequence_length,
         padding,
+        rank=rank,
+        ranks=ranks,
         workers=recipe.data.workers,
+        sources=sources,
+        patch_dim=encoder.patch_dim,
     )

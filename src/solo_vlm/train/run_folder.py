@@ -1,0 +1,40 @@
+"""The folder of a run: whose it is, and where it goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from solo_vlm.errors import SoloError
+from solo_vlm.files import new_file
+from solo_vlm.train.checkpoint import latest_checkpoint
+from solo_vlm.train.recipe import Recipe
+
+# What may change between two parts of one run: it says who works and what is noted, not what is learned.
+_FREE = ("root", "parallel", "activation_checkpointing", "compile", "log_every", "trackers", "checkpoint")
+
+
+def claim(out: Path, recipe: Recipe, resume: bool) -> Path | None:
+    """Make a folder that of this run; return the checkpoint to go on from, if the same run left one.
+
+    Raises:
+        SoloError: it holds a finished run or that of another recipe; or there is nothing to resume.
+    """
+    if (out / "model").exists():
+        raise SoloError(f"{out} holds a finished run: remove it, or choose another folder with out=...")
+    theirs = out / "recipe.yaml"
+    if theirs.is_file() and _learned(Recipe.load(theirs)) != _learned(recipe):
+        raise SoloError(f"{out} holds a run of another recipe: remove it, or choose another with out=...")
+    checkpoint = latest_checkpoint(out / "checkpoints")
+    if resume and checkpoint is None:
+        raise SoloError(f"nothing to resume: {out} has no checkpoint")
+    with new_file(theirs) as partial:
+        partial.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    return checkpoint
+
+
+def _learned(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide what is learned."""
+    return recipe.model_dump(exclude={**dict.fromkeys(_FREE, True), "data": {"workers"}})

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from small_run import Group, images, texts
+from tiny import make_solo
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Colours to name, texts of several lengths, and models of three families to train."""
+    folder = tmp_path_factory.mktemp("runs")
+    pq.write_table(pa.Table.from_pylist(images(24)), folder / "images.parquet", row_group_size=4)
+    pq.write_table(pa.Table.from_pylist(texts(64)), folder / "text.parquet", row_group_size=4)
+    for family in ("llama", "mistral", "qwen3"):
+        make_solo(family).save(folder / family)
+    return folder
+
+
+@pytest.fixture
+def start():
+    """Starts a group of processes; what still runs at the end of the test is killed."""
+    groups = []
+
+    def start(size, target, *arguments):
+        groups.append(Group(size, target, *arguments))
+        return groups[-1]
+
+    yield start
+    for group in groups:
+        group.kill()

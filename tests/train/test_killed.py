@@ -1,0 +1,58 @@
+"""kill -9 at any moment, also in the middle of a save: nothing is lost that was saved, no curve changes."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from small_run import metrics, settings
+from solo_vlm.train import Recipe, train
+from solo_vlm.train.checkpoint import load_checkpoint, read_progress
+from solo_vlm.train.optimizer import make_optimizer
+from solo_vlm.train.start import load_start
+
+pytestmark = pytest.mark.distributed
+
+
+def run(plain):
+    train(Recipe.parse(plain))
+
+
+@pytest.fixture(scope="module")
+def whole(runs, tmp_path_factory):
+    """Curves of runs that nobody killed, and how long they took, by number of processes."""
+    from small_run import Group
+
+    curves = {}
+    for size in (1, 2):
+        out = tmp_path_factory.mktemp("whole") / "out"
+        started = time.monotonic()
+        assert Group(size, run, settings(runs, out)).wait() == [0] * size
+        curves[size] = [line["loss"] for line in metrics(out)], time.monotonic() - started
+    return curves
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_killed_and_gone_on(runs, tmp_path, start, whole, trial):
+    chance = random.Random(trial)
+    before, after = chance.choice([1, 2]), chance.choice([1, 2, 4])
+    if trial < 8:  # the same number again is to give the same bits
+        after = before
+    plain = settings(runs, tmp_path / "out")
+    group = start(before, run, plain)
+    time.sleep(chance.uniform(0.1, 1.0) * whole[before][1])
+    group.kill()
+    finished = (tmp_path / "out" / "model").exists()
+    for path in (tmp_path / "out" / "checkpoints").glob("step-*"):
+        model, _ = load_start(runs / "llama")
+        load_checkpoint(path, model, make_optimizer(model, Recipe.parse(plain).optimizer))
+        assert read_progress(path).step == int(path.name.removeprefix("step-"))
+    if not finished:
+        assert start(after, run, plain).wait() == [0] * after
+    curve = [line["loss"] for line in metrics(tmp_path / "out")]
+    if after == before or finished:
+        assert curve == whole[before][0]
+    else:
+        assert curve == pytest.approx(whole[before][0], rel=1e-4)

@@ -1,0 +1,130 @@
+"""Several processes for real: parameters are sharded, and the losses are those of one process."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from small_run import metrics, settings
+from solo_vlm.errors import SoloError
+from solo_vlm.generate import Answerer
+from solo_vlm.train import Recipe, train
+from solo_vlm.train.layout import layout
+from solo_vlm.train.processes import start_processes
+from solo_vlm.train.start import load_start, make_model
+
+pytestmark = pytest.mark.distributed
+
+
+def run(plain):
+    train(Recipe.parse(plain))
+
+
+def describe_shards(plain, path):
+    """Write what this process holds of each parameter: its class, its elements, and its mesh."""
+    recipe = Recipe.parse(plain)
+    with start_processes(recipe) as processes:
+        model, _ = make_model(recipe, processes)
+        held = {
+            name: [isinstance(p, DTensor), p.to_local().numel(), list(p.device_mesh.mesh_dim_names)]
+            for name, p in model.named_parameters()
+        }
+        whole = {name: p.full_tensor() for name, p in model.named_parameters()}
+        source, _ = load_start(recipe.model_source())
+        same = all(torch.equal(whole[name], p) for name, p in source.named_parameters())
+        path.with_name(f"{path.name}-{processes.rank}").write_text(json.dumps([held, same]))
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "tensor"),
+    [
+        *(("llama", size, tensor) for size, tensor in ((2, 1), (4, 1), (2, 2), (4, 2))),
+        ("mistral", 4, 2),  # sliding window
+        ("qwen3", 2, 2),  # norms of heads
+        ("qwen3", 4, 2),
+    ],
+)
+def test_losses_are_those_of_one_process(runs, tmp_path, start, family, size, tensor):
+    alone = settings(runs, tmp_path / "alone", model=family)
+    shared = settings(runs, tmp_path / "shared", model=family, parallel={"tensor": tensor})
+    group = start(size, run, shared)
+    assert start(1, run, alone).wait() == [0]
+    assert group.wait() == [0] * size
+    curves = [metrics(tmp_path / name) for name in ("alone", "shared")]
+    for key in ("loss", "gradient_norm"):
+        ours, theirs = ([line[key] for line in curve] for curve in curves)
+        assert len(ours) == len(theirs) == 20
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    weights = [Answerer.load(tmp_path / name / "model").model.state_dict() for name in ("alone", "shared")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "tensor"), [(2, 1), (4, 1), (4, 2)])
+def test_parameters_are_really_sharded(runs, tmp_path, start, size, tensor):
+    plain = settings(runs, tmp_path / "out", parallel={"tensor": tensor})
+    assert start(size, describe_shards, plain, tmp_path / "held").wait() == [0] * size
+    source, _ = load_start(runs / "llama")
+    held = [json.loads((tmp_path / f"held-{rank}").read_text()) for rank in range(size)]
+    assert all(same for _, same in held)
+    for name, parameter in source.named_parameters():
+        shares = [parameters[name] for parameters, _ in held]
+        assert all(is_sharded for is_sharded, _, _ in shares)
+        split = "tensor" in shares[0][2]
+        assert split == (tensor > 1 and name.endswith("proj.weight"))
+        copies = 1 if split else tensor
+        assert sum(elements for _, elements, _ in shares) == copies * parameter.numel()
+        if parameter.ndim > 1:
+            assert max(elements for _, elements, _ in shares) <= 1.1 * copies * parameter.numel() / size
+
+
+def test_a_process_without_images_keeps_no_other_waiting(runs, tmp_path, start):
+    """One image in sixteen sequences: in most steps most processes have none."""
+    data = settings(runs, tmp_path)["data"]
+    data["sources"] = [{"path": "images.parquet", "weight": 1}, {"path": "text.parquet", "weight": 40}]
+    shared = settings(runs, tmp_path / "shared", data=data)
+    assert start(4, run, shared).wait() == [0] * 4
+    assert start(1, run, settings(runs, tmp_path / "alone", data=data)).wait() == [0]
+    ours, theirs = (metrics(tmp_path / name) for name in ("alone", "shared"))
+    assert any(line["vision_tokens"] == 0 for line in ours)
+    assert any(0 < line["vision_tokens"] <= 5 for line in ours)
+    assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], rel=1e-4)
+
+
+def test_an_epoch_ends_together(runs, tmp_path, start):
+    """The last steps have empty slots; every sample is seen, and losses do not depend on the processes."""
+    data = {**settings(runs, tmp_path)["data"], "epochs": 1}
+    for name, size in (("alone", 1), ("shared", 4)):
+        plain = settings(runs, tmp_path / name, steps=None, data=data)
+        assert start(size, run, plain).wait() == [0] * size
+    ours, theirs = (metrics(tmp_path / name) for name in ("alone", "shared"))
+    assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], rel=1e-4)
+    manifest = json.loads((tmp_path / "shared" / "manifest.json").read_text())
+    assert manifest["outcome"]["data"]["samples"] == 24 * 3 + 64
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}, {"compile": True}],
+    ids=str,
+)
+def test_what_saves_memory_or_time_changes_no_loss(runs, tmp_path, start, changes):
+    for name, more in (("plain", {}), ("changed", changes)):
+        group = start(2, run, settings(runs, tmp_path / name, steps=6, **more))
+        assert group.wait() == [0, 0]
+    ours, theirs = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("plain", "changed"))
+    assert theirs == pytest.approx(ours, rel=1e-5)
+
+
+def test_bf16_over_two_processes_learns(runs, tmp_path, start):
+    assert start(2, run, settings(runs, tmp_path / "out", precision="bf16", steps=40)).wait() == [0, 0]
+    curve = [line["loss"] for line in metrics(tmp_path / "out")]
+    assert curve[-1] < 0.5 * curve[0]
+
+
+def test_a_layout_that_does_not_fit_is_refused(runs, tmp_path):
+    with pytest.raises(SoloError, match="global_batch = 4 cannot be shared among 3"):
+        layout(Recipe.parse(settings(runs, tmp_path)), 3)
