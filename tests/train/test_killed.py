@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
+from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint import filesystem
 
 from small_run import metrics, settings
 from solo_vlm.train import Recipe, train
@@ -32,6 +36,39 @@ def whole(runs, tmp_path_factory):
         assert Group(size, run, settings(runs, out)).wait() == [0] * size
         curves[size] = [line["loss"] for line in metrics(out)], time.monotonic() - started
     return curves
+
+
+def run_and_die_in_a_save(plain, where):
+    """Die in the second save: with its files written but not named, or with half of them written."""
+    saves = iter(range(2))
+
+    def dying(function):
+        def call(*arguments, **options):
+            if next(saves, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return call
+
+    if where == "before the name":
+        Path.rename = dying(Path.rename)
+    else:
+        filesystem._write_item = dying(filesystem._write_item)
+    run(plain)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("where", ["before the name", "between two files"])
+def test_killed_in_the_middle_of_a_save(runs, tmp_path, start, whole, where, size):
+    plain = settings(runs, tmp_path / "out")
+    group = start(size, run_and_die_in_a_save, plain, where)
+    assert -signal.SIGKILL in group.wait(60)
+    group.kill()
+    left = list((tmp_path / "out" / "checkpoints").glob(".partial-*"))
+    assert left
+    assert start(size, run, plain).wait() == [0] * size
+    assert [line["loss"] for line in metrics(tmp_path / "out")] == whole[size][0]
+    assert not list((tmp_path / "out" / "checkpoints").glob(".partial-*"))
 
 
 @pytest.mark.parametrize("trial", range(20))

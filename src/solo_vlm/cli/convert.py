@@ -1,4 +1,4 @@
-"""`solo convert`: checkpoints of the release and of Megatron come here, and go back."""
+"""`solo convert`: checkpoints of the release, of Megatron and of training runs become model folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from solo_vlm.model.convert.project_folder import Converted
 
 app = typer.Typer(
-    help="Checkpoints of the release and of Megatron, to this project and back.", no_args_is_help=True
+    help="Checkpoints of the release, of Megatron and of training runs, to model folders and back.",
+    no_args_is_help=True,
 )
 
 
@@ -80,6 +81,21 @@ def to_release(src: Source, dst: Destination, json: Json = False) -> None:
 
     facts = convert_to_release(src, dst)
     _print(facts, f"{dst}: {facts['tensors']} tensors, {_size(facts['bytes'])}", json)
+
+
+@app.command()
+def checkpoint(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+    dst: Destination,
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; else the newest.")] = None,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint of a training run as a model folder; the run may still be under way."""
+    quiet_libraries()
+    from solo_vlm.train.export import export_checkpoint
+
+    exported = export_checkpoint(run, dst, step)
+    _print({"out": str(dst), "step": exported}, f"{dst}: the model after step {exported}", json)
 
 
 def _report(converted: Converted, json: bool) -> None:

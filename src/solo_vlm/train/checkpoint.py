@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from solo_vlm.errors import SoloError
-from solo_vlm.files import remove_partial
 from solo_vlm.train.optimizer import named_trainable
 from solo_vlm.train.processes import Processes
 
@@ -114,8 +113,7 @@ class Checkpoints:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if there is one; what crashes have left is removed."""
-    remove_partial(folder)
+    """The newest complete checkpoint of a run, if there is one."""
     return max(folder.glob("step-*"), default=None)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from solo_vlm.errors import SoloError
-from solo_vlm.files import new_file
+from solo_vlm.files import new_file, remove_partial
 from solo_vlm.train.checkpoint import latest_checkpoint
 from solo_vlm.train.recipe import Recipe
 
@@ -27,6 +27,7 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> Path | None:
     theirs = out / "recipe.yaml"
     if theirs.is_file() and _learned(Recipe.load(theirs)) != _learned(recipe):
         raise SoloError(f"{out} holds a run of another recipe: remove it, or choose another with out=...")
+    remove_partial(out / "checkpoints")  # what a crash has left
     checkpoint = latest_checkpoint(out / "checkpoints")
     if resume and checkpoint is None:
         raise SoloError(f"nothing to resume: {out} has no checkpoint")
