@@ -1,12 +1,17 @@
-"""Recipes: inheritance, overrides, and errors that name the key."""
+"""Recipes: inheritance, overrides, errors that name the key, and the numbers of the paper."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from solo_vlm.data.catalog.registry import DATA_SETS
 from solo_vlm.errors import SoloError
+from solo_vlm.train.devices import find_device
+from solo_vlm.train.layout import Layout, layout
+from solo_vlm.train.plan import make_plan
 from solo_vlm.train.recipe import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -80,3 +85,122 @@ def test_the_defaults_are_the_papers(recipe):
     optimizer = settings.optimizer
     assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps) == (5e-5, 5e-6, 200)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.1, 1.0)
+
+
+# The paper's Table 1: packed sequences of 32,768 tokens.
+STAGES = {
+    "stage1": (1525, {"imagenet-21k": 74_283, "slimpajama-stage1": 120_839}),
+    "stage2": (
+        3481,
+        {
+            "capfusion": 204_978,
+            "websight": 71_579,
+            "cc3m": 32_760,
+            "detailed-captions": 6_225,
+            "llavar": 3_602,
+            "dvqa": 2_917,
+            "ocr-vqa": 1_593,
+            "figureqa": 1_526,
+            "slimpajama-stage2": 120_385,
+        },
+    ),
+    "stage3": (
+        300,
+        {
+            "allava-laion": 13_725,
+            "allava-vflan": 4_469,
+            "llavar": 3_602,
+            "dvqa": 2_917,
+            "figureqa": 1_526,
+            "slimpajama-stage3": 12_085,
+        },
+    ),
+}
+
+
+# Its fine-tuning data.
+SAMPLES = {
+    "codeact-general": 71_000,
+    "ultrainteract": 288_000,
+    "ultrachat": 207_000,
+    "lvis-instruct4v": 223_000,
+    "sharegpt4v": 102_000,
+    "laion-gpt4v": 12_000,
+    "localized-narratives": 200_000,
+    "vsr": 2_000,
+    "tqa": 2_000,
+    "scienceqa": 5_000,
+    "iconqa": 27_000,
+    "tabmwp": 23_000,
+    "chartqa": 18_000,
+    "vistext": 7_000,
+    "chart2text": 27_000,
+    "dvqa-sft": 20_000,
+    "figureqa-sft": 20_000,
+    "diagram-image-to-text": 300,
+    "infographicvqa": 2_000,
+    "st-vqa": 17_000,
+    "textcaps": 22_000,
+    "textvqa": 22_000,
+    "ocr-vqa-sft": 17_000,
+    "rendered-text": 10_000,
+    "hateful-memes": 8_500,
+    "okvqa": 9_000,
+    "aokvqa": 16_500,
+    "tallyqa": 100_000,
+    "visual7w": 14_000,
+    "cocoqa": 46_000,
+    "vqav2": 82_000,
+    "gqa": 72_000,
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_pre_training_of_the_paper(stage):
+    recipe = Recipe.load(f"solo-7b/{stage}")
+    steps, sequences = STAGES[stage]
+    assert recipe.steps == steps
+    assert weights(recipe) == sequences
+    assert 0 <= steps * 128 - sum(sequences.values()) < 128  # one epoch
+    assert (recipe.data.sequence_length, recipe.data.weigh, recipe.global_batch) == (32_768, "sequences", 128)
+    assert (recipe.precision, recipe.activation_checkpointing, recipe.parallel.tensor) == ("bf16", "full", 2)
+    optimizer = recipe.optimizer
+    assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps) == (5e-5, 5e-6, 200)
+    assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.1, 1.0)
+    arranged = layout(recipe, 8)
+    assert (arranged.data, arranged.accumulation) == (4, 32)
+
+
+def test_fine_tuning_of_the_paper():
+    recipe = Recipe.load("solo-7b/sft")
+    assert (recipe.global_batch, recipe.data.sequence_length) == (640, 4096)
+    assert (recipe.steps, recipe.data.epochs) == (None, 1)
+    optimizer = recipe.optimizer
+    assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.weight_decay) == (1e-5, 0.0, 0.1)
+    assert optimizer.warmup_steps == 50
+    assert layout(recipe, 8).accumulation == 80
+    assert weights(recipe) == SAMPLES
+
+
+@pytest.mark.parametrize("model", ["solo-7b", "smollm2-135m"])
+def test_stages_follow_each_other(model):
+    stages = [Recipe.load(f"{model}/{stage}") for stage in ("stage1", "stage2", "stage3", "sft")]
+    for before, after in pairwise(stages):
+        assert after.model == f"{before.out}/model"
+        assert after.root == before.root
+    names = {name.partition("-stage")[0] for stage in stages for name in weights(stage)}
+    assert names <= DATA_SETS.keys()
+
+
+def test_the_small_recipe_runs_on_one_gpu():
+    for stage in ("stage1", "stage2", "stage3", "sft"):
+        recipe = Recipe.load(f"smollm2-135m/{stage}")
+        plan = make_plan(recipe, 1, find_device("RTX-4090"), 0.4, RECIPES / "smollm2-135m")
+        assert plan.fits
+        assert plan.layout == Layout(1, 1, 64)
+        assert plan.parameters.total == 134_515_008 + 64 * 576 + 3072 * 576  # SmolLM2-135M's, and what is new
+
+
+def weights(recipe: Recipe) -> dict[str, float]:
+    """By the names of the data sets, which are those of the folders."""
+    return {source.path.removeprefix("data/"): source.weight for source in recipe.data.sources}

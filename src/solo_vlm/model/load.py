@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from solo_vlm.errors import SoloError
 from solo_vlm.model.configuration_solo import SoloConfig
@@ -16,7 +16,7 @@ from solo_vlm.model.release_solo import is_release
 
 
 def load_model(
-    path: str | Path, dtype: str = "auto", device: str | None = None
+    path: str | Path, dtype: str = "auto", device: str | None = None, quantization_config: Any = None
 ) -> SoloForConditionalGeneration:
     """A SOLO model in evaluation mode.
 
@@ -24,12 +24,13 @@ def load_model(
         path: folder or hub id; one of the release is read as it is.
         dtype: "auto" (as stored) or a torch dtype's name.
         device: default: the accelerator if there is one.
+        quantization_config: transformers' own, for weights that are quantised while they are read.
 
     Raises:
         SoloError: nothing readable is there, or it is no SOLO model.
     """
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model = _load(SoloForConditionalGeneration, path, dtype=kind)
+    model = _load(SoloForConditionalGeneration, path, dtype=kind, quantization_config=quantization_config)
     if _release_settings(path):
         _use_release_vocabulary(model, path)
     return model.to(device or _default_device()).eval()
@@ -61,6 +62,22 @@ def is_solo(path: str | Path) -> bool:
     except (OSError, ValueError) as error:
         raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
     return settings.get("model_type") == SoloConfig.model_type or is_release(settings)
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """The configuration of a SOLO model or of a plain LLM.
+
+    Args:
+        path: folder, hub id, or a file as `config.json` is.
+
+    Raises:
+        SoloError: nothing readable is there.
+    """
+    kind = SoloConfig if is_solo(path) else AutoConfig
+    try:
+        return kind.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
 
 
 def _use_release_vocabulary(model: SoloForConditionalGeneration, path: str | Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
+CHUNK_SIZE = 1024  # supervised positions whose logits exist at a time
 
 
 def supervised_cross_entropy(
@@ -16,7 +17,7 @@ def supervised_cross_entropy(
     labels: Tensor,
     head: Callable[[Tensor], Tensor],
     num_items_in_batch: Tensor | int | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
     """Cross entropy of the next token, at positions that carry a label.
 

@@ -29,10 +29,12 @@ class StepFigures:
         config: of the model.
         encoder: knows which tokens are of images.
         processes: of the run.
+        frozen: whether the decoder's weights are: they then need no gradient of their own.
     """
 
-    def __init__(self, config: Any, encoder: Encoder, processes: Processes) -> None:
+    def __init__(self, config: Any, encoder: Encoder, processes: Processes, frozen: bool = False) -> None:
         self._config = config
+        self._frozen = frozen
         self._vision_ids = encoder.vision_ids
         self._processes = processes
         device = recognize_device(torch.cuda.get_device_name()) if processes.device.type == "cuda" else None
@@ -104,7 +106,7 @@ class StepFigures:
         if not self._peak:
             return 0
         try:
-            return training_flops(self._config, lengths, patches, supervised)
+            return training_flops(self._config, lengths, patches, supervised, frozen=self._frozen)
         except SoloError:  # a family that is not counted has no MFU
             return 0
 

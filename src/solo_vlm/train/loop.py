@@ -108,7 +108,8 @@ class _Run:
             self.out / "checkpoints", recipe.checkpoint.keep, recipe.checkpoint.asynchronous, processes
         )
         self.validation = Validation(recipe, self.processor, processes) if recipe.validation else None
-        self.counter = StepFigures(self.model.config, Encoder(self.processor), processes)
+        frozen = bool(recipe.lora) or recipe.trainable != "all"
+        self.counter = StepFigures(self.model.config, Encoder(self.processor), processes, frozen)
         self.log = None
         if processes.is_first:
             trackers = make_trackers(recipe, self.out, self.done.step)

@@ -1,0 +1,8 @@
+"""`python -m solo_vlm` is the command `solo`, for launchers that start modules, such as torchrun."""
+
+from __future__ import annotations
+
+from solo_vlm.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How cost and quality grow with size: FLOPs of SOLO and of LLaVA."""
