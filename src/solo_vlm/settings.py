@@ -95,7 +95,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _set(settings: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        settings = settings.setdefault(parent, {})
+        if settings.get(parent) is None:
+            settings[parent] = {}
+        settings = settings[parent]
         if not isinstance(settings, dict):
             raise SoloError(f"override {key}: {parent} is a single value, it has no {last}")
     settings[last] = value

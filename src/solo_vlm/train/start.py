@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from solo_vlm.data.encode import Encoder, load_encoder
 from solo_vlm.data.loader import PackedLoader
-from solo_vlm.data.mixture import DataSettings
-from solo_vlm.data.sources import Source, open_source
+from solo_vlm.data.mixture import DataSettings, Mixture
+from solo_vlm.data.sources import Source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
 from solo_vlm.errors import SoloError
 from solo_vlm.model.load import load_model
@@ -42,7 +42,9 @@ def load_start(path: str | Path, recipe: Recipe | None = None) -> tuple[PreTrain
     if recipe and recipe.quantize:
         options["quantization_config"] = nf4(recipe.precision)
     if encoder.sees_images:
-        return load_model(path, **options), encoder.processor
+        # In main memory first: a model that needs several accelerators does not fit into one.
+        place = None if "quantization_config" in options else "cpu"
+        return load_model(path, device=place, **options), encoder.processor
     try:
         return AutoModelForCausalLM.from_pretrained(path, **options), encoder.processor
     except (OSError, ValueError, KeyError) as error:
@@ -101,7 +103,7 @@ def _load_sharded(recipe: Recipe, processes: Processes) -> tuple[PreTrainedModel
 class StreamMaker:
     """Builds the virtual streams of a run; a plain object that worker processes can be given."""
 
-    paths: tuple[str, ...]
+    sources: list[Source]
     settings: DataSettings
     encoder: Encoder
 
@@ -111,10 +113,7 @@ class StreamMaker:
         return VirtualStream(
             index,
             settings.streams,
-            [
-                MixtureItem(open_source(path), weight)
-                for path, weight in zip(self.paths, weights, strict=True)
-            ],
+            [MixtureItem(*item) for item in zip(self.sources, weights, strict=True)],
             self.encoder,
             settings.sequence_length,
             seed=settings.seed,
@@ -126,20 +125,20 @@ class StreamMaker:
 
 
 def make_loader(
-    recipe: Recipe, processor: Any, sources: list[Source], rank: int = 0, ranks: int = 1
+    mixture: Mixture, processor: Any, sources: list[Source], rank: int = 0, ranks: int = 1
 ) -> PackedLoader:
     """The loader of one share of a run's data."""
     encoder = Encoder(processor)
     tokenizer = encoder.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return PackedLoader(
-        StreamMaker(recipe.source_paths(), recipe.data, encoder),
-        recipe.data.streams,
-        recipe.data.sequence_length,
+        StreamMaker(sources, mixture.data, encoder),
+        mixture.data.streams,
+        mixture.data.sequence_length,
         padding,
         rank=rank,
         ranks=ranks,
-        workers=recipe.data.workers,
+        workers=mixture.data.workers,
         sources=sources,
         patch_dim=encoder.patch_dim,
     )

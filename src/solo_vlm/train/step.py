@@ -119,7 +119,8 @@ def supervised_tokens(batches: Sequence[PackedBatch]) -> int:
 
 def precision(recipe: Recipe, processes: Processes) -> AbstractContextManager[Any]:
     """Autocast for a model that is not sharded; a sharded one gathers its weights in bfloat16 by itself."""
-    if recipe.precision == "fp32" or processes.mesh is not None:
+    is_sharded = processes.mesh is not None and not recipe.quantize
+    if recipe.precision == "fp32" or is_sharded:
         return nullcontext()
     return torch.autocast(processes.device.type, dtype=torch.bfloat16)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 from solo_vlm.errors import SoloError
+from solo_vlm.files import new_file
 from solo_vlm.train.recipe import Recipe
 
 
@@ -61,12 +63,21 @@ class _Hosted:
             self._module: Any = import_module(name)
         except ImportError as error:
             raise SoloError(f"trackers: {name} is not installed; pip install {name}") from error
-        self._module.init(
-            project="solo-vlm", name=folder.name, config=recipe.model_dump(mode="json"), resume="allow"
-        )
+        options: dict[str, Any] = {"project": "solo-vlm", "name": folder.name, "resume": "allow"}
+        if name == "wandb":  # Trackio goes on with the run of that name
+            options["id"] = _identity(folder / "wandb_id")
+        self._module.init(config=recipe.model_dump(mode="json"), **options)
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self._module.log(figures, step=step)
 
     def finish(self) -> None:
         self._module.finish()
+
+
+def _identity(path: Path) -> str:
+    """What a run is known by, made up when it starts and kept beside it."""
+    if not path.is_file():
+        with new_file(path) as partial:
+            partial.write_text(uuid4().hex[:8])
+    return path.read_text()

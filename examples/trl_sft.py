@@ -1,0 +1,90 @@
+"""Fine-tune a SOLO model with TRL's SFTTrainer, on chats in parquet files; optionally by LoRA.
+
+    python examples/trl_sft.py --model MODEL --data "chats/*.parquet" --out runs/trl --steps 1000 --lora
+
+A row holds `messages` in OpenAI's style and `images`, none or several; see docs/data.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from solo_vlm.data.collate import PackedBatch, collate
+from solo_vlm.data.encode import encode
+from solo_vlm.data.schema import parse_sample
+from solo_vlm.model.load import load_model, load_processor
+from solo_vlm.model.processing_solo import SoloProcessor
+from solo_vlm.train.attention import use_packed_attention
+
+
+class PackedCollator:
+    """Encodes rows and puts them one after the other: no padding, and documents do not see each other."""
+
+    def __init__(self, processor: SoloProcessor) -> None:
+        self.processor = processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> PackedBatch:
+        documents = [encode(parse_sample(row), self.processor) for row in rows]
+        return collate(documents, sum(map(len, documents)), self.processor.tokenizer.pad_token_id)
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of a SOLO model.")],
+    data: Annotated[str, typer.Option(help="Parquet files of chats, a path or pattern.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the trained model.")],
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Packs of eight chats a step and process.")] = 2,
+    learning_rate: float = 1e-5,
+    lora: Annotated[bool, typer.Option("--lora", help="Train adapters instead of the decoder.")] = False,
+) -> None:
+    """Fine-tune a SOLO model with TRL's SFTTrainer."""
+    args = SFTConfig(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=batch,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,  # of the steps
+        weight_decay=0.1,
+        bf16=torch.cuda.is_available(),
+        logging_steps=1,
+        save_steps=max(1, steps // 10),
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},  # the collator reads rows as they are
+        remove_unused_columns=False,
+        report_to="none",
+    )
+    processor = load_processor(model)
+    solo = load_model(model, dtype="float32")
+    use_packed_attention(solo)
+    adapters = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear",
+        exclude_modules=["embed_vision_patch"],
+        modules_to_save=["embed_vision_patch"],
+    )
+    trainer = SFTTrainer(
+        model=solo,
+        args=args,
+        train_dataset=load_dataset("parquet", data_files=data, split="train"),
+        data_collator=PackedCollator(processor),
+        processing_class=processor,
+        peft_config=adapters if lora else None,
+    )
+    trainer.train()
+    trained = trainer.model.merge_and_unload() if lora else trainer.model
+    trained.save_pretrained(out / "model")
+    processor.save_pretrained(out / "model")
+
+
+if __name__ == "__main__":
+    typer.run(main)

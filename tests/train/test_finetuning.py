@@ -1,0 +1,57 @@
+"""Fine-tuning end to end: several turns, images and text alone in one mixture, steps without any image."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from chats import COLOURS, write_chats
+from solo_vlm.generate import Answerer
+from solo_vlm.train import Recipe, train
+from tiny import ask, make_solo
+
+
+@pytest.fixture
+def trained(tmp_path):
+    write_chats(tmp_path)
+    make_solo().save(tmp_path / "start")
+    settings = {
+        "root": str(tmp_path),
+        "model": "start",
+        "out": "out",
+        "steps": 60,
+        "global_batch": 1,
+        "precision": "fp32",
+        "log_every": 1,
+        "data": {
+            "sources": [{"path": "pictures.parquet", "weight": 2}, {"path": "texts.parquet", "weight": 1}],
+            "weigh": "sequences",  # each of one source alone
+            "sequence_length": 96,
+            "streams": 2,
+            "packing_buffer": 4,
+        },
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "min_learning_rate": 1e-4},
+    }
+    return train(Recipe.parse(settings))
+
+
+def test_images_and_text_alone_are_learned_together(trained):
+    lines = (trained.model.parent / "metrics.jsonl").read_text().splitlines()
+    seen = [json.loads(line)["vision_tokens"] for line in lines]
+    assert 10 <= seen.count(0) <= 30  # a third of the steps saw no image
+    assert max(seen) > 0
+
+    answerer = Answerer.load(trained.model)
+    pictures = [ask("what is this?", Image.new("RGB", (64, 32), colour)) for colour in COLOURS]
+    later = [
+        [
+            *picture,
+            {"role": "assistant", "content": [{"type": "text", "text": colour}]},
+            {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+        ]
+        for picture, colour in zip(pictures, COLOURS, strict=True)
+    ]
+    answers = answerer.answer([*pictures, *later, ask("what is seven?")], max_new_tokens=5)
+    assert answers == ["red", "blue", "world", "world", "seven"]
