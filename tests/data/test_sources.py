@@ -164,7 +164,7 @@ def test_a_protocol_that_is_unknown_is_said():
 
 
 class FlakyFileSystem(MemoryFileSystem):
-    """Fails the first `failures` times that a file is opened, as a network does."""
+    """Fails the first `failures` times that a file is read, as a network does."""
 
     protocol = "flaky"
     store: dict = {}  # noqa: RUF012 (as in the class it derives from)
@@ -172,10 +172,17 @@ class FlakyFileSystem(MemoryFileSystem):
     error: OSError = OSError(errno.EIO, "the network is down")
 
     def _open(self, *arguments, **options):
+        self._fail()
+        return super()._open(*arguments, **options)
+
+    def cat_file(self, *arguments, **options):
+        self._fail()
+        return super().cat_file(*arguments, **options)
+
+    def _fail(self) -> None:
         if type(self).failures > 0:
             type(self).failures -= 1
             raise self.error
-        return super()._open(*arguments, **options)
 
 
 @pytest.fixture
@@ -198,8 +205,17 @@ def test_a_disk_that_recovers_loses_nothing(flaky, name):
     assert flaky.failures == 0
 
 
+class HubError(OSError):
+    """As huggingface_hub's: an OSError without a number."""
+
+
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EIO, "the network is down"), ConnectionError("the network is down")]
+    "error",
+    [
+        OSError(errno.EIO, "the network is down"),
+        ConnectionError("the network is down"),
+        HubError("503: the network is down"),
+    ],
 )
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
 def test_a_disk_that_does_not_recover_is_an_error_and_no_skipped_sample(flaky, name, error, monkeypatch):

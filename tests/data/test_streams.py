@@ -79,10 +79,10 @@ def load(make, count, rank=0, ranks=1, workers=0, state=None, streams=4):
     return batches, loader.state_dict()
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+# 64 streams are more than a source has row groups; 4, more than it has blocks of lines.
+@pytest.mark.parametrize(("suffix", "streams"), [("parquet", 4), ("parquet", 64), ("jsonl", 4)])
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_epochs_see_every_sample_that_often(folder, epochs, suffix):
-    streams = 4 if suffix == "parquet" else 1
+def test_epochs_see_every_sample_that_often(folder, epochs, suffix, streams):
     batches, _ = load(MakeStream(folder, streams, epochs, suffix=suffix), 10**6, streams=streams)
     make = MakeStream(folder, 1, 1, suffix=suffix)
     once = Counter(token for pack in make(0) for document in pack.documents for token in document.input_ids)
@@ -116,6 +116,24 @@ def test_workers_may_change_on_resume(folder):
     _, state = load(make, 7, workers=2)
     assert load(make, 13, workers=4, state=state)[0] == whole[7:]
     assert load(make, 13, workers=0, state=state)[0] == whole[7:]
+
+
+def test_packed_sequences_of_one_source_keep_their_proportions(folder):
+    """As in the paper: each data set packed alone, its sequences mixed by number."""
+    stream = MakeStream(folder, 1, weights=(3.0, 1.0), weigh="sequences", suffix="jsonl")(0)
+    order = []
+    for _, pack in zip(range(200), stream, strict=False):
+        (name,) = {"b" if document.input_ids[0] >= 1000 else "a" for document in pack.documents}
+        assert {key[0] for key in pack.keys} == {"ab".index(name)}
+        order.append(name)
+    for end in range(4, 201, 4):  # exact at any time
+        assert order[:end].count("b") == end // 4
+
+
+def test_a_source_that_runs_out_leaves_its_share_to_the_others(folder):
+    stream = MakeStream(folder, 1, epochs=1, weights=(1.0, 9.0), weigh="sequences")(0)
+    order = [pack.keys[0][0] for pack in stream]
+    assert order[-20:] == [0] * 20
 
 
 @pytest.mark.parametrize("weigh", ["tokens", "samples"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solo_vlm.data.schema import Sample, SampleError
+from solo_vlm.data.sources.files import retried
 from solo_vlm.errors import SoloError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchFeature, PreTrainedTokenizerBase
 
     from solo_vlm.model.processing_solo import SoloProcessor
 
 IGNORE_INDEX = -100
+
+_MAX_ASPECT_RATIO = 200  # as in Qwen2-VL: nothing can be recognised in what remains of such an image
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,9 @@ def encode(sample: Sample, processor: SoloProcessor) -> Document:
     """Encode one sample. Labels follow roles: what the assistant says, and the end of each of its turns.
 
     Raises:
-        SampleError: an image cannot be read ("image"), or the chat cannot be rendered ("chat-template").
+        SampleError: an image is damaged or missing ("image"), or the chat cannot be rendered
+            ("chat-template").
+        OSError: disk or network failed while an image was read, five times.
     """
     from solo_vlm.model.processing_solo import ChatTemplateError
 
@@ -62,13 +68,25 @@ def encode(sample: Sample, processor: SoloProcessor) -> Document:
 
 def _encode_images(sample: Sample, processor: SoloProcessor) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     if not sample.images:
-        patch_dim = 3 * processor.image_processor.patch_size**2
-        return np.empty((0, patch_dim), np.uint8), np.empty((0, 3), np.int64)
-    try:
-        vision = processor.image_processor(sample.images)
-    except (ValueError, OSError) as error:
-        raise SampleError("image", str(error)) from error
+        return np.empty((0, _patch_dim(processor)), np.uint8), np.empty((0, 3), np.int64)
+    vision = _read_images(sample, processor)
     return np.asarray(vision["pixel_values"]), np.asarray(vision["image_grid_thw"])
+
+
+@retried
+def _read_images(sample: Sample, processor: SoloProcessor) -> BatchFeature:
+    from solo_vlm.model.image_loading_solo import ImageFetchError, ImageMissingError
+
+    try:
+        return processor.image_processor(sample.images, max_aspect_ratio=_MAX_ASPECT_RATIO)
+    except ValueError as error:  # an ImageError, usually
+        if isinstance(error, ImageFetchError) and not isinstance(error, ImageMissingError):
+            raise OSError(errno.EIO, str(error)) from error
+        raise SampleError("image", str(error)) from error
+
+
+def _patch_dim(processor: SoloProcessor) -> int:
+    return 3 * processor.image_processor.patch_size**2
 
 
 def fit_to_length(document: Document, length: int) -> Iterator[Document]:
@@ -124,6 +142,11 @@ class Encoder:
     @property
     def tokenizer(self) -> Any:
         return self.processor.tokenizer if self.sees_images else self.processor
+
+    @property
+    def patch_dim(self) -> int:
+        """Width of a document's `patches`; 0 without images."""
+        return _patch_dim(self.processor) if self.sees_images else 0
 
     @property
     def vision_ids(self) -> NDArray[np.int64]:

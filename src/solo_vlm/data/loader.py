@@ -1,32 +1,35 @@
-"""Packed batches for one rank, from worker processes, with a state that says what comes next."""
+"""Packed batches for one rank, from worker processes, with a state that says what comes next.
+
+The packed sequences of a run stand in slots, in one order: slot g is that of stream g mod S. Rank r of R
+takes slots r, r + R, r + 2R and so on. A stream that has ended leaves its slots empty, so that the others
+keep theirs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from solo_vlm.data.collate import PackedBatch, collate
-from solo_vlm.data.streams import PackedSequence, State, VirtualStream
+from solo_vlm.data.sources import Source, fingerprints
+from solo_vlm.data.streams import Key, State, VirtualStream
 from solo_vlm.errors import SoloError
 
 MakeStream = Callable[[int], VirtualStream]
 
 
-class LoadedBatch(NamedTuple):
-    """A packed batch, and the stream it came from with its state after it."""
-
-    batch: PackedBatch
-    stream: int
-    state: State
-
-
 class PackedLoader:
     """Iterates over the packed batches of one rank.
 
-    Packed sequence g of the whole run comes from stream g mod `streams`, whatever the number of ranks and
-    workers; those must divide the number of streams. Iterating goes on from where the state stands.
+    The order depends neither on ranks nor on workers; their product must divide the number of streams. An
+    iteration goes on from where the state stands, and ends with the last batch of the rank's own streams.
+    Before that, a stream that has ended gives empty batches when it would be its turn.
 
     Args:
         make_stream: builds stream number s; called in the worker that owns it.
@@ -36,6 +39,8 @@ class PackedLoader:
         rank: of this process.
         ranks: how many there are.
         workers: processes that read ahead; 0 reads in this process.
+        sources: of the mixture, in its order: to name samples, and to notice that the data have changed.
+        patch_dim: width of `pixel_values`, for batches without documents; 0 where the model reads text alone.
 
     Raises:
         SoloError: ranks and workers do not divide the streams.
@@ -50,6 +55,8 @@ class PackedLoader:
         rank: int = 0,
         ranks: int = 1,
         workers: int = 0,
+        sources: Sequence[Source] = (),
+        patch_dim: int = 3072,
     ) -> None:
         if streams % (ranks * max(workers, 1)):
             raise SoloError(
@@ -57,90 +64,187 @@ class PackedLoader:
                 "set data.streams to a multiple of their product"
             )
         self._make_stream = make_stream
-        self._length = length
-        self._pad_token_id = pad_token_id
+        self._form = {"length": length, "pad_token_id": pad_token_id, "patch_dim": patch_dim}
         self._own = list(range(rank, streams, ranks))
+        self._ranks = ranks
         self._workers = workers
+        self.sources = sources
+        self._data = {"streams": streams, "sources": [list(pair) for pair in fingerprints(sources)]}
         self._states: dict[int, State] = {}
-        self._last: int | None = None
+        self._slots = 0  # that this rank has consumed
+        self._last_keys: list[Key] = []
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        after = 0 if self._last is None else self._own.index(self._last) + 1
-        dataset = _PackedDataset(
-            self._make_stream,
-            self._length,
-            self._pad_token_id,
-            order=self._own[after:] + self._own[:after],
-            states=dict(self._states),
+        turn = self._slots % len(self._own)
+        dataset = _Slots(
+            self._make_stream, self._form, self._own[turn:] + self._own[:turn], states=dict(self._states)
         )
         loader: Any = DataLoader(
             dataset,
             batch_size=None,
             num_workers=self._workers,
             prefetch_factor=2 if self._workers else None,
+            pin_memory=torch.cuda.is_available(),
         )
-        for loaded in loader:
-            self._states[loaded.stream] = loaded.state
-            self._last = loaded.stream
-            yield loaded.batch
+        ended: dict[int, State] = {}
+        empty = 0  # slots that are held back until a batch follows them
+        for slot in loader:
+            if isinstance(slot, SoloError):
+                raise slot
+            if slot.batch is None:
+                ended[slot.stream] = slot.state
+                if len(ended) == len(self._own):
+                    break
+                empty += 1
+                continue
+            while empty:
+                empty -= 1
+                yield self.empty_batch()
+            self._slots += 1
+            self._states[slot.stream], self._last_keys = slot.state, slot.keys
+            yield slot.batch
+        self._states |= ended  # they count what was skipped after the last batch
+
+    def empty_batch(self) -> PackedBatch:
+        """Consume a slot without documents: what a rank whose iteration has ended takes while others go on.
+
+        All padding, no labels, no patches.
+        """
+        self._slots += 1
+        self._last_keys = []
+        return collate([], **self._form)
+
+    def last_samples(self) -> list[str]:
+        """Names of the samples in the last batch, one a document: file and place."""
+        return [self.sources[source].where(unit, row) for source, unit, row, _ in self._last_keys]
 
     def state_dict(self) -> State:
-        """States of this rank's streams, and the stream that was read last."""
-        return {"last": self._last, "streams": {str(s): state for s, state in self._states.items()}}
+        """Where this rank stands, without what workers have read ahead.
+
+        `slots` that the rank has consumed, and the states of its `streams`; `data` says of what.
+        """
+        streams = {str(stream): state for stream, state in self._states.items()}
+        return {"slots": self._slots, "streams": streams, "data": self._data}
+
+    @staticmethod
+    def merge(states: Sequence[State]) -> State:
+        """One state of a run from the states of all its ranks. That of a single process is one already.
+
+        Raises:
+            SoloError: the ranks have not consumed equally many slots.
+        """
+        slots = [state["slots"] for state in states]
+        if len(set(slots)) > 1:
+            raise SoloError(f"ranks must be saved at the same place of the data, not after {slots} batches")
+        streams = {stream: saved for state in states for stream, saved in state["streams"].items()}
+        return {"slots": sum(slots), "streams": streams, "data": states[0]["data"]}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from a state: the next iteration begins with the sequence after it."""
-        self._last = state["last"]
-        self._states = {int(s): stream for s, stream in state["streams"].items()}
+        """Go on from the state of a run, of whatever ranks and workers: with the slot after it.
+
+        Args:
+            state: what `merge` returned.
+
+        Raises:
+            SoloError: the data have changed, or the ranks do not divide the slots that are done.
+        """
+        _check_unchanged(state["data"], self._data)
+        self._slots, rest = divmod(state["slots"], self._ranks)
+        if rest:
+            raise SoloError(
+                f"the run stopped after {state['slots']} packed sequences: {self._ranks} ranks cannot go on "
+                "together from there; use a number of ranks that divides it"
+            )
+        self._states = {s: state["streams"][str(s)] for s in self._own if str(s) in state["streams"]}
+        self._last_keys = []
 
     def counts(self) -> dict[str, int]:
-        """Sums over streams: sequences, documents, tokens, samples and skipped samples by reason."""
-        totals: dict[str, int] = {}
+        """Sums over the rank's streams: sequences, documents, tokens, samples, and skipped ones by reason."""
+        totals: Counter[str] = Counter()
         for state in self._states.values():
-            for name, count in state["counts"].items():
-                totals[name] = totals.get(name, 0) + count
-        return totals
+            totals.update(state["counts"])
+        return dict(totals)
 
     def skipped(self) -> list[dict[str, str]]:
-        """Samples that could not be used, the first of each stream: where they are, and what is wrong."""
+        """Samples that could not be used, the first `LISTED` of each of this rank's streams.
+
+        Each has `source`, `where` (file and place), `reason` and `error`, as in the report of
+        `solo data verify`.
+        """
         return [entry for state in self._states.values() for entry in state["skipped"]]
 
 
-class _PackedDataset(IterableDataset[LoadedBatch]):
-    """Reads its streams in turn; a worker reads every workers-th of them."""
+@dataclass(frozen=True)
+class _Slot:
+    """What a stream gives at its turn: a batch, or none where it has ended; and its state after it."""
+
+    stream: int
+    state: State
+    batch: PackedBatch | None = None
+    keys: Sequence[Key] = ()
+
+    def pin_memory(self) -> _Slot:
+        """What the DataLoader calls to make copies to a GPU fast."""
+        if self.batch is None:
+            return self
+        pinned: Any = {
+            name: value.pin_memory() if isinstance(value, Tensor) else value
+            for name, value in self.batch.items()
+        }
+        return replace(self, batch=pinned)
+
+
+class _Slots(IterableDataset[_Slot | SoloError]):
+    """The slots of streams in turn, without end; a worker gives every workers-th of them.
+
+    A worker cannot know when the others are done, so the loader decides when to stop.
+    """
 
     def __init__(
-        self,
-        make_stream: MakeStream,
-        length: int,
-        pad_token_id: int,
-        order: list[int],
-        states: dict[int, State],
+        self, make_stream: MakeStream, form: dict[str, int], order: list[int], states: dict[int, State]
     ) -> None:
         self._make_stream = make_stream
-        self._length = length
-        self._pad_token_id = pad_token_id
+        self._form = form
         self._order = order
         self._states = states
 
-    def __iter__(self) -> Iterator[LoadedBatch]:
+    def __iter__(self) -> Iterator[_Slot | SoloError]:
         worker = get_worker_info()
         mine = self._order[worker.id :: worker.num_workers] if worker else self._order
-        streams = [iter(self._start(number)) for number in mine]
-        while streams:
-            running = []
-            for stream in streams:
-                if (packed := next(stream, None)) is not None:
-                    yield self._collate(packed)
-                    running.append(stream)
-            streams = running
+        try:
+            rounds = [self._slots_of(stream) for stream in mine]
+            while True:
+                for slots in rounds:
+                    yield next(slots)
+        except SoloError as error:  # as it is: the DataLoader would wrap it into a worker's traceback
+            yield error
 
-    def _start(self, number: int) -> VirtualStream:
+    def _slots_of(self, number: int) -> Iterator[_Slot]:
         stream = self._make_stream(number)
         if number in self._states:
             stream.load_state_dict(self._states[number])
-        return stream
+        for packed in stream:
+            yield _Slot(number, packed.state, collate(packed.documents, **self._form), packed.keys)
+        ended = _Slot(number, stream.state_dict())
+        while True:
+            yield ended
 
-    def _collate(self, packed: PackedSequence) -> LoadedBatch:
-        batch = collate(packed.documents, self._length, self._pad_token_id)
-        return LoadedBatch(batch, packed.stream, packed.state)
+
+def _check_unchanged(before: State, now: State) -> None:
+    """Refuse a state of other data: keys in it would name other samples."""
+    if before["streams"] != now["streams"]:
+        raise SoloError(
+            f"the checkpoint has data.streams = {before['streams']}, not {now['streams']}: it cannot change"
+        )
+    if len(before["sources"]) != len(now["sources"]):
+        raise SoloError(
+            f"the data changed since the checkpoint: it knows {len(before['sources'])} sources, "
+            f"the mixture has {len(now['sources'])}"
+        )
+    for (old_name, old), (name, new) in zip(before["sources"], now["sources"], strict=True):
+        if old != new:
+            was = "" if old_name == name else f" (then {old_name})"
+            raise SoloError(
+                f"the data changed since the checkpoint: files of source {name}{was} were added, removed or "
+                "rewritten; put them back, or start a new run"
+            )

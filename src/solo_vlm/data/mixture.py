@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
 from solo_vlm.data.sources import Source, open_source
+from solo_vlm.data.streams import Weigh
 from solo_vlm.errors import SoloError
 from solo_vlm.settings import Settings, find_settings, override, read_settings
 
@@ -27,19 +28,20 @@ class DataSettings(Settings):
         sources: files, folders, glob patterns or URLs of .parquet, .jsonl, .tar or -text.idx files, with
             their weights.
         sequence_length: tokens in a packed sequence.
-        weigh: whether weights are shares of tokens or of samples.
+        weigh: whether weights are shares of "tokens", of "samples", or of packed "sequences", each of which
+            then holds documents of one source alone.
         epochs: passes over each source; none: without end.
-        streams: virtual streams; ranks and workers must divide them, and every source needs as many row
-            groups.
+        streams: virtual streams; ranks and workers must divide them, and without `epochs` every source needs
+            as many units (row groups, blocks of lines, tars).
         workers: processes a rank that read ahead; 0 reads in the training process.
-        packing_buffer: documents to choose from when packing.
+        packing_buffer: documents that a packer chooses from.
         max_skipped: fraction of samples that may be unusable before the run stops and lists them.
         seed: of the order.
     """
 
     sources: list[SourceSettings] = Field(min_length=1)
     sequence_length: PositiveInt = 32768
-    weigh: Literal["samples", "tokens"] = "tokens"
+    weigh: Weigh = "tokens"
     epochs: PositiveInt | None = None
     streams: PositiveInt = 64
     workers: int = Field(0, ge=0)

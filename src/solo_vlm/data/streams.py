@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -24,16 +25,20 @@ from solo_vlm.errors import SoloError
 
 State = dict[str, Any]
 Key = tuple[int, int, int, int]  # source, unit, row, piece of a long text
+Held = tuple[Key, Document]
 Encode = Callable[[Sample], Document]
+Weigh = Literal["samples", "tokens", "sequences"]
+
+LISTED = 20  # skipped samples that a stream names; it counts all
 
 _SHUFFLED_UNITS = 4  # units that a stream reads from at a time, a row from either by chance
-_LISTED = 20  # skipped samples that a stream names; it counts all
+_MESSAGE = 500  # characters of a skipped sample's error that are kept
 _TOLERATED_FROM = 1000  # samples: with fewer, a fraction of them says little
 
 
 @dataclass(frozen=True)
 class MixtureItem:
-    """A source and its share of the mixture, in samples or tokens."""
+    """A source and its share of the mixture."""
 
     source: Source
     weight: float = 1.0
@@ -41,10 +46,10 @@ class MixtureItem:
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Documents that go into one sequence, the stream they come from, and its state after them."""
+    """Documents that go into one sequence, with their keys, and the stream's state after it."""
 
     documents: list[Document]
-    stream: int
+    keys: list[Key]
     state: State
 
 
@@ -52,7 +57,9 @@ class VirtualStream:
     """One of S streams: draws samples from its share of a mixture and packs them.
 
     Sources are interleaved by deficit: next comes the source that is furthest behind its weight. So
-    proportions are exact at any time, and a source that has run out (`epochs`) leaves the mixture.
+    proportions are exact at any time, and a source that has run out (`epochs`) leaves the mixture. Weights
+    count samples or tokens, and documents of all sources share sequences; or they count packed sequences,
+    each of one source alone.
 
     Args:
         index: which stream, 0 to `streams` - 1.
@@ -62,12 +69,12 @@ class VirtualStream:
         length: tokens in a packed sequence.
         seed: of the order.
         epochs: passes over each source; None: without end.
-        weigh: what weights count, "samples" or "tokens".
-        buffer_size: documents that the packer may hold back.
+        weigh: what weights count, "samples", "tokens" or "sequences".
+        buffer_size: documents that a packer may hold back; with "sequences" every source has a packer.
         max_skipped: fraction of samples that may be unusable before the run stops.
 
     Raises:
-        SoloError: a source has fewer units than there are streams.
+        SoloError: a source has fewer units than there are streams, and `epochs` is None.
     """
 
     def __init__(
@@ -79,42 +86,41 @@ class VirtualStream:
         length: int,
         seed: int = 0,
         epochs: int | None = None,
-        weigh: Literal["samples", "tokens"] = "tokens",
+        weigh: Weigh = "tokens",
         buffer_size: int = 128,
         max_skipped: float = 0.01,
     ) -> None:
-        self._index = index
-        self._mixture = list(mixture)
+        self._sources = [item.source for item in mixture]
+        self._weights = [item.weight for item in mixture]
         self._encode = encode
         self._length = length
         self._weigh = weigh
         self._max_skipped = max_skipped
         self._cursors = [
-            _Cursor(item.source, index, streams, f"{seed}/{number}", epochs)
-            for number, item in enumerate(mixture)
+            _Cursor(source, index, streams, f"{seed}/{number}", epochs)
+            for number, source in enumerate(self._sources)
         ]
-        self._served = [0.0] * len(self._mixture)
-        self._packer: BestFitPacker[tuple[Key, Document]] = BestFitPacker(length, buffer_size)
-        self._pieces: deque[tuple[Key, Document]] = deque()
+        self._served = [0] * len(mixture)
+        numbers = range(len(mixture))
+        groups = [[number] for number in numbers] if weigh == "sequences" else [list(numbers)]
+        self._lanes = [_Lane(group, BestFitPacker(length, buffer_size)) for group in groups]
         self._counts: Counter[str] = Counter()
         self._skipped: list[dict[str, str]] = []
 
     def __iter__(self) -> Iterator[PackedSequence]:
         while (pack := self._next_pack()) is not None:
-            documents = [document for _, document in pack]
+            keys, documents = [key for key, _ in pack], [document for _, document in pack]
             self._counts["sequences"] += 1
             self._counts["documents"] += len(documents)
             self._counts["tokens"] += sum(map(len, documents))
-            yield PackedSequence(documents, self._index, self.state_dict())
+            yield PackedSequence(documents, keys, self.state_dict())
 
     def state_dict(self) -> State:
         """What is needed to go on from here: plain lists, numbers and strings."""
         return {
             "cursors": [cursor.state_dict() for cursor in self._cursors],
             "served": list(self._served),
-            "open": [list(key) for key, _ in self._packer.open],
-            "waiting": [list(key) for key, _ in self._packer.waiting],
-            "pieces": [list(key) for key, _ in self._pieces],
+            "lanes": [lane.state_dict() for lane in self._lanes],
             "counts": dict(self._counts),
             "skipped": list(self._skipped),
         }
@@ -124,44 +130,47 @@ class VirtualStream:
         for cursor, saved in zip(self._cursors, state["cursors"], strict=True):
             cursor.load_state_dict(saved)
         self._served = list(state["served"])
-        self._packer.restore(
-            *(
-                [(held, len(held[1])) for held in self._read_again(state[part])]
-                for part in ("open", "waiting")
-            )
-        )
-        self._pieces = deque(self._read_again(state["pieces"]))
+        for lane, keys in zip(self._lanes, state["lanes"], strict=True):
+            lane.restore(*(self._read_again(keys[part]) for part in ("open", "waiting", "pieces")))
         self._counts = Counter(state["counts"])
         self._skipped = list(state["skipped"])
 
-    def _next_pack(self) -> list[tuple[Key, Document]] | None:
-        while self._pieces or self._draw():
-            key, document = self._pieces.popleft()
-            if (pack := self._packer.add((key, document), len(document))) is not None:
+    def _next_pack(self) -> list[Held] | None:
+        for lane in sorted(self._lanes, key=lambda lane: self._deficit(lane.sources[0])):
+            if (pack := self._fill(lane)) is not None:
+                if self._weigh == "sequences":
+                    self._served[lane.sources[0]] += 1
                 return pack
-        return self._packer.drain()
+        return None
 
-    def _draw(self) -> bool:
-        """Encode the next sample of the mixture that can be used; False where all sources have run out."""
-        while True:
-            behind = [
-                (served / item.weight, number)
-                for number, (served, item) in enumerate(zip(self._served, self._mixture, strict=True))
-                if not self._cursors[number].exhausted
-            ]
-            if not behind:
-                return False
-            number = min(behind)[1]
+    def _fill(self, lane: _Lane) -> list[Held] | None:
+        """Draw samples for a lane until it has a sequence; None where it has none left."""
+        while lane.pieces or self._draw(lane):
+            key, document = lane.pieces.popleft()
+            if (pack := lane.packer.add((key, document), len(document))) is not None:
+                return pack
+        return lane.packer.drain()
+
+    def _draw(self, lane: _Lane) -> bool:
+        """Encode the next sample of a lane that can be used; False where all its sources have run out."""
+        while behind := [number for number in lane.sources if not self._cursors[number].exhausted]:
+            number = min(behind, key=self._deficit)
             unit, row = self._cursors[number].next_key()
             self._counts["samples"] += 1
             try:
                 pieces = self._pieces_of(number, unit, row)
             except SampleError as error:
-                self._skip(self._mixture[number].source, unit, row, error)
+                self._skip(self._sources[number], unit, row, error)
                 continue
-            self._served[number] += sum(map(len, pieces)) if self._weigh == "tokens" else 1
-            self._pieces.extend(((number, unit, row, piece), doc) for piece, doc in enumerate(pieces))
+            if self._weigh != "sequences":
+                self._served[number] += sum(map(len, pieces)) if self._weigh == "tokens" else 1
+            lane.pieces.extend(((number, unit, row, piece), doc) for piece, doc in enumerate(pieces))
             return True
+        return False
+
+    def _deficit(self, number: int) -> float:
+        """How much of a source has been served for its weight: the smaller, the further it is behind."""
+        return self._served[number] / self._weights[number]
 
     def _pieces_of(self, number: int, unit: int, row: int) -> list[Document]:
         sample = parse_sample(self._cursors[number].row(unit, row))
@@ -171,8 +180,15 @@ class VirtualStream:
         """Count a sample that cannot be used; stop the run where there are too many."""
         self._counts["skipped"] += 1
         self._counts[f"skipped/{source.name}/{error.reason}"] += 1
-        if len(self._skipped) < _LISTED:
-            self._skipped.append({"where": source.where(unit, row), "error": str(error)})
+        if len(self._skipped) < LISTED:
+            self._skipped.append(
+                {
+                    "source": source.name,
+                    "where": source.where(unit, row),
+                    "reason": error.reason,
+                    "error": str(error)[:_MESSAGE],
+                }
+            )
         skipped, samples = self._counts["skipped"], self._counts["samples"]
         if skipped > self._max_skipped * max(samples, _TOLERATED_FROM):
             listed = "".join(f"\n  {entry['where']}: {entry['error']}" for entry in self._skipped)
@@ -181,20 +197,40 @@ class VirtualStream:
                 f"{self._max_skipped:g} allows:{listed}"
             )
 
-    def _read_again(self, keys: Sequence[Sequence[int]]) -> Iterator[tuple[Key, Document]]:
-        for number, unit, row, piece in keys:
-            yield (number, unit, row, piece), self._pieces_of(number, unit, row)[piece]
+    def _read_again(self, keys: Sequence[Sequence[int]]) -> list[Held]:
+        held: list[Held] = []
+        for (number, unit, row), of_sample in groupby(keys, key=lambda key: key[:3]):
+            pieces = self._pieces_of(number, unit, row)
+            held += [((number, unit, row, piece), pieces[piece]) for *_, piece in of_sample]
+        return held
+
+
+@dataclass
+class _Lane:
+    """Sources whose documents share sequences, and what has been read for them."""
+
+    sources: list[int]
+    packer: BestFitPacker[Held]
+    pieces: deque[Held] = field(default_factory=deque)
+
+    def state_dict(self) -> State:
+        held = {"open": self.packer.open, "waiting": self.packer.waiting, "pieces": self.pieces}
+        return {part: [list(key) for key, _ in documents] for part, documents in held.items()}
+
+    def restore(self, in_open_pack: list[Held], waiting: list[Held], pieces: list[Held]) -> None:
+        self.packer.restore(*([(held, len(held[1])) for held in part] for part in (in_open_pack, waiting)))
+        self.pieces = deque(pieces)
 
 
 class _Cursor:
     """A stream's place in one source: which units are open, and how far each is read."""
 
     def __init__(self, source: Source, stream: int, streams: int, seed: str, epochs: int | None) -> None:
-        self._own = list(range(stream, len(source), streams))
-        if not self._own:
+        self._own = range(stream, len(source), streams)
+        if not self._own and epochs is None:  # with epochs, other streams read a small source to its end
             raise SoloError(
                 f"{source.name} has {len(source)} units (row groups), too few for {streams} streams: "
-                "set data.streams lower, or write the data with smaller row groups"
+                "set data.streams lower, or data.epochs, or write the data with smaller row groups"
             )
         self._source = source
         self._seed = f"{seed}/{stream}"
@@ -250,7 +286,7 @@ class _Cursor:
 
     def _fill(self) -> None:
         """Open units until enough are open; begin the next epoch when this one is read to the end."""
-        while len(self._open) < _SHUFFLED_UNITS:
+        while self._own and len(self._open) < _SHUFFLED_UNITS:
             if self._opened == len(self._own):
                 last = self._epochs is not None and self._epoch + 1 >= self._epochs
                 if self._open or last:
@@ -268,11 +304,13 @@ class _Cursor:
         return generator.permutation(count)
 
     def _rows(self, unit: int) -> Sequence[dict[str, Any]]:
-        if unit not in self._cache:
+        """Rows of a unit; those of the open units and of the one before stay in memory."""
+        if (rows := self._cache.pop(unit, None)) is None:
             while len(self._cache) > _SHUFFLED_UNITS:
                 self._cache.pop(next(iter(self._cache)))
-            self._cache[unit] = self._source.read(unit)
-        return self._cache[unit]
+            rows = self._source.read(unit)
+        self._cache[unit] = rows  # the one that was used last comes last
+        return rows
 
 
 def _chance(name: str) -> int:

@@ -1,15 +1,17 @@
-"""One way from anything that holds a picture to an upright 8-bit RGB `PIL.Image`.
+"""One way from anything that holds a picture to upright 8-bit RGB: a `PIL.Image`, or an array of its pixels.
 
-Training, evaluation and serving all read images through `load_image`, so a file means the same pixels
-everywhere. The rules are those of `transformers.image_utils.load_image` (EXIF orientation applied,
-transparency laid on white), plus the cases that one leaves open: 16-bit and float images, arrays and
+Training, evaluation and serving all read images through `load_image` or `load_pixels`, so a file means the
+same pixels everywhere. The rules are those of `transformers.image_utils.load_image` (EXIF orientation
+applied, transparency laid on white), plus the cases that one leaves open: 16-bit and float images, arrays and
 tensors, size limits, and an error that names the file and says what is wrong with it.
 """
 
 import base64
+import errno
 import os
 import re
 import time
+from http.client import InvalidURL
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -30,6 +32,12 @@ from urllib.request import (
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+try:
+    import cv2
+    from cv2 import IMREAD_COLOR_RGB, IMREAD_IGNORE_ORIENTATION  # the first since OpenCV 4.11
+except ImportError:  # a checkpoint's copy of this file runs without it, see `load_pixels`
+    cv2 = None  # type: ignore[assignment]
+
 MAX_PIXELS = 100_000_000
 """Largest width * height that `load_image` decodes by default: 300 MB of RGB."""
 
@@ -48,6 +56,10 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_TAG = 0x0112
+_JPEG_END = b"\xff\xd9"
+
+_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_NO_SUCH_PAGE = (404, 410)
 
 _NOT_PIXELS = (  # how files that are often mistaken for images begin -> what to say
     (rb"(?s)(<\?xml.*?|<!--.*?)?<(svg|!doctype svg)", "SVG is a drawing, not pixels; render it to PNG first"),
@@ -65,6 +77,10 @@ class ImageError(ValueError):
 
 class ImageFetchError(ImageError, OSError):
     """The data could not be read: no such file, no permission, a failed disk or network. A retry may help."""
+
+
+class ImageMissingError(ImageFetchError):
+    """There is no such file or page, and a retry gives the same answer: a missing file, HTTP 404 and 410."""
 
 
 def load_image(
@@ -111,10 +127,47 @@ def load_image(
     Raises:
         ImageError: not an image, truncated, damaged, empty, or over a limit.
         ImageFetchError: the file or URL could not be read.
+        ImageMissingError: there is no such file or page.
         TypeError: `source` is of a type that cannot hold an image.
     """
+    loaded = _load(source, max_pixels, name, input_data_format, allow_paths, allow_urls, timeout, max_bytes)
+    return Image.fromarray(loaded) if isinstance(loaded, np.ndarray) else loaded
+
+
+def load_pixels(source: Any, *, input_data_format: ChannelOrder | None = None) -> np.ndarray:
+    """Read an image from any source into an array of its pixels: `load_image` for those who compute.
+
+    OpenCV decodes plain JPEGs, straight into the array: faster, and the same pixels, since Pillow uses
+    libjpeg-turbo, too. Where OpenCV is not installed, and for any other file, Pillow decodes.
+
+    Args:
+        source, input_data_format: see `load_image`.
+
+    Returns:
+        uint8 (height, width, 3), the caller's own to write to.
+
+    Raises:
+        ImageError, ImageFetchError, ImageMissingError, TypeError: see `load_image`.
+    """
+    loaded = _load(source, input_data_format=input_data_format)
+    return loaded if isinstance(loaded, np.ndarray) else np.array(loaded)
+
+
+def _load(
+    source: Any,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+    input_data_format: ChannelOrder | None = None,
+    allow_paths: bool = True,
+    allow_urls: bool = True,
+    timeout: float = 30.0,
+    max_bytes: int = MAX_DOWNLOAD_BYTES,
+) -> Image.Image | np.ndarray:
+    """The image, or the pixels where they were decoded without Pillow."""
     if isinstance(source, Image.Image):
-        return _finish(source, name or f"{source.mode} image in memory", max_pixels)
+        name = name or f"{source.mode} image in memory"
+        _check(source, name, max_pixels)
+        return _to_upright_rgb(source, name)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(BytesIO(source), name or f"image of {len(source)} bytes", max_pixels)
     if isinstance(source, np.ndarray):
@@ -144,7 +197,7 @@ def _from_text(
     allow_urls: bool,
     timeout: float,
     max_bytes: int,
-) -> Image.Image:
+) -> Image.Image | np.ndarray:
     """Load from a URL, data URL, path or bare base64, told apart in this order."""
     scheme = text[:8].lower()
     if scheme.startswith(("http://", "https://")):
@@ -173,18 +226,21 @@ def _from_text(
     return _from_file(text, name, max_pixels)  # says why it cannot be read
 
 
-def _from_file(path: str, name: str | None, max_pixels: int) -> Image.Image:
+def _from_file(path: str, name: str | None, max_pixels: int) -> Image.Image | np.ndarray:
     name = name or _shorten(path)
     try:
         with Path(path).open("rb") as file:
             return _decode(file, name, max_pixels)
     except ImageError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        raise ImageFetchError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    except ValueError as error:  # a NUL byte in the path
+        raise ImageMissingError(f"{name}: {error}") from error
+    except OSError as error:
+        kind = ImageMissingError if error.errno in _NO_SUCH_FILE else ImageFetchError
+        raise kind(f"{name}: {error.strerror or error}") from error
 
 
-def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image | np.ndarray:
     """Decode an open image file, sizes checked before pixels are."""
     try:
         image = Image.open(file)
@@ -196,13 +252,30 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         raise
     except Exception as error:
         raise _damaged(error, name) from error
-    rgb = _finish(image, name, max_pixels)
-    rgb.format = None  # marks it as checked, see _finish
+    _check(image, name, max_pixels)
+    if (pixels := _decode_plain_jpeg(image, file)) is not None:
+        return pixels
+    rgb = _to_upright_rgb(image, name)
+    rgb.format = None  # marks it as checked, see _check
     return rgb
 
 
-def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    """Decode if that is still to be done, convert to RGB, turn upright."""
+def _decode_plain_jpeg(image: Image.Image, file: BinaryIO) -> np.ndarray | None:
+    """What OpenCV makes of a JPEG where that is the same as Pillow's; None: Pillow decodes, or refuses."""
+    if cv2 is None or image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1:
+        return None
+    file.seek(0)
+    data = file.read()
+    if not data.endswith(_JPEG_END):  # cut short: OpenCV would fill up with grey
+        return None
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), IMREAD_COLOR_RGB | IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        return None
+
+
+def _check(image: Image.Image, name: str, max_pixels: int) -> None:
+    """Refuse by the header what must not be decoded."""
     width, height = image.size
     if not width or not height:
         raise ImageError(f"{name}: no pixels ({width} x {height})")
@@ -211,6 +284,10 @@ def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     # Only an image straight from a file has a format. Others are in memory already: nothing to protect.
     if image.format and width * height > max_pixels:
         raise ImageError(f"{name}: {width} x {height} is more than the limit of {max_pixels:,} pixels")
+
+
+def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Decode if that is still to be done, convert to RGB, turn upright."""
     try:
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
@@ -333,8 +410,11 @@ def _download(url: str, name: str, timeout: float, max_bytes: int) -> bytes:
     except ImageError:
         raise
     except HTTPError as error:
-        raise ImageFetchError(f"{name}: HTTP {error.code} {error.reason}") from error
-    except Exception as error:  # URLError, TimeoutError, HTTPException, an invalid URL
+        kind = ImageMissingError if error.code in _NO_SUCH_PAGE else ImageFetchError
+        raise kind(f"{name}: HTTP {error.code} {error.reason}") from error
+    except (ValueError, InvalidURL) as error:
+        raise ImageMissingError(f"{name}: download failed ({error})") from error
+    except Exception as error:  # URLError, TimeoutError, HTTPException
         raise ImageFetchError(
             f"{name}: download failed ({getattr(error, 'reason', None) or error})"
         ) from error

@@ -52,7 +52,7 @@ def open_source(path: str | Path) -> Source:
     """
     try:
         files = find_files(str(path), list(_FORMATS))
-    except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose package is missing
+    except Exception as error:  # every file system has its own for no package, no credentials, no network
         raise SoloError(f"cannot read {path}: {error}") from error
     if not files:
         raise SoloError(f"no data files at {path}")
@@ -63,6 +63,11 @@ def open_source(path: str | Path) -> Source:
         raise SoloError(f"{path}: expected files of one of the formats {', '.join(_FORMATS)}")
     (kind,) = formats
     return _FORMATS[str(kind)](str(path), files)
+
+
+def fingerprints(sources: Sequence[Source]) -> list[tuple[str, str]]:
+    """(name, fingerprint) of each source, in order."""
+    return [(source.name, source.fingerprint()) for source in sources]
 
 
 def _format(file: DataFile) -> str | None:

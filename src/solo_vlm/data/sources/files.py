@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 
@@ -12,17 +13,44 @@ import pyarrow as pa
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from solo_vlm.data.schema import SampleError
+from solo_vlm.errors import SoloError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".lz4": "lz4"}
 
+_OPEN_AT_A_TIME = 16  # files whose footers or lines are looked through when a source is opened
 _ATTEMPTS = 5
 _FIRST_WAIT = 0.5  # seconds, doubled each time
+_NETWORKING = ("aiohttp", "asyncio", "botocore", "httpx", "httpx2")  # not all of their errors are OSErrors
 
 
-@dataclass(frozen=True)
+def retried(read: Callable[P, R]) -> Callable[P, R]:
+    """Try again, with growing waits, when the disk or the network fails; then let the error through."""
+    return retry(
+        retry=retry_if_exception(_may_pass),
+        stop=stop_after_attempt(_ATTEMPTS),
+        wait=wait_exponential_jitter(multiplier=_FIRST_WAIT, max=30),
+        reraise=True,
+    )(read)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether a second try can help. Broken content stays broken, a missing file missing."""
+    if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
+        return False
+    if isinstance(error, OSError):
+        return _of_the_system(error)
+    return type(error).__module__.partition(".")[0] in _NETWORKING
+
+
+def _of_the_system(error: OSError) -> bool:
+    """Whether disk or network failed. Broken content is an OSError of pyarrow's: a plain one, unnumbered."""
+    return error.errno is not None or type(error) is not OSError
+
+
+@dataclass(frozen=True, slots=True)
 class DataFile:
     """A file of a source.
 
@@ -44,9 +72,30 @@ class DataFile:
         """What relative paths in the file count from."""
         return self.url.rpartition("/")[0]
 
-    def open(self) -> BinaryIO:
-        """Open for reading; the file object can seek."""
-        return fsspec.open(self.url, "rb").open()
+    def open(self, ahead: bool = True) -> BinaryIO:
+        """Open for reading; the file object can seek.
+
+        Args:
+            ahead: fetch more from far away than was asked for, as is good for reading from end to end.
+        """
+        system, path = fsspec.core.url_to_fs(self.url)
+        return system.open(path, "rb", **({} if ahead else {"cache_type": "none"}))
+
+    def read(self, *places: tuple[int, int]) -> list[bytes]:
+        """What stands between the (start, end) bytes of each place, and nothing more is fetched.
+
+        Raises:
+            SoloError: a web server cannot send parts of a file.
+        """
+        filled = [(start, end) for start, end in places if end > start]
+        system, path = fsspec.core.url_to_fs(self.url)
+        parts = system.cat_ranges([path] * len(filled), [s for s, _ in filled], [e for _, e in filled])
+        for part, (start, end) in zip(parts, filled, strict=True):
+            if isinstance(part, Exception):
+                raise part
+            if len(part) > end - start:
+                raise SoloError(f"{self.url}: its server cannot send parts of files; download it first")
+        return [parts.pop(0) if end > start else b"" for start, end in places]
 
     def read_decompressed(self) -> bytes:
         """The whole content; .gz, .zst and .lz4 are decompressed, and one that is cut short is an error."""
@@ -55,6 +104,7 @@ class DataFile:
             return plain.read()
 
 
+@retried
 def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
     """A file as it is, or what a folder or a glob pattern holds with one of these suffixes, sorted.
 
@@ -69,7 +119,11 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
         found = system.ls(root, detail=False) if system.isdir(root) else system.glob(root)
         names = sorted(name for name in found if _is_data(name, suffixes))
     local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
-    return [DataFile(name if local else system.unstrip_protocol(name), system.size(name)) for name in names]
+    sizes = system.sizes(names)
+    return [
+        DataFile(name if local else system.unstrip_protocol(name), size)
+        for name, size in zip(names, sizes, strict=True)
+    ]
 
 
 def _is_data(name: str, suffixes: Sequence[str]) -> bool:
@@ -85,28 +139,10 @@ def fingerprint(files: Sequence[DataFile]) -> str:
     return digest.hexdigest()[:16]
 
 
-def retried(read: Callable[P, R]) -> Callable[P, R]:
-    """Try again, with growing waits, when the disk or the network fails; then let the error through."""
-    return retry(
-        retry=retry_if_exception(_may_pass),
-        stop=stop_after_attempt(_ATTEMPTS),
-        wait=wait_exponential_jitter(multiplier=_FIRST_WAIT, max=30),
-        reraise=True,
-    )(read)
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether a second try can help. Errors about content carry no errno; a missing file stays missing."""
-    if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
-        return False
-    if isinstance(error, OSError):
-        return _of_the_system(error)
-    return type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "asyncio")
-
-
-def _of_the_system(error: OSError) -> bool:
-    """Whether disk or network failed. pyarrow calls broken content an OSError, too, but without a number."""
-    return error.errno is not None or isinstance(error, ConnectionError | TimeoutError)
+def read_each(read: Callable[[DataFile], R], files: Sequence[DataFile]) -> list[R]:
+    """What `read` returns for each file; several at a time, since far away files take long to answer."""
+    with ThreadPoolExecutor(_OPEN_AT_A_TIME) as pool:
+        return list(pool.map(read, files))
 
 
 class BrokenUnit(Sequence[Any]):

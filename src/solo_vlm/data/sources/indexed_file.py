@@ -75,6 +75,4 @@ def _read_index(file: DataFile) -> tuple[np.dtype[np.generic], NDArray[np.int32]
 
 @retried
 def _read(file: DataFile, position: int, count: int) -> bytes:
-    with file.open() as stream:
-        stream.seek(position)
-        return stream.read(count)
+    return file.read((position, position + count))[0]

@@ -6,11 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from solo_vlm.data.schema import SampleError
 from solo_vlm.data.sources.files import CODECS, DataFile, broken_unit, fingerprint, retried
 from solo_vlm.data.sources.release_jsonl import as_chat_row
+from solo_vlm.data.sources.units import UnitIndex
 
 _LINES_PER_UNIT = 256
 
@@ -24,15 +27,14 @@ class JsonlSource:
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
         self.name = name
-        self._files = files
-        self._units = [(file, *block) for file in files for block in _blocks(file)]
+        self._units = UnitIndex(files, _blocks)
 
     def __len__(self) -> int:
         return len(self._units)
 
     def read(self, unit: int) -> Sequence[dict[str, Any]]:
         """All rows of a block. A line that is no JSON object is a row that says so when it is asked for."""
-        file, start, end = self._units[unit]
+        file, (start, end) = self._units[unit]
         try:
             data = _read_block(file, start, end)
         except (pa.ArrowException, OSError) as error:
@@ -41,12 +43,12 @@ class JsonlSource:
 
     def where(self, unit: int, row: int) -> str:
         """Name file, position of the block and row in it."""
-        file, start, _ = self._units[unit]
+        file, (start, _) = self._units[unit]
         return f"{file.url}, block at byte {start}, row {row}"
 
     def fingerprint(self) -> str:
         """Names and sizes of the files."""
-        return fingerprint(self._files)
+        return fingerprint(self._units.files)
 
 
 class _Rows(Sequence[dict[str, Any]]):
@@ -70,26 +72,26 @@ class _Rows(Sequence[dict[str, Any]]):
 
 
 @retried
-def _blocks(file: DataFile) -> list[tuple[int, int]]:
-    """(start, end) byte offsets of blocks of whole lines."""
+def _blocks(file: DataFile) -> NDArray[np.int64]:
+    """(blocks, 2) bytes at which blocks of whole lines start and end."""
     if file.name.endswith(tuple(CODECS)):
-        return [(0, file.size)]
-    starts, position = [0], 0
+        return np.array([[0, file.size]])
+    borders, position = [0], 0
     with file.open() as stream:
         for number, line in enumerate(stream, start=1):
             position += len(line)
             if number % _LINES_PER_UNIT == 0:
-                starts.append(position)
-    return [(start, end) for start, end in zip(starts, [*starts[1:], position], strict=True) if end > start]
+                borders.append(position)
+    if position > borders[-1]:
+        borders.append(position)
+    return np.array([borders[:-1], borders[1:]], np.int64).T
 
 
 @retried
 def _read_block(file: DataFile, start: int, end: int) -> bytes:
     if file.name.endswith(tuple(CODECS)):
         return file.read_decompressed()
-    with file.open() as stream:
-        stream.seek(start)
-        return stream.read(end - start)
+    return file.read((start, end))[0]
 
 
 def _with_absolute_images(row: dict[str, Any], folder: str) -> dict[str, Any]:

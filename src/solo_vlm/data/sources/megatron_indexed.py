@@ -50,24 +50,29 @@ class MegatronIndexedSource:
         self.name = name
         self._sets = [_PackedSet(file) for file in files]
         self._files = [file for packed in self._sets for file in packed.files]
-        self._units = [(packed, pack) for packed in self._sets for pack in range(len(packed))]
+        self._ends = np.cumsum([len(packed) for packed in self._sets])
 
     def __len__(self) -> int:
-        return len(self._units)
+        return int(self._ends[-1])
 
     def read(self, unit: int) -> Sequence[dict[str, Any]]:
         """All documents of a pack. One whose image the packer has cut says so when it is asked for."""
-        packed, pack = self._units[unit]
-        return _Documents(packed, pack)
+        return _Documents(*self._place(unit))
 
     def where(self, unit: int, row: int) -> str:
         """Name files, pack and document."""
-        packed, pack = self._units[unit]
+        packed, pack = self._place(unit)
         return f"{packed.prefix}, pack {pack}, document {row}"
 
     def fingerprint(self) -> str:
         """Names and sizes of the files."""
         return fingerprint(self._files)
+
+    def _place(self, unit: int) -> tuple[_PackedSet, int]:
+        """The set of a unit, and the number of its pack there."""
+        number = int(np.searchsorted(self._ends, unit, side="right"))
+        packed = self._sets[number]
+        return packed, unit - int(self._ends[number]) + len(packed)
 
 
 class _PackedSet:

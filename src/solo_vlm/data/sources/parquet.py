@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from solo_vlm.data.sources.files import DataFile, broken_unit, fingerprint, retried
+from solo_vlm.data.sources.units import UnitIndex
 from solo_vlm.errors import SoloError
 
 
@@ -21,15 +24,14 @@ class ParquetSource:
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
         self.name = name
-        self._files = files
-        self._units = [(file, group) for file in files for group in _filled_groups(file)]
+        self._units = UnitIndex(files, _filled_groups)
 
     def __len__(self) -> int:
         return len(self._units)
 
     def read(self, unit: int) -> Sequence[dict[str, Any]]:
         """All rows of a row group; a broken one is a single row that says so."""
-        file, group = self._units[unit]
+        file, (group,) = self._units[unit]
         try:
             return _Rows(_read_group(file, group))
         except (pa.ArrowException, OSError) as error:
@@ -37,12 +39,12 @@ class ParquetSource:
 
     def where(self, unit: int, row: int) -> str:
         """Name file, row group and row."""
-        file, group = self._units[unit]
+        file, (group,) = self._units[unit]
         return f"{file.url}, row group {group}, row {row}"
 
     def fingerprint(self) -> str:
         """Names and sizes of the files."""
-        return fingerprint(self._files)
+        return fingerprint(self._units.files)
 
 
 class _Rows(Sequence[dict[str, Any]]):
@@ -60,19 +62,21 @@ class _Rows(Sequence[dict[str, Any]]):
 
 @retried
 def _read_group(file: DataFile, group: int) -> pa.Table:
-    with file.open() as stream, pq.ParquetFile(stream) as parquet:
+    with file.open(ahead=False) as stream, pq.ParquetFile(stream) as parquet:
         return parquet.read_row_group(group)
 
 
-def _filled_groups(file: DataFile) -> list[int]:
+def _filled_groups(file: DataFile) -> NDArray[np.int64]:
+    """(row groups that have rows, 1) numbers of them."""
     metadata = _read_metadata(file)
-    return [group for group in range(metadata.num_row_groups) if metadata.row_group(group).num_rows]
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return np.flatnonzero(np.array(rows, np.int64))[:, None]
 
 
 @retried
 def _read_metadata(file: DataFile) -> pq.FileMetaData:
     try:
-        with file.open() as stream:
+        with file.open(ahead=False) as stream:
             return pq.read_metadata(stream)
     except pa.ArrowException as error:
         raise SoloError(f"{file.url} is not a readable parquet file: {error}") from error

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import tarfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from solo_vlm.data.schema import SampleError
 from solo_vlm.data.sources.files import DataFile, broken_unit, fingerprint, retried
@@ -31,10 +34,9 @@ class WebDatasetSource:
         """All rows of a tar. Where it is cut short, the last row says so when it is asked for."""
         file = self._files[unit]
         try:
-            members, error = _index(file)
+            return _Rows(file, *_index(file))
         except tarfile.TarError as broken:
             return broken_unit(broken, file.url)
-        return _Rows(file, members, error)
 
     def where(self, unit: int, row: int) -> str:
         """Name file and row."""
@@ -47,8 +49,8 @@ class WebDatasetSource:
 
 class _Member(NamedTuple):
     extension: str
-    offset: int
-    size: int
+    start: int
+    end: int
 
 
 class _Rows(Sequence[dict[str, Any]]):
@@ -56,16 +58,22 @@ class _Rows(Sequence[dict[str, Any]]):
 
     def __init__(self, file: DataFile, samples: list[list[_Member]], error: SampleError | None) -> None:
         self._file = file
-        self._samples = samples
         self._error = error
+        # Arrays: every stream has tars open, each with ten thousands of members.
+        members = [member for sample in samples for member in sample]
+        self._extensions = [member.extension for member in members]
+        self._places = np.array([(member.start, member.end) for member in members], np.int64)
+        self._ends = np.cumsum([0, *map(len, samples)])
 
     def __len__(self) -> int:
-        return len(self._samples) + (self._error is not None)
+        return len(self._ends) - 1 + (self._error is not None)
 
     def __getitem__(self, index: Any) -> Any:
-        if self._error is not None and index == len(self._samples):
+        if self._error is not None and index == len(self) - 1:
             raise self._error
-        return _row(_read_members(self._file, self._samples[index]))
+        own = slice(self._ends[index], self._ends[index + 1])
+        places = self._places[own].tolist()
+        return _row(list(zip(self._extensions[own], _read(self._file, places), strict=True)))
 
 
 @retried
@@ -82,7 +90,8 @@ def _index(file: DataFile) -> tuple[list[list[_Member]], SampleError | None]:
                 stem, _, extension = name.partition(".")
                 if member.offset_data + member.size > file.size:
                     raise tarfile.ReadError("unexpected end of data")
-                place = _Member(extension.lower(), member.offset_data, member.size)
+                end = member.offset_data + member.size
+                place = _Member(sys.intern(extension.lower()), member.offset_data, end)
                 samples.setdefault(f"{folder}/{stem}", []).append(place)
         except tarfile.TarError as broken:
             error = SampleError("broken-shard", f"{file.url}: {broken}")
@@ -90,13 +99,8 @@ def _index(file: DataFile) -> tuple[list[list[_Member]], SampleError | None]:
 
 
 @retried
-def _read_members(file: DataFile, members: list[_Member]) -> list[tuple[str, bytes]]:
-    contents = []
-    with file.open() as stream:
-        for member in members:
-            stream.seek(member.offset)
-            contents.append((member.extension, stream.read(member.size)))
-    return contents
+def _read(file: DataFile, places: list[tuple[int, int]]) -> list[bytes]:
+    return file.read(*places)
 
 
 def _row(members: list[tuple[str, bytes]]) -> dict[str, Any]:

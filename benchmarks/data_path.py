@@ -1,0 +1,296 @@
+"""How fast images become packed sequences, how much memory that takes, and how much disk.
+
+    python benchmarks/data_path.py [--images FOLDER] [--json]
+
+Speed on one core: the decoder alone, the whole path (decode, resize, cut into uint8 patches) and the same
+path by Pillow and NumPy alone, in images per second of processor time, so that other programs on the machine
+disturb little. Then, in seconds of the clock, threads that share the images, and the loader with 0, 1 and 2
+workers: parquet to packed sequences of 32,768 tokens. Last, the memory of the loader as the data grow.
+
+The variants take turns, round after round, and each figure is the median of the rounds. Without `--images`
+photographs of about 500 x 375 are cut from the two that scikit-learn brings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from environment import environment
+from PIL import Image
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging
+
+from solo_vlm import SoloImageProcessor
+from solo_vlm.data.encode import Encoder
+from solo_vlm.data.loader import PackedLoader
+from solo_vlm.data.samples_file import SCHEMA, write_samples
+from solo_vlm.data.sources import open_source
+from solo_vlm.data.streams import MixtureItem, VirtualStream
+from solo_vlm.model.from_llm import compose
+from solo_vlm.model.image_loading_solo import load_pixels
+from solo_vlm.quickstart.llm import train_tokenizer
+
+STREAMS = 4
+WORKERS = (0, 1, 2)
+GROUPS = 5 * STREAMS  # row groups of the smallest data: one more than streams hold open
+ROW_GROUP = 256
+CAPTION = "a photograph, as one would find it on the web, with a caption of some twenty words"
+
+
+def photographs(count: int, rng: np.random.Generator) -> Iterator[bytes]:
+    """JPEGs of about 500 x 375, of the quality that cameras and ImageNet have."""
+    from sklearn.datasets import load_sample_images
+
+    originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427
+    for index in range(count):
+        original = originals[index % len(originals)]
+        width = int(rng.integers(460, 541))
+        height = round(width * 0.75)
+        left, top = rng.integers(0, original.width - width), rng.integers(0, original.height - height)
+        yield jpeg(original.crop((left, top, left + width, top + height)))
+
+
+def jpeg(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def read_photographs(folder: Path, count: int) -> Iterator[bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg"))
+    return (path.read_bytes() for path in islice(files, count))
+
+
+# --- one core ------------------------------------------------------------------------------------------
+
+
+def decode_by_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+
+
+def path_by_pillow(data: bytes, processor: SoloImageProcessor) -> np.ndarray:
+    """Decode, resize and cut without OpenCV or torch: uint8 (patches, 3072)."""
+    image = Image.open(BytesIO(data)).convert("RGB")
+    rows, columns = processor.get_patch_grid(image.height, image.width)
+    resized = np.asarray(image.resize((columns * 32, rows * 32), Image.Resampling.BILINEAR))
+    patches = resized.reshape(rows, 32, columns, 32, 3).transpose(0, 2, 4, 1, 3)
+    return patches.reshape(rows * columns, -1)
+
+
+def one_core(images: Sequence[bytes], rounds: int) -> dict[str, float]:
+    """Images per second of processor time, and ratios of them within a round."""
+    processor = SoloImageProcessor()
+    variants: dict[str, Callable[[bytes], Any]] = {
+        "decode_only": decode_by_pillow,
+        "own_decode_only": load_pixels,
+        "whole": processor,
+        "pillow": lambda data: path_by_pillow(data, processor),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            started = time.process_time()
+            for data in images:
+                run(data)
+            taken[name].append((time.process_time() - started) / len(images))
+
+    pairs = [(processor(data)["pixel_values"], path_by_pillow(data, processor)) for data in images]
+    differences = [np.abs(whole.astype(np.int16) - pillow) for whole, pillow in pairs]
+
+    def whole_over(name: str) -> float:
+        return statistics.median(
+            other / whole for other, whole in zip(taken[name], taken["whole"], strict=True)
+        )
+
+    return {
+        "images_per_second": 1 / statistics.median(taken["whole"]),
+        "decode_only_images_per_second": 1 / statistics.median(taken["decode_only"]),
+        "own_decode_only_images_per_second": 1 / statistics.median(taken["own_decode_only"]),
+        "pillow_images_per_second": 1 / statistics.median(taken["pillow"]),
+        "whole_over_decode_only": whole_over("decode_only"),
+        "whole_over_own_decode_only": whole_over("own_decode_only"),
+        "whole_over_pillow": whole_over("pillow"),
+        "mean_levels_from_pillow": statistics.mean(float(levels.mean()) for levels in differences),
+        "most_levels_from_pillow": max(int(levels.max()) for levels in differences),
+    }
+
+
+# --- several cores -------------------------------------------------------------------------------------
+
+
+def threads(images: Sequence[bytes], rounds: int) -> dict[str, float]:
+    """Images per second of the clock through the whole path, by threads of one process."""
+    processor = SoloImageProcessor()
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for number, measured in rates.items():
+            with ThreadPoolExecutor(number) as pool:
+                started = time.perf_counter()
+                list(pool.map(processor, images))
+                measured.append(len(images) / (time.perf_counter() - started))
+    return {str(number): statistics.median(measured) for number, measured in rates.items()}
+
+
+@dataclass(frozen=True)
+class StreamMaker:
+    """Makes the streams of one parquet file, in whichever process asks."""
+
+    path: Path
+    encoder: Encoder
+    length: int
+
+    def __call__(self, index: int) -> VirtualStream:
+        mixture = [MixtureItem(open_source(str(self.path)))]
+        return VirtualStream(index, STREAMS, mixture, self.encoder, self.length)
+
+
+def make_encoder() -> Encoder:
+    """With the processor of a model too small to matter."""
+    tokenizer = train_tokenizer([CAPTION], vocab_size=300)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    llm = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    return Encoder(compose(llm, tokenizer).processor)
+
+
+def packed(path: Path, encoder: Encoder, workers: int, length: int) -> Generator[dict[str, Any]]:
+    yield from PackedLoader(
+        StreamMaker(path, encoder, length), STREAMS, length, pad_token_id=0, workers=workers
+    )
+
+
+def loader_rates(path: Path, length: int, sequences: int, rounds: int) -> dict[str, float]:
+    """Images per second of the clock by number of workers, from when the first sequences are there."""
+    rates: dict[int, list[float]] = {workers: [] for workers in WORKERS}
+    encoder = make_encoder()
+    for _ in range(rounds):
+        for workers, measured in rates.items():
+            batches = packed(path, encoder, workers, length)
+            for _ in range(STREAMS):
+                next(batches)
+            started = time.perf_counter()
+            images = sum(len(batch["image_grid_thw"]) for batch in islice(batches, sequences))
+            measured.append(images / (time.perf_counter() - started))
+            batches.close()  # ends the workers
+    return {str(workers): statistics.median(measured) for workers, measured in rates.items()}
+
+
+def loader_memory(folder: Path, growth: Sequence[int], sequences: int) -> dict[str, float]:
+    """Resident megabytes of the loader and its two workers, in a fresh process for each size of the data."""
+    samples = [sample(jpeg(Image.effect_noise((32, 32), 50))) for _ in range(ROW_GROUP)]
+    memory = {}
+    for times in growth:
+        path = folder / f"{times}x.parquet"
+        write_row_groups(path, samples, GROUPS * times)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            memory[str(times * GROUPS * ROW_GROUP)] = fresh.submit(
+                resident_megabytes, path, sequences
+            ).result()
+        path.unlink()
+    return memory
+
+
+def resident_megabytes(path: Path, sequences: int) -> float:
+    """After so many packed sequences of 4,096 tokens: this process and those that it started."""
+    batches = packed(path, make_encoder(), 2, 4096)
+    for _ in range(sequences):
+        next(batches)
+    this = psutil.Process()
+    return sum(process.memory_info().rss for process in (this, *this.children())) / 1e6
+
+
+# --- disk ----------------------------------------------------------------------------------------------
+
+
+def sample(image: bytes) -> dict[str, Any]:
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": CAPTION}]
+    return {
+        "id": None,
+        "messages": [{"role": "assistant", "content": parts}],
+        "images": [{"bytes": image, "path": None}],
+    }
+
+
+def write_row_groups(path: Path, samples: Sequence[dict[str, Any]], count: int) -> None:
+    """The same samples in each of so many row groups."""
+    group = pa.Table.from_pylist(list(samples), SCHEMA)
+    with pq.ParquetWriter(path, SCHEMA) as writer:
+        for _ in range(count):
+            writer.write_table(group)
+
+
+def disk(folder: Path, images: Sequence[bytes]) -> float:
+    """Bytes of our parquet file over those of the JPEGs in it."""
+    path = folder / "written.parquet"
+    write_samples(path, map(sample, images))
+    return path.stat().st_size / sum(map(len, images))
+
+
+def measure(images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
+    rounds, sequences = arguments.rounds, arguments.sequences
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = folder / "photographs.parquet"
+        write_row_groups(file, [sample(image) for image in images[:ROW_GROUP]], GROUPS)
+        return {
+            **one_core(images, rounds),
+            "threads_images_per_second": threads(images, rounds),
+            "loader_images_per_second": loader_rates(file, arguments.length, sequences, rounds),
+            "loader_memory_mb": loader_memory(folder, arguments.growth, sequences),
+            "bytes_on_disk_over_jpeg": disk(folder, images),
+            "photographs": len(images),
+            "mean_jpeg_bytes": statistics.mean(map(len, images)),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="JPEGs to use, of this folder and below"
+    )
+    parser.add_argument("--photographs", type=int, default=200, help="how many at most (200)")
+    parser.add_argument("--rounds", type=int, default=9, help="how often everything is measured (9)")
+    parser.add_argument("--sequences", type=int, default=16, help="packed sequences from each loader (16)")
+    parser.add_argument("--length", type=int, default=32_768, help="tokens of each (32768)")
+    parser.add_argument(
+        "--growth", type=int, nargs="+", default=[1, 10, 100], help="sizes of data (1 10 100)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    rng = np.random.default_rng(0)
+    if arguments.images:
+        images = list(read_photographs(arguments.images, arguments.photographs))
+    else:
+        images = list(photographs(arguments.photographs, rng))
+    if not images:
+        parser.error(f"no .jpg files in {arguments.images}")
+    results = measure(images, arguments)
+    if arguments.json:
+        print(json.dumps({**results, "environment": {**environment(), "opencv": cv2.__version__}}))
+        return
+    for name, value in results.items():
+        print(f"{name:36}", value if isinstance(value, dict) else f"{value:,.3f}")
+
+
+if __name__ == "__main__":
+    main()

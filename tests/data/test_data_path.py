@@ -1,0 +1,44 @@
+"""The benchmark of the data path runs, on photographs of the caller's, too."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "data_path.py"
+TINY = [
+    "--photographs",
+    "4",
+    "--rounds",
+    "1",
+    "--sequences",
+    "1",
+    "--length",
+    "1024",
+    "--growth",
+    "1",
+    "2",
+    "--json",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [False, True])
+def test_the_benchmark_prints_what_it_promises(tmp_path, own):
+    for index in range(2):
+        Image.effect_noise((500, 375), 50).convert("RGB").save(tmp_path / f"{index}.jpg")
+    images = ["--images", str(tmp_path)] if own else []
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARK), *TINY, *images], capture_output=True, text=True, check=True
+    )
+    results = json.loads(done.stdout)
+    assert results["photographs"] == (2 if own else 4)
+    for name in ("images_per_second", "whole_over_decode_only", "whole_over_pillow"):
+        assert results[name] > 0
+    assert 0.9 < results["bytes_on_disk_over_jpeg"] < 1.1  # four images are little beside a file's metadata
+    assert results["most_levels_from_pillow"] <= 1
+    assert set(results["loader_images_per_second"]) == {"0", "1", "2"}
+    assert len(results["loader_memory_mb"]) == 2

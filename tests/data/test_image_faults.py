@@ -1,0 +1,96 @@
+"""Images named by path or URL: what may pass is tried again and then raised, what cannot is a bad sample."""
+
+import errno
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from solo_vlm.data.encode import encode
+from solo_vlm.data.schema import Sample, SampleError
+from tiny import png
+
+PICTURE = png(Image.effect_noise((64, 32), 50).convert("RGB"))
+
+
+class _Site(BaseHTTPRequestHandler):
+    asked = 0
+
+    def do_GET(self):
+        type(self).asked += 1
+        recovers = self.path == "/recovers.png" and self.asked > 2
+        status = {"/none.png": 404, "/gone.png": 410}.get(self.path, 200 if recovers else 503)
+        self.send_response(status)
+        self.end_headers()
+        if status == 200:
+            self.wfile.write(PICTURE)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def site(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(_Site, "asked", 0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Site) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def caption(image) -> Sample:
+    content = [{"type": "image"}, {"type": "text", "text": "red"}]
+    return Sample([{"role": "assistant", "content": content}], [image])
+
+
+def test_a_server_that_recovers_loses_nothing(solo, site):
+    fetched = encode(caption(f"{site}/recovers.png"), solo.processor)
+    assert _Site.asked == 3
+    expected = encode(caption(PICTURE), solo.processor)
+    np.testing.assert_array_equal(fetched.patches, expected.patches)
+    np.testing.assert_array_equal(fetched.input_ids, expected.input_ids)
+
+
+def test_a_server_that_stays_down_is_an_error_and_no_skipped_sample(solo, site):
+    with pytest.raises(OSError, match=r"down\.png: HTTP 503") as caught:
+        encode(caption(f"{site}/down.png"), solo.processor)
+    assert not isinstance(caught.value, SampleError)
+    assert _Site.asked == 5
+
+
+@pytest.mark.parametrize("page", ["none.png", "gone.png"])
+def test_a_page_that_is_not_there_is_a_bad_sample(solo, site, page):
+    with pytest.raises(SampleError, match=rf"{page}: HTTP 4") as caught:
+        encode(caption(f"{site}/{page}"), solo.processor)
+    assert caught.value.reason == "image"
+    assert _Site.asked == 1
+
+
+@pytest.mark.parametrize("name", ["none.png", "folder", "folder/a.png/b.png", "x" * 5000, "nul\0"])
+def test_a_file_that_is_not_there_is_a_bad_sample(solo, tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.png").write_bytes(PICTURE)
+    with pytest.raises(SampleError) as caught:
+        encode(caption(f"{tmp_path}/{name}"), solo.processor)
+    assert caught.value.reason == "image"
+
+
+def test_a_disk_that_recovers_loses_nothing(solo, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    failures = iter([errno.EIO, errno.ESTALE])
+    opened = type(tmp_path).open
+
+    def flaky(path, *arguments, **options):
+        if number := next(failures, None):
+            raise OSError(number, "the disk is away")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("pathlib.Path.open", flaky)
+    document = encode(caption(str(tmp_path / "a.png")), solo.processor)
+    np.testing.assert_array_equal(document.patches, encode(caption(PICTURE), solo.processor).patches)
+    assert next(failures, None) is None

@@ -1,0 +1,229 @@
+"""Packed batches on any number of ranks and workers: the same order, to the very end and after any kill."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+
+from packed_runs import (
+    EPOCHS,
+    LAYOUTS,
+    LENGTH,
+    STREAMS,
+    Run,
+    digests,
+    last_state,
+    lines_of,
+    read_rank,
+    write_run,
+)
+from solo_vlm.data.encode import IGNORE_INDEX
+from solo_vlm.data.loader import PackedLoader
+from solo_vlm.data.streams import VirtualStream
+from solo_vlm.errors import SoloError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, solo):
+    """Folder of a run, and how many good samples its sources have."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, write_run(folder, solo)
+
+
+@pytest.fixture(scope="module", params=["tokens", "sequences"])
+def run(written, request):
+    return Run(written[0], request.param)
+
+
+@pytest.fixture(scope="module")
+def whole(run):
+    """Digests of the uninterrupted run in one process, with empty batches up to a multiple of all layouts."""
+    count = sum(1 for _ in run.loader())
+    return dict(digests(run.loader(), 0, 1, -(-count // 4) * 4))
+
+
+def is_empty(batch) -> bool:
+    return bool((batch["labels"] == IGNORE_INDEX).all())
+
+
+def test_two_epochs_see_every_sample_twice(written, run):
+    loader, seen = run.loader(), Counter()
+    for batch in loader:
+        assert is_empty(batch) == (not loader.last_samples())
+        seen.update(loader.last_samples())
+    assert len(seen) == written[1]
+    assert set(seen.values()) == {EPOCHS}
+    skipped = loader.skipped()
+    assert Counter(entry["reason"] for entry in skipped) == {"image": EPOCHS, "json": EPOCHS}
+    assert loader.counts()["samples"] == EPOCHS * written[1] + len(skipped)
+
+
+@pytest.mark.parametrize(
+    ("run", "ranks", "workers"),
+    [*(("tokens", *layout) for layout in LAYOUTS), ("sequences", 1, 2)],
+    indirect=["run"],
+)
+def test_layouts_share_one_order_to_the_end(run, whole, ranks, workers):
+    read = {}
+    for rank in range(ranks):
+        read |= digests(run.loader(rank, ranks, workers), rank, ranks, len(whole))
+    assert read == whole
+
+
+def test_streams_that_have_ended_leave_empty_slots(run):
+    """Where a stream's sequences stand does not depend on when others end."""
+    loader, filled = run.loader(), Counter()
+    for slot, batch in enumerate(loader):
+        if not is_empty(batch):
+            assert slot // STREAMS == filled[slot % STREAMS]
+            filled[slot % STREAMS] += 1
+    assert not is_empty(batch)  # none behind the last
+    assert len(set(filled.values())) > 1  # else this would show nothing
+    assert filled.total() == loader.counts()["sequences"]
+    assert list(loader) == []
+
+
+def test_an_empty_batch_is_padding_alone(run):
+    batch = run.loader().empty_batch()
+    assert batch["input_ids"].tolist() == [[0] * LENGTH]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX] * LENGTH]
+    assert batch["pixel_values"].shape == (0, 3072)
+    assert batch["pixel_values"].dtype == torch.uint8
+    assert batch["image_grid_thw"].shape == (0, 3)
+    assert batch["cu_seq_lens_q"].tolist() == [0, LENGTH]
+
+
+def test_a_run_cut_anywhere_goes_on_with_other_ranks(run, whole):
+    """Without processes, and so in no time; for those see the test that kills them."""
+    chance = random.Random(run.weigh)
+    for _ in range(3):
+        ranks, later_ranks = chance.choices([1, 2, 4], k=2)
+        cut = chance.randrange(0, len(whole), 4)
+        read, states = {}, []
+        for rank in range(ranks):
+            loader = run.loader(rank, ranks)
+            read |= digests(loader, rank, ranks, cut)
+            states.append(loader.state_dict())
+        state = json.loads(json.dumps(PackedLoader.merge(states)))
+        for rank in range(later_ranks):
+            read |= digests(run.loader(rank, later_ranks), rank, later_ranks, len(whole), state)
+        assert read == whole, (ranks, cut, later_ranks)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("run", ["tokens"], indirect=True)
+def test_killed_runs_go_on_exactly(run, whole, tmp_path):
+    """Ranks are processes; they and their workers are killed wherever they are, also while writing."""
+    chance = random.Random(0)
+    killed = 0
+    for trial in range(KILLS):
+        before, after = chance.choices(LAYOUTS, k=2)
+        first, second = tmp_path / f"{trial}-killed", tmp_path / f"{trial}-resumed"
+        killed += kill_at(chance.randrange(len(whole)), start(run, before, len(whole), None, first), first)
+        state = last_state(first, before[0])
+        for process in start(run, after, len(whole), state, second):
+            process.join()
+            assert process.exitcode == 0
+        slots = state["slots"] if state else 0
+        resumed = lines_of(second)
+        assert resumed == {slot: digest for slot, digest in whole.items() if slot >= slots}, (before, after)
+        assert lines_of(first).items() <= whole.items()
+        assert set(lines_of(first)) >= set(range(slots))
+    assert killed >= KILLS // 2  # the others had ended already
+
+
+def start(run, layout, slots, state, out) -> list:
+    """A process for each rank."""
+    out.mkdir()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["solo_vlm.data.loader", "solo_vlm.model.processing_solo"])
+    ranks, workers = layout
+    processes = [
+        context.Process(target=read_rank, args=(run, rank, ranks, workers, slots, state, out))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def kill_at(lines: int, processes: list, out) -> bool:
+    """Kill all processes some moment after they have written that many lines; False where all had ended."""
+    while len(lines_of(out)) < lines and any(process.is_alive() for process in processes):
+        time.sleep(0.01)
+    time.sleep(random.Random(lines).uniform(0, 0.05))
+    alive = any(process.is_alive() for process in processes)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):  # it has ended, or has not come to lead its group
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+    return alive
+
+
+def test_a_state_holds_what_was_yielded_not_what_workers_have_read_ahead(run, whole):
+    loader = run.loader(workers=2)
+    iterator = iter(loader)
+    for _ in islice(iterator, 5):
+        pass
+    time.sleep(0.2)  # they read on
+    assert loader.state_dict()["slots"] == 5
+    assert len(loader.state_dict()["streams"]) == 5
+    rest = run.loader()
+    rest.load_state_dict(loader.state_dict())
+    assert next(digests(rest, 5, 1, 6))[1] == whole[5]
+
+
+def test_states_that_do_not_fit_are_refused(run):
+    one, other = run.loader(0, 2), run.loader(1, 2)
+    next(iter(one))
+    with pytest.raises(SoloError, match="same place"):
+        PackedLoader.merge([one.state_dict(), other.state_dict()])
+    other.empty_batch()
+    merged = PackedLoader.merge([one.state_dict(), other.state_dict()])
+    assert merged["slots"] == 2
+    with pytest.raises(SoloError, match="2 packed sequences: 4 ranks"):
+        run.loader(0, 4).load_state_dict(merged)
+
+
+def test_data_that_changed_are_refused_by_name(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    copy = Run(folder, run.weigh)
+    state = json.loads(json.dumps(run.loader().state_dict()))
+    copy.loader().load_state_dict(state)  # elsewhere, but the same
+    (folder / "pages" / "0.jsonl").rename(folder / "pages" / "another.jsonl")
+    with pytest.raises(SoloError, match=r"data changed since the checkpoint: files of source \S+/pages "):
+        copy.loader().load_state_dict(state)
+    loader = PackedLoader(VirtualStream, STREAMS, LENGTH, 0, sources=copy.loader().sources[:2])
+    with pytest.raises(SoloError, match="knows 3 sources, the mixture has 2"):
+        loader.load_state_dict(state)
+    loader = PackedLoader(VirtualStream, STREAMS // 2, LENGTH, 0, sources=copy.loader().sources)
+    with pytest.raises(SoloError, match="streams = 8, not 4"):
+        loader.load_state_dict(state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_users_error_in_a_worker_is_one_line_as_everywhere(workers):
+    loader = PackedLoader(_refuse, STREAMS, LENGTH, 0, workers=workers)
+    with pytest.raises(SoloError, match=r"\Astream 0 is closed\Z"):
+        next(iter(loader))
+
+
+def _refuse(index: int) -> VirtualStream:
+    raise SoloError(f"stream {index} is closed")

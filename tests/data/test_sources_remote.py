@@ -1,0 +1,234 @@
+"""Sources far away: S3 from a server of this machine, https with range requests, paths of the hub."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+import threading
+
+import fsspec
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from solo_vlm.data.schema import parse_sample
+from solo_vlm.data.sources import open_source
+from solo_vlm.errors import SoloError
+
+TEXTS = [f"row {i}" for i in range(60)]
+ROWS = [{"messages": [{"role": "assistant", "content": text}]} for text in TEXTS]
+
+
+def parquet() -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ROWS), buffer, row_group_size=20)
+    return buffer.getvalue()
+
+
+def lines() -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        for number, text in enumerate(TEXTS):
+            info = tarfile.TarInfo(f"{number:03}.txt")
+            info.size = len(text)
+            file.addfile(info, io.BytesIO(text.encode()))
+    return buffer.getvalue()
+
+
+FILES = {
+    "a.parquet": parquet(),
+    "b.jsonl": lines(),
+    "c.jsonl.gz": gzip.compress(lines()),
+    "d.tar": tar(),
+}
+
+
+def texts(source) -> list[str]:
+    samples = [parse_sample(row) for unit in range(len(source)) for row in source.read(unit)]
+    return [sample.messages[0]["content"][-1]["text"] for sample in samples]
+
+
+class S3:
+    """A server with a bucket that holds FILES; it can be stopped and started again."""
+
+    def __init__(self) -> None:
+        self._port = 0
+        self.start()
+        self._port = self._server.get_host_and_port()[1]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self._server = ThreadedMotoServer("127.0.0.1", self._port, verbose=False)
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+@pytest.fixture(scope="module")
+def s3():
+    pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    server = S3()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", server.url)
+        patch.setenv("AWS_ACCESS_KEY_ID", "any")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        patch.setattr(s3fs.S3FileSystem, "retries", 1)  # the tries that count here are the project's
+        s3fs.S3FileSystem.clear_instance_cache()
+        system = fsspec.filesystem("s3")
+        system.mkdir("bucket")
+        for name, data in FILES.items():
+            system.pipe(f"s3://bucket/data/{name}", data)
+        yield server
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """What is slept between two tries, without sleeping."""
+    slept: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", slept.append)
+    return slept
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_is_read_from_s3(s3, name):
+    source = open_source(f"s3://bucket/data/{name}")
+    assert texts(source) == TEXTS
+    assert f"s3://bucket/data/{name}" in source.where(0, 0)
+
+
+def test_a_folder_and_a_pattern_on_s3(s3):
+    fsspec.filesystem("s3").pipe("s3://bucket/more/1.parquet", FILES["a.parquet"])
+    fsspec.filesystem("s3").pipe("s3://bucket/more/0.parquet", FILES["a.parquet"])
+    for path in ("s3://bucket/more", "s3://bucket/more/*.parquet"):
+        source = open_source(path)
+        assert texts(source) == 2 * TEXTS
+        assert source.where(0, 5) == "s3://bucket/more/0.parquet, row group 0, row 5"
+        assert source.fingerprint() == open_source(path).fingerprint()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_server_that_comes_back_loses_nothing(s3, name, monkeypatch):
+    source = open_source(f"s3://bucket/data/{name}")
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            s3.start()
+
+    monkeypatch.setattr("tenacity.nap.time.sleep", wait)
+    s3.stop()
+    rows = source.read(0)
+    assert parse_sample(rows[0]).messages[0]["content"][0]["text"] == "row 0"
+    assert len(waited) == 3
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_server_that_stays_away_is_an_error_and_no_skipped_sample(s3, name, waits):
+    from botocore.exceptions import ConnectionError
+
+    source = open_source(f"s3://bucket/data/{name}")
+    s3.stop()
+    try:
+        with pytest.raises(ConnectionError):
+            source.read(0)
+        assert len(waits) == 4
+        with pytest.raises(SoloError, match=f"cannot read s3://bucket/data/{name}: Could not connect"):
+            open_source(f"s3://bucket/data/{name}")
+    finally:
+        s3.start()
+
+
+@pytest.fixture
+def web():
+    """A web server with FILES; (its address, the ranges that it was asked for)."""
+    flask = pytest.importorskip("flask")
+    from werkzeug.serving import make_server
+
+    app, ranges = flask.Flask(__name__), []
+
+    @app.get("/<name>")
+    def serve(name: str):
+        if "Range" in flask.request.headers:
+            ranges.append(flask.request.headers["Range"])
+        if name not in FILES:
+            flask.abort(404)
+        return flask.send_file(io.BytesIO(FILES[name]), "application/octet-stream", conditional=True)
+
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.port}", ranges
+    server.shutdown()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_is_read_from_a_web_server(web, name):
+    address, ranges = web
+    assert texts(open_source(f"{address}/{name}")) == TEXTS
+    assert ranges or name.endswith(".gz")  # parts of the file, not the whole of it for every unit
+    assert type(fsspec.filesystem("https")) is type(fsspec.filesystem("http"))
+
+
+class Hub(huggingface_hub.HfApi):
+    """A hub with one data set, by what HfApi promises."""
+
+    def repo_info(self, repo_id, *, repo_type=None, **options):
+        assert (repo_id, repo_type) == ("owner/pictures", "dataset")
+
+    def list_repo_tree(self, repo_id, path_in_repo=None, **options):
+        assert repo_id == "owner/pictures"
+        folder = huggingface_hub.hf_api.RepoFolder(path="train", oid="train")
+        return iter(self._files() if path_in_repo == "train" else [folder])
+
+    def get_paths_info(self, repo_id, paths, **options):
+        return [file for file in self._files() if file.path in paths]
+
+    def _files(self):
+        return [
+            huggingface_hub.hf_api.RepoFile(
+                path=f"train/{number}.parquet",
+                size=len(FILES["a.parquet"]),
+                oid=str(number),
+                lastCommit={"id": "0", "title": "", "date": "2024-01-01T00:00:00.000Z"},
+            )
+            for number in range(2)
+        ]
+
+
+@pytest.mark.parametrize("path", ["train", "train/*.parquet", "train/1.parquet"])
+def test_paths_of_the_hub(path, monkeypatch):
+    """`hf://` goes to the hub's own file system, with the data set's path in it."""
+    asked = []
+
+    def open_file(self, path, mode="rb", **options):
+        asked.append((path, mode))
+        return io.BytesIO(FILES["a.parquet"])
+
+    monkeypatch.setattr(huggingface_hub.hf_file_system, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub.HfFileSystem, "_open", open_file)
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    source = open_source(f"hf://datasets/owner/pictures/{path}")
+    files = 1 if path.endswith("1.parquet") else 2
+    assert texts(source) == files * TEXTS
+    assert {name for name, _ in asked} == {
+        f"datasets/owner/pictures/train/{number}.parquet" for number in range(2)[-files:]
+    }
+    assert source.where(0, 3) == f"hf://datasets/owner/pictures/train/{2 - files}.parquet, row group 0, row 3"
+    huggingface_hub.HfFileSystem.clear_instance_cache()

@@ -1,0 +1,164 @@
+"""A mixture of images, texts and captions, and processes that read it and may be killed at any time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import chain, repeat
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from solo_vlm.data.collate import PackedBatch
+from solo_vlm.data.encode import IGNORE_INDEX, Encoder, load_encoder
+from solo_vlm.data.loader import PackedLoader
+from solo_vlm.data.sources import open_source
+from solo_vlm.data.streams import MixtureItem, VirtualStream
+from solo_vlm.files import new_file
+
+LAYOUTS = [(1, 0), (1, 2), (2, 1), (2, 2), (4, 1)]  # ranks, workers
+STREAMS = 8
+LENGTH = 96
+EPOCHS = 2
+SAVED_EVERY = 8  # slots of all ranks together
+SOURCES = ("photos.parquet", "pages", "captions")
+WORDS = ["red", "circle", "blue", "square", "seven", "what", "hello", "world"]
+
+
+def write_run(folder: Path, solo) -> int:
+    """A model and three sources of different sizes, with something broken; the number of good samples."""
+    solo.save(folder / "model")
+    rng = np.random.default_rng(0)
+
+    def words(count: int) -> str:
+        return " ".join(rng.choice(WORDS, count))
+
+    def jpeg() -> bytes:
+        height, width = rng.integers(20, 100, 2)
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(buffer, "JPEG")
+        return buffer.getvalue()
+
+    photos = [_chat(words(3), jpeg()) for _ in range(70)]
+    photos[20]["images"] = [photos[20]["images"][0][:200]]
+    pq.write_table(pa.Table.from_pylist(photos), folder / "photos.parquet", row_group_size=4)
+    (folder / "pages").mkdir()
+    for file in range(STREAMS + 2):
+        lines = [
+            json.dumps({"messages": [{"role": "assistant", "content": words(n)}]})
+            for n in rng.integers(3, 30, 5)
+        ]
+        lines[0] = "no JSON" if file == 3 else lines[0]
+        (folder / "pages" / f"{file}.jsonl").write_text("\n".join(lines))
+    (folder / "captions").mkdir()
+    for file in range(STREAMS):
+        with tarfile.open(folder / "captions" / f"{file}.tar", "w") as tar:
+            for name, data in (("a.jpg", jpeg()), ("a.txt", words(4).encode()), ("b.txt", b"hello")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return 69 + (STREAMS + 2) * 5 - 1 + STREAMS * 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to read and how; a plain object for processes."""
+
+    folder: Path
+    weigh: str = "tokens"
+
+    def loader(self, rank: int = 0, ranks: int = 1, workers: int = 0) -> PackedLoader:
+        sources = [open_source(self.folder / name) for name in SOURCES]
+        mixture = [MixtureItem(source, weight) for source, weight in zip(sources, (2, 1, 1), strict=True)]
+        make_stream = partial(
+            VirtualStream,
+            streams=STREAMS,
+            mixture=mixture,
+            encode=_encoder(self.folder / "model"),
+            length=LENGTH,
+            seed=5,
+            epochs=EPOCHS,
+            weigh=self.weigh,
+            buffer_size=6,
+            max_skipped=0.5,
+        )
+        return PackedLoader(make_stream, STREAMS, LENGTH, 0, rank, ranks, workers, sources)
+
+
+def digests(
+    loader: PackedLoader, rank: int, ranks: int, slots: int, state: dict | None = None
+) -> Iterator[tuple[int, str]]:
+    """Each of a rank's slots up to `slots`, with a hash of its batch and the state of its stream after it."""
+    first = 0
+    if state is not None:
+        loader.load_state_dict(state)
+        first = state["slots"]
+    batches = chain(loader, (loader.empty_batch() for _ in repeat(None)))
+    for slot, batch in zip(range(first + rank, slots, ranks), batches, strict=False):
+        empty = (batch["labels"] == IGNORE_INDEX).all()
+        after = None if empty else loader.state_dict()["streams"][str(slot % STREAMS)]
+        yield slot, _digest(batch, after)
+
+
+def read_rank(
+    run: Run, rank: int, ranks: int, workers: int, slots: int, state: dict | None, out: Path
+) -> None:
+    """Read a rank's slots; write a line for each, and now and then a state.
+
+    To be run in a process, which leads a group of its own: it can be killed together with its workers.
+    """
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # workers that need not import everything again
+    torch.set_num_threads(1)
+    loader = run.loader(rank, ranks, workers)
+    with (out / f"{rank}.jsonl").open("w") as lines:
+        for slot, digest in digests(loader, rank, ranks, slots, state):
+            print(json.dumps([slot, digest]), file=lines, flush=True)
+            done = slot - rank + ranks
+            if done % SAVED_EVERY == 0:
+                with new_file(out / f"state-{done}-{rank}.json") as partial_file:
+                    partial_file.write_text(json.dumps(loader.state_dict()))
+
+
+def last_state(out: Path, ranks: int) -> dict | None:
+    """The newest state that all ranks have left, as one."""
+    for done in sorted({int(file.name.split("-")[1]) for file in out.glob("state-*")}, reverse=True):
+        files = [out / f"state-{done}-{rank}.json" for rank in range(ranks)]
+        if all(file.exists() for file in files):
+            return PackedLoader.merge([json.loads(file.read_text()) for file in files])
+    return None
+
+
+def lines_of(out: Path) -> dict[int, str]:
+    """Digest of each slot that was read; a line that was cut off by a kill is none."""
+    lines = [line for file in out.glob("*.jsonl") for line in file.read_text().split("\n")[:-1]]
+    return dict(map(json.loads, lines))
+
+
+@cache
+def _encoder(model: Path) -> Encoder:
+    return load_encoder(model)
+
+
+def _digest(batch: PackedBatch, state: dict | None) -> str:
+    hashed = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+    for name, value in batch.items():
+        plain = value.numpy() if isinstance(value, torch.Tensor) else np.array(value)
+        hashed.update(f"{name} {plain.dtype} {plain.shape}".encode() + plain.tobytes())
+    return hashed.hexdigest()
+
+
+def _chat(text: str, image: bytes) -> dict:
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": text}]
+    return {"messages": [{"role": "assistant", "content": parts}], "images": [image]}
