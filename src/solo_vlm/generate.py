@@ -40,7 +40,10 @@ class Answerer:
 
     def answer(self, chats: Sequence[list[Message]], max_new_tokens: int = 128) -> list[str]:
         """Answer several chats in one batch (left padding); an answer does not depend on its neighbours."""
-        inputs = self.encode(chats)
+        return self.answer_encoded(self.encode(chats), max_new_tokens)
+
+    def answer_encoded(self, inputs: Any, max_new_tokens: int = 128) -> list[str]:
+        """As `answer`, for chats that `encode` has seen already, perhaps in another thread."""
         return self._decode(self._generate(inputs, max_new_tokens), inputs)
 
     def stream(
@@ -80,10 +83,14 @@ class Answerer:
         except (ChatTemplateError, ImageError) as error:
             raise SoloError(str(error)) from error
         length = inputs["input_ids"].shape[1]
-        context = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        if context and length >= context:
-            raise SoloError(f"the chat has {length} tokens, the model's context {context}: shorten it")
+        if self.context and length >= self.context:
+            raise SoloError(f"the chat has {length} tokens, the model's context {self.context}: shorten it")
         return inputs.to(self.model.device)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model was made for, prompt and answer together, where its configuration tells."""
+        return getattr(self.model.config.text_config, "max_position_embeddings", None)
 
     @torch.inference_mode()
     def _generate(

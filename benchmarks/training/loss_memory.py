@@ -1,0 +1,65 @@
+"""Memory of the loss alone: from hidden states to their gradient and that of the head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from training.machine import in_fresh_process, peak_growth, this_device
+from training.variants import SHAPE
+from training.workload import Workload, supervised_share
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from solo_vlm.data.encode import IGNORE_INDEX
+from solo_vlm.model.loss_solo import supervised_cross_entropy
+
+
+def measure(workload: Workload, full_tokens: int, precision: str) -> dict[str, Any]:
+    """Peak gigabytes of the loss over a packed sequence, each in a fresh process.
+
+    Args:
+        workload: tells the sizes, and which share of the tokens carries a label.
+        full_tokens: of the part of the sequence over which all logits are held; scaled to the whole.
+        precision: as in recipes.
+    """
+    tokens, share = workload.length, supervised_share(workload.sequence())
+
+    def peak(chunked: bool, length: int, labelled: float) -> float:
+        return in_fresh_process(_peak, workload, precision, chunked, length, labelled)
+
+    chunked, every = peak(True, tokens, share), peak(True, tokens, 1.0)
+    full = peak(False, full_tokens, share) * tokens / full_tokens
+    return {
+        "loss_memory_ratio": chunked / full,
+        "loss_memory_ratio_all_supervised": every / full,
+        "loss_memory": {
+            "tokens": tokens,
+            "supervised_share": share,
+            "full_logits_measured_tokens": full_tokens,
+            "chunked_gb": chunked,
+            "chunked_all_supervised_gb": every,
+            "full_logits_gb": full,
+        },
+    }
+
+
+def _peak(workload: Workload, precision: str, chunked: bool, tokens: int, share: float) -> float:
+    config = workload.config(SHAPE).text_config
+    device = this_device()
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, tokens, config.hidden_size, generator=generator).to(device).requires_grad_()
+    labels = torch.randint(config.vocab_size, (1, tokens), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) >= share] = IGNORE_INDEX
+    labels = labels.to(device)
+    head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device)
+
+    def forward_and_backward() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            if chunked:
+                loss = supervised_cross_entropy(states, labels, head)
+            else:
+                loss = ForCausalLMLoss(head(states), labels, config.vocab_size)
+        loss.backward()
+
+    return peak_growth(forward_and_backward, device)

@@ -1,0 +1,84 @@
+"""How time, memory and models are had on the machine at hand, a CPU or one GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from solo_vlm.train.devices import recognize_device
+from solo_vlm.train.figures import memory_gb
+from solo_vlm.train.parallel import shard
+from solo_vlm.train.processes import Processes
+from solo_vlm.train.recipe import Recipe
+
+Result = TypeVar("Result")
+
+
+def this_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def in_fresh_process(task: Callable[..., Result], *arguments: Any) -> Result:
+    """What a task returns in a process of its own, whose peak of memory is the task's."""
+    with ProcessPoolExecutor(1, get_context("spawn"), logging.set_verbosity_error) as fresh:
+        return fresh.submit(task, *arguments).result()
+
+
+def seconds(task: Callable[[], Any], device: torch.device) -> float:
+    """Of the clock, until the device is done."""
+    _wait(device)
+    started = time.perf_counter()
+    task()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def peak_growth(task: Callable[[], Any], device: torch.device) -> float:
+    """Gigabytes that a task needs at its peak, above what is held when it begins.
+
+    On a CPU for the first task of a fresh process alone: the peak of a process never falls.
+    """
+    if device.type == "cpu":
+        held = psutil.Process().memory_info().rss
+    else:
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+    task()
+    return memory_gb(device) - held / 1e9
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOPs a second in bfloat16 by the data sheet; None where it is not known."""
+    known = recognize_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return known.peak_flops if known else None
+
+
+def random_model(
+    kind: type[PreTrainedModel],
+    config: Any,
+    recipe: Recipe,
+    processes: Processes,
+    freeze: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> PreTrainedModel:
+    """A model of random weights, held and cast as the engine does it on these processes."""
+    torch.manual_seed(0)
+    with processes.device:
+        model = kind(config)
+    freeze(model)
+    if processes.mesh is not None:
+        shard(model, recipe, processes)
+    return model.train()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

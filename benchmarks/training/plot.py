@@ -1,0 +1,46 @@
+"""The figures of a training step as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from solo_vlm.files import new_file
+
+LABELS = {
+    "packed": "packed, chunked loss\n(here)",
+    "packed_full_logits": "packed,\nfull logits",
+    "padded": "padded,\nfull logits",
+    "llava": "LLaVA,\nCLIP-L encoder",
+}
+_OURS, _OTHERS = "#2a6f97", "#b8c4cc"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Speed and memory of the variants side by side; the format follows the file's suffix."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "train_step"  # the same figures give the same file
+    from matplotlib import pyplot
+
+    variants = results["variants"]
+    names = [name for name in LABELS if name in variants]
+    panels = {"samples_per_second": "samples a second", "peak_memory_gb": "peak memory, GB"}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(10, 3.2), layout="constrained")
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        bars = axis.barh(
+            [LABELS[name] for name in names],
+            [variants[name][key] for name in names],
+            color=[_OURS if name == "packed" else _OTHERS for name in names],
+        )
+        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.set_title(title, loc="left")
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    with new_file(path) as partial:
+        figure.savefig(
+            partial, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else {}
+        )
+    pyplot.close(figure)

@@ -1,0 +1,107 @@
+"""Layers of the paper's 7B model on one GPU, on packed sequences of 32,768 tokens."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from training.machine import in_fresh_process, peak_flops, random_model, seconds
+from training.workload import Workload
+
+from solo_vlm import SoloForConditionalGeneration
+from solo_vlm.data.collate import collate
+from solo_vlm.model.flops import training_flops
+from solo_vlm.model.shape import ModelShape
+from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
+from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.train.compilation import compile_layers
+from solo_vlm.train.figures import memory_gb
+from solo_vlm.train.layout import layout
+from solo_vlm.train.memory import memory_per_device
+from solo_vlm.train.optimizer import make_optimizer
+from solo_vlm.train.processes import start_processes
+from solo_vlm.train.step import supervised_tokens, take_step
+
+SHAPE = "solo-7b"
+# Activation checkpointing, and whether layers are compiled; what is expected to be fastest comes first.
+CONFIGURATIONS = (
+    "selective+compile",
+    "full+compile",
+    "none+compile",
+    "selective",
+    "full",
+    "none",
+)
+_USABLE = 0.9  # of a GPU's memory; the rest is for what `memory_per_device` does not count
+_FEWER = 0.75  # of the layers, where the estimate was too low
+
+
+def measure(workload: Workload, configuration: str, warmup: int, steps: int) -> dict[str, Any]:
+    """A configuration with as many layers as fit; each try in a fresh process.
+
+    Returns:
+        Figures of the median step; or "error", what went wrong with it.
+    """
+    checkpointing, _, compiled = configuration.partition("+")
+    settings = {"activation_checkpointing": checkpointing, "compile": compiled == "compile"}
+    layers = in_fresh_process(_layers_that_fit, workload, settings)
+    while layers:
+        try:
+            return in_fresh_process(_train, workload, settings, layers, warmup, steps)
+        except torch.OutOfMemoryError:
+            layers = int(_FEWER * layers)
+        except Exception as error:  # the other configurations are still worth measuring
+            return {"layers": layers, "error": f"{type(error).__name__}: {str(error)[:500]}"}
+    return {"layers": 0, "error": "out of memory"}
+
+
+def _layers_that_fit(workload: Workload, settings: dict[str, Any]) -> int:
+    recipe = workload.recipe(**settings)
+    whole = workload.config(SHAPE).text_config.num_hidden_layers
+    if not torch.cuda.is_available():
+        return whole
+    memory = _USABLE * torch.cuda.get_device_properties(0).total_memory
+
+    def fits(layers: int) -> bool:
+        shape = ModelShape.of(workload.config(SHAPE, num_hidden_layers=layers))
+        return memory_per_device(shape, recipe, layout(recipe, 1)).total <= memory
+
+    return max(filter(fits, range(1, whole + 1)), default=0)
+
+
+def _train(
+    workload: Workload, settings: dict[str, Any], layers: int, warmup: int, steps: int
+) -> dict[str, Any]:
+    recipe = workload.recipe(**settings)
+    config = workload.config(SHAPE, num_hidden_layers=layers)
+    documents = workload.sequence()
+    batches = [collate(documents, workload.length, pad_token_id=0)]
+    supervised = supervised_tokens(batches)
+    with start_processes(recipe) as processes:
+        model = random_model(SoloForConditionalGeneration, config, recipe, processes)
+        use_activation_checkpointing(model, recipe.activation_checkpointing)
+        use_packed_attention(model)
+        if recipe.compile:
+            compile_layers(model)
+        optimizer = make_optimizer(model, recipe.optimizer)
+
+        def step() -> None:
+            take_step(model, optimizer, batches, supervised, recipe, processes)
+
+        for _ in range(warmup):
+            step()
+        taken = statistics.median(seconds(step, processes.device) for _ in range(steps))
+        lengths, patches = [len(document) for document in documents], len(batches[0]["pixel_values"])
+        flops = training_flops(config, lengths, patches, supervised)
+        peak = peak_flops(processes.device)
+        return {
+            "layers": layers,
+            "parameters": ModelShape.of(config).parameters().total,
+            "step_seconds": taken,
+            "tokens_per_second": workload.length / taken,
+            "peak_memory_gb": memory_gb(processes.device),
+            "documents": len(documents),
+            "supervised_tokens": supervised,
+            **({"mfu": flops / taken / peak} if peak else {}),
+        }

@@ -1,0 +1,131 @@
+"""Ways to train on the same samples, each through the step of the training engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from training.llava import CLIP_L, TINY_CLIP, LlavaBaseline
+from training.machine import random_model
+from training.padding import in_batches, padded
+from training.workload import Workload
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from solo_vlm import SoloForConditionalGeneration
+from solo_vlm.data.collate import collate
+from solo_vlm.data.encode import Document
+from solo_vlm.model.flops import training_flops
+from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.train.optimizer import make_optimizer
+from solo_vlm.train.processes import Processes
+from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.step import supervised_tokens, take_step
+
+SHAPE = "smollm2-135m"
+OURS, PADDED, FULL_LOGITS, LLAVA = "packed", "padded", "packed_full_logits", "llava"
+NAMES = (OURS, PADDED, FULL_LOGITS, LLAVA)
+
+
+class FullLogits:
+    """A SOLO model whose loss is transformers' usual one, over the logits of all positions."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config
+        self.device = model.device
+
+    def __call__(self, *, labels: Tensor, num_items_in_batch: int, **inputs: Any) -> SimpleNamespace:
+        logits = self.model(**inputs).logits
+        vocabulary = self.config.text_config.vocab_size
+        return SimpleNamespace(loss=ForCausalLMLoss(logits, labels, vocabulary, num_items_in_batch))
+
+
+@dataclass
+class Variant:
+    """A way to train.
+
+    Attributes:
+        model: what the engine's step takes for a model.
+        optimizer: of its trainable parameters.
+        batches: of one step, all samples together.
+        prepare: to be called before its steps.
+        flops: that a step needs, forward and backward, without padding.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    batches: Sequence[Any]
+    prepare: Callable[[], None]
+    flops: int
+
+    @property
+    def slots(self) -> int:
+        """Tokens computed in a step, padding among them."""
+        return sum(batch["input_ids"].numel() for batch in self.batches)
+
+    def step(self, recipe: Recipe, processes: Processes) -> float:
+        """Train once on all samples; the loss."""
+        supervised = supervised_tokens(self.batches)
+        return take_step(self.model, self.optimizer, self.batches, supervised, recipe, processes).loss
+
+
+def make_variants(
+    names: Sequence[str], workload: Workload, recipe: Recipe, processes: Processes
+) -> dict[str, Variant]:
+    """The named variants; those of SOLO share one model and its optimizer."""
+    images, documents = workload.draw()
+    config = workload.config(SHAPE)
+    lengths = [len(document) for document in documents]
+    variants = {}
+    if set(names) - {LLAVA}:
+        model = random_model(SoloForConditionalGeneration, config, recipe, processes)
+        optimizer = make_optimizer(model, recipe.optimizer)
+        packed = [collate(documents, sum(lengths), pad_token_id=0)]
+        patches = sum(len(document.patches) for document in documents)
+        flops = training_flops(config, lengths, patches, supervised_tokens(packed))
+
+        def use_sdpa() -> None:
+            model.set_attn_implementation("sdpa")
+
+        def use_packed() -> None:
+            use_packed_attention(model)
+
+        rows = [_padded_batch(some) for some in in_batches(documents, workload.rows)]
+        variants = {
+            OURS: Variant(model, optimizer, packed, use_packed, flops),
+            PADDED: Variant(FullLogits(model), optimizer, rows, use_sdpa, flops),
+            FULL_LOGITS: Variant(FullLogits(model), optimizer, packed, use_packed, flops),
+        }
+    if LLAVA in names:
+        llava = LlavaBaseline(config, TINY_CLIP if workload.tiny else CLIP_L, recipe, processes)
+        vision = np.array(config.vision_token_ids)
+        batches = [
+            llava.batch(*some, vision)
+            for some in zip(
+                in_batches(images, workload.rows), in_batches(documents, workload.rows), strict=True
+            )
+        ]
+        lengths = [int(count) for batch in batches for count in batch["attention_mask"].sum(1)]
+        variants[LLAVA] = Variant(
+            llava,
+            make_optimizer(llava.model, recipe.optimizer),
+            batches,
+            lambda: None,
+            llava.flops(lengths, supervised_tokens(batches)),
+        )
+    return {name: variants[name] for name in names}
+
+
+def _padded_batch(documents: Sequence[Document]) -> dict[str, Tensor]:
+    rows = [(document.input_ids, document.labels) for document in documents]
+    return {
+        **padded(rows),
+        "pixel_values": torch.from_numpy(np.concatenate([document.patches for document in documents])),
+        "image_grid_thw": torch.from_numpy(np.concatenate([document.grids for document in documents])),
+    }

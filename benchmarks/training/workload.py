@@ -1,0 +1,168 @@
+"""What is trained in the benchmark of a training step: captioned photographs, and models of two shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from io import BytesIO
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from solo_vlm import SoloConfig
+from solo_vlm.data.encode import IGNORE_INDEX, Document, Encoder
+from solo_vlm.data.schema import Sample
+from solo_vlm.model.flops import image_tokens
+from solo_vlm.model.from_llm import SoloModelAndProcessor, compose
+from solo_vlm.quickstart.llm import train_tokenizer
+from solo_vlm.train.recipe import Recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TINY_DECODER = {
+    "vocab_size": 512,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+}
+TEXT = "a photograph of the old town by the river in early light with two people and their dog"
+ROLES = ("image_token_id", "vision_start_token_id", "vision_row_token_id", "vision_end_token_id")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Photographs whose long side is log-normal, and captions of evenly distributed lengths.
+
+    Attributes:
+        samples: a step.
+        rows: samples in a padded batch.
+        length: of a packed sequence, where it is not made of those samples.
+        median: of the long side, in pixels; with the spread below, 5% are at the largest size.
+        largest: long side.
+        spread: standard deviation of the logarithm of the long side.
+        caption: least and most tokens of a caption.
+        seed: of sizes, pictures and captions.
+        tiny: models of a few thousand weights, to try the benchmark itself.
+    """
+
+    samples: int
+    rows: int = 8
+    length: int = 32_768
+    median: int = 500
+    largest: int = 1024
+    spread: float = 0.5
+    caption: tuple[int, int] = (20, 60)
+    seed: int = 0
+    tiny: bool = False
+
+    @classmethod
+    def of_tiny(cls) -> Workload:
+        return cls(samples=6, rows=3, length=512, median=100, largest=200, caption=(3, 9), tiny=True)
+
+    def draw(self) -> tuple[list[Image.Image], list[Document]]:
+        """The photographs, and the samples as training reads them."""
+        rng = np.random.default_rng(self.seed)
+        images = [photograph(*size) for size in self.sizes(rng, self.samples)]
+        return images, [document(image, self.words(rng)) for image in images]
+
+    def sequence(self) -> list[Document]:
+        """Documents of exactly `length` tokens: photographs with captions, and in the end a text."""
+        rng = np.random.default_rng(self.seed)
+        documents: list[Document] = []
+        room = self.length
+        while True:
+            (size,) = self.sizes(rng, 1)
+            following = document(photograph(*size), self.words(rng))
+            if len(following) > room - 2:  # the least that is left is an empty text
+                return [*documents, document(None, room - 2)]
+            documents.append(following)
+            room -= len(following)
+
+    def sizes(self, rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+        """Widths and heights: three quarters, upright or lying."""
+        longs = self.median * np.exp(self.spread * rng.standard_normal(count))
+        sides = [(round(long), round(0.75 * long)) for long in longs.clip(32, self.largest)]
+        return [
+            side if lying else side[::-1] for side, lying in zip(sides, rng.random(count) < 0.5, strict=True)
+        ]
+
+    def words(self, rng: np.random.Generator) -> int:
+        return int(rng.integers(self.caption[0], self.caption[1] + 1))
+
+    def config(self, shape: str, **decoder: Any) -> SoloConfig:
+        """The shape of a recipe's model, over the tokens of these samples.
+
+        Args:
+            shape: folder of `recipes/`.
+            **decoder: what shall differ in the decoder's configuration.
+        """
+        settings = json.loads((RECIPES / shape / "config.json").read_text())
+        settings["text_config"] |= (TINY_DECODER if self.tiny else {}) | decoder
+        settings |= {role: getattr(_small().model.config, role) for role in ROLES}
+        return SoloConfig(**settings)
+
+    def recipe(self, **settings: Any) -> Recipe:
+        """Settings of the engine's parts, with one packed sequence a step; the paths are never read."""
+        data = {"sources": [{"path": "none"}], "sequence_length": self.length}
+        return Recipe.parse({"model": "none", "out": "none", "global_batch": 1, "data": data, **settings})
+
+    def padding_share(self, batches: int = 1000) -> float:
+        """Of all tokens in batches padded to their longest: the share that is padding."""
+        many = replace(self, samples=batches * self.rows)
+        rng = np.random.default_rng(self.seed)
+        processor = _small().processor.image_processor
+        grids = [processor.get_patch_grid(height, width) for width, height in many.sizes(rng, many.samples)]
+        lengths = np.array([image_tokens(*grid) + self.words(rng) + 2 for grid in grids])
+        longest = lengths.reshape(-1, self.rows).max(axis=1)
+        return 1 - lengths.sum() / (self.rows * longest.sum())
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """One of the photographs that scikit-learn brings (640 x 427), cut to shape and scaled."""
+    original = _originals()[(width + height) % 2]
+    scale = min(original.width / width, original.height / height)
+    box = (0, 0, round(scale * width), round(scale * height))
+    return original.resize((width, height), Image.Resampling.BILINEAR, box=box)
+
+
+def document(image: Image.Image | None, words: int) -> Document:
+    """An image and a text of so many tokens, encoded as in training."""
+    text = " ".join(islice(cycle(TEXT.split()), words))  # the tokenizer has one token for each word
+    parts = [{"type": "text", "text": text}]
+    if image is None:
+        return Encoder(_small().processor)(Sample([{"role": "assistant", "content": parts}], []))
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    content = [{"type": "image"}, *parts]
+    return Encoder(_small().processor)(
+        Sample([{"role": "assistant", "content": content}], [buffer.getvalue()])
+    )
+
+
+def supervised_share(documents: Sequence[Document]) -> float:
+    """Of all tokens, those that carry a label."""
+    supervised = sum(int((document.labels != IGNORE_INDEX).sum()) for document in documents)
+    return supervised / sum(map(len, documents))
+
+
+@cache
+def _originals() -> list[Image.Image]:
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+@cache
+def _small() -> SoloModelAndProcessor:
+    """A processor, and a model too small to matter: it knows the ids of the image tokens."""
+    tokenizer = train_tokenizer([TEXT] * 2)
+    llm = AutoModelForCausalLM.from_config(LlamaConfig(**TINY_DECODER | {"vocab_size": len(tokenizer)}))
+    return compose(llm, tokenizer)

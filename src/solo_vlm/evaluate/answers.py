@@ -1,0 +1,75 @@
+"""Answers on disk as they come, so that a run that was killed goes on where it stood."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Self
+
+from solo_vlm.errors import SoloError
+
+
+@dataclass(frozen=True)
+class SavedAnswer:
+    """One answer.
+
+    Attributes:
+        row: of the benchmark's split, from 0.
+        request: hash of prompt and settings; another one makes the answer useless.
+        response: None where the row could not be asked.
+        error: why not.
+    """
+
+    row: int
+    request: str
+    response: str | None
+    error: str | None = None
+
+
+class AnswerFile:
+    """An append-only file of JSON lines. What `append` has returned from survives a crash.
+
+    Args:
+        path: of the file; it may exist. A last line that was cut off is dropped.
+
+    Raises:
+        SoloError: it exists and holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = path.open("a+b")
+        try:
+            self._saved = {answer.row: answer for answer in self._read()}
+        except (TypeError, ValueError) as error:
+            raise SoloError(f"{path} does not hold answers ({error}): remove it to ask again") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def get(self, row: int, request: str) -> SavedAnswer | None:
+        """The answer to this very request, if there is one; what failed is tried again."""
+        saved = self._saved.get(row)
+        return saved if saved and saved.request == request and saved.error is None else None
+
+    def append(self, answers: Iterable[SavedAnswer]) -> None:
+        """Add answers, on the disk itself before this returns."""
+        for answer in answers:
+            self._file.write(json.dumps(asdict(answer), ensure_ascii=False).encode() + b"\n")
+            self._saved[answer.row] = answer
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self) -> list[SavedAnswer]:
+        self._file.seek(0)
+        lines = self._file.read().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            self._file.truncate(sum(map(len, lines[:-1])))
+            lines.pop()
+        return [SavedAnswer(**json.loads(line)) for line in lines]

@@ -1,0 +1,120 @@
+"""What a benchmark is: where its data are, how large it is, how its answers are judged and summed up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from solo_vlm.errors import SoloError
+from solo_vlm.evaluate.predictions import Prediction
+from solo_vlm.evaluate.score import Judgement, Part, Score, Unit, question_units
+from solo_vlm.evaluate.statistics import proportion_interval, score_of
+
+Judge = Callable[[Sequence[Prediction]], list[Judgement]]
+Units = Callable[[Sequence[Judgement]], list[Unit]]
+Breakdown = Callable[[Sequence[Judgement]], dict[str, Part]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark as the command line knows it.
+
+    Attributes:
+        name: on the command line.
+        title: in print.
+        harness_task: what lmms-eval calls it.
+        hub_id: the data on the hub, under the name that lmms-eval 0.7.3 uses.
+        hub_config: the data set's configuration, where it has several.
+        hub_files: pattern of the files there that hold the split.
+        split: the split that is scored.
+        licence: as the data's card states it; "(unchecked)" where the card was not at hand.
+        kind: the form of the questions.
+        size: rows of the whole benchmark.
+        size_source: who says so.
+        metric: how the score is computed.
+        source: the paper or script that computes it so.
+        judge: reads answers and compares them with the truth.
+        breakdown: the score of each category.
+        belongs: whether a row is part of the score; others are counted as set aside.
+        units: what the score is the mean of; see `Unit`.
+        interval: a 95% interval of the score from its units.
+        raw: other figures for the same answers.
+        maximum: the score of a perfect model.
+        note: what else a user should know.
+    """
+
+    name: str
+    title: str
+    harness_task: str
+    hub_id: str
+    hub_files: str
+    split: str
+    licence: str
+    kind: Literal["multiple choice", "yes or no", "free"]
+    size: int
+    size_source: str
+    metric: str
+    source: str
+    judge: Judge
+    breakdown: Breakdown
+    hub_config: str | None = None
+    belongs: Callable[[Mapping[str, Any]], bool] = lambda row: True
+    units: Units = question_units
+    interval: Callable[[Sequence[Unit]], tuple[float, float]] = proportion_interval
+    raw: Callable[[Sequence[Judgement]], dict[str, float]] = lambda judgements: {}
+    maximum: float = 100.0
+    note: str = ""
+
+    def score(self, predictions: Sequence[Prediction]) -> Score:
+        """The score of predictions.
+
+        Raises:
+            SoloError: there are none, two have the same id, or a column is missing.
+        """
+        return self.summarise(self.judge(predictions))
+
+    def summarise(self, judgements: Sequence[Judgement]) -> Score:
+        """The score of answers that are judged already.
+
+        Raises:
+            SoloError: there are none, or two have the same id.
+        """
+        scored = self.scored(judgements)
+        units = self.units(scored)
+        return Score(
+            task=self.name,
+            title=self.title,
+            score=score_of(units),
+            interval=self.interval(units),
+            n=len(scored),
+            expected_n=self.size,
+            metric=self.metric,
+            source=self.source,
+            breakdown=self.breakdown(judgements),
+            raw=self.raw(judgements),
+            unreadable=sum(judgement.reading is None and not judgement.problem for judgement in scored),
+            bad_rows=tuple(judgement.prediction.id for judgement in scored if judgement.problem),
+            set_aside=len(judgements) - len(scored),
+            maximum=self.maximum,
+        )
+
+    def scored(self, judgements: Sequence[Judgement]) -> list[Judgement]:
+        """The judgements that belong to the score.
+
+        Raises:
+            SoloError: there are none, or two have the same id.
+        """
+        _check_ids(judgements)
+        scored = [judgement for judgement in judgements if self.belongs(judgement.prediction.row)]
+        if not scored:
+            raise SoloError(f"{self.name}: no rows to score among {len(judgements)}")
+        return scored
+
+
+def _check_ids(judgements: Sequence[Judgement]) -> None:
+    seen = set()
+    for judgement in judgements:
+        if judgement.prediction.id in seen:
+            raise SoloError(f"two predictions have the id {judgement.prediction.id}")
+        seen.add(judgement.prediction.id)

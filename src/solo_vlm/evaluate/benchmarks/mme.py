@@ -1,0 +1,138 @@
+"""MME: yes-or-no questions in 14 subtasks, two on each image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from solo_vlm.errors import SoloError
+from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
+from solo_vlm.evaluate.extract import read_yes_no
+from solo_vlm.evaluate.multiple_choice import judgement
+from solo_vlm.evaluate.predictions import Prediction
+from solo_vlm.evaluate.score import Judgement, Part, Unit
+from solo_vlm.evaluate.statistics import bootstrap_interval, score_of
+
+_PERCEPTION = {
+    "existence": 60,
+    "count": 60,
+    "position": 60,
+    "color": 60,
+    "posters": 294,
+    "celebrity": 340,
+    "scene": 400,
+    "landmark": 400,
+    "artwork": 400,
+    "OCR": 40,
+}
+_COGNITION = {
+    "commonsense_reasoning": 140,
+    "numerical_calculation": 40,
+    "text_translation": 40,
+    "code_reasoning": 40,
+}
+_GROUPS = {"perception": _PERCEPTION, "cognition": _COGNITION}
+_SUBTASKS = (*_PERCEPTION, *_COGNITION)
+_PERFECT = 200.0  # acc 100 and acc+ 100
+
+_Images = dict[tuple[str, str], list[Judgement]]  # answers by subtask and image
+
+
+def _judge(predictions: Sequence[Prediction]) -> list[Judgement]:
+    return [
+        judgement(
+            prediction, read_yes_no(prediction.response or ""), read_yes_no(str(prediction.column("answer")))
+        )
+        for prediction in predictions
+    ]
+
+
+def _image_units(judgements: Sequence[Judgement]) -> list[Unit]:
+    """Each image: 100 times the share of right answers, and 100 more where both are right."""
+    return _units(_by_image(judgements))
+
+
+def _units(images: _Images) -> list[Unit]:
+    return [
+        Unit(f"{subtask}/{image}", _acc(answers) + _acc_plus(answers), subtask)
+        for (subtask, image), answers in images.items()
+    ]
+
+
+def _breakdown(judgements: Sequence[Judgement]) -> dict[str, Part]:
+    images = _by_image(judgements)
+    sums = {group: _part(images, sizes, "sum") for group, sizes in _GROUPS.items()}
+    subtasks = {
+        subtask: _part(images, {subtask: size}, group)
+        for group, sizes in _GROUPS.items()
+        for subtask, size in sizes.items()
+    }
+    return {name: part for name, part in (sums | subtasks).items() if part.n}
+
+
+def _part(images: _Images, sizes: Mapping[str, int], group: str) -> Part:
+    """The score over some subtasks; for a single one also its acc and acc+."""
+    chosen = {place: answers for place, answers in images.items() if place[0] in sizes}
+    units = _units(chosen)
+    more = {}
+    if len(sizes) == 1 and chosen:
+        more = {
+            "acc": sum(map(_acc, chosen.values())) / len(chosen),
+            "acc_plus": sum(map(_acc_plus, chosen.values())) / len(chosen),
+        }
+    return Part(
+        score=score_of(units),
+        n=sum(map(len, chosen.values())),
+        interval=bootstrap_interval(units),
+        group=group,
+        maximum=_PERFECT * len(sizes),
+        expected_n=sum(sizes.values()),
+        more=more,
+    )
+
+
+def _by_image(judgements: Sequence[Judgement]) -> _Images:
+    images: _Images = {}
+    for judged in judgements:
+        image = str(judged.prediction.column("question_id", "image_path", "image"))
+        images.setdefault((_subtask(judged.prediction), image), []).append(judged)
+    return images
+
+
+def _subtask(prediction: Prediction) -> str:
+    category = str(prediction.column("category"))
+    known = {name.lower(): name for name in _SUBTASKS}
+    if category.lower() not in known:
+        raise SoloError(f"row {prediction.id}: MME has no subtask {category}; it has {', '.join(_SUBTASKS)}")
+    return known[category.lower()]
+
+
+def _acc(answers: Sequence[Judgement]) -> float:
+    return 100 * sum(answer.correct for answer in answers) / len(answers)
+
+
+def _acc_plus(answers: Sequence[Judgement]) -> float:
+    return 100.0 * (len(answers) == 2 and all(answer.correct for answer in answers))
+
+
+MME = Benchmark(
+    name="mme",
+    title="MME",
+    harness_task="mme",
+    hub_id="lmms-lab-encoder/MME",
+    hub_files="data/test-*",
+    split="test",
+    licence="for academic research only (unchecked)",
+    kind="yes or no",
+    size=2374,
+    size_source="data set card of lmms-lab/MME; subtasks: Fu et al. 2023, arXiv 2306.13394",
+    metric="perception + cognition: over 14 subtasks, the sum of acc (per cent of questions) and acc+ "
+    "(per cent of images with both answers right)",
+    source="Fu et al. 2023, arXiv 2306.13394, with its calculation.py",
+    judge=_judge,
+    breakdown=_breakdown,
+    units=_image_units,
+    interval=bootstrap_interval,
+    maximum=_PERFECT * len(_SUBTASKS),
+    note="calculation.py looks for yes and no in the first four characters, so that None counts as no; "
+    "here they must be words.",
+)

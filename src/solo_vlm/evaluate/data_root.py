@@ -1,0 +1,157 @@
+"""The data of benchmarks: from the hub, or from parquet, arrow, TSV or JSONL files in `DATA_ROOT/TASK`."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from solo_vlm.errors import SoloError
+from solo_vlm.evaluate.benchmarks import Benchmark
+from solo_vlm.evaluate.predictions import column_name
+from solo_vlm.evaluate.tables import read_delimited
+from solo_vlm.evaluate.vlmevalkit import hub_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_KINDS = ("parquet", "arrow", "tsv", "jsonl")  # where a folder has several, the first of these counts
+_SPLITS = ("train", "validation", "val", "dev", "test", "testmini")
+_IMAGE_COLUMNS = ("image", "decoded_image")
+
+
+def load_benchmark(benchmark: Benchmark, data_root: Path | None) -> Dataset:
+    """The rows of a benchmark's split, with the columns of the hub's data set.
+
+    Args:
+        benchmark: whose data.
+        data_root: folder with one folder for each task; None: the hub, through its cache.
+
+    Raises:
+        SoloError: the data are not there; the message says what to download and where to put it.
+    """
+    from datasets import Dataset, load_dataset
+
+    if data_root is None:
+        try:
+            return load_dataset(benchmark.hub_id, benchmark.hub_config, split=benchmark.split)
+        except (OSError, ValueError) as error:
+            raise SoloError(
+                f"cannot load {benchmark.hub_id} from the hub ({error}). Without a network: "
+                f"{download_hint(benchmark, Path('DATA_ROOT'))}, elsewhere, and give --data-root"
+            ) from error
+    kind, files = find_benchmark(benchmark, data_root)
+    try:
+        if kind in ("parquet", "arrow"):
+            data = load_dataset(kind, data_files=[str(file) for file in files], split="train")
+        else:
+            # Size and time stand for the content: datasets takes rows it has seen before from its cache.
+            seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            data = Dataset.from_generator(_rows, gen_kwargs={"task": benchmark.name, "files": tuple(seen)})
+    except Exception as error:  # datasets wraps what goes wrong in exceptions of many kinds
+        raise SoloError(f"cannot read {files[0]}: {error.__cause__ or error}") from error
+    return _with_images(data)
+
+
+def find_benchmark(benchmark: Benchmark, data_root: Path) -> tuple[str, list[Path]]:
+    """Kind ("parquet", "arrow", "tsv", "jsonl") and files of a benchmark's split below a data root.
+
+    Files of other splits, by name, are left alone; of several kinds the first in this order counts.
+
+    Raises:
+        SoloError: there are none; the message says what to download and where to put it.
+    """
+    folder = data_root / benchmark.name
+    for kind in _KINDS:
+        files = sorted(file for file in folder.rglob(f"*.{kind}") if not _is_hidden(file, folder))
+        if chosen := _of_split(benchmark, files):
+            return kind, chosen
+    raise SoloError(
+        f"{folder} has no data of {benchmark.title} ({', '.join(_KINDS)}): "
+        f"{download_hint(benchmark, data_root)}, or put VLMEvalKit's TSV there"
+    )
+
+
+def download_hint(benchmark: Benchmark, data_root: Path) -> str:
+    """The command that downloads a benchmark to where it is looked for."""
+    return (
+        f"hf download {benchmark.hub_id} --repo-type dataset --include '{benchmark.hub_files}' "
+        f"--local-dir {data_root / benchmark.name}"
+    )
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _of_split(benchmark: Benchmark, files: Sequence[Path]) -> list[Path]:
+    """Files named after the split, in its configuration's folder if there is one; else those of no split."""
+    of_config = [file for file in files if benchmark.hub_config in file.parts] or files
+    named = [file for file in of_config if _names(file) == benchmark.split]
+    return named or [file for file in of_config if _names(file) not in _SPLITS]
+
+
+def _names(file: Path) -> str:
+    """What a file's name begins with: "test" of test-00000-of-00001.parquet."""
+    return file.stem.replace("_", "-").split("-")[0]
+
+
+def _rows(task: str, files: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
+    for name, _, _ in files:
+        path = Path(name)
+        shared = _shared_images(path)
+        for row in _raw_rows(path):
+            plain = {column_name(column): value for column, value in row.items()}
+            if (reference := str(plain.get("image"))) in shared:
+                plain["image"] = shared[reference]
+            converted = hub_row(task, plain)
+            for column in _IMAGE_COLUMNS:
+                if column in converted and not (column == "image" and "decoded_image" in converted):
+                    converted[column] = _image(converted[column], path.parent)
+            yield converted
+
+
+def _raw_rows(path: Path) -> Iterator[dict[str, Any]]:
+    if path.suffix == ".tsv":
+        yield from read_delimited(path, "\t")
+        return
+    with path.open(encoding="utf-8") as lines:
+        yield from (json.loads(line) for line in lines if line.strip())
+
+
+def _shared_images(path: Path) -> dict[str, str]:
+    """Images by index, of rows to which others refer: VLMEvalKit puts that index in place of an image."""
+    wanted = {str(row["image"]) for row in _raw_rows(path) if str(row.get("image")).isdigit()}
+    if not wanted:
+        return {}
+    return {str(row["index"]): row["image"] for row in _raw_rows(path) if str(row["index"]) in wanted}
+
+
+def _image(value: Any, folder: Path) -> Any:
+    """An image as `{"bytes", "path"}`: of base64, or of a path from the file's folder; lists, one by one."""
+    if isinstance(value, list):
+        return [_image(part, folder) for part in value]
+    if not isinstance(value, str) or not value:
+        return value or None
+    if len(value) < 1024 and (folder / value).is_file():
+        return {"bytes": (folder / value).read_bytes(), "path": value}
+    try:
+        return {"bytes": base64.b64decode(value, validate=True), "path": None}
+    except binascii.Error as error:
+        raise SoloError(f"{value[:80]!r} is neither an image in base64 nor a file in {folder}") from error
+
+
+def _with_images(data: Dataset) -> Dataset:
+    """Mark columns of `{"bytes", "path"}` as images, as the hub's files do."""
+    from datasets import Image
+
+    features = data.features.copy()
+    for name in _IMAGE_COLUMNS:
+        feature = features.get(name)
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, dict) and set(inner) == {"bytes", "path"}:
+            features[name] = Image() if inner is feature else type(feature)(Image())
+    return data if features == data.features else data.cast(features)

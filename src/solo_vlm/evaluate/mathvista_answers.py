@@ -1,0 +1,96 @@
+"""MathVista's answers: an option's text, an integer, a number with so many decimals, or a list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import Any, Self
+
+from solo_vlm.evaluate.extract import plain, read_choice, read_list, read_number
+from solo_vlm.evaluate.options import as_list, present
+from solo_vlm.evaluate.predictions import Prediction
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the right answer of a question looks like.
+
+    Attributes:
+        choices: texts of the options; none for a free question.
+        answer_type: "text", "integer", "float" or "list".
+        precision: decimals of a float; None where the row does not say.
+    """
+
+    choices: list[str]
+    answer_type: str
+    precision: int | None
+
+    @classmethod
+    def of(cls, prediction: Prediction) -> Self:
+        """The problem of a row.
+
+        Raises:
+            SoloError: a column is missing.
+        """
+        multiple_choice = prediction.column("question_type") == "multi_choice"
+        answer_type = str(prediction.column("answer_type"))
+        # The hub stores the precision as a float: 1.0 for one decimal.
+        precision = prediction.column("precision") if answer_type == "float" else None
+        return cls(
+            as_list(prediction.column("choices")) if multiple_choice else [],
+            answer_type,
+            _whole_number(precision),
+        )
+
+    def read(self, response: str) -> str | None:
+        """What a response says, by rules alone: nothing is guessed.
+
+        An option's letter or its exact text; the declared number, else the last one; the last list.
+        """
+        if self.choices:
+            letter = read_choice(response, self.choices, anywhere=False)
+            return self.choices[ascii_uppercase.index(letter)] if letter else None
+        if self.answer_type in ("integer", "float"):
+            return self.normalise(read_number(response))
+        return read_list(response) if self.answer_type == "list" else self.normalise(response)
+
+    def read_extraction(self, extraction: str) -> str | None:
+        """What an answer says that a language model extracted: as MathVista's calculate_score.py.
+
+        The nearest option (edit distance) stands for one that is not spelled exactly.
+        """
+        if not extraction.strip():
+            return None
+        if self.choices:
+            return self.read(extraction) or self._nearest_choice(extraction)
+        return self.normalise(extraction) or self.read(extraction)
+
+    def normalise(self, answer: Any) -> str | None:
+        """An answer in the spelling in which answers are compared, or None where it is not of the type."""
+        if not present(answer):
+            return None
+        text = str(answer).strip()
+        if self.choices:
+            return next((choice for choice in self.choices if plain(choice) == plain(text)), None)
+        try:
+            if self.answer_type == "integer":
+                return str(int(float(text)))
+            if self.answer_type == "float":
+                return None if self.precision is None else str(round(float(text), self.precision))
+        except (ValueError, OverflowError):
+            return None
+        if self.answer_type == "list":
+            return read_list(text) if text.startswith("[") and text.endswith("]") else None
+        return plain(text)
+
+    def _nearest_choice(self, extraction: str) -> str:
+        from Levenshtein import distance
+
+        return min(self.choices, key=lambda choice: distance(extraction.strip(), choice))
+
+
+def _whole_number(value: Any) -> int | None:
+    try:
+        return int(float(value)) if present(value) else None
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,236 @@
+"""The engines and the model that lmms-eval sees, with its own requests, and over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+
+import numpy as np
+import pytest
+from lmms_eval.api.instance import Instance
+from lmms_eval.models import get_model
+from PIL import Image
+
+from solo_vlm.errors import SoloError
+from solo_vlm.evaluate.adapter import DEFAULT_LONGEST, EngineModel, Solo
+from solo_vlm.evaluate.engines import Answer, ModelEngine, Question, ServedEngine
+from solo_vlm.generate import Answerer
+from tiny import ask
+
+
+@pytest.fixture(scope="module")
+def answerer(solo):
+    return Answerer(solo.model, solo.processor)
+
+
+@pytest.fixture
+def chats(picture):
+    """Without, with one and with several images, short and long."""
+    images = [picture(32 * (1 + n % 4), 32 * (1 + n % 3), seed=n) for n in range(20)]
+    prompts = ["what is this?", "a red circle left of a blue square. " * 6, "seven"]
+    return [ask(prompts[n % 3], *images[n : n + n % 3]) for n in range(18)]
+
+
+def answers_by_number(engine, chats, longest=6) -> dict[int, Answer]:
+    questions = (Question(number, chat, longest) for number, chat in enumerate(chats))
+    return {answer.number: answer for batch in engine.answer(questions) for answer in batch}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_batches_answer_as_one_by_one(answerer, chats, batch_size):
+    found = answers_by_number(ModelEngine(answerer, batch_size), chats)
+    assert [found[n].text for n in range(len(chats))] == [answerer.answer([chat], 6)[0] for chat in chats]
+    assert len({answer.text for answer in found.values()}) > 3  # the model tells the chats apart
+
+
+def test_batches_hold_chats_of_similar_length(answerer, chats, monkeypatch):
+    widths = []
+    encode = answerer.encode
+
+    def encode_and_measure(batch):
+        inputs = encode(batch)
+        widths.append((inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).min().item()))
+        return inputs
+
+    monkeypatch.setattr(answerer, "encode", encode_and_measure)
+    answers_by_number(ModelEngine(answerer, 3), chats)
+    padding = sum(longest - shortest for longest, shortest in widths)
+    widths.clear()
+    for start in range(0, len(chats), 3):
+        answerer.encode(chats[start : start + 3])
+    assert padding < sum(longest - shortest for longest, shortest in widths) / 3
+
+
+def test_a_chat_that_is_too_long_fails_alone(answerer, chats, picture):
+    too_long = ask("what?", picture(1024, 1024))  # 1,057 tokens; the context is 512
+    found = answers_by_number(ModelEngine(answerer, 4), [*chats[:3], too_long])
+    assert found[3].text is None
+    assert "512" in found[3].error
+    assert [found[n].text for n in range(3)] == [answerer.answer([chat], 6)[0] for chat in chats[:3]]
+
+
+class Parrot:
+    """Answers everything with one text; remembers the questions."""
+
+    def __init__(self, text):
+        self.text = text
+        self.questions: list[Question] = []
+
+    def answer(self, questions):
+        for question in questions:
+            self.questions.append(question)
+            yield [Answer(question.number, self.text)]
+
+
+def request(row, settings, *images):
+    def to_messages(_):
+        content = [{"type": "image", "url": image} for image in images]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": f"question {row}"}]}]
+
+    arguments = (f"question {row}", to_messages, settings, row, "task", "test")
+    return Instance("generate_until", arguments, 0, {"task": "task", "doc_id": row, "repeats": 1})
+
+
+def respond(text, settings, **options):
+    engine = Parrot(text)
+    model = EngineModel(engine, **options)
+    model.task_dict = {"task": {"test": [{}]}}
+    (response,) = model.generate_until([request(0, settings)])
+    return response, engine.questions[0].max_new_tokens
+
+
+def test_answers_are_stripped_and_cut_where_the_task_says():
+    assert respond("\n B \n", {})[0] == "B"
+    assert respond("B ASSISTANT: C", {"until": ["ASSISTANT:"]})[0] == "B"
+    assert respond("one, two; three", {"until": [";", ","]})[0] == "one"
+    assert respond("so it is.\n\nB", {"until": ["\n\n"]})[0] == "so it is.\n\nB"
+    assert respond("so it is.\n\nB", {"until": ["\n\n"]}, stop_at_blank_line=True)[0] == "so it is."
+
+
+def test_the_longest_answer():
+    assert respond("B", {"max_new_tokens": 16, "image_aspect_ratio": "original"})[1] == 16
+    assert respond("B", {"until": ["\n\n"]})[1] == DEFAULT_LONGEST
+    assert respond("B", {"max_new_tokens": 16}, longest=4)[1] == 4
+
+
+def test_lmms_eval_knows_the_model_and_runs_it(solo, tmp_path, picture):
+    solo.save(tmp_path)
+    assert get_model("solo") is Solo
+    model = Solo.create_from_arg_string(f"pretrained={tmp_path},longest=6", {"batch_size": 2})
+    model.task_dict = {"task": {"test": [{}] * 3}}
+    images = [[], [picture(64, 32)], [picture(64, 64), picture(32, 96, seed=1)]]
+    responses = model.generate_until([request(row, {}, *images[row]) for row in range(3)])
+    answerer = Answerer(solo.model, solo.processor)
+    alone = [answerer.answer([ask(f"question {row}", *images[row])], 6)[0] for row in range(3)]
+    assert responses == alone
+
+
+# ------------------------------------------------------------------------------------- a served model
+
+
+class Server(ThreadingHTTPServer):
+    """Speaks as much of the OpenAI API as is needed: answers with the sizes of the images that it got."""
+
+    def __init__(self, parallel: int) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.together = threading.Barrier(parallel, timeout=20)
+        self.seen: list[dict] = []
+        self.images: list[Image.Image] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append({"path": self.path, "key": self.headers["Authorization"], **body})
+        self.server.together.wait()
+        text = "".join(p["text"] for p in body["messages"][0]["content"] if p["type"] == "text")
+        if "refuse" in text:
+            self.reply(400, {"error": {"message": "this chat is too long"}})
+            return
+        urls = [p["image_url"]["url"] for p in body["messages"][0]["content"] if p["type"] == "image_url"]
+        images = [Image.open(BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
+        self.server.images += images
+        content = f" {text}: {[image.size for image in images]} "
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+        self.reply(
+            200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        )
+
+    def reply(self, status: int, value: dict) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve() -> Iterator:
+    servers = []
+
+    def start(parallel: int = 1) -> Server:
+        servers.append(Server(parallel))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_served_model_gets_chats_with_images_and_several_at_a_time(serve, picture):
+    server = serve(parallel=2)  # no request is answered before two are there
+    images = [picture(64, 32), picture(32, 96, seed=1)]
+    chats = [ask("none"), ask("one", images[0]), ask("two", *images), ask("again", images[1])]
+    found = answers_by_number(ServedEngine("m", server.url, "secret", concurrency=2), chats)
+    assert [found[n].text for n in range(4)] == [
+        "none: []",
+        "one: [(64, 32)]",
+        "two: [(64, 32), (32, 96)]",
+        "again: [(32, 96)]",
+    ]
+    assert all((s["model"], s["temperature"], s["max_tokens"]) == ("m", 0.0, 6) for s in server.seen)
+    assert {s["path"] for s in server.seen} == {"/v1/chat/completions"}
+    assert {s["key"] for s in server.seen} == {"Bearer secret"}
+    sent = {image.size: np.asarray(image) for image in server.images}
+    for image in images:
+        np.testing.assert_array_equal(sent[image.size], np.asarray(image))
+
+
+def test_a_chat_that_the_server_refuses_fails_alone(serve):
+    found = answers_by_number(
+        ServedEngine("m", serve().url, "x", concurrency=1), [ask("refuse"), ask("hello")]
+    )
+    assert found[0].text is None
+    assert "too long" in found[0].error
+    assert found[1].text == "hello: []"
+
+
+def test_a_server_that_is_not_there_ends_the_run(serve):
+    server = serve()
+    server.shutdown()
+    server.server_close()
+    engine = ServedEngine("m", server.url, "x", retries=0)
+    with pytest.raises(SoloError, match="no answer from http"):
+        answers_by_number(engine, [ask("hello")])
+
+
+def test_without_a_key_the_error_says_how_to_give_one(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(SoloError, match="OPENAI_API_KEY"):
+        ServedEngine("m")

@@ -1,0 +1,175 @@
+"""Planted copies of benchmark images and questions in a training mixture, and the searches by brute force."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from io import BytesIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from evaluation_runs import noise, open_task, write_rows
+from solo_vlm.data.mixture import Mixture
+from solo_vlm.evaluate.contamination.check import check_mixture
+from solo_vlm.evaluate.contamination.hashes import HashIndex, perceptual_hash
+from solo_vlm.evaluate.contamination.overlap import Overlap, normalised
+from tiny import png
+
+SENTENCE = "the old mill stands near a small river where two boats lie under many tall green trees and birds"
+QUESTIONS = [
+    " ".join(np.random.default_rng(n).permutation(SENTENCE.split())).capitalize() + "?" for n in range(12)
+]
+OPTIONS = ["a spotted dog", "a tabby cat", "a mountain goat", "none of these"]
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    """Twelve rows of AI2D; the picture of row n (from 1) is noise(n)."""
+    rows = [
+        {
+            "question": question,
+            "options": OPTIONS,
+            "answer": "1",
+            "image": {"bytes": png(noise(number, 200, 160)), "path": None},
+        }
+        for number, question in enumerate(QUESTIONS, start=1)
+    ]
+    write_rows(tmp_path / "benchmarks", "ai2d", rows)
+    return tmp_path / "benchmarks"
+
+
+def jpeg(image: Image.Image, quality: int) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def sample(text: str, *images: bytes) -> dict:
+    parts = [*[{"type": "image", "text": None} for _ in images], {"type": "text", "text": text}]
+    return {
+        "messages": [{"role": "assistant", "content": parts}],
+        "images": [{"bytes": image} for image in images],
+    }
+
+
+def write_mixture(folder, rows):
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet", row_group_size=8)
+    settings = {"root": str(folder), "model": "none", "data": {"sources": [{"path": "train.parquet"}]}}
+    (folder / "mixture.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "mixture.yaml"
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """Thirty harmless rows, one of them broken, and two that hold rows 5 and 9 of the benchmark."""
+    rows = [sample(f"a picture of number {n}, nothing else", png(noise(1000 + n, 96, 64))) for n in range(30)]
+    rows[3] = sample("broken", png(noise(1))[:50])
+    rows[12] = sample("two pictures", png(noise(2000)), jpeg(noise(5, 200, 160).resize((90, 72)), 40))
+    quoted = QUESTIONS[8].upper().replace(" ", " -- ", 3).replace("?", " ...")
+    rows[21] = sample(f"First something else. {quoted} Then the end of it.")
+    return write_mixture(tmp_path / "mixture", rows)
+
+
+def test_it_finds_exactly_what_was_planted(benchmark, mixture, run, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    out = tmp_path / "found"
+    arguments = ["--tasks", "ai2d", "--data-root", benchmark, "--mixture", mixture, "--out", out]
+    code, stdout, error = run("eval", "contamination", *arguments, "--json")
+    assert code == 0, error
+    facts = json.loads(stdout)
+    assert facts == json.loads((out / "contamination.json").read_text())
+    image, question = sorted(facts["matches"], key=lambda match: match["kind"])
+    assert (image["kind"], image["task"], image["id"]) == ("image", "ai2d", "5")
+    assert image["where"].endswith("train.parquet, row group 1, row 4")
+    assert image["distance"] <= 4
+    assert (question["kind"], question["id"]) == ("question", "9")
+    assert question["where"].endswith("train.parquet, row group 2, row 5")
+    assert question["words"] in " ".join(normalised(QUESTIONS[8]))
+    found = facts["tasks"]["ai2d"]
+    assert (found["rows"], found["images"], found["questions"], found["run_length"]) == (12, 12, 12, 13)
+    assert (found["image_matches"], found["question_matches"]) == ({"5": 1}, {"9": 1})
+    assert (facts["training_rows"], facts["training_images"], facts["skipped"]) == (30, 29, {"image": 1})
+    code, table, _ = run("eval", "contamination", *arguments)
+    assert code == 0
+    assert "1 rows" in table
+    page = (out / "contamination.html").read_text()
+    pair = [
+        Image.open(BytesIO(base64.b64decode(data)))
+        for data in re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
+    ]
+    assert [picture.size for picture in pair] == [(200, 160), (90, 72)]
+    assert question["words"] in page
+
+
+def test_processes_find_the_same(benchmark, mixture, tmp_path):
+    rows = {"ai2d": open_task("ai2d", benchmark, tmp_path / "cache")}
+    here, there = (check_mixture(rows, Mixture.load(mixture), workers=workers) for workers in (0, 2))
+    assert here == there
+    assert len(here.matches) == 2
+
+
+def test_a_phrase_that_is_everywhere_is_no_match(benchmark, tmp_path):
+    rows = {"ai2d": open_task("ai2d", benchmark, tmp_path / "cache")}
+    for copies, found in ((10, 10), (11, 0)):
+        mixture = write_mixture(tmp_path / f"{copies}", [sample(QUESTIONS[2]) for _ in range(copies)])
+        assert len(check_mixture(rows, Mixture.load(mixture)).matches) == found
+
+
+def test_many_places_are_counted_and_ten_listed(benchmark, tmp_path):
+    rows = {"ai2d": open_task("ai2d", benchmark, tmp_path / "cache")}
+    mixture = write_mixture(tmp_path / "m", [sample("same", png(noise(4, 200, 160))) for _ in range(15)])
+    found = check_mixture(rows, Mixture.load(mixture))
+    assert found.tasks["ai2d"].image_matches == {"4": 15}
+    assert len(found.matches) == 10
+
+
+@pytest.mark.parametrize("distance", [0, 1, 4, 10, 16])
+def test_the_index_finds_what_brute_force_finds(distance):
+    rng = np.random.default_rng(distance)
+    known = [int(value) for value in rng.integers(0, 2**64, 500, dtype=np.uint64)]
+    asked = []
+    for value in known[:200]:
+        flipped = rng.choice(64, int(rng.integers(0, 20)), replace=False)
+        asked.append(value ^ sum(1 << int(bit) for bit in flipped))
+    index = HashIndex(((value, number) for number, value in enumerate(known)), distance)
+    hits = 0
+    for value in asked:
+        bits = [(value ^ other).bit_count() for other in known]
+        expected = [(number, count) for number, count in enumerate(bits) if count <= distance]
+        assert sorted(index.near(value)) == expected
+        hits += len(expected)
+    assert 0 < hits < len(asked) * 2
+
+
+def test_the_hash_survives_size_and_compression_only():
+    original = noise(7, 320, 240)
+    copies = [original.resize((100, 75)), original.convert("L").convert("RGB"), original.resize((640, 480))]
+    copies.append(Image.open(BytesIO(jpeg(original, 30))))
+    distances = [(perceptual_hash(original) ^ perceptual_hash(copy)).bit_count() for copy in copies]
+    assert max(distances) <= 4
+    others = [
+        (perceptual_hash(original) ^ perceptual_hash(noise(n, 320, 240))).bit_count() for n in range(8, 40)
+    ]
+    assert min(others) > 10
+
+
+def test_runs_of_words_follow_the_lengths_of_the_questions():
+    words = [f"w{n}" for n in range(40)]
+    texts = {("short", "1"): " ".join(words[:7]), ("middle", "1"): " ".join(words[:10])}
+    texts |= {("long", str(n)): " ".join(words[n:]) for n in range(3)}
+    overlap = Overlap.of(texts)
+    assert overlap.lengths == {"short": 8, "middle": 10, "long": 13}
+    assert overlap.compared == {"short": 0, "middle": 1, "long": 3}
+    runs = overlap.runs_in("W0, w1 (w2) w3; w4 w5 w6 -- w7 w8 w9!")
+    assert [overlap.questions[run] for run in runs] == [[("middle", "1")]]
+    assert overlap.runs_in(" ".join(words[:9])) == set()
+    assert overlap.runs_in(" ".join(words[20:33])) == {" ".join(words[20:33])}

@@ -1,0 +1,191 @@
+"""Benchmarks from local files in every layout, against the rows that the files were made of."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmark_rows import make_rows, right_response
+from solo_vlm.errors import SoloError
+from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
+from solo_vlm.evaluate.data_root import find_benchmark, load_benchmark
+from solo_vlm.evaluate.predictions import Prediction, without_images
+
+COLOURS = ("red", "green", "blue")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def png(picture):
+    buffer = io.BytesIO()
+    picture(32, 32).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def hub_rows(task, png):
+    return make_rows(task, image={"bytes": png, "path": "1.png"})
+
+
+def write_tsv(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def first_image(data, task):
+    image = data[0]["decoded_image" if task == "mathvista" else "image"]
+    return image[0] if isinstance(image, list) else image
+
+
+def oracle_score(task, data):
+    plain = data.with_format(None)
+    answered = [
+        Prediction(str(n), right_response(task, row), without_images(row)) for n, row in enumerate(plain)
+    ]
+    return get(task).score(answered)
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_the_hubs_parquet_files(task, png, tmp_path):
+    rows = hub_rows(task, png)
+    table = pa.Table.from_pylist(rows)
+    folder = tmp_path / task / get(task).hub_files.rpartition("/")[0]
+    folder.mkdir(parents=True)
+    pq.write_table(table, folder / f"{get(task).split}-00000-of-00001.parquet")
+    pq.write_table(table.slice(0, 1), folder / "train-00000-of-00001.parquet")
+    data = load_benchmark(get(task), tmp_path)
+    assert len(data) == len(rows)
+    assert first_image(data, task).size == (32, 32)
+    assert oracle_score(task, data).score == get(task).maximum
+
+
+def test_arrow_as_datasets_saves_it(png, tmp_path):
+    rows = hub_rows("ai2d", png)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "ai2d")
+    data = load_benchmark(get("ai2d"), tmp_path)
+    assert data["question"] == [row["question"] for row in rows]
+
+
+def test_jsonl_with_paths_of_images(png, tmp_path):
+    (tmp_path / "mme" / "images").mkdir(parents=True)
+    (tmp_path / "mme" / "images" / "1.png").write_bytes(png)
+    rows = make_rows("mme", image="images/1.png")
+    (tmp_path / "mme" / "mme.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_benchmark(get("mme"), tmp_path)
+    assert first_image(data, "mme").size == (32, 32)
+    assert oracle_score("mme", data).score == 2800
+
+
+def vlmevalkit_rows(task, png):
+    """The same rows with VLMEvalKit's columns; every second image is the index of the row before."""
+    rows = []
+    for index, row in enumerate(make_rows(task)):
+        letters = dict(zip("ABCD", ("dog", "cat", "bird", "fish"), strict=True))
+        image = base64.b64encode(png).decode() if index % 2 == 0 else str(index - 1)
+        common = {"index": index, "image": image, "question": row["question"]}
+        if task == "mme":
+            path = row["question_id"].split("/")[1]
+            rows.append({**common, "answer": row["answer"], "category": row["category"], "image_path": path})
+        elif task == "mathvista":
+            columns = ("question_type", "answer_type", "precision", "unit", "answer", "choices")
+            copied = {name: "" if row[name] is None else row[name] for name in columns}
+            rows.append({**common, **copied, **{name: row["metadata"][name] for name in ("task", "skills")}})
+        elif task == "seedbench":
+            names = ("Scene Understanding", "Instance Identity", "Instance Location", "Instance Attributes")
+            rows.append({**common, **letters, "answer": row["answer"], "category": names[index % 4]})
+        elif task == "mmstar":
+            question = row["question"].split("\n")[0]
+            kept = {name: row[name] for name in ("answer", "category", "l2_category")}
+            rows.append({**common, **letters, "question": question, **kept})
+        else:
+            count = len(row.get("choices") or row["options"])
+            shown = {letter: text if n < count else "" for n, (letter, text) in enumerate(letters.items())}
+            rows.append({**common, **shown, "answer": "ABCD"[int(row["answer"])]})
+    return rows
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_vlmevalkits_tsv_becomes_the_hubs_schema(task, png, tmp_path):
+    rows = vlmevalkit_rows(task, png)
+    write_tsv(tmp_path / task / "Some_Name.tsv", rows)
+    data = load_benchmark(get(task), tmp_path)
+    wanted = make_rows(task)
+    answers = [right_response(task, row) for row in wanted]
+    assert [right_response(task, row) for row in data] == answers
+    assert oracle_score(task, data).score == get(task).maximum
+    assert first_image(data.select([1]), task).size == (32, 32)
+    schema_wide = {"mmstar": "category", "mme": "question_id", "ai2d": "options", "scienceqa": "choices"}
+    if task in schema_wide:
+        column = schema_wide[task]
+        assert data[column] == [row[column] for row in wanted]
+    if task == "mmstar":
+        assert data["question"] == [row["question"] for row in wanted]
+
+
+def test_a_file_that_changes_is_read_again(png, tmp_path):
+    rows = vlmevalkit_rows("ai2d", png)
+    write_tsv(tmp_path / "ai2d" / "AI2D_TEST.tsv", rows)
+    assert len(load_benchmark(get("ai2d"), tmp_path)) == len(rows)
+    write_tsv(tmp_path / "ai2d" / "AI2D_TEST.tsv", rows[:2])
+    assert len(load_benchmark(get("ai2d"), tmp_path)) == 2
+
+
+def test_a_missing_benchmark_says_what_to_download_and_where_to_put_it(tmp_path):
+    (tmp_path / "scienceqa" / ".cache").mkdir(parents=True)
+    (tmp_path / "scienceqa" / ".cache" / "test.parquet").touch()
+    (tmp_path / "scienceqa" / "train-00000.parquet").touch()
+    with pytest.raises(SoloError) as error:
+        find_benchmark(get("scienceqa"), tmp_path)
+    assert (
+        f"hf download lmms-lab-encoder/ScienceQA --repo-type dataset --include 'ScienceQA-IMG/test-*' "
+        f"--local-dir {tmp_path / 'scienceqa'}"
+    ) in str(error.value)
+
+
+def test_without_a_network_the_error_says_how_to_do_without():
+    with pytest.raises(SoloError, match=r"hf download lmms-lab-encoder/MME .* and give --data-root"):
+        load_benchmark(get("mme"), None)
+
+
+def test_the_right_split_and_kind_are_chosen(tmp_path):
+    for name in (
+        "ScienceQA-FULL/test-0.parquet",
+        "ScienceQA-IMG/test-0.parquet",
+        "ScienceQA-IMG/train-0.parquet",
+    ):
+        (tmp_path / "scienceqa" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "scienceqa" / name).touch()
+    kind, files = find_benchmark(get("scienceqa"), tmp_path)
+    assert (kind, [file.parent.name for file in files]) == ("parquet", ["ScienceQA-IMG"])
+    (tmp_path / "mathvista").mkdir()
+    for name in ("testmini-0.parquet", "test-0.parquet", "x.tsv"):
+        (tmp_path / "mathvista" / name).touch()
+    kind, files = find_benchmark(get("mathvista"), tmp_path)
+    assert (kind, [file.name for file in files]) == ("parquet", ["testmini-0.parquet"])
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "mme").mkdir()
+    (tmp_path / "mme" / "test-0.parquet").write_text("no parquet")
+    with pytest.raises(SoloError, match=r"cannot read .*test-0.parquet"):
+        load_benchmark(get("mme"), tmp_path)
+    (tmp_path / "mme" / "test-0.parquet").unlink()
+    write_tsv(
+        tmp_path / "mme" / "MME.tsv",
+        [{"index": 0, "image": "nowhere.png", "category": "OCR", "image_path": "1"}],
+    )
+    with pytest.raises(SoloError, match=r"nowhere\.png"):
+        load_benchmark(get("mme"), tmp_path)

@@ -1,0 +1,149 @@
+"""The pages of a run: what they show, and that they need nothing else."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from benchmark_rows import right_response
+from evaluation_runs import Told, open_task, write_data_root
+from solo_vlm.evaluate.benchmarks import get
+from solo_vlm.evaluate.published import PUBLISHED
+from solo_vlm.evaluate.report import category_plot
+from solo_vlm.evaluate.run import EvaluationRun, ModelFacts
+
+NASTY = "<script>alert(1)</script> | B"
+
+
+class Page(HTMLParser):
+    """Texts of the cells of tables, and sources of images."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.images: list[str] = []
+        self.tags: set[str] = set()
+        self._in_cell = False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag == "img":
+            self.images.append(dict(attrs)["src"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._in_cell = False
+
+    def handle_data(self, data):
+        if self._in_cell:
+            self.rows[-1][-1] = f"{self.rows[-1][-1]} {data}".strip()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run on two tasks: every fourth answer wrong, one of them nasty."""
+    folder = tmp_path_factory.mktemp("report")
+    write_data_root(folder / "data", ["mmstar", "mme"])
+    tasks = [(get(task), open_task(task, folder / "data", folder / "cache")) for task in ("mmstar", "mme")]
+    run = EvaluationRun(folder / "out", ModelFacts("my <model>", "test", "ab" * 32), longest=16)
+
+    class ByTask(Told):
+        def answer(self, questions):
+            questions = list(questions)
+            text = questions[0].chat[0]["content"][-1]["text"]
+            benchmark, rows = tasks[0] if "option's letter" in text else tasks[1]
+            right = [right_response(benchmark.name, row) for row in rows.columns]
+            self.answers = [NASTY if n % 4 == 0 else response for n, response in enumerate(right)]
+            return super().answer(questions)
+
+    scores = run.evaluate(ByTask([]), tasks)
+    return folder / "out", scores
+
+
+def test_scores_stand_beside_published_ones(finished):
+    out, scores = finished
+    page = Page((out / "report.html").read_text())
+    header, own, *others = page.rows[:6]
+    assert header[1:] == [score.name for score in scores]
+    assert own[0] == "my <model>"
+    assert own[1].startswith(f"{scores[0].score:.1f}")
+    named = {row[0]: row[1:] for row in others}
+    assert named["SOLO-7B published"] == ["35.5 unverified", "1,260.0"]
+    assert named["LLaVA-1.5-7B published"] == ["33.1", "1,859.0"]
+    assert named["EVEv2-7B published"] == ["", "1,709.0"]
+    assert named["NEO-9B published"] == ["62.4", ""]
+
+
+def test_published_scores_are_of_benchmarks_that_there_are():
+    for model in PUBLISHED:
+        for task, score in model.scores.items():
+            assert 0 < score < get(task).maximum
+        assert model.unverified <= model.scores.keys()
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(finished):
+    html = (finished[0] / "report.html").read_text()
+    page = Page(html)
+    assert page.tags.isdisjoint({"script", "link", "iframe"})
+    assert "&lt;script&gt;" in html
+    assert page.images
+    kinds = {"image/png": 0, "image/jpeg": 0}
+    for source in page.images:
+        header, _, data = source.partition(",")
+        kind = re.fullmatch(r"data:(image/\w+);base64", header)[1]
+        image = Image.open(BytesIO(base64.b64decode(data)))
+        assert image.get_format_mimetype() == kind
+        kinds[kind] += 1
+    assert kinds["image/png"] == 2  # a plot a task
+    assert kinds["image/jpeg"] >= 2 * 12
+
+
+def test_answers_are_shown_with_exact_prompt_reading_and_truth(finished):
+    html = (finished[0] / "report.html").read_text()
+    assert "Wrong answers: 8 of 8" in html
+    assert "Right answers: 12 of 22" in html
+    assert "read as nothing, right is yes" in html
+    assert "Please answer yes or no" not in html  # lmms-eval replaces it
+    assert "Answer the question using a single word or phrase." in html
+
+
+def test_what_was_run_is_on_record(finished):
+    out, _ = finished
+    rows = dict(row for row in Page((out / "report.html").read_text()).rows if len(row) == 2)
+    facts = json.loads((out / "run.json").read_text())
+    assert rows["sha256"] == "ab" * 32
+    for name, version in facts["versions"].items():
+        assert rows[name] == version
+    assert rows["longest answer"] == "16"
+
+
+def test_the_markdown_has_the_same_tables(finished):
+    out, scores = finished
+    lines = (out / "report.md").read_text().splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    assert tables[0] == f"| model | {scores[0].name} | {scores[1].name} |"
+    assert {line.count("|") for line in tables[:7]} == {4}
+    for score in scores:
+        low, high = score.interval
+        assert f"**{score.score:,.1f}** ({low:,.1f} to {high:,.1f})" in tables[2]
+        for name, part in score.breakdown.items():
+            assert any(line.startswith(f"| {name} | {part.group} | {part.score:,.1f} |") for line in tables)
+
+
+def test_the_plot_has_a_bar_for_each_category(finished):
+    sizes = [Image.open(BytesIO(category_plot(score))).size for score in finished[1]]
+    parts = [len(score.breakdown) for score in finished[1]]
+    assert sizes[0][0] == sizes[1][0]
+    assert (sizes[0][1] > sizes[1][1]) == (parts[0] > parts[1])

@@ -1,0 +1,273 @@
+"""Evaluation runs through lmms-eval on made-up files in the true schemas: scores, resuming, bad rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from benchmark_rows import TASKS, right_response
+from evaluation_runs import Told, open_task, write_data_root
+from solo_vlm.errors import SoloError
+from solo_vlm.evaluate.benchmarks import get
+from solo_vlm.evaluate.engines import Answer
+from solo_vlm.evaluate.run import EvaluationRun, ModelFacts
+from solo_vlm.evaluate.run_folder import RunFolder
+from solo_vlm.evaluate.weights import weights_hash
+from tiny import make_solo
+
+FACTS = ModelFacts("told", "test", "0" * 64)
+HARNESS_PERFECT = {
+    "mmstar": {"average": 1.0},
+    "mme": {"mme_perception_score": 2000.0, "mme_cognition_score": 800.0},
+    "seedbench": {"seed_image": 1.0, "seed_all": 1.0},
+    "ai2d": {"exact_match": 1.0},
+    "scienceqa": {"exact_match": 1.0},
+    "mathvista": {},
+}
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    return write_data_root(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def opened(data_root, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return {task: open_task(task, data_root, cache) for task in TASKS}
+
+
+def right_answers(task, rows):
+    return [right_response(task, row) for row in rows.columns]
+
+
+def evaluate(task, rows, engine, out, **settings):
+    (score,) = EvaluationRun(out, FACTS, **settings).evaluate(engine, [(get(task), rows)])
+    return score
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_oracle_is_perfect_and_the_harness_says_so_too(task, opened, tmp_path):
+    rows = opened[task]
+    score = evaluate(task, rows, Told(right_answers(task, rows)), tmp_path)
+    assert score.score == score.maximum
+    assert (score.n, score.unreadable, score.bad_rows) == (len(rows), 0, ())
+    for metric, value in HARNESS_PERFECT[task].items():
+        assert score.raw[f"lmms-eval: {metric}"] == pytest.approx(value)
+    assert f"partial: {len(rows)} of {get(task).size:,}" in score.name
+    assert RunFolder(tmp_path).read_scores() == [score]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_constant_answer_scores_exactly_its_share(task, opened, tmp_path):
+    rows = opened[task]
+    constant = "Yes" if task == "mme" else "B"
+    score = evaluate(task, rows, Told([constant] * len(rows)), tmp_path)
+    share = Counter(right_answers(task, rows))[constant] / len(rows)
+    assert 0 < share < 1
+    # Each image of MME has one question of either answer: acc is 50 in all 14 subtasks, acc+ is 0.
+    assert score.score == pytest.approx(14 * 50 if task == "mme" else 100 * share)
+
+
+def test_videos_of_seedbench_are_not_asked_and_say_so(opened, tmp_path):
+    rows = opened["seedbench"]
+    engine = Told(["A"] * len(rows))
+    score = evaluate("seedbench", rows, engine, tmp_path)
+    assert sorted(engine.asked) == list(range(18))
+    assert (score.n, score.set_aside) == (18, 3)
+
+
+@pytest.fixture(scope="module")
+def whole_run(data_root, tmp_path_factory):
+    """All six tasks by a tiny model, as a user would run them."""
+    folder = tmp_path_factory.mktemp("run")
+    make_solo().save(folder / "model")
+    return folder
+
+
+def test_six_tasks_from_the_command_line(whole_run, data_root, run, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", whole_run / "cache")
+    model, out = whole_run / "model", whole_run / "out"
+    arguments = ["--model", model, "--data-root", data_root, "--out", out, "--max-new-tokens", 2, "--json"]
+    code, stdout, stderr = run("eval", "run", *arguments)
+    assert code == 0, stderr
+    printed = json.loads(stdout)
+    assert [score["task"] for score in printed["scores"]] == list(TASKS)
+    assert printed["scores"] == json.loads((out / "scores.json").read_text())
+    weights = (model / "model.safetensors").read_bytes()
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["model"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert facts["versions"]["lmms_eval"] == "0.7.3"
+    assert facts["tasks"]["mmstar"]["prompt"].endswith(
+        "Answer with the option's letter from the given choices directly"
+    )
+    for task in TASKS:
+        code, stdout, _ = run(
+            "eval",
+            "rescore",
+            "--task",
+            task,
+            "--predictions",
+            out / "predictions" / f"{task}.jsonl",
+            "--json",
+        )
+        rescored, score = json.loads(stdout), next(s for s in printed["scores"] if s["task"] == task)
+        assert rescored["score"] == score["score"]
+        assert rescored["n"] == score["n"] == facts["tasks"][task]["rows"]
+    assert "MathVista (testmini) (partial: 20 of 1,000)" in (out / "report.html").read_text()
+
+
+def test_the_hash_covers_all_weights_in_order_of_their_names(tmp_path):
+    for name, content in (
+        ("model-2.safetensors", b"two"),
+        ("model-1.safetensors", b"one"),
+        ("x.json", b"{}"),
+    ):
+        (tmp_path / name).write_bytes(content)
+    assert weights_hash(tmp_path) == hashlib.sha256(b"onetwo").hexdigest()
+    with pytest.raises(SoloError, match="has no weights"):
+        weights_hash(tmp_path.parent)
+
+
+def test_missing_data_says_what_to_download(whole_run, run, tmp_path):
+    arguments = ["--model", whole_run / "model", "--tasks", "ai2d", "--out", tmp_path / "out"]
+    code, _, error = run("eval", "run", *arguments, "--data-root", tmp_path)
+    assert code == 2
+    assert "hf download lmms-lab-encoder/ai2d" in error
+    assert not (tmp_path / "out").exists()
+
+
+class Endless(Told):
+    """Stands still after four batches, as a model that is about to be killed."""
+
+    def answer(self, questions):
+        for number, batch in enumerate(super().answer(questions)):
+            if number == 4:
+                time.sleep(600)
+            yield batch
+
+
+def test_a_run_that_is_killed_goes_on_where_it_stood(opened, tmp_path):
+    rows = opened["mmstar"]
+    answers = [
+        response if number % 3 else "D" for number, response in enumerate(right_answers("mmstar", rows))
+    ]
+    out = tmp_path / "out"
+    killed = multiprocessing.get_context("fork").Process(
+        target=evaluate, args=("mmstar", rows, Endless(answers), out)
+    )
+    killed.start()
+    kept = out / "answers" / "mmstar.jsonl"
+    for _ in range(600):
+        if kept.exists() and kept.read_bytes().count(b"\n") == 12:
+            break
+        time.sleep(0.1)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    there = {json.loads(line)["row"] for line in kept.read_text().splitlines()}
+    assert len(there) == 12
+    with kept.open("a") as lines:
+        lines.write('{"row": 3, "request": "')  # killed in the middle of a line
+
+    engine = Told(answers)
+    score = evaluate("mmstar", rows, engine, out)
+    assert set(engine.asked).isdisjoint(there)
+    assert sorted({*engine.asked, *there}) == list(range(len(rows)))
+    assert score == evaluate("mmstar", rows, Told(answers), tmp_path / "in one go")
+
+    engine = Told(answers)
+    assert evaluate("mmstar", rows, engine, out) == score
+    assert engine.asked == []
+
+
+def test_a_file_of_answers_that_is_none_says_so(opened, tmp_path):
+    evaluate("ai2d", opened["ai2d"], Told(["A"] * 6), tmp_path)
+    (tmp_path / "answers" / "ai2d.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(SoloError, match="remove it to ask again"):
+        evaluate("ai2d", opened["ai2d"], Told(["A"] * 6), tmp_path)
+
+
+def test_other_settings_ask_again(opened, tmp_path):
+    rows = opened["ai2d"]
+    evaluate("ai2d", rows, Told(["A"] * 6), tmp_path, longest=4)
+    engine = Told(["A"] * 6)
+    evaluate("ai2d", rows, engine, tmp_path, longest=8)
+    assert sorted(engine.asked) == list(range(6))
+
+
+def test_a_folder_takes_one_model_only(opened, tmp_path):
+    rows = opened["ai2d"]
+    evaluate("ai2d", rows, Told(["A"] * 6), tmp_path)
+    other = EvaluationRun(tmp_path, ModelFacts("told", "test", "1" * 64))
+    with pytest.raises(SoloError, match="another model"):
+        other.evaluate(Told(["A"] * 6), [(get("ai2d"), rows)])
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("keep me")
+    with pytest.raises(SoloError, match="exists already"):
+        EvaluationRun(tmp_path / "precious", FACTS).evaluate(Told([]), [(get("ai2d"), rows)])
+
+
+def test_a_bad_row_is_counted_and_wrong(tmp_path):
+    from benchmark_rows import make_rows
+    from evaluation_runs import noise, write_rows
+    from tiny import png
+
+    rows = make_rows("mmstar", image={"bytes": png(noise(0)), "path": None})[:10]
+    rows[3]["image"] = {"bytes": png(noise(0))[:100], "path": None}
+    rows[5]["image"] = None
+    write_rows(tmp_path / "data", "mmstar", rows)
+    opened = open_task("mmstar", tmp_path / "data", tmp_path / "cache")
+    engine = Told(right_answers("mmstar", opened))
+    score = evaluate("mmstar", opened, engine, tmp_path / "out")
+    assert sorted(engine.asked) == [0, 1, 2, 4, 6, 7, 8, 9]
+    assert (score.n, score.score, score.bad_rows) == (10, 80.0, ("4", "6"))
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert facts["tasks"]["mmstar"]["failures"].keys() == {"4", "6"}
+    assert "the row has no image" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_limit_that_the_harness_cannot_score_is_no_failure(opened, tmp_path):
+    rows = opened["mme"]
+    score = evaluate("mme", rows, Told(right_answers("mme", rows)), tmp_path, limit=3)
+    assert score.n == 3
+    assert not any("lmms-eval" in name for name in score.raw)
+    assert "lmms-eval could not score this" in (tmp_path / "report.md").read_text()
+
+
+def test_an_engine_that_gives_up_keeps_what_there_is(opened, tmp_path):
+    class Broken(Told):
+        def answer(self, questions):
+            yield [Answer(next(iter(questions)).number, "A")]
+            raise SoloError("the server is gone")
+
+    with pytest.raises(SoloError, match="the server is gone"):
+        evaluate("ai2d", opened["ai2d"], Broken([]), tmp_path)
+    engine = Told(["A"] * 6)
+    evaluate("ai2d", opened["ai2d"], engine, tmp_path)
+    assert sorted(engine.asked) == [1, 2, 3, 4, 5]
+
+
+def test_without_lmms_eval_the_error_says_how_to_get_it(opened, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", None)
+    monkeypatch.delitem(sys.modules, "solo_vlm.evaluate.harness")
+    with pytest.raises(SoloError, match="pip install --no-deps lmms-eval=="):
+        evaluate("ai2d", opened["ai2d"], Told(["A"] * 6), tmp_path)
+
+
+def test_the_address_of_a_server_needs_the_engine(run, tmp_path):
+    code, _, error = run(
+        "eval", "run", "--model", "m", "--out", tmp_path, "--base-url", "http://localhost:1/v1"
+    )
+    assert code == 2
+    assert "--engine vllm" in error

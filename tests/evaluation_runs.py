@@ -1,0 +1,72 @@
+"""Benchmark files and models that answer what they are told, for tests of evaluation runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from benchmark_rows import TASKS, make_rows
+from solo_vlm.evaluate.benchmarks import get
+from solo_vlm.evaluate.data_root import load_benchmark
+from solo_vlm.evaluate.engines import Answer, Question
+from solo_vlm.evaluate.rows import Rows
+from tiny import png
+
+
+def noise(seed: int, width: int = 64, height: int = 64) -> Image.Image:
+    """A smooth picture unlike any other of another seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_data_root(folder: Path, tasks: Iterable[str] = TASKS) -> Path:
+    """A parquet file of made-up rows for each task; every image is another one."""
+    seed = 0
+    for task in tasks:
+        rows = make_rows(task)
+        for row in rows:
+            column = "decoded_image" if task == "mathvista" else "image"
+            seed += 1
+            image = {"bytes": png(noise(seed)), "path": None}
+            if isinstance(row[column], list):
+                row[column] = [image] * len(row[column])
+            elif row[column] is not None:
+                row[column] = image
+        write_rows(folder, task, rows)
+    return folder
+
+
+def write_rows(folder: Path, task: str, rows: list[dict]) -> None:
+    path = folder / task / f"{get(task).split}.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def open_task(task: str, data_root: Path, cache: Path) -> Rows:
+    """The rows of a task, through a cache of their own."""
+    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, cache
+    try:
+        return Rows.of(get(task), load_benchmark(get(task), data_root))
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
+
+
+class Told:
+    """Answers row by row what it was told, in batches of three, the last row first; remembers who asked."""
+
+    def __init__(self, answers: list[str]) -> None:
+        self.answers = answers
+        self.asked: list[int] = []
+
+    def answer(self, questions: Iterable[Question]) -> Iterator[list[Answer]]:
+        questions = sorted(questions, key=lambda question: -question.number)
+        for start in range(0, len(questions), 3):
+            batch = questions[start : start + 3]
+            self.asked += [question.number for question in batch]
+            yield [Answer(question.number, self.answers[question.number]) for question in batch]
