@@ -164,6 +164,7 @@ class StreamMaker:
 
 def make_encoder() -> Encoder:
     """With the processor of a model too small to matter."""
+    logging.set_verbosity_error()  # it tells how the embeddings of new tokens are initialised
     tokenizer = train_tokenizer([CAPTION], vocab_size=300)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     llm = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes))
@@ -274,7 +275,6 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    logging.set_verbosity_error()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     rng = np.random.default_rng(0)

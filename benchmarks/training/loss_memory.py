@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from training.machine import in_fresh_process, peak_growth, this_device
 from training.variants import SHAPE
 from training.workload import Workload, supervised_share
@@ -47,19 +48,23 @@ def measure(workload: Workload, full_tokens: int, precision: str) -> dict[str, A
 def _peak(workload: Workload, precision: str, chunked: bool, tokens: int, share: float) -> float:
     config = workload.config(SHAPE).text_config
     device = this_device()
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, tokens, config.hidden_size, generator=generator).to(device).requires_grad_()
-    labels = torch.randint(config.vocab_size, (1, tokens), generator=generator)
-    labels[torch.rand(labels.shape, generator=generator) >= share] = IGNORE_INDEX
-    labels = labels.to(device)
     head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device)
+    generator = torch.Generator().manual_seed(0)
 
-    def forward_and_backward() -> None:
+    def inputs(length: int) -> tuple[Tensor, Tensor]:
+        states = torch.randn(1, length, config.hidden_size, generator=generator)
+        labels = torch.randint(config.vocab_size, (1, length), generator=generator)
+        labels[torch.rand(labels.shape, generator=generator) >= share] = IGNORE_INDEX
+        return states.to(device).requires_grad_(), labels.to(device)
+
+    def forward_and_backward(states: Tensor, labels: Tensor) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             if chunked:
                 loss = supervised_cross_entropy(states, labels, head)
             else:
                 loss = ForCausalLMLoss(head(states), labels, config.vocab_size)
         loss.backward()
+        head.zero_grad()
 
-    return peak_growth(forward_and_backward, device)
+    forward_and_backward(*inputs(16))  # loads what is loaded at first use
+    return peak_growth(partial(forward_and_backward, *inputs(tokens)), device)

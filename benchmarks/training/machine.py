@@ -45,7 +45,7 @@ def seconds(task: Callable[[], Any], device: torch.device) -> float:
 def peak_growth(task: Callable[[], Any], device: torch.device) -> float:
     """Gigabytes that a task needs at its peak, above what is held when it begins.
 
-    On a CPU for the first task of a fresh process alone: the peak of a process never falls.
+    On a CPU it must be the first large task of a fresh process: the peak of a process never falls.
     """
     if device.type == "cpu":
         held = psutil.Process().memory_info().rss

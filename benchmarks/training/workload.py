@@ -25,7 +25,7 @@ from solo_vlm.train.recipe import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY_DECODER = {
-    "vocab_size": 512,
+    "vocab_size": 8192,
     "hidden_size": 48,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -65,7 +65,7 @@ class Workload:
 
     @classmethod
     def of_tiny(cls) -> Workload:
-        return cls(samples=6, rows=3, length=512, median=100, largest=200, caption=(3, 9), tiny=True)
+        return cls(samples=6, rows=3, length=2048, median=100, largest=200, caption=(3, 9), tiny=True)
 
     def draw(self) -> tuple[list[Image.Image], list[Document]]:
         """The photographs, and the samples as training reads them."""

@@ -9,20 +9,7 @@ import pytest
 from PIL import Image
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "data_path.py"
-TINY = [
-    "--photographs",
-    "4",
-    "--rounds",
-    "1",
-    "--sequences",
-    "1",
-    "--length",
-    "1024",
-    "--growth",
-    "1",
-    "2",
-    "--json",
-]
+TINY = ["--photographs", "4", "--rounds", "1", "--sequences", "1", "--length", "1024", "--growth", "1", "2"]
 
 
 @pytest.mark.slow
@@ -32,7 +19,7 @@ def test_the_benchmark_prints_what_it_promises(tmp_path, own):
         Image.effect_noise((500, 375), 50).convert("RGB").save(tmp_path / f"{index}.jpg")
     images = ["--images", str(tmp_path)] if own else []
     done = subprocess.run(
-        [sys.executable, str(BENCHMARK), *TINY, *images], capture_output=True, text=True, check=True
+        [sys.executable, str(BENCHMARK), *TINY, "--json", *images], capture_output=True, text=True, check=True
     )
     results = json.loads(done.stdout)
     assert results["photographs"] == (2 if own else 4)

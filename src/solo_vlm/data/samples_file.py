@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import pyarrow.parquet as pq
 
 from solo_vlm.files import new_file
 
-_ROW_GROUP = 256
+# Of a row group, what a stream holds in memory. A loader has hundreds open: 64 streams, 4 each, all sources.
+_ROWS, _BYTES = 256, 4_000_000
 _NOTE_KEY = "solo_vlm"
 
 SCHEMA = pa.schema(
@@ -42,9 +42,9 @@ def write_samples(
         samples: the rows; read once, a row group at a time.
         note: called after the last row; what it returns is kept in the file, for `read_note`.
     """
-    rows, count = iter(samples), 0
+    count = 0
     with new_file(path) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
-        while group := list(itertools.islice(rows, _ROW_GROUP)):
+        for group in _row_groups(samples):
             writer.write_table(pa.Table.from_pylist(group, SCHEMA))
             count += len(group)
         if note is not None:
@@ -60,3 +60,16 @@ def read_note(path: Path) -> dict[str, Any] | None:
         return None
     note = metadata.get(_NOTE_KEY.encode())
     return None if note is None else json.loads(note)
+
+
+def _row_groups(samples: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    group: list[dict[str, Any]] = []
+    size = 0
+    for sample in samples:
+        group.append(sample)
+        size += sum(len(image.get("bytes") or b"") for image in sample.get("images") or ())
+        if len(group) == _ROWS or size >= _BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

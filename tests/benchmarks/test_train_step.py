@@ -1,0 +1,125 @@
+"""The benchmark of a training step compares what it says it compares."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from training import seven_b
+from training.variants import FULL_LOGITS, LLAVA, NAMES, OURS, PADDED, make_variants
+from training.workload import Workload
+
+from solo_vlm.train.processes import DATA, TENSOR, start_processes
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
+
+
+@pytest.fixture(scope="module")
+def workload():
+    return Workload.of_tiny()
+
+
+@contextmanager
+def one_sharded_process(recipe):
+    """This process as one on a GPU is, with parameters that FSDP2 holds and casts."""
+    with start_processes(recipe) as alone:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield replace(alone, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=(DATA, TENSOR)))
+        finally:
+            dist.destroy_process_group()
+
+
+def losses(workload, start) -> dict[str, list[float]]:
+    """Two steps of each variant, each with a model and an optimizer of its own."""
+    recipe = workload.recipe(precision="fp32")
+    with start(recipe) as processes:
+        found = {}
+        for name in NAMES:
+            variant = make_variants([name], workload, recipe, processes)[name]
+            variant.prepare()
+            found[name] = [variant.step(recipe, processes) for _ in range(2)]
+        return found
+
+
+@pytest.mark.parametrize("start", [start_processes, one_sharded_process])
+def test_all_ways_of_training_solo_take_the_same_steps(workload, start):
+    found = losses(workload, start)
+    assert found[PADDED] == pytest.approx(found[OURS], rel=1e-4)
+    assert found[FULL_LOGITS] == pytest.approx(found[OURS], rel=1e-4)
+    assert found[OURS][1] < found[OURS][0]
+    assert found[LLAVA][1] < found[LLAVA][0]
+
+
+def test_llava_reads_the_same_captions(workload):
+    recipe = workload.recipe()
+    with start_processes(recipe) as processes:
+        variants = make_variants(NAMES, workload, recipe, processes)
+    images, documents = workload.draw()
+    vision = variants[OURS].model.config.vision_token_ids
+    llava = variants[LLAVA]
+    rows = [
+        row
+        for batch in llava.batches
+        for row in zip(*map(batch.get, ("input_ids", "labels", "attention_mask")), strict=True)
+    ]
+    assert sum(len(batch["squares"]) for batch in llava.batches) == len(rows) == len(images)
+    for document, (ids, labels, mask) in zip(documents, rows, strict=True):
+        ids, labels = ids[mask.bool()].numpy(), labels[mask.bool()].numpy()
+        image = ids == vision[0]
+        assert image.sum() == 16  # 4 x 4 patches of the tiny encoder
+        assert np.array_equal(ids[~image], document.input_ids[~np.isin(document.input_ids, vision)])
+        assert np.array_equal(labels[labels >= 0], document.labels[document.labels >= 0])
+    trained = {
+        name.split(".")[1] for name, weight in llava.model.model.named_parameters() if weight.requires_grad
+    }
+    assert trained == {"language_model", "multi_modal_projector"}
+
+
+def test_a_sequence_is_full(workload):
+    documents = workload.sequence()
+    assert sum(map(len, documents)) == workload.length
+    assert all(len(document.patches) for document in documents[:-1])
+
+
+def test_padding_of_many_batches_is_that_of_drawn_ones(workload):
+    many = replace(workload, samples=300)
+    lengths = np.array([len(document) for document in many.draw()[1]]).reshape(-1, workload.rows)
+    drawn = 1 - lengths.sum() / (lengths.max(axis=1).sum() * workload.rows)
+    assert workload.padding_share() == pytest.approx(drawn, abs=0.05)
+
+
+def test_layers_of_the_7b_model_train(workload, monkeypatch):
+    monkeypatch.setattr(seven_b, "start_processes", one_sharded_process)
+    settings = {"activation_checkpointing": "selective"}
+    figures = seven_b._train(workload, settings, layers=2, warmup=0, steps=1)
+    assert figures["layers"] == 2
+    assert figures["tokens_per_second"] == pytest.approx(workload.length / figures["step_seconds"])
+
+
+@pytest.mark.slow
+def test_the_script_prints_its_figures(tmp_path):
+    out, plot = tmp_path / "out.json", tmp_path / "plot.svg"
+    command = [sys.executable, SCRIPT, "--tiny", "--json", "--out", out, "--plot", plot]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    figures = json.loads(printed)
+    for name in (
+        "tokens_per_second",
+        "speedup_over_padded",
+        "speedup_over_full_logits",
+        "samples_per_second_over_llava",
+        "loss_memory_ratio",
+    ):
+        assert math.isfinite(figures[name]) and figures[name] > 0, name
+    assert figures == json.loads(out.read_text())
+    assert figures["seven_b"]["full"]["tokens_per_second"] > 0
+    assert plot.read_text().count("</svg>") == 1
