@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from solo_vlm.train.attention import packed_attention
+from solo_vlm.data.collate import collate
+from solo_vlm.data.encode import Encoder
+from solo_vlm.data.schema import parse_sample
+from solo_vlm.train.attention import packed_attention, use_packed_attention
+from tiny import LLM_CONFIGS, ask, make_solo, png
+
+ANSWER = [{"role": "assistant", "content": [{"type": "text", "text": "a blue square"}]}]
 
 
 def dense(query, key, value, bounds, window):
@@ -43,6 +50,31 @@ def test_equals_dense_attention_and_so_do_gradients(lengths, window, with_long):
         strict=True,
     ):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", LLM_CONFIGS)
+def test_training_attends_as_the_model_does_to_each_document_alone(family):
+    """Every family's own attention, eager and without packing, is the truth; Gemma 2 caps its scores."""
+    solo = make_solo(family)
+    for module in solo.model.modules():
+        if getattr(module, "attn_logit_softcapping", None):
+            module.attn_logit_softcapping = 0.5  # low enough to matter at this size
+    picture = png(Image.effect_noise((64, 64), 90).convert("RGB"))
+    encoder = Encoder(solo.processor)
+    documents = [
+        encoder(parse_sample({"messages": ask(prompt, *pictures) + ANSWER}))
+        for prompt, pictures in [("what is this?", [picture]), ("a red circle", []), ("seven", [picture])]
+    ]
+    solo.model.set_attn_implementation("eager")
+    alone = [
+        solo.model(input_ids=torch.tensor(d.input_ids)[None], pixel_values=torch.tensor(d.patches)).logits[0]
+        for d in documents
+    ]
+    use_packed_attention(solo.model)
+    batch = collate(documents, 128, 0)
+    packed = solo.model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[0]
+    together = packed[: sum(map(len, documents))]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 def test_a_batch_that_is_not_packed_is_refused():
