@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from solo_vlm.cli._console import STDOUT, print_json
-from solo_vlm.cli.data._progress import progress_bar
+from solo_vlm.cli._progress import progress_bar
 
 
 class _Engine(StrEnum):
