@@ -10,6 +10,8 @@ from threading import Thread
 import pytest
 
 from benchmark_rows import make_rows, right_response
+from evaluation_runs import write_data_root
+from tiny import make_solo
 
 ENDPOINT = "/v1/chat/completions"
 
@@ -105,3 +107,36 @@ def test_an_endpoint_that_fails_is_one_line(judged):
     assert (code, out) == (2, "")
     assert "the judge judge-1 at http://127.0.0.1" in error
     assert "no such model" in error
+
+
+def test_a_run_is_judged(run, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    make_solo().save(tmp_path / "model")
+    data_root = write_data_root(tmp_path / "data", ["mathvista"])
+    rows = {row["query"]: row for row in make_rows("mathvista")}
+
+    def right(prompt):
+        (row,) = [row for query, row in rows.items() if query.strip() in prompt]
+        return right_response("mathvista", row)
+
+    with server(right) as (url, requests):
+        command = [
+            "eval",
+            "run",
+            "--model",
+            tmp_path / "model",
+            "--tasks",
+            "mathvista",
+            "--out",
+            tmp_path / "out",
+        ]
+        options = ["--data-root", data_root, "--max-new-tokens", 2, "--judge", "judge-1", "--judge-url", url]
+        code, printed, said = run(*command, *options, "--json")
+    assert code == 0, said
+    assert len(requests) == len(rows)
+    (score,) = json.loads(printed)["scores"]
+    assert score["score"] == 100.0
+    assert "judge-1" in json.dumps(score)
