@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from solo_vlm.data.schema import Sample, SampleError
+from solo_vlm.data.schema import ImageSource, Sample, SampleError
 from solo_vlm.data.sources.files import retried
 from solo_vlm.errors import SoloError
 
 if TYPE_CHECKING:
-    from transformers import BatchFeature, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from solo_vlm.model.processing_solo import SoloProcessor
 
@@ -67,18 +67,19 @@ def encode(sample: Sample, processor: SoloProcessor) -> Document:
 
 
 def _encode_images(sample: Sample, processor: SoloProcessor) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    if not sample.images:
-        return np.empty((0, _patch_dim(processor)), np.uint8), np.empty((0, 3), np.int64)
-    vision = _read_images(sample, processor)
-    return np.asarray(vision["pixel_values"]), np.asarray(vision["image_grid_thw"])
+    encoded = [_encode_image(image, processor) for image in sample.images]
+    patches = [patches for patches, _ in encoded] or [np.empty((0, _patch_dim(processor)), np.uint8)]
+    grids = np.array([(1, *grid) for _, grid in encoded], np.int64).reshape(-1, 3)
+    # One image is the usual case: nothing to concatenate, so nothing to copy.
+    return patches[0] if len(patches) == 1 else np.concatenate(patches), grids
 
 
 @retried
-def _read_images(sample: Sample, processor: SoloProcessor) -> BatchFeature:
+def _encode_image(image: ImageSource, processor: SoloProcessor) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     from solo_vlm.model.image_loading_solo import ImageFetchError, ImageMissingError
 
     try:
-        return processor.image_processor(sample.images, max_aspect_ratio=_MAX_ASPECT_RATIO)
+        return processor.image_processor.encode(image, _MAX_ASPECT_RATIO)
     except ValueError as error:  # an ImageError, usually
         if isinstance(error, ImageFetchError) and not isinstance(error, ImageMissingError):
             raise OSError(errno.EIO, str(error)) from error

@@ -123,10 +123,32 @@ def image_to_patches(image: Image.Image | np.ndarray, patch_size: int) -> np.nda
     rows, columns = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size
     line = np.dtype((np.void, patch_size))  # a patch's pixels are copied a line at a time
     patches = np.empty((rows, columns, 3, patch_size), line)
-    for row in range(rows):  # small enough for the processor's cache
-        strip = pixels[row * patch_size : (row + 1) * patch_size].transpose(2, 0, 1)  # (3, patch_size, width)
-        patches[row] = np.ascontiguousarray(strip).view(line).transpose(2, 0, 1)
+    for channel, plane in enumerate(_planes(pixels)):
+        lines = plane.view(line).reshape(rows, patch_size, columns)
+        patches[:, :, channel] = lines.transpose(0, 2, 1)
     return patches.view(np.uint8).reshape(rows * columns, -1)
+
+
+def _planes(pixels: np.ndarray) -> Sequence[np.ndarray]:
+    """(height, width, 3) as three arrays (height, width)."""
+    if cv2 is not None:
+        return cv2.split(pixels)
+    return [np.ascontiguousarray(pixels[:, :, channel]) for channel in range(3)]
+
+
+def _cut(
+    pixels: np.ndarray,
+    rows: int,
+    columns: int,
+    patch_size: int,
+    resample: int | None,
+    max_aspect_ratio: int | None,
+) -> np.ndarray:
+    """(rows * columns, 3 * patch_size**2) patches of an image of any size."""
+    short, long = sorted(pixels.shape[:2])
+    if max_aspect_ratio is not None and long > max_aspect_ratio * short:
+        raise ImageError(f"an image of {long} x {short} pixels is more of a line than a picture")
+    return image_to_patches(resize(pixels, rows * patch_size, columns * patch_size, resample), patch_size)
 
 
 class SoloImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -205,6 +227,23 @@ class SoloImageProcessor(PilBackend):
         """
         return super().preprocess(images, **kwargs)
 
+    def encode(self, image: Any, max_aspect_ratio: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+        """One image by the processor's own settings: `preprocess` without its checks, which take time.
+
+        Args:
+            image: anything that `load_image` reads.
+            max_aspect_ratio: see the class.
+
+        Returns:
+            uint8 (rows * columns, 3 * patch_size**2), and (rows, columns).
+
+        Raises:
+            ImageError: the image cannot be read or used.
+        """
+        pixels = load_pixels(image)
+        rows, columns = self.get_patch_grid(*pixels.shape[:2])
+        return _cut(pixels, rows, columns, self.patch_size, self.resample, max_aspect_ratio), (rows, columns)
+
     def get_patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of patches that an image of `height` x `width` pixels becomes."""
         return self._grid(height, width, self.patch_size, self.size, self.resize_rule, self.do_resize)
@@ -259,13 +298,8 @@ class SoloImageProcessor(PilBackend):
     ) -> BatchFeature:
         patches, grids = [np.empty((0, 3 * patch_size**2), np.uint8)], []
         for image in images:
-            short, long = sorted(image.shape[:2])
-            if max_aspect_ratio is not None and long > max_aspect_ratio * short:
-                raise ImageError(f"an image of {long} x {short} pixels is more of a line than a picture")
-            height, width = image.shape[:2]
-            rows, columns = self._grid(height, width, patch_size, size, resize_rule, do_resize)
-            resized = resize(image, rows * patch_size, columns * patch_size, resample)
-            patches.append(image_to_patches(resized, patch_size))
+            rows, columns = self._grid(*image.shape[:2], patch_size, size, resize_rule, do_resize)
+            patches.append(_cut(image, rows, columns, patch_size, resample, max_aspect_ratio))
             grids.append((1, rows, columns))
 
         # One image is the usual case of a data loader: nothing to concatenate, so nothing to copy.
