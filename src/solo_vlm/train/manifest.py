@@ -18,7 +18,18 @@ from solo_vlm.errors import SoloError
 from solo_vlm.files import new_file
 from solo_vlm.train.recipe import Recipe
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "pyarrow", "safetensors")
+# Those that results may depend on. Without OpenCV, images are resized by torch and differ by a level of 255.
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pillow",
+    "opencv-python-headless",
+    "pyarrow",
+    "safetensors",
+    "peft",
+)
 
 
 def write_manifest(path: Path, recipe: Recipe, sources: list[Source], outcome: dict[str, Any]) -> None:
@@ -35,7 +46,7 @@ def write_manifest(path: Path, recipe: Recipe, sources: list[Source], outcome: d
         "data": {source.name: source.fingerprint() for source in sources},
         "solo_vlm": __version__,
         "commit": _commit(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "hardware": {
             "machine": platform.machine(),
@@ -59,6 +70,13 @@ def read_recipe(path: Path) -> Recipe:
         return Recipe.parse(json.loads(path.read_text())["recipe"], origin=str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SoloError(f"{path} is not a manifest of a run: {error}") from error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:
