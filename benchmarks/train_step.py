@@ -95,7 +95,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--parts", nargs="*", choices=("steps", "loss", "7b"), help="default: all that the machine can do")
-    add("--samples", type=int, default=112 if on_gpu else 16, help="a step (112 on a GPU, else 16)")
+    add("--samples", type=int, default=112 if on_gpu else 8, help="a step (112 on a GPU, else 8)")
     add("--rounds", type=int, default=10 if on_gpu else 5, help="that are measured (10 on a GPU, else 5)")
     add("--warmup", type=int, default=3 if on_gpu else 1, help="rounds before (3 on a GPU, else 1)")
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="as in recipes (bf16)")

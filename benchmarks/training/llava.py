@@ -36,13 +36,7 @@ class LlavaBaseline:
     def __init__(self, config: SoloConfig, clip: ClipShape, recipe: Recipe, processes: Processes) -> None:
         self.clip = clip
         self.shape = LlavaShape(clip, ModelShape.of(config.text_config))
-        self.config = LlavaConfig(
-            vision_config=_clip_config(clip),
-            text_config=deepcopy(config.text_config),  # it will hold the kind of attention
-            image_token_index=config.image_token_id,
-            image_seq_length=clip.patches,
-            attn_implementation="sdpa",
-        )
+        self.config = llava_config(config, clip)
         self.model = random_model(
             LlavaForConditionalGeneration, self.config, recipe, processes, _freeze_encoder
         )
@@ -79,6 +73,17 @@ class LlavaBaseline:
     def flops(self, lengths: Sequence[int], supervised: int) -> int:
         """Of a training step on documents of these lengths, padding left out."""
         return self.shape.flops(lengths, len(lengths), supervised).training
+
+
+def llava_config(config: SoloConfig, clip: ClipShape) -> LlavaConfig:
+    """LLaVA with the decoder of a SOLO model, and the same id in the places of an image."""
+    return LlavaConfig(
+        vision_config=_clip_config(clip),
+        text_config=deepcopy(config.text_config),  # it will hold the kind of attention
+        image_token_index=config.image_token_id,
+        image_seq_length=clip.patches,
+        attn_implementation="sdpa",
+    )
 
 
 def _clip_config(clip: ClipShape) -> CLIPVisionConfig:

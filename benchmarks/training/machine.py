@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +30,7 @@ def this_device() -> torch.device:
 
 def in_fresh_process(task: Callable[..., Result], *arguments: Any) -> Result:
     """What a task returns in a process of its own, whose peak of memory is the task's."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as for the command `solo`, see there
     with ProcessPoolExecutor(1, get_context("spawn"), logging.set_verbosity_error) as fresh:
         return fresh.submit(task, *arguments).result()
 

@@ -27,18 +27,18 @@ def draw(results: dict[str, Any], path: Path) -> None:
     variants = results["variants"]
     names = [name for name in LABELS if name in variants]
     panels = {"samples_per_second": "samples a second", "peak_memory_gb": "peak memory, GB"}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(10, 3.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(panels), sharey=True, figsize=(9, 3), layout="constrained")
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         bars = axis.barh(
             [LABELS[name] for name in names],
             [variants[name][key] for name in names],
             color=[_OURS if name == "packed" else _OTHERS for name in names],
         )
-        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.bar_label(bars, fmt="%.3g", padding=3)
         axis.set_title(title, loc="left")
-        axis.invert_yaxis()
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()  # shared
     with new_file(path) as partial:
         figure.savefig(
             partial, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else {}

@@ -19,7 +19,7 @@ from solo_vlm.train.processes import start_processes
 def measure(workload: Workload, precision: str, warmup: int, rounds: int) -> dict[str, Any]:
     """Speed and memory of all variants, and what they are trained on."""
     memory = {name: in_fresh_process(_peak_memory, workload, precision, name) for name in NAMES}
-    taken, variants, peak = _take_turns(workload, precision, warmup, rounds)
+    taken, variants, peak = in_fresh_process(_take_turns, workload, precision, warmup, rounds)
     _, documents = workload.draw()
     lengths = [len(document) for document in documents]
     tokens, patches = sum(lengths), sum(len(document.patches) for document in documents)
@@ -55,7 +55,7 @@ def measure(workload: Workload, precision: str, warmup: int, rounds: int) -> dic
             "supervised_share": supervised_share(documents),
             "rows_of_padded_batches": workload.rows,
             "padding_share": 1 - tokens / variants[PADDED]["slots"],
-            "padding_share_of_many_batches": workload.padding_share(),
+            **workload.of_many_batches(),
         },
     }
 

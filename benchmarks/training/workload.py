@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from itertools import cycle, islice
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from solo_vlm import SoloConfig
+from solo_vlm import SoloConfig, SoloProcessor
 from solo_vlm.data.encode import IGNORE_INDEX, Document, Encoder
 from solo_vlm.data.schema import Sample
 from solo_vlm.model.flops import image_tokens
@@ -45,12 +45,12 @@ class Workload:
         samples: a step.
         rows: samples in a padded batch.
         length: of a packed sequence, where it is not made of those samples.
-        median: of the long side, in pixels; with the spread below, 5% are at the largest size.
+        median: of the long side, in pixels; with the spread below, 7% are at the largest size.
         largest: long side.
         spread: standard deviation of the logarithm of the long side.
         caption: least and most tokens of a caption.
         seed: of sizes, pictures and captions.
-        tiny: models of a few thousand weights, to try the benchmark itself.
+        tiny: models so small that only the benchmark itself can be tried with them.
     """
 
     samples: int
@@ -109,20 +109,28 @@ class Workload:
         settings |= {role: getattr(_small().model.config, role) for role in ROLES}
         return SoloConfig(**settings)
 
+    @property
+    def processor(self) -> SoloProcessor:
+        """That of these samples."""
+        return _small().processor
+
     def recipe(self, **settings: Any) -> Recipe:
         """Settings of the engine's parts, with one packed sequence a step; the paths are never read."""
         data = {"sources": [{"path": "none"}], "sequence_length": self.length}
         return Recipe.parse({"model": "none", "out": "none", "global_batch": 1, "data": data, **settings})
 
-    def padding_share(self, batches: int = 1000) -> float:
-        """Of all tokens in batches padded to their longest: the share that is padding."""
-        many = replace(self, samples=batches * self.rows)
+    def of_many_batches(self, batches: int = 1000) -> dict[str, float]:
+        """Tokens of an image in the mean, and the share of padding in batches padded to their longest."""
         rng = np.random.default_rng(self.seed)
         processor = _small().processor.image_processor
-        grids = [processor.get_patch_grid(height, width) for width, height in many.sizes(rng, many.samples)]
-        lengths = np.array([image_tokens(*grid) + self.words(rng) + 2 for grid in grids])
+        sizes = self.sizes(rng, batches * self.rows)
+        images = [image_tokens(*processor.get_patch_grid(height, width)) for width, height in sizes]
+        lengths = np.array([image + self.words(rng) + 2 for image in images])
         longest = lengths.reshape(-1, self.rows).max(axis=1)
-        return 1 - lengths.sum() / (self.rows * longest.sum())
+        return {
+            "tokens_per_image_of_many_batches": float(np.mean(images)),
+            "padding_share_of_many_batches": float(1 - lengths.sum() / (self.rows * longest.sum())),
+        }
 
 
 def photograph(width: int, height: int) -> Image.Image:

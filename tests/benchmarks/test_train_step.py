@@ -95,7 +95,7 @@ def test_padding_of_many_batches_is_that_of_drawn_ones(workload):
     many = replace(workload, samples=300)
     lengths = np.array([len(document) for document in many.draw()[1]]).reshape(-1, workload.rows)
     drawn = 1 - lengths.sum() / (lengths.max(axis=1).sum() * workload.rows)
-    assert workload.padding_share() == pytest.approx(drawn, abs=0.05)
+    assert workload.of_many_batches()["padding_share_of_many_batches"] == pytest.approx(drawn, abs=0.05)
 
 
 def test_layers_of_the_7b_model_train(workload, monkeypatch):

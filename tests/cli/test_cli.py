@@ -169,33 +169,6 @@ def test_quickstart_does_not_touch_a_folder_of_something_else(run, tmp_path):
     assert (tmp_path / "precious.txt").read_text() == "keep me"
 
 
-def test_chat_remembers_images_and_saves(model, tmp_path, picture):
-    picture(64, 64).save(tmp_path / "a b.png")
-    lines = [
-        f'/image "{tmp_path}/a b.png"',
-        "what is this?",
-        "and now?",
-        "/nonsense",
-        f"/image {tmp_path}/missing.png",
-        f"/save {tmp_path}/chat.json",
-        "/reset",
-        "/quit",
-    ]
-    done = subprocess.run(
-        [Path(sys.executable).with_name("solo"), "chat", "--model", model, "--max-new-tokens", "4"],
-        input="\n".join(lines) + "\n",
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "missing.png" in done.stdout
-    from solo_vlm.data.schema import parse_sample
-
-    sample = parse_sample(json.loads((tmp_path / "chat.json").read_text()))
-    assert [message["role"] for message in sample.messages] == ["user", "assistant"] * 2
-    assert sample.images == [f"{tmp_path}/a b.png"]
-
-
 def test_debug_shows_the_traceback():
     done = subprocess.run(
         [Path(sys.executable).with_name("solo"), "--debug", "train", "nowhere"],

@@ -17,9 +17,12 @@ from solo_vlm.cli.eval import app as evaluate
 from solo_vlm.cli.generate import generate
 from solo_vlm.cli.init import init
 from solo_vlm.cli.inspect import inspect
+from solo_vlm.cli.push import push
 from solo_vlm.cli.quickstart import quickstart
 from solo_vlm.cli.scaling import app as scaling
+from solo_vlm.cli.serve import serve
 from solo_vlm.cli.train import train
+from solo_vlm.cli.web import web
 from solo_vlm.errors import SoloError
 
 app = typer.Typer(
@@ -43,7 +46,7 @@ def _settings(
     )
 
 
-for verb in (quickstart, init, generate, chat, inspect, train):
+for verb in (quickstart, init, generate, chat, web, serve, inspect, train, push):
     app.command()(verb)
 app.add_typer(data, name="data")
 app.add_typer(convert, name="convert")

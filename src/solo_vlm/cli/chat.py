@@ -2,110 +2,126 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.prompt import Prompt
 
 from solo_vlm.cli._console import STDOUT, quiet_libraries
+from solo_vlm.cli._quantize import QuantizeOption
 from solo_vlm.errors import SoloError
 
-_HELP = """/image PATH   show the model an image with your next message
-/reset        forget the conversation
-/save FILE    write the conversation as JSON
-/quit         leave (so does Ctrl-D)"""
+if TYPE_CHECKING:
+    from solo_vlm.generate.conversation import Conversation
+
+_HELP = """/image PATH|URL   show the model an image with your next message
+/reset            forget the conversation
+/save FILE        write the conversation as JSON
+/load FILE        go on with one that was saved
+/quit             leave (so does Ctrl-D); Ctrl-C ends an answer"""
 
 
 def chat(
     model: Annotated[str, typer.Option(help="Folder or hub id of a SOLO model.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest answer.")] = 0.0,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Talk with a model about images."""
     quiet_libraries()
-    from solo_vlm.generate import Answerer
+    from solo_vlm.generate import Answerer, PrefixCache
+    from solo_vlm.generate.conversation import Conversation
 
-    conversation = _Conversation(Answerer.load(model), max_new_tokens, temperature)
-    STDOUT.print(_HELP, highlight=False)
+    answerer = Answerer.load(model, quantize=quantize, prefix_cache=PrefixCache())
+    conversation = Conversation(answerer)
+    STDOUT.print(_HELP, highlight=False, markup=False)
     while True:
         try:
             line = Prompt.ask("[bold]you[/bold]", console=STDOUT).strip()
         except EOFError:
             return
+        except KeyboardInterrupt:
+            STDOUT.print("\n/quit leaves, and so does Ctrl-D", style="dim")
+            continue
         if line == "/quit":
             return
         try:
-            conversation.take(line)
+            _take(conversation, line, {"max_new_tokens": max_new_tokens, "temperature": temperature})
         except SoloError as error:
-            STDOUT.print(f"{error}", style="red", highlight=False)
+            STDOUT.print(str(error), style="red", markup=False, highlight=False)
+        except KeyboardInterrupt:
+            STDOUT.print("\nstopped; the question is forgotten", style="dim")
 
 
-class _Conversation:
-    """The turns so far, and images that wait for the next message."""
+def _take(conversation: Conversation, line: str, options: dict[str, Any]) -> None:
+    """Obey a command, or answer a message."""
+    command, _, rest = line.partition(" ")
+    match command:
+        case "":
+            return
+        case "/image":
+            conversation.add_images(_sources(rest.strip()))
+        case "/reset":
+            conversation.reset()
+        case "/save":
+            conversation.save(_path(rest, command))
+            STDOUT.print(f"saved to {rest.strip()}", markup=False, highlight=False)
+        case "/load":
+            conversation.load(_path(rest, command))
+            STDOUT.print(f"{len(conversation.turns)} turns", highlight=False)
+        case _ if command.startswith("/"):
+            STDOUT.print(_HELP, highlight=False, markup=False)
+        case _:
+            _answer(conversation, line, options)
 
-    def __init__(self, answerer: Any, max_new_tokens: int, temperature: float) -> None:
-        self._answerer = answerer
-        self._max_new_tokens = max_new_tokens
-        self._temperature = temperature
-        self._turns: list[dict[str, Any]] = []
-        self._images: list[tuple[str, Any]] = []
 
-    def take(self, line: str) -> None:
-        """Obey a command, or answer a message."""
-        command, _, rest = line.partition(" ")
-        match command:
-            case "":
-                return
-            case "/image":
-                self._add_image(rest)
-            case "/reset":
-                self._turns, self._images = [], []
-            case "/save":
-                self._save(rest)
-            case _ if command.startswith("/"):
-                STDOUT.print(_HELP, highlight=False)
-            case _:
-                self._answer(line)
-
-    def _add_image(self, rest: str) -> None:
-        from solo_vlm.generate import open_images
-
-        paths = shlex.split(rest)
-        self._images += zip(paths, open_images(paths), strict=True)
-
-    def _answer(self, message: str) -> None:
-        from solo_vlm.generate import user_turn
-
-        turn = user_turn(message, [image for _, image in self._images])
+def _answer(conversation: Conversation, message: str, options: dict[str, Any]) -> None:
+    with _interrupts() as interrupted:
         STDOUT.print("[bold]solo[/bold]: ", end="")
-        result = self._answerer.stream(
-            [*self._turns, turn],
+        reply = conversation.ask(
+            message,
             lambda text: STDOUT.print(text, end="", markup=False, highlight=False),
-            self._max_new_tokens,
-            self._temperature,
+            should_stop=interrupted,
+            **options,
         )
-        STDOUT.print()
-        for part, (path, _) in zip(turn["content"], self._images, strict=False):
-            part["path"] = path
-        self._turns += [turn, {"role": "assistant", "content": result["answer"]}]
-        self._images = []
-
-    def _save(self, rest: str) -> None:
-        """Write the turns with the images' paths: a sample that training can read."""
-        from solo_vlm.files import new_file
-
-        if not rest:
-            raise SoloError("say where: /save FILE")
-        with new_file(Path(rest)) as partial:
-            partial.write_text(json.dumps({"messages": [_plain(turn) for turn in self._turns]}) + "\n")
-        STDOUT.print(f"saved to {rest}", highlight=False)
+    STDOUT.print(" (stopped)" if reply["finish"] == "stopped" else "", style="dim")
 
 
-def _plain(turn: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(turn["content"], str):
-        return turn
-    parts = [{key: value for key, value in part.items() if key != "image"} for part in turn["content"]]
-    return {**turn, "content": parts}
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Yield what tells whether Ctrl-C was pressed; pressed again, it interrupts at once."""
+    pressed = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    usual = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _sources(text: str) -> list[str]:
+    """Paths and URLs as a shell would take them; one path may have blanks without quotes."""
+    if not text:
+        raise SoloError("say which: /image PATH or URL")
+    try:
+        words = [text] if Path(text).expanduser().is_file() else shlex.split(text)
+    except ValueError as error:
+        raise SoloError(f"/image: {str(error).lower()}") from error
+    return [str(Path(word).expanduser()) if word.startswith("~") else word for word in words]
+
+
+def _path(text: str, command: str) -> Path:
+    if not text.strip():
+        raise SoloError(f"say where: {command} FILE")
+    return Path(text.strip()).expanduser()

@@ -1,30 +1,72 @@
-"""`solo generate`: one answer about a prompt and images."""
+"""`solo generate`: one answer about a prompt and images, or one about every image of a folder."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from solo_vlm.cli._console import print_json, quiet_libraries
+from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
+from solo_vlm.cli._progress import progress_bar
+from solo_vlm.cli._quantize import QuantizeOption
+from solo_vlm.errors import SoloError
+
+if TYPE_CHECKING:
+    from solo_vlm.generate import Answerer
 
 
 def generate(
     model: Annotated[str, typer.Option(help="Folder or hub id of a SOLO model.")],
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[list[str] | None, typer.Option(help="Path or URL; may be repeated.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder: ask about each of its images.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --images: the answers, as JSON lines.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --images: images answered at once.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest answer.")] = 0.0,
+    quantize: QuantizeOption = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the decoding (on a GPU).")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Answer a prompt about images; the text streams as it is generated."""
-    quiet_libraries()
-    from solo_vlm.generate import Answerer, open_images, user_turn
+    """Answer a prompt about images; the text streams as it is generated.
 
-    images = open_images(image or [])
-    answerer = Answerer.load(model)
+    With --images, ask it about each image of a folder, and write the answers to --out. A run that was stopped
+    goes on where it stood.
+    """
+    quiet_libraries()
+    from solo_vlm.generate import Answerer, open_images
+
+    if images is None:
+        if out is not None:
+            raise SoloError("--out goes with --images FOLDER")
+        opened = open_images(image or [])
+        answerer = Answerer.load(model, quantize=quantize, compile=compile)
+        _one(answerer, prompt, image or [], opened, max_new_tokens, temperature, json)
+        return
+    if image or temperature or out is None:
+        raise SoloError("--images FOLDER needs --out FILE, and goes with neither --image nor --temperature")
+    from solo_vlm.generate.folder import find_images
+
+    names = find_images(images)
+    answerer = Answerer.load(model, quantize=quantize, compile=compile)
+    request = {"prompt": prompt, "model": model, "max_new_tokens": max_new_tokens}
+    _folder(answerer, names, images, request, out, batch_size, json)
+
+
+def _one(
+    answerer: Answerer,
+    prompt: str,
+    names: list[str],
+    images: list[Any],
+    max_new_tokens: int,
+    temperature: float,
+    json: bool,
+) -> None:
+    from solo_vlm.generate import user_turn
+
     times = [time.perf_counter()]
 
     def on_text(text: str) -> None:
@@ -39,6 +81,26 @@ def generate(
             "first_token": times[min(1, len(times) - 1)] - times[0],
             "all": time.perf_counter() - times[0],
         }
-        print_json({"prompt": prompt, "images": image or [], **result, "seconds": seconds})
+        print_json({"prompt": prompt, "images": names, **result, "seconds": seconds})
     else:
         print()
+
+
+def _folder(
+    answerer: Answerer,
+    names: list[str],
+    folder: Path,
+    request: dict[str, Any],
+    out: Path,
+    batch_size: int,
+    json: bool,
+) -> None:
+    from solo_vlm.generate.folder import answer_folder
+
+    with progress_bar("images") as on_progress:
+        counts = answer_folder(answerer, names, folder, request, out, batch_size, on_progress)
+    if json:
+        print_json({"out": str(out), **vars(counts)})
+    else:
+        faults = f", {counts.errors} could not be answered about (see error)" if counts.errors else ""
+        STDOUT.print(f"{counts.answers} answers in {out}{faults}", markup=False, highlight=False)

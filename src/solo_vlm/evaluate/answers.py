@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 from solo_vlm.errors import SoloError
+from solo_vlm.lines_file import LinesFile
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,17 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = path.open("a+b")
+        self._file = LinesFile(path)
         try:
-            self._saved = {answer.row: answer for answer in self._read()}
-        except (TypeError, ValueError) as error:
+            self._saved = {record["row"]: SavedAnswer(**record) for record in self._file.records}
+        except (KeyError, TypeError) as error:
             raise SoloError(f"{path} does not hold answers ({error}): remove it to ask again") from error
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, *unused: object) -> None:
+        self._file.__exit__(*unused)
 
     def get(self, row: int, request: str) -> SavedAnswer | None:
         """The answer to this very request, if there is one; what failed is tried again."""
@@ -60,16 +58,6 @@ class AnswerFile:
 
     def append(self, answers: Iterable[SavedAnswer]) -> None:
         """Add answers, on the disk itself before this returns."""
-        for answer in answers:
-            self._file.write(json.dumps(asdict(answer), ensure_ascii=False).encode() + b"\n")
-            self._saved[answer.row] = answer
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _read(self) -> list[SavedAnswer]:
-        self._file.seek(0)
-        lines = self._file.read().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            self._file.truncate(sum(map(len, lines[:-1])))
-            lines.pop()
-        return [SavedAnswer(**json.loads(line)) for line in lines]
+        new = {answer.row: answer for answer in answers}
+        self._file.append(map(asdict, new.values()))
+        self._saved |= new

@@ -298,7 +298,8 @@ class SoloImageProcessor(PilBackend):
     ) -> BatchFeature:
         patches, grids = [np.empty((0, 3 * patch_size**2), np.uint8)], []
         for image in images:
-            rows, columns = self._grid(*image.shape[:2], patch_size, size, resize_rule, do_resize)
+            height, width = image.shape[:2]
+            rows, columns = self._grid(height, width, patch_size, size, resize_rule, do_resize)
             patches.append(_cut(image, rows, columns, patch_size, resample, max_aspect_ratio))
             grids.append((1, rows, columns))
 

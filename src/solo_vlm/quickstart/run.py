@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from rich.progress import Progress
 
-from solo_vlm.data.schema import parse_sample
-from solo_vlm.data.sources import open_source
 from solo_vlm.data.toy import write_toy_data
 from solo_vlm.errors import SoloError
 from solo_vlm.files import new_file
 from solo_vlm.generate import Answerer
 from solo_vlm.model.from_llm import from_llm
-from solo_vlm.quickstart.llm import write_untrained_llm
+from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 from solo_vlm.quickstart.report import write_examples, write_loss_curve, write_report
 from solo_vlm.quickstart.scores import accuracy, answer_held_out
 from solo_vlm.train.loop import Trained, train
@@ -50,7 +47,7 @@ def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str,
     _claim(out)
     with progress_bar() as progress:
         _work(progress, "data", lambda: write_toy_data(out / "data", seed))
-        write_untrained_llm(out / "llm-untrained", _texts(out / "data"), seed)
+        write_untrained_llm(out / "llm-untrained", training_texts(out / "data"), seed)
         trained: dict[str, Trained] = {}
         for stage in STAGES:
             if stage == "stage1":
@@ -107,17 +104,6 @@ def _work(progress: Progress, name: str, work: Any) -> None:
     task = progress.add_task(name, total=1, figures="")
     work()
     progress.update(task, completed=1)
-
-
-def _texts(data: Path) -> Iterator[str]:
-    """What the tokenizer learns from: the text corpus, and chats as the chat template writes them."""
-    for name in ("text", "sft"):
-        source = open_source(data / f"{name}.parquet")
-        for unit in range(len(source)):
-            for row in source.read(unit):
-                for message in parse_sample(row).messages:
-                    text = "".join(part.get("text", "") for part in message["content"])
-                    yield f"[INST] {text} [/INST]" if message["role"] == "user" else text
 
 
 def _stage_figures(folder: Path, run: Trained) -> dict[str, Any]:

@@ -9,16 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from solo_vlm.errors import SoloError
+from solo_vlm.model.quantization import HEAD, PATCH_EMBEDDING
 from solo_vlm.train.recipe import LoraSettings
-
-_PATCH_EMBEDDING = "embed_vision_patch"
-_HEAD = "lm_head"
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraSettings | None, new_tokens: bool) -> None:
@@ -44,10 +41,10 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings | None, new_tokens: 
             "lora_alpha": lora.alpha,
             "lora_dropout": lora.dropout,
             "target_modules": _targets(model, lora),
-            "exclude_modules": [_PATCH_EMBEDDING, _HEAD],
+            "exclude_modules": [PATCH_EMBEDDING, HEAD],
         }
     if model.config.model_type == "solo":
-        settings["modules_to_save"] = [_PATCH_EMBEDDING]
+        settings["modules_to_save"] = [PATCH_EMBEDDING]
     if new_tokens:
         settings["trainable_token_indices"] = _token_rows(model)
     model.add_adapter(LoraConfig(**settings))
@@ -86,35 +83,11 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
 
 
-def nf4(precision: str) -> BitsAndBytesConfig:
-    """Weights in 4-bit NormalFloat, twice quantised, as QLoRA holds them (Dettmers et al. 2023, section 3).
-
-    The patch embedding, which is trained, and the head stay as they are.
-
-    Args:
-        precision: "bf16" or "fp32", what is computed in.
-
-    Raises:
-        SoloError: bitsandbytes is not installed.
-    """
-    from transformers.utils import is_bitsandbytes_available
-
-    if not is_bitsandbytes_available():
-        raise SoloError("quantize: needs bitsandbytes; pip install 'solo-vlm[quantize]'")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        llm_int8_skip_modules=[_PATCH_EMBEDDING, _HEAD],
-    )
-
-
 def _targets(model: PreTrainedModel, lora: LoraSettings) -> str | list[str]:
     if isinstance(lora.targets, str):
         return lora.targets
     linear = {name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    names = linear - {_PATCH_EMBEDDING, _HEAD}
+    names = linear - {PATCH_EMBEDDING, HEAD}
     if unknown := set(lora.targets) - names:
         raise SoloError(
             f"lora.targets: the decoder has no linear layer {', '.join(sorted(unknown))}; "
@@ -128,7 +101,7 @@ def _token_rows(model: PreTrainedModel) -> dict[str, list[int]]:
     rows = list(model.config.vision_token_ids)
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    return {name: rows} if model.config.tie_word_embeddings else {name: rows, _HEAD: rows}
+    return {name: rows} if model.config.tie_word_embeddings else {name: rows, HEAD: rows}
 
 
 def _full(parameter: Tensor) -> Tensor:

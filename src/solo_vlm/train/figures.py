@@ -96,6 +96,7 @@ class StepFigures:
             "text_tokens": counts["tokens"] - counts["vision"],
             "documents": counts["documents"],
             "fill": counts["tokens"] / capacity,
+            "flops": counts["flops"],
             "memory_gb": memory_gb(self._processes.device),
         }
         if self._peak and counts["flops"]:
@@ -103,11 +104,9 @@ class StepFigures:
         return figures
 
     def _flops(self, lengths: Any, patches: int, supervised: int) -> int:
-        if not self._peak:
-            return 0
         try:
             return training_flops(self._config, lengths, patches, supervised, frozen=self._frozen)
-        except SoloError:  # a family that is not counted has no MFU
+        except SoloError:  # a family that is not counted has none, and no MFU
             return 0
 
 

@@ -17,8 +17,8 @@ from solo_vlm.data.sources import Source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
 from solo_vlm.errors import SoloError
 from solo_vlm.model.load import load_model
+from solo_vlm.model.quantization import quantization_config
 from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
-from solo_vlm.train.adapters import nf4
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.compilation import compile_layers, use_float8
 from solo_vlm.train.parallel import fill, shard
@@ -40,7 +40,8 @@ def load_start(path: str | Path, recipe: Recipe | None = None) -> tuple[PreTrain
     encoder = load_encoder(path)
     options: dict[str, Any] = {"dtype": "float32"}
     if recipe and recipe.quantize:
-        options["quantization_config"] = nf4(recipe.precision)
+        computed_in = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        options["quantization_config"] = quantization_config(recipe.quantize, computed_in)
     if encoder.sees_images:
         # In main memory first: a model that needs several accelerators does not fit into one.
         place = None if "quantization_config" in options else "cpu"

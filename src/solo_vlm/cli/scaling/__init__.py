@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from solo_vlm.cli.scaling.fit import fit
 from solo_vlm.cli.scaling.flops import flops
+from solo_vlm.cli.scaling.plot import plot
+from solo_vlm.cli.scaling.sweep import sweep
 
 app = typer.Typer(help="How cost and quality grow with size.", no_args_is_help=True)
 
-
-@app.callback()
-def _scaling() -> None:
-    """A single command would otherwise take the place of its group."""
-
-
-app.command()(flops)
+for verb in (flops, sweep, fit, plot):
+    app.command()(verb)

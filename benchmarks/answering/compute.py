@@ -1,0 +1,36 @@
+"""Floating-point operations until the first token, which no machine changes, beside those of LLaVA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from answering.models import Setting
+from training.llava import CLIP_L
+from training.workload import Workload
+
+from solo_vlm.model.flops import forward_flops, image_tokens
+from solo_vlm.model.shape import ModelShape
+from solo_vlm.scaling.llava import LlavaShape
+
+SHAPES = ("smollm2-135m", "solo-7b")
+_TEXT = 20  # tokens beside the image
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """LLaVA's FLOPs divided by ours, by decoder and image size: above 1, we compute less."""
+    return {"flops_over_llava": {shape: _by_size(shape, setting.sizes) for shape in SHAPES}}
+
+
+def _by_size(shape: str, sizes: tuple[int, ...]) -> dict[str, float]:
+    workload = Workload(samples=1)
+    config = workload.config(shape)
+    solo = ModelShape.of(config)
+    llava = LlavaShape(CLIP_L, ModelShape.of(config.text_config))
+    theirs = llava.flops([_TEXT + CLIP_L.patches], images=1, predicted=1).forward
+    ratios = {}
+    for size in sizes:
+        rows, columns = workload.processor.image_processor.get_patch_grid(size, size)
+        length = _TEXT + image_tokens(rows, columns)
+        ours = forward_flops(solo, [length], patches=rows * columns, predicted=1).forward
+        ratios[str(size)] = theirs / ours
+    return ratios

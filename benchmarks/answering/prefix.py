@@ -1,0 +1,77 @@
+"""Ten questions about one image of 1024 x 1024 pixels, with its prefix kept and without."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from answering.models import Setting
+from PIL import Image
+from training.machine import seconds
+from training.workload import photograph
+
+from solo_vlm.generate import Answerer, PrefixCache, user_turn
+
+QUESTIONS = [
+    *(
+        "who is in the town",
+        "what is by the river",
+        "is it early or late",
+        "how many people",
+        "where is the dog",
+    ),
+    *(
+        "what is old in the photograph",
+        "is there light",
+        "is there a river",
+        "two people or one",
+        "what is this",
+    ),
+]
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """How many times faster all questions together are answered, by the length of the answers."""
+    solo = setting.solo()
+    by_length = {str(tokens): _take_turns(setting, solo, tokens) for tokens in setting.answers}
+    first = by_length[str(setting.answers[0])]
+    return {
+        "prefix_speedup": first["speedup"],
+        "prefix_same_answers": all(figures["same_answers"] for figures in by_length.values()),
+        "prefix": {
+            "questions": len(QUESTIONS),
+            "image": max(setting.sizes),
+            "threads": torch.get_num_threads(),
+            "by_answer_tokens": by_length,
+        },
+    }
+
+
+def _take_turns(setting: Setting, solo: Answerer, tokens: int) -> dict[str, Any]:
+    """Figures of answers of one length; with a prefix cache and without take turns at each question."""
+    image = photograph(*[max(setting.sizes)] * 2)
+    rounds, same = [], True
+    for turn in range(1 + setting.rounds):  # the first warms up
+        answerers = {"without": solo, "with": Answerer(solo.model, solo.processor, PrefixCache())}
+        taken = dict.fromkeys(answerers, 0.0)
+        answers: dict[str, list[str]] = {name: [] for name in answerers}
+        for question in QUESTIONS if turn else QUESTIONS[:2]:
+            for name, answerer in answerers.items():
+                ask = partial(_ask, answerer, question, image, tokens, answers[name])
+                taken[name] += seconds(ask, setting.device)
+        print(f"answers of {tokens} tokens, round {turn}: {taken}", file=sys.stderr)
+        same &= answers["without"] == answers["with"]
+        rounds.append(taken)
+    return {
+        "speedup": statistics.median(taken["without"] / taken["with"] for taken in rounds[1:]),
+        "same_answers": same,
+        **{f"seconds_{name}": statistics.median(taken[name] for taken in rounds[1:]) for name in rounds[0]},
+    }
+
+
+def _ask(answerer: Answerer, question: str, image: Image.Image, tokens: int, answers: list[str]) -> None:
+    reply = answerer.stream([user_turn(question, [image])], lambda text: None, tokens)
+    answers.append(reply["answer"])

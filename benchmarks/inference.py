@@ -1,0 +1,104 @@
+"""How fast answers come: one image asked about again and again, and against LLaVA and the memory's bandwidth.
+
+    python benchmarks/inference.py [--parts compute prefix speed] [--json] [--out FILE]
+
+Models have random weights, and a decoder of SmolLM2-135M's shape on a CPU (float32), of the paper's 7B model
+on a GPU (bfloat16).
+
+- prefix: ten questions about one image of 1024 x 1024 pixels, each answered by two answerers of the same
+  model, with a prefix cache and without, in turns. `prefix_speedup` is the ratio of their times for short
+  answers (8 tokens), reading the image included; longer ones stand beside it. `prefix_same_answers` says
+  whether all answers agree.
+- compute: FLOPs until the first token, counted and not timed. `flops_over_llava` is LLaVA's divided by ours.
+- speed: seconds until the first token, and tokens a second after it, for square images of several sizes and
+  batches of several chats, beside transformers' LLaVA with CLIP-L/336 and an equal decoder, in turns.
+  `ttft_over_llava` and `decode_over_llava` (by image size, for the first batch) are LLaVA's time divided by
+  ours: above 1, we are faster. Preparing pixels is left out for both. `share_of_bandwidth` compares a
+  decoding step with the time that it takes to read its weights, keys and values once.
+
+Figures are medians of the rounds; ratios are taken within a round. With `--out`, each part is written when it
+is done, beside what earlier calls have left there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from answering import compute, prefix, speed
+from answering.models import Setting
+from environment import environment
+from training.machine import this_device
+from transformers.utils import logging
+
+from solo_vlm.files import new_file
+
+PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
+    "compute": compute.measure,
+    "prefix": prefix.measure,
+    "speed": speed.measure,
+}
+
+
+def parse() -> argparse.Namespace:
+    on_gpu = this_device().type != "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
+    add("--shape", choices=("smollm2-135m", "solo-7b"), default="solo-7b" if on_gpu else "smollm2-135m")
+    add(
+        "--sizes",
+        nargs="+",
+        type=int,
+        default=[336, 512, 768, 1024],
+        help="sides of the images (336 to 1024)",
+    )
+    add("--batches", nargs="+", type=int, default=[1, 4, 16], help="chats at once (1, 4 and 16)")
+    add("--rounds", type=int, default=10 if on_gpu else 3, help="that are measured (10 on a GPU, else 3)")
+    add("--answers", nargs="+", type=int, default=[8, 32], help="tokens of an answer (8 and 32)")
+    add("--tiny", action="store_true", help="tiny models: to try the benchmark itself")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--out", type=Path, metavar="FILE", help="JSON, completed part by part")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    logging.set_verbosity_error()
+    device = this_device()
+    setting = Setting(
+        arguments.shape,
+        device,
+        torch.float32 if device.type == "cpu" else torch.bfloat16,
+        tuple(arguments.sizes),
+        tuple(arguments.batches),
+        arguments.rounds,
+        tuple(arguments.answers),
+        arguments.tiny,
+    )
+    results: dict[str, Any] = {}
+    if arguments.out and arguments.out.exists():
+        results = json.loads(arguments.out.read_text())
+    results["environment"] = {
+        **environment(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "shape": setting.shape,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+    }
+    for name in arguments.parts:
+        results |= PARTS[name](setting)
+        if arguments.out:
+            with new_file(arguments.out) as partial:
+                partial.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=None if arguments.json else 2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Turns of a chat, made of a prompt and images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from solo_vlm.errors import SoloError
+from solo_vlm.model.image_loading_solo import ImageError, load_image
+from solo_vlm.model.processing_solo import Message
+
+
+def user_turn(prompt: str, images: Sequence[Image.Image]) -> Message:
+    """A user's turn: images first, then the prompt."""
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+
+
+def open_images(sources: Sequence[str]) -> list[Image.Image]:
+    """Images from paths and URLs.
+
+    Raises:
+        SoloError: naming the one that cannot be read.
+    """
+    try:
+        return [load_image(source) for source in sources]
+    except ImageError as error:
+        raise SoloError(str(error)) from error

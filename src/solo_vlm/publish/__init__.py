@@ -1,0 +1,1 @@
+"""Publishing: a trained model becomes a folder that loads anywhere, with a model card, on the hub."""

@@ -1,0 +1,179 @@
+"""A sweep: every size at every budget, trained by the engine, in one table of results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from solo_vlm.errors import SoloError
+from solo_vlm.files import new_file
+from solo_vlm.scaling.jobs import Engine, Job, run_jobs
+from solo_vlm.scaling.models import write_sized_model
+from solo_vlm.scaling.results import RESULTS, count_parameters, run_results, write_results
+from solo_vlm.scaling.sweep_settings import Size, SweepSettings
+from solo_vlm.scaling.toy import prepare_toy
+from solo_vlm.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Attributes:
+        name: its own.
+        size: name of the size.
+        holdout: whether laws have to predict it.
+        recipe: of the training engine.
+    """
+
+    name: str
+    size: str
+    holdout: bool
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.recipe.at(self.recipe.out)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained to its end.
+
+        Raises:
+            SoloError: with another recipe.
+        """
+        if not (self.folder / "manifest.json").is_file():
+            return False
+        trained = Recipe.load(self.folder / "recipe.yaml")
+        if trained.model_copy(update={"root": self.recipe.root}) != self.recipe:
+            raise SoloError(
+                f"{self.folder} was trained with another recipe: remove it, or choose another root"
+            )
+        return True
+
+
+def run_sweep(
+    settings: SweepSettings,
+    processes: int = 1,
+    engine: Engine = "local",
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> Path:
+    """Train whatever is not trained yet; return the path of the table, `root/results.parquet`.
+
+    Started again, it keeps finished runs; interrupted ones go on from their newest checkpoints.
+
+    Args:
+        settings: the sweep.
+        processes: runs side by side.
+        engine: see `jobs.run_jobs`.
+        progress: called with the name of each finished run, how many are finished, and of how many.
+
+    Raises:
+        SoloError: the settings do not fit the LLM or what is in the root already, or a run has failed.
+        Stopped: by a signal; what ran is saved.
+    """
+    runs = prepare(settings)
+    waiting = [run for run in runs if not run.finished]
+    done = len(runs) - len(waiting)
+    # The longest first: the last ones to end are then short.
+    waiting.sort(key=lambda run: run.recipe.steps or 0, reverse=True)
+    failed = []
+    for job, status in run_jobs([_job(run) for run in waiting], processes, engine):
+        if status:
+            failed.append(f"{job.name} ({job.last_line()}; see {job.log})")
+            continue
+        done += 1
+        progress(job.name, done, len(runs))
+    if failed:
+        raise SoloError(
+            f"{len(failed)} of {len(runs)} runs failed, the others are kept; the same command tries again: "
+            + "; ".join(failed)
+        )
+    table = Path(settings.root) / RESULTS
+    write_results(table, [run_results(run, settings.count) for run in runs])
+    return table
+
+
+def prepare(settings: SweepSettings) -> list[SweepRun]:
+    """Data, untrained models, and all runs of a sweep.
+
+    Raises:
+        SoloError: as `run_sweep`.
+    """
+    root = Path(settings.root)
+    if settings.toy_data:
+        prepare_toy(root, root / settings.llm, settings.toy_data)
+    llm = root / settings.llm if (root / settings.llm).exists() else settings.llm
+    sizes = settings.sizes | {holdout.name: holdout.size for holdout in settings.holdout}
+    seed = settings.recipe.get("seed", 0)
+    for name, size in sizes.items():
+        write_sized_model(root / "models" / name, llm, size, settings.base_width, seed)
+    grid = [
+        _run(settings, name, size, tokens, label)
+        for name, size in settings.sizes.items()
+        for label, tokens in _budgets(settings, root / "models" / name)
+    ]
+    held = [
+        _run(settings, holdout.name, holdout.size, holdout.tokens, f"d{holdout.tokens}", holdout=True)
+        for holdout in settings.holdout
+    ]
+    return grid + held
+
+
+def scaled_rates(recipe: dict[str, Any], width: int, base_width: int) -> dict[str, Any]:
+    """The recipe with the learning rates of a width (see `SweepSettings`).
+
+    The patch embedding keeps its rate: without one of its own it keeps the one at `base_width`.
+    """
+    defaults = Recipe.model_fields["optimizer"].default
+    optimizer = defaults.model_dump(mode="json") | recipe.get("optimizer", {})
+    rate, scale = optimizer["learning_rate"], base_width / width
+    scaled = {
+        "learning_rate": rate * scale,
+        "min_learning_rate": optimizer["min_learning_rate"] * scale,
+        "patch_learning_rate": optimizer["patch_learning_rate"] or rate,
+    }
+    return {**recipe, "optimizer": {**optimizer, **scaled}}
+
+
+def _budgets(settings: SweepSettings, model: Path) -> list[tuple[str, float]]:
+    """Names and tokens of the budgets of a size."""
+    n = count_parameters(model)[settings.count]
+    tokens = [(f"d{tokens}", float(tokens)) for tokens in settings.tokens]
+    return tokens + [(f"c{flops:g}".replace("+", ""), flops / (6 * n)) for flops in settings.flops]
+
+
+def _run(
+    settings: SweepSettings, name: str, size: Size, tokens: float, label: str, holdout: bool = False
+) -> SweepRun:
+    run = f"{name}-{label}"
+    recipe = {
+        **scaled_rates(settings.recipe, size["hidden_size"], settings.base_width),
+        "root": settings.root,
+        "model": f"models/{name}",
+        "out": f"runs/{run}",
+        "log_every": 1,  # the table adds up what the steps have read
+    }
+    probe = Recipe.parse(recipe, origin="recipe")
+    steps = round(tokens / (probe.global_batch * probe.data.sequence_length))
+    if steps < 1:
+        raise SoloError(f"{run}: {tokens:,.0f} tokens are less than one step; raise the budget")
+    return SweepRun(run, name, holdout, probe.model_copy(update={"steps": steps}))
+
+
+def _job(run: SweepRun) -> Job:
+    root = Path(run.recipe.root)
+    recipe = root / "recipes" / f"{run.name}.yaml"
+    with new_file(recipe) as partial:
+        partial.write_text(yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False))
+    command = [sys.executable, "-m", "solo_vlm", "train", str(recipe), "--json"]
+    return Job(run.name, command, root / "logs" / f"{run.name}.log")
+
+
+__all__ = ["SweepRun", "prepare", "run_sweep", "scaled_rates"]

@@ -1,0 +1,1 @@
+"""A SOLO model behind OpenAI's chat API, with limits on what a stranger may ask of it."""

@@ -1,0 +1,78 @@
+"""Images of a request: from data URLs, and from the web where that is allowed. Never from a file."""
+
+from __future__ import annotations
+
+import base64
+import re
+from binascii import Error as Base64Error
+from collections.abc import Iterable
+
+from PIL import Image
+
+from solo_vlm.model.image_loading_solo import ImageError, load_image
+from solo_vlm.serve.errors import ApiError
+from solo_vlm.serve.limits import Limits
+from solo_vlm.serve.web_images import fetch_image
+
+Source = tuple[str, str | bytes]  # an image's place in the request, and its data URL or file
+
+_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+_FORMATS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
+
+
+async def fetch_web_images(urls: Iterable[tuple[str, str]], limits: Limits) -> list[Source]:
+    """The images of a request, those on the web fetched.
+
+    Args:
+        urls: each image's place in the request, and its URL.
+        limits: whether to fetch at all, and how much.
+
+    Raises:
+        ApiError: 400: a URL of another kind, one that may not be fetched, or a file that is too large.
+    """
+    return [(param, await _fetch(url, param, limits)) for param, url in urls]
+
+
+def decode_images(sources: Iterable[Source], limits: Limits) -> list[Image.Image]:
+    """RGB images of what `fetch_web_images` returns.
+
+    Raises:
+        ApiError: 400: not an image, damaged, or over a limit; the pixels of all images count together.
+    """
+    images: list[Image.Image] = []
+    for param, source in sources:
+        file = _from_data_url(source, param, limits.max_image_bytes) if isinstance(source, str) else source
+        if not _FORMATS.match(file):
+            raise ApiError(400, "not a JPEG, PNG, WebP, GIF or BMP image", param, "invalid_image")
+        pixels_left = limits.max_pixels - sum(image.width * image.height for image in images)
+        try:
+            images.append(load_image(file, max_pixels=pixels_left, name="image"))
+        except ImageError as error:
+            raise ApiError(400, str(error), param, "invalid_image") from error
+    return images
+
+
+async def _fetch(url: str, param: str, limits: Limits) -> str | bytes:
+    scheme = url[:8].lower()
+    if scheme.startswith("data:"):
+        return url
+    if not scheme.startswith(("http://", "https://")):
+        raise ApiError(400, "an image is a data URL: data:image/png;base64,...", param, "invalid_image")
+    if not limits.allow_image_urls:
+        raise ApiError(
+            400, "this server fetches no images: send a data URL with base64", param, "invalid_image"
+        )
+    return await fetch_image(url, param, limits.max_image_bytes, limits.max_fetch_seconds)
+
+
+def _from_data_url(url: str, param: str, max_bytes: int) -> bytes:
+    header = _DATA_URL.match(url)
+    if not header:
+        raise ApiError(400, "an image's data URL begins with data:image/TYPE;base64,", param, "invalid_image")
+    encoded = url[header.end() :]
+    if len(encoded) > 4 * (max_bytes // 3 + 1):
+        raise ApiError(400, f"an image file may have {max_bytes:,} bytes", param, "image_too_large")
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (Base64Error, ValueError) as error:
+        raise ApiError(400, "invalid base64", param, "invalid_image") from error

@@ -1,0 +1,61 @@
+"""The benchmark of inference compares what it says it compares."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from answering import prefix, speed
+from answering.models import Setting
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "inference.py"
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return Setting("smollm2-135m", torch.device("cpu"), torch.float32, (64, 128), (2,), 1, (3,), tiny=True)
+
+
+def test_both_ways_answer_all_questions_alike(setting):
+    figures = prefix.measure(setting)
+    assert figures["prefix_same_answers"]
+    assert figures["prefix"]["questions"] == 10
+    (one,) = figures["prefix"]["by_answer_tokens"].values()
+    assert figures["prefix_speedup"] == pytest.approx(one["seconds_without"] / one["seconds_with"])
+
+
+def test_solo_and_llava_hear_the_same_question(setting):
+    solo = setting.solo()
+    chats = {"64": solo.encode([[speed.user_turn(speed.QUESTION, [speed.photograph(64, 64)])]] * 2)}
+    llava = speed._for_llava(setting, solo, chats)
+    vision = np.array(solo.model.config.vision_token_ids)
+    ours, theirs = chats["64"]["input_ids"].numpy(), llava["input_ids"].numpy()
+    assert np.array_equal(ours[~np.isin(ours, vision)], theirs[~np.isin(theirs, vision)])
+    assert (theirs == solo.model.config.image_token_id).sum() == 2 * setting.clip.patches
+    assert setting.llava()(**llava).logits.shape[:2] == theirs.shape
+
+
+def test_decoders_are_equal(setting):
+    solo, llava = setting.solo().model, setting.llava()
+    counts = [
+        sum(weight.numel() for weight in model.model.language_model.parameters()) for model in (solo, llava)
+    ]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+def test_the_script_prints_its_figures(tmp_path):
+    out = tmp_path / "out.json"
+    options = ["--rounds", "1", "--sizes", "64", "128", "--batches", "1", "2", "--answers", "2", "--out", out]
+    command = [sys.executable, SCRIPT, "--tiny", "--json", *options]
+    figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert figures == json.loads(out.read_text())
+    for value in (figures["prefix_speedup"], *figures["ttft_over_llava"].values()):
+        assert math.isfinite(value) and value > 0
+    assert figures["decode_over_llava"].keys() == {"64", "128"}

@@ -1,0 +1,165 @@
+"""`solo chat` as people use it: typed at a terminal, or piped."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from solo_vlm.data.schema import parse_sample
+from solo_vlm.errors import SoloError
+from solo_vlm.generate import Answerer, PrefixCache
+from solo_vlm.generate.conversation import Conversation
+from tiny import make_solo
+
+SOLO = Path(sys.executable).with_name("solo")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "solo"
+    make_solo("qwen3").save(folder)
+    return folder
+
+
+@pytest.fixture
+def conversation(model):
+    return Conversation(Answerer.load(model, prefix_cache=PrefixCache()))
+
+
+def ask(conversation, question: str) -> dict:
+    return conversation.ask(question, lambda text: None, max_new_tokens=4)
+
+
+def test_images_go_with_the_next_question_only(conversation, tmp_path, picture):
+    picture(64, 64).save(tmp_path / "a.png")
+    conversation.add_images([str(tmp_path / "a.png")] * 2)
+    first = ask(conversation, "what is this?")
+    second = ask(conversation, "and now?")
+    assert (first["image_tokens"], second["image_tokens"]) == (8, 8)
+    assert second["cached_tokens"] >= first["prompt_tokens"] - 1
+    assert len(conversation.turns) == 4
+
+
+def test_what_fails_leaves_the_conversation_as_it_was(conversation, tmp_path, picture):
+    picture(64, 64).save(tmp_path / "a.png")
+    conversation.add_images([str(tmp_path / "a.png")])
+    with pytest.raises(SoloError, match=r"missing\.png"):
+        conversation.add_images([str(tmp_path / "a.png"), str(tmp_path / "missing.png")])
+    with pytest.raises(SoloError, match="context"):
+        ask(conversation, "hello " * 1000)
+    with pytest.raises(SoloError, match="cannot read"):
+        conversation.load(tmp_path / "none.json")
+    assert conversation.turns == []
+    assert ask(conversation, "what is this?")["image_tokens"] == 4  # the image waited
+
+
+def test_a_saved_conversation_goes_on(conversation, model, tmp_path, picture):
+    picture(64, 64).save(tmp_path / "a.png")
+    conversation.add_images([str(tmp_path / "a.png")])
+    ask(conversation, "what is this?")
+    conversation.save(tmp_path / "new" / "chat.json")
+    other = Conversation(Answerer.load(model))
+    other.load(tmp_path / "new" / "chat.json")
+    assert ask(other, "and now?")["answer"] == ask(conversation, "and now?")["answer"]
+    other.reset()
+    assert ask(other, "and now?")["image_tokens"] == 0
+    for text in ("", "{", "[]", '{"messages": []}', '{"messages": [{"role": "user", "content": 3}]}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(SoloError, match="holds no conversation"):
+            other.load(tmp_path / "bad.json")
+    with pytest.raises(SoloError, match="cannot write"):
+        other.save(tmp_path / "a.png" / "chat.json")
+
+
+def test_piped_lines(run, monkeypatch, model, tmp_path, picture):
+    spaced = tmp_path / "a b's.png"
+    picture(64, 64).save(spaced)
+    lines = [
+        "/image",
+        f"/image {spaced}",
+        f'/image "{spaced}"',
+        "/image 'unbalanced",
+        "/image http://127.0.0.1:9/none.png",
+        "what is [/bold] this?",
+        "/nonsense",
+        "/save",
+        f"/save {tmp_path}/chat.json",
+        "/reset",
+        f"/load {tmp_path}/chat.json",
+    ]  # and no /quit: the end of the input is one
+    monkeypatch.setattr(sys, "stdin", StringIO("\n".join(lines) + "\n"))
+    code, out, error = run("chat", "--model", model, "--max-new-tokens", 4)
+    assert code == 0
+    for said in ("say which", "no closing quotation", "none.png", "say where", "saved to", "2 turns"):
+        assert said in out
+    assert "Traceback" not in out + error
+    sample = parse_sample(json.loads((tmp_path / "chat.json").read_text()))
+    assert sample.images == [str(spaced)] * 2
+    assert sample.messages[0]["content"][-1]["text"] == "what is [/bold] this?"
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_program(model):
+    with Terminal(SOLO, "chat", "--model", model, "--max-new-tokens", "400") as terminal:
+        terminal.wait_for("you:")
+        terminal.type("hello\n")
+        terminal.wait_for("solo: ")
+        terminal.press_ctrl_c()
+        terminal.wait_for("(stopped)")
+        terminal.wait_for("you:")
+        terminal.press_ctrl_c()  # at the prompt
+        terminal.wait_for("/quit leaves")
+        terminal.wait_for("you:")
+        terminal.type("/quit\n")
+        assert terminal.ended() == 0
+    assert "Traceback" not in terminal.seen
+
+
+class Terminal:
+    """A program that believes that somebody sits at its keyboard."""
+
+    def __init__(self, *command) -> None:
+        self.seen = ""
+        self._place = 0
+        self._pid, self._keyboard = pty.fork()
+        if self._pid == 0:
+            plain = {**os.environ, "TERM": "dumb"}  # no colours between the words
+            os.execve(command[0], [str(word) for word in command], plain)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self._keyboard)
+
+    def type(self, text: str) -> None:
+        os.write(self._keyboard, text.encode())
+
+    def press_ctrl_c(self) -> None:
+        self.type("\x03")
+
+    def wait_for(self, text: str) -> None:
+        """Until the program has said this."""
+        while (at := self.seen.find(text, self._place)) < 0:
+            if not select.select([self._keyboard], [], [], 60)[0]:
+                raise TimeoutError(f"no {text!r} in {self.seen!r}")
+            self.seen += os.read(self._keyboard, 4096).decode(errors="replace")
+        self._place = at + len(text)
+
+    def ended(self, seconds: float = 60) -> int:
+        """Its exit code."""
+        for _ in range(int(10 * seconds)):
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.1)
+        os.kill(self._pid, signal.SIGKILL)
+        raise TimeoutError

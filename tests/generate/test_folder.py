@@ -1,0 +1,155 @@
+"""Answers about a folder of images: complete, in order, and no image twice, however often a run is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from solo_vlm.errors import SoloError
+from solo_vlm.generate import Answerer, open_images, user_turn
+from solo_vlm.generate.folder import answer_folder, find_images
+from tiny import make_solo
+
+REQUEST = {"prompt": "what is this?", "max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "solo"
+    make_solo("qwen3").save(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path, picture):
+    """Images of many sizes in two folders; one is broken, one a text, one hidden."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    for number in (1, 2, 10):
+        picture(32 * number, 64, seed=number).save(folder / f"img{number}.png")
+        picture(64, 32 * number, seed=number).save(folder / "more" / f"{number} é.JPG", "JPEG")
+    picture().save(folder / ".hidden" / "img.png")
+    (folder / "img3.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either")
+    return folder
+
+
+ORDER = [
+    *("img1.png", "img2.png", "img3.png", "img10.png"),
+    *("more/1 é.JPG", "more/2 é.JPG", "more/10 é.JPG"),
+]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_images_are_found_in_natural_order(photos, tmp_path):
+    assert find_images(photos) == ORDER
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SoloError, match="no images in"):
+        find_images(tmp_path / "none")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_image_is_answered_about(model, photos, tmp_path, batch_size):
+    answerer = Answerer.load(model)
+    done = []
+    out = tmp_path / "answers.jsonl"
+    counts = answer_folder(
+        answerer, ORDER, photos, REQUEST, out, batch_size, lambda *state: done.append(state)
+    )
+    assert vars(counts) == {"answers": 6, "errors": 1, "new": 7}
+    assert done[-1] == (7, 7)
+    written = lines(out)
+    assert [line["image"] for line in written] == ORDER
+    for line in written:
+        assert {name: line[name] for name in REQUEST} == REQUEST
+        if line["image"] == "img3.png":
+            assert "img3.png" in line["error"] and "answer" not in line
+        else:
+            chat = [user_turn("what is this?", open_images([str(photos / line["image"])]))]
+            assert line["answer"] == answerer.answer([chat], 4)[0]
+
+
+def test_a_run_goes_on_where_it_was_killed(model, photos, tmp_path):
+    answerer = Answerer.load(model)
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    answer_folder(answerer, ORDER, photos, REQUEST, whole)
+    text = whole.read_bytes().splitlines(keepends=True)
+    asked = []
+    encode = answerer.encode
+    answerer.encode = lambda chats: asked.extend(chats) or encode(chats)
+    for kept, begun in ((0, 0), (2, 30), (6, 1), (7, 0)):
+        out.write_bytes(b"".join(text[:kept]) + (text[kept][:begun] if begun else b""))
+        asked.clear()
+        counts = answer_folder(answerer, ORDER, photos, REQUEST, out)
+        assert out.read_bytes() == whole.read_bytes()
+        assert counts.new == 7 - kept
+        assert len(asked) == counts.new - (kept < 3)  # the broken one is not asked about
+
+
+def test_another_request_is_not_mixed_in(model, photos, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    answerer = Answerer.load(model)
+    answer_folder(answerer, ORDER, photos, REQUEST, out)
+    before = out.read_bytes()
+    with pytest.raises(SoloError, match=r"prompt 'what is this\?', now 'and this\?'"):
+        answer_folder(answerer, ORDER, photos, {**REQUEST, "prompt": "and this?"}, out)
+    assert out.read_bytes() == before
+    out.write_text("[1]\n")
+    with pytest.raises(SoloError, match=r"answers\.jsonl"):
+        answer_folder(answerer, ORDER, photos, REQUEST, out)
+
+
+def test_an_image_too_large_for_the_context_is_an_error(model, photos, tmp_path, picture):
+    picture(960, 960).save(photos / "img2.png")  # 900 patches for a context of 512
+    answer_folder(Answerer.load(model), ORDER, photos, REQUEST, tmp_path / "answers.jsonl")
+    errors = {line["image"]: line["error"] for line in lines(tmp_path / "answers.jsonl") if "error" in line}
+    assert errors.keys() == {"img2.png", "img3.png"}
+    assert "context" in errors["img2.png"]
+
+
+def test_the_command(run, model, photos, tmp_path):
+    arguments = ["generate", "--model", model, "--images", photos, "--prompt", "what?"]
+    code, out, error = run(*arguments, "--out", tmp_path / "a.jsonl", "--max-new-tokens", 2)
+    assert code == 0
+    assert out.startswith("6 answers in") and "1 could not be" in out
+    code, out, _ = run(*arguments, "--out", tmp_path / "a.jsonl", "--max-new-tokens", 2, "--json")
+    assert json.loads(out) == {"out": str(tmp_path / "a.jsonl"), "answers": 6, "errors": 1, "new": 0}
+    for wrong in ([], ["--out", tmp_path / "b.jsonl", "--temperature", 1]):
+        code, out, error = run(*arguments, *wrong)
+        assert (code, len(error.strip().splitlines())) == (2, 1)
+    code, _, error = run("generate", "--model", model, "--prompt", "what?", "--out", tmp_path / "b.jsonl")
+    assert code == 2 and "--images" in error
+
+
+@pytest.mark.slow
+def test_the_command_survives_being_killed(model, tmp_path, picture):
+    folder, out = tmp_path / "photos", tmp_path / "answers.jsonl"
+    folder.mkdir()
+    for number in range(30):
+        picture(64, 64, seed=number).save(folder / f"{number}.png")
+    command = [
+        *(Path(sys.executable).with_name("solo"), "generate", "--model", model, "--images", folder),
+        *("--prompt", "what?", "--out", out, "--batch-size", "1", "--max-new-tokens", "16"),
+    ]
+    process = subprocess.Popen(command)
+    while not out.exists() or out.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = out.read_bytes()
+    assert 3 <= kept.count(b"\n") < 30
+    subprocess.run(command, check=True)
+    assert [line["image"] for line in lines(out)] == [f"{number}.png" for number in range(30)]
+    assert set(kept.split(b"\n")[:-1]) <= set(out.read_bytes().split(b"\n"))

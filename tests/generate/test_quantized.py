@@ -1,0 +1,52 @@
+"""A model in 8 or 4 bits answers about as it does in full; what sees and what speaks stay whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tiny
+from solo_vlm.generate import Answerer, PrefixCache
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'solo-vlm[quantize]'")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of bitsandbytes about kernels that a CPU lacks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "solo"
+    with pytest.MonkeyPatch.context() as patch:  # 4 bits come in blocks of 64
+        for name, size in {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}.items():
+            patch.setitem(tiny.SIZES, name, size)
+        tiny.make_solo("llama").save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, layer, likeness", [("int8", "Linear8bitLt", 0.995), ("nf4", "Linear4bit", 0.9)]
+)
+def test_quantised_weights(folder, picture, kind, layer, likeness):
+    full = Answerer.load(folder)
+    quantised = Answerer.load(folder, quantize=kind, prefix_cache=PrefixCache())
+    decoder = quantised.model.model.language_model.layers[0]
+    assert type(decoder.self_attn.q_proj) is type(decoder.mlp.up_proj) is getattr(bitsandbytes.nn, layer)
+    assert type(quantised.model.lm_head) is torch.nn.Linear
+    sees = quantised.model.model.embed_vision_patch
+    assert torch.equal(sees.weight, full.model.model.embed_vision_patch.weight)
+
+    chat = tiny.ask("what is this?", picture(96, 64))
+    with torch.inference_mode():
+        expected, ours = (one.model(**one.encode([chat])).logits.flatten() for one in (full, quantised))
+    assert torch.cosine_similarity(ours, expected, dim=0) > likeness
+    first = quantised.stream(chat, lambda text: None, 4)
+    again = quantised.stream(chat, lambda text: None, 4)
+    assert (first["cached_tokens"], again["cached_tokens"]) == (0, again["prompt_tokens"] - 1)
+
+
+def test_generate_takes_the_option(run, folder):
+    code, out, _ = run(
+        *("generate", "--model", folder, "--quantize", "nf4", "--prompt", "hi", "--max-new-tokens", 2)
+    )
+    assert code == 0
+    assert out.strip()

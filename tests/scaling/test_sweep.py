@@ -1,0 +1,230 @@
+"""Sweeps: which runs they are, how they are run, and one from data to law."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModel
+
+from scaling_toy import toy_sweep
+from solo_vlm.errors import SoloError
+from solo_vlm.model.load import load_config
+from solo_vlm.scaling.jobs import Job, run_jobs
+from solo_vlm.scaling.models import write_sized_model
+from solo_vlm.scaling.sweep import prepare, scaled_rates
+from solo_vlm.scaling.sweep_settings import SweepSettings
+from tiny import make_llm
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory):
+    """A tiny LLM in a folder."""
+    folder = tmp_path_factory.mktemp("llm")
+    for part in make_llm():
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(llm, tmp_path):
+    """Makes settings of a sweep of two sizes without data."""
+
+    def make(**changes):
+        source = [{"path": "train.parquet"}]
+        plain = {
+            "root": str(tmp_path / "sweep"),
+            "llm": str(llm),
+            "base_width": 48,
+            "sizes": {
+                "small": {"hidden_size": 24, "head_dim": 6},
+                "large": {"hidden_size": 96, "head_dim": 6, "num_hidden_layers": 3},
+            },
+            "tokens": [640, 1280],
+            "recipe": {
+                "global_batch": 2,
+                "data": {"sources": source, "sequence_length": 32},
+                "validation": {"sources": source},
+                "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4},
+            },
+            **changes,
+        }
+        return SweepSettings.parse(plain, "sweep")
+
+    return make
+
+
+def test_every_size_is_run_at_every_budget(settings):
+    held_out = {"name": "next", "size": {"hidden_size": 192, "head_dim": 6}, "tokens": 6400}
+    runs = prepare(settings(holdout=[held_out]))
+    assert [(run.size, run.recipe.steps, run.holdout) for run in runs] == [
+        ("small", 10, False),
+        ("small", 20, False),
+        ("large", 10, False),
+        ("large", 20, False),
+        ("next", 100, True),
+    ]
+    assert len({run.name for run in runs}) == 5
+    rates = {run.size: run.recipe.optimizer for run in runs}
+    assert {size: rate.learning_rate for size, rate in rates.items()} == {
+        "small": pytest.approx(2e-3),
+        "large": pytest.approx(5e-4),
+        "next": pytest.approx(2.5e-4),
+    }
+    assert rates["small"].min_learning_rate == pytest.approx(2e-4)
+    assert {rate.patch_learning_rate for rate in rates.values()} == {1e-3}
+
+
+def test_budgets_in_flops_are_shared_out_by_size(settings):
+    """D = C / (6 N), N without embeddings counted here on the model itself."""
+    sweep = settings(tokens=[], flops=[1e9])
+    for run in prepare(sweep):
+        model = AutoModel.from_pretrained(run.recipe.at(run.recipe.model))
+        n = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+        assert run.recipe.steps == round(1e9 / (6 * n) / 64)
+    with pytest.raises(SoloError, match="less than one step"):
+        prepare(settings(tokens=[], flops=[1e6]))
+
+
+def test_sizes_start_with_a_spread_that_follows_the_width(llm, tmp_path):
+    spreads = {}
+    for width in (24, 96):
+        write_sized_model(tmp_path / str(width), llm, {"hidden_size": width, "head_dim": 6}, base_width=48)
+        model = AutoModel.from_pretrained(tmp_path / str(width))
+        spreads[width] = model.language_model.layers[0].mlp.up_proj.weight.std().item()
+        assert load_config(tmp_path / str(width)).text_config.num_hidden_layers == 2
+    assert spreads[24] / spreads[96] == pytest.approx(2, rel=0.1)
+
+
+def test_a_model_of_another_size_is_not_taken_for_it(settings):
+    prepare(settings())
+    with pytest.raises(SoloError, match="hidden_size 24, the sweep 36"):
+        prepare(settings(sizes={"small": {"hidden_size": 36, "head_dim": 6}}))
+    with pytest.raises(SoloError, match="initializer_range"):
+        prepare(settings(base_width=64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"flops": [1e9]}, "tokens or as flops"),
+        ({"tokens": []}, "tokens or as flops"),
+        ({"sizes": {"small": {"num_hidden_layers": 2}}}, "hidden_size"),
+        ({"sizes": {"small": {"hidden_size": 24, "hidden_layers": 2}}}, "did you mean num_hidden_layers"),
+        ({"recipe": {"data": {"sources": []}}}, "validation"),
+        ({"recipe": {"steps": 3, "validation": {"sources": []}}}, "recipe.steps is set by the sweep"),
+        ({"holdout": [{"name": "small", "size": {"hidden_size": 24}, "tokens": 640}]}, "another size"),
+        ({"token": [640]}, "did you mean tokens"),
+    ],
+)
+def test_settings_that_make_no_sweep_are_refused(settings, changes, says):
+    with pytest.raises(SoloError, match=says):
+        prepare(settings(**changes))
+
+
+def test_a_recipe_without_rates_gets_the_default_ones_scaled():
+    optimizer = scaled_rates({}, width=128, base_width=64)["optimizer"]
+    assert optimizer["learning_rate"] == pytest.approx(2.5e-5)
+    assert optimizer["patch_learning_rate"] == 5e-5
+
+
+def job(folder, name, code):
+    return Job(name, [sys.executable, "-c", code], folder / f"{name}.log")
+
+
+def test_jobs_run_side_by_side_and_report_how_they_ended(tmp_path):
+    """Each of two waits for the other to have started."""
+    meet = (
+        "import pathlib, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "(folder / '{0}').touch()\n"
+        "while not (folder / '{1}').exists(): time.sleep(0.01)\n"
+    )
+    jobs = [
+        job(tmp_path, "first", meet.format("a", "b")),
+        job(tmp_path, "second", meet.format("b", "a")),
+        job(tmp_path, "third", "import sys; print('no luck'); sys.exit(3)"),
+    ]
+    ended = {ran.name: status for ran, status in run_jobs(jobs, 2, "local")}
+    assert ended == {"first": 0, "second": 0, "third": 3}
+    assert jobs[2].last_line() == "no luck"
+    assert list(run_jobs([], 2, "local")) == []
+
+
+def test_a_signal_ends_the_jobs_too(tmp_path):
+    """The command is asked to stop, and leaves no process behind."""
+    code = (
+        "import sys, pathlib\n"
+        "from solo_vlm.scaling.jobs import Job, run_jobs\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        'code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"\n'
+        "list(run_jobs([Job('one', [sys.executable, '-c', code], folder / 'log')], 1, 'local'))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)
+    log = tmp_path / "log"
+    while not (log.is_file() and log.read_text().strip()):
+        time.sleep(0.05)
+    child = int(log.read_text())
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "the same command goes on" in err.decode()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_ray_runs_the_same_jobs(tmp_path):
+    pytest.importorskip("ray")
+    jobs = [job(tmp_path, "good", "print(1)"), job(tmp_path, "bad", "import sys; sys.exit(4)")]
+    assert {ran.name: status for ran, status in run_jobs(jobs, 2, "ray")} == {"good": 0, "bad": 4}
+
+
+def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SoloError, match=r"solo-vlm\[ray\]"):
+        list(run_jobs([job(tmp_path, "any", "")], 1, "ray"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_sweep_goes_on_where_it_was_stopped_and_ends_in_a_law(run, tmp_path):
+    root = tmp_path / "sweep"
+    command = ["scaling", "sweep", "sweeps/toy", *toy_sweep(root), "--processes", "2"]
+    first = subprocess.Popen([sys.executable, "-m", "solo_vlm", *command], stderr=subprocess.PIPE, text=True)
+    assert first.stderr is not None
+    line = next(line for line in first.stderr if ": done, 1 of" in line)
+    first.send_signal(signal.SIGTERM)
+    first.stderr.read()
+    assert first.wait() == 128 + signal.SIGTERM
+    finished = line.split(":")[0]
+    manifest = root / "runs" / finished / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+
+    status, out, err = run(*command, "--json")
+    assert status == 0, err
+    assert f"{finished}: done" not in err
+    assert manifest.stat().st_mtime_ns == before
+    facts = json.loads(out)
+    assert facts["n_points"] == 9
+    assert [prediction["run"] for prediction in facts["holdout"]] == ["w64-d2560"]
+    rows = pq.read_table(root / "results.parquet").to_pylist()
+    assert len(rows) == 10
+    for row in rows:
+        assert row["d"] == row["d_text"] + row["d_vision"]
+        assert 0.9 * row["steps"] * 256 < row["d"] <= row["steps"] * 256
+        assert row["d_vision"] > 0 and row["loss"] > 0
+        # Kaplan's 6 N D leaves out attention and what the embeddings and the head compute.
+        assert row["flops"] > 6 * row["n_non_embedding"] * row["d"]
+    assert (root / "plots" / "law.png").is_file()
+    held_out = {path.stem for path in (root / "data").glob("heldout_*.parquet")}
+    assert held_out == {"heldout_text", "heldout_stage2"}
+
+    status, _, err = run(*command, "recipe.seed=1")
+    assert status == 2
+    assert "another recipe" in err

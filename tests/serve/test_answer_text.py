@@ -1,0 +1,52 @@
+"""Text piece by piece against the tokenizer's own decoding of the whole."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solo_vlm.serve.answer_text import AnswerText
+from tiny import TEXTS
+
+
+@pytest.fixture(scope="module")
+def tokenizer(solo):
+    return solo.processor.tokenizer
+
+
+def pieces(tokenizer, ids, stop=()):
+    text = AnswerText(tokenizer, stop)
+    for token in ids:
+        yield text.add(token)
+        if text.stopped:
+            return
+    yield text.end()
+
+
+@given(st.lists(st.integers(0, 319), max_size=40))
+@settings(deadline=None)
+def test_pieces_make_the_decoded_text(tokenizer, ids):
+    whole = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert "".join(pieces(tokenizer, ids)) == whole
+
+
+@given(st.text(max_size=30), st.lists(st.text("ab \né", min_size=1, max_size=4), max_size=3))
+@settings(deadline=None)
+def test_the_text_ends_before_the_first_stop_string(tokenizer, text, stop):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    end = min((whole.find(one) for one in stop if one in whole), default=len(whole))
+    assert "".join(pieces(tokenizer, ids, stop)) == whole[:end].strip()
+
+
+def test_words_come_as_soon_as_they_are_certain(tokenizer):
+    ids = tokenizer.encode(TEXTS[0], add_special_tokens=False)
+    early = list(pieces(tokenizer, ids))[: len(ids) // 2]
+    assert "".join(early).startswith("a red circle")
+
+
+def test_a_character_of_several_tokens_comes_whole(tokenizer):
+    ids = tokenizer.encode("🙂", add_special_tokens=False)
+    assert len(ids) > 1
+    assert [piece for piece in pieces(tokenizer, ids) if piece] == ["🙂"]

@@ -1,0 +1,78 @@
+"""Every hostile request gets a 4xx with a message, and the server goes on serving."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import select
+import socket
+import time
+
+import pytest
+
+from solo_vlm.serve.limits import Limits
+
+from . import hostile
+from .conftest import question, served
+
+LIMITS = Limits(
+    allow_image_urls=True, max_request_bytes=4 * 2**20, max_body_seconds=0.3, max_fetch_seconds=1.0
+)
+REQUESTS = hostile.requests(LIMITS.max_request_bytes)
+
+
+@pytest.fixture(scope="module")
+def server(solo):
+    resolve = socket.getaddrinfo
+
+    def with_names(host, *arguments, **options):
+        """Names of others, as their owners might resolve them; nothing leaves this machine."""
+        names = {"loopback.test": "127.0.0.1", "metadata.google.internal": "169.254.169.254"}
+        return resolve(names.get(host, host), *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch, served(solo, LIMITS) as running:
+        patch.setattr(socket, "getaddrinfo", with_names)
+        yield running
+
+
+def exchange(port: int, request: bytes) -> tuple[int, str]:
+    """Status and body of the answer to some bytes. Like a good client, it stops when the server answers."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        for start in range(0, len(request), 2**14):
+            connection.sendall(request[start : start + 2**14])
+            if start and select.select([connection], [], [], 0.002)[0]:
+                break
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        return response.status, response.read().decode()
+
+
+def test_the_corpus_is_large_enough():
+    assert len(REQUESTS) >= 60
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_it_is_refused_with_a_message(server, name):
+    status, body = exchange(server.port, REQUESTS[name])
+    assert 400 <= status < 500, body
+    if body.startswith("{"):
+        error = json.loads(body)["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert 5 < len(error["message"]) < 500
+    else:  # what is no HTTP never reaches the application
+        assert body == "Invalid HTTP request received."
+    assert "Traceback" not in body and "root:" not in body
+    assert server.ask(question("hello", max_tokens=1))[0] == 200
+
+
+@pytest.mark.slow
+def test_every_refusal_comes_within_two_seconds(server):
+    """The one place that asserts a time: it is what the server promises."""
+    seconds = {}
+    for name, request in REQUESTS.items():
+        started = time.perf_counter()
+        exchange(server.port, request)
+        seconds[name] = time.perf_counter() - started
+    slowest = max(seconds, key=seconds.__getitem__)
+    print(f"slowest of {len(seconds)}: {slowest}, {seconds[slowest]:.2f} s")
+    assert seconds[slowest] < 2

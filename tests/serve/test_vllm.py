@@ -1,0 +1,155 @@
+"""Under vLLM: the same greedy text as transformers, with several images, and with a LoRA adapter."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import urllib.request
+
+import pytest
+import torch
+from openai import BadRequestError, OpenAI
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from solo_vlm.errors import SoloError
+from solo_vlm.generate import Answerer
+from solo_vlm.model.from_llm import compose
+from solo_vlm.quickstart.llm import train_tokenizer
+from solo_vlm.serve.limits import Limits
+from solo_vlm.serve.vllm_server import vllm_command
+from tiny import TEXTS, ask
+
+from .conftest import question, wait_until
+
+TOKENS = 16
+
+
+def test_the_command_has_the_limits_that_vllm_has():
+    limits = Limits(max_batch=3, max_images=2, max_tokens=77)
+    command = vllm_command("folder", "name", "127.0.0.1", 8000, limits)
+    assert command[3:5] == ["serve", "folder"]
+    options = dict(zip(command[5::2], command[6::2], strict=True))
+    assert options["--served-model-name"] == "name"
+    assert options["--max-num-seqs"] == "3"
+    assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 2}
+    assert json.loads(options["--override-generation-config"])["max_new_tokens"] == 77
+
+
+@pytest.mark.parametrize("limits", [Limits(allow_image_urls=True), Limits(max_seconds=1.0)])
+def test_a_limit_that_vllm_has_not_is_an_error(limits):
+    with pytest.raises(SoloError, match="--engine vllm has no --"):
+        vllm_command("folder", "name", "127.0.0.1", 8000, limits)
+
+
+# ------------------------------------------------------------------------------------- with vLLM installed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with heads of a size that vLLM has kernels for."""
+    tokenizer = train_tokenizer(TEXTS, vocab_size=320)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    solo = compose(LlamaForCausalLM(config).eval(), tokenizer)
+    solo.model.model.embed_vision_patch.weight.data.mul_(20.0)
+    path = tmp_path_factory.mktemp("vllm") / "my-model"
+    solo.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    """A LoRA adapter of random weights, large enough to change answers."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    lora = LoraConfig(
+        r=8, target_modules=r".*language_model.*\.(q_proj|v_proj|up_proj)", init_lora_weights=False
+    )
+    model = get_peft_model(Answerer.load(folder).model, lora)
+    path = tmp_path_factory.mktemp("adapter") / "lora"
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def client(folder, adapter, tmp_path_factory):
+    """A client of vLLM's server, as `solo serve` starts it, with the adapter beside the model."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = vllm_command(str(folder), "my-model", "127.0.0.1", port, Limits(max_images=3))
+    command += ["--enable-lora", "--lora-modules", f"my-lora={adapter}", "--dtype", "float32"]
+    log = tmp_path_factory.mktemp("log") / "vllm.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+
+    def ready() -> bool:
+        assert process.poll() is None, log.read_text()[-5000:]
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health").status == 200
+        except OSError:
+            return False
+
+    try:
+        wait_until(ready, seconds=800)
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+CHATS = {
+    "text": ("a red circle left of a blue square", []),
+    "one image": ("what is this?", [(64, 96)]),
+    "an image of one patch": ("what is this?", [(32, 32)]),
+    "three images": ("what is this? seven", [(96, 64), (32, 64), (128, 128)]),
+}
+
+
+def answers(client, model, text, images) -> str:
+    body = question(text, *images, max_tokens=TOKENS)
+    return client.chat.completions.create(model=model, **body).choices[0].message.content.strip()
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", CHATS)
+def test_the_greedy_text_is_that_of_transformers(client, folder, picture, name):
+    text, sizes = CHATS[name]
+    images = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
+    expected = Answerer.load(folder).answer([ask(text, *images)], TOKENS)[0]
+    assert answers(client, "my-model", text, images) == expected
+
+
+@pytest.mark.vllm
+def test_an_adapter_answers_as_under_peft(client, folder, adapter, picture):
+    from peft import PeftModel
+
+    answerer = Answerer.load(folder)
+    chat = ask("what is this?", picture(64, 96))
+    plain = answerer.answer([chat], TOKENS)[0]
+    merged = PeftModel.from_pretrained(answerer.model, adapter).merge_and_unload()
+    expected = Answerer(merged, answerer.processor).answer([chat], TOKENS)[0]
+    assert answers(client, "my-lora", "what is this?", [picture(64, 96)]) == expected != plain
+
+
+@pytest.mark.vllm
+def test_images_are_limited_and_never_fetched(client, picture):
+    with pytest.raises(BadRequestError):
+        answers(client, "my-model", "x", [picture()] * 4)
+    part = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
+    with pytest.raises(BadRequestError, match="domain"):
+        client.chat.completions.create(model="my-model", messages=[{"role": "user", "content": [part]}])
