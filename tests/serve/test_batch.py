@@ -23,6 +23,10 @@ def test_samples_follow_the_softmax_at_the_temperature():
     assert torch.allclose(frequencies(Sampling(1, temperature=0.7, seed=0)), expected, atol=0.03)
 
 
+def test_a_temperature_next_to_nothing_is_greedy():
+    assert frequencies(Sampling(1, temperature=1e-300, top_p=0.5, seed=0), draws=10)[0] == 1
+
+
 def test_top_p_leaves_out_the_unlikely_rest():
     expected = torch.tensor([*LOGITS[:2].softmax(0), 0, 0])  # these two have 0.9 of the probability
     assert torch.allclose(frequencies(Sampling(1, temperature=1.0, top_p=0.85, seed=0)), expected, atol=0.03)

@@ -109,9 +109,10 @@ def _optimum(fit: ScalingFit, table: Table) -> Chart:
 def _profiles(fit: IsoFlopFit) -> Chart:
     series = []
     for colour, profile in enumerate(fit.profiles):
-        n = np.geomspace(profile.n.min(), profile.n.max(), _STEPS).astype(np.float64)
+        n = np.geomspace(profile.n.min(), profile.n.max(), _STEPS)
         name = f"C = {profile.flops:.3g}"
         series.append(Series(None, profile.n, profile.loss, "points", colour))
-        series.append(Series(name, n, np.polyval(profile.parabola, np.log(n)), "line", colour))
+        curve = np.asarray(np.polyval(profile.parabola, np.log(n)), np.float64)
+        series.append(Series(name, n, curve, "line", colour))
     title = f"IsoFLOP profiles: N ~ C^{fit.a:.3g}, D ~ C^{fit.b:.3g}"
     return Chart("isoflop", title, "parameters N", "loss (nats a token)", series, log_y=False)

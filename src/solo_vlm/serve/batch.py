@@ -14,6 +14,8 @@ from solo_vlm.generate import Answerer
 from solo_vlm.serve.answer_text import AnswerText
 from solo_vlm.serve.job import Finish, FinishReason, Job, Sampling
 
+_LOWEST_TEMPERATURE = 1e-4  # below, logits divided by it would be infinite
+
 
 def answer_together(answerer: Answerer, tokenizer: Any, jobs: Sequence[Job]) -> None:
     """Answer jobs in one batch; each is told its text as it comes, and its end when it is reached.
@@ -112,7 +114,8 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (rows, vocabulary) both
         for row, sampling, generator, keep_likeliest in self._rows:
-            logits = keep_likeliest(input_ids[row], scores[row : row + 1] / sampling.temperature)
+            temperature = max(sampling.temperature, _LOWEST_TEMPERATURE)
+            logits = keep_likeliest(input_ids[row], scores[row : row + 1] / temperature)
             noise = torch.empty_like(logits).exponential_(generator=generator).log_()
             scores[row] = (logits - noise)[0]
         return scores
