@@ -42,7 +42,7 @@ def best_minimum(curve: Curve, starts: Iterable[Array], observed: Array) -> Mini
         observed: (points,) log losses.
     """
     with _one_thread():
-        return min((_descend(curve, start, observed) for start in starts), key=lambda found: found.value)
+        return _lowest(curve, starts, observed)
 
 
 def huber_sum(curve: Curve, parameters: Array, observed: Array) -> float:
@@ -50,7 +50,9 @@ def huber_sum(curve: Curve, parameters: Array, observed: Array) -> float:
     return _objective(curve, parameters, observed, None)[0]
 
 
-def resampled_minima(curve: Curve, best: Array, observed: Array, resamples: int, seed: int) -> Array:
+def resampled_minima(
+    curve: Curve, starts: Sequence[Array], observed: Array, resamples: int, seed: int
+) -> Array:
     """Minima under random weights of the points, (resamples, p): the bootstrap with fractional weights.
 
     Weights come from the flat Dirichlet distribution (Rubin 1981, "The Bayesian Bootstrap"; Xu et al. 2020,
@@ -59,16 +61,16 @@ def resampled_minima(curve: Curve, best: Array, observed: Array, resamples: int,
 
     Args:
         curve: as fitted.
-        best: (p,) its parameters, where each descent starts.
+        starts: (p,) each; the first is the best fit. Every resample takes the lowest minimum from these.
         observed: (points,) log losses.
         resamples: their number.
         seed: of the weights.
     """
-    predicted, slopes = curve(best)
+    predicted, slopes = curve(starts[0])
     axes = _axes(slopes @ slopes.T) * max(float(np.abs(observed - predicted).mean()), DELTA)
     drawn = np.random.default_rng(seed).dirichlet(np.ones(len(observed)), size=resamples) * len(observed)
     with _one_thread():
-        return np.array([_descend(curve, best, observed, weights, axes).parameters for weights in drawn])
+        return np.array([_lowest(curve, starts, observed, weights, axes).parameters for weights in drawn])
 
 
 def interval(resampled: Sequence[float], n_points: int, n_parameters: int) -> tuple[float, float]:
@@ -82,6 +84,17 @@ def interval(resampled: Sequence[float], n_points: int, n_parameters: int) -> tu
     tail = 100 * norm.cdf((n_points / free) ** 0.5 * student.ppf(0.025, free))
     low, high = np.percentile(resampled, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def _lowest(
+    curve: Curve,
+    starts: Iterable[Array],
+    observed: Array,
+    weights: Array | None = None,
+    axes: Array | None = None,
+) -> Minimum:
+    found = (_descend(curve, start, observed, weights, axes) for start in starts)
+    return min(found, key=lambda minimum: minimum.value)
 
 
 def _one_thread() -> threadpool_limits:

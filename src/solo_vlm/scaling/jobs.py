@@ -61,7 +61,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, engine: Engine) -> Iterator[tu
 
 
 def _local(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, int]]:
-    shares = _shares(min(processes, len(jobs)))
+    shares = _shares(max(min(processes, len(jobs)), 1))
     free, waiting = deque(range(len(shares))), deque(jobs)
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
     with listen() as stop:

@@ -28,6 +28,7 @@ _GRID = (range(0, 30, 5), range(0, 30, 5), (-1, -0.5, 0, 0.5, 1), (0, 0.5, 1, 1.
 Interval = tuple[float, float]
 FIGURES = ("E", "A", "B", "alpha", "beta", "a", "b")
 _PARAMETERS = 5
+_NEGLIGIBLE = 0.01  # share of E in the lowest loss
 _LARGEST = 700.0  # whose exponential is a float
 
 
@@ -78,7 +79,8 @@ class ScalingLaw:
 
     def loss(self, n: ArrayLike, d: ArrayLike) -> Any:
         """Loss of a model of `n` parameters after `d` tokens; arrays give an array."""
-        return self.E + self.A / np.asarray(n) ** self.alpha + self.B / np.asarray(d) ** self.beta
+        with np.errstate(over="ignore"):  # a term with an exponent out of all bounds is nothing
+            return self.E + self.A / np.asarray(n) ** self.alpha + self.B / np.asarray(d) ** self.beta
 
     def optimum(self, flops: float) -> Optimum:
         """The least loss under C = 6 N D: N = G (C/6)^a, D = (C/6)^b / G (Hoffmann et al. 2022, eq. 4).
@@ -172,7 +174,12 @@ def fit_scaling_law(
         return coordinates.predict(parameters, log_n, log_d)
 
     best = best_minimum(curve, _starts(coordinates, curve, observed), observed)
-    resampled = resampled_minima(curve, best.parameters, observed, resamples, seed)
+    starts = [best.parameters]
+    if np.exp(best.parameters[2]) < _NEGLIGIBLE * loss.min():
+        # The objective hardly depends on an E next to nothing: resamples that have one are led to it.
+        half = np.log(loss.min() / 2)
+        starts.append(np.concatenate([best.parameters[:2], [half], best.parameters[3:]]))
+    resampled = resampled_minima(curve, starts, observed, resamples, seed)
     residuals = curve(best.parameters)[0] - observed
     return ScalingFit(
         law=coordinates.to_law(best.parameters),

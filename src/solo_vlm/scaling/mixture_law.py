@@ -136,5 +136,5 @@ def fit_mixture_law(
         start = coordinates.of(log_a, log_b, log_e, plain.alpha, plain.beta)
         starts.append(np.append(start, np.log(g)))
     best = best_minimum(curve, starts, observed)
-    resampled = resampled_minima(curve, best.parameters, observed, resamples, seed)
+    resampled = resampled_minima(curve, [best.parameters], observed, resamples, seed)
     return MixtureFit(to_law(best.parameters), [to_law(p) for p in resampled], len(loss), best.value)

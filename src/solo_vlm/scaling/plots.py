@@ -55,7 +55,7 @@ def _picture(chart: Chart) -> Any:
     if chart.log_y:
         axes.set_yscale("log")
     axes.grid(which="both", alpha=0.2)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
     return figure
 
 

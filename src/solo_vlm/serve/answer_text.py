@@ -11,7 +11,8 @@ _INCOMPLETE = "\ufffd"  # what the first bytes of a character decode to
 class AnswerText:
     """Turns tokens into text that will not change any more.
 
-    All pieces together are the decoded answer, without white space around it, up to the first stop string.
+    All pieces together are the decoded answer, without white space around it, up to the first complete stop
+    string.
 
     Args:
         tokenizer: decodes; no other thread may use it.
@@ -52,10 +53,10 @@ class AnswerText:
 
     def _emit(self, text: str, last: bool) -> str:
         self._waiting += text
-        found = [at for stop in self._stop if (at := self._waiting.find(stop)) >= 0]
-        if found:
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._waiting.find(stop)) >= 0]
+        if found:  # the first to be complete counts, however many characters came at once
             self.stopped = last = True
-            self._waiting = self._waiting[: min(found)]
+            self._waiting = self._waiting[: min(found)[1]]
         certain = len(self._waiting) if last else len(self._waiting) - self._held
         ready = self._waiting[: max(certain, 0)].rstrip()  # white space waits for the next word
         self._waiting = self._waiting[len(ready) :]
