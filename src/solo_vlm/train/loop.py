@@ -121,10 +121,10 @@ class _Run:
         try:
             for figures in self._steps(stop):
                 self._note(figures)
-            self.checkpoints.finish()
         finally:
             if self.log:
                 self.log.close()
+            self.checkpoints.finish()  # also one that was being written when something failed
         seconds = time.perf_counter() - started
         summary = {
             "steps": self.done.step,
