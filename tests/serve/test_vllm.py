@@ -121,7 +121,12 @@ CHATS = {
 
 def answers(client, model, text, images) -> str:
     body = question(text, *images, max_tokens=TOKENS)
-    return client.chat.completions.create(model=model, **body).choices[0].message.content.strip()
+    return complete(client.chat.completions.create(model=model, **body).choices[0].message.content)
+
+
+def complete(text: str) -> str:
+    """Without a last character of which some bytes are missing: vLLM leaves it out, transformers does not."""
+    return text.rstrip("\ufffd").strip()
 
 
 @pytest.mark.vllm
@@ -130,7 +135,7 @@ def test_the_greedy_text_is_that_of_transformers(client, folder, picture, name):
     text, sizes = CHATS[name]
     images = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
     expected = Answerer.load(folder).answer([ask(text, *images)], TOKENS)[0]
-    assert answers(client, "my-model", text, images) == expected
+    assert answers(client, "my-model", text, images) == complete(expected)
 
 
 @pytest.mark.vllm
@@ -142,7 +147,11 @@ def test_an_adapter_answers_as_under_peft(client, folder, adapter, picture):
     plain = answerer.answer([chat], TOKENS)[0]
     merged = PeftModel.from_pretrained(answerer.model, adapter).merge_and_unload()
     expected = Answerer(merged, answerer.processor).answer([chat], TOKENS)[0]
-    assert answers(client, "my-lora", "what is this?", [picture(64, 96)]) == expected != plain
+    assert (
+        answers(client, "my-lora", "what is this?", [picture(64, 96)])
+        == complete(expected)
+        != complete(plain)
+    )
 
 
 @pytest.mark.vllm
