@@ -4,8 +4,8 @@
 
 Speed on one core: the decoder alone, the whole path (decode, resize, cut into uint8 patches) and the same
 path by Pillow and NumPy alone, in images per second of processor time, so that other programs on the machine
-disturb little. Then, in seconds of the clock, threads that share the images, and the loader with 0, 1 and 2
-workers: parquet to packed sequences of 32,768 tokens. Last, the memory of the loader as the data grow.
+disturb little. Then, in seconds of the clock, the loader with 0, 1 and 2 workers of one or two threads:
+parquet to packed sequences of 32,768 tokens. Last, the memory of the loader as the data grow.
 
 The variants take turns, round after round, and each figure is the median of the rounds. Without `--images`
 photographs of about 500 x 375 are cut from the two that scikit-learn brings.
@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
@@ -49,7 +49,7 @@ from solo_vlm.model.image_loading_solo import load_pixels
 from solo_vlm.quickstart.llm import train_tokenizer
 
 STREAMS = 4
-WORKERS = (0, 1, 2)
+LAYOUTS = ((0, 1), (1, 1), (2, 1), (0, 2), (1, 2))  # workers, threads
 GROUPS = 5 * STREAMS  # row groups of the smallest data: one more than streams hold open
 ROW_GROUP = 256
 CAPTION = "a photograph, as one would find it on the web, with a caption of some twenty words"
@@ -136,19 +136,6 @@ def one_core(images: Sequence[bytes], rounds: int) -> dict[str, float]:
 # --- several cores -------------------------------------------------------------------------------------
 
 
-def threads(images: Sequence[bytes], rounds: int) -> dict[str, float]:
-    """Images per second of the clock through the whole path, by threads of one process."""
-    processor = SoloImageProcessor()
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(rounds):
-        for number, measured in rates.items():
-            with ThreadPoolExecutor(number) as pool:
-                started = time.perf_counter()
-                list(pool.map(processor.encode, images))
-                measured.append(len(images) / (time.perf_counter() - started))
-    return {str(number): statistics.median(measured) for number, measured in rates.items()}
-
-
 @dataclass(frozen=True)
 class StreamMaker:
     """Makes the streams of one parquet file, in whichever process asks."""
@@ -171,26 +158,27 @@ def make_encoder() -> Encoder:
     return Encoder(compose(llm, tokenizer).processor)
 
 
-def packed(path: Path, encoder: Encoder, workers: int, length: int) -> Generator[dict[str, Any]]:
-    yield from PackedLoader(
-        StreamMaker(path, encoder, length), STREAMS, length, pad_token_id=0, workers=workers
-    )
+def packed(
+    path: Path, encoder: Encoder, length: int, workers: int, threads: int = 1
+) -> Generator[dict[str, Any]]:
+    make_stream = StreamMaker(path, encoder, length)
+    yield from PackedLoader(make_stream, STREAMS, length, pad_token_id=0, workers=workers, threads=threads)
 
 
-def loader_rates(path: Path, length: int, sequences: int, rounds: int) -> dict[str, float]:
-    """Images per second of the clock by number of workers, from when the first sequences are there."""
-    rates: dict[int, list[float]] = {workers: [] for workers in WORKERS}
+def loader_rates(path: Path, length: int, sequences: int, rounds: int) -> dict[tuple[int, int], float]:
+    """Images per second of the clock by workers and threads, from when the first sequences are there."""
+    rates: dict[tuple[int, int], list[float]] = {layout: [] for layout in LAYOUTS}
     encoder = make_encoder()
     for _ in range(rounds):
-        for workers, measured in rates.items():
-            batches = packed(path, encoder, workers, length)
+        for layout, measured in rates.items():
+            batches = packed(path, encoder, length, *layout)
             for _ in range(STREAMS):
                 next(batches)
             started = time.perf_counter()
             images = sum(len(batch["image_grid_thw"]) for batch in islice(batches, sequences))
             measured.append(images / (time.perf_counter() - started))
             batches.close()  # ends the workers
-    return {str(workers): statistics.median(measured) for workers, measured in rates.items()}
+    return {layout: statistics.median(measured) for layout, measured in rates.items()}
 
 
 def loader_memory(folder: Path, growth: Sequence[int], sequences: int) -> dict[str, float]:
@@ -210,7 +198,7 @@ def loader_memory(folder: Path, growth: Sequence[int], sequences: int) -> dict[s
 
 def resident_megabytes(path: Path, sequences: int) -> float:
     """After so many packed sequences of 4,096 tokens: this process and those that it started."""
-    batches = packed(path, make_encoder(), 2, 4096)
+    batches = packed(path, make_encoder(), 4096, workers=2)
     for _ in range(sequences):
         next(batches)
     this = psutil.Process()
@@ -250,10 +238,14 @@ def measure(images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str,
         folder = Path(name)
         file = folder / "photographs.parquet"
         write_row_groups(file, [sample(image) for image in images[:ROW_GROUP]], GROUPS)
+        one = one_core(images, rounds)
+        rates = loader_rates(file, arguments.length, sequences, rounds)
         return {
-            **one_core(images, rounds),
-            "threads_images_per_second": threads(images, rounds),
-            "loader_images_per_second": loader_rates(file, arguments.length, sequences, rounds),
+            **one,
+            "loader_images_per_second": {
+                str(w): rate for (w, threads), rate in rates.items() if threads == 1
+            },
+            "loader_2_threads_images_per_second": {str(w): rate for (w, n), rate in rates.items() if n == 2},
             "loader_memory_mb": loader_memory(folder, arguments.growth, sequences),
             "bytes_on_disk_over_jpeg": disk(folder, images),
             "photographs": len(images),

@@ -77,6 +77,7 @@ class Run:
 
     folder: Path
     weigh: str = "tokens"
+    threads: int = 1
 
     def loader(self, rank: int = 0, ranks: int = 1, workers: int = 0) -> PackedLoader:
         sources = [open_source(self.folder / name) for name in SOURCES]
@@ -93,7 +94,9 @@ class Run:
             buffer_size=6,
             max_skipped=0.5,
         )
-        return PackedLoader(make_stream, STREAMS, LENGTH, 0, rank, ranks, workers, sources)
+        return PackedLoader(
+            make_stream, STREAMS, LENGTH, 0, rank, ranks, workers, sources, threads=self.threads
+        )
 
 
 def digests(

@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -85,6 +86,15 @@ def test_layouts_share_one_order_to_the_end(run, whole, ranks, workers):
     assert read == whole
 
 
+@pytest.mark.parametrize(
+    ("run", "workers"), [("tokens", 0), ("sequences", 0), ("tokens", 2)], indirect=["run"]
+)
+@pytest.mark.parametrize("threads", [3, 99])
+def test_threads_do_not_change_the_order(run, whole, workers, threads):
+    threaded = replace(run, threads=threads)
+    assert dict(digests(threaded.loader(workers=workers), 0, 1, len(whole))) == whole
+
+
 def test_streams_that_have_ended_leave_empty_slots(run):
     """Where a stream's sequences stand does not depend on when others end."""
     loader, filled = run.loader(), Counter()
@@ -134,6 +144,7 @@ def test_killed_runs_go_on_exactly(run, whole, tmp_path):
     for trial in range(KILLS):
         before, after = chance.choices(LAYOUTS, k=2)
         first, second = tmp_path / f"{trial}-killed", tmp_path / f"{trial}-resumed"
+        run = replace(run, threads=chance.choice([1, 3]))
         killed += kill_at(chance.randrange(len(whole)), start(run, before, len(whole), None, first), first)
         state = last_state(first, before[0])
         for process in start(run, after, len(whole), state, second):

@@ -186,12 +186,29 @@ def test_senseless_sizes_are_refused(arguments):
         patch_grid(*arguments)
 
 
-@pytest.mark.parametrize("size", [{"height": 64, "width": 64}, {"longest_edge": 1000}, 512])
+@pytest.mark.parametrize("size", [{"height": 64, "width": 60}, {"longest_edge": 1000}, {"height": 64}, 512])
 def test_senseless_settings_are_refused_at_once(size):
     with pytest.raises(ValueError):
         SoloImageProcessor(size=size)
     with pytest.raises(ValueError):
         SoloImageProcessor()(photo(40, 40), size=size)
+
+
+@pytest.mark.parametrize(("width", "height"), [(32, 32), (500, 375), (40, 900)])
+def test_a_fixed_size_stretches_every_image(tmp_path, width, height):
+    SoloImageProcessor(size={"height": 96, "width": 64}).save_pretrained(tmp_path)
+    processor = SoloImageProcessor.from_pretrained(tmp_path)
+    image = photo(width, height)
+    assert processor.get_patch_grid(height, width) == (3, 2)
+    assert processor.get_number_of_image_patches(height, width) == 6
+    output = processor(image)
+    assert output["image_grid_thw"].tolist() == [[1, 3, 2]]
+    resized = np.asarray(image.resize((64, 96), Image.Resampling.BILINEAR)).astype(int)
+    patches = output["pixel_values"].reshape(3, 2, 3, 32, 32).transpose(0, 3, 1, 4, 2).reshape(96, 64, 3)
+    assert np.abs(patches - resized).max() <= 2
+    encoded, grid = processor.encode(image)
+    assert grid == (3, 2)
+    np.testing.assert_array_equal(encoded, output["pixel_values"])
 
 
 # --- patches --------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,8 +47,19 @@ class Document:
         return len(self.input_ids)
 
 
-def encode(sample: Sample, processor: SoloProcessor) -> Document:
+def encode(
+    sample: Sample,
+    processor: SoloProcessor,
+    vision_loss: bool = False,
+    tokenizing: AbstractContextManager[Any] | None = None,
+) -> Document:
     """Encode one sample. Labels follow roles: what the assistant says, and the end of each of its turns.
+
+    Args:
+        sample: to encode.
+        processor: of the model.
+        vision_loss: supervise the tokens of images, too.
+        tokenizing: entered while the tokenizer works: a lock, where threads share it.
 
     Raises:
         SampleError: an image is damaged or missing ("image"), or the chat cannot be rendered
@@ -57,10 +70,13 @@ def encode(sample: Sample, processor: SoloProcessor) -> Document:
 
     patches, grids = _encode_images(sample, processor)
     try:
-        chat = processor.encode_chat(sample.messages, [(int(r), int(c)) for _, r, c in grids])
+        with tokenizing or nullcontext():
+            chat = processor.encode_chat(sample.messages, [(int(r), int(c)) for _, r, c in grids])
     except ChatTemplateError as error:
         raise SampleError("chat-template", str(error)) from error
     supervised = chat.supervised.copy()
+    if vision_loss:
+        supervised |= np.isin(chat.input_ids, processor.image_layout(2, 1))
     supervised[0] = False
     labels = np.where(supervised, chat.input_ids, IGNORE_INDEX)
     return Document(chat.input_ids, labels, patches, grids)
@@ -129,12 +145,26 @@ def encode_text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Document:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes samples with a processor; or texts alone with a tokenizer, for an LLM."""
+    """Encodes samples with a processor; or texts alone with a tokenizer, for an LLM. Threads may share it.
+
+    Attributes:
+        processor: the processor, or the tokenizer.
+        vision_loss: see `encode`.
+    """
 
     processor: Any
+    vision_loss: bool = False
+    # A fast tokenizer keeps the arguments of a call as its own state.
+    _lock: Any = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def __call__(self, sample: Sample) -> Document:
-        return encode(sample, self.processor) if self.sees_images else encode_text(sample, self.processor)
+        if self.sees_images:
+            return encode(sample, self.processor, self.vision_loss, self._lock)
+        with self._lock:
+            return encode_text(sample, self.processor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Encoder, (self.processor, self.vision_loss)
 
     @property
     def sees_images(self) -> bool:

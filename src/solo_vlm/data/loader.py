@@ -7,9 +7,11 @@ keep theirs.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ class PackedLoader:
         workers: processes that read ahead; 0 reads in this process.
         sources: of the mixture, in its order: to name samples, and to notice that the data have changed.
         patch_dim: width of `pixel_values`, for batches without documents; 0 where the model reads text alone.
+        threads: in each process that reads; they fill sequences of different streams: the order stays.
 
     Raises:
         SoloError: ranks and workers do not divide the streams.
@@ -57,6 +60,7 @@ class PackedLoader:
         workers: int = 0,
         sources: Sequence[Source] = (),
         patch_dim: int = 3072,
+        threads: int = 1,
     ) -> None:
         if streams % (ranks * max(workers, 1)):
             raise SoloError(
@@ -68,6 +72,7 @@ class PackedLoader:
         self._own = list(range(rank, streams, ranks))
         self._ranks = ranks
         self._workers = workers
+        self._threads = threads
         self.sources = sources
         self._data = {"streams": streams, "sources": [list(pair) for pair in fingerprints(sources)]}
         self._states: dict[int, State] = {}
@@ -76,9 +81,8 @@ class PackedLoader:
 
     def __iter__(self) -> Iterator[PackedBatch]:
         turn = self._slots % len(self._own)
-        dataset = _Slots(
-            self._make_stream, self._form, self._own[turn:] + self._own[:turn], states=dict(self._states)
-        )
+        order = self._own[turn:] + self._own[:turn]
+        dataset = _Slots(self._make_stream, self._form, order, dict(self._states), self._threads)
         loader: Any = DataLoader(
             dataset,
             batch_size=None,
@@ -201,23 +205,40 @@ class _Slots(IterableDataset[_Slot | SoloError]):
     """
 
     def __init__(
-        self, make_stream: MakeStream, form: dict[str, int], order: list[int], states: dict[int, State]
+        self,
+        make_stream: MakeStream,
+        form: dict[str, int],
+        order: list[int],
+        states: dict[int, State],
+        threads: int,
     ) -> None:
         self._make_stream = make_stream
         self._form = form
         self._order = order
         self._states = states
+        self._threads = threads
 
     def __iter__(self) -> Iterator[_Slot | SoloError]:
         worker = get_worker_info()
         mine = self._order[worker.id :: worker.num_workers] if worker else self._order
         try:
-            rounds = [self._slots_of(stream) for stream in mine]
-            while True:
-                for slots in rounds:
-                    yield next(slots)
+            yield from self._in_turn([self._slots_of(stream) for stream in mine])
         except SoloError as error:  # as it is: the DataLoader would wrap it into a worker's traceback
             yield error
+
+    def _in_turn(self, streams: list[Iterator[_Slot]]) -> Iterator[_Slot]:
+        """One slot of each stream, round after round; threads work on those that come next."""
+        turns = cycle(streams)
+        if self._threads == 1:
+            yield from map(next, turns)
+        # Never two slots of one stream at a time: its second needs the state after its first.
+        count = min(self._threads, len(streams))
+        with ThreadPoolExecutor(count) as pool:
+            ahead: deque[Future[_Slot]] = deque(pool.submit(next, slots) for slots in islice(turns, count))
+            while True:
+                slot = ahead.popleft().result()
+                ahead.append(pool.submit(next, next(turns)))
+                yield slot
 
     def _slots_of(self, number: int) -> Iterator[_Slot]:
         stream = self._make_stream(number)

@@ -34,7 +34,10 @@ class DataSettings(Settings):
         streams: virtual streams; ranks and workers must divide them, and without `epochs` every source needs
             as many units (row groups, blocks of lines, tars).
         workers: processes a rank that read ahead; 0 reads in the training process.
+        threads: in each of those processes, that fill the sequences of different streams side by side.
         packing_buffer: documents that a packer chooses from.
+        vision_loss: supervise the tokens that images are made of, too: whether another patch, a new row or
+            the end of an image comes next. The paper's loss is on text alone.
         max_skipped: fraction of samples that may be unusable before the run stops and lists them.
         seed: of the order.
     """
@@ -45,7 +48,9 @@ class DataSettings(Settings):
     epochs: PositiveInt | None = None
     streams: PositiveInt = 64
     workers: int = Field(0, ge=0)
+    threads: PositiveInt = 1
     packing_buffer: PositiveInt = 128
+    vision_loss: bool = False
     max_skipped: float = Field(0.01, ge=0, le=1)
     seed: int = 0
 

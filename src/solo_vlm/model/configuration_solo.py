@@ -28,6 +28,8 @@ class SoloConfig(PreTrainedConfig):
         vision_start_token_id: id of `<vision>`, before an image.
         vision_row_token_id: id of `<vrow_sep>`, between two rows of patches.
         vision_end_token_id: id of `</vision>`, after an image.
+        bidirectional_images: whether the patches of an image see each other in both directions. The paper's
+            model, and every export to other software, is causal throughout.
         use_cache: whether forward passes outside of training return a key/value cache by default.
         tie_word_embeddings: whether the LM head is the token embedding; taken over from `text_config`.
     """
@@ -44,6 +46,7 @@ class SoloConfig(PreTrainedConfig):
     vision_start_token_id: int = 32001
     vision_row_token_id: int = 32002
     vision_end_token_id: int = 32003
+    bidirectional_images: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = False
 

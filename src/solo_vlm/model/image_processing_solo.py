@@ -1,7 +1,7 @@
 """SOLO's image processor: an image becomes rows of raw pixel patches.
 
-No crop, no fixed square: the aspect ratio stays, both sides become multiples of the patch size, and the
-patches of all images of a batch are concatenated, so nothing is ever padded.
+No crop, and no fixed square unless asked for: the aspect ratio stays, both sides become multiples of the
+patch size, and the patches of all images of a batch are concatenated, so nothing is ever padded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -177,7 +177,8 @@ class SoloImageProcessor(PilBackend):
 
     Args (all can also be given in a call):
         patch_size: side of a square patch in pixels.
-        size: `{"longest_edge": pixels}`, a multiple of `patch_size`.
+        size: `{"longest_edge": pixels}`, a multiple of `patch_size`: native resolution, the paper's way; or
+            `{"height": pixels, "width": pixels}`, to which every image is stretched, as encoders do it.
         resize_rule: "release" or "figure2", see `patch_grid`.
         max_aspect_ratio: of images that are not refused; None: whatever their shape.
         do_resize: if False, both sides of every image must be multiples of `patch_size` already.
@@ -334,9 +335,17 @@ class SoloImageProcessor(PilBackend):
                     f"not {height} x {width}"
                 )
             return height // patch_size, width // patch_size
-        if set(dict(size)) != {"longest_edge"}:
-            raise ValueError(f'size must be {{"longest_edge": pixels}}, not {dict(size)}')
-        return patch_grid(height, width, patch_size, size["longest_edge"], resize_rule)
+        given = {side: pixels for side, pixels in dict(size).items() if pixels is not None}
+        if set(given) == {"height", "width"}:
+            if any(pixels < patch_size or pixels % patch_size for pixels in given.values()):
+                raise ValueError(f"a fixed size must be multiples of {patch_size} pixels, not {given}")
+            return given["height"] // patch_size, given["width"] // patch_size
+        if set(given) != {"longest_edge"}:
+            raise ValueError(
+                'size must be {"longest_edge": pixels} or {"height": pixels, "width": pixels}, '
+                f"not {given}"
+            )
+        return patch_grid(height, width, patch_size, given["longest_edge"], resize_rule)
 
 
 def _is_batch(images: Any) -> bool:

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import AutoModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_solo import SoloConfig
+from .image_attention_solo import PACKED_ATTENTION, image_index, image_masks
 from .loss_solo import supervised_cross_entropy
 from .release_solo import RELEASE_KEYS
 
@@ -186,6 +187,17 @@ class SoloModel(SoloPreTrainedModel):
         if features is not None:
             is_patch = self._placeholder_mask(input_ids, inputs_embeds, len(features))
             inputs_embeds = inputs_embeds.masked_scatter(is_patch, features.to(inputs_embeds))
+        if self.config.bidirectional_images and inputs_embeds.shape[1] > 1:
+            if input_ids is None:
+                raise ValueError("attention in both directions inside images needs input_ids to find them")
+            index = image_index(input_ids, self.config.image_token_id, self.config.vision_start_token_id)
+            decoder = self.language_model.config
+            if decoder._attn_implementation == PACKED_ATTENTION:
+                kwargs["image_index"] = index
+            else:
+                attention_mask = image_masks(
+                    decoder, index, inputs_embeds, attention_mask, position_ids, past_key_values
+                )
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import Any, Literal
 
@@ -178,7 +179,12 @@ class SoloProcessor(ProcessorMixin):
 
     def _chat_segments(self, messages: list[Message], add_generation_prompt: bool) -> list[tuple[str, bool]]:
         """The rendered chat, cut where an assistant turn begins and ends: [(text, supervised), ...]."""
-        whole = self._render(messages, add_generation_prompt)
+
+        @cache  # rendering takes longer than tokenizing
+        def render(count: int, add_generation_prompt: bool = False) -> str:
+            return self._render(messages[:count], add_generation_prompt)
+
+        whole = render(len(messages), add_generation_prompt)
         if self.tokenizer.bos_token and not self._begins_with_bos(whole):
             offset = len(self.tokenizer.bos_token)
             whole = self.tokenizer.bos_token + whole
@@ -188,8 +194,8 @@ class SoloProcessor(ProcessorMixin):
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            start = offset + len(self._render(messages[:index], add_generation_prompt=True))
-            end = self._end_of_turn(whole, start, offset, messages[: index + 1])
+            start = offset + len(render(index, True))
+            end = self._end_of_turn(whole, start, offset, render, index)
             segments += [(whole[done:start], False), (whole[start:end], True)]
             done = end
         tail = whole[done:]
@@ -206,11 +212,11 @@ class SoloProcessor(ProcessorMixin):
         bos, image = re.escape(self.tokenizer.bos_token), re.escape(self.image_token)
         return re.match(f"(?:{image})*{bos}", rendered) is not None
 
-    def _end_of_turn(self, whole: str, start: int, offset: int, messages: list[Message]) -> int:
+    def _end_of_turn(
+        self, whole: str, start: int, offset: int, render: Callable[..., str], index: int
+    ) -> int:
         """Where the assistant turn that begins at `start` ends: after its end token, without white space."""
-        prompt = self._render(messages[:-1], add_generation_prompt=True)
-        turn = self._render(messages)
-        if whole[offset:start] != prompt:
+        if whole[offset:start] != render(index, True):
             raise ChatTemplateError(
                 "the chat template renders a turn differently once other turns follow, so that training and "
                 "inference would disagree; give the model a template without such rules (solo init does)"
@@ -218,6 +224,7 @@ class SoloProcessor(ProcessorMixin):
         end_token = whole.find(self.tokenizer.eos_token, start)
         if end_token >= 0:
             return end_token + len(self.tokenizer.eos_token)
+        turn = render(index + 1)
         if whole[offset:].startswith(turn):
             return offset + len(turn.rstrip())
         return len(whole.rstrip())

@@ -87,11 +87,13 @@ def model_card(
 
 def _model_facts(model: Path) -> dict[str, Any]:
     config, images = load_config(model), load_processor(model).image_processor
+    size = {side: pixels for side, pixels in dict(images.size).items() if pixels is not None}
     return {
         "parameters": sum(math.prod(t.shape) for f in weights(model) for t in open_safetensors(f).values()),
         "patch_parameters": config.patch_dim * config.text_config.hidden_size,
         "config": config,
-        "longest_edge": images.size["longest_edge"],
+        "longest_edge": max(size.values()),
+        "fixed_size": None if "longest_edge" in size else size,
         "grids": [Grid(w, h, *images.get_patch_grid(h, w)) for w, h in _SIZES],
     }
 

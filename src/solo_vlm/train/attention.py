@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-PACKED_ATTENTION = "solo_packed"
+from solo_vlm.model.image_attention_solo import PACKED_ATTENTION
 
 _REPLACED = (None, "eager", "sdpa", PACKED_ATTENTION)
 
@@ -42,6 +42,7 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    image_index: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document of a packed row; the signature is transformers'.
@@ -57,6 +58,8 @@ def packed_attention(
         sliding_window: tokens that a query sees, itself included; None: all before it.
         cu_seq_lens_q: (documents + 1,) int32, where documents begin and end.
         max_length_q: length of the longest document.
+        image_index: (1, length) int64, which image a patch belongs to, -1 for text: patches of one image see
+            each other in both directions. None: all is causal.
         **kwargs: other arguments of transformers' interface, not needed here.
 
     Returns:
@@ -68,9 +71,10 @@ def packed_attention(
     if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError("packed attention is for packed training batches; use sdpa for anything else")
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (length, heads, d)
-    if query.device.type == "cuda":
+    if query.device.type == "cuda" and image_index is None:
         return _flash(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
-    return _grouped(q, k, v, cu_seq_lens_q.long(), scaling, dropout, sliding_window)[None], None
+    images = image_index[0] if image_index is not None else None
+    return _grouped(q, k, v, cu_seq_lens_q.long(), scaling, dropout, sliding_window, images)[None], None
 
 
 def _flash(
@@ -103,18 +107,21 @@ def _grouped(
     scaling: float | None,
     dropout: float,
     sliding_window: int | None,
+    images: Tensor | None,
 ) -> Tensor:
     """(length, heads, d) by sdpa over documents of about the same length."""
     outputs, places = [], []
     for index, valid in _groups(bounds):
-        window = _window_mask(index.shape[1], sliding_window, query.device)
+        mask = _window_mask(index.shape[1], sliding_window, query.device)
+        if images is not None:
+            mask = _image_mask(images[index], mask)
         attended = F.scaled_dot_product_attention(
             query[index].transpose(1, 2),  # (documents, heads, longest, d)
             key[index].transpose(1, 2),
             value[index].transpose(1, 2),
-            attn_mask=window,
+            attn_mask=mask,
             dropout_p=dropout,
-            is_causal=window is None,
+            is_causal=mask is None,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
@@ -133,10 +140,10 @@ def _groups(bounds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     starts, lengths = bounds[:-1], bounds.diff()
     group = torch.log2(lengths.double()).ceil()
     alone = lengths > _SHORT
-    group[alone] = -1.0 - torch.arange(int(alone.sum()), dtype=group.dtype)
+    group[alone] = -1.0 - torch.arange(int(alone.sum()), dtype=group.dtype, device=bounds.device)
     for number in group.unique():
         members = group == number
-        offset = torch.arange(int(lengths[members].max()))
+        offset = torch.arange(int(lengths[members].max()), device=bounds.device)
         valid = offset < lengths[members, None]  # (documents, longest)
         index = (starts[members, None] + offset).clamp(max=int(bounds[-1]) - 1)
         yield index, valid
@@ -149,3 +156,17 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> Tenso
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
     return (distance >= 0) & (distance < window)
+
+
+def _image_mask(images: Tensor, mask: Tensor | None) -> Tensor:
+    """(documents, 1, length, length) bool: a mask, or causality, opened between the patches of an image.
+
+    Args:
+        images: (documents, length), which image a patch belongs to, -1 for text. What fills a document up
+            is of no image of its own.
+        mask: (length, length), see `_window_mask`.
+    """
+    if mask is None:
+        mask = images.new_ones(images.shape[1], images.shape[1], dtype=torch.bool).tril()
+    same = (images[:, :, None] == images[:, None, :]) & (images[:, :, None] >= 0)
+    return (mask | same)[:, None]

@@ -129,7 +129,7 @@ def make_loader(
     mixture: Mixture, processor: Any, sources: list[Source], rank: int = 0, ranks: int = 1
 ) -> PackedLoader:
     """The loader of one share of a run's data."""
-    encoder = Encoder(processor)
+    encoder = Encoder(processor, mixture.data.vision_loss)
     tokenizer = encoder.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return PackedLoader(
@@ -140,6 +140,7 @@ def make_loader(
         rank=rank,
         ranks=ranks,
         workers=mixture.data.workers,
+        threads=mixture.data.threads,
         sources=sources,
         patch_dim=encoder.patch_dim,
     )

@@ -86,7 +86,7 @@ def convert_to_release(source: Path, out: Path) -> dict[str, Any]:
         `out`, and the numbers of `tensors` and `bytes`.
 
     Raises:
-        SoloError: it is no SOLO model over Mistral, or a file is missing or broken.
+        SoloError: it is no SOLO model over Mistral, not causal throughout, or a file is missing or broken.
     """
     check_new(out)
     settings = read_json(source / "config.json")
@@ -96,6 +96,8 @@ def convert_to_release(source: Path, out: Path) -> dict[str, Any]:
     family = config.text_config.model_type
     if family != "mistral":
         raise SoloError(f"the release knows models over Mistral only; {source} is over {family!r}")
+    if config.bidirectional_images:
+        raise SoloError(f"patches of {source} see each other in both directions; the release is causal alone")
     weights = [
         PlannedTensor(_release_name(name), weight.dtype, weight.shape, weight.read)
         for name, weight in plan(config, open_checkpoint(source)).items()
