@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from solo_vlm import SoloConfig, SoloImageProcessor
 from tiny import make_llm, make_solo
 
 
@@ -177,3 +178,24 @@ def test_debug_shows_the_traceback():
     )
     assert done.returncode != 0
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(("size", "grid"), [("64", (1, 2)), ("96x64", (2, 3))])
+def test_init_with_other_images(run, tmp_path, size, grid):
+    llm, tokenizer = make_llm()
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    arguments = ("init", "--llm", tmp_path / "llm", "--out", tmp_path / "solo", "--image-size", size)
+    code, _, error = run(*arguments, "--bidirectional-images")
+    assert code == 0, error
+    processor = SoloImageProcessor.from_pretrained(tmp_path / "solo")
+    assert processor.get_patch_grid(40, 80) == grid
+    assert SoloConfig.from_pretrained(tmp_path / "solo").bidirectional_images
+
+
+@pytest.mark.parametrize("size", ["1000", "0", "64x", "64x50", "wide"])
+def test_init_refuses_sizes_that_are_no_patches(run, tmp_path, size):
+    code, _, error = run("init", "--llm", tmp_path, "--out", tmp_path / "solo", "--image-size", size)
+    assert code == 2
+    assert "--image-size" in error
+    assert not (tmp_path / "solo").exists()

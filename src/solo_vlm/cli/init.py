@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
+from solo_vlm.cli._pixels import parse_pixels
+from solo_vlm.errors import SoloError
+
+if TYPE_CHECKING:
+    from solo_vlm.model.image_processing_solo import SoloImageProcessor
 
 
 def init(
@@ -16,6 +21,12 @@ def init(
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file in that folder.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
+    image_size: Annotated[
+        str, typer.Option(help="Longest side in pixels; or WIDTHxHEIGHT, to which all images are stretched.")
+    ] = "1024",
+    bidirectional_images: Annotated[
+        bool, typer.Option(help="Let the patches of an image see each other in both directions.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Turn an LLM into a SOLO model: new tokens and one linear layer; its text logits stay the same."""
@@ -24,7 +35,9 @@ def init(
     from solo_vlm.model.from_llm import from_llm
 
     check_new(out)
-    solo = from_llm(llm, gguf_file=gguf_file, dtype=dtype, seed=seed)
+    images = _image_processor(image_size)
+    solo = from_llm(llm, gguf_file=gguf_file, dtype=dtype, seed=seed, image_processor=images)
+    solo.model.config.bidirectional_images = bidirectional_images
     solo.save(out)
     config = solo.model.config
     facts = {
@@ -42,3 +55,17 @@ def init(
         f"{out}: {facts['llm']} with {facts['parameters']:,} parameters, of which "
         f"{facts['patch_embedding']:,} embed patches; ask it after training: solo train RECIPE model={out}"
     )
+
+
+def _image_processor(size: str) -> SoloImageProcessor:
+    from solo_vlm.model.image_processing_solo import SoloImageProcessor
+
+    if size.isdecimal():
+        settings = {"longest_edge": int(size)}
+    else:
+        width, height = parse_pixels("--image-size", size)
+        settings = {"height": height, "width": width}
+    try:
+        return SoloImageProcessor(size=settings)
+    except ValueError as error:
+        raise SoloError(f"--image-size {size}: {error}") from error

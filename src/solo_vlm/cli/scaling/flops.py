@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
+from solo_vlm.cli._pixels import parse_pixels
 from solo_vlm.errors import SoloError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def flops(
 
     if model and config:
         raise SoloError("give --model or --config, not both")
-    sizes = [_size(text) for text in image] if image else IMAGE_SIZES
+    sizes = [parse_pixels("--image", text) for text in image] if image else IMAGE_SIZES
     comparison = compare(_config(model or config), sizes, text_tokens)
     print_json(comparison.as_dict()) if json else _show(comparison)
 
@@ -46,13 +46,6 @@ def _config(source: str | Path | None) -> Any:
     from solo_vlm.model.load import load_config
 
     return load_config(source) if source else SoloConfig()
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not match:
-        raise SoloError(f"--image {text}: expected width x height in pixels, as 1024x768")
-    return int(match[1]), int(match[2])
 
 
 def _show(comparison: Comparison) -> None:

