@@ -9,6 +9,7 @@ the time (He et al. 2015, "Deep Residual Learning", section 4.2).
 
     data/stage1.parquet        the text of an image is its class name
     data/sft.parquet           questions about images, a copy each
+    data/heldout_stage1.parquet  1,000 with their class names, for the learning curve
     data/heldout_name.parquet  5,000 times "What is in this picture?"
     data/heldout_kind.parquet  1,000 times "Is it an animal or a vehicle?"
     data/heldout_yes_no.parquet  1,000 times "Is there a CLASS in this picture?", half of them rightly
@@ -72,7 +73,12 @@ def stage1(samples: Sequence[Labelled], copies: int, rng: np.random.Generator) -
     for _ in range(copies):
         for index in rng.permutation(len(samples)):
             sample = samples[index]
-            yield row([("assistant", [IMAGE, text(sample.label)])], augmented(sample.image, rng))
+            yield named(sample, augmented(sample.image, rng))
+
+
+def named(sample: Labelled, image: bytes) -> dict[str, Any]:
+    """A document: the image, and its class name."""
+    return row([("assistant", [IMAGE, text(sample.label)])], image)
 
 
 def questions(samples: Sequence[Labelled], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
@@ -156,6 +162,8 @@ def main() -> None:
     total = arguments.copies * len(training)
     write_samples(data / "stage1.parquet", track(stage1(training, arguments.copies, rng), "stage1", total))
     write_samples(data / "sft.parquet", track(questions(training, rng), "sft", len(training)))
+    known = (named(sample, sample.image) for sample in held_out[:1_000])
+    write_samples(data / "heldout_stage1.parquet", known)
     for name, ask, count in (
         ("name", name_question, HELD_OUT),
         ("kind", kind_question, 1_000),
