@@ -1,0 +1,129 @@
+"""What the model of `recipes/cifar10` has learned: scores, confusions, learning curve, sample answers.
+
+    python examples/cifar10/report.py [--root runs/cifar10] [--out runs/cifar10/report]
+
+Asks `ROOT/sft/model` the held-out questions; started again, it goes on where it stopped. Writes `report.json`:
+shares of answers that are right to the letter, with Wilson's 95% intervals; and `confusion.png`, `curve.png`
+and `answers.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.progress import Progress
+from scipy.stats import binomtest
+
+from solo_vlm.evaluate.held_out import answer_questions, read_questions
+from solo_vlm.files import new_file
+from solo_vlm.generate import Answerer
+from solo_vlm.lines_file import LinesFile
+from solo_vlm.train.metrics import read_metrics
+
+KINDS = ("name", "kind", "yes_no")
+STAGES = ("stage1", "sft")
+SHOWN = 24
+Record = dict[str, Any]
+
+
+def ask(answerer: Answerer, data: Path, answers: Path, progress: Progress) -> list[Record]:
+    """Every held-out question of a file with its answer."""
+    questions = read_questions(data)
+    with LinesFile(answers) as file:
+        records = file.records
+        task = progress.add_task(data.stem, total=len(questions), completed=len(records))
+        for batch in answer_questions(questions[len(records) :], answerer):
+            new = [{"truth": a.truth, "answer": a.answer.strip(), "right": a.right} for a in batch]
+            file.append(new)
+            records += new
+            progress.update(task, completed=len(records))
+    return records
+
+
+def score(records: Sequence[Record]) -> Record:
+    """Share of right answers, its interval, and how many there were."""
+    right = sum(record["right"] for record in records)
+    interval = binomtest(right, len(records)).proportion_ci(method="wilson")
+    return {"accuracy": right / len(records), "interval": [interval.low, interval.high], "n": len(records)}
+
+
+def draw_confusion(records: Sequence[Record]) -> Figure:
+    """Rows are classes, columns answers; shares of a row. Answers that are no class are "other"."""
+    classes = sorted({record["truth"] for record in records})
+    columns = [*classes, "other"]
+    counts = np.zeros((len(classes), len(columns)))
+    for record in records:
+        answer = record["answer"] if record["answer"] in classes else "other"
+        counts[classes.index(record["truth"]), columns.index(answer)] += 1
+    shares = counts / counts.sum(1, keepdims=True)
+    figure = Figure(figsize=(7.5, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), share in np.ndenumerate(shares):
+        axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color="0.1")
+    axes.set(xlabel="answer", ylabel="class")
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    return figure
+
+
+def draw_curve(root: Path) -> Figure:
+    """Loss of the stages over their steps, with that on held-out images."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(STAGES)), STAGES, strict=True):
+        lines = read_metrics(root / stage)
+        axes.plot(
+            [line["step"] for line in lines], [line["loss"] for line in lines], linewidth=0.7, alpha=0.6
+        )
+        held_out = [line for line in lines if "validation_loss" in line]
+        if held_out:
+            held_out_losses = [line["validation_loss"] for line in held_out]
+            axes.plot([line["step"] for line in held_out], held_out_losses, "o-", label="held out")
+        axes.legend(frameon=False)
+        axes.set(title=stage, xlabel="step", ylabel="loss (nats a token)", ylim=(0, 2))
+    return figure
+
+
+def draw_answers(data: Path, records: Sequence[Record]) -> Figure:
+    """The first images, with class and answer."""
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    shown = zip(figure.subplots(4, SHOWN // 4).flat, read_questions(data), records, strict=False)
+    for axes, question, record in shown:
+        axes.imshow(question.image)
+        axes.set_axis_off()
+        colour = "black" if record["right"] else "firebrick"
+        axes.set_title(f"{record['truth']}: {record['answer']}", fontsize=7, color=colour)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs/cifar10"))
+    parser.add_argument("--out", type=Path, help="default: ROOT/report")
+    arguments = parser.parse_args()
+    root, out = arguments.root, arguments.out or arguments.root / "report"
+    answerer = Answerer.load(root / "sft" / "model")
+    files = {kind: root / "data" / f"heldout_{kind}.parquet" for kind in KINDS}
+    with Progress() as progress:
+        answers = {kind: ask(answerer, file, out / f"{kind}.jsonl", progress) for kind, file in files.items()}
+    report = {kind: score(records) for kind, records in answers.items()}
+    for name, figure in {
+        "confusion": draw_confusion(answers["name"]),
+        "curve": draw_curve(root),
+        "answers": draw_answers(files["name"], answers["name"]),
+    }.items():
+        with new_file(out / f"{name}.png") as partial:
+            figure.savefig(partial, dpi=110, format="png")
+    with new_file(out / "report.json") as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
