@@ -2,9 +2,9 @@
 
     python examples/cifar10/report.py [--root runs/cifar10] [--out runs/cifar10/report]
 
-Asks `ROOT/sft/model` the held-out questions; started again, it goes on where it stopped. Writes `report.json`:
-shares of answers that are right to the letter, with Wilson's 95% intervals; and `confusion.png`, `curve.png`
-and `answers.png`.
+Asks `ROOT/sft/model` the held-out questions; started again, it goes on where it stopped. Writes
+`report.json`: shares of answers that are right to the letter, with Wilson's 95% intervals; and
+`confusion.png`, `curve.png` and `answers.png`.
 """
 
 from __future__ import annotations
