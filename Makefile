@@ -125,7 +125,7 @@ $(VENV)/.installed-browser: $(VENV)/.installed
 	@touch $@
 
 test-browser: $(VENV)/.installed-browser  ## the web page in the system's Chromium; screenshots in test-artifacts/
-	@$(TEST) -m browser $(ARGS) $(OR_NONE)
+	@$(TEST) tests/web -m browser $(ARGS) $(OR_NONE)
 
 test-vllm: .venv-vllm/.installed  ## the tests under vLLM, in an environment of its own
 	@VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/serve -m vllm --timeout 900 $(ARGS) $(OR_NONE)

@@ -12,12 +12,12 @@ on a GPU (bfloat16).
 - compute: FLOPs until the first token, counted and not timed. `flops_over_llava` is LLaVA's divided by ours.
 - speed: seconds until the first token, and tokens a second after it, for square images of several sizes and
   batches of several chats, beside transformers' LLaVA with CLIP-L/336 and an equal decoder, in turns.
-  `ttft_over_llava` and `decode_over_llava` (by image size, for the first batch) are LLaVA's time divided by
-  ours: above 1, we are faster. Preparing pixels is left out for both. `share_of_bandwidth` compares a
+  `ttft_over_llava` and `decode_over_llava` (by image size, for one chat at a time) are LLaVA's time divided
+  by ours: above 1, we are faster. Preparing pixels is left out for both. `share_of_bandwidth` compares a
   decoding step with the time that it takes to read its weights, keys and values once.
 
 Figures are medians of the rounds; ratios are taken within a round. With `--out`, each part is written when it
-is done, beside what earlier calls have left there.
+is done, beside what earlier calls have left there, such as other batches.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     )
     add("--batches", nargs="+", type=int, default=[1, 4, 16], help="chats at once (1, 4 and 16)")
     add("--rounds", type=int, default=10 if on_gpu else 3, help="that are measured (10 on a GPU, else 3)")
-    add("--answers", nargs="+", type=int, default=[8, 32], help="tokens of an answer (8 and 32)")
+    add("--answers", nargs="+", type=int, default=[8, 16, 32], help="tokens of an answer (8, 16 and 32)")
     add("--tiny", action="store_true", help="tiny models: to try the benchmark itself")
     add("--json", action="store_true", help="print one JSON object")
     add("--out", type=Path, metavar="FILE", help="JSON, completed part by part")
@@ -93,11 +93,18 @@ def main() -> None:
         "dtype": str(setting.dtype).removeprefix("torch."),
     }
     for name in arguments.parts:
-        results |= PARTS[name](setting)
+        _add(results, PARTS[name](setting))
         if arguments.out:
             with new_file(arguments.out) as partial:
                 partial.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=None if arguments.json else 2))
+
+
+def _add(results: dict[str, Any], part: dict[str, Any]) -> None:
+    """Put the figures of a part beside those of the same name."""
+    for name, figure in part.items():
+        earlier = results.get(name)
+        results[name] = {**earlier, **figure} if isinstance(earlier, dict) else figure
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Throughput and latency of `solo serve` at 1 to 32 concurrent clients.
 
-    python benchmarks/serving.py [--model DIR] [--seconds 15] [--max-batch 8] [--json]
+    python benchmarks/serving.py [--model DIR] [--seconds 15] [--max-batch 8] [--json] [--out FILE]
 
 Each client asks again as soon as it has its answer, of 32 tokens, as a stream; half of the questions have an
 image. Without --model, the model has two million random weights. Clients and server share the machine.
@@ -30,6 +30,8 @@ import numpy as np
 import psutil
 from environment import environment
 from PIL import Image
+
+from solo_vlm.files import new_file
 
 CLIENTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 32
@@ -178,8 +180,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="for each number of clients")
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the same, as a file")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"max_batch": arguments.max_batch, "load_before": psutil.getloadavg()[0]}
+    results: dict[str, Any] = {
+        "environment": {**environment(), "load_average": psutil.getloadavg()[0]},
+        "max_batch": arguments.max_batch,
+        "seconds": arguments.seconds,
+    }
     asked = questions(16)
     with tempfile.TemporaryDirectory() as temporary:
         model = arguments.model or make_model(Path(temporary))
@@ -191,7 +198,10 @@ def main() -> None:
                 if not arguments.json:
                     print(f"{clients:2} clients", *(f"{name} {value:.1f}" for name, value in result.items()))
     if arguments.json:
-        print(json.dumps({**results, "environment": environment()}, indent=1))
+        print(json.dumps(results))
+    if arguments.out:
+        with new_file(arguments.out) as partial:
+            partial.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,11 +51,10 @@ def measure(setting: Setting) -> dict[str, Any]:
             }
             for name, (model, inputs) in models.items()
         }
-    first = by_batch[str(setting.batches[0])]
-    ratios = {
-        ratio: {str(size): first[str(size)][ratio] for size in setting.sizes}
-        for ratio in ("ttft_over_llava", "decode_over_llava")
-    }
+    ratios = {}
+    if alone := by_batch.get("1"):
+        for ratio in ("ttft_over_llava", "decode_over_llava"):
+            ratios[ratio] = {str(size): alone[str(size)][ratio] for size in setting.sizes}
     return {**ratios, "memory_gb_per_second": bandwidth / 1e9, "speed": by_batch}
 
 

@@ -45,13 +45,16 @@ def find_settings(path: str | Path, kind: str) -> Path:
     Raises:
         SoloError: there is none; `kind` says of what.
     """
-    package = Path(__file__).parent
-    folders = [Path(), package / "recipes", package.parents[1] / "recipes"]
-    for folder in folders:
+    for folder in (Path(), *_recipes()):
         for candidate in (folder / path, folder / f"{path}.yaml"):
             if candidate.is_file():
                 return candidate
     raise SoloError(f"no {kind} {path}: give the path of a YAML file, or a name such as quickstart/stage1")
+
+
+def list_settings(folder: str) -> list[Path]:
+    """The YAML files that a folder of the package's recipes has, in order of their names."""
+    return sorted(path for recipes in _recipes() for path in (recipes / folder).glob("*.yaml"))
 
 
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise SoloError(f"{path} is not a {kind}: expected keys and values")
     base = settings.pop("base", None)
-    return _merge(read_settings(path.parent / base, kind), settings) if base else settings
+    return merge(read_settings(path.parent / base, kind), settings) if base else settings
 
 
 def override(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -84,12 +87,19 @@ def override(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
     return settings
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Plain settings over others, key by key; what is no dict is replaced as a whole."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def _recipes() -> list[Path]:
+    """Where the package's recipes are: inside of it once it is installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    return [package / "recipes", package.parents[1] / "recipes"]
 
 
 def _set(settings: dict[str, Any], key: str, value: Any) -> None:

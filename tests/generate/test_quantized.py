@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
+from serving import one_by_one, served
 
 import tiny
 from solo_vlm.generate import Answerer, PrefixCache
@@ -50,3 +53,15 @@ def test_generate_takes_the_option(run, folder):
     )
     assert code == 0
     assert out.strip()
+
+
+@pytest.mark.slow
+def test_serve_takes_the_option(folder):
+    request = {"messages": [{"role": "user", "content": "a red circle"}], "max_tokens": 12}
+    with served(folder, "--quantize", "nf4") as server:
+        (answer,) = asyncio.run(one_by_one(server.url, [request])).answers
+    full, quantised = (
+        Answerer.load(folder, quantize=kind).answer([tiny.ask("a red circle")], 12)[0]
+        for kind in (None, "nf4")
+    )
+    assert answer[1] == quantised != full

@@ -1,13 +1,11 @@
-"""Sweeps: which runs they are, how they are run, and one from data to law."""
+"""Sweeps: which runs they are, and one from data to law."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +14,6 @@ from transformers import AutoModel
 from scaling_toy import toy_sweep
 from solo_vlm.errors import SoloError
 from solo_vlm.model.load import load_config
-from solo_vlm.scaling.jobs import Job, run_jobs
 from solo_vlm.scaling.models import write_sized_model
 from solo_vlm.scaling.sweep import prepare, scaled_rates
 from solo_vlm.scaling.sweep_settings import SweepSettings
@@ -132,63 +129,6 @@ def test_a_recipe_without_rates_gets_the_default_ones_scaled():
     optimizer = scaled_rates({}, width=128, base_width=64)["optimizer"]
     assert optimizer["learning_rate"] == pytest.approx(2.5e-5)
     assert optimizer["patch_learning_rate"] == 5e-5
-
-
-def job(folder, name, code):
-    return Job(name, [sys.executable, "-c", code], folder / f"{name}.log")
-
-
-def test_jobs_run_side_by_side_and_report_how_they_ended(tmp_path):
-    """Each of two waits for the other to have started."""
-    meet = (
-        "import pathlib, time\n"
-        f"folder = pathlib.Path({str(tmp_path)!r})\n"
-        "(folder / '{0}').touch()\n"
-        "while not (folder / '{1}').exists(): time.sleep(0.01)\n"
-    )
-    jobs = [
-        job(tmp_path, "first", meet.format("a", "b")),
-        job(tmp_path, "second", meet.format("b", "a")),
-        job(tmp_path, "third", "import sys; print('no luck'); sys.exit(3)"),
-    ]
-    ended = {ran.name: status for ran, status in run_jobs(jobs, 2, "local")}
-    assert ended == {"first": 0, "second": 0, "third": 3}
-    assert jobs[2].last_line() == "no luck"
-    assert list(run_jobs([], 2, "local")) == []
-
-
-def test_a_signal_ends_the_jobs_too(tmp_path):
-    """The command is asked to stop, and leaves no process behind."""
-    code = (
-        "import sys, pathlib\n"
-        "from solo_vlm.scaling.jobs import Job, run_jobs\n"
-        "folder = pathlib.Path(sys.argv[1])\n"
-        'code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"\n'
-        "list(run_jobs([Job('one', [sys.executable, '-c', code], folder / 'log')], 1, 'local'))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)
-    log = tmp_path / "log"
-    while not (log.is_file() and log.read_text().strip()):
-        time.sleep(0.05)
-    child = int(log.read_text())
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "the same command goes on" in err.decode()
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
-
-
-def test_ray_runs_the_same_jobs(tmp_path):
-    pytest.importorskip("ray")
-    jobs = [job(tmp_path, "good", "print(1)"), job(tmp_path, "bad", "import sys; sys.exit(4)")]
-    assert {ran.name: status for ran, status in run_jobs(jobs, 2, "ray")} == {"good": 0, "bad": 4}
-
-
-def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(SoloError, match=r"solo-vlm\[ray\]"):
-        list(run_jobs([job(tmp_path, "any", "")], 1, "ray"))
 
 
 @pytest.mark.slow

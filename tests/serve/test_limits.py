@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from openai import APIError, OpenAI
 
+from solo_vlm.serve import chat
 from solo_vlm.serve import engine as engine_module
 from solo_vlm.serve.limits import Limits
 
@@ -41,12 +43,13 @@ def send(server, body) -> socket.socket:
     return connection
 
 
-def test_more_than_the_house_holds_are_sent_away_until_there_is_room(solo, closed_gate):
+def test_more_than_the_house_holds_are_sent_away_until_there_is_room(solo, closed_gate, picture):
     with served(solo, Limits(max_concurrent=3)) as server, ThreadPoolExecutor(3) as clients:
         answers = [clients.submit(server.ask, question("hello", max_tokens=2)) for _ in range(3)]
         wait_until(lambda: server.engine.running + server.engine.waiting == 3)
         assert server.metric("solo_running") + server.metric("solo_waiting") == 3
-        status, headers, body = server.post(json.dumps(question("hello")).encode())
+        # However much such a client has to send, it gets to read the answer.
+        status, headers, body = server.post(json.dumps(question("hello", picture(1000, 1000))).encode())
         assert status == 429 and int(headers["Retry-After"]) >= 1
         assert json.loads(body)["error"]["code"] == "too_many_requests"
         closed_gate.set()
@@ -79,6 +82,29 @@ def test_a_client_that_leaves_the_queue_is_never_answered(solo, closed_gate, slo
         closed_gate.set()
         assert b"200 OK" in first.recv(100)
         assert len(slow_model) <= 3
+
+
+def test_clients_that_leave_while_their_images_are_decoded_do_not_pile_up_work(solo, monkeypatch, picture):
+    decode, gate, begun = chat.decode_images, threading.Event(), []
+
+    def when_open(*arguments):
+        begun.append(None)
+        gate.wait(60)
+        return decode(*arguments)
+
+    monkeypatch.setattr(chat, "decode_images", when_open)
+    left = 'solo_requests_total{path="/v1/chat/completions",status="499"}'
+    with served(solo, Limits(max_concurrent=9)) as server:
+        for wave in (1, 2, 3):
+            connections = [send(server, question("hello", picture())) for _ in range(9)]
+            wait_until(lambda: len(begun) >= 4)
+            time.sleep(0.2)  # for more to begin, if they could
+            for connection in connections:
+                connection.close()
+            wait_until(lambda: server.metric(left) == 9 * wave)  # noqa: B023 - used within the loop
+        assert len(begun) == 4
+        gate.set()
+        assert server.ask(question("hello", max_tokens=2))[0] == 200
 
 
 def test_a_request_that_takes_too_long_ends(solo, slow_model):

@@ -8,12 +8,15 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from openai import OpenAI
 from serving import served
 
 from solo_vlm.generate import Answerer
+from solo_vlm.serve.limits import Limits
 from tiny import ask
 
 from .conftest import question
@@ -62,12 +65,21 @@ def test_curl_gets_an_answer_a_stream_and_an_error(server):
     assert json.loads(curl(f"{server.url}/health"))["model"] == "my-model"
 
 
+def test_every_limit_stands_in_the_documentation_with_its_default():
+    documentation = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    for field in fields(Limits):
+        option = f"`--{field.name.replace('_', '-')}`"
+        row = option if field.type == "bool" else f"| {option} | {int(field.default):,}"
+        assert row in documentation
+
+
 def test_options_set_the_limits(server, picture):
     client = OpenAI(base_url=f"{server.url}/v1", api_key="new", max_retries=0)
     with pytest.raises(Exception, match="2 images; a request may have 1"):
         client.chat.completions.create(model="my-model", **question("x", picture(), picture()))
 
 
+@pytest.mark.slow
 def test_a_server_that_is_asked_to_stop_finishes_what_it_has_begun(folder):
     with served(folder) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
@@ -106,7 +118,12 @@ def test_a_taken_port_is_one_line(run, folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, _, err = run("serve", "--model", folder, "--port", port)
-    assert code == 2 and f"cannot listen on 127.0.0.1:{port}" in err and err.count("\n") == 1
+    assert code == 2 and f"cannot listen on 127.0.0.1, port {port}" in err and err.count("\n") == 1
+
+
+def test_a_device_that_is_not_there_is_one_line(run, folder):
+    code, _, err = run("serve", "--model", folder, "--port", 0, "--device", "nowhere")
+    assert code == 2 and "cannot put the model on nowhere" in err
 
 
 @pytest.mark.parametrize("content", [None, "  \n"])
@@ -115,6 +132,17 @@ def test_a_file_without_keys_is_one_line(run, folder, tmp_path, content):
         (tmp_path / "keys").write_text(content)
     code, _, err = run("serve", "--model", folder, "--api-key-file", tmp_path / "keys")
     assert code == 2 and "API key" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [("--device", "cpu"), ("--quantize", "nf4"), ("--prefix-cache", "2")])
+def test_what_vllm_does_not_take_is_said(run, folder, option):
+    code, _, err = run("serve", "--model", folder, "--engine", "vllm", *option)
+    assert code == 2 and option[0] in err
+
+
+def test_options_of_vllm_are_for_vllm(run, folder):
+    code, _, err = run("serve", "--model", folder, "--", "--enable-lora")
+    assert code == 2 and "--enable-lora" in err
 
 
 def test_without_vllm_its_engine_says_how_to_get_it(run, folder, monkeypatch):

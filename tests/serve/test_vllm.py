@@ -1,15 +1,17 @@
-"""Under vLLM: the same greedy text as transformers, with several images, and with a LoRA adapter."""
+"""vLLM, our own engine and transformers give the same greedy text; several images; a LoRA adapter."""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
+import sys
 import urllib.request
 
 import pytest
 import torch
-from openai import BadRequestError, OpenAI
+from openai import AuthenticationError, BadRequestError, OpenAI
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from solo_vlm.errors import SoloError
@@ -20,16 +22,19 @@ from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.vllm_server import vllm_command
 from tiny import TEXTS, ask
 
-from .conftest import question, wait_until
+from .conftest import question, served, wait_until
 
 TOKENS = 16
+KEY = {"SOLO_API_KEY": "secret"}
 
 
 def test_the_command_has_the_limits_that_vllm_has():
     limits = Limits(max_batch=3, max_images=2, max_tokens=77)
-    command = vllm_command("folder", "name", "127.0.0.1", 8000, limits)
-    options = dict(zip(command[3::2], command[4::2], strict=True))
+    command = vllm_command("folder", "name", "127.0.0.1", 8000, limits, "bfloat16", prefix_caching=False)
+    *pairs, last = command[3:]
+    options = dict(zip(pairs[::2], pairs[1::2], strict=True))
     assert options["--model"] == "folder" and options["--served-model-name"] == "name"
+    assert options["--dtype"] == "bfloat16" and last == "--no-enable-prefix-caching"
     assert options["--max-num-seqs"] == "3"
     assert json.loads(options["--limit-mm-per-prompt"]) == {"image": 2}
     assert json.loads(options["--override-generation-config"])["max_new_tokens"] == 77
@@ -86,15 +91,16 @@ def adapter(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(folder, adapter, tmp_path_factory):
-    """A client of vLLM's server, as `solo serve` starts it, with the adapter beside the model."""
+def vllm(folder, adapter, tmp_path_factory):
+    """A client of `solo serve --engine vllm`, with the adapter beside the model."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = vllm_command(str(folder), "my-model", "127.0.0.1", port, Limits(max_images=3))
-    command += ["--enable-lora", "--lora-modules", f"my-lora={adapter}", "--dtype", "float32"]
+    command = [sys.executable, "-m", "solo_vlm", "serve", "--model", str(folder), "--port", str(port)]
+    command += ["--engine", "vllm", "--dtype", "float32", "--max-images", "3"]
+    command += ["--", "--enable-lora", "--lora-modules", f"my-lora={adapter}"]
     log = tmp_path_factory.mktemp("log") / "vllm.log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **KEY})
 
     def ready() -> bool:
         assert process.poll() is None, log.read_text()[-5000:]
@@ -105,7 +111,7 @@ def client(folder, adapter, tmp_path_factory):
 
     try:
         wait_until(ready, seconds=800)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY["SOLO_API_KEY"], max_retries=0)
     finally:
         process.terminate()
         process.wait()
@@ -119,7 +125,7 @@ CHATS = {
 }
 
 
-def answers(client, model, text, images) -> str:
+def answer_of(client, model, text, images) -> str:
     body = question(text, *images, max_tokens=TOKENS)
     return complete(client.chat.completions.create(model=model, **body).choices[0].message.content)
 
@@ -131,15 +137,19 @@ def complete(text: str) -> str:
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("name", CHATS)
-def test_the_greedy_text_is_that_of_transformers(client, folder, picture, name):
+def test_all_engines_give_the_same_greedy_text(vllm, folder, picture, name):
     text, sizes = CHATS[name]
     images = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
-    expected = Answerer.load(folder).answer([ask(text, *images)], TOKENS)[0]
-    assert answers(client, "my-model", text, images) == complete(expected)
+    answerer = Answerer.load(folder)
+    with served(answerer, Limits()) as server:
+        ours = OpenAI(base_url=server.url, api_key="none", max_retries=0)
+        of_transformers = answer_of(ours, "tiny", text, images)
+    of_vllm = answer_of(vllm, "my-model", text, images)
+    assert of_vllm == of_transformers == complete(answerer.answer([ask(text, *images)], TOKENS)[0])
 
 
 @pytest.mark.vllm
-def test_an_adapter_answers_as_under_peft(client, folder, adapter, picture):
+def test_an_adapter_answers_as_under_peft(vllm, folder, adapter, picture):
     from peft import PeftModel
 
     answerer = Answerer.load(folder)
@@ -147,17 +157,21 @@ def test_an_adapter_answers_as_under_peft(client, folder, adapter, picture):
     plain = answerer.answer([chat], TOKENS)[0]
     merged = PeftModel.from_pretrained(answerer.model, adapter).merge_and_unload()
     expected = Answerer(merged, answerer.processor).answer([chat], TOKENS)[0]
-    assert (
-        answers(client, "my-lora", "what is this?", [picture(64, 96)])
-        == complete(expected)
-        != complete(plain)
-    )
+    ours = answer_of(vllm, "my-lora", "what is this?", [picture(64, 96)])
+    assert ours == complete(expected) != complete(plain)
 
 
 @pytest.mark.vllm
-def test_images_are_limited_and_never_fetched(client, picture):
+def test_images_are_limited_and_never_fetched(vllm, picture):
     with pytest.raises(BadRequestError):
-        answers(client, "my-model", "x", [picture()] * 4)
+        answer_of(vllm, "my-model", "x", [picture()] * 4)
     part = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
     with pytest.raises(BadRequestError, match="domain"):
-        client.chat.completions.create(model="my-model", messages=[{"role": "user", "content": [part]}])
+        vllm.chat.completions.create(model="my-model", messages=[{"role": "user", "content": [part]}])
+
+
+@pytest.mark.vllm
+def test_a_key_is_needed(vllm):
+    with pytest.raises(AuthenticationError):
+        vllm.with_options(api_key="wrong").models.list()
+    assert "my-model" in [model.id for model in vllm.models.list()]

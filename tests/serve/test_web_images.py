@@ -170,6 +170,18 @@ def test_a_name_with_a_private_address_among_others_leads_to_the_public_one(
     assert server.ask(about(f"{address(private, 'both.test')}/x.png"))[0] == 400
 
 
+def test_all_images_of_a_request_together_are_no_larger_than_a_request(solo, public, monkeypatch, image):
+    monkeypatch.setattr(web_images, "is_public", lambda address: address == PUBLIC)
+    size = len(png(image))
+    part = {"type": "image_url", "image_url": {"url": f"{address(public)}/x.png"}}
+    with served(solo, Limits(allow_image_urls=True, max_request_bytes=3 * size - 1)) as server:
+        for images, expected in ((2, 200), (3, 400)):
+            content = [*[part] * images, {"type": "text", "text": "what is this?"}]
+            status, body = server.ask({"messages": [{"role": "user", "content": content}], "max_tokens": 1})
+            assert status == expected, body
+        assert body["error"]["param"] == "messages.0.content.2.image_url.url"
+
+
 @pytest.mark.parametrize(
     ("page", "message"),
     [

@@ -10,6 +10,7 @@ import typer
 from rich.logging import RichHandler
 
 from solo_vlm.cli._console import STDERR
+from solo_vlm.cli.ablate import ablate
 from solo_vlm.cli.chat import chat
 from solo_vlm.cli.convert import app as convert
 from solo_vlm.cli.data import app as data
@@ -46,7 +47,7 @@ def _settings(
     )
 
 
-for verb in (quickstart, init, generate, chat, web, serve, inspect, train, push):
+for verb in (quickstart, init, generate, chat, web, serve, inspect, train, ablate, push):
     app.command()(verb)
 app.add_typer(data, name="data")
 app.add_typer(convert, name="convert")

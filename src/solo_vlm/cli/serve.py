@@ -6,17 +6,19 @@ import os
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from solo_vlm.cli._console import STDERR, quiet_libraries
+from solo_vlm.cli._quantize import QuantizeOption
 from solo_vlm.errors import SoloError
 from solo_vlm.serve.limits import Limits
 
 _DEFAULT = Limits()
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _KEY_VARIABLE = "SOLO_API_KEY"
+_PREFIX_CACHE = 1.0  # GB
 
 
 class Engine(StrEnum):
@@ -37,11 +39,15 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help=f"Keys that requests need, one a line; default: ${_KEY_VARIABLE}.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights; auto: as stored.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Of the weights; auto: as stored."),
+    ] = "auto",
+    quantize: QuantizeOption = None,
     device: Annotated[str | None, typer.Option(help="Default: the accelerator, if there is one.")] = None,
     prefix_cache: Annotated[
         float, typer.Option(min=0, help="GB of keys and values of earlier prompts to keep.")
-    ] = 1.0,
+    ] = _PREFIX_CACHE,
     max_concurrent: Annotated[
         int, typer.Option(min=1, help="Requests in work; further ones get 429.")
     ] = _DEFAULT.max_concurrent,
@@ -79,6 +85,10 @@ def serve(
     allow_image_urls: Annotated[
         bool, typer.Option("--allow-image-urls", help="Fetch images from public http(s) addresses.")
     ] = _DEFAULT.allow_image_urls,
+    vllm: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- VLLM_OPTIONS", help="With --engine vllm: options of its own."),
+    ] = None,
 ) -> None:
     """Serve a model behind OpenAI's chat API, within limits."""
     options = locals()
@@ -92,7 +102,14 @@ def serve(
     if engine == Engine.vllm:
         from solo_vlm.serve.vllm_server import become_vllm, vllm_command
 
-        become_vllm(vllm_command(model, name, host, port, limits), api_keys)
+        if device or quantize or prefix_cache not in (0, _PREFIX_CACHE):
+            raise SoloError(
+                "--engine vllm takes neither --device nor --quantize, and no --prefix-cache but 0"
+            )
+        command = vllm_command(model, name, host, port, limits, dtype, prefix_caching=prefix_cache > 0)
+        become_vllm([*command, *(vllm or [])], api_keys)
+    if vllm:
+        raise SoloError(f"options after -- are for --engine vllm: {' '.join(vllm)}")
     quiet_libraries()
     try:
         from solo_vlm.serve.server import serve_model
@@ -102,10 +119,10 @@ def serve(
 
     def load() -> Answerer:
         known = PrefixCache(int(prefix_cache * 1e9)) if prefix_cache else None
-        return Answerer.load(model, dtype, device, prefix_cache=known)
+        return Answerer.load(model, dtype, device, quantize, known)
 
-    def on_ready(address: str) -> None:
-        STDERR.print(f"{name} at http://{address}/v1", highlight=False)
+    def on_ready(url: str) -> None:
+        STDERR.print(f"{name} at {url}/v1", highlight=False)
 
     serve_model(load, name, host, port, limits, api_keys, on_ready)
 

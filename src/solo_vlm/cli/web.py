@@ -29,17 +29,18 @@ def web(
         from solo_vlm.web.app import make_app
     except ModuleNotFoundError as error:
         raise SoloError(f"the page needs {error.name}: pip install 'solo-vlm[web]'") from error
+    from solo_vlm.address import take_address
     from solo_vlm.generate import Answerer, PrefixCache
-    from solo_vlm.web.address import listen
     from solo_vlm.web.limits import Limits
     from solo_vlm.web.service import Service
 
     limits = Limits(
         image_bytes=max_image_mib * 2**20, pixels=max_megapixels * 10**6, new_tokens=max_new_tokens
     )
-    with listen(host, port) as connection:
+    with take_address(host, port) as address:
         answerer = Answerer.load(model, prefix_cache=PrefixCache())
         app = make_app(Service(answerer, "/".join(Path(model).parts[-2:]), limits))
-        STDOUT.print(f"solo web: {connection.url}  (Ctrl-C ends it)", highlight=False)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run(sockets=[connection.socket])
+        address.listen()
+        STDOUT.print(f"solo web: {address.url}  (Ctrl-C ends it)", highlight=False)
+        uvicorn.Server(config).run(sockets=[address.socket])

@@ -17,6 +17,7 @@ from solo_vlm.generate.prefix_cache import (
     prompt_tokens,
     without_known_images,
 )
+from solo_vlm.generate.roomy_cache import has_full_attention, roomy_cache
 from solo_vlm.model.image_loading_solo import ImageError
 from solo_vlm.model.load import load_config, load_model, load_processor
 from solo_vlm.model.modeling_solo import SoloForConditionalGeneration
@@ -229,10 +230,18 @@ class Answerer:
     @torch.inference_mode()
     def _generate(self, inputs: Any, max_new_tokens: int, **options: Any) -> torch.Tensor:
         """Prompts and answers, (chats, length) int64."""
-        options = {"do_sample": False, "cache_implementation": "static" if self.compile else None, **options}
+        options = {"do_sample": False, **self._cache(), **options}
         if self.context:
             max_new_tokens = min(max_new_tokens, self.context - inputs["input_ids"].shape[1])
         return self.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+
+    def _cache(self) -> dict[str, Any]:
+        """The option of `GenerationMixin.generate` that says where keys and values are kept."""
+        if self.compile:
+            return {"cache_implementation": "static"}
+        if has_full_attention(self.model.config.text_config):
+            return {"past_key_values": roomy_cache()}
+        return {}
 
     def _decode(self, output: torch.Tensor, inputs: Any) -> list[str]:
         new = output[:, inputs["input_ids"].shape[1] :]

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, cat
-from transformers import DynamicCache, PreTrainedConfig
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from solo_vlm.generate.roomy_cache import roomy_cache
 
 Prompt = NDArray[np.int64]
 _States = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (1, heads, length, head size)
@@ -41,7 +43,7 @@ class PrefixCache:
         self._clock = count()
         self._lock = Lock()
 
-    def find(self, prompt: Prompt) -> tuple[int, DynamicCache]:
+    def find(self, prompt: Prompt) -> tuple[int, Cache]:
         """The longest known beginning of a prompt.
 
         Args:
@@ -54,13 +56,13 @@ class PrefixCache:
         with self._lock:
             path = self._path(prompt[:-1])
             pieces = [node.states(agreeing) for node, agreeing in path]
-        cache = DynamicCache()
-        for index, layer in enumerate(zip(*pieces, strict=True)):
-            keys, values = (cat(states, dim=-2) for states in zip(*layer, strict=True))
-            cache.update(keys, values, index)
+        cache = roomy_cache()
+        for layers in pieces:
+            for index, (keys, values) in enumerate(layers):
+                cache.update(keys, values, index)
         return sum(agreeing for _, agreeing in path), cache
 
-    def add(self, tokens: Prompt, cache: DynamicCache) -> None:
+    def add(self, tokens: Prompt, cache: Cache) -> None:
         """Keep what was computed for a prompt and its answer.
 
         Args:

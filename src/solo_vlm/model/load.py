@@ -27,13 +27,17 @@ def load_model(
         quantization_config: transformers' own, for weights that are quantised while they are read.
 
     Raises:
-        SoloError: nothing readable is there, or it is no SOLO model.
+        SoloError: nothing readable is there, it is no SOLO model, or it cannot be put on the device.
     """
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     model = _load(SoloForConditionalGeneration, path, dtype=kind, quantization_config=quantization_config)
     if _release_settings(path):
         _use_release_vocabulary(model, path)
-    return model.to(device or _default_device()).eval()
+    where = device or _default_device()
+    try:
+        return model.to(where).eval()
+    except (AssertionError, RuntimeError) as error:  # torch's own: no such device, or not enough memory
+        raise SoloError(f"cannot put the model on {where}: {str(error).splitlines()[0]}") from error
 
 
 def load_processor(path: str | Path) -> SoloProcessor:

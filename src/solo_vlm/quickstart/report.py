@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from solo_vlm.evaluate.held_out import HeldOutAnswer
 from solo_vlm.files import new_file
 from solo_vlm.html import image_url, png_url, render
-from solo_vlm.quickstart.scores import HeldOutAnswer
 
 Answers = Mapping[str, Sequence[HeldOutAnswer]]
 

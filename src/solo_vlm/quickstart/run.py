@@ -13,12 +13,12 @@ from rich.progress import Progress
 
 from solo_vlm.data.toy import write_toy_data
 from solo_vlm.errors import SoloError
+from solo_vlm.evaluate.held_out import HeldOutAnswer, accuracy, answer_questions, read_questions
 from solo_vlm.files import new_file
 from solo_vlm.generate import Answerer
 from solo_vlm.model.from_llm import from_llm
 from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 from solo_vlm.quickstart.report import write_examples, write_loss_curve, write_report
-from solo_vlm.quickstart.scores import accuracy, answer_held_out
 from solo_vlm.train.loop import Trained, train
 from solo_vlm.train.metrics import progress_bar, read_metrics
 from solo_vlm.train.recipe import Recipe
@@ -55,7 +55,7 @@ def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str,
             trained[stage] = train(_recipe(stage, out, seed, fraction), progress=progress)
         answerer = Answerer.load(trained["sft"].model)
         answers = {
-            name: answer_held_out(out / "data" / f"heldout_{name}.parquet", answerer, progress)
+            name: _answers(out / "data" / f"heldout_{name}.parquet", answerer, progress)
             for name in ("digits", "captions", "qa")
         }
 
@@ -104,6 +104,16 @@ def _work(progress: Progress, name: str, work: Any) -> None:
     task = progress.add_task(name, total=1, figures="")
     work()
     progress.update(task, completed=1)
+
+
+def _answers(path: Path, answerer: Answerer, progress: Progress) -> list[HeldOutAnswer]:
+    questions = read_questions(path)
+    task = progress.add_task(path.stem, total=len(questions), figures="")
+    answers: list[HeldOutAnswer] = []
+    for batch in answer_questions(questions, answerer):
+        answers += batch
+        progress.update(task, completed=len(answers))
+    return answers
 
 
 def _stage_figures(folder: Path, run: Trained) -> dict[str, Any]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from solo_vlm.errors import SoloError
-from solo_vlm.files import new_file
-from solo_vlm.scaling.jobs import Engine, Job, run_jobs
+from solo_vlm.jobs.job import Engine
+from solo_vlm.jobs.training import TrainingRun, train_runs
 from solo_vlm.scaling.models import write_sized_model
 from solo_vlm.scaling.results import RESULTS, count_parameters, run_results, write_results
 from solo_vlm.scaling.sweep_settings import Size, SweepSettings
@@ -21,41 +18,16 @@ from solo_vlm.train.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class SweepRun:
+class SweepRun(TrainingRun):
     """One run of a sweep.
 
     Attributes:
-        name: its own.
         size: name of the size.
         holdout: whether laws have to predict it.
-        recipe: of the training engine.
     """
 
-    name: str
     size: str
     holdout: bool
-    recipe: Recipe
-
-    @property
-    def folder(self) -> Path:
-        """Of the run."""
-        return self.recipe.at(self.recipe.out)
-
-    @property
-    def finished(self) -> bool:
-        """Whether it was trained to its end.
-
-        Raises:
-            SoloError: with another recipe.
-        """
-        if not (self.folder / "manifest.json").is_file():
-            return False
-        trained = Recipe.load(self.folder / "recipe.yaml")
-        if trained.model_copy(update={"root": self.recipe.root}) != self.recipe:
-            raise SoloError(
-                f"{self.folder} was trained with another recipe: remove it, or choose another root"
-            )
-        return True
 
 
 def run_sweep(
@@ -71,7 +43,7 @@ def run_sweep(
     Args:
         settings: the sweep.
         processes: runs side by side.
-        engine: see `jobs.run_jobs`.
+        engine: see `jobs.job.run_jobs`.
         progress: called with the name of each finished run, how many are finished, and of how many.
 
     Raises:
@@ -79,22 +51,10 @@ def run_sweep(
         Stopped: by a signal; what ran is saved.
     """
     runs = prepare(settings)
-    waiting = [run for run in runs if not run.finished]
-    done = len(runs) - len(waiting)
-    # The longest first: the last ones to end are then short.
-    waiting.sort(key=lambda run: run.recipe.steps or 0, reverse=True)
-    failed = []
-    for job, status in run_jobs([_job(run) for run in waiting], processes, engine):
-        if status:
-            failed.append(f"{job.name} ({job.last_line()}; see {job.log})")
-            continue
+    done = sum(run.finished for run in runs)
+    for run in train_runs(runs, processes, engine):
         done += 1
-        progress(job.name, done, len(runs))
-    if failed:
-        raise SoloError(
-            f"{len(failed)} of {len(runs)} runs failed, the others are kept; the same command tries again: "
-            + "; ".join(failed)
-        )
+        progress(run.name, done, len(runs))
     table = Path(settings.root) / RESULTS
     write_results(table, [run_results(run, settings.count) for run in runs])
     return table
@@ -164,16 +124,7 @@ def _run(
     steps = round(tokens / (probe.global_batch * probe.data.sequence_length))
     if steps < 1:
         raise SoloError(f"{run}: {tokens:,.0f} tokens are less than one step; raise the budget")
-    return SweepRun(run, name, holdout, probe.model_copy(update={"steps": steps}))
-
-
-def _job(run: SweepRun) -> Job:
-    root = Path(run.recipe.root)
-    recipe = root / "recipes" / f"{run.name}.yaml"
-    with new_file(recipe) as partial:
-        partial.write_text(yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False))
-    command = [sys.executable, "-m", "solo_vlm", "train", str(recipe), "--json"]
-    return Job(run.name, command, root / "logs" / f"{run.name}.log")
+    return SweepRun(run, probe.model_copy(update={"steps": steps}), name, holdout)
 
 
 __all__ = ["SweepRun", "prepare", "run_sweep", "scaled_rates"]

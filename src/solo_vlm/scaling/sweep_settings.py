@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from solo_vlm.data.toy.drawn import ToySettings
 from solo_vlm.settings import Settings, find_settings, override, read_settings
 
 Size = dict[str, PositiveInt]
@@ -25,24 +26,6 @@ class HoldoutSettings(Settings):
     name: str
     size: Size
     tokens: PositiveInt
-
-
-class ToySettings(Settings):
-    """Samples of the embedded toy data, drawn into `data/` under the sweep's root, and as many held out.
-
-    Attributes:
-        text: texts.
-        stage2: images with captions.
-        heldout_text: texts that are none of those.
-        heldout_stage2: images with captions that are none of those.
-        seed: of the draw; the held-out samples have the next one.
-    """
-
-    text: PositiveInt
-    stage2: PositiveInt
-    heldout_text: PositiveInt
-    heldout_stage2: PositiveInt
-    seed: int = 0
 
 
 class SweepSettings(Settings):

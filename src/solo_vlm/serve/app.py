@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from anyio import to_thread
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -35,6 +35,7 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
         api_keys: one of these must come with every request under /v1; none: nobody is asked for one.
     """
     metrics = Metrics(engine)
+    chat = ChatCompletions(engine, model, limits, metrics)
     card = {"id": model, "object": "model", "created": 0, "owned_by": "solo-vlm"}
 
     async def models(_: Request) -> Response:
@@ -49,10 +50,11 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await to_thread.run_sync(engine.close)
+        await asyncio.to_thread(chat.close)
+        await asyncio.to_thread(engine.close)
 
     routes = [
-        Route("/v1/chat/completions", ChatCompletions(engine, model, limits, metrics), methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/models", models),
         Route("/health", health),
         Route("/metrics", exposition),

@@ -6,11 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, TypeVar
 
-from anyio import CapacityLimiter, to_thread
 from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -53,7 +52,8 @@ class ChatCompletions:
         self._limits = limits
         self._metrics = metrics
         self._slots_taken = 0
-        self._threads = CapacityLimiter(_PREPARING_THREADS)
+        # What a thread has begun goes on when its client leaves: so many threads, and no more.
+        self._threads = ThreadPoolExecutor(_PREPARING_THREADS, "prepare")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. A client that leaves ends it, at any moment."""
@@ -63,6 +63,10 @@ class ChatCompletions:
             except ClientDisconnect:
                 return
             await unless_disconnected(self._answer(body, scope, receive, send), receive)
+
+    def close(self) -> None:
+        """Prepare nothing any more."""
+        self._threads.shutdown(cancel_futures=True)
 
     @contextmanager
     def _slot(self) -> Iterator[None]:
@@ -154,9 +158,7 @@ class ChatCompletions:
         return ApiError(500, "the server failed at this request; its log says why", code="internal_error")
 
     async def _in_thread(self, task: Callable[..., Result], *arguments: object) -> Result:
-        return await to_thread.run_sync(
-            partial(task, *arguments), limiter=self._threads, abandon_on_cancel=True
-        )
+        return await asyncio.get_running_loop().run_in_executor(self._threads, task, *arguments)
 
 
 async def _whole(pieces: AsyncIterator[str | Finish], reply: Reply) -> dict[str, Any]:

@@ -25,12 +25,18 @@ async def fetch_web_images(urls: Iterable[tuple[str, str]], limits: Limits) -> l
 
     Args:
         urls: each image's place in the request, and its URL.
-        limits: whether to fetch at all, and how much.
+        limits: whether to fetch at all, and how much: all files together may be as large as a request.
 
     Raises:
         ApiError: 400: a URL of another kind, one that may not be fetched, or a file that is too large.
     """
-    return [(param, await _fetch(url, param, limits)) for param, url in urls]
+    sources: list[Source] = []
+    bytes_left = limits.max_request_bytes
+    for param, url in urls:
+        source = await _fetch(url, param, limits, min(bytes_left, limits.max_image_bytes))
+        bytes_left -= len(source) if isinstance(source, bytes) else 0
+        sources.append((param, source))
+    return sources
 
 
 def decode_images(sources: Iterable[Source], limits: Limits) -> list[Image.Image]:
@@ -52,7 +58,7 @@ def decode_images(sources: Iterable[Source], limits: Limits) -> list[Image.Image
     return images
 
 
-async def _fetch(url: str, param: str, limits: Limits) -> str | bytes:
+async def _fetch(url: str, param: str, limits: Limits, max_bytes: int) -> str | bytes:
     scheme = url[:8].lower()
     if scheme.startswith("data:"):
         return url
@@ -62,7 +68,7 @@ async def _fetch(url: str, param: str, limits: Limits) -> str | bytes:
         raise ApiError(
             400, "this server fetches no images: send a data URL with base64", param, "invalid_image"
         )
-    return await fetch_image(url, param, limits.max_image_bytes, limits.max_fetch_seconds)
+    return await fetch_image(url, param, max_bytes, limits.max_fetch_seconds)
 
 
 def _from_data_url(url: str, param: str, max_bytes: int) -> bytes:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
 
-from solo_vlm.errors import SoloError
+from solo_vlm.address import take_address
 from solo_vlm.generate import Answerer
 from solo_vlm.serve.app import make_app
 from solo_vlm.serve.engine import Engine
@@ -34,12 +33,12 @@ def serve_model(
         port: to listen on; 0: any that is free.
         limits: of each request, and of all together.
         api_keys: see `make_app`.
-        on_ready: told where the server listens, as HOST:PORT.
+        on_ready: told the server's URL.
 
     Raises:
         SoloError: the address cannot be had, or the model cannot be loaded.
     """
-    with _bound_socket(host, port) as listening:
+    with take_address(host, port) as address:
         engine = Engine(load(), limits.max_batch, limits.max_batch_tokens)
         config = uvicorn.Config(
             make_app(engine, name, limits, api_keys),
@@ -50,21 +49,10 @@ def serve_model(
             server_header=False,
             timeout_graceful_shutdown=round(limits.max_drain_seconds),
         )
-        listening.listen(config.backlog)  # from now on connections wait until they are accepted
-        on_ready(f"{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}")
+        address.listen()
+        on_ready(address.url)
         with _signals_only_for_uvicorn():
-            uvicorn.Server(config).run(sockets=[listening])
-
-
-@contextmanager
-def _bound_socket(host: str, port: int) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as bound:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            bound.bind((host, port))
-        except OSError as error:
-            raise SoloError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-        yield bound
+            uvicorn.Server(config).run(sockets=[address.socket])
 
 
 @contextmanager

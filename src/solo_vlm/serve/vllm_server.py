@@ -18,7 +18,15 @@ _NO_HOST = "images.invalid"
 _LIMITS = ("max_batch", "max_images", "max_tokens")
 
 
-def vllm_command(model: str, name: str, host: str, port: int, limits: Limits) -> list[str]:
+def vllm_command(
+    model: str,
+    name: str,
+    host: str,
+    port: int,
+    limits: Limits,
+    dtype: str = "auto",
+    prefix_caching: bool = True,
+) -> list[str]:
     """What starts vLLM's server.
 
     Args:
@@ -27,6 +35,8 @@ def vllm_command(model: str, name: str, host: str, port: int, limits: Limits) ->
         host: address to listen on.
         port: to listen on.
         limits: `max_batch`, `max_images` and `max_tokens` hold there, too.
+        dtype: of the weights; auto: as stored, but never float32.
+        prefix_caching: whether what prompts have in common is computed once.
 
     Raises:
         SoloError: another limit is set, which vLLM does not have.
@@ -42,10 +52,12 @@ def vllm_command(model: str, name: str, host: str, port: int, limits: Limits) ->
         *("--served-model-name", name),
         *("--host", host),
         *("--port", str(port)),
+        *("--dtype", dtype),
         *("--max-num-seqs", str(limits.max_batch)),
         *("--limit-mm-per-prompt", json.dumps({"image": limits.max_images})),
         *("--override-generation-config", json.dumps(defaults)),
         *("--allowed-media-domains", _NO_HOST),
+        "--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching",
     ]
 
 

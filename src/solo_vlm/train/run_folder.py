@@ -25,7 +25,7 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> Path | None:
     if (out / "model").exists():
         raise SoloError(f"{out} holds a finished run: remove it, or choose another folder with out=...")
     theirs = out / "recipe.yaml"
-    if theirs.is_file() and _learned(Recipe.load(theirs)) != _learned(recipe):
+    if theirs.is_file() and learned(Recipe.load(theirs)) != learned(recipe):
         raise SoloError(f"{out} holds a run of another recipe: remove it, or choose another with out=...")
     remove_partial(out / "checkpoints")  # what a crash has left
     checkpoint = latest_checkpoint(out / "checkpoints")
@@ -36,6 +36,7 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> Path | None:
     return checkpoint
 
 
-def _learned(recipe: Recipe) -> dict[str, Any]:
-    """The settings that decide what is learned."""
-    return recipe.model_dump(exclude={**dict.fromkeys(_FREE, True), "data": {"workers"}})
+def learned(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide what is learned, as far as they are not the default ones."""
+    free: dict[str, Any] = {**dict.fromkeys(_FREE, True), "data": {"workers"}}
+    return recipe.model_dump(mode="json", exclude=free, exclude_defaults=True)

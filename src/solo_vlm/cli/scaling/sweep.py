@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from solo_vlm.cli._console import STDERR, STDOUT, print_json, quiet_libraries
+from solo_vlm.cli._engine import Engine, RunsOn, SideBySide
 from solo_vlm.cli.scaling._laws import fit_and_draw, show_laws
-
-
-class Engine(StrEnum):
-    """Who runs."""
-
-    LOCAL = "local"
-    RAY = "ray"
 
 
 def sweep(
     settings: Annotated[str, typer.Argument(help="YAML file, or a name such as sweeps/toy.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
-    engine: Annotated[
-        Engine, typer.Option(help="This machine's processes, or Ray: RAY_ADDRESS names a cluster.")
-    ] = Engine.LOCAL,
+    processes: SideBySide = 1,
+    engine: RunsOn = Engine.LOCAL,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train every size at every budget, then fit and plot. Started again, it goes on where it stopped."""

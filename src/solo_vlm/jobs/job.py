@@ -6,7 +6,7 @@ import os
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +41,31 @@ class Job:
         return lines[-1] if lines else "nothing was printed"
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, engine: Engine) -> Iterator[tuple[Job, int]]:
+def finish_jobs(
+    jobs: Sequence[Job], processes: int, engine: Engine, on_wait: Callable[[], None] = lambda: None
+) -> Iterator[Job]:
+    """As `run_jobs`, for jobs that are meant to succeed: yield each one that does.
+
+    Raises:
+        SoloError: in the end, if some have failed; also as `run_jobs`.
+        Stopped: by a signal.
+    """
+    failed = []
+    for job, status in run_jobs(jobs, processes, engine, on_wait):
+        if status:
+            failed.append(f"{job.name} ({job.last_line()}; see {job.log})")
+        else:
+            yield job
+    if failed:
+        raise SoloError(
+            f"{len(failed)} of {len(jobs)} jobs failed, the others are kept; the same command tries again: "
+            + "; ".join(failed)
+        )
+
+
+def run_jobs(
+    jobs: Sequence[Job], processes: int, engine: Engine, on_wait: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Job, int]]:
     """Run all, in their order as far as there is room; yield each with its exit code when it ends.
 
     Cores, and GPUs where there are any, are shared evenly. Under SIGINT or SIGTERM the processes of this
@@ -52,15 +76,16 @@ def run_jobs(jobs: Sequence[Job], processes: int, engine: Engine) -> Iterator[tu
         processes: side by side. On Ray, each asks for one GPU where the cluster has any, else for one CPU.
         engine: `local`, or `ray`: one machine, or the cluster that the variable RAY_ADDRESS names, whose
             machines must all see the same files.
+        on_wait: called several times a second while jobs run.
 
     Raises:
         SoloError: Ray is not installed.
         Stopped: by a signal.
     """
-    return _ray(jobs, processes) if engine == "ray" else _local(jobs, processes)
+    return (_ray if engine == "ray" else _local)(jobs, processes, on_wait)
 
 
-def _local(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, int]]:
+def _local(jobs: Sequence[Job], processes: int, on_wait: Callable[[], None]) -> Iterator[tuple[Job, int]]:
     shares = _shares(max(min(processes, len(jobs)), 1))
     free, waiting = deque(range(len(shares))), deque(jobs)
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
@@ -71,6 +96,7 @@ def _local(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, int]]:
                     slot, job = free.popleft(), waiting.popleft()
                     running[slot] = job, job.start(shares[slot])
                 time.sleep(_POLL_SECONDS)
+                on_wait()
                 if stop.signal:
                     raise Stopped("stopped: the same command goes on with the runs", stop.signal)
                 ended = [slot for slot, (_, process) in running.items() if process.poll() is not None]
@@ -96,7 +122,7 @@ def _shares(processes: int) -> list[dict[str, str]]:
     ]
 
 
-def _ray(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, int]]:
+def _ray(jobs: Sequence[Job], processes: int, on_wait: Callable[[], None]) -> Iterator[tuple[Job, int]]:
     try:
         import ray
     except ImportError as error:
@@ -116,5 +142,7 @@ def _ray(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, int]]:
         while waiting and len(running) < processes:
             job = waiting.popleft()
             running[work.remote(job)] = job
-        (done,), _ = ray.wait(list(running))
-        yield running.pop(done), ray.get(done)
+        ended, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+        on_wait()
+        for task in ended:
+            yield running.pop(task), ray.get(task)

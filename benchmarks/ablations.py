@@ -1,0 +1,94 @@
+"""Every ablation of the package, one after the other in one folder, where they share what is trained alike.
+
+    python benchmarks/ablations.py [--root runs/ablations] [--seeds 3] [--processes 2] [--out FILE]
+    python benchmarks/ablations.py --out FILE --markdown
+
+Started again it goes on where it stopped; times are then those of the rest. The second command prints the
+documentation's tables, without running anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pyarrow.parquet as pq
+from environment import environment
+
+from solo_vlm.ablate.plots import write_plots
+from solo_vlm.ablate.run import run_ablation
+from solo_vlm.ablate.settings import Ablation, list_ablations
+from solo_vlm.ablate.table import COLUMNS, lines
+from solo_vlm.inspect_image import image_layout
+from solo_vlm.model.image_loading_solo import load_image
+from solo_vlm.model.image_processing_solo import SoloImageProcessor
+from solo_vlm.train.metrics import progress_bar
+
+STAGES = ("stage1", "stage2", "stage3", "sft")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", default="runs/ablations")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="also write the results there, as JSON")
+    parser.add_argument("--plots", type=Path, help="also copy the plots there, as ablation-NAME.png")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of FILE, given as --out")
+    arguments = parser.parse_args()
+    if arguments.markdown:
+        for report in json.loads(arguments.out.read_text())["reports"].values():
+            print(markdown(report))
+        return
+    started = time.perf_counter()
+    reports = {name: run(name, arguments) for name in list_ablations()}
+    results = {
+        "seconds": round(time.perf_counter() - started),
+        "training_seconds": training_seconds(Path(arguments.root)),
+        "image_tokens": {stage: image_tokens(Path(arguments.root), stage) for stage in STAGES},
+        "processes": arguments.processes,
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "environment": environment(),
+        "reports": reports,
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    ablation = Ablation.load(name, root=arguments.root, seeds=arguments.seeds)
+    with progress_bar() as progress:
+        report, folder = run_ablation(ablation, progress, processes=arguments.processes)
+    write_plots(report, folder)
+    if arguments.plots:
+        shutil.copyfile(folder / "plot.png", arguments.plots / f"ablation-{name}.png")
+    return report.as_dict()
+
+
+def image_tokens(root: Path, stage: str) -> float:
+    """Mean tokens of an image at native resolution, with the separators."""
+    rows = pq.read_table(root / "data" / f"{stage}.parquet", columns=["images"])["images"].to_pylist()
+    images = [load_image(image["bytes"]) for row in rows for image in row]
+    return mean(image_layout(image, SoloImageProcessor()).tokens for image in images)
+
+
+def training_seconds(root: Path) -> int:
+    """Of all runs together, also those that were there before."""
+    manifests = [json.loads(path.read_text()) for path in root.glob("runs/*/manifest.json")]
+    return round(sum(manifest["outcome"]["seconds"] for manifest in manifests))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of an ablation."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *lines(report)]
+    return "\n".join([f"{report['ablation']}\n", *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What is to be measured: models of chains on held-out data, a job for each model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from solo_vlm.ablate.chain import Chain, Link
+from solo_vlm.ablate.settings import AblationSettings
+from solo_vlm.data.sources import open_source
+from solo_vlm.errors import SoloError
+from solo_vlm.jobs.job import Job
+
+Kind = Literal["accuracy", "loss"]
+
+
+class Result(NamedTuple):
+    """What came of a measurement.
+
+    Attributes:
+        value: share of right answers, or nats a supervised token.
+        n: held-out samples.
+    """
+
+    value: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A model on held-out data.
+
+    Attributes:
+        kind: "accuracy", the share of generated answers that are right; "loss", nats a supervised token.
+        link: the model.
+        data: path of the samples.
+        file: of the result, beside the model; its name has a digest of the data.
+    """
+
+    kind: Kind
+    link: Link
+    data: Path
+    file: Path
+
+    @property
+    def answers(self) -> Path:
+        """What the model says, as it comes: JSON lines."""
+        return answers_file(self.file)
+
+    def result(self) -> Result | None:
+        """None where it has not been measured."""
+        return Result(**json.loads(self.file.read_text())) if self.file.is_file() else None
+
+
+def measurements(settings: AblationSettings, chain: Chain) -> dict[str, Measurement]:
+    """What is measured of a chain, by metric.
+
+    Raises:
+        SoloError: the data are not there, or the chain has trained nothing where it is to be measured.
+    """
+    found = {}
+    for metric, held_out in settings.metrics.items():
+        link = chain.after(held_out.after)
+        if link is None or link.run is None:
+            raise SoloError(f"{chain.arm}: no stage has trained anything where {metric} is to be measured")
+        kind: Kind = "accuracy" if metric in settings.scores else "loss"
+        found[metric] = _measurement(kind, link, held_out.data)
+    return found
+
+
+def measuring_jobs(missing: Iterable[Measurement]) -> Iterator[Job]:
+    """One a model, for whatever of it is to be measured."""
+    by_model: dict[str, list[Measurement]] = {}
+    for measurement in missing:
+        by_model.setdefault(measurement.link.name, []).append(measurement)
+    for name, wanted in by_model.items():
+        link = wanted[0].link
+        task = json.dumps([[m.kind, str(m.data), str(m.file)] for m in wanted])
+        command = [sys.executable, "-m", "solo_vlm.ablate.worker", str(link.folder), task]
+        yield Job(name, command, link.root / "logs" / f"{name}-held-out.log")
+
+
+def answers_file(result: Path) -> Path:
+    """Where the answers are that a result is about."""
+    return result.with_suffix(".jsonl")
+
+
+def count_samples(path: str | Path) -> int:
+    """Rows of a file or folder."""
+    source = open_source(path)
+    return sum(len(source.read(unit)) for unit in range(len(source)))
+
+
+def _measurement(kind: Kind, link: Link, data: str) -> Measurement:
+    path = link.root / data
+    digest = hashlib.sha256(f"{data} {open_source(path).fingerprint()}".encode()).hexdigest()[:10]
+    return Measurement(kind, link, path, link.folder / "held_out" / f"{path.stem}-{kind}-{digest}.json")

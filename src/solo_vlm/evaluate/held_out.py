@@ -1,0 +1,120 @@
+"""A model's answers to held-out samples, and how many are right to the letter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from solo_vlm.data.schema import Sample, SampleError, parse_sample
+from solo_vlm.data.sources import Source, open_source
+from solo_vlm.errors import SoloError
+from solo_vlm.generate import Answerer
+from solo_vlm.model.image_loading_solo import load_image
+from solo_vlm.model.processing_solo import Message
+
+_BATCH = 50
+_MAX_NEW_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class HeldOutQuestion:
+    """A chat whose last turn, the assistant's, is not shown to the model.
+
+    Attributes:
+        sample: the whole chat.
+    """
+
+    sample: Sample
+
+    @property
+    def chat(self) -> list[Message]:
+        """The turns up to the question, the images in their places."""
+        images = map(load_image, self.sample.images)
+        return [
+            {
+                **message,
+                "content": [
+                    {"type": "image", "image": next(images)} if part["type"] == "image" else part
+                    for part in message["content"]
+                ],
+            }
+            for message in self.sample.messages[:-1]
+        ]
+
+    @property
+    def image(self) -> Image.Image:
+        """The first one of a chat that has any."""
+        return load_image(self.sample.images[0])
+
+    @property
+    def question(self) -> str:
+        """The user's last turn."""
+        return _text(self.sample.messages[-2])
+
+    @property
+    def truth(self) -> str:
+        """The assistant's last turn."""
+        return _text(self.sample.messages[-1])
+
+
+@dataclass(frozen=True)
+class HeldOutAnswer(HeldOutQuestion):
+    """A question, and what the model said.
+
+    Attributes:
+        answer: greedy, of at most 40 tokens.
+    """
+
+    answer: str
+
+    @property
+    def right(self) -> bool:
+        """Equal to the truth up to case and white space."""
+        return " ".join(self.answer.lower().split()) == " ".join(self.truth.lower().split())
+
+
+def read_questions(path: str | Path) -> list[HeldOutQuestion]:
+    """All samples of a file or folder; images are opened when they are asked for.
+
+    Raises:
+        SoloError: nothing is there, or a sample does not end with a question and its answer.
+    """
+    source = open_source(path)
+    return [
+        _question(source, unit, number, row)
+        for unit in range(len(source))
+        for number, row in enumerate(source.read(unit))
+    ]
+
+
+def answer_questions(
+    questions: Sequence[HeldOutQuestion], answerer: Answerer
+) -> Iterator[list[HeldOutAnswer]]:
+    """Ask a model; yield the answers in order, a batch at a time."""
+    for start in range(0, len(questions), _BATCH):
+        batch = questions[start : start + _BATCH]
+        texts = answerer.answer([question.chat for question in batch], _MAX_NEW_TOKENS)
+        yield [HeldOutAnswer(question.sample, text) for question, text in zip(batch, texts, strict=True)]
+
+
+def accuracy(answers: Sequence[HeldOutAnswer]) -> float:
+    """The share of right answers."""
+    return sum(answer.right for answer in answers) / len(answers)
+
+
+def _question(source: Source, unit: int, number: int, row: dict[str, Any]) -> HeldOutQuestion:
+    try:
+        sample = parse_sample(row)
+    except SampleError as error:
+        raise SoloError(f"{source.where(unit, number)}: {error}") from error
+    if [message["role"] for message in sample.messages[-2:]] != ["user", "assistant"]:
+        raise SoloError(f"{source.where(unit, number)}: a held-out chat ends with a question and its answer")
+    return HeldOutQuestion(sample)
+
+
+def _text(message: Message) -> str:
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
