@@ -26,7 +26,7 @@ def closed_gate(monkeypatch):
     answer, gate = engine_module.answer_together, threading.Event()
 
     def when_open(*arguments):
-        gate.wait(60)
+        gate.wait(200)
         answer(*arguments)
 
     monkeypatch.setattr(engine_module, "answer_together", when_open)
@@ -89,7 +89,7 @@ def test_clients_that_leave_while_their_images_are_decoded_do_not_pile_up_work(s
 
     def when_open(*arguments):
         begun.append(None)
-        gate.wait(60)
+        gate.wait(200)
         return decode(*arguments)
 
     monkeypatch.setattr(chat, "decode_images", when_open)
