@@ -1,10 +1,11 @@
 """Every ablation of the package, one after the other in one folder, where they share what is trained alike.
 
-    python benchmarks/ablations.py [--root runs/ablations] [--seeds 3] [--processes 2] [--out FILE]
+    python benchmarks/ablations.py [NAME ...] [--root runs/ablations] [--seeds 3] [--processes 2] [--out FILE]
     python benchmarks/ablations.py --out FILE --markdown
 
-Started again it goes on where it stopped; times are then those of the rest. The second command prints the
-documentation's tables, without running anything.
+Started again it goes on where it stopped; times are then those of the rest. Names choose some of them: FILE
+keeps the reports of the others that it has. The second command prints the documentation's tables, without
+running anything.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ STAGES = ("stage1", "stage2", "stage3", "sft")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     parser.add_argument("--root", default="runs/ablations")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
@@ -47,7 +49,9 @@ def main() -> None:
             print(markdown(report))
         return
     started = time.perf_counter()
-    reports = {name: run(name, arguments) for name in list_ablations()}
+    reports = {name: run(name, arguments) for name in arguments.names or list_ablations()}
+    if arguments.names and arguments.out and arguments.out.is_file():
+        reports = json.loads(arguments.out.read_text())["reports"] | reports
     results = {
         "seconds": round(time.perf_counter() - started),
         "training_seconds": training_seconds(Path(arguments.root)),
