@@ -54,7 +54,7 @@ def test_a_repeated_quickstart_gives_the_same_figures(quickstart):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2700)  # minutes at rest; a busy machine takes several times as long
 def test_the_whole_recipe_reaches_its_scores(tmp_path):
     """As a user runs it, on all cores."""
     command = [Path(sys.executable).with_name("solo"), "quickstart", "--out", tmp_path / "run", "--json"]
