@@ -65,7 +65,7 @@ def test_sizes_that_are_none_are_refused(load):
 def test_models_are_measured_where_they_are_told_to_be(load, study):
     ablation = load()
     base, *_, without = make_chains(ablation)
-    found = measurements(ablation.settings, base)
+    (found,) = measurements(ablation.settings, [base])
     assert {metric: (m.kind, m.link.stage) for metric, m in found.items()} == {
         "names": ("accuracy", "sft"),
         "names loss": ("loss", "stage1"),
@@ -76,9 +76,10 @@ def test_models_are_measured_where_they_are_told_to_be(load, study):
     found["names"].file.write_text('{"value": 0.5, "n": 7}')
     assert found["names"].result() == (0.5, 7)
     write_samples(study / "root/data/heldout.parquet", [chat_sample([("what is this?", "red")])])
-    assert measurements(ablation.settings, base)["names"].result() is None
+    (found,) = measurements(ablation.settings, [base])
+    assert found["names"].result() is None
     with pytest.raises(SoloError, match="no-stage1: no stage has trained anything where names loss"):
-        measurements(ablation.settings, without)
+        measurements(ablation.settings, [base, without])
 
 
 class Parrot:

@@ -231,6 +231,8 @@ def test_another_recipe_is_refused_but_another_layout_is_not(runs, tmp_path):
     with pytest.raises(SoloError, match="another recipe"):
         train(Recipe.parse({**plain, "seed": 1}))
     train(Recipe.parse({**plain, "activation_checkpointing": "full", "log_every": 2}))
+    (tmp_path / "out" / "model").rename(tmp_path / "moved again")
+    train(Recipe.parse({**plain, "data": {**plain["data"], "threads": 2}}))
 
 
 def test_a_tracker_that_is_not_installed_is_named(runs, tmp_path, monkeypatch):

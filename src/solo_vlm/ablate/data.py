@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from solo_vlm.ablate.settings import AblationSettings
 from solo_vlm.data.samples_file import write_samples
 from solo_vlm.data.schema import Sample, parse_sample
-from solo_vlm.data.sources import open_source
+from solo_vlm.data.sources import all_rows
 from solo_vlm.data.toy.drawn import draw_toy_data
 
 
@@ -47,7 +46,7 @@ def shuffle_images(source: Path, out: Path, seed: int = 0) -> None:
         SoloError: the source cannot be read.
         SampleError: a sample of it makes no sense.
     """
-    samples = list(_samples(source))
+    samples = [parse_sample(row) for row in all_rows(source)]
     alike: dict[int, list[int]] = defaultdict(list)  # numbers of the samples with as many images
     for number, sample in enumerate(samples):
         alike[len(sample.images)].append(number)
@@ -57,12 +56,6 @@ def shuffle_images(source: Path, out: Path, seed: int = 0) -> None:
         for number, other in zip(numbers, rng.permutation(numbers), strict=True):
             shuffled[number] = replace(samples[number], images=samples[other].images)
     write_samples(out, map(_row, shuffled))
-
-
-def _samples(path: Path) -> Iterator[Sample]:
-    source = open_source(path)
-    for unit in range(len(source)):
-        yield from map(parse_sample, source.read(unit))
 
 
 def _row(sample: Sample) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from solo_vlm.ablate.chain import Chain, Link
-from solo_vlm.ablate.settings import AblationSettings
+from solo_vlm.ablate.settings import AblationSettings, HeldOutSettings
 from solo_vlm.data.sources import open_source
 from solo_vlm.errors import SoloError
 from solo_vlm.jobs.job import Job
@@ -57,20 +57,28 @@ class Measurement:
         return Result(**json.loads(self.file.read_text())) if self.file.is_file() else None
 
 
-def measurements(settings: AblationSettings, chain: Chain) -> dict[str, Measurement]:
-    """What is measured of a chain, by metric.
+def measurements(settings: AblationSettings, chains: Iterable[Chain]) -> list[dict[str, Measurement]]:
+    """What is measured of each chain, by metric.
 
     Raises:
         SoloError: the data are not there, or the chain has trained nothing where it is to be measured.
     """
-    found = {}
-    for metric, held_out in settings.metrics.items():
+    root = Path(settings.root).resolve()
+    digests = {held_out.data: _digest(root, held_out.data) for held_out in settings.metrics.values()}
+
+    def measurement(chain: Chain, metric: str, held_out: HeldOutSettings) -> Measurement:
         link = chain.after(held_out.after)
         if link is None or link.run is None:
             raise SoloError(f"{chain.arm}: no stage has trained anything where {metric} is to be measured")
+        path = root / held_out.data
         kind: Kind = "accuracy" if metric in settings.scores else "loss"
-        found[metric] = _measurement(kind, link, held_out.data)
-    return found
+        file = link.folder / "held_out" / f"{path.stem}-{kind}-{digests[held_out.data]}.json"
+        return Measurement(kind, link, path, file)
+
+    return [
+        {metric: measurement(chain, metric, held_out) for metric, held_out in settings.metrics.items()}
+        for chain in chains
+    ]
 
 
 def measuring_jobs(missing: Iterable[Measurement]) -> Iterator[Job]:
@@ -96,7 +104,5 @@ def count_samples(path: str | Path) -> int:
     return sum(len(source.read(unit)) for unit in range(len(source)))
 
 
-def _measurement(kind: Kind, link: Link, data: str) -> Measurement:
-    path = link.root / data
-    digest = hashlib.sha256(f"{data} {open_source(path).fingerprint()}".encode()).hexdigest()[:10]
-    return Measurement(kind, link, path, link.folder / "held_out" / f"{path.stem}-{kind}-{digest}.json")
+def _digest(root: Path, data: str) -> str:
+    return hashlib.sha256(f"{data} {open_source(root / data).fingerprint()}".encode()).hexdigest()[:10]

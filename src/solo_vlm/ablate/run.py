@@ -53,14 +53,14 @@ def run_ablation(
     prepare_data(settings)
     progress.update(task, completed=1)
     chains = make_chains(ablation, fraction)
-    wanted = {(chain.arm, chain.seed): measurements(settings, chain) for chain in chains}
-    every = {m.file: m for found in wanted.values() for m in found.values()}
+    wanted = measurements(settings, chains)
+    every = {m.file: m for found in wanted for m in found.values()}
     unmeasured = [measurement for measurement in every.values() if measurement.result() is None]
     _make(missing_links([m.link for m in unmeasured]), progress, processes, engine)
     _measure(unmeasured, progress, processes, engine)
     rows = [
-        Row(arm, seed, metric, m.kind, *result)
-        for (arm, seed), found in wanted.items()
+        Row(chain.arm, chain.seed, metric, m.kind, *result)
+        for chain, found in zip(chains, wanted, strict=True)
         for metric, m in found.items()
         if (result := m.result())
     ]

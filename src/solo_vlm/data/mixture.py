@@ -13,6 +13,8 @@ from solo_vlm.data.streams import Weigh
 from solo_vlm.errors import SoloError
 from solo_vlm.settings import Settings, find_settings, override, read_settings
 
+LOADER_SETTINGS = frozenset({"workers", "threads"})  # of `DataSettings`: who reads, not what is read
+
 
 class SourceSettings(Settings):
     """One source of a mixture: where it is, and its share."""

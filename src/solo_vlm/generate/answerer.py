@@ -77,6 +77,7 @@ class Answerer:
         self.processor = processor
         self.prefix_cache = prefix_cache if can_reuse_prefixes(model.config.text_config) else None
         self.compile = compile
+        self._make_cache = roomy_cache if has_full_attention(model.config.text_config) else None
 
     @classmethod
     def load(
@@ -239,9 +240,7 @@ class Answerer:
         """The option of `GenerationMixin.generate` that says where keys and values are kept."""
         if self.compile:
             return {"cache_implementation": "static"}
-        if has_full_attention(self.model.config.text_config):
-            return {"past_key_values": roomy_cache()}
-        return {}
+        return {"past_key_values": self._make_cache()} if self._make_cache else {}
 
     def _decode(self, output: torch.Tensor, inputs: Any) -> list[str]:
         new = output[:, inputs["input_ids"].shape[1] :]

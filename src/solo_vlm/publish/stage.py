@@ -16,6 +16,7 @@ import yaml
 
 from solo_vlm.data.catalog.entry import DataSet
 from solo_vlm.data.catalog.registry import DATA_SETS
+from solo_vlm.data.mixture import LOADER_SETTINGS
 from solo_vlm.errors import SoloError
 from solo_vlm.train.manifest import read_recipe
 from solo_vlm.train.recipe import Recipe
@@ -113,7 +114,7 @@ class Stage:
 
     def settings(self) -> str:
         """The recipe as YAML: what differs from the defaults, without places."""
-        private: Any = {**dict.fromkeys(_PRIVATE, True), "data": {"workers"}}
+        private: Any = {**dict.fromkeys(_PRIVATE, True), "data": LOADER_SETTINGS}
         recipe = self.recipe.model_dump(mode="json", exclude_defaults=True, exclude=private)
         for part in (recipe["data"], recipe.get("validation") or {}):
             for source in part.get("sources", []):

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from solo_vlm.data.schema import parse_sample
-from solo_vlm.data.sources import open_source
+from solo_vlm.data.sources import all_rows
 from solo_vlm.files import new_folder
 
 
@@ -53,9 +53,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
 def training_texts(data: Path, names: Sequence[str] = ("text", "sft")) -> Iterator[str]:
     """What a tokenizer learns from: the texts of toy data, and chats as the chat template writes them."""
     for name in names:
-        source = open_source(data / f"{name}.parquet")
-        for unit in range(len(source)):
-            for row in source.read(unit):
-                for message in parse_sample(row).messages:
-                    text = "".join(part.get("text", "") for part in message["content"])
-                    yield f"[INST] {text} [/INST]" if message["role"] == "user" else text
+        for row in all_rows(data / f"{name}.parquet"):
+            for message in parse_sample(row).messages:
+                text = "".join(part.get("text", "") for part in message["content"])
+                yield f"[INST] {text} [/INST]" if message["role"] == "user" else text

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from solo_vlm.data.mixture import LOADER_SETTINGS
 from solo_vlm.errors import SoloError
 from solo_vlm.files import new_file, remove_partial
 from solo_vlm.train.checkpoint import latest_checkpoint
@@ -38,5 +39,5 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> Path | None:
 
 def learned(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide what is learned, as far as they are not the default ones."""
-    free: dict[str, Any] = {**dict.fromkeys(_FREE, True), "data": {"workers"}}
+    free: dict[str, Any] = {**dict.fromkeys(_FREE, True), "data": LOADER_SETTINGS}
     return recipe.model_dump(mode="json", exclude=free, exclude_defaults=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,6 +63,17 @@ def open_source(path: str | Path) -> Source:
         raise SoloError(f"{path}: expected files of one of the formats {', '.join(_FORMATS)}")
     (kind,) = formats
     return _FORMATS[str(kind)](str(path), files)
+
+
+def all_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Every row of a file, a folder of files, or a glob pattern, in file order.
+
+    Raises:
+        SoloError: see `open_source`; or a row is broken.
+    """
+    source = open_source(path)
+    for unit in range(len(source)):
+        yield from source.read(unit)
 
 
 def fingerprints(sources: Sequence[Source]) -> list[tuple[str, str]]:

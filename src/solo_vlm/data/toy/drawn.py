@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import NonNegativeInt
 
 from solo_vlm.data.samples_file import write_samples
-from solo_vlm.data.sources import open_source
+from solo_vlm.data.sources import all_rows
 from solo_vlm.errors import SoloError
 from solo_vlm.files import new_file
 from solo_vlm.settings import Settings
@@ -80,18 +79,12 @@ def _write(folder: Path, seed: int, counts: dict[str, int]) -> None:
 def _hold_out(folder: Path, kind: str, count: int, seed: int) -> None:
     if not count:
         return
-    known = {_content(row) for row in _rows(folder / f"{kind}.parquet")}
+    known = {_content(row) for row in all_rows(folder / f"{kind}.parquet")}
     with tempfile.TemporaryDirectory(dir=folder) as fresh:
         # Twice as many, as some will turn out to be known: short texts of a small vocabulary repeat.
         _write(Path(fresh), seed, {kind: 2 * count})
-        new = [row for row in _rows(Path(fresh) / f"{kind}.parquet") if _content(row) not in known]
+        new = [row for row in all_rows(Path(fresh) / f"{kind}.parquet") if _content(row) not in known]
     write_samples(folder / f"heldout_{kind}.parquet", new[:count])
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    source = open_source(path)
-    for unit in range(len(source)):
-        yield from source.read(unit)
 
 
 def _content(row: dict[str, Any]) -> str:
