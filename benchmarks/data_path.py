@@ -2,10 +2,11 @@
 
     python benchmarks/data_path.py [--images FOLDER] [--json]
 
-Speed on one core: the decoder alone, the whole path (decode, resize, cut into uint8 patches) and the same
-path by Pillow and NumPy alone, in images per second of processor time, so that other programs on the machine
-disturb little. Then, in seconds of the clock, the loader with 0, 1 and 2 workers of one or two threads:
-parquet to packed sequences of 32,768 tokens. Last, the memory of the loader as the data grow.
+Speed on one core: the decoder alone, the whole path (decode, resize, cut into uint8 patches), the same path
+by Pillow and NumPy alone, and the steps of the release's (from base64 by Pillow to normalised float32
+patches by torch), in images per second of processor time, so that other programs on the machine disturb
+little. Then, in seconds of the clock, the loader with 0, 1 and 2 workers of one or two threads: parquet to
+packed sequences of 32,768 tokens. Last, the memory of the loader as the data grow.
 
 The variants take turns, round after round, and each figure is the median of the rounds. Without `--images`
 photographs of about 500 x 375 are cut from the two that scikit-learn brings.
@@ -14,6 +15,7 @@ photographs of about 500 x 375 are cut from the two that scikit-learn brings.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import statistics
 import tempfile
@@ -95,14 +97,30 @@ def path_by_pillow(data: bytes, processor: SoloImageProcessor) -> np.ndarray:
     return patches.reshape(rows * columns, -1)
 
 
+def path_by_release(data: str, processor: SoloImageProcessor) -> torch.Tensor:
+    """The release's steps, torchvision's among them: base64 to float32 (patches, 3072), normalised."""
+    image = Image.open(BytesIO(base64.b64decode(data))).convert("RGB")
+    rows, columns = processor.get_patch_grid(image.height, image.width)
+    resized = image.resize((columns * 32, rows * 32), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()  # (3, height, width)
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std)
+    )
+    normalised = pixels.float().div(255).clone().sub_(mean).div_(std)
+    patches = normalised.unfold(1, 32, 32).unfold(2, 32, 32)  # (3, rows, columns, 32, 32)
+    return patches.permute(1, 2, 0, 3, 4).contiguous().view(rows * columns, -1)
+
+
 def one_core(images: Sequence[bytes], rounds: int) -> dict[str, float]:
     """Images per second of processor time, and ratios of them within a round."""
     processor = SoloImageProcessor()
+    in_base64 = {data: base64.b64encode(data).decode() for data in images}  # as the release keeps them
     variants: dict[str, Callable[[bytes], Any]] = {
         "decode_only": decode_by_pillow,
         "own_decode_only": load_pixels,
         "whole": processor.encode,
         "pillow": lambda data: path_by_pillow(data, processor),
+        "release": lambda data: path_by_release(in_base64[data], processor),
     }
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
@@ -125,9 +143,11 @@ def one_core(images: Sequence[bytes], rounds: int) -> dict[str, float]:
         "decode_only_images_per_second": 1 / statistics.median(taken["decode_only"]),
         "own_decode_only_images_per_second": 1 / statistics.median(taken["own_decode_only"]),
         "pillow_images_per_second": 1 / statistics.median(taken["pillow"]),
+        "release_images_per_second": 1 / statistics.median(taken["release"]),
         "whole_over_decode_only": whole_over("decode_only"),
         "whole_over_own_decode_only": whole_over("own_decode_only"),
         "whole_over_pillow": whole_over("pillow"),
+        "whole_over_release": whole_over("release"),
         "mean_levels_from_pillow": statistics.mean(float(levels.mean()) for levels in differences),
         "most_levels_from_pillow": max(int(levels.max()) for levels in differences),
     }

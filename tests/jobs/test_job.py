@@ -49,16 +49,19 @@ def test_failed_jobs_are_named_once_the_others_are_done(tmp_path):
         next(finished)
 
 
-def test_a_signal_ends_the_jobs_too(tmp_path):
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_signal_ends_the_jobs_too(tmp_path, engine):
     """The command is asked to stop, and leaves no process behind."""
+    if engine == "ray":
+        pytest.importorskip("ray")
     code = (
         "import sys, pathlib\n"
         "from solo_vlm.jobs.job import Job, run_jobs\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         'code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"\n'
-        "list(run_jobs([Job('one', [sys.executable, '-c', code], folder / 'log')], 1, 'local'))\n"
+        "list(run_jobs([Job('one', [sys.executable, '-c', code], folder / 'log')], 1, sys.argv[2]))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), engine], stderr=subprocess.PIPE)
     log = tmp_path / "log"
     while not (log.is_file() and log.read_text().strip()):
         time.sleep(0.05)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from solo_vlm.errors import SoloError
-from solo_vlm.train.stopping import Stopped, listen
+from solo_vlm.train.stopping import Stopped, StopRequest, listen
 
 Engine = Literal["local", "ray"]
 
@@ -68,8 +68,8 @@ def run_jobs(
 ) -> Iterator[tuple[Job, int]]:
     """Run all, in their order as far as there is room; yield each with its exit code when it ends.
 
-    Cores, and GPUs where there are any, are shared evenly. Under SIGINT or SIGTERM the processes of this
-    machine are told to stop, and waited for.
+    Cores, and GPUs where there are any, are shared evenly. Under SIGINT or SIGTERM the processes are told to
+    stop, and waited for.
 
     Args:
         jobs: what to run.
@@ -97,8 +97,7 @@ def _local(jobs: Sequence[Job], processes: int, on_wait: Callable[[], None]) -> 
                     running[slot] = job, job.start(shares[slot])
                 time.sleep(_POLL_SECONDS)
                 on_wait()
-                if stop.signal:
-                    raise Stopped("stopped: the same command goes on with the runs", stop.signal)
+                _check(stop)
                 ended = [slot for slot, (_, process) in running.items() if process.poll() is not None]
                 for slot in ended:
                     job, process = running.pop(slot)
@@ -109,6 +108,11 @@ def _local(jobs: Sequence[Job], processes: int, on_wait: Callable[[], None]) -> 
                 process.terminate()
             for _, process in running.values():
                 process.wait()
+
+
+def _check(stop: StopRequest) -> None:
+    if stop.signal:
+        raise Stopped("stopped: the same command goes on with the runs", stop.signal)
 
 
 def _shares(processes: int) -> list[dict[str, str]]:
@@ -134,15 +138,30 @@ def _ray(jobs: Sequence[Job], processes: int, on_wait: Callable[[], None]) -> It
 
     @ray.remote(num_cpus=1, num_gpus=gpus)
     def work(job: Job) -> int:
-        return job.start({"OMP_NUM_THREADS": "1"}).wait()
+        process = job.start({"OMP_NUM_THREADS": "1"})
+        try:
+            while process.poll() is None:  # not wait(), which a task that is cancelled does not leave
+                time.sleep(_POLL_SECONDS)
+            return process.returncode
+        finally:
+            process.terminate()
+            process.wait()
 
     waiting = deque(jobs)
     running: dict[Any, Job] = {}
-    while waiting or running:
-        while waiting and len(running) < processes:
-            job = waiting.popleft()
-            running[work.remote(job)] = job
-        ended, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
-        on_wait()
-        for task in ended:
-            yield running.pop(task), ray.get(task)
+    with listen() as stop:
+        try:
+            while waiting or running:
+                while waiting and len(running) < processes:
+                    job = waiting.popleft()
+                    running[work.remote(job)] = job
+                ended, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+                on_wait()
+                _check(stop)
+                for task in ended:
+                    yield running.pop(task), ray.get(task)
+        finally:
+            for task in running:
+                ray.cancel(task)
+            if running:
+                ray.wait(list(running), num_returns=len(running))
