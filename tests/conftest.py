@@ -24,6 +24,16 @@ def solo():
     return make_solo()
 
 
+@pytest.fixture(scope="session")
+def solo_folder(tmp_path_factory):
+    """A small SOLO model in a folder, to be read."""
+    from tiny import make_solo
+
+    folder = tmp_path_factory.mktemp("models") / "solo"
+    make_solo("qwen3").save(folder)
+    return folder
+
+
 @pytest.fixture
 def picture():
     """Makes a reproducible image of noise."""

@@ -18,21 +18,13 @@ from solo_vlm.data.schema import parse_sample
 from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer, PrefixCache
 from solo_vlm.generate.conversation import Conversation
-from tiny import make_solo
 
 SOLO = Path(sys.executable).with_name("solo")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "solo"
-    make_solo("qwen3").save(folder)
-    return folder
-
-
 @pytest.fixture
-def conversation(model):
-    return Conversation(Answerer.load(model, prefix_cache=PrefixCache()))
+def conversation(solo_folder):
+    return Conversation(Answerer.load(solo_folder, prefix_cache=PrefixCache()))
 
 
 def ask(conversation, question: str) -> dict:
@@ -62,12 +54,12 @@ def test_what_fails_leaves_the_conversation_as_it_was(conversation, tmp_path, pi
     assert ask(conversation, "what is this?")["image_tokens"] == 4  # the image waited
 
 
-def test_a_saved_conversation_goes_on(conversation, model, tmp_path, picture):
+def test_a_saved_conversation_goes_on(conversation, solo_folder, tmp_path, picture):
     picture(64, 64).save(tmp_path / "a.png")
     conversation.add_images([str(tmp_path / "a.png")])
     ask(conversation, "what is this?")
     conversation.save(tmp_path / "new" / "chat.json")
-    other = Conversation(Answerer.load(model))
+    other = Conversation(Answerer.load(solo_folder))
     other.load(tmp_path / "new" / "chat.json")
     assert ask(other, "and now?")["answer"] == ask(conversation, "and now?")["answer"]
     other.reset()
@@ -80,7 +72,7 @@ def test_a_saved_conversation_goes_on(conversation, model, tmp_path, picture):
         other.save(tmp_path / "a.png" / "chat.json")
 
 
-def test_piped_lines(run, monkeypatch, model, tmp_path, picture):
+def test_piped_lines(run, monkeypatch, solo_folder, tmp_path, picture):
     spaced = tmp_path / "a b's.png"
     picture(64, 64).save(spaced)
     lines = [
@@ -97,7 +89,7 @@ def test_piped_lines(run, monkeypatch, model, tmp_path, picture):
         f"/load {tmp_path}/chat.json",
     ]  # and no /quit: the end of the input is one
     monkeypatch.setattr(sys, "stdin", StringIO("\n".join(lines) + "\n"))
-    code, out, error = run("chat", "--model", model, "--max-new-tokens", 4)
+    code, out, error = run("chat", "--model", solo_folder, "--max-new-tokens", 4)
     assert code == 0
     for said in ("say which", "no closing quotation", "none.png", "say where", "saved to", "2 turns"):
         assert said in out
@@ -107,8 +99,8 @@ def test_piped_lines(run, monkeypatch, model, tmp_path, picture):
     assert sample.messages[0]["content"][-1]["text"] == "what is [/bold] this?"
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_program(model):
-    with Terminal(SOLO, "chat", "--model", model, "--max-new-tokens", "400") as terminal:
+def test_ctrl_c_ends_the_answer_and_not_the_program(solo_folder):
+    with Terminal(SOLO, "chat", "--model", solo_folder, "--max-new-tokens", "400") as terminal:
         terminal.wait_for("you:")
         terminal.type("hello\n")
         terminal.wait_for("solo: ")

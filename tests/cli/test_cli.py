@@ -16,13 +16,6 @@ from solo_vlm import SoloConfig, SoloImageProcessor
 from tiny import make_llm, make_solo
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "solo"
-    make_solo("qwen3").save(folder)
-    return folder
-
-
 def bomb(path: Path) -> Path:
     """A PNG that claims 30,000 x 30,000 pixels."""
 
@@ -61,10 +54,10 @@ BAD_IMAGES = ["truncated", "empty", "missing", "text", "bomb"]
 
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)
-def test_a_bad_image_is_one_line_and_exit_code_2(run, model, bad_image, tmp_path, kind):
+def test_a_bad_image_is_one_line_and_exit_code_2(run, solo_folder, bad_image, tmp_path, kind):
     path = bad_image(kind)
     for arguments in (
-        ["generate", "--model", model, "--image", path, "--prompt", "what?"],
+        ["generate", "--model", solo_folder, "--image", path, "--prompt", "what?"],
         ["inspect", "--image", path, "--out", tmp_path / "grid.out.png"],
     ):
         code, out, error = run(*arguments)
@@ -77,7 +70,7 @@ def test_a_bad_image_is_one_line_and_exit_code_2(run, model, bad_image, tmp_path
     assert not list(tmp_path.glob(".partial*"))
 
 
-def test_a_very_thin_image_works(run, model, tmp_path):
+def test_a_very_thin_image_works(run, solo_folder, tmp_path):
     Image.new("RGB", (1, 5000), "red").save(tmp_path / "thin.png")
     code, out, _ = run("inspect", "--image", tmp_path / "thin.png", "--out", tmp_path / "grid.png", "--json")
     facts = json.loads(out)
@@ -86,7 +79,7 @@ def test_a_very_thin_image_works(run, model, tmp_path):
     code, _, _ = run(
         "generate",
         "--model",
-        model,
+        solo_folder,
         "--image",
         tmp_path / "thin.png",
         "--prompt",
@@ -121,9 +114,9 @@ def test_a_truncated_weights_file_is_one_line(run, tmp_path):
     assert len(error.strip().splitlines()) == 1
 
 
-def test_generate_answers_and_tells_its_figures(run, model, tmp_path, picture):
+def test_generate_answers_and_tells_its_figures(run, solo_folder, tmp_path, picture):
     picture(96, 64).save(tmp_path / "x.jpg")
-    arguments = ["generate", "--model", model, "--image", tmp_path / "x.jpg", "--prompt", "what?"]
+    arguments = ["generate", "--model", solo_folder, "--image", tmp_path / "x.jpg", "--prompt", "what?"]
     code, streamed, _ = run(*arguments, "--max-new-tokens", 8)
     assert code == 0
     code, out, _ = run(*arguments, "--max-new-tokens", 8, "--json")

@@ -15,16 +15,8 @@ import pytest
 from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer, open_images, user_turn
 from solo_vlm.generate.folder import answer_folder, find_images
-from tiny import make_solo
 
 REQUEST = {"prompt": "what is this?", "max_new_tokens": 4}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "solo"
-    make_solo("qwen3").save(folder)
-    return folder
 
 
 @pytest.fixture
@@ -60,8 +52,8 @@ def test_images_are_found_in_natural_order(photos, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_every_image_is_answered_about(model, photos, tmp_path, batch_size):
-    answerer = Answerer.load(model)
+def test_every_image_is_answered_about(solo_folder, photos, tmp_path, batch_size):
+    answerer = Answerer.load(solo_folder)
     done = []
     out = tmp_path / "answers.jsonl"
     counts = answer_folder(
@@ -80,8 +72,8 @@ def test_every_image_is_answered_about(model, photos, tmp_path, batch_size):
             assert line["answer"] == answerer.answer([chat], 4)[0]
 
 
-def test_a_run_goes_on_where_it_was_killed(model, photos, tmp_path):
-    answerer = Answerer.load(model)
+def test_a_run_goes_on_where_it_was_killed(solo_folder, photos, tmp_path):
+    answerer = Answerer.load(solo_folder)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     answer_folder(answerer, ORDER, photos, REQUEST, whole)
     text = whole.read_bytes().splitlines(keepends=True)
@@ -97,9 +89,9 @@ def test_a_run_goes_on_where_it_was_killed(model, photos, tmp_path):
         assert len(asked) == counts.new - (kept < 3)  # the broken one is not asked about
 
 
-def test_another_request_is_not_mixed_in(model, photos, tmp_path):
+def test_another_request_is_not_mixed_in(solo_folder, photos, tmp_path):
     out = tmp_path / "answers.jsonl"
-    answerer = Answerer.load(model)
+    answerer = Answerer.load(solo_folder)
     answer_folder(answerer, ORDER, photos, REQUEST, out)
     before = out.read_bytes()
     with pytest.raises(SoloError, match=r"prompt 'what is this\?', now 'and this\?'"):
@@ -110,16 +102,16 @@ def test_another_request_is_not_mixed_in(model, photos, tmp_path):
         answer_folder(answerer, ORDER, photos, REQUEST, out)
 
 
-def test_an_image_too_large_for_the_context_is_an_error(model, photos, tmp_path, picture):
+def test_an_image_too_large_for_the_context_is_an_error(solo_folder, photos, tmp_path, picture):
     picture(960, 960).save(photos / "img2.png")  # 900 patches for a context of 512
-    answer_folder(Answerer.load(model), ORDER, photos, REQUEST, tmp_path / "answers.jsonl")
+    answer_folder(Answerer.load(solo_folder), ORDER, photos, REQUEST, tmp_path / "answers.jsonl")
     errors = {line["image"]: line["error"] for line in lines(tmp_path / "answers.jsonl") if "error" in line}
     assert errors.keys() == {"img2.png", "img3.png"}
     assert "context" in errors["img2.png"]
 
 
-def test_the_command(run, model, photos, tmp_path):
-    arguments = ["generate", "--model", model, "--images", photos, "--prompt", "what?"]
+def test_the_command(run, solo_folder, photos, tmp_path):
+    arguments = ["generate", "--model", solo_folder, "--images", photos, "--prompt", "what?"]
     code, out, error = run(*arguments, "--out", tmp_path / "a.jsonl", "--max-new-tokens", 2)
     assert code == 0
     assert out.startswith("6 answers in") and "1 could not be" in out
@@ -128,18 +120,20 @@ def test_the_command(run, model, photos, tmp_path):
     for wrong in ([], ["--out", tmp_path / "b.jsonl", "--temperature", 1]):
         code, out, error = run(*arguments, *wrong)
         assert (code, len(error.strip().splitlines())) == (2, 1)
-    code, _, error = run("generate", "--model", model, "--prompt", "what?", "--out", tmp_path / "b.jsonl")
+    code, _, error = run(
+        "generate", "--model", solo_folder, "--prompt", "what?", "--out", tmp_path / "b.jsonl"
+    )
     assert code == 2 and "--images" in error
 
 
 @pytest.mark.slow
-def test_the_command_survives_being_killed(model, tmp_path, picture):
+def test_the_command_survives_being_killed(solo_folder, tmp_path, picture):
     folder, out = tmp_path / "photos", tmp_path / "answers.jsonl"
     folder.mkdir()
     for number in range(30):
         picture(64, 64, seed=number).save(folder / f"{number}.png")
     command = [
-        *(Path(sys.executable).with_name("solo"), "generate", "--model", model, "--images", folder),
+        *(Path(sys.executable).with_name("solo"), "generate", "--model", solo_folder, "--images", folder),
         *("--prompt", "what?", "--out", out, "--batch-size", "1", "--max-new-tokens", "16"),
     ]
     process = subprocess.Popen(command)
