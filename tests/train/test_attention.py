@@ -52,6 +52,27 @@ def test_equals_dense_attention_and_so_do_gradients(lengths, window, with_long):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_bfloat16_rounds_and_nothing_else(window):
+    """On a CPU short documents take another way in bfloat16; long ones do not."""
+    bounds = torch.tensor([0, 3, 20, 21, 60, 260, 600])
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, 600, 8, requires_grad=True) for heads in (4, 2, 2)]
+    options = {"scaling": 0.3, "sliding_window": window, "cu_seq_lens_q": bounds.int()}
+    exact, _ = packed_attention(None, *states, None, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = packed_attention(None, *states, None, **options)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.03, rtol=0.03)
+    weight = torch.randn_like(exact)
+    for one, other in zip(
+        torch.autograd.grad((rounded * weight).sum(), states),
+        torch.autograd.grad((exact * weight).sum(), states),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=0.06, rtol=0.06)
+
+
 @pytest.mark.parametrize("family", LLM_CONFIGS)
 def test_training_attends_as_the_model_does_to_each_document_alone(family):
     """Every family's own attention, eager and without packing, is the truth; Gemma 2 caps its scores."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
 from solo_vlm.model.image_attention_solo import PACKED_ATTENTION
@@ -16,6 +18,7 @@ from solo_vlm.model.image_attention_solo import PACKED_ATTENTION
 _REPLACED = (None, "eager", "sdpa", PACKED_ATTENTION)
 
 _SHORT = 256  # tokens; longer documents gain nothing from company
+_TINY = 64  # tokens; so short, torch's CPU kernel takes several times longer than products in bfloat16
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -111,23 +114,32 @@ def _grouped(
 ) -> Tensor:
     """(length, heads, d) by sdpa over documents of about the same length."""
     outputs, places = [], []
+    bfloat16_on_cpu = query.device.type == "cpu" and _computed_in(query) == torch.bfloat16
     for index, valid in _groups(bounds):
         mask = _window_mask(index.shape[1], sliding_window, query.device)
         if images is not None:
             mask = _image_mask(images[index], mask)
-        attended = F.scaled_dot_product_attention(
-            query[index].transpose(1, 2),  # (documents, heads, longest, d)
-            key[index].transpose(1, 2),
-            value[index].transpose(1, 2),
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        by_products = bfloat16_on_cpu and index.shape[1] <= _TINY
+        with sdpa_kernel(SDPBackend.MATH) if by_products else nullcontext():
+            attended = F.scaled_dot_product_attention(
+                query[index].transpose(1, 2),  # (documents, heads, longest, d)
+                key[index].transpose(1, 2),
+                value[index].transpose(1, 2),
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         outputs.append(attended.transpose(1, 2)[valid])
         places.append(index[valid])
     return torch.cat(outputs)[torch.cat(places).argsort()]
+
+
+def _computed_in(states: Tensor) -> torch.dtype:
+    """What sdpa will make of them: rotary embeddings leave them in float32 under autocast."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def _groups(bounds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
