@@ -3,8 +3,8 @@
     python examples/cifar10/report.py [--root runs/cifar10] [--out runs/cifar10/report]
 
 Asks `ROOT/sft/model` the held-out questions; started again, it goes on where it stopped. Writes
-`report.json`: shares of answers that are right to the letter, with Wilson's 95% intervals; and
-`confusion.png`, `curve.png` and `answers.png`.
+`report.json`: shares of answers that are right to the letter, with Wilson's 95% intervals, and how the model
+was trained; and `confusion.png`, `curve.png` and `answers.png`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,18 @@ def score(records: Sequence[Record]) -> Record:
     return {"accuracy": right / len(records), "interval": [interval.low, interval.high], "n": len(records)}
 
 
+def training(run: Path) -> Record:
+    """What a stage ran on and came to, with its loss on held-out images by step."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    kept = {key: manifest[key] for key in ("commit", "packages", "python", "hardware", "outcome")}
+    held_out = {line["step"]: line["validation_loss"] for line in held_out_lines(run)}
+    return {**kept, "validation_loss": held_out}
+
+
+def held_out_lines(run: Path) -> list[Record]:
+    return [line for line in read_metrics(run) if "validation_loss" in line]
+
+
 def draw_confusion(records: Sequence[Record]) -> Figure:
     """Rows are classes, columns answers; shares of a row. Answers that are no class are "other"."""
     classes = sorted({record["truth"] for record in records})
@@ -81,10 +93,9 @@ def draw_curve(root: Path) -> Figure:
         axes.plot(
             [line["step"] for line in lines], [line["loss"] for line in lines], linewidth=0.7, alpha=0.6
         )
-        held_out = [line for line in lines if "validation_loss" in line]
-        if held_out:
-            held_out_losses = [line["validation_loss"] for line in held_out]
-            axes.plot([line["step"] for line in held_out], held_out_losses, "o-", label="held out")
+        held_out = held_out_lines(root / stage)
+        held_out_losses = [line["validation_loss"] for line in held_out]
+        axes.plot([line["step"] for line in held_out], held_out_losses, "o-", label="held out")
         axes.legend(frameon=False)
         axes.set(title=stage, xlabel="step", ylabel="loss (nats a token)", ylim=(0, 2))
     return figure
@@ -112,7 +123,10 @@ def main() -> None:
     files = {kind: root / "data" / f"heldout_{kind}.parquet" for kind in KINDS}
     with Progress() as progress:
         answers = {kind: ask(answerer, file, out / f"{kind}.jsonl", progress) for kind, file in files.items()}
-    report = {kind: score(records) for kind, records in answers.items()}
+    report = {
+        "scores": {kind: score(records) for kind, records in answers.items()},
+        "training": {stage: training(root / stage) for stage in STAGES},
+    }
     for name, figure in {
         "confusion": draw_confusion(answers["name"]),
         "curve": draw_curve(root),
@@ -122,7 +136,7 @@ def main() -> None:
             figure.savefig(partial, dpi=110, format="png")
     with new_file(out / "report.json") as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report))
+    print(json.dumps(report["scores"]))
 
 
 if __name__ == "__main__":
