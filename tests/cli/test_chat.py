@@ -126,7 +126,7 @@ class Terminal:
         self._place = 0
         self._pid, self._keyboard = pty.fork()
         if self._pid == 0:
-            # In the background of a script, where these tests may run, SIGINT is ignored, and so it is passed on.
+            # Ignored where these tests run in the background of a script, and so handed on.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             plain = {**os.environ, "TERM": "dumb"}  # no colours between the words
             os.execve(command[0], [str(word) for word in command], plain)
