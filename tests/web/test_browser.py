@@ -9,7 +9,6 @@ import base64
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +74,7 @@ def server(trained, tmp_path_factory):
         yield address[0]
         assert list(folder.iterdir()) == []
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait(30)
 
 
