@@ -57,12 +57,12 @@ def training(run: Path) -> Record:
     """What a stage ran on and came to, with its loss on held-out images by step."""
     manifest = json.loads((run / "manifest.json").read_text())
     kept = {key: manifest[key] for key in ("commit", "packages", "python", "hardware", "outcome")}
-    held_out = {line["step"]: line["validation_loss"] for line in held_out_lines(run)}
-    return {**kept, "validation_loss": held_out}
+    return {**kept, "validation_loss": held_out_losses(read_metrics(run))}
 
 
-def held_out_lines(run: Path) -> list[Record]:
-    return [line for line in read_metrics(run) if "validation_loss" in line]
+def held_out_losses(lines: Sequence[Record]) -> dict[int, float]:
+    """By step."""
+    return {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
 
 
 def draw_confusion(records: Sequence[Record]) -> Figure:
@@ -93,9 +93,8 @@ def draw_curve(root: Path) -> Figure:
         axes.plot(
             [line["step"] for line in lines], [line["loss"] for line in lines], linewidth=0.7, alpha=0.6
         )
-        held_out = held_out_lines(root / stage)
-        held_out_losses = [line["validation_loss"] for line in held_out]
-        axes.plot([line["step"] for line in held_out], held_out_losses, "o-", label="held out")
+        held_out = held_out_losses(lines)
+        axes.plot(list(held_out), list(held_out.values()), "o-", label="held out")
         axes.legend(frameon=False)
         axes.set(title=stage, xlabel="step", ylabel="loss (nats a token)", ylim=(0, 2))
     return figure

@@ -112,6 +112,8 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(solo_folder):
             terminal.press_ctrl_c()
             if terminal.says("/quit leaves", within=2):
                 break
+        else:
+            pytest.fail(f"Ctrl-C at the prompt does nothing: {terminal.seen!r}")
         terminal.wait_for("you:")
         terminal.type("/quit\n")
         assert terminal.ended() == 0

@@ -64,7 +64,8 @@ def measurements(settings: AblationSettings, chains: Iterable[Chain]) -> list[di
         SoloError: the data are not there, or the chain has trained nothing where it is to be measured.
     """
     root = Path(settings.root).resolve()
-    digests = {held_out.data: _digest(root, held_out.data) for held_out in settings.metrics.values()}
+    files = {held_out.data for held_out in settings.metrics.values()}
+    digests = {data: _digest(root, data) for data in files}
 
     def measurement(chain: Chain, metric: str, held_out: HeldOutSettings) -> Measurement:
         link = chain.after(held_out.after)
