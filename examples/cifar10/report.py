@@ -27,7 +27,7 @@ from solo_vlm.lines_file import LinesFile
 from solo_vlm.train.metrics import read_metrics
 
 KINDS = ("name", "kind", "yes_no")
-STAGES = ("stage1", "sft")
+STAGES = ("stage1", "stage1-more", "sft")
 SHOWN = 24
 Record = dict[str, Any]
 
@@ -51,6 +51,11 @@ def score(records: Sequence[Record]) -> Record:
     right = sum(record["right"] for record in records)
     interval = binomtest(right, len(records)).proportion_ci(method="wilson")
     return {"accuracy": right / len(records), "interval": [interval.low, interval.high], "n": len(records)}
+
+
+def stages_of(root: Path) -> list[str]:
+    """Those that the model went through; one GPU does without the second part of stage 1."""
+    return [stage for stage in STAGES if (root / stage).exists()]
 
 
 def training(run: Path) -> Record:
@@ -87,8 +92,9 @@ def draw_confusion(records: Sequence[Record]) -> Figure:
 
 def draw_curve(root: Path) -> Figure:
     """Loss of the stages over their steps, with that on held-out images."""
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, stage in zip(figure.subplots(1, len(STAGES)), STAGES, strict=True):
+    stages = stages_of(root)
+    figure = Figure(figsize=(4 * len(stages), 3.5), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, len(stages)), stages, strict=True):
         lines = read_metrics(root / stage)
         axes.plot(
             [line["step"] for line in lines], [line["loss"] for line in lines], linewidth=0.7, alpha=0.6
@@ -124,7 +130,7 @@ def main() -> None:
         answers = {kind: ask(answerer, file, out / f"{kind}.jsonl", progress) for kind, file in files.items()}
     report = {
         "scores": {kind: score(records) for kind, records in answers.items()},
-        "training": {stage: training(root / stage) for stage in STAGES},
+        "training": {stage: training(root / stage) for stage in stages_of(root)},
     }
     for name, figure in {
         "confusion": draw_confusion(answers["name"]),
