@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from solo_vlm.data.encode import Encoder
 from solo_vlm.data.samples_file import write_samples
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
+from solo_vlm.data.toy.samples import pretraining_sample
 from solo_vlm.errors import SoloError
 from solo_vlm.model.configuration_solo import SoloConfig
 from solo_vlm.model.flops import training_flops
@@ -258,6 +260,18 @@ def test_a_model_that_nothing_is_known_of_is_refused(run, tmp_path):
     status, _, err = run("train", str(file), "--dry-run")
     assert status == 2
     assert "nowhere" in err and "solo init" in err
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_the_model_of_a_stage_to_come_is_not_looked_up_on_the_hub(run, tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    write_samples(tmp_path / "data.parquet", [pretraining_sample("red")])
+    Path("next.yaml").write_text(
+        "model: stage1/model\nout: o\nsteps: 1\ndata: {streams: 1, sources: [{path: data.parquet}]}\n"
+    )
+    status, _, err = run("train", "next.yaml", *more)
+    assert status == 2
+    assert "no model at stage1/model" in err
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,9 @@ class Mixture(Settings):
         return Path(self.root) / path
 
     def model_source(self) -> str | Path:
-        """A folder under the root, or else a hub id."""
+        """A folder under the root, or else a hub id, which the `STAGE/model` of a stage to come is not."""
         folder = self.at(self.model)
-        return folder if folder.exists() else self.model
+        return folder if folder.exists() or folder.name == "model" else self.model
 
     def source_names(self) -> tuple[str, ...]:
         """Sources as the file names them."""

@@ -56,11 +56,13 @@ def load_processor(path: str | Path) -> SoloProcessor:
 
 
 def is_solo(path: str | Path) -> bool:
-    """Whether a folder or hub id holds a SOLO model, this project's or the release's.
+    """Whether a folder or hub id holds a SOLO model, this project's or the release's. A Path is no hub id.
 
     Raises:
         SoloError: nothing readable is there.
     """
+    if isinstance(path, Path) and not path.exists():
+        raise SoloError(f"no model at {path}")
     try:
         settings = PreTrainedConfig.get_config_dict(str(path))[0]
     except (OSError, ValueError) as error:
