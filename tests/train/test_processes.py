@@ -82,15 +82,15 @@ def test_parameters_are_really_sharded(runs, tmp_path, start, size, tensor):
 
 
 def test_a_process_without_images_keeps_no_other_waiting(runs, tmp_path, start):
-    """One image in sixteen sequences: in most steps most processes have none."""
+    """In some steps no sequence has an image, in others only one of four has."""
     data = settings(runs, tmp_path)["data"]
-    data["sources"] = [{"path": "images.parquet", "weight": 1}, {"path": "text.parquet", "weight": 40}]
+    data["sources"] = [{"path": "images.parquet", "weight": 1}, {"path": "text.parquet", "weight": 8}]
     shared = settings(runs, tmp_path / "shared", data=data)
     assert start(4, run, shared).wait() == [0] * 4
     assert start(1, run, settings(runs, tmp_path / "alone", data=data)).wait() == [0]
     ours, theirs = (metrics(tmp_path / name) for name in ("alone", "shared"))
-    assert any(line["vision_tokens"] == 0 for line in ours)
-    assert any(0 < line["vision_tokens"] <= 5 for line in ours)
+    of_an_image = 4  # two patches, begin and end
+    assert {0, of_an_image} <= {line["vision_tokens"] for line in ours}
     assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], rel=1e-4)
 
 
