@@ -24,10 +24,10 @@ from solo_vlm.evaluate.held_out import answer_questions, read_questions
 from solo_vlm.files import new_file
 from solo_vlm.generate import Answerer
 from solo_vlm.lines_file import LinesFile
+from solo_vlm.train.manifest import read_recipe
 from solo_vlm.train.metrics import read_metrics
 
 KINDS = ("name", "kind", "yes_no")
-STAGES = ("stage1", "stage1-more", "sft")
 SHOWN = 24
 Record = dict[str, Any]
 
@@ -53,9 +53,14 @@ def score(records: Sequence[Record]) -> Record:
     return {"accuracy": right / len(records), "interval": [interval.low, interval.high], "n": len(records)}
 
 
-def stages_of(root: Path) -> list[str]:
-    """Those that the model went through; one GPU does without the second part of stage 1."""
-    return [stage for stage in STAGES if (root / stage).exists()]
+def stages_of(root: Path) -> list[Path]:
+    """The runs that the model went through, found from the last by the model that each began with."""
+    runs: list[Path] = []
+    run = root / "sft"
+    while (manifest := run / "manifest.json").exists():
+        runs.insert(0, run)
+        run = root / Path(read_recipe(manifest).model).parent
+    return runs
 
 
 def training(run: Path) -> Record:
@@ -92,17 +97,17 @@ def draw_confusion(records: Sequence[Record]) -> Figure:
 
 def draw_curve(root: Path) -> Figure:
     """Loss of the stages over their steps, with that on held-out images."""
-    stages = stages_of(root)
-    figure = Figure(figsize=(4 * len(stages), 3.5), layout="constrained")
-    for axes, stage in zip(figure.subplots(1, len(stages)), stages, strict=True):
-        lines = read_metrics(root / stage)
+    runs = stages_of(root)
+    figure = Figure(figsize=(4 * len(runs), 3.5), layout="constrained")
+    for axes, run in zip(figure.subplots(1, len(runs)), runs, strict=True):
+        lines = read_metrics(run)
         axes.plot(
             [line["step"] for line in lines], [line["loss"] for line in lines], linewidth=0.7, alpha=0.6
         )
         held_out = held_out_losses(lines)
         axes.plot(list(held_out), list(held_out.values()), "o-", label="held out")
         axes.legend(frameon=False)
-        axes.set(title=stage, xlabel="step", ylabel="loss (nats a token)", ylim=(0, 2))
+        axes.set(title=run.name, xlabel="step", ylabel="loss (nats a token)", ylim=(0, 2))
     return figure
 
 
@@ -130,7 +135,7 @@ def main() -> None:
         answers = {kind: ask(answerer, file, out / f"{kind}.jsonl", progress) for kind, file in files.items()}
     report = {
         "scores": {kind: score(records) for kind, records in answers.items()},
-        "training": {stage: training(root / stage) for stage in stages_of(root)},
+        "training": {run.name: training(run) for run in stages_of(root)},
     }
     for name, figure in {
         "confusion": draw_confusion(answers["name"]),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solo_vlm.data.packing import BestFitPacker, pack
+from solo_vlm.data.packing import Packer, pack
 
 CAPACITY = 100
 LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=200)
@@ -58,10 +58,10 @@ def test_short_items_do_not_wait_for_long_ones():
 @given(LENGTHS, st.data())
 def test_a_restored_packer_goes_on_alike(lengths, data):
     cut = data.draw(st.integers(0, len(lengths)))
-    whole = BestFitPacker(CAPACITY, 8)
+    whole = Packer(CAPACITY, 8)
     for item, length in enumerate(lengths[:cut]):
         whole.add(item, length)
-    restored = BestFitPacker(CAPACITY, 8)
+    restored = Packer(CAPACITY, 8)
     restored.restore(*([(item, lengths[item]) for item in items] for items in (whole.open, whole.waiting)))
     for item, length in enumerate(lengths[cut:], start=cut):
         assert whole.add(item, length) == restored.add(item, length)

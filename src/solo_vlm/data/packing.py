@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class BestFitPacker(Generic[T]):
+class Packer(Generic[T]):
     """Packs a stream of items in their order of arrival, as nearly as full packs allow.
 
     One pack is open, and `buffer_size` items wait. The item that has waited longest goes into the pack if it
@@ -105,6 +105,6 @@ def pack(lengths: Iterable[int], capacity: int, buffer_size: int = 128) -> list[
     Raises:
         ValueError: a length is not in 1..capacity.
     """
-    packer: BestFitPacker[int] = BestFitPacker(capacity, buffer_size)
+    packer: Packer[int] = Packer(capacity, buffer_size)
     packs = [closed for i, length in enumerate(lengths) if (closed := packer.add(i, length)) is not None]
     return [*packs, *iter(packer.drain, None)]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.mixture import Mixture
-from solo_vlm.data.packing import BestFitPacker, pack
+from solo_vlm.data.packing import Packer, pack
 from solo_vlm.data.reading import OnProgress, ReadRow, RowReader, UnitProgress
 from solo_vlm.data.sampling import draw_rows, estimate_totals, units_to_read
 
@@ -151,7 +151,7 @@ def _count(reader: RowReader, packing_buffer: int) -> Stats:
     vision_ids = reader.encoder.vision_ids
     totals = np.zeros(len(FIGURES), np.int64)
     skipped: Counter[str] = Counter()
-    packer: BestFitPacker[None] = BestFitPacker(reader.length, packing_buffer)
+    packer: Packer[None] = Packer(reader.length, packing_buffer)
     instances = 0
     for row in reader.read_all():
         figures, lengths, reason = _summarise(row, vision_ids)
@@ -209,7 +209,7 @@ def estimate_instances(
     trial = generator.choice(lengths, min(documents, enough)).tolist()
     if documents <= enough:
         return len(pack(trial, capacity, packing_buffer))
-    packer: BestFitPacker[int] = BestFitPacker(capacity, packing_buffer)
+    packer: Packer[int] = Packer(capacity, packing_buffer)
     # Only what is packed from a full buffer: that is how nearly all of a large source is packed.
     closed = [packed for length in trial if (packed := packer.add(length, length)) is not None]
     return math.ceil(tokens * len(closed) / sum(map(sum, closed)))

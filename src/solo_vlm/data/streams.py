@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from solo_vlm.data.encode import Document, fit_to_length
-from solo_vlm.data.packing import BestFitPacker
+from solo_vlm.data.packing import Packer
 from solo_vlm.data.schema import Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source
 from solo_vlm.errors import SoloError
@@ -103,7 +103,7 @@ class VirtualStream:
         self._served = [0] * len(mixture)
         numbers = range(len(mixture))
         groups = [[number] for number in numbers] if weigh == "sequences" else [list(numbers)]
-        self._lanes = [_Lane(group, BestFitPacker(length, buffer_size)) for group in groups]
+        self._lanes = [_Lane(group, Packer(length, buffer_size)) for group in groups]
         self._counts: Counter[str] = Counter()
         self._skipped: list[dict[str, str]] = []
 
@@ -210,7 +210,7 @@ class _Lane:
     """Sources whose documents share sequences, and what has been read for them."""
 
     sources: list[int]
-    packer: BestFitPacker[Held]
+    packer: Packer[Held]
     pieces: deque[Held] = field(default_factory=deque)
 
     def state_dict(self) -> State:
