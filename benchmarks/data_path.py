@@ -5,8 +5,9 @@
 Speed on one core: the decoder alone, the whole path (decode, resize, cut into uint8 patches), the same path
 by Pillow and NumPy alone, and the steps of the release's (from base64 by Pillow to normalised float32
 patches by torch), in images per second of processor time, so that other programs on the machine disturb
-little. Then, in seconds of the clock, the loader with 0, 1 and 2 workers of one or two threads: parquet to
-packed sequences of 32,768 tokens. Last, the memory of the loader as the data grow.
+little; and what OpenCV's own threads would cost, which the loader does without. Then, in seconds of the
+clock, the loader with 0, 1 and 2 workers of one or two threads: parquet to packed sequences of 32,768
+tokens. Last, the memory of the loader as the data grow.
 
 The variants take turns, round after round, and each figure is the median of the rounds. Without `--images`
 photographs of about 500 x 375 are cut from the two that scikit-learn brings.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -119,12 +121,14 @@ def one_core(images: Sequence[bytes], rounds: int) -> dict[str, float]:
         "decode_only": decode_by_pillow,
         "own_decode_only": load_pixels,
         "whole": processor.encode,
+        "whole_opencv_threads": processor.encode,
         "pillow": lambda data: path_by_pillow(data, processor),
         "release": lambda data: path_by_release(in_base64[data], processor),
     }
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
+            cv2.setNumThreads((os.cpu_count() or 1) if name == "whole_opencv_threads" else 1)
             started = time.process_time()
             for data in images:
                 run(data)
@@ -148,6 +152,7 @@ def one_core(images: Sequence[bytes], rounds: int) -> dict[str, float]:
         "whole_over_own_decode_only": whole_over("own_decode_only"),
         "whole_over_pillow": whole_over("pillow"),
         "whole_over_release": whole_over("release"),
+        "whole_over_opencv_threads": whole_over("whole_opencv_threads"),
         "mean_levels_from_pillow": statistics.mean(float(levels.mean()) for levels in differences),
         "most_levels_from_pillow": max(int(levels.max()) for levels in differences),
     }
@@ -288,7 +293,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
     rng = np.random.default_rng(0)
     if arguments.images:
         images = list(read_photographs(arguments.images, arguments.photographs))

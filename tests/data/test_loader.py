@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
+import cv2
 import pytest
 import torch
 
@@ -238,3 +239,19 @@ def test_a_users_error_in_a_worker_is_one_line_as_everywhere(workers):
 
 def _refuse(index: int) -> VirtualStream:
     raise SoloError(f"stream {index} is closed")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_opencv_starts_no_threads_beside_those_of_the_loader(workers):
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(2)
+    try:
+        loader = PackedLoader(_tell_threads, STREAMS, LENGTH, 0, workers=workers)
+        with pytest.raises(SoloError, match=r"\A1 thread\Z"):
+            next(iter(loader))
+    finally:
+        cv2.setNumThreads(before)
+
+
+def _tell_threads(index: int) -> VirtualStream:
+    raise SoloError(f"{cv2.getNumThreads()} thread")
