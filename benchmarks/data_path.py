@@ -5,12 +5,12 @@
 Speed on one core: the decoder alone, the whole path (decode, resize, cut into uint8 patches), the same path
 by Pillow and NumPy alone, and the steps of the release's (from base64 by Pillow to normalised float32
 patches by torch), in images per second of processor time, so that other programs on the machine disturb
-little; and what OpenCV's own threads would cost, which the loader does without. Then, in seconds of the
-clock, the loader with 0, 1 and 2 workers of one or two threads: parquet to packed sequences of 32,768
-tokens. Last, the memory of the loader as the data grow.
+little; what OpenCV's own threads would cost, which the loader does without; and photographs four times as
+wide and high, which shrink. Then, in seconds of the clock, the loader with 0, 1 and 2 workers of one or two
+threads: parquet to packed sequences of 32,768 tokens. Last, the memory of the loader as the data grow.
 
-The variants take turns, round after round, and each figure is the median of the rounds. Without `--images`
-photographs of about 500 x 375 are cut from the two that scikit-learn brings.
+The variants take turns, in the first part every ten images, and each figure is the median of the turns.
+Without `--images` photographs of about 500 x 375 are cut from the two that scikit-learn brings.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from solo_vlm.model.from_llm import compose
 from solo_vlm.model.image_loading_solo import load_pixels
 from solo_vlm.quickstart.llm import train_tokenizer
 
+TURN = 10  # images: short, so that what disturbs one variant disturbs the others alike
 STREAMS = 4
 LAYOUTS = ((0, 1), (1, 1), (2, 1), (0, 2), (1, 2))  # workers, threads
 GROUPS = 5 * STREAMS  # row groups of the smallest data: one more than streams hold open
@@ -99,9 +100,9 @@ def path_by_pillow(data: bytes, processor: SoloImageProcessor) -> np.ndarray:
     return patches.reshape(rows * columns, -1)
 
 
-def path_by_release(data: str, processor: SoloImageProcessor) -> torch.Tensor:
-    """The release's steps, torchvision's among them: base64 to float32 (patches, 3072), normalised."""
-    image = Image.open(BytesIO(base64.b64decode(data))).convert("RGB")
+def path_by_release(url: str, processor: SoloImageProcessor) -> torch.Tensor:
+    """The release's steps, torchvision's among them: a data URL to float32 (patches, 3072), normalised."""
+    image = Image.open(BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB")
     rows, columns = processor.get_patch_grid(image.height, image.width)
     resized = image.resize((columns * 32, rows * 32), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()  # (3, height, width)
@@ -114,48 +115,60 @@ def path_by_release(data: str, processor: SoloImageProcessor) -> torch.Tensor:
 
 
 def one_core(images: Sequence[bytes], rounds: int) -> dict[str, float]:
-    """Images per second of processor time, and ratios of them within a round."""
+    """Images per second of processor time, and ratios of them within a turn."""
     processor = SoloImageProcessor()
-    in_base64 = {data: base64.b64encode(data).decode() for data in images}  # as the release keeps them
+    as_url = {data: f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for data in images}
     variants: dict[str, Callable[[bytes], Any]] = {
         "decode_only": decode_by_pillow,
         "own_decode_only": load_pixels,
         "whole": processor.encode,
-        "whole_opencv_threads": processor.encode,
+        "opencv_threads": processor.encode,
         "pillow": lambda data: path_by_pillow(data, processor),
-        "release": lambda data: path_by_release(in_base64[data], processor),
+        "release": lambda data: path_by_release(as_url[data], processor),
     }
-    taken: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, run in variants.items():
-            cv2.setNumThreads((os.cpu_count() or 1) if name == "whole_opencv_threads" else 1)
-            started = time.process_time()
-            for data in images:
-                run(data)
-            taken[name].append((time.process_time() - started) / len(images))
+    taken = take_turns(variants, images, rounds)
+    large = [enlarged(data, 4) for data in images[:TURN]]
+    taken_large = take_turns({name: variants[name] for name in ("whole", "pillow")}, large, rounds)
 
     pairs = [(processor.encode(data)[0], path_by_pillow(data, processor)) for data in images]
     differences = [np.abs(whole.astype(np.int16) - pillow) for whole, pillow in pairs]
-
-    def whole_over(name: str) -> float:
-        return statistics.median(
-            other / whole for other, whole in zip(taken[name], taken["whole"], strict=True)
-        )
-
+    rates = {f"{name}_images_per_second": 1 / statistics.median(each) for name, each in taken.items()}
     return {
-        "images_per_second": 1 / statistics.median(taken["whole"]),
-        "decode_only_images_per_second": 1 / statistics.median(taken["decode_only"]),
-        "own_decode_only_images_per_second": 1 / statistics.median(taken["own_decode_only"]),
-        "pillow_images_per_second": 1 / statistics.median(taken["pillow"]),
-        "release_images_per_second": 1 / statistics.median(taken["release"]),
-        "whole_over_decode_only": whole_over("decode_only"),
-        "whole_over_own_decode_only": whole_over("own_decode_only"),
-        "whole_over_pillow": whole_over("pillow"),
-        "whole_over_release": whole_over("release"),
-        "whole_over_opencv_threads": whole_over("whole_opencv_threads"),
+        "images_per_second": rates.pop("whole_images_per_second"),
+        **rates,
+        **{f"whole_over_{name}": ratio(taken, name) for name in taken if name != "whole"},
+        "large_images_per_second": 1 / statistics.median(taken_large["whole"]),
+        "large_whole_over_pillow": ratio(taken_large, "pillow"),
         "mean_levels_from_pillow": statistics.mean(float(levels.mean()) for levels in differences),
         "most_levels_from_pillow": max(int(levels.max()) for levels in differences),
     }
+
+
+def take_turns(
+    variants: dict[str, Callable[[bytes], Any]], images: Sequence[bytes], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of processor time an image, turn by turn."""
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for start in [*range(0, len(images), TURN)] * rounds:
+        batch = images[start : start + TURN]
+        for name, run in variants.items():
+            cv2.setNumThreads((os.cpu_count() or 1) if name == "opencv_threads" else 1)
+            started = time.process_time()
+            for data in batch:
+                run(data)
+            taken[name].append((time.process_time() - started) / len(batch))
+    cv2.setNumThreads(1)
+    return taken
+
+
+def ratio(taken: dict[str, list[float]], name: str) -> float:
+    """How many times as fast the whole path is."""
+    return statistics.median(other / whole for other, whole in zip(taken[name], taken["whole"], strict=True))
+
+
+def enlarged(data: bytes, times: int) -> bytes:
+    image = Image.open(BytesIO(data))
+    return jpeg(image.resize((image.width * times, image.height * times)))
 
 
 # --- several cores -------------------------------------------------------------------------------------

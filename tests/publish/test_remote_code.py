@@ -24,13 +24,13 @@ import solo_vlm
 from solo_vlm.model.load import load_model, load_processor
 from solo_vlm.publish.remote_code import code_files
 
-# Runs without solo_vlm and without OpenCV, which transformers' users may lack. `-I -S` also keeps out what
-# an editable installation puts on the path. The card's own example comes first.
+# Runs without solo_vlm, and without OpenCV and simplejpeg, which transformers' users may lack. `-I -S` also
+# keeps out what an editable installation puts on the path. The card's own example comes first.
 ELSEWHERE = """
 import json, sys
 folder, site, source, out = sys.argv[1:]
 sys.path.append(site)
-sys.modules["solo_vlm"] = sys.modules["cv2"] = None
+sys.modules["solo_vlm"] = sys.modules["cv2"] = sys.modules["simplejpeg"] = None
 try:
     import solo_vlm
     sys.exit("solo_vlm is here")

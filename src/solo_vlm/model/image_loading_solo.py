@@ -33,10 +33,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 try:
-    import cv2
-    from cv2 import IMREAD_COLOR_RGB, IMREAD_IGNORE_ORIENTATION  # the first since OpenCV 4.11
+    import simplejpeg
 except ImportError:  # a checkpoint's copy of this file runs without it, see `load_pixels`
-    cv2 = None  # type: ignore[assignment]
+    simplejpeg = None
 
 MAX_PIXELS = 100_000_000
 """Largest width * height that `load_image` decodes by default: 300 MB of RGB."""
@@ -56,7 +55,6 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_TAG = 0x0112
-_JPEG_END = b"\xff\xd9"
 
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 _NO_SUCH_PAGE = (404, 410)
@@ -137,8 +135,8 @@ def load_image(
 def load_pixels(source: Any, *, input_data_format: ChannelOrder | None = None) -> np.ndarray:
     """Read an image from any source into an array of its pixels: `load_image` for those who compute.
 
-    OpenCV decodes plain JPEGs, straight into the array: faster, and the same pixels, since Pillow uses
-    libjpeg-turbo, too. Where OpenCV is not installed, and for any other file, Pillow decodes.
+    simplejpeg decodes plain JPEGs, straight into the array: faster, and the same pixels, since Pillow uses
+    libjpeg-turbo, too. Where it is not installed, and for any other file, Pillow decodes.
 
     Args:
         source, input_data_format: see `load_image`.
@@ -261,16 +259,13 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image | np.ndar
 
 
 def _decode_plain_jpeg(image: Image.Image, file: BinaryIO) -> np.ndarray | None:
-    """What OpenCV makes of a JPEG where that is the same as Pillow's; None: Pillow decodes, or refuses."""
-    if cv2 is None or image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1:
+    """The pixels of a JPEG that simplejpeg decodes as Pillow does; None: Pillow decodes, or refuses."""
+    if simplejpeg is None or image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1:
         return None
     file.seek(0)
-    data = file.read()
-    if not data.endswith(_JPEG_END):  # cut short: OpenCV would fill up with grey
-        return None
     try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), IMREAD_COLOR_RGB | IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
+        return simplejpeg.decode_jpeg(file.read(), "RGB", strict=True)
+    except ValueError:  # damaged or unusual, warnings among it
         return None
 
 

@@ -25,6 +25,7 @@ _PACKAGES = (
     "tokenizers",
     "numpy",
     "pillow",
+    "simplejpeg",
     "opencv-python-headless",
     "pyarrow",
     "safetensors",
