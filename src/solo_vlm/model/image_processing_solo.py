@@ -122,11 +122,17 @@ def image_to_patches(image: Image.Image | np.ndarray, patch_size: int) -> np.nda
     """
     pixels = np.asarray(image)
     rows, columns = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size
-    line = np.dtype((np.void, 3 * patch_size))  # a patch's pixels are gathered a line at a time
-    by_patch = np.empty((rows, columns, patch_size), line)
-    by_patch[:] = pixels.reshape(rows, patch_size, -1).view(line).swapaxes(1, 2)
-    planes = _planes(by_patch.view(np.uint8).reshape(-1, 3))
+    # What lies between has no name, so that its memory is used again while the cache still holds it.
+    planes = _planes(_by_patch(pixels, rows, columns, patch_size))
     return planes.reshape(3, rows * columns, -1).swapaxes(0, 1).reshape(rows * columns, -1)
+
+
+def _by_patch(pixels: np.ndarray, rows: int, columns: int, patch_size: int) -> np.ndarray:
+    """The pixels of (height, width, 3) patch after patch: (pixels, 3)."""
+    line = np.dtype((np.void, 3 * patch_size))  # gathered a line of a patch at a time
+    patches = np.empty((rows, columns, patch_size), line)
+    patches[:] = pixels.reshape(rows, patch_size, -1).view(line).swapaxes(1, 2)
+    return patches.view(np.uint8).reshape(-1, 3)
 
 
 def _planes(pixels: np.ndarray) -> np.ndarray:
