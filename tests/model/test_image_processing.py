@@ -370,6 +370,8 @@ def engine(request, monkeypatch):
         ("RGB", {"keep_rgb": True}),
         ("RGB", {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}),
         ("RGB", {"comment": "\xff\xd9"}),
+        ("RGB", {"comment": "\xff\xda", "exif": _exif(orientation=6)}),
+        ("RGB", {"xmp": b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="8"/>'}),
         ("RGB", {"exif": _exif(orientation=1)}),
         ("RGB", {"exif": _exif(orientation=6)}),
         ("RGB", {"exif": b"Exif\0\0broken"}),
@@ -768,8 +770,9 @@ def test_pixel_bombs_are_refused_by_their_header(side):
     assert time.perf_counter() - start < 1
 
 
-def test_pixel_limit(tmp_path, processor):
-    path = tmp_path / "image.png"
+@pytest.mark.parametrize("name", ["image.png", "image.jpg"])
+def test_pixel_limit(tmp_path, name):
+    path = tmp_path / name
     photo(100, 50).save(path)
     assert load_image(path, max_pixels=5000).size == (100, 50)
     with pytest.raises(ImageError, match=r"100 x 50 is more than the limit of 4,999 pixels"):
