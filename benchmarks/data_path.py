@@ -36,6 +36,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import simplejpeg
 import torch
 from environment import environment
 from PIL import Image
@@ -60,8 +61,8 @@ ROW_GROUP = 256
 CAPTION = "a photograph, as one would find it on the web, with a caption of some twenty words"
 
 
-def photographs(count: int, rng: np.random.Generator) -> Iterator[bytes]:
-    """JPEGs of about 500 x 375, of the quality that cameras and ImageNet have."""
+def photographs(count: int, rng: np.random.Generator, quality: int = 95) -> Iterator[bytes]:
+    """JPEGs of about 500 x 375, by default of the quality that cameras and ImageNet have."""
     from sklearn.datasets import load_sample_images
 
     originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427
@@ -70,12 +71,12 @@ def photographs(count: int, rng: np.random.Generator) -> Iterator[bytes]:
         width = int(rng.integers(460, 541))
         height = round(width * 0.75)
         left, top = rng.integers(0, original.width - width), rng.integers(0, original.height - height)
-        yield jpeg(original.crop((left, top, left + width, top + height)))
+        yield jpeg(original.crop((left, top, left + width, top + height)), quality)
 
 
-def jpeg(image: Image.Image) -> bytes:
+def jpeg(image: Image.Image, quality: int = 95) -> bytes:
     buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=95)
+    image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
@@ -297,6 +298,7 @@ def main() -> None:
         "--images", type=Path, metavar="FOLDER", help="JPEGs to use, of this folder and below"
     )
     parser.add_argument("--photographs", type=int, default=200, help="how many at most (200)")
+    parser.add_argument("--quality", type=int, default=95, help="of the photographs that are made (95)")
     parser.add_argument("--rounds", type=int, default=9, help="how often everything is measured (9)")
     parser.add_argument("--sequences", type=int, default=16, help="packed sequences from each loader (16)")
     parser.add_argument("--length", type=int, default=32_768, help="tokens of each (32768)")
@@ -310,12 +312,13 @@ def main() -> None:
     if arguments.images:
         images = list(read_photographs(arguments.images, arguments.photographs))
     else:
-        images = list(photographs(arguments.photographs, rng))
+        images = list(photographs(arguments.photographs, rng, arguments.quality))
     if not images:
         parser.error(f"no .jpg files in {arguments.images}")
     results = measure(images, arguments)
     if arguments.json:
-        print(json.dumps({**results, "environment": {**environment(), "opencv": cv2.__version__}}))
+        versions = {"opencv": cv2.__version__, "simplejpeg": simplejpeg.__version__}
+        print(json.dumps({**results, "environment": {**environment(), **versions}}))
         return
     for name, value in results.items():
         print(f"{name:36}", value if isinstance(value, dict) else f"{value:,.3f}")
