@@ -386,6 +386,15 @@ def test_decoded_jpegs_are_pillows(mode, size, options):
     np.testing.assert_array_equal(np.asarray(load_image(data)), np.asarray(by_pillow))
 
 
+@pytest.mark.parametrize("place", [2, 20])
+@pytest.mark.parametrize("filling", [b"\xff", b"\xff\xff", b"\xff\xd0", b"\xff\0", b"\xff\xe0\0\0"])
+def test_bytes_between_segments_hide_no_orientation(place, filling):
+    data = encoded(photo(60, 40), "JPEG", exif=_exif(orientation=6))
+    data = data[:place] + filling + data[place:]
+    by_pillow = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    np.testing.assert_array_equal(load_pixels(data), np.asarray(by_pillow))
+
+
 def test_jpegs_cut_short_are_never_filled_up():
     thumbnail = encoded(photo(20, 10), "JPEG")
     exif = _exif(orientation=1) + thumbnail  # a file cut after it ends as a whole one does

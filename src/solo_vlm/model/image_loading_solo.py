@@ -56,6 +56,7 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
 }
 _ORIENTATION_TAG = 0x0112
 _JPEG_START, _JPEG_SCAN = b"\xff\xd8\xff", b"\xff\xda"
+_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xef\xfe]")
 _METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/", b"MPF\0")
 """How segments of a JPEG begin in which Pillow finds an orientation, or that there are several images."""
 
@@ -287,10 +288,10 @@ def _decode_bare_jpeg(file: BinaryIO, max_pixels: int) -> np.ndarray | None:
 
 
 def _has_metadata(data: bytes) -> bool:
-    """Whether a JPEG has any that matters here, or segments that are not as they should be."""
+    """Whether a JPEG has any that matters here, or something else than segments before its scan."""
     place = 2
     while data[place : place + 2] != _JPEG_SCAN:
-        if data[place : place + 1] != b"\xff" or data.startswith(_METADATA, place + 4):
+        if not _SEGMENT.match(data, place) or data.startswith(_METADATA, place + 4):
             return True
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return False
