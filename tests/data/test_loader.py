@@ -142,7 +142,7 @@ def test_killed_runs_go_on_exactly(run, whole, tmp_path):
     """Ranks are processes; they and their workers are killed wherever they are, also while writing."""
     chance = random.Random(0)
     killed = 0
-    for trial in range(KILLS):
+    for trial in range(3 * KILLS):  # some end before they are killed
         before, after = chance.choices(LAYOUTS, k=2)
         first, second = tmp_path / f"{trial}-killed", tmp_path / f"{trial}-resumed"
         run = replace(run, threads=chance.choice([1, 3]))
@@ -156,7 +156,9 @@ def test_killed_runs_go_on_exactly(run, whole, tmp_path):
         assert resumed == {slot: digest for slot, digest in whole.items() if slot >= slots}, (before, after)
         assert lines_of(first).items() <= whole.items()
         assert set(lines_of(first)) >= set(range(slots))
-    assert killed >= KILLS // 2  # the others had ended already
+        if killed == KILLS:
+            break
+    assert killed == KILLS
 
 
 def start(run, layout, slots, state, out) -> list:
