@@ -61,8 +61,8 @@ ROW_GROUP = 256
 CAPTION = "a photograph, as one would find it on the web, with a caption of some twenty words"
 
 
-def photographs(count: int, rng: np.random.Generator, quality: int = 95) -> Iterator[bytes]:
-    """JPEGs of about 500 x 375, by default of the quality that cameras and ImageNet have."""
+def photographs(count: int, rng: np.random.Generator, quality: int) -> Iterator[bytes]:
+    """JPEGs of about 500 x 375."""
     from sklearn.datasets import load_sample_images
 
     originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427
@@ -74,7 +74,7 @@ def photographs(count: int, rng: np.random.Generator, quality: int = 95) -> Iter
         yield jpeg(original.crop((left, top, left + width, top + height)), quality)
 
 
-def jpeg(image: Image.Image, quality: int = 95) -> bytes:
+def jpeg(image: Image.Image, quality: int) -> bytes:
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
@@ -115,7 +115,7 @@ def path_by_release(url: str, processor: SoloImageProcessor) -> torch.Tensor:
     return patches.permute(1, 2, 0, 3, 4).contiguous().view(rows * columns, -1)
 
 
-def one_core(images: Sequence[bytes], rounds: int) -> dict[str, float]:
+def one_core(images: Sequence[bytes], rounds: int, quality: int) -> dict[str, float]:
     """Images per second of processor time, and ratios of them within a turn."""
     processor = SoloImageProcessor()
     as_url = {data: f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for data in images}
@@ -128,7 +128,7 @@ def one_core(images: Sequence[bytes], rounds: int) -> dict[str, float]:
         "release": lambda data: path_by_release(as_url[data], processor),
     }
     taken = take_turns(variants, images, rounds)
-    large = [enlarged(data, 4) for data in images[:TURN]]
+    large = [enlarged(data, 4, quality) for data in images[:TURN]]
     taken_large = take_turns({name: variants[name] for name in ("whole", "pillow")}, large, rounds)
 
     pairs = [(processor.encode(data)[0], path_by_pillow(data, processor)) for data in images]
@@ -167,9 +167,9 @@ def ratio(taken: dict[str, list[float]], name: str) -> float:
     return statistics.median(other / whole for other, whole in zip(taken[name], taken["whole"], strict=True))
 
 
-def enlarged(data: bytes, times: int) -> bytes:
+def enlarged(data: bytes, times: int, quality: int) -> bytes:
     image = Image.open(BytesIO(data))
-    return jpeg(image.resize((image.width * times, image.height * times)))
+    return jpeg(image.resize((image.width * times, image.height * times)), quality)
 
 
 # --- several cores -------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def loader_rates(path: Path, length: int, sequences: int, rounds: int) -> dict[t
 
 def loader_memory(folder: Path, growth: Sequence[int], sequences: int) -> dict[str, float]:
     """Resident megabytes of the loader and its two workers, in a fresh process for each size of the data."""
-    samples = [sample(jpeg(Image.effect_noise((32, 32), 50))) for _ in range(ROW_GROUP)]
+    samples = [sample(jpeg(Image.effect_noise((32, 32), 50), quality=95)) for _ in range(ROW_GROUP)]
     memory = {}
     for times in growth:
         path = folder / f"{times}x.parquet"
@@ -277,7 +277,7 @@ def measure(images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str,
         folder = Path(name)
         file = folder / "photographs.parquet"
         write_row_groups(file, [sample(image) for image in images[:ROW_GROUP]], GROUPS)
-        one = one_core(images, rounds)
+        one = one_core(images, rounds, arguments.quality)
         rates = loader_rates(file, arguments.length, sequences, rounds)
         return {
             **one,
@@ -298,7 +298,12 @@ def main() -> None:
         "--images", type=Path, metavar="FOLDER", help="JPEGs to use, of this folder and below"
     )
     parser.add_argument("--photographs", type=int, default=200, help="how many at most (200)")
-    parser.add_argument("--quality", type=int, default=95, help="of the photographs that are made (95)")
+    parser.add_argument(
+        "--quality",
+        type=int,
+        default=95,
+        help="of the JPEGs that are made (95, as cameras and ImageNet have)",
+    )
     parser.add_argument("--rounds", type=int, default=9, help="how often everything is measured (9)")
     parser.add_argument("--sequences", type=int, default=16, help="packed sequences from each loader (16)")
     parser.add_argument("--length", type=int, default=32_768, help="tokens of each (32768)")

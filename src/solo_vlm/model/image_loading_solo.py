@@ -244,7 +244,7 @@ def _from_file(path: str, name: str | None, max_pixels: int) -> Image.Image | np
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image | np.ndarray:
     """Decode an open image file, sizes checked before pixels are."""
-    if (pixels := _decode_bare_jpeg(file, max_pixels)) is not None:
+    if (pixels := _decode_plain_jpeg(file, max_pixels)) is not None:
         return pixels
     try:
         image = Image.open(file)
@@ -257,20 +257,13 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image | np.ndar
     except Exception as error:
         raise _damaged(error, name) from error
     _check(image, name, max_pixels)
-    if simplejpeg is not None and image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1:
-        file.seek(0)
-        if (pixels := _decode_plain_jpeg(file.read())) is not None:
-            return pixels
     rgb = _to_upright_rgb(image, name)
     rgb.format = None  # marks it as checked, see _check
     return rgb
 
 
-def _decode_bare_jpeg(file: BinaryIO, max_pixels: int) -> np.ndarray | None:
-    """The pixels of a JPEG without metadata; None: Pillow reads the header first.
-
-    That takes it a twentieth of the time in which a photograph becomes patches.
-    """
+def _decode_plain_jpeg(file: BinaryIO, max_pixels: int) -> np.ndarray | None:
+    """The pixels of a JPEG as Pillow decodes it; None: Pillow has to, or refuses."""
     is_jpeg = simplejpeg is not None and file.read(3) == _JPEG_START
     file.seek(0)
     if not is_jpeg:
@@ -279,12 +272,23 @@ def _decode_bare_jpeg(file: BinaryIO, max_pixels: int) -> np.ndarray | None:
     file.seek(0)
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+        too_large = height * width > min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
+        if too_large or colors not in ("YCbCr", "RGB") or not _is_plain(data):
+            return None
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError:  # damaged or unusual, warnings among it
         return None
-    too_large = height * width > min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
-    if too_large or colors not in ("YCbCr", "RGB") or _has_metadata(data):
-        return None
-    return _decode_plain_jpeg(data)
+
+
+def _is_plain(data: bytes) -> bool:
+    """Whether a JPEG is one image and upright. Without metadata it is: their absence is found far faster."""
+    if not _has_metadata(data):
+        return True
+    try:
+        image = Image.open(BytesIO(data))
+    except Exception:  # `_decode` opens it again, and says what is wrong
+        return False
+    return image.format == "JPEG" and _orientation(image) == 1
 
 
 def _has_metadata(data: bytes) -> bool:
@@ -295,14 +299,6 @@ def _has_metadata(data: bytes) -> bool:
             return True
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return False
-
-
-def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
-    """The pixels of a JPEG as Pillow decodes it; None: Pillow has to, or refuses."""
-    try:
-        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
-    except ValueError:  # damaged or unusual, warnings among it
-        return None
 
 
 def _check(image: Image.Image, name: str, max_pixels: int) -> None:
