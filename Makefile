@@ -36,7 +36,7 @@ venv: $(VENV)/.installed  ## the virtual environment, pinned by constraints.txt
 	@:
 
 # torch first and by itself: a torch that came as somebody's dependency would not be the chosen build.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/solo_vlm/model/enlarge.c
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with the venv module is needed; \
 	name yours: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 2; }
 	@echo "venv: $(VENV) ($$($(PYTHON) --version))"

@@ -3,11 +3,12 @@
     python benchmarks/data_path.py [--images FOLDER] [--json]
 
 Speed on one core: the decoder alone, the whole path (decode, resize, cut into uint8 patches), the same path
-by Pillow and NumPy alone, and the steps of the release's (from base64 by Pillow to normalised float32
-patches by torch), in images per second of processor time, so that other programs on the machine disturb
-little; what OpenCV's own threads would cost, which the loader does without; and photographs four times as
-wide and high, which shrink. Then, in seconds of the clock, the loader with 0, 1 and 2 workers of one or two
-threads: parquet to packed sequences of 32,768 tokens. Last, the memory of the loader as the data grow.
+without what is compiled of this package (OpenCV resizes and splits, on one thread or on its own), by Pillow
+and NumPy alone, and the steps of the release's (from base64 by Pillow to normalised float32 patches by
+torch), in images per second of processor time, so that other programs on the machine disturb little; and
+photographs four times as wide and high, which shrink. Then, in seconds of the clock, the loader with 0, 1
+and 2 workers of one or two threads: parquet to packed sequences of 32,768 tokens. Last, the memory of the
+loader as the data grow.
 
 The variants take turns, in the first part every ten images, and each figure is the median of the turns.
 Without `--images` photographs of about 500 x 375 are cut from the two that scikit-learn brings.
@@ -49,8 +50,10 @@ from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.samples_file import SCHEMA, write_samples
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
+from solo_vlm.model.enlarge_solo import LIBRARY
 from solo_vlm.model.from_llm import compose
 from solo_vlm.model.image_loading_solo import load_pixels
+from solo_vlm.model.image_processing_solo import image_to_patches, resize
 from solo_vlm.quickstart.llm import train_tokenizer
 
 TURN = 10  # images: short, so that what disturbs one variant disturbs the others alike
@@ -101,6 +104,13 @@ def path_by_pillow(data: bytes, processor: SoloImageProcessor) -> np.ndarray:
     return patches.reshape(rows * columns, -1)
 
 
+def path_by_opencv(data: bytes, processor: SoloImageProcessor) -> np.ndarray:
+    """The whole path where nothing was compiled."""
+    pixels = load_pixels(data)
+    rows, columns = processor.get_patch_grid(*pixels.shape[:2])
+    return image_to_patches(resize(pixels, rows * 32, columns * 32), 32)
+
+
 def path_by_release(url: str, processor: SoloImageProcessor) -> torch.Tensor:
     """The release's steps, torchvision's among them: a data URL to float32 (patches, 3072), normalised."""
     image = Image.open(BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB")
@@ -123,7 +133,8 @@ def one_core(images: Sequence[bytes], rounds: int, quality: int) -> dict[str, fl
         "decode_only": decode_by_pillow,
         "own_decode_only": load_pixels,
         "whole": processor.encode,
-        "opencv_threads": processor.encode,
+        "opencv": lambda data: path_by_opencv(data, processor),
+        "opencv_threads": lambda data: path_by_opencv(data, processor),
         "pillow": lambda data: path_by_pillow(data, processor),
         "release": lambda data: path_by_release(as_url[data], processor),
     }
@@ -322,7 +333,11 @@ def main() -> None:
         parser.error(f"no .jpg files in {arguments.images}")
     results = measure(images, arguments)
     if arguments.json:
-        versions = {"opencv": cv2.__version__, "simplejpeg": simplejpeg.__version__}
+        versions = {
+            "opencv": cv2.__version__,
+            "simplejpeg": simplejpeg.__version__,
+            "compiled": LIBRARY.exists(),
+        }
         print(json.dumps({**results, "environment": {**environment(), **versions}}))
         return
     for name, value in results.items():

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from solo_vlm.model.enlarge_solo import LIBRARY
+
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 HEAVY = {"torch", "transformers", "numpy", "PIL", "pyarrow", "pydantic", "sklearn", "matplotlib", "cv2"}
@@ -114,7 +116,7 @@ def test_the_wheel_is_complete(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    (wheel,) = tmp_path.glob("solo_vlm-*-py3-none-any.whl")
+    (wheel,) = tmp_path.glob("solo_vlm-*-py3-none-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {"solo_vlm/py.typed"}
     expected |= {
@@ -123,6 +125,9 @@ def test_the_wheel_is_complete(tmp_path: Path) -> None:
     recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml")}
     assert recipes
     expected |= {f"solo_vlm/{recipe}" for recipe in recipes}
+    if LIBRARY.exists():
+        expected.add("solo_vlm/model/enlarge.so")
     assert expected <= names, sorted(expected - names)
+    assert ("solo_vlm/model/enlarge.so" in names) != wheel.name.endswith("-any.whl")
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if not name.startswith(("solo_vlm/", "solo_vlm-"))]

@@ -21,7 +21,7 @@ from PIL import Image, ImageCms, ImageOps
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 wants torchvision else
 
 from solo_vlm import SoloImageProcessor
-from solo_vlm.model import image_loading_solo, image_processing_solo
+from solo_vlm.model import enlarge_solo, image_loading_solo, image_processing_solo
 from solo_vlm.model.image_loading_solo import (
     ImageError,
     ImageFetchError,
@@ -331,7 +331,7 @@ def test_exported_code_runs_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(SoloImageProcessor, "_auto_class", "AutoImageProcessor")
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     SoloImageProcessor().save_pretrained(tmp_path / "model")
-    assert {"image_processing_solo.py", "image_loading_solo.py"} <= {
+    assert {"image_processing_solo.py", "image_loading_solo.py", "enlarge_solo.py"} <= {
         p.name for p in (tmp_path / "model").iterdir()
     }
     exported = dynamic.get_class_from_dynamic_module(
@@ -349,8 +349,9 @@ def test_exported_code_runs_without_the_package(tmp_path, monkeypatch):
 
 @pytest.fixture(params=["fast", "fallback"])
 def engine(request, monkeypatch):
-    """With simplejpeg and OpenCV, and as a checkpoint's copy of the code does without them."""
+    """With what is compiled, simplejpeg and OpenCV, and as a checkpoint's copy of the code does without."""
     if request.param == "fallback":
+        monkeypatch.setattr(enlarge_solo, "_library", None)
         monkeypatch.setattr(image_loading_solo, "simplejpeg", None)
         monkeypatch.setattr(image_processing_solo, "cv2", None)
 

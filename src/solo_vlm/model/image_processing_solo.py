@@ -23,6 +23,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
+from .enlarge_solo import enlarge_to_patches
 from .image_loading_solo import ChannelOrder, ImageError, load_image, load_pixels
 
 try:
@@ -157,7 +158,12 @@ def _cut(
     short, long = sorted(pixels.shape[:2])
     if max_aspect_ratio is not None and long > max_aspect_ratio * short:
         raise ImageError(f"an image of {long} x {short} pixels is more of a line than a picture")
-    return image_to_patches(resize(pixels, rows * patch_size, columns * patch_size, resample), patch_size)
+    size = rows * patch_size, columns * patch_size
+    if resample in (None, PILImageResampling.BILINEAR) and pixels.shape[:2] != size:
+        patches = enlarge_to_patches(pixels, rows, columns, patch_size)
+        if patches is not None:
+            return patches
+    return image_to_patches(resize(pixels, *size, resample), patch_size)
 
 
 class SoloImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
