@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from PIL import Image
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.schema import parse_sample
-from solo_vlm.train.attention import packed_attention, use_packed_attention
+from solo_vlm.train.attention import _flash, _flash_can, packed_attention, use_packed_attention
 from tiny import LLM_CONFIGS, ask, make_solo, png
 
 ANSWER = [{"role": "assistant", "content": [{"type": "text", "text": "a blue square"}]}]
@@ -102,3 +104,34 @@ def test_a_batch_that_is_not_packed_is_refused():
     states = torch.zeros(2, 1, 4, 8)
     with pytest.raises(ValueError, match="packed"):
         packed_attention(None, states, states, states, None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "can"),
+    [
+        (torch.bfloat16, 64, True),
+        (torch.float16, 256, True),
+        (torch.float32, 64, False),
+        (torch.bfloat16, 12, False),
+        (torch.bfloat16, 264, False),
+    ],
+    ids=str,
+)
+def test_flash_attention_is_given_only_what_it_can(dtype, size, can):
+    query = SimpleNamespace(dtype=dtype, device=torch.device("cuda"), shape=(7, 4, size))
+    assert _flash_can(query) == can
+
+
+def test_flash_attention_computes_in_the_type_of_autocast(monkeypatch):
+    """Rotary embeddings leave queries and keys in float32 there, values are in bfloat16."""
+    seen = []
+
+    def varlen_attn(query, key, value, *args, **options):
+        seen.extend(states.dtype for states in (query, key, value))
+        return query
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    states = torch.zeros(4, 2, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _flash(states, states, states.bfloat16(), torch.tensor([0, 4]).int(), 4, None, None)
+    assert seen == [torch.bfloat16] * 3

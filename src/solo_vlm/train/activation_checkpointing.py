@@ -12,7 +12,8 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from solo_vlm.train.parallel import decoder_layers
 
 # What takes long to compute: matrix products and attention. Everything else is computed again.
 _KEPT = {
@@ -30,6 +31,8 @@ _KEPT = {
 def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
     """Let each decoder layer keep its input alone ("full"), or also the costly results ("selective").
 
+    To be called before `compile_layers`: only what lies inside of compiled code can keep a selection.
+
     Sources: Chen et al. 2016, "Training deep nets with sublinear memory cost"; for the selection, Korthikanti
     et al. 2022, "Reducing activation recomputation in large transformer models".
     """
@@ -38,10 +41,9 @@ def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "select
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = partial(checkpoint, **options)
+    for layer in decoder_layers(model):
+        forward = partial(type(layer).forward, layer)
+        layer.forward = partial(checkpoint, forward, **options)  # type: ignore[method-assign]
 
 
 def _policy(context: Any, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:

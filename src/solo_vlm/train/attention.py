@@ -74,10 +74,17 @@ def packed_attention(
     if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError("packed attention is for packed training batches; use sdpa for anything else")
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (length, heads, d)
-    if query.device.type == "cuda" and image_index is None:
+    if image_index is None and _flash_can(q):
         return _flash(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
     images = image_index[0] if image_index is not None else None
     return _grouped(q, k, v, cu_seq_lens_q.long(), scaling, dropout, sliding_window, images)[None], None
+
+
+def _flash_can(query: Tensor) -> bool:
+    """Whether torch's flash attention takes such queries; float32, as in recipes for `fp32`, it does not."""
+    size = query.shape[-1]
+    halves = _computed_in(query) in (torch.bfloat16, torch.float16)
+    return query.device.type == "cuda" and halves and size % 8 == 0 and size <= 256
 
 
 def _flash(
@@ -92,6 +99,8 @@ def _flash(
     """(length, heads, d) by torch's variable-length flash attention."""
     from torch.nn.attention.varlen import varlen_attn  # it registers CUDA kernels
 
+    computed_in = _computed_in(query)  # autocast does not know this operation
+    query, key, value = (states.to(computed_in) for states in (query, key, value))
     longest = longest or int(bounds.diff().max())
     # Its window counts the tokens to the left of a query, ours includes the query itself.
     left = -1 if sliding_window is None else sliding_window - 1
