@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from solo_vlm.errors import SoloError
-from solo_vlm.train.layout import Layout, layout
+from solo_vlm.train.layout import Layout, layers_at_once, layout
 from solo_vlm.train.recipe import Recipe
 
 
@@ -32,3 +32,17 @@ def test_the_paper_accumulates_32_sequences():
 def test_what_cannot_be_shared_is_refused_with_what_could(overrides, processes, message):
     with pytest.raises(SoloError, match=message):
         layout(recipe(*overrides), processes)
+
+
+@pytest.mark.parametrize(
+    ("layers", "parameters", "together"),
+    [
+        (32, 218_112_000, 1),  # Mistral-7B
+        (24, 67_000_000, 2),  # SmolLM2-1.7B
+        (32, 9_840_000, 8),  # SmolLM2-360M
+        (30, 3_541_000, 15),  # SmolLM2-135M: two units
+        (2, 1_000, 2),
+    ],
+)
+def test_small_layers_are_gathered_together(layers, parameters, together):
+    assert layers_at_once(layers, parameters) == together

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ pytestmark = pytest.mark.distributed
 
 def run(plain):
     train(Recipe.parse(plain))
+
+
+def run_layer_by_layer(plain):
+    """As if all layers were large."""
+    sys.modules[layout.__module__]._UNIT = 1
+    run(plain)
 
 
 def describe_shards(plain, path):
@@ -117,6 +124,14 @@ def test_what_saves_memory_or_time_changes_no_loss(runs, tmp_path, start, change
         assert group.wait() == [0, 0]
     ours, theirs = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("plain", "changed"))
     assert theirs == pytest.approx(ours, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"activation_checkpointing": "full"}], ids=str)
+def test_layers_gathered_together_are_those_gathered_alone(runs, tmp_path, start, changes):
+    for name, task in (("together", run), ("alone", run_layer_by_layer)):
+        assert start(2, task, settings(runs, tmp_path / name, steps=6, **changes)).wait() == [0, 0]
+    together, alone = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("together", "alone"))
+    assert together == alone
 
 
 def test_bf16_over_two_processes_learns(runs, tmp_path, start):

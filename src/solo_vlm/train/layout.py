@@ -1,11 +1,14 @@
-"""How many processes do what: the groups that split a layer, those that split the data, and accumulation."""
+"""Who does what: processes that split a layer, that split the data; accumulation; layers gathered at once."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from solo_vlm.errors import SoloError
 from solo_vlm.train.recipe import Recipe
+
+_UNIT = 100_000_000  # parameters that are gathered at once, where layers are smaller
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,20 @@ def layout(recipe: Recipe, processes: int) -> Layout:
             f"{max(recipe.data.workers, 1)} workers: set it to {_listed(_neighbours(streams, readers))}"
         )
     return Layout(data, tensor, batch // data)
+
+
+def layers_at_once(layers: int, parameters: int) -> int:
+    """How many layers of a sharded model are gathered, and their gradients summed, together.
+
+    A unit costs Python and the network the same whatever its size: layer by layer, a small model spends most
+    of a step on that. Large layers are units of their own, so that few of them are whole at a time.
+
+    Args:
+        layers: of the model.
+        parameters: of one layer.
+    """
+    units = min(layers, max(1, math.ceil(layers * parameters / _UNIT)))
+    return math.ceil(layers / units)
 
 
 def _neighbours(number: int, divisor: int) -> list[int]:

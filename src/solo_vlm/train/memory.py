@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass
 
 from solo_vlm.model.loss_solo import CHUNK_SIZE
 from solo_vlm.model.shape import ModelShape
-from solo_vlm.train.layout import Layout
+from solo_vlm.train.layout import Layout, layers_at_once
 from solo_vlm.train.recipe import LoraSettings, Recipe
 
 _FLOAT32 = 4  # bytes
@@ -31,9 +31,10 @@ class Memory:
         weights: its share of the parameters in float32; of a quantised decoder all, in 4 bits.
         gradients: its share, in float32.
         optimizer: its share of Adam's two moments, in float32.
-        gathered: what is whole for a while. In the precision of the computation: the weights of two layers
-            (the next one is gathered ahead; without `parallel.reshard`, of all), and those outside of
-            layers. And the gradients of one layer, and of what is outside, on their way to be summed.
+        gathered: what is whole for a while. In the precision of the computation: the weights of two units of
+            layers (`layers_at_once`; the next one is gathered ahead; without `parallel.reshard`, of all), and
+            those outside of layers. And the gradients of one unit, and of what is outside, on their way to
+            be summed.
         activations: what the forward pass keeps for the backward pass, and the most that the backward pass
             of one layer, or of one chunk of the loss, needs besides.
     """
@@ -57,14 +58,15 @@ def memory_per_device(shape: ModelShape, recipe: Recipe, layout: Layout) -> Memo
     be kept.
     """
     compute = _compute_bytes(recipe)
-    layer, outside = _layer_weights(shape, layout), _outside_weights(shape)
+    layer, outside = _layer_weights(shape, layout.tensor), _outside_weights(shape)
     whole = shape.layers * layer + outside
     weights = _FLOAT32 * whole / layout.data
-    layers_at_once = min(2, shape.layers) if recipe.parallel.reshard else shape.layers
-    gathered = compute * (layers_at_once * layer + outside)
+    unit = layers_at_once(shape.layers, round(_layer_weights(shape)))
+    layers_gathered = min(2 * unit, shape.layers) if recipe.parallel.reshard else shape.layers
+    gathered = compute * (layers_gathered * layer + outside)
     if recipe.quantize:
         weights, gathered = _NF4 * shape.layers * layer + _FLOAT32 * outside, 0
-    trained, waiting = whole, layer + outside
+    trained, waiting = whole, unit * layer + outside
     if recipe.lora or recipe.trainable != "all":
         trained = waiting = trained_parameters(shape, recipe)
     return Memory(
@@ -112,10 +114,10 @@ def _adapter_weights(shape: ModelShape, lora: LoraSettings) -> int:
     return lora.rank * sum(sizes.get(target, 0) for target in targets)
 
 
-def _layer_weights(shape: ModelShape, layout: Layout) -> float:
+def _layer_weights(shape: ModelShape, tensor: int = 1) -> float:
     """Of one layer after tensor parallelism has split its matrices; its norms are whole everywhere."""
     matrices = shape.projection_weights + shape.attention_bias + shape.mlp_weights + shape.mlp_bias
-    return matrices / layout.tensor + shape.norm_weights
+    return matrices / tensor + shape.norm_weights
 
 
 def _outside_weights(shape: ModelShape) -> int:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from solo_vlm.errors import SoloError
+from solo_vlm.train.layout import layers_at_once
 from solo_vlm.train.processes import DATA, TENSOR, Processes
 from solo_vlm.train.recipe import Recipe
 
@@ -38,8 +39,8 @@ def shard(model: PreTrainedModel, recipe: Recipe, processes: Processes) -> None:
     """Share a model among processes, in place; its parameters may still be on the meta device.
 
     Layers are split over the mesh's tensor dimension by the model family's own plan. Then the parameters of
-    each layer, and those outside of layers, are sharded over the data dimension (FSDP2): float32 shards,
-    gathered in the recipe's precision while they are needed. Gradients are summed, not averaged, over the
+    each layer, or of several small ones together, and those outside of layers, are sharded over the data
+    dimension (FSDP2): float32 shards, gathered in the recipe's precision while they are needed. Gradients are summed, not averaged, over the
     data: the loss is already divided by the supervised tokens of all.
 
     Args:
@@ -59,8 +60,10 @@ def shard(model: PreTrainedModel, recipe: Recipe, processes: Processes) -> None:
         "mesh": processes.mesh[DATA],
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     }
-    for layer in layers:
-        fully_shard(layer, reshard_after_forward=recipe.parallel.reshard, **options)
+    together = layers_at_once(len(layers), sum(parameter.numel() for parameter in layers[0].parameters()))
+    for first in range(0, len(layers), together):
+        unit = layers[first : first + together]
+        fully_shard(unit, reshard_after_forward=recipe.parallel.reshard, **options)
     # What lies outside of the layers is used first and last: it stays gathered in between.
     fully_shard(model, reshard_after_forward=False, **options)
     for module in model.modules():
