@@ -24,7 +24,7 @@ OR_NONE = || { status=$$?; [ $$status -eq 5 ] || exit $$status; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test lint types format test-slow test-examples test-distributed test-browser test-vllm docs bench clean
+.PHONY: help venv quickstart test lint types format test-slow test-examples test-distributed test-gpu test-browser test-vllm docs bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -123,6 +123,9 @@ $(VENV)/.installed-browser: $(VENV)/.installed
 	@echo "venv: the web page's server, playwright"
 	@$(PIP) install -qq -c constraints.txt -e '.[web]' playwright
 	@touch $@
+
+test-gpu: venv  ## the tests of what only a CUDA GPU computes; without one they skip
+	@$(TEST) tests/train/test_gpu.py -m gpu --timeout 600 $(ARGS) $(OR_NONE)
 
 test-browser: $(VENV)/.installed-browser  ## the web page in the system's Chromium; screenshots in test-artifacts/
 	@$(TEST) tests/web -m browser $(ARGS) $(OR_NONE)

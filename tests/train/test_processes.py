@@ -126,7 +126,9 @@ def test_what_saves_memory_or_time_changes_no_loss(runs, tmp_path, start, change
     assert theirs == pytest.approx(ours, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"activation_checkpointing": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"precision": "bf16"}, {"activation_checkpointing": "full"}], ids=str
+)
 def test_layers_gathered_together_are_those_gathered_alone(runs, tmp_path, start, changes):
     for name, task in (("together", run), ("alone", run_layer_by_layer)):
         assert start(2, task, settings(runs, tmp_path / name, steps=6, **changes)).wait() == [0, 0]

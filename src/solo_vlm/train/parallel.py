@@ -40,8 +40,8 @@ def shard(model: PreTrainedModel, recipe: Recipe, processes: Processes) -> None:
 
     Layers are split over the mesh's tensor dimension by the model family's own plan. Then the parameters of
     each layer, or of several small ones together, and those outside of layers, are sharded over the data
-    dimension (FSDP2): float32 shards, gathered in the recipe's precision while they are needed. Gradients are summed, not averaged, over the
-    data: the loss is already divided by the supervised tokens of all.
+    dimension (FSDP2): float32 shards, gathered in the recipe's precision while they are needed. Gradients
+    are summed, not averaged, over the data: the loss is already divided by the supervised tokens of all.
 
     Args:
         model: a SOLO model or an LLM of transformers, maybe with adapters.

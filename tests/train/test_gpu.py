@@ -1,0 +1,224 @@
+"""On a GPU: what runs nowhere else (flash attention, compiled kernels, casts), against independent truth."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import tiny
+from small_run import Group, images, metrics, settings, texts
+from solo_vlm.data.collate import collate
+from solo_vlm.data.encode import Encoder
+from solo_vlm.data.schema import parse_sample
+from solo_vlm.generate import Answerer, PrefixCache, user_turn
+from solo_vlm.model.loss_solo import supervised_cross_entropy
+from solo_vlm.train import Recipe, attention, train
+from solo_vlm.train.attention import packed_attention, use_packed_attention
+from solo_vlm.train.step import model_inputs
+from tiny import LLM_CONFIGS, ask, make_solo, png
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+DEVICE = "cuda"
+STEPS = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heads_for_flash():
+    """Flash attention takes heads of multiples of 8, which the tiny models elsewhere do not have."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}.items():
+            patch.setitem(tiny.SIZES, name, size)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model to train, and its data."""
+    path = tmp_path_factory.mktemp("gpu")
+    pq.write_table(pa.Table.from_pylist(images(40)), path / "images.parquet", row_group_size=4)
+    pq.write_table(pa.Table.from_pylist(texts(120)), path / "text.parquet", row_group_size=4)
+    make_solo("llama").save(path / "llama")
+    return path
+
+
+def run(plain):
+    train(Recipe.parse(plain))
+
+
+def trained(folder, name, kill_after=None, **changes):
+    """The losses of a run in a process of its own; killed after so many steps, and started again."""
+    out = folder / name
+    plain = settings(
+        folder, out, **{"steps": STEPS, "precision": "bf16", "checkpoint": {"every": 10}, **changes}
+    )
+    plain["data"] |= {"sequence_length": 256, "workers": 2}
+    group = Group(1, run, plain)
+    if kill_after:
+        while not (out / "metrics.jsonl").exists() or len(metrics(out)) < kill_after:
+            assert group.processes[0].is_alive()
+            time.sleep(0.002)
+        os.kill(group.processes[0].pid, signal.SIGKILL)
+        group.wait()
+        assert len(metrics(out)) < STEPS, "it had ended before it was killed"
+        group = Group(1, run, plain)
+    assert group.wait() == [0]
+    return [line["loss"] for line in metrics(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    return trained(folder, "whole")
+
+
+def distance(one, other):
+    """Relative to the second."""
+    one, other = one.detach().double(), other.detach().double()
+    return float((one - other).norm() / other.norm())
+
+
+def by_definition(states, bounds, window, scale):
+    """In float64, one document after the other, every score."""
+    query, key, value = (each.double() for each in states)
+    key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+    documents = []
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        scores = query[:, :, start:end] @ key[:, :, start:end].mT * (scale or query.shape[-1] ** -0.5)
+        place = torch.arange(end - start, device=query.device)
+        away = place[:, None] - place
+        hidden = (away < 0) | (away >= (window or len(place)))
+        documents.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value[:, :, start:end])
+    return torch.cat(documents, 2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "window", "scale", "is_flash", "tolerance"),
+    [
+        (torch.bfloat16, 64, None, None, True, 1e-2),
+        (torch.bfloat16, 128, None, 0.3, True, 1e-2),
+        (torch.bfloat16, 64, 33, None, True, 1e-2),
+        (torch.bfloat16, 256, 200, None, True, 1e-2),
+        (torch.bfloat16, 12, None, None, False, 1e-2),
+        (torch.float32, 64, None, None, False, 1e-3),
+        (torch.float32, 12, 33, None, False, 1e-3),
+    ],
+)
+def test_attention_is_what_it_should_be(monkeypatch, dtype, size, window, scale, is_flash, tolerance):
+    lengths = [1, 7, 128, 1000, 3, 640, 2, 300]
+    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    states = [
+        torch.randn(1, heads, sum(lengths), size, device=DEVICE, dtype=dtype, requires_grad=True)
+        for heads in (8, 2, 2)
+    ]
+    flash, calls = attention._flash, []
+    monkeypatch.setattr(attention, "_flash", lambda *given: calls.append(1) or flash(*given))
+    packed, _ = packed_attention(
+        None,
+        *states,
+        None,
+        scaling=scale,
+        sliding_window=window,
+        cu_seq_lens_q=bounds.int(),
+        max_length_q=max(lengths),
+    )
+    assert bool(calls) == is_flash
+    expected = by_definition(states, bounds, window, scale)
+    assert distance(packed, expected) < tolerance
+    weight = torch.randn_like(packed)
+    ours = torch.autograd.grad((packed * weight).sum(), states)
+    truth = torch.autograd.grad((expected * weight.double()).sum(), states)
+    assert max(map(distance, ours, truth)) < tolerance
+
+
+@pytest.mark.parametrize("family", LLM_CONFIGS)
+def test_packed_logits_are_those_of_each_document(family):
+    """In bfloat16 they are as near to float32's, document by document, as plain attention is."""
+    solo = make_solo(family)
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "a blue square"}]}]
+    picture = png(Image.effect_noise((96, 64), 90).convert("RGB"))
+    chats = [("what is this?", [picture]), ("a red circle", []), ("seven", [picture, picture])]
+    encoder = Encoder(solo.processor)
+    documents = [encoder(parse_sample({"messages": ask(text, *some) + answer})) for text, some in chats]
+    model = solo.model.to(DEVICE)
+
+    @torch.no_grad()
+    def alone():
+        rows = [model_inputs(model, collate([document], len(document), 0)) for document in documents]
+        return torch.cat([model(**{**row, "labels": None}, use_cache=False).logits[0] for row in rows])
+
+    model.set_attn_implementation("eager")
+    truth = alone()
+    model.bfloat16()
+    rounded = alone()
+    use_packed_attention(model)
+    batch = {**model_inputs(model, collate(documents, 256, 0)), "labels": None}
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False).logits[0, : len(truth)]
+    assert distance(packed, truth) < 1.5 * distance(rounded, truth) + 2e-3
+
+
+def test_the_chunked_loss_is_cross_entropy():
+    head = torch.nn.Linear(256, 5000, bias=False, device=DEVICE)
+    states = torch.randn(1, 4000, 256, device=DEVICE, requires_grad=True)
+    labels = torch.randint(5000, (1, 4000), device=DEVICE)
+    labels[torch.rand(labels.shape, device=DEVICE) < 0.5] = -100
+    found = []
+    for loss in (
+        supervised_cross_entropy(states, labels, head),
+        F.cross_entropy(head(states)[0, :-1].double(), labels[0, 1:]),
+    ):
+        found.append([loss, *torch.autograd.grad(loss, [states, head.weight])])
+    assert max(map(distance, *found)) < 1e-4
+
+
+def test_a_run_learns_and_goes_on_after_it_was_killed(folder, whole):
+    """As near to the whole run as that one is to itself: flash attention sums in no fixed order."""
+    again, killed = trained(folder, "again"), trained(folder, "killed", kill_after=25)
+    assert whole[-1] < 0.5 * whole[0]
+    noise = max(abs(one - other) / one for one, other in zip(whole, again, strict=True))
+    assert killed == pytest.approx(whole, rel=2 * noise + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "fp32"},
+        {"compile": True},
+        *(
+            {"activation_checkpointing": mode, "compile": on}
+            for mode in ("selective", "full")
+            for on in (False, True)
+        ),
+    ],
+    ids=str,
+)
+def test_what_saves_memory_or_time_changes_no_loss(folder, whole, changes):
+    name = "-".join(f"{key}-{value}" for key, value in changes.items())
+    losses = trained(folder, name, steps=6, **changes)
+    assert losses[:3] == pytest.approx(whole[:3], rel=1e-2)
+
+
+def test_answers_agree(folder, whole):
+    """In a batch, alone, from the prefix cache, compiled, and on the CPU."""
+    chats = [[user_turn("what is this?", [Image.new("RGB", (64, 32), colour)])] for colour in ("red", "blue")]
+    answerer = Answerer.load(folder / "whole" / "model")
+    assert answerer.model.device.type == DEVICE
+    cached = Answerer(answerer.model, answerer.processor, PrefixCache())
+    compiled = Answerer(answerer.model, answerer.processor, compile=True)
+
+    def alone(one):
+        return [one.stream(chat, lambda text: None, 8)["answer"] for chat in chats]
+
+    assert answerer.answer(chats, 8) == ["red", "blue"]
+    for one in (answerer, cached, cached, compiled, Answerer.load(folder / "whole" / "model", device="cpu")):
+        assert alone(one) == ["red", "blue"]
