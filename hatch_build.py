@@ -36,7 +36,8 @@ def compiled(source: Path, library: Path) -> bool:
         return False
     partial = library.with_suffix(f".{os.getpid()}")
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    command = [*compiler, "-O3", "-shared", "-fPIC", "-o", str(partial), str(source), "-lm"]
+    flags = ["-O3", "-ffp-contract=off", "-shared", "-fPIC"]  # weights must round as OpenCV's do
+    command = [*compiler, *flags, "-o", str(partial), str(source), "-lm"]
     try:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,10 +13,8 @@ import pyarrow.parquet as pq
 from solo_vlm.files import new_file
 from solo_vlm.model.load import load_config
 from solo_vlm.model.shape import parameters
+from solo_vlm.scaling.sweep_run import SweepRun
 from solo_vlm.train.metrics import read_metrics
-
-if TYPE_CHECKING:
-    from solo_vlm.scaling.sweep import SweepRun
 
 RESULTS = "results.parquet"
 

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from solo_vlm.errors import SoloError
 from solo_vlm.jobs.job import Engine
-from solo_vlm.jobs.training import TrainingRun, train_runs
+from solo_vlm.jobs.training import train_runs
 from solo_vlm.scaling.models import write_sized_model
 from solo_vlm.scaling.results import RESULTS, count_parameters, run_results, write_results
+from solo_vlm.scaling.sweep_run import SweepRun
 from solo_vlm.scaling.sweep_settings import Size, SweepSettings
 from solo_vlm.scaling.toy import prepare_toy
 from solo_vlm.train.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class SweepRun(TrainingRun):
-    """One run of a sweep.
-
-    Attributes:
-        size: name of the size.
-        holdout: whether laws have to predict it.
-    """
-
-    size: str
-    holdout: bool
 
 
 def run_sweep(
