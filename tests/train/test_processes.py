@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from small_run import metrics, settings
 from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer
 from solo_vlm.train import Recipe, train
+from solo_vlm.train import start as start_module
 from solo_vlm.train.layout import layout
+from solo_vlm.train.parallel import shard
 from solo_vlm.train.processes import start_processes
 from solo_vlm.train.start import load_start, make_model
 
@@ -26,7 +28,7 @@ def run(plain):
 
 def run_layer_by_layer(plain):
     """As if all layers were large."""
-    sys.modules[layout.__module__]._UNIT = 1
+    start_module.shard = partial(shard, unit=1)
     run(plain)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from solo_vlm.errors import SoloError
 from solo_vlm.train.recipe import Recipe
 
-_UNIT = 100_000_000  # parameters that are gathered at once, where layers are smaller
+UNIT = 100_000_000
+"""Parameters that are gathered at once, where layers are smaller."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def layout(recipe: Recipe, processes: int) -> Layout:
     return Layout(data, tensor, batch // data)
 
 
-def layers_at_once(layers: int, parameters: int) -> int:
+def layers_at_once(layers: int, parameters: int, unit: int = UNIT) -> int:
     """How many layers of a sharded model are gathered, and their gradients summed, together.
 
     A unit costs Python and the network the same whatever its size: layer by layer, a small model spends most
@@ -68,8 +69,9 @@ def layers_at_once(layers: int, parameters: int) -> int:
     Args:
         layers: of the model.
         parameters: of one layer.
+        unit: parameters that are gathered at once.
     """
-    units = min(layers, max(1, math.ceil(layers * parameters / _UNIT)))
+    units = min(layers, max(1, math.ceil(layers * parameters / unit)))
     return math.ceil(layers / units)
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from solo_vlm.errors import SoloError
-from solo_vlm.train.layout import layers_at_once
+from solo_vlm.train.layout import UNIT, layers_at_once
 from solo_vlm.train.processes import DATA, TENSOR, Processes
 from solo_vlm.train.recipe import Recipe
 
@@ -35,7 +35,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def shard(model: PreTrainedModel, recipe: Recipe, processes: Processes) -> None:
+def shard(model: PreTrainedModel, recipe: Recipe, processes: Processes, unit: int = UNIT) -> None:
     """Share a model among processes, in place; its parameters may still be on the meta device.
 
     Layers are split over the mesh's tensor dimension by the model family's own plan. Then the parameters of
@@ -47,6 +47,7 @@ def shard(model: PreTrainedModel, recipe: Recipe, processes: Processes) -> None:
         model: a SOLO model or an LLM of transformers, maybe with adapters.
         recipe: for precision and layout.
         processes: with a mesh.
+        unit: see `layers_at_once`.
 
     Raises:
         SoloError: the model's family cannot be split as the recipe asks.
@@ -60,10 +61,10 @@ def shard(model: PreTrainedModel, recipe: Recipe, processes: Processes) -> None:
         "mesh": processes.mesh[DATA],
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     }
-    together = layers_at_once(len(layers), sum(parameter.numel() for parameter in layers[0].parameters()))
+    together = layers_at_once(len(layers), sum(p.numel() for p in layers[0].parameters()), unit)
     for first in range(0, len(layers), together):
-        unit = layers[first : first + together]
-        fully_shard(unit, reshard_after_forward=recipe.parallel.reshard, **options)
+        some = layers[first : first + together]
+        fully_shard(some, reshard_after_forward=recipe.parallel.reshard, **options)
     # What lies outside of the layers is used first and last: it stays gathered in between.
     fully_shard(model, reshard_after_forward=False, **options)
     for module in model.modules():

@@ -1,0 +1,114 @@
+"""What sharding costs a small model on one process, layer by layer, several layers at a time, and not at all.
+
+    python benchmarks/sharding.py [--json] [--out FILE]
+
+Whole steps of the engine with a decoder of SmolLM2-135M's 30 layers on one packed sequence. On a CPU its
+matrices are so small, and the sequence so short, that Python and torch's bookkeeping take most of the time,
+on one thread; on a CUDA GPU it has its own size and 8,192 tokens. "units" is what the engine does: layers are
+gathered together up to `solo_vlm.train.layout.UNIT` parameters. "whole" is a model that is not sharded, under
+autocast.
+
+The variants take turns; figures are medians of the rounds, ratios those within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from environment import environment
+from torch.distributed.device_mesh import init_device_mesh
+from training.machine import seconds, this_device
+from training.workload import Workload
+from transformers.utils import logging
+
+from solo_vlm import SoloForConditionalGeneration
+from solo_vlm.data.collate import collate
+from solo_vlm.files import new_file
+from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.train.layout import UNIT, layout
+from solo_vlm.train.optimizer import make_optimizer
+from solo_vlm.train.parallel import shard
+from solo_vlm.train.processes import DATA, TENSOR, Processes
+from solo_vlm.train.step import supervised_tokens, take_step
+
+UNITS = {"layer by layer": 1, "units": UNIT, "whole": None}  # parameters gathered at once
+NARROW = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def measure(rounds: int, warmup: int) -> dict[str, Any]:
+    device = this_device()
+    on_gpu = device.type != "cpu"
+    torch.set_num_threads(1)
+    workload = Workload(1, length=8192 if on_gpu else 64, median=500 if on_gpu else 64)
+    decoder = {} if on_gpu else {**NARROW, "head_dim": 12, "vocab_size": 512}
+    config = workload.config("smollm2-135m", **decoder)
+    recipe = workload.recipe(precision="bf16")
+    batches = [collate(workload.sequence(), workload.length, pad_token_id=0)]
+
+    dist.init_process_group(
+        store=dist.HashStore(), rank=0, world_size=1, device_id=device if on_gpu else None
+    )
+    mesh = init_device_mesh(device.type, (1, 1), mesh_dim_names=(DATA, TENSOR))
+    steps = {}
+    for name, unit in UNITS.items():
+        processes = Processes(0, layout(recipe, 1), device, mesh if unit else None)
+        torch.manual_seed(0)
+        with device:
+            model = SoloForConditionalGeneration(config).train()
+        if unit:
+            shard(model, recipe, processes, unit)
+        use_packed_attention(model)
+        optimizer = make_optimizer(model, recipe.optimizer)
+        supervised = supervised_tokens(batches)
+        steps[name] = partial(take_step, model, optimizer, batches, supervised, recipe, processes)
+
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(warmup + rounds):
+        for name, step in steps.items():
+            took = seconds(step, device)
+            if turn >= warmup:
+                taken[name].append(took)
+    dist.destroy_process_group()
+
+    def faster(name: str) -> float:
+        pairs = zip(taken["layer by layer"], taken[name], strict=True)
+        return statistics.median(layers / other for layers, other in pairs)
+
+    return {
+        "units_over_layer_by_layer": faster("units"),
+        "whole_over_layer_by_layer": faster("whole"),
+        "milliseconds": {name: 1000 * statistics.median(times) for name, times in taken.items()},
+        "tokens": workload.length,
+        "hidden_size": config.text_config.hidden_size,
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="that are measured (20)")
+    parser.add_argument("--warmup", type=int, default=5, help="rounds before (5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    results = {**measure(arguments.rounds, arguments.warmup), "environment": environment()}
+    if arguments.out:
+        with new_file(arguments.out) as partial_file:
+            partial_file.write_text(json.dumps(results, indent=2) + "\n")
+    if arguments.json:
+        print(json.dumps(results))
+        return
+    for name, value in results.items():
+        print(f"{name:28}", value if isinstance(value, dict | str) else f"{value:,.3f}")
+
+
+if __name__ == "__main__":
+    main()
