@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import re
 import subprocess
 import sys
@@ -105,6 +106,25 @@ def test_the_readme_links_into_docs_only() -> None:
         path = target.partition("#")[0]
         assert (ROOT / path).is_file(), target
         assert path.startswith("docs/"), f"{target}: name it in code font instead of linking it"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "source"), [("no-such-compiler", "int main;"), ("cc", "no C")], ids=["none", "fails"]
+)
+def test_what_cannot_be_compiled_leaves_nothing_behind(
+    tmp_path, monkeypatch, capsys, compiler, source
+) -> None:
+    """An old library would go on with what its source no longer says."""
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    (tmp_path / "kernel.c").write_text(source)
+    (tmp_path / "kernel.so").write_text("old")
+    assert not build.compiled(tmp_path / "kernel.c", tmp_path / "kernel.so")
+    assert [path.name for path in tmp_path.iterdir()] == ["kernel.c"]
+    assert "kernel.c is not compiled" in capsys.readouterr().err
 
 
 @pytest.mark.slow
