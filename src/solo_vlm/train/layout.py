@@ -63,8 +63,8 @@ def layout(recipe: Recipe, processes: int) -> Layout:
 def layers_at_once(layers: int, parameters: int, unit: int = UNIT) -> int:
     """How many layers of a sharded model are gathered, and their gradients summed, together.
 
-    A unit costs Python and the network the same whatever its size: layer by layer, a small model spends most
-    of a step on that. Large layers are units of their own, so that few of them are whole at a time.
+    A unit costs Python and the network the same whatever its size: layer by layer, a small model spends a
+    good part of a step on that. Large layers are units of their own, so that few of them are whole at a time.
 
     Args:
         layers: of the model.
