@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from environment import environment
 from torch.distributed.device_mesh import init_device_mesh
-from training.machine import seconds, this_device
+from training.machine import random_model, seconds, this_device
 from training.workload import Workload
 from transformers.utils import logging
 
@@ -34,7 +34,6 @@ from solo_vlm.files import new_file
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.layout import UNIT, layout
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.parallel import shard
 from solo_vlm.train.processes import DATA, TENSOR, Processes
 from solo_vlm.train.step import supervised_tokens, take_step
 
@@ -59,11 +58,7 @@ def measure(rounds: int, warmup: int) -> dict[str, Any]:
     steps = {}
     for name, unit in UNITS.items():
         processes = Processes(0, layout(recipe, 1), device, mesh if unit else None)
-        torch.manual_seed(0)
-        with device:
-            model = SoloForConditionalGeneration(config).train()
-        if unit:
-            shard(model, recipe, processes, unit)
+        model = random_model(SoloForConditionalGeneration, config, recipe, processes, unit=unit or UNIT)
         use_packed_attention(model)
         optimizer = make_optimizer(model, recipe.optimizer)
         supervised = supervised_tokens(batches)

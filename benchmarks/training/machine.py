@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from solo_vlm.train.devices import recognize_device
 from solo_vlm.train.figures import memory_gb
+from solo_vlm.train.layout import UNIT
 from solo_vlm.train.parallel import shard
 from solo_vlm.train.processes import Processes
 from solo_vlm.train.recipe import Recipe
@@ -70,14 +71,24 @@ def random_model(
     recipe: Recipe,
     processes: Processes,
     freeze: Callable[[PreTrainedModel], None] = lambda model: None,
+    unit: int = UNIT,
 ) -> PreTrainedModel:
-    """A model of random weights, held and cast as the engine does it on these processes."""
+    """A model of random weights, held and cast as the engine does it on these processes.
+
+    Args:
+        kind: its class, made of `config`.
+        config: of the model.
+        recipe: see `shard`, as for `processes` and `unit`.
+        processes: without a mesh the model is not sharded.
+        freeze: what is not to be trained.
+        unit: parameters that are gathered at once.
+    """
     torch.manual_seed(0)
     with processes.device:
         model = kind(config)
     freeze(model)
     if processes.mesh is not None:
-        shard(model, recipe, processes)
+        shard(model, recipe, processes, unit)
     return model.train()
 
 
