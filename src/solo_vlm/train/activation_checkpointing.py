@@ -42,7 +42,7 @@ def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "select
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for layer in decoder_layers(model):
-        forward = partial(type(layer).forward, layer)
+        forward = partial(type(layer).forward, layer)  # by the class: layers alike share compiled code
         layer.forward = partial(checkpoint, forward, **options)  # type: ignore[method-assign]
 
 
