@@ -16,15 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from environment import environment
-from torch.distributed.device_mesh import init_device_mesh
-from training.machine import random_model, seconds, this_device
+from training.machine import one_sharded_process, random_model, seconds, this_device
 from training.workload import Workload
 from transformers.utils import logging
 
@@ -32,9 +31,8 @@ from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.data.collate import collate
 from solo_vlm.files import new_file
 from solo_vlm.train.attention import use_packed_attention
-from solo_vlm.train.layout import UNIT, layout
+from solo_vlm.train.layout import UNIT
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.processes import DATA, TENSOR, Processes
 from solo_vlm.train.step import supervised_tokens, take_step
 
 UNITS = {"layer by layer": 1, "units": UNIT, "whole": None}  # parameters gathered at once
@@ -51,26 +49,21 @@ def measure(rounds: int, warmup: int) -> dict[str, Any]:
     recipe = workload.recipe(precision="bf16")
     batches = [collate(workload.sequence(), workload.length, pad_token_id=0)]
 
-    dist.init_process_group(
-        store=dist.HashStore(), rank=0, world_size=1, device_id=device if on_gpu else None
-    )
-    mesh = init_device_mesh(device.type, (1, 1), mesh_dim_names=(DATA, TENSOR))
-    steps = {}
-    for name, unit in UNITS.items():
-        processes = Processes(0, layout(recipe, 1), device, mesh if unit else None)
-        model = random_model(SoloForConditionalGeneration, config, recipe, processes, unit=unit or UNIT)
-        use_packed_attention(model)
-        optimizer = make_optimizer(model, recipe.optimizer)
-        supervised = supervised_tokens(batches)
-        steps[name] = partial(take_step, model, optimizer, batches, supervised, recipe, processes)
-
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(warmup + rounds):
-        for name, step in steps.items():
-            took = seconds(step, device)
-            if turn >= warmup:
-                taken[name].append(took)
-    dist.destroy_process_group()
+    taken: dict[str, list[float]] = {name: [] for name in UNITS}
+    with one_sharded_process(recipe) as sharded:
+        steps = {}
+        for name, unit in UNITS.items():
+            processes = sharded if unit else replace(sharded, mesh=None)
+            model = random_model(SoloForConditionalGeneration, config, recipe, processes, unit=unit or UNIT)
+            use_packed_attention(model)
+            optimizer = make_optimizer(model, recipe.optimizer)
+            supervised = supervised_tokens(batches)
+            steps[name] = partial(take_step, model, optimizer, batches, supervised, recipe, processes)
+        for turn in range(warmup + rounds):
+            for name, step in steps.items():
+                took = seconds(step, device)
+                if turn >= warmup:
+                    taken[name].append(took)
 
     def faster(name: str) -> float:
         pairs = zip(taken["layer by layer"], taken[name], strict=True)

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import socket
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from tiny import png
@@ -38,6 +40,12 @@ def texts(count):
     ]
 
 
+def write_data(folder, image_rows, text_rows):
+    """The files that `settings` names."""
+    for name, rows in (("images", image_rows), ("text", text_rows)):
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet", row_group_size=4)
+
+
 def settings(folder, out, **changes):
     """A recipe for them, as plain settings."""
     return {
@@ -59,6 +67,13 @@ def settings(folder, out, **changes):
         "trackers": [],
         **changes,
     }
+
+
+def run(plain):
+    """Train by such settings in this process."""
+    from solo_vlm.train import Recipe, train
+
+    train(Recipe.parse(plain))
 
 
 def metrics(out):

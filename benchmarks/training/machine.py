@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import psutil
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -18,7 +22,7 @@ from solo_vlm.train.devices import recognize_device
 from solo_vlm.train.figures import memory_gb
 from solo_vlm.train.layout import UNIT
 from solo_vlm.train.parallel import shard
-from solo_vlm.train.processes import Processes
+from solo_vlm.train.processes import DATA, TENSOR, Processes, start_processes
 from solo_vlm.train.recipe import Recipe
 
 Result = TypeVar("Result")
@@ -43,6 +47,20 @@ def seconds(task: Callable[[], Any], device: torch.device) -> float:
     task()
     _wait(device)
     return time.perf_counter() - started
+
+
+@contextmanager
+def one_sharded_process(recipe: Recipe) -> Iterator[Processes]:
+    """This process as one on a GPU is, with parameters that FSDP2 holds and casts; on a CPU, too."""
+    with start_processes(recipe) as alone:
+        if alone.mesh is not None:
+            yield alone
+            return
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield replace(alone, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=(DATA, TENSOR)))
+        finally:
+            dist.destroy_process_group()
 
 
 def peak_growth(task: Callable[[], Any], device: torch.device) -> float:

@@ -21,6 +21,7 @@ from solo_vlm.train.layout import layout
 from solo_vlm.train.memory import memory_per_device
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.processes import start_processes
+from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.step import supervised_tokens, take_step
 
 SHAPE = "solo-7b"
@@ -64,10 +65,14 @@ def _layers_that_fit(workload: Workload, settings: dict[str, Any]) -> int:
     memory = _USABLE * torch.cuda.get_device_properties(0).total_memory
 
     def fits(layers: int) -> bool:
-        shape = ModelShape.of(workload.config(SHAPE, num_hidden_layers=layers))
-        return memory_per_device(shape, recipe, layout(recipe, 1)).total <= memory
+        return _planned(workload.config(SHAPE, num_hidden_layers=layers), recipe) <= memory
 
     return max(filter(fits, range(1, whole + 1)), default=0)
+
+
+def _planned(config: Any, recipe: Recipe) -> int:
+    """Bytes that a run is foretold to need."""
+    return memory_per_device(ModelShape.of(config), recipe, layout(recipe, 1)).total
 
 
 def _train(
@@ -101,6 +106,7 @@ def _train(
             "step_seconds": taken,
             "tokens_per_second": workload.length / taken,
             "peak_memory_gb": memory_gb(processes.device),
+            "planned_memory_gb": _planned(config, recipe) / 1e9,
             "documents": len(documents),
             "supervised_tokens": supervised,
             **({"mfu": flops / taken / peak} if peak else {}),

@@ -6,19 +6,17 @@ import json
 import math
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from training import seven_b
+from training.machine import one_sharded_process
 from training.variants import FULL_LOGITS, LLAVA, NAMES, OURS, PADDED, make_variants
 from training.workload import Workload
 
-from solo_vlm.train.processes import DATA, TENSOR, start_processes
+from solo_vlm.train.processes import start_processes
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 
@@ -26,17 +24,6 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 @pytest.fixture(scope="module")
 def workload():
     return Workload.of_tiny()
-
-
-@contextmanager
-def one_sharded_process(recipe):
-    """This process as one on a GPU is, with parameters that FSDP2 holds and casts."""
-    with start_processes(recipe) as alone:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            yield replace(alone, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=(DATA, TENSOR)))
-        finally:
-            dist.destroy_process_group()
 
 
 def losses(workload, start) -> dict[str, list[float]]:

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from small_run import Group, images, texts
+from small_run import Group, images, texts, write_data
 from tiny import make_solo
 
 
@@ -12,8 +10,7 @@ from tiny import make_solo
 def runs(tmp_path_factory):
     """Colours to name, texts of several lengths, and models of three families to train."""
     folder = tmp_path_factory.mktemp("runs")
-    pq.write_table(pa.Table.from_pylist(images(24)), folder / "images.parquet", row_group_size=4)
-    pq.write_table(pa.Table.from_pylist(texts(64)), folder / "text.parquet", row_group_size=4)
+    write_data(folder, images(24), texts(64))
     for family in ("llama", "mistral", "qwen3"):
         make_solo(family).save(folder / family)
     return folder

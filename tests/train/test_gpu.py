@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 import tiny
-from small_run import Group, images, metrics, settings, texts
+from small_run import Group, images, metrics, run, settings, texts, write_data
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.schema import parse_sample
 from solo_vlm.generate import Answerer, PrefixCache, user_turn
 from solo_vlm.model.loss_solo import supervised_cross_entropy
-from solo_vlm.train import Recipe, attention, train
+from solo_vlm.train import attention
 from solo_vlm.train.attention import packed_attention, use_packed_attention
 from solo_vlm.train.step import model_inputs
 from tiny import LLM_CONFIGS, ask, make_solo, png
@@ -46,14 +42,9 @@ def heads_for_flash():
 def folder(tmp_path_factory):
     """A model to train, and its data."""
     path = tmp_path_factory.mktemp("gpu")
-    pq.write_table(pa.Table.from_pylist(images(40)), path / "images.parquet", row_group_size=4)
-    pq.write_table(pa.Table.from_pylist(texts(120)), path / "text.parquet", row_group_size=4)
+    write_data(path, images(40), texts(120))
     make_solo("llama").save(path / "llama")
     return path
-
-
-def run(plain):
-    train(Recipe.parse(plain))
 
 
 def trained(folder, name, kill_after=None, **changes):
@@ -68,8 +59,7 @@ def trained(folder, name, kill_after=None, **changes):
         while not (out / "metrics.jsonl").exists() or len(metrics(out)) < kill_after:
             assert group.processes[0].is_alive()
             time.sleep(0.002)
-        os.kill(group.processes[0].pid, signal.SIGKILL)
-        group.wait()
+        group.kill()
         assert len(metrics(out)) < STEPS, "it had ended before it was killed"
         group = Group(1, run, plain)
     assert group.wait() == [0]

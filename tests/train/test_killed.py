@@ -11,17 +11,13 @@ from pathlib import Path
 import pytest
 from torch.distributed.checkpoint import filesystem
 
-from small_run import metrics, settings
-from solo_vlm.train import Recipe, train
+from small_run import metrics, run, settings
+from solo_vlm.train import Recipe
 from solo_vlm.train.checkpoint import load_checkpoint, read_progress
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.start import load_start
 
 pytestmark = pytest.mark.distributed
-
-
-def run(plain):
-    train(Recipe.parse(plain))
 
 
 @pytest.fixture(scope="module")

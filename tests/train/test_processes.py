@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from small_run import metrics, settings
+from small_run import metrics, run, settings
 from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer
-from solo_vlm.train import Recipe, train
+from solo_vlm.train import Recipe
 from solo_vlm.train import start as start_module
 from solo_vlm.train.layout import layout
 from solo_vlm.train.parallel import shard
@@ -20,10 +20,6 @@ from solo_vlm.train.processes import start_processes
 from solo_vlm.train.start import load_start, make_model
 
 pytestmark = pytest.mark.distributed
-
-
-def run(plain):
-    train(Recipe.parse(plain))
 
 
 def run_layer_by_layer(plain):

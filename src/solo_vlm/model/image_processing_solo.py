@@ -32,6 +32,7 @@ except ImportError:  # a checkpoint's copy of this file runs without it, see `re
     cv2 = None  # type: ignore[assignment]
 
 ResizeRule = Literal["release", "figure2"]
+_BILINEAR = (None, PILImageResampling.BILINEAR)
 
 
 def patch_grid(
@@ -100,7 +101,7 @@ def resize(
     old_height, old_width = pixels.shape[:2]
     if (old_height, old_width) == (height, width):
         return pixels
-    if resample not in (None, PILImageResampling.BILINEAR):
+    if resample not in _BILINEAR:
         return np.asarray(Image.fromarray(pixels).resize((width, height), resample))
     if cv2 is not None and old_height <= height and old_width <= width:
         return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -159,7 +160,7 @@ def _cut(
     if max_aspect_ratio is not None and long > max_aspect_ratio * short:
         raise ImageError(f"an image of {long} x {short} pixels is more of a line than a picture")
     size = rows * patch_size, columns * patch_size
-    if resample in (None, PILImageResampling.BILINEAR) and pixels.shape[:2] != size:
+    if resample in _BILINEAR and pixels.shape[:2] != size:
         patches = enlarge_to_patches(pixels, rows, columns, patch_size)
         if patches is not None:
             return patches
