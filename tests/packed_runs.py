@@ -11,7 +11,6 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 
 from solo_vlm.data.collate import PackedBatch
-from solo_vlm.data.encode import IGNORE_INDEX, Encoder, load_encoder
+from solo_vlm.data.encode import Encoder, load_encoder
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
@@ -107,11 +106,14 @@ def digests(
     if state is not None:
         loader.load_state_dict(state)
         first = state["slots"]
-    batches = chain(loader, (loader.empty_batch() for _ in repeat(None)))
-    for slot, batch in zip(range(first + rank, slots, ranks), batches, strict=False):
-        empty = (batch["labels"] == IGNORE_INDEX).all()
-        after = None if empty else loader.state_dict()["streams"][str(slot % STREAMS)]
-        yield slot, _digest(batch, after)
+    for start in range(first, slots, ranks):
+        found = loader.take(min(ranks, slots - start))
+        slot = start + (rank - start) % ranks
+        if slot >= slots:
+            continue
+        (sequence,) = found or [None]
+        after = loader.state_dict()["streams"][str(slot % STREAMS)] if sequence else None
+        yield slot, _digest(sequence.batch if sequence else loader.empty_batch(), after)
 
 
 def read_rank(
@@ -128,7 +130,7 @@ def read_rank(
     with (out / f"{rank}.jsonl").open("w") as lines:
         for slot, digest in digests(loader, rank, ranks, slots, state):
             print(json.dumps([slot, digest]), file=lines, flush=True)
-            done = slot - rank + ranks
+            done = loader.state_dict()["slots"]
             if done % SAVED_EVERY == 0:
                 with new_file(out / f"state-{done}-{rank}.json") as partial_file:
                     partial_file.write_text(json.dumps(loader.state_dict()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import combinations
 
 import numpy as np
 import pyarrow as pa
@@ -126,8 +127,8 @@ def test_packed_sequences_of_one_source_keep_their_proportions(folder):
         (name,) = {"b" if document.input_ids[0] >= 1000 else "a" for document in pack.documents}
         assert {key[0] for key in pack.keys} == {"ab".index(name)}
         order.append(name)
-    for end in range(4, 201, 4):  # exact at any time
-        assert order[:end].count("b") == end // 4
+    for start, end in combinations(range(0, 201, 8), 2):  # within one at any time
+        assert abs(order[start:end].count("b") - (end - start) / 4) < 1
 
 
 def test_a_source_that_runs_out_leaves_its_share_to_the_others(folder):
@@ -181,8 +182,6 @@ def test_data_without_anything_usable_stops_with_the_reasons(tmp_path):
 def test_layouts_that_cannot_work_are_refused(folder):
     with pytest.raises(SoloError, match="4 streams cannot be shared by 3 ranks"):
         PackedLoader(MakeStream(folder), 4, LENGTH, 0, ranks=3)
-    with pytest.raises(SoloError, match="too few for 64 streams"):
-        MakeStream(folder, 64)(63)
 
 
 def test_long_texts_are_cut_and_images_never():

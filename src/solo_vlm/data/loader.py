@@ -1,8 +1,8 @@
 """Packed batches for one rank, from worker processes, with a state that says what comes next.
 
 The packed sequences of a run stand in slots, in one order: slot g is that of stream g mod S. Rank r of R
-takes slots r, r + R, r + 2R and so on. A stream that has ended leaves its slots empty, so that the others
-keep theirs.
+reads slots r, r + R, r + 2R and so on. A stream that has ended leaves its slots empty, so that the others
+keep theirs; what is trained on is the sequence of filled slots, the same for any ranks and workers.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from solo_vlm.data.collate import PackedBatch, collate
 from solo_vlm.data.sources import Source, fingerprints
-from solo_vlm.data.streams import Key, State, VirtualStream
+from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
 from solo_vlm.errors import SoloError
 
 MakeStream = Callable[[int], VirtualStream]
 
 
 class PackedLoader:
-    """Iterates over the packed batches of one rank.
+    """Reads the packed sequences of one rank, each with its documents' keys.
 
-    The order depends neither on ranks nor on workers; their product must divide the number of streams. An
-    iteration goes on from where the state stands, and ends with the last batch of the rank's own streams.
-    Before that, a stream that has ended gives empty batches when it would be its turn.
+    The order depends neither on ranks nor on workers; their product must divide the number of streams.
+    Reading resumes where the state stands. Several ranks keep together by `take`; iterating is for one rank,
+    or for data without an end.
 
     Args:
         make_stream: builds stream number s; called in the worker that owns it.
@@ -71,18 +71,62 @@ class PackedLoader:
             )
         self._make_stream = make_stream
         self._form = {"length": length, "pad_token_id": pad_token_id, "patch_dim": patch_dim}
+        self._streams = streams
         self._own = list(range(rank, streams, ranks))
+        self._rank = rank
         self._ranks = ranks
         self._workers = workers
         self._threads = threads
         self.sources = sources
-        self._data = {"streams": streams, "sources": [list(pair) for pair in fingerprints(sources)]}
+        self._data = {
+            "order": ORDER_VERSION,
+            "streams": streams,
+            "sources": [list(pair) for pair in fingerprints(sources)],
+        }
         self._states: dict[int, State] = {}
-        self._slots = 0  # that this rank has consumed
-        self._last_keys: list[Key] = []
+        self._slots = 0  # of the run that are consumed
+        self._ended: set[int] = set()  # streams of this rank
+        self._turns: Iterator[_Slot | SoloError] | None = None
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        turn = self._slots % len(self._own)
+        """This rank's packed batches to the end of its data. Ranks need not end together: see `take`."""
+        while not self.ended:
+            for sequence in self.take(self._ranks):
+                yield sequence.batch
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left in any stream of this rank."""
+        return len(self._ended) == len(self._own)
+
+    def take(self, slots: int) -> list[LoadedSequence]:
+        """Consume the next slots of the run; return this rank's packed sequences among them, in order.
+
+        Streams that have ended leave their slots empty. A step that shall have `n` sequences whatever the
+        number of ranks takes `n` slots, and where all ranks together found fewer sequences, as many slots
+        more as are missing, until there are enough or all ranks have `ended`.
+        """
+        first = self._slots + (self._rank - self._slots) % self._ranks
+        self._slots += slots
+        found = []
+        for _ in range(first, self._slots, self._ranks):
+            if self.ended:
+                break
+            if self._turns is None:
+                self._turns = self._read(first)
+            slot = next(self._turns)
+            if isinstance(slot, SoloError):
+                raise slot
+            self._states[slot.stream] = slot.state
+            if slot.batch is None:
+                self._ended.add(slot.stream)
+            else:
+                found.append(LoadedSequence(slot.batch, slot.keys))
+        return found
+
+    def _read(self, slot: int) -> Iterator[_Slot | SoloError]:
+        """What the rank's streams give from a slot on, turn by turn, without end."""
+        turn = self._own.index(slot % self._streams)
         order = self._own[turn:] + self._own[:turn]
         dataset = _Slots(self._make_stream, self._form, order, dict(self._states), self._threads)
         loader: Any = DataLoader(
@@ -92,42 +136,20 @@ class PackedLoader:
             prefetch_factor=2 if self._workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        ended: dict[int, State] = {}
-        empty = 0  # slots that are held back until a batch follows them
-        for slot in loader:
-            if isinstance(slot, SoloError):
-                raise slot
-            if slot.batch is None:
-                ended[slot.stream] = slot.state
-                if len(ended) == len(self._own):
-                    break
-                empty += 1
-                continue
-            while empty:
-                empty -= 1
-                yield self.empty_batch()
-            self._slots += 1
-            self._states[slot.stream], self._last_keys = slot.state, slot.keys
-            yield slot.batch
-        self._states |= ended  # they count what was skipped after the last batch
+        return iter(loader)
 
     def empty_batch(self) -> PackedBatch:
-        """Consume a slot without documents: what a rank whose iteration has ended takes while others go on.
-
-        All padding, no labels, no patches.
-        """
-        self._slots += 1
-        self._last_keys = []
+        """Padding alone, no labels, no patches: for a rank that has no sequence while others have one."""
         return collate([], **self._form)
 
-    def last_samples(self) -> list[str]:
-        """Names of the samples in the last batch, one a document: file and place."""
-        return [self.sources[source].where(unit, row) for source, unit, row, _ in self._last_keys]
+    def names(self, sequence: LoadedSequence) -> list[str]:
+        """File and place of each document's sample."""
+        return [self.sources[source].where(unit, row) for source, unit, row, _ in sequence.keys]
 
     def state_dict(self) -> State:
-        """Where this rank stands, without what workers have read ahead.
+        """Where the run stands, without what workers have read ahead.
 
-        `slots` that the rank has consumed, and the states of its `streams`; `data` says of what.
+        `slots` of the run that are consumed, and the states of this rank's `streams`; `data` says of what.
         """
         streams = {str(stream): state for stream, state in self._states.items()}
         return {"slots": self._slots, "streams": streams, "data": self._data}
@@ -137,32 +159,27 @@ class PackedLoader:
         """One state of a run from the states of all its ranks. That of a single process is one already.
 
         Raises:
-            SoloError: the ranks have not consumed equally many slots.
+            SoloError: the ranks do not stand at the same slot.
         """
         slots = [state["slots"] for state in states]
         if len(set(slots)) > 1:
-            raise SoloError(f"ranks must be saved at the same place of the data, not after {slots} batches")
+            raise SoloError(f"ranks must be saved at the same place of the data, not after {slots} slots")
         streams = {stream: saved for state in states for stream, saved in state["streams"].items()}
-        return {"slots": sum(slots), "streams": streams, "data": states[0]["data"]}
+        return {"slots": slots[0], "streams": streams, "data": states[0]["data"]}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from the state of a run, of whatever ranks and workers: with the slot after it.
+        """Resume from the state of a run, of whatever ranks and workers: with the slot after it.
 
         Args:
             state: what `merge` returned.
 
         Raises:
-            SoloError: the data have changed, or the ranks do not divide the slots that are done.
+            SoloError: the data have changed, or the state is of a version that orders them differently.
         """
         _check_unchanged(state["data"], self._data)
-        self._slots, rest = divmod(state["slots"], self._ranks)
-        if rest:
-            raise SoloError(
-                f"the run stopped after {state['slots']} packed sequences: {self._ranks} ranks cannot go on "
-                "together from there; use a number of ranks that divides it"
-            )
+        self._slots = state["slots"]
         self._states = {s: state["streams"][str(s)] for s in self._own if str(s) in state["streams"]}
-        self._last_keys = []
+        self._ended, self._turns = set(), None
 
     def counts(self) -> dict[str, int]:
         """Sums over the rank's streams: sequences, documents, tokens, samples, and skipped ones by reason."""
@@ -178,6 +195,24 @@ class PackedLoader:
         `solo data verify`.
         """
         return [entry for state in self._states.values() for entry in state["skipped"]]
+
+
+@dataclass(frozen=True)
+class LoadedSequence:
+    """A packed sequence as the model is given it, and the keys of its documents."""
+
+    batch: PackedBatch
+    keys: Sequence[Key]
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.keys)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the documents, without the padding behind them."""
+        return int(self.batch["cu_seq_lens_q"][self.documents])
 
 
 @dataclass(frozen=True)
@@ -256,7 +291,12 @@ class _Slots(IterableDataset[_Slot | SoloError]):
 
 
 def _check_unchanged(before: State, now: State) -> None:
-    """Refuse a state of other data: keys in it would name other samples."""
+    """Refuse a state of other data or of another order: keys in it would name other samples."""
+    if before.get("order") != now["order"]:
+        raise SoloError(
+            "the checkpoint was written by a version of solo-vlm that reads data in another order: "
+            "finish the run with that version, or start a new one"
+        )
     if before["streams"] != now["streams"]:
         raise SoloError(
             f"the checkpoint has data.streams = {before['streams']}, not {now['streams']}: it cannot change"

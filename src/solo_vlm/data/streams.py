@@ -1,19 +1,21 @@
 """Virtual streams: one fixed order of packed sequences for any number of processes, resumable exactly.
 
-The data are dealt to a fixed number of streams: stream s owns every S-th unit of every source. Each stream
-mixes, shuffles and packs on its own; packed sequence g comes from stream g mod S. Ranks and workers only
-share out streams, so they change who reads, never what comes next. A stream's state is keys and counters,
-a few kilobytes, and travels with every packed sequence, so that prefetching cannot skew it.
+The data are dealt to a fixed number of streams: stream s owns every S-th unit of every source, and an equal
+part of the units that are left over. Each stream mixes, shuffles and packs on its own; packed sequence g
+comes from stream g mod S. Ranks and workers only share out streams, so they change who reads, never what
+comes next. A stream's state is keys and counters, a few kilobytes, and travels with every packed sequence, so
+that prefetching cannot skew it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,6 +30,8 @@ Key = tuple[int, int, int, int]  # source, unit, row, piece of a long text
 Held = tuple[Key, Document]
 Encode = Callable[[Sample], Document]
 Weigh = Literal["samples", "tokens", "sequences"]
+
+ORDER_VERSION = 2  # raised whenever the same data and seed give another order: older states are refused
 
 LISTED = 20  # skipped samples that a stream names; it counts all
 
@@ -59,7 +63,8 @@ class VirtualStream:
     Sources are interleaved by deficit: next comes the source that is furthest behind its weight. So
     proportions are exact at any time, and a source that has run out (`epochs`) leaves the mixture. Weights
     count samples or tokens, and documents of all sources share sequences; or they count packed sequences,
-    each of one source alone.
+    each of one source alone. Every stream starts at a phase of its own, so that the sequences of one step are
+    a fair draw from the mixture instead of all coming from one source.
 
     Args:
         index: which stream, 0 to `streams` - 1.
@@ -72,9 +77,6 @@ class VirtualStream:
         weigh: what weights count, "samples", "tokens" or "sequences".
         buffer_size: documents that a packer may hold back; with "sequences" every source has a packer.
         max_skipped: fraction of samples that may be unusable before the run stops.
-
-    Raises:
-        SoloError: a source has fewer units than there are streams, and `epochs` is None.
     """
 
     def __init__(
@@ -96,11 +98,13 @@ class VirtualStream:
         self._length = length
         self._weigh = weigh
         self._max_skipped = max_skipped
-        self._cursors = [
-            _Cursor(source, index, streams, f"{seed}/{number}", epochs)
-            for number, source in enumerate(self._sources)
-        ]
-        self._served = [0] * len(mixture)
+        self._cursors = []
+        first = 0  # stream that gets the first left-over part: sources take turns
+        for number, source in enumerate(self._sources):
+            share, first = deal(len(source), index, streams, first)
+            self._cursors.append(_Cursor(source, share, f"{seed}/{number}", index, epochs))
+        self._phases = _phases(self._weights, index, str(seed))
+        self._served = list(self._phases)
         numbers = range(len(mixture))
         groups = [[number] for number in numbers] if weigh == "sequences" else [list(numbers)]
         self._lanes = [_Lane(group, Packer(length, buffer_size)) for group in groups]
@@ -162,8 +166,12 @@ class VirtualStream:
             except SampleError as error:
                 self._skip(self._sources[number], unit, row, error)
                 continue
-            if self._weigh != "sequences":
-                self._served[number] += sum(map(len, pieces)) if self._weigh == "tokens" else 1
+            if self._weigh == "samples":
+                self._served[number] += 1
+            elif self._weigh == "tokens":
+                # Of a first document a random part, as if it had begun before: streams are then out of step.
+                part = (self._phases[number] or 1) if self._served[number] < 1 else 1
+                self._served[number] += part * sum(map(len, pieces))
             lane.pieces.extend(((number, unit, row, piece), doc) for piece, doc in enumerate(pieces))
             return True
         return False
@@ -173,8 +181,15 @@ class VirtualStream:
         return self._served[number] / self._weights[number]
 
     def _pieces_of(self, number: int, unit: int, row: int) -> list[Document]:
-        sample = parse_sample(self._cursors[number].row(unit, row))
-        return list(fit_to_length(self._encode(sample), self._length))
+        return self.documents_of(self._cursors[number].row(unit, row))
+
+    def documents_of(self, row: dict[str, Any]) -> list[Document]:
+        """The document of a row, or the pieces of one that is longer than a sequence.
+
+        Raises:
+            SampleError: the row cannot be used.
+        """
+        return list(fit_to_length(self._encode(parse_sample(row)), self._length))
 
     def _skip(self, source: Source, unit: int, row: int, error: SampleError) -> None:
         """Count a sample that cannot be used; stop the run where there are too many."""
@@ -222,46 +237,82 @@ class _Lane:
         self.pieces = deque(pieces)
 
 
-class _Cursor:
-    """A stream's place in one source: which units are open, and how far each is read."""
+class Share(NamedTuple):
+    """A stream's share of a source's units.
 
-    def __init__(self, source: Source, stream: int, streams: int, seed: str, epochs: int | None) -> None:
-        self._own = range(stream, len(source), streams)
-        if not self._own and epochs is None:  # with epochs, other streams read a small source to its end
-            raise SoloError(
-                f"{source.name} has {len(source)} units (row groups), too few for {streams} streams: "
-                "set data.streams lower, or data.epochs, or write the data with smaller row groups"
-            )
+    Attributes:
+        whole: units that the stream reads alone.
+        parts: (unit, part, parts) of units that it shares with other streams.
+    """
+
+    whole: range
+    parts: list[tuple[int, int, int]]
+
+
+def deal(units: int, stream: int, streams: int, first: int = 0) -> tuple[Share, int]:
+    """Deal the units of a source to streams so evenly that they end nearly together.
+
+    Each stream gets equally many whole units. Those that are left over, fewer than there are streams, are cut
+    into as few parts as give every stream one, and some a second.
+
+    Args:
+        units: number of units of the source.
+        stream: the stream whose share is wanted.
+        streams: number of streams.
+        first: stream that gets the first part.
+
+    Returns:
+        The share, and the stream that gets the first part of the next source.
+    """
+    rest = units % streams
+    whole = range(stream, units - rest, streams)
+    if not rest:
+        return Share(whole, []), first
+    parts = math.ceil(streams / rest)
+    numbers = range((stream - first) % streams, rest * parts, streams)
+    shared = [(units - rest + number % rest, number // rest, parts) for number in numbers]
+    return Share(whole, shared), (first + rest * parts) % streams
+
+
+class _Cursor:
+    """A stream's place in one source: which of its pieces are open, and how far each is read.
+
+    A piece is a unit or a part of one; pieces are numbered within the stream's share. Nothing is opened
+    before the first row is asked for: a state may come first.
+    """
+
+    def __init__(self, source: Source, share: Share, seed: str, stream: int, epochs: int | None) -> None:
         self._source = source
+        self._share = share
+        self._pieces = len(share.whole) + len(share.parts)
+        self._unit_seed = seed  # alike in all streams: they agree on the parts of a unit
         self._seed = f"{seed}/{stream}"
         self._epochs = epochs
         self._epoch = 0
-        self._opened = 0  # units opened in this epoch
+        self._opened = 0  # pieces opened in this epoch
         self._drawn = 0  # rows drawn in all
-        self._open: list[list[int]] = []  # [unit, rows read]
+        self._open: list[list[int]] = []  # [piece, rows read]
         self._cache: dict[int, Sequence[dict[str, Any]]] = {}
         self._row_orders: dict[int, np.ndarray] = {}
-        self._fill()
 
     @property
     def exhausted(self) -> bool:
+        self._fill()
         return not self._open
 
     def next_key(self) -> tuple[int, int]:
         """(unit, row) of the next sample; the rows of an epoch come in a shuffled order, each once."""
+        self._fill()
         chosen = _chance(f"{self._seed}/{self._drawn}") % len(self._open)
-        unit, done = self._open[chosen]
-        count = len(self._rows(unit))
-        if unit not in self._row_orders:
-            self._row_orders[unit] = self._order(f"rows/{unit}", count)
-        row = int(self._row_orders[unit][done])
+        piece, done = self._open[chosen]
+        order = self._row_order(piece)
+        row = int(order[done])
         self._drawn += 1
         self._open[chosen][1] += 1
-        if done + 1 == count:
+        if done + 1 == len(order):
             self._open.pop(chosen)
-            self._row_orders.pop(unit)
-            self._fill()
-        return unit, row
+            self._row_orders.pop(piece)
+        return self._piece(piece)[0], row
 
     def row(self, unit: int, row: int) -> dict[str, Any]:
         """The raw sample of a key.
@@ -276,28 +327,45 @@ class _Cursor:
             "epoch": self._epoch,
             "opened": self._opened,
             "drawn": self._drawn,
-            "open": [list(unit) for unit in self._open],
+            "open": [list(piece) for piece in self._open],
         }
 
     def load_state_dict(self, state: State) -> None:
         self._epoch, self._opened, self._drawn = state["epoch"], state["opened"], state["drawn"]
-        self._open = [list(unit) for unit in state["open"]]
+        self._open = [list(piece) for piece in state["open"]]
         self._row_orders.clear()
 
     def _fill(self) -> None:
-        """Open units until enough are open; begin the next epoch when this one is read to the end."""
-        while self._own and len(self._open) < _SHUFFLED_UNITS:
-            if self._opened == len(self._own):
+        """Open pieces until enough are open; begin the next epoch when this one is read to the end."""
+        while self._pieces and len(self._open) < _SHUFFLED_UNITS:
+            if self._opened == self._pieces:
                 last = self._epochs is not None and self._epoch + 1 >= self._epochs
                 if self._open or last:
                     return
-                if not self._drawn:
+                if not self._drawn and self._epochs is None:
                     raise SoloError(f"{self._source.name} has no rows")
                 self._epoch, self._opened = self._epoch + 1, 0
-            unit = self._own[self._order("units", len(self._own))[self._opened]]
+            piece = int(self._order("units", self._pieces)[self._opened])
             self._opened += 1
-            if len(self._rows(unit)):
-                self._open.append([unit, 0])
+            if len(self._row_order(piece)):
+                self._open.append([piece, 0])
+
+    def _piece(self, piece: int) -> tuple[int, int, int]:
+        """(unit, part, parts) of a piece."""
+        whole, shared = self._share
+        return (whole[piece], 0, 1) if piece < len(whole) else shared[piece - len(whole)]
+
+    def _row_order(self, piece: int) -> np.ndarray:
+        """Rows of a piece in this epoch's order."""
+        if piece not in self._row_orders:
+            unit, part, parts = self._piece(piece)
+            rows = np.arange(len(self._rows(unit)))
+            # Without an end there are no passes to keep count of: too few rows to share are read by all.
+            if parts > 1 and (self._epochs is not None or len(rows) >= parts):
+                chance = np.random.default_rng(_chance(f"{self._unit_seed}/parts/{unit}"))
+                rows = chance.permutation(rows)[part::parts]
+            self._row_orders[piece] = rows[self._order(f"rows/{unit}/{part}", len(rows))]
+        return self._row_orders[piece]
 
     def _order(self, what: str, count: int) -> np.ndarray:
         generator = np.random.default_rng(_chance(f"{self._seed}/{what}/{self._epoch}"))
@@ -311,6 +379,27 @@ class _Cursor:
             rows = self._source.read(unit)
         self._cache[unit] = rows  # the one that was used last comes last
         return rows
+
+
+def _phases(weights: Sequence[float], stream: int, seed: str) -> list[float]:
+    """What each source of a stream has been served at the start, as if the mixture had been running before.
+
+    One source, drawn by weight, is due at once, the others at a random time within their period. So streams
+    are not all at the same turn, and any few of them in a row draw the sources in proportion.
+    """
+    ends = np.cumsum(weights)
+    # Multiples of the golden ratio are spread evenly over [0, 1), however many streams there are.
+    place = (_fraction(f"{seed}/due") + stream * (math.sqrt(5) - 1) / 2) % 1
+    due = min(int(np.searchsorted(ends, place * ends[-1], side="right")), len(weights) - 1)
+    return [
+        0.0 if number == due else _fraction(f"{seed}/{number}/{stream}/phase")
+        for number in range(len(weights))
+    ]
+
+
+def _fraction(name: str) -> float:
+    """A reproducible random number in [0, 1)."""
+    return _chance(name) / 2**64
 
 
 def _chance(name: str) -> int:

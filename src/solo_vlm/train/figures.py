@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from solo_vlm.data.collate import PackedBatch
 from solo_vlm.data.encode import Encoder
+from solo_vlm.data.loader import LoadedSequence
 from solo_vlm.errors import SoloError
 from solo_vlm.model.flops import training_flops
 from solo_vlm.train.devices import recognize_device
 from solo_vlm.train.processes import Processes
 from solo_vlm.train.step import supervised_tokens
+
+_COUNTED = ("sequences", "supervised", "documents", "tokens", "vision", "flops")
 
 
 class StepFigures:
@@ -41,8 +44,7 @@ class StepFigures:
         self._peak = device.peak_flops * processes.layout.processes if device else None
         self._started = time.perf_counter()
         self._waited = 0.0
-        self._counts = dict.fromkeys(("slots", "supervised", "documents", "tokens", "vision", "flops"), 0)
-        self._stop = False
+        self._counts = dict.fromkeys(_COUNTED, 0)
 
     def start(self) -> None:
         """A step begins: with waiting for its data."""
@@ -53,31 +55,37 @@ class StepFigures:
         """The data of the step are there."""
         self._waited = time.perf_counter() - self._started
 
-    def count(self, batch: PackedBatch, documents: int, tokens: int) -> None:
-        """Count a packed sequence of this process.
+    def count(self, sequences: Sequence[LoadedSequence], ended: bool) -> dict[str, int]:
+        """Count packed sequences of this process for the step, and add up those of all processes.
 
         Args:
-            batch: the sequence.
-            documents: in it; 0: the slot is empty.
-            tokens: of the documents, without the padding.
+            sequences: what this process has read since the last call.
+            ended: whether its data have.
+
+        Returns:
+            Totals of the step so far, and `all_ended`, whether the data of all processes have ended.
         """
-        lengths = np.diff(batch["cu_seq_lens_q"].numpy())[:documents]
+        found = np.zeros(len(_COUNTED) + 1, np.int64)
+        for sequence in sequences:
+            found[:-1] += list(self._count(sequence).values())
+        found[-1] = ended
+        *totals, ends = map(int, self._processes.sum(*found.tolist()))
+        for name, total in zip(_COUNTED, totals, strict=True):
+            self._counts[name] += total
+        return {**self._counts, "all_ended": int(ends == self._processes.layout.data)}
+
+    def _count(self, sequence: LoadedSequence) -> dict[str, int]:
+        batch = sequence.batch
+        lengths = np.diff(batch["cu_seq_lens_q"].numpy())[: sequence.documents]
         supervised = supervised_tokens([batch])
-        found = {
-            "slots": int(documents > 0),
+        return {
+            "sequences": 1,
             "supervised": supervised,
-            "documents": documents,
-            "tokens": tokens,
+            "documents": sequence.documents,
+            "tokens": sequence.tokens,
             "vision": int(np.isin(batch["input_ids"].numpy(), self._vision_ids).sum()),
             "flops": self._flops(lengths, len(batch["pixel_values"]), supervised),
         }
-        self._counts = {name: count + found[name] for name, count in self._counts.items()}
-
-    def add_up(self) -> dict[str, int]:
-        """The counts of all processes, instead of this one's."""
-        totals = self._processes.sum(*self._counts.values())
-        self._counts = {name: int(total) for name, total in zip(self._counts, totals, strict=True)}
-        return self._counts
 
     def figures(self, capacity: int) -> dict[str, float]:
         """The figures of the step, which has just ended.

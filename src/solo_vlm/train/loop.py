@@ -145,14 +145,10 @@ class _Run:
 
     def _steps(self, stop: StopRequest) -> Iterator[dict[str, float]]:
         """Make one optimizer step after the other; yield its figures. Ends early where the data do."""
-        batches = iter(self.loader)
         skipped_in_a_row = 0
         while self.done.step < (self.recipe.steps or sys.maxsize):
-            self.counter.start()
-            global_batch, samples = self._read(batches)
-            self.counter.read()
-            counts = self.counter.add_up()
-            if not counts["slots"]:
+            global_batch, samples, counts = self._read()
+            if not counts["sequences"]:
                 if self.recipe.steps:
                     logger.warning("the data ended after %d of %d steps", self.done.step, self.recipe.steps)
                 return
@@ -178,21 +174,28 @@ class _Run:
             }
             self._stop_if_asked(stop)
 
-    def _read(self, batches: Iterator[PackedBatch]) -> tuple[list[PackedBatch], list[list[str]]]:
-        """This process's sequences of the next global batch, counted, and the names of their samples."""
-        global_batch, samples = [], []
-        before = self.loader.counts()
-        for _ in range(self.processes.layout.accumulation):
-            batch = next(batches, None)
-            if batch is None:
-                batch = self.loader.empty_batch()
-            after = self.loader.counts()
-            documents, tokens = (after.get(n, 0) - before.get(n, 0) for n in ("documents", "tokens"))
-            self.counter.count(batch, documents, tokens)
-            global_batch.append(batch)
-            samples.append(self.loader.last_samples())
-            before = after
-        return global_batch, samples
+    def _read(self) -> tuple[list[PackedBatch], list[list[str]], dict[str, int]]:
+        """This process's part of the next global batch, the names of its samples, and counts of the whole.
+
+        The global batch is the next `global_batch` packed sequences of the data, whoever reads them. All
+        processes take equally many; one that has fewer gets empty ones.
+        """
+        self.counter.start()
+        mine = self.loader.take(self.recipe.global_batch)
+        counts = self.counter.count(mine, self.loader.ended)
+        even = missing = self.recipe.global_batch - counts["sequences"]
+        while missing and not counts["all_ended"]:
+            more = self.loader.take(missing)
+            counts = self.counter.count(more, self.loader.ended)
+            missing = self.recipe.global_batch - counts["sequences"]
+            mine += more
+        batches = [sequence.batch for sequence in mine]
+        if even:  # streams have ended: processes may have unequal parts
+            most = max(self.processes.gather(len(batches)))
+            batches += [self.loader.empty_batch() for _ in range(most - len(batches))]
+        self.counter.read()
+        names = [self.loader.names(sequence) for sequence in mine]
+        return batches, names + [[]] * (len(batches) - len(names)), counts
 
     @property
     def _capacity(self) -> int:

@@ -121,10 +121,12 @@ class Plan:
 
     @property
     def documents(self) -> int | None:
-        """About how many the run reads."""
+        """About how many the run reads: all of its passes, or as many as fill its steps."""
         if self.tokens is None or self.data is None:
             return None
-        return round(self.tokens / self.data.document_length)
+        if self.recipe.steps is None:
+            return self.data.documents
+        return round(self.tokens * self.data.fill / self.data.document_length)
 
     @property
     def seconds(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from solo_vlm.data.encode import Encoder, load_encoder
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.mixture import DataSettings, Mixture
 from solo_vlm.data.sources import Source
+from solo_vlm.data.sources.units import SharedUnits
 from solo_vlm.data.streams import MixtureItem, VirtualStream
 from solo_vlm.errors import SoloError
 from solo_vlm.model.load import load_model
@@ -104,7 +106,7 @@ def _load_sharded(recipe: Recipe, processes: Processes) -> tuple[PreTrainedModel
 class StreamMaker:
     """Builds the virtual streams of a run; a plain object that worker processes can be given."""
 
-    sources: list[Source]
+    sources: Sequence[Source]
     settings: DataSettings
     encoder: Encoder
 
@@ -133,7 +135,7 @@ def make_loader(
     tokenizer = encoder.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return PackedLoader(
-        StreamMaker(sources, mixture.data, encoder),
+        StreamMaker([SharedUnits(source) for source in sources], mixture.data, encoder),
         mixture.data.streams,
         mixture.data.sequence_length,
         padding,
