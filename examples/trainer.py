@@ -85,7 +85,8 @@ def main(
         report_to="none",
     )
     processor = load_processor(model)
-    mixture = Mixture.load(data, [f"model={model}"])
+    # Without an end: the loaders of several processes would not end together.
+    mixture = Mixture.load(data, [f"model={model}", "data.epochs=null"])
     solo = load_model(model, dtype="float32")
     use_packed_attention(solo)  # without a length x length mask
     loader = make_loader(mixture, processor, mixture.open_sources(), args.process_index, args.world_size)

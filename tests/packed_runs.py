@@ -8,9 +8,12 @@ import json
 import multiprocessing
 import os
 import tarfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +117,28 @@ def digests(
         (sequence,) = found or [None]
         after = loader.state_dict()["streams"][str(slot % STREAMS)] if sequence else None
         yield slot, _digest(sequence.batch if sequence else loader.empty_batch(), after)
+
+
+def steps(loaders: list[PackedLoader], size: int) -> list[list[tuple[str, ...]]]:
+    """Names of the samples of each step of `size` packed sequences; a thread for each rank's process."""
+    told = [([], True)] * len(loaders)
+    barrier = threading.Barrier(len(loaders))
+
+    def read(rank: int) -> list[list[tuple[str, ...]]]:
+        def add_up(found, ended):
+            barrier.wait()
+            told[rank] = found, ended
+            barrier.wait()
+            return [len(of_rank) for of_rank, _ in told], all(ended for _, ended in told)
+
+        loader, taken = loaders[rank], []
+        while turns := loader.take_together(size, add_up):
+            taken.append([tuple(loader.names(turn)) for turn in turns if turn])
+        return taken
+
+    with ThreadPoolExecutor(len(loaders)) as pool:
+        of_ranks = list(pool.map(read, range(len(loaders))))
+    return [sorted(chain.from_iterable(step)) for step in zip(*of_ranks, strict=True)]
 
 
 def read_rank(

@@ -28,6 +28,7 @@ from packed_runs import (
     last_state,
     lines_of,
     read_rank,
+    steps,
     write_run,
 )
 from solo_vlm.data.encode import IGNORE_INDEX
@@ -79,28 +80,14 @@ def test_two_epochs_see_every_sample_twice(written, run):
     assert loader.counts()["samples"] == EPOCHS * written[1] + len(skipped)
 
 
-def steps(loaders, size):
-    """Names of the samples of each step of `size` sequences, as the processes of a run take them together."""
-    while True:
-        taken, found = [], 1
-        while len(taken) < size and not (found == 0 and all(loader.ended for loader in loaders)):
-            parts = [(loader, loader.take(size - len(taken))) for loader in loaders]
-            new = [(loader, sequence) for loader, part in parts for sequence in part]
-            found = len(new)
-            taken += new
-        if not taken:
-            return
-        yield sorted(tuple(loader.names(sequence)) for loader, sequence in taken)
-
-
 @pytest.mark.parametrize("size", [1, 3, 6, 16])
 def test_steps_are_full_to_the_last_and_the_same_for_any_layout(run, size):
-    expected = list(steps([run.loader()], size))
+    expected = steps([run.loader()], size)
     assert all(len(step) == size for step in expected[:-1])
     total = sum(len(step) for step in expected)
     assert total == sum(1 for _ in run.loader())
     for ranks in (2, 4, 8):
-        assert list(steps([run.loader(rank, ranks) for rank in range(ranks)], size)) == expected
+        assert steps([run.loader(rank, ranks) for rank in range(ranks)], size) == expected
 
 
 @pytest.mark.parametrize(

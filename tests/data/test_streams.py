@@ -18,7 +18,8 @@ from solo_vlm.data.encode import Document, fit_to_length
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.schema import Sample, SampleError
 from solo_vlm.data.sources import open_source
-from solo_vlm.data.streams import MixtureItem, VirtualStream
+from solo_vlm.data.sources.parquet import ParquetSource
+from solo_vlm.data.streams import MixtureItem, VirtualStream, deal
 from solo_vlm.errors import SoloError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -155,6 +156,102 @@ def test_order_is_shuffled_and_differs_between_epochs(folder):
     first, second = samples[: ROWS["a"] - 20], samples[-ROWS["a"] + 20 :]
     assert first != sorted(first)
     assert first[:100] != second[:100]
+
+
+@given(st.integers(1, 300), st.integers(1, 70), st.integers(0, 69))
+def test_units_are_dealt_completely_and_evenly(units, streams, first):
+    first %= streams
+    shares = [deal(units, stream, streams, first) for stream in range(streams)]
+    pieces = [piece for (whole, parts), _ in shares for piece in [*((unit, 0, 1) for unit in whole), *parts]]
+    by_unit = {unit: sorted(piece[1:] for piece in pieces if piece[0] == unit) for unit in range(units)}
+    assert all(
+        parts == [(part, len(parts)) for part in range(len(parts))] and parts for parts in by_unit.values()
+    )
+    assert sum(map(len, by_unit.values())) == len(pieces)
+    amounts = [len(whole) + sum(1 / parts for *_, parts in shared) for (whole, shared), _ in shares]
+    largest_part = max((1 / parts for *_, parts in pieces if parts > 1), default=0)
+    assert max(amounts) - min(amounts) <= largest_part + 1e-9
+    assert min(amounts) > 0
+    ((_, following),) = {(0, following) for _, following in shares}
+    longest = [stream for stream, amount in enumerate(amounts) if amount > min(amounts) + 1e-9]
+    assert sorted((stream - first) % streams for stream in longest) == list(range(len(longest)))
+    if longest:
+        assert following == (first + len(longest)) % streams
+
+
+def test_a_source_with_fewer_units_than_streams_is_read_by_all_of_them_without_end(tmp_path):
+    rows = [{"messages": [{"role": "assistant", "content": f"a{i}"}]} for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for streams in (7, 64):
+        seen = Counter()
+        for index in range(streams):
+            stream = VirtualStream(
+                index, streams, [MixtureItem(open_source(tmp_path / "a.parquet"))], encode, 8
+            )
+            for _, pack in zip(range(30), stream, strict=False):
+                seen.update(row for _, _, row, _ in pack.keys)
+        assert set(seen) == set(range(40))
+        assert max(seen.values()) < 2 * min(seen.values())
+
+
+PAPER_STAGE_2 = {  # packed sequences of each data set, the paper's Table 1
+    "CapFusion": 204_978,
+    "WebSight": 71_579,
+    "CC3M": 32_760,
+    "Detailed Captions": 6_225,
+    "LLaVAR": 3_602,
+    "DVQA": 2_917,
+    "OCR-VQA": 1_593,
+    "FigureQA": 1_526,
+    "SlimPajama": 120_385,
+}
+
+
+@pytest.mark.parametrize("batch", [8, 128])
+def test_a_steps_mixture_varies_no_more_than_random_draws_do(tmp_path, batch):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "a1"}]}))
+    source = open_source(tmp_path / "x.jsonl")
+    mixture = [MixtureItem(source, weight) for weight in PAPER_STAGE_2.values()]
+    streams = [
+        iter(VirtualStream(index, 64, mixture, encode, 1, 0, None, "sequences", 1)) for index in range(64)
+    ]
+    rounds = 24
+    order = [next(stream).keys[0][0] for _ in range(rounds) for stream in streams]
+    steps = np.array(order).reshape(-1, batch)
+    weights = np.array(list(PAPER_STAGE_2.values())) / sum(PAPER_STAGE_2.values())
+    for number, weight in enumerate(weights):
+        shares = (steps == number).mean(1)
+        of_random_draws = np.sqrt(weight * (1 - weight) / batch)
+        assert shares.std() < 1.25 * of_random_draws, (number, shares.std(), of_random_draws)
+        assert abs(shares.mean() - weight) < 0.01
+
+
+def test_streams_that_weigh_tokens_are_out_of_step(folder):
+    """A rare source of long documents comes in another round of each stream."""
+    rounds = Counter()
+    for index in range(16):
+        stream = MakeStream(folder, 16, weights=(0.97, 0.03))(index)
+        for turn, pack in zip(range(40), stream, strict=False):
+            rounds.update([turn] if turn and any(number == 1 for number, *_ in pack.keys) else [])
+    assert len(rounds) > 15
+    assert max(rounds.values()) < 8
+
+
+def test_resuming_reads_only_the_documents_that_were_held_back(folder, monkeypatch):
+    make = MakeStream(folder)
+    _, state = load(make, 30)
+    reads = []
+    read = ParquetSource.read
+    monkeypatch.setattr(
+        ParquetSource, "read", lambda self, unit: reads.append((self.name[-9], unit)) or read(self, unit)
+    )
+    for number, saved in json.loads(json.dumps(state))["streams"].items():
+        stream = make(int(number))
+        assert not reads
+        stream.load_state_dict(saved)
+        held = {tuple(key[:2]) for lane in saved["lanes"] for part in lane.values() for key in part}
+        assert Counter(reads) == {("ab"[source], unit): 1 for source, unit in held}
+        reads.clear()
 
 
 def test_unusable_samples_are_skipped_and_counted(tmp_path):

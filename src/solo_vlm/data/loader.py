@@ -25,14 +25,16 @@ from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
 from solo_vlm.errors import SoloError
 
 MakeStream = Callable[[int], VirtualStream]
+# What this rank has found, and whether its data have ended -> what each rank has found, and whether all have.
+AddUp = Callable[[Sequence["LoadedSequence"], bool], tuple[list[int], bool]]
 
 
 class PackedLoader:
     """Reads the packed sequences of one rank, each with its documents' keys.
 
     The order depends neither on ranks nor on workers; their product must divide the number of streams.
-    Reading resumes where the state stands. Several ranks keep together by `take`; iterating is for one rank,
-    or for data without an end.
+    Reading resumes where the state stands. Several ranks keep together by `take_together`; iterating is for
+    one rank, or for data without an end.
 
     Args:
         make_stream: builds stream number s; called in the worker that owns it.
@@ -89,7 +91,7 @@ class PackedLoader:
         self._turns: Iterator[_Slot | SoloError] | None = None
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """This rank's packed batches to the end of its data. Ranks need not end together: see `take`."""
+        """This rank's packed batches to the end of its data. Ranks need not end together."""
         while not self.ended:
             for sequence in self.take(self._ranks):
                 yield sequence.batch
@@ -99,12 +101,34 @@ class PackedLoader:
         """Whether nothing is left in any stream of this rank."""
         return len(self._ended) == len(self._own)
 
+    def take_together(self, size: int, add_up: AddUp) -> list[LoadedSequence | None]:
+        """Consume the next packed sequences of the run, with all ranks at once; return this rank's part.
+
+        Which sequences these are depends neither on ranks nor on workers. There are fewer than `size` only
+        where the data end, none after their end.
+
+        Args:
+            size: sequences for all ranks together.
+            add_up: tells all ranks what each has found; called equally often by all.
+
+        Returns:
+            Equally many turns for every rank; None in a turn in which others have a sequence and it has not.
+        """
+        mine: list[LoadedSequence | None] = []
+        found = [0] * self._ranks
+        while (missing := size - sum(found)) > 0:
+            new = self.take(missing)
+            mine += new
+            of_ranks, all_ended = add_up(new, self.ended)
+            found = [before + more for before, more in zip(found, of_ranks, strict=True)]
+            if all_ended:
+                break
+        return mine + [None] * (max(found) - len(mine))
+
     def take(self, slots: int) -> list[LoadedSequence]:
         """Consume the next slots of the run; return this rank's packed sequences among them, in order.
 
-        Streams that have ended leave their slots empty. A step that shall have `n` sequences whatever the
-        number of ranks takes `n` slots, and where all ranks together found fewer sequences, as many slots
-        more as are missing, until there are enough or all ranks have `ended`.
+        Streams that have ended leave their slots empty.
         """
         first = self._slots + (self._rank - self._slots) % self._ranks
         self._slots += slots
@@ -116,13 +140,20 @@ class PackedLoader:
                 self._turns = self._read(first)
             slot = next(self._turns)
             if isinstance(slot, SoloError):
+                self.close()
                 raise slot
             self._states[slot.stream] = slot.state
             if slot.batch is None:
                 self._ended.add(slot.stream)
             else:
                 found.append(LoadedSequence(slot.batch, slot.keys))
+        if self.ended:
+            self.close()
         return found
+
+    def close(self) -> None:
+        """End the worker processes; what they have read ahead is read again by the next `take`."""
+        self._turns = None
 
     def _read(self, slot: int) -> Iterator[_Slot | SoloError]:
         """What the rank's streams give from a slot on, turn by turn, without end."""

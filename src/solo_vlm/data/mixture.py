@@ -33,8 +33,7 @@ class DataSettings(Settings):
         weigh: whether weights are shares of "tokens", of "samples", or of packed "sequences", each of which
             then holds documents of one source alone.
         epochs: passes over each source; none: without end.
-        streams: virtual streams; ranks and workers must divide them, and without `epochs` every source needs
-            as many units (row groups, blocks of lines, tars).
+        streams: virtual streams; ranks and workers must divide them.
         workers: processes a rank that read ahead; 0 reads in the training process.
         threads: in each of those processes, that fill the sequences of different streams side by side.
         packing_buffer: documents that a packer chooses from.

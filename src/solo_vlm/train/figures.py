@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import LoadedSequence
@@ -18,7 +19,7 @@ from solo_vlm.train.devices import recognize_device
 from solo_vlm.train.processes import Processes
 from solo_vlm.train.step import supervised_tokens
 
-_COUNTED = ("sequences", "supervised", "documents", "tokens", "vision", "flops")
+_COUNTED = ("supervised", "documents", "tokens", "vision", "flops")
 
 
 class StepFigures:
@@ -33,6 +34,9 @@ class StepFigures:
         encoder: knows which tokens are of images.
         processes: of the run.
         frozen: whether the decoder's weights are: they then need no gradient of their own.
+
+    Attributes:
+        counts: of the step, over all processes.
     """
 
     def __init__(self, config: Any, encoder: Encoder, processes: Processes, frozen: bool = False) -> None:
@@ -44,18 +48,18 @@ class StepFigures:
         self._peak = device.peak_flops * processes.layout.processes if device else None
         self._started = time.perf_counter()
         self._waited = 0.0
-        self._counts = dict.fromkeys(_COUNTED, 0)
+        self.counts = dict.fromkeys(_COUNTED, 0)
 
     def start(self) -> None:
         """A step begins: with waiting for its data."""
         self._started = time.perf_counter()
-        self._counts = dict.fromkeys(self._counts, 0)
+        self.counts = dict.fromkeys(self.counts, 0)
 
     def read(self) -> None:
         """The data of the step are there."""
         self._waited = time.perf_counter() - self._started
 
-    def count(self, sequences: Sequence[LoadedSequence], ended: bool) -> dict[str, int]:
+    def count(self, sequences: Sequence[LoadedSequence], ended: bool) -> tuple[list[int], bool]:
         """Count packed sequences of this process for the step, and add up those of all processes.
 
         Args:
@@ -63,29 +67,24 @@ class StepFigures:
             ended: whether its data have.
 
         Returns:
-            Totals of the step so far, and `all_ended`, whether the data of all processes have ended.
+            How many each share of the data had, and whether the data of all have ended.
         """
-        found = np.zeros(len(_COUNTED) + 1, np.int64)
-        for sequence in sequences:
-            found[:-1] += list(self._count(sequence).values())
-        found[-1] = ended
-        *totals, ends = map(int, self._processes.sum(*found.tolist()))
-        for name, total in zip(_COUNTED, totals, strict=True):
-            self._counts[name] += total
-        return {**self._counts, "all_ended": int(ends == self._processes.layout.data)}
+        shares = self._processes.layout.data
+        counted = sum(map(self._count, sequences), np.zeros(len(_COUNTED), np.int64))
+        of_shares = [len(sequences) * (rank == self._processes.data_rank) for rank in range(shares)]
+        *totals, ends = map(int, self._processes.sum(*of_shares, *counted.tolist(), ended))
+        for name, total in zip(_COUNTED, totals[shares:], strict=True):
+            self.counts[name] += total
+        return totals[:shares], ends == shares
 
-    def _count(self, sequence: LoadedSequence) -> dict[str, int]:
+    def _count(self, sequence: LoadedSequence) -> NDArray[np.int64]:
+        """Figures of a packed sequence, in the order of `_COUNTED`."""
         batch = sequence.batch
         lengths = np.diff(batch["cu_seq_lens_q"].numpy())[: sequence.documents]
         supervised = supervised_tokens([batch])
-        return {
-            "sequences": 1,
-            "supervised": supervised,
-            "documents": sequence.documents,
-            "tokens": sequence.tokens,
-            "vision": int(np.isin(batch["input_ids"].numpy(), self._vision_ids).sum()),
-            "flops": self._flops(lengths, len(batch["pixel_values"]), supervised),
-        }
+        vision = int(np.isin(batch["input_ids"].numpy(), self._vision_ids).sum())
+        flops = self._flops(lengths, len(batch["pixel_values"]), supervised)
+        return np.array([supervised, sequence.documents, sequence.tokens, vision, flops])
 
     def figures(self, capacity: int) -> dict[str, float]:
         """The figures of the step, which has just ended.
@@ -94,7 +93,7 @@ class StepFigures:
             capacity: tokens of the global batch, padding included.
         """
         seconds = time.perf_counter() - self._started
-        counts = self._counts
+        counts = self.counts
         figures = {
             "tokens_per_second": counts["tokens"] / seconds,
             "step_seconds": seconds,

@@ -122,6 +122,7 @@ class _Run:
             for figures in self._steps(stop):
                 self._note(figures)
         finally:
+            self.loader.close()
             if self.log:
                 self.log.close()
             self.checkpoints.finish()  # also one that was being written when something failed
@@ -147,8 +148,8 @@ class _Run:
         """Make one optimizer step after the other; yield its figures. Ends early where the data do."""
         skipped_in_a_row = 0
         while self.done.step < (self.recipe.steps or sys.maxsize):
-            global_batch, samples, counts = self._read()
-            if not counts["sequences"]:
+            global_batch, samples = self._read()
+            if not global_batch:
                 if self.recipe.steps:
                     logger.warning("the data ended after %d of %d steps", self.done.step, self.recipe.steps)
                 return
@@ -156,7 +157,12 @@ class _Run:
             set_learning_rate(self.optimizer, rate)
             self._seed()
             step = take_step(
-                self.model, self.optimizer, global_batch, counts["supervised"], self.recipe, self.processes
+                self.model,
+                self.optimizer,
+                global_batch,
+                self.counter.counts["supervised"],
+                self.recipe,
+                self.processes,
             )
             self.done.step += 1
             self.done.tokens += self._capacity
@@ -174,28 +180,13 @@ class _Run:
             }
             self._stop_if_asked(stop)
 
-    def _read(self) -> tuple[list[PackedBatch], list[list[str]], dict[str, int]]:
-        """This process's part of the next global batch, the names of its samples, and counts of the whole.
-
-        The global batch is the next `global_batch` packed sequences of the data, whoever reads them. All
-        processes take equally many; one that has fewer gets empty ones.
-        """
+    def _read(self) -> tuple[list[PackedBatch], list[list[str]]]:
+        """This process's sequences of the next global batch, counted, and the names of their samples."""
         self.counter.start()
-        mine = self.loader.take(self.recipe.global_batch)
-        counts = self.counter.count(mine, self.loader.ended)
-        even = missing = self.recipe.global_batch - counts["sequences"]
-        while missing and not counts["all_ended"]:
-            more = self.loader.take(missing)
-            counts = self.counter.count(more, self.loader.ended)
-            missing = self.recipe.global_batch - counts["sequences"]
-            mine += more
-        batches = [sequence.batch for sequence in mine]
-        if even:  # streams have ended: processes may have unequal parts
-            most = max(self.processes.gather(len(batches)))
-            batches += [self.loader.empty_batch() for _ in range(most - len(batches))]
+        turns = self.loader.take_together(self.recipe.global_batch, self.counter.count)
         self.counter.read()
-        names = [self.loader.names(sequence) for sequence in mine]
-        return batches, names + [[]] * (len(batches) - len(names)), counts
+        batches = [turn.batch if turn else self.loader.empty_batch() for turn in turns]
+        return batches, [self.loader.names(turn) if turn else [] for turn in turns]
 
     @property
     def _capacity(self) -> int:
