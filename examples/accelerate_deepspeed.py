@@ -56,8 +56,9 @@ def main(
     processor = load_processor(model)
     solo = load_model(model, dtype="float32", device="cpu").train()
     use_packed_attention(solo)
-    # Without an end: the loaders of several processes would not end together.
-    mixture = Mixture.load(data, [f"model={model}", "data.epochs=null"])
+    mixture = Mixture.load(data, [f"model={model}"])
+    if mixture.data.epochs:  # the loaders of several processes would not end together
+        raise typer.BadParameter(f"{data}: remove data.epochs; --steps says when the run ends")
     ranks = accelerator.num_processes
     loader = make_loader(mixture, processor, mixture.open_sources(), accelerator.process_index, ranks)
     optimizer = torch.optim.AdamW(solo.parameters(), lr=learning_rate, weight_decay=0.1)

@@ -85,8 +85,9 @@ def main(
         report_to="none",
     )
     processor = load_processor(model)
-    # Without an end: the loaders of several processes would not end together.
-    mixture = Mixture.load(data, [f"model={model}", "data.epochs=null"])
+    mixture = Mixture.load(data, [f"model={model}"])
+    if mixture.data.epochs:  # the loaders of several processes would not end together
+        raise typer.BadParameter(f"{data}: remove data.epochs; --steps says when the run ends")
     solo = load_model(model, dtype="float32")
     use_packed_attention(solo)  # without a length x length mask
     loader = make_loader(mixture, processor, mixture.open_sources(), args.process_index, args.world_size)
