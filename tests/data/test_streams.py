@@ -227,14 +227,24 @@ def test_a_steps_mixture_varies_no_more_than_random_draws_do(tmp_path, batch):
 
 
 def test_streams_that_weigh_tokens_are_out_of_step(folder):
-    """A rare source of long documents comes in another round of each stream."""
+    """A rare source of long documents comes in another round of each stream, but for its first document."""
     rounds = Counter()
     for index in range(16):
         stream = MakeStream(folder, 16, weights=(0.97, 0.03))(index)
         for turn, pack in zip(range(40), stream, strict=False):
-            rounds.update([turn] if turn and any(number == 1 for number, *_ in pack.keys) else [])
+            rounds.update([turn] if turn > 1 and any(number == 1 for number, *_ in pack.keys) else [])
     assert len(rounds) > 15
     assert max(rounds.values()) < 8
+
+
+def test_a_broken_row_that_comes_again_and_again_counts_once(tmp_path):
+    rows = [{"messages": [{"role": "assistant", "content": text}]} for text in ["bad", *(["a1"] * 39)]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    stream = VirtualStream(0, 1, [MixtureItem(open_source(tmp_path / "a.parquet"))], encode, 8)
+    for _, pack in zip(range(500), stream, strict=False):
+        counts = pack.state["counts"]
+    assert counts["skipped"] > 0.01 * counts["samples"] > 10
+    assert (counts["unusable_rows"], counts["rows"]) == (1, 40)
 
 
 def test_resuming_reads_only_the_documents_that_were_held_back(folder, monkeypatch):
@@ -271,7 +281,7 @@ def test_data_without_anything_usable_stops_with_the_reasons(tmp_path):
     row = {"messages": [{"role": "assistant", "content": "bad"}]}
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     stream = VirtualStream(0, 1, [MixtureItem(open_source(tmp_path / "x.jsonl"))], encode, LENGTH)
-    with pytest.raises(SoloError, match="11 of 11 samples cannot be used") as error:
+    with pytest.raises(SoloError, match="1 of 1 rows cannot be used") as error:
         next(iter(stream))
     assert "x.jsonl, block at byte 0, row 0: image: broken" in str(error.value)
 

@@ -37,7 +37,8 @@ LISTED = 20  # skipped samples that a stream names; it counts all
 
 _SHUFFLED_UNITS = 4  # units that a stream reads from at a time, a row from either by chance
 _MESSAGE = 500  # characters of a skipped sample's error that are kept
-_TOLERATED_FROM = 1000  # samples: with fewer, a fraction of them says little
+_TOLERATED_FROM = 1000  # rows: with fewer, a fraction of them says little
+_SHARED_ROWS = 64  # a part of a unit has at least so many, or else all of them
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class VirtualStream:
         self._lanes = [_Lane(group, Packer(length, buffer_size)) for group in groups]
         self._counts: Counter[str] = Counter()
         self._skipped: list[dict[str, str]] = []
+        self._unusable_in_a_row = 0
 
     def __iter__(self) -> Iterator[PackedSequence]:
         while (pack := self._next_pack()) is not None:
@@ -159,13 +161,16 @@ class VirtualStream:
         """Encode the next sample of a lane that can be used; False where all its sources have run out."""
         while behind := [number for number in lane.sources if not self._cursors[number].exhausted]:
             number = min(behind, key=self._deficit)
+            first_pass = self._cursors[number].epoch == 0
             unit, row = self._cursors[number].next_key()
             self._counts["samples"] += 1
+            self._counts["rows"] += first_pass
             try:
                 pieces = self._pieces_of(number, unit, row)
             except SampleError as error:
-                self._skip(self._sources[number], unit, row, error)
+                self._skip(self._sources[number], unit, row, error, first_pass)
                 continue
+            self._unusable_in_a_row = 0
             if self._weigh == "samples":
                 self._served[number] += 1
             elif self._weigh == "tokens":
@@ -191,10 +196,15 @@ class VirtualStream:
         """
         return list(fit_to_length(self._encode(parse_sample(row)), self._length))
 
-    def _skip(self, source: Source, unit: int, row: int, error: SampleError) -> None:
-        """Count a sample that cannot be used; stop the run where there are too many."""
+    def _skip(self, source: Source, unit: int, row: int, error: SampleError, first_pass: bool) -> None:
+        """Count a sample that cannot be used; stop the run where there are too many.
+
+        Later passes over the same rows tell nothing new, unless nothing else comes.
+        """
         self._counts["skipped"] += 1
         self._counts[f"skipped/{source.name}/{error.reason}"] += 1
+        self._counts["unusable_rows"] += first_pass
+        self._unusable_in_a_row += 1
         if len(self._skipped) < LISTED:
             self._skipped.append(
                 {
@@ -204,11 +214,12 @@ class VirtualStream:
                     "error": str(error)[:_MESSAGE],
                 }
             )
-        skipped, samples = self._counts["skipped"], self._counts["samples"]
-        if skipped > self._max_skipped * max(samples, _TOLERATED_FROM):
+        unusable, rows = self._counts["unusable_rows"], self._counts["rows"]
+        too_many = unusable > self._max_skipped * max(rows, _TOLERATED_FROM)
+        if too_many or self._unusable_in_a_row > _TOLERATED_FROM:
             listed = "".join(f"\n  {entry['where']}: {entry['error']}" for entry in self._skipped)
             raise SoloError(
-                f"{skipped} of {samples} samples cannot be used, more than data.max_skipped = "
+                f"{unusable} of {rows} rows cannot be used, more than data.max_skipped = "
                 f"{self._max_skipped:g} allows:{listed}"
             )
 
@@ -288,7 +299,7 @@ class _Cursor:
         self._unit_seed = seed  # alike in all streams: they agree on the parts of a unit
         self._seed = f"{seed}/{stream}"
         self._epochs = epochs
-        self._epoch = 0
+        self.epoch = 0
         self._opened = 0  # pieces opened in this epoch
         self._drawn = 0  # rows drawn in all
         self._open: list[list[int]] = []  # [piece, rows read]
@@ -297,6 +308,7 @@ class _Cursor:
 
     @property
     def exhausted(self) -> bool:
+        """Whether all passes are done; if not, `epoch` is that of the next sample."""
         self._fill()
         return not self._open
 
@@ -324,14 +336,14 @@ class _Cursor:
 
     def state_dict(self) -> State:
         return {
-            "epoch": self._epoch,
+            "epoch": self.epoch,
             "opened": self._opened,
             "drawn": self._drawn,
             "open": [list(piece) for piece in self._open],
         }
 
     def load_state_dict(self, state: State) -> None:
-        self._epoch, self._opened, self._drawn = state["epoch"], state["opened"], state["drawn"]
+        self.epoch, self._opened, self._drawn = state["epoch"], state["opened"], state["drawn"]
         self._open = [list(piece) for piece in state["open"]]
         self._row_orders.clear()
 
@@ -339,12 +351,12 @@ class _Cursor:
         """Open pieces until enough are open; begin the next epoch when this one is read to the end."""
         while self._pieces and len(self._open) < _SHUFFLED_UNITS:
             if self._opened == self._pieces:
-                last = self._epochs is not None and self._epoch + 1 >= self._epochs
+                last = self._epochs is not None and self.epoch + 1 >= self._epochs
                 if self._open or last:
                     return
                 if not self._drawn and self._epochs is None:
                     raise SoloError(f"{self._source.name} has no rows")
-                self._epoch, self._opened = self._epoch + 1, 0
+                self.epoch, self._opened = self.epoch + 1, 0
             piece = int(self._order("units", self._pieces)[self._opened])
             self._opened += 1
             if len(self._row_order(piece)):
@@ -360,15 +372,15 @@ class _Cursor:
         if piece not in self._row_orders:
             unit, part, parts = self._piece(piece)
             rows = np.arange(len(self._rows(unit)))
-            # Without an end there are no passes to keep count of: too few rows to share are read by all.
-            if parts > 1 and (self._epochs is not None or len(rows) >= parts):
+            # Without an end there are no passes to keep count of: rows too few to share are read by all.
+            if parts > 1 and (self._epochs is not None or len(rows) >= _SHARED_ROWS * parts):
                 chance = np.random.default_rng(_chance(f"{self._unit_seed}/parts/{unit}"))
                 rows = chance.permutation(rows)[part::parts]
             self._row_orders[piece] = rows[self._order(f"rows/{unit}/{part}", len(rows))]
         return self._row_orders[piece]
 
     def _order(self, what: str, count: int) -> np.ndarray:
-        generator = np.random.default_rng(_chance(f"{self._seed}/{what}/{self._epoch}"))
+        generator = np.random.default_rng(_chance(f"{self._seed}/{what}/{self.epoch}"))
         return generator.permutation(count)
 
     def _rows(self, unit: int) -> Sequence[dict[str, Any]]:

@@ -150,6 +150,8 @@ class _Run:
         while self.done.step < (self.recipe.steps or sys.maxsize):
             global_batch, samples = self._read()
             if not global_batch:
+                if not self.done.step:
+                    raise SoloError("no row of the data can be used: see solo data verify")
                 if self.recipe.steps:
                     logger.warning("the data ended after %d of %d steps", self.done.step, self.recipe.steps)
                 return
