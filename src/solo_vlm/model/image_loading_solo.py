@@ -69,6 +69,8 @@ _PNG_GREY_STEP = {"L;2": 85, "L;4": 17}
 _SRGB_TOLERANCE = 2
 """Levels of 255 by which a colour profile may differ from sRGB and still be taken for it."""
 
+_OTHER_SUFFIXES = {".heic", ".heif", ".hif", ".jxl", ".svg"}
+
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 _NO_SUCH_PAGE = (404, 410)
 
@@ -94,6 +96,13 @@ class ImageMissingError(ImageFetchError):
     """There is no such file or page, and a retry gives the same answer: a missing file, HTTP 404 and 410."""
 
 
+def image_suffixes() -> frozenset[str]:
+    """Endings of image files, such as ".png": what Pillow opens, and what it opens with plug-ins only."""
+    Image.init()
+    opened = {ending for ending, file_format in Image.EXTENSION.items() if file_format in Image.OPEN}
+    return frozenset(opened | _OTHER_SUFFIXES)
+
+
 def load_image(
     source: Any,
     *,
@@ -109,8 +118,8 @@ def load_image(
 
     Sources:
       - `PIL.Image.Image` of any mode (returned as is when it is already RGB and upright);
-      - a local path (`str` or `os.PathLike`), an `http(s)://` URL, a `data:` URL, bare base64, or the bytes
-        of an image file. Of several frames the first is taken;
+      - a local path (`str` or `os.PathLike`), a `file://`, `http(s)://` or `data:` URL, bare base64, or the
+        bytes of an image file. Of several frames the first is taken;
       - a NumPy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1 (grey), 2 (grey + alpha),
         3 (RGB) or 4 (RGBA) channels. A shape that fits both orders, such as (3, 8, 3), is channels first.
 
@@ -212,7 +221,7 @@ def _from_text(
     timeout: float,
     max_bytes: int,
 ) -> Image.Image | np.ndarray:
-    """Load from a URL, data URL, path or bare base64, told apart in this order."""
+    """Load from a URL, data URL, file URL, path or bare base64, told apart in this order."""
     scheme = text[:8].lower()
     if scheme.startswith(("http://", "https://")):
         name = name or _shorten(text)
@@ -229,6 +238,11 @@ def _from_text(
         if data is None:
             raise ImageError(f"{name}: invalid base64")
         return _decode(BytesIO(data), name, max_pixels)
+    if scheme.startswith("file:"):
+        name = name or _shorten(text)
+        if not allow_paths:
+            raise ImageError(f"{name}: no file may be read here")
+        return _from_file(_path_of_file_url(text, name), name, max_pixels)
     if allow_paths and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a long base64 text
         return _from_file(text, name, max_pixels)
     # The smallest images take about 30 bytes: a shorter text is a mistyped path.
@@ -238,6 +252,14 @@ def _from_text(
     if not allow_paths:
         raise ImageError(f"{name or _shorten(text)}: neither a URL nor base64, and no file may be read here")
     return _from_file(text, name, max_pixels)  # says why it cannot be read
+
+
+def _path_of_file_url(url: str, name: str) -> str:
+    path = re.sub(r"^file:(//(localhost)?)?(?=/)", "", url, flags=re.IGNORECASE)
+    if not path.startswith("/"):
+        raise ImageMissingError(f"{name}: a file URL has an absolute path, as file:///folder/image.png")
+    # Many write a path behind file:// as it is, unquoted.
+    return path if os.path.isfile(path) else os.fsdecode(unquote_to_bytes(path))  # noqa: PTH113
 
 
 def _from_file(path: str, name: str | None, max_pixels: int) -> Image.Image | np.ndarray:
@@ -573,5 +595,5 @@ def _damaged(error: Exception, name: str) -> ImageError:
 
 
 def _shorten(text: str, limit: int = 200) -> str:
-    text = text.replace("\n", " ")
+    text = text.replace("\n", " ").encode(errors="backslashreplace").decode()
     return text if len(text) <= limit else f"{text[: limit - 20]}...{text[-17:]}"

@@ -141,7 +141,10 @@ def test_a_truncated_file_keeps_what_it_has(tmp_path, kind, raw):
     name, file = files[kind]
     path = raw / file
     if kind == "tar":
-        write_tar(path, {f"{n}.{end}": JPEG * 100 for n in range(50) for end in ("jpg", "txt")})
+        write_tar(
+            path,
+            {f"{n}.{end}": data for n in range(50) for end, data in (("jpg", JPEG * 100), ("txt", b"x"))},
+        )
     elif kind == "zst":
         path.write_bytes(compress(lines(SLIMPAJAMA), "zstd"))
     elif kind == "parquet":
