@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from solo_vlm.model import image_loading_solo
-from solo_vlm.model.image_loading_solo import ImageError, load_image, load_pixels
+from solo_vlm.model.image_loading_solo import ImageError, ImageMissingError, load_image, load_pixels
 
 GREY, RGB = 0, 2  # colour types of PNG
 WHITE_IS_ZERO, BLACK_IS_ZERO, TRUE_COLOUR = 0, 1, 2  # photometric interpretations of TIFF
@@ -359,3 +359,20 @@ def test_other_profiles_change_nothing(decoder, file_format, unusable):
     np.testing.assert_array_equal(
         load_pixels(encoded(image, file_format, icc_profile=unusable)), load_pixels(plain)
     )
+
+
+def test_file_urls_are_paths_and_as_closed_as_paths(tmp_path):
+    path = tmp_path / "a b.png"
+    Image.fromarray(muted()).save(path)
+    for url in (path.as_uri(), f"file://{path}", f"file://localhost{path}"):
+        np.testing.assert_array_equal(load_pixels(url), muted())
+        with pytest.raises(ImageError, match="no file may be read here"):
+            load_image(url, allow_paths=False)
+    with pytest.raises(ImageMissingError, match="absolute path"):
+        load_image("file://a b.png")
+
+
+def test_messages_about_odd_file_names_are_printable():
+    with pytest.raises(ImageMissingError) as error:
+        load_image("caf\udce9.png")
+    str(error.value).encode()

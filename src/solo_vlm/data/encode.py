@@ -98,12 +98,13 @@ def _encode_images(sample: Sample, processor: SoloProcessor) -> tuple[NDArray[np
 def _encode_image(image: ImageSource, processor: SoloProcessor) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     from solo_vlm.model.image_loading_solo import ImageFetchError, ImageMissingError
 
-    try:
-        if isinstance(image, str) and _FSSPEC_URL.match(image):
+    if isinstance(image, str) and _FSSPEC_URL.match(image):
+        try:
             image = read_url(image)
+        except (FileNotFoundError, IsADirectoryError, ValueError, ImportError) as error:
+            raise SampleError("image", f"{image}: {error}") from error
+    try:
         return processor.image_processor.encode(image, _MAX_ASPECT_RATIO)
-    except (FileNotFoundError, IsADirectoryError, ImportError) as error:
-        raise SampleError("image", f"{image!r}: {error}") from error
     except ValueError as error:  # an ImageError, usually
         if isinstance(error, ImageFetchError) and not isinstance(error, ImageMissingError):
             raise OSError(errno.EIO, str(error)) from error

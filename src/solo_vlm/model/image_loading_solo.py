@@ -255,9 +255,10 @@ def _from_text(
 
 
 def _path_of_file_url(url: str, name: str) -> str:
-    path = re.sub(r"^file:(//(localhost)?)?(?=/)", "", url, flags=re.IGNORECASE)
-    if not path.startswith("/"):
+    match = re.match(r"file:(//(localhost)?)?(/[^/].*)", url, re.IGNORECASE | re.DOTALL)
+    if match is None:
         raise ImageMissingError(f"{name}: a file URL has an absolute path, as file:///folder/image.png")
+    path = match[3]
     # Many write a path behind file:// as it is, unquoted.
     return path if os.path.isfile(path) else os.fsdecode(unquote_to_bytes(path))  # noqa: PTH113
 
