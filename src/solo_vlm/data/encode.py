@@ -98,17 +98,20 @@ def _encode_images(sample: Sample, processor: SoloProcessor) -> tuple[NDArray[np
 def _encode_image(image: ImageSource, processor: SoloProcessor) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     from solo_vlm.model.image_loading_solo import ImageFetchError, ImageMissingError
 
-    if isinstance(image, str) and _FSSPEC_URL.match(image):
-        try:
-            image = read_url(image)
-        except (FileNotFoundError, IsADirectoryError, ValueError, ImportError) as error:
-            raise SampleError("image", f"{image}: {error}") from error
+    source = _fetch(image) if isinstance(image, str) and _FSSPEC_URL.match(image) else image
     try:
-        return processor.image_processor.encode(image, _MAX_ASPECT_RATIO)
+        return processor.image_processor.encode(source, _MAX_ASPECT_RATIO)
     except ValueError as error:  # an ImageError, usually
         if isinstance(error, ImageFetchError) and not isinstance(error, ImageMissingError):
             raise OSError(errno.EIO, str(error)) from error
         raise SampleError("image", str(error)) from error
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        return read_url(url)
+    except (FileNotFoundError, IsADirectoryError, ValueError, ImportError) as error:
+        raise SampleError("image", f"{url}: {error}") from error
 
 
 def _patch_dim(processor: SoloProcessor) -> int:

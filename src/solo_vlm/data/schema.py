@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -57,7 +58,7 @@ class Sample:
 
 _Text = Annotated[str, AfterValidator(check_text)]
 _Image = Annotated[Any, BeforeValidator(image_source)]
-_Images = Annotated[list[Any], BeforeValidator(image_sources)]
+_Images = Annotated[Any, BeforeValidator(image_sources)]
 
 
 class _TextPart(BaseModel):
@@ -67,8 +68,8 @@ class _TextPart(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _holds_no_image(cls, part: dict[str, Any]) -> dict[str, Any]:
-        for key in PART_KEYS:
-            if image_source(part.get(key)) is not None:
+        for key in part.keys() & PART_KEYS:
+            if image_source(part[key]) is not None:
                 raise ValueError(f"a text part has an image in {key}: give the image a part of its own")
         return part
 
@@ -87,10 +88,10 @@ class _ImagePart(BaseModel):
 
 
 class _ImageHolder(BaseModel):
-    image: _Images = []
-    images: _Images = []
+    image: _Images = ()  # pydantic copies a list for every row
+    images: _Images = ()
 
-    def own_images(self) -> list[ImageSource]:
+    def own_images(self) -> Sequence[ImageSource]:
         if self.images and any(image not in self.images for image in self.image):
             raise SampleError("image-count", "image and images differ: fill one of them")
         return self.images or self.image
@@ -156,7 +157,7 @@ def _plain(part: Part) -> dict[str, str]:
     return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
 
 
-def _place(contents: list[list[Part]], images: list[ImageSource], before: int | None) -> list[list[Part]]:
+def _place(contents: list[list[Part]], images: Sequence[ImageSource], before: int | None) -> list[list[Part]]:
     """Give images to the parts that wait for one, to the marks in texts, or to the beginning of a message.
 
     Args:
