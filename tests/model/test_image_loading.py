@@ -146,6 +146,12 @@ def test_signed_tiff_is_refused(bits):
             load_image(data)
 
 
+def test_tiff_of_an_unknown_depth_is_refused_by_name():
+    samples = ramp(16) % 1024
+    with pytest.raises(ImageError, match="pixel format"):
+        load_image(tiff([b"".join(pack_bits(row, 10) for row in samples)], samples.shape, 10))
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("planar", [1, 2])
 @pytest.mark.parametrize("bits", [8, 16])

@@ -47,7 +47,8 @@ class Sample:
     Attributes:
         messages: `{"role": ..., "content": [{"type": "text", "text": ...} | {"type": "image"}, ...]}`. Only
             assistant turns: a document (pre-training). With user turns: a conversation.
-        images: encoded bytes, or a path, http(s) URL or data URL; in order of the image parts.
+        images: encoded bytes, or a path or a URL (http(s), data, file, or one for fsspec); in order of the
+            image parts.
         id: the data set's name for the sample, where it has one.
     """
 

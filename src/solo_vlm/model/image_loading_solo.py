@@ -80,7 +80,8 @@ _NOT_PIXELS = (  # how files that are often mistaken for images begin -> what to
     (rb"%pdf", "PDF is a document, not an image; render its pages first"),
     (rb"version https://git-lfs", "this is a Git LFS pointer; fetch the real file with `git lfs pull`"),
     (rb"(?s)....ftyp(hei|hev|mif)", "HEIF needs a plug-in: install pillow-heif and register its opener"),
-    (rb"(?s)\xff\xd8|\x89png|gif8|riff....webp|bm|ii\*\0|mm\0\*", "truncated or damaged"),
+    (rb"ii\*\0|mm\0\*", "a damaged TIFF, or one of a pixel format that Pillow cannot read"),
+    (rb"(?s)\xff\xd8|\x89png|gif8|riff....webp|bm", "truncated or damaged"),
 )
 
 
