@@ -97,7 +97,12 @@ def test_urls_are_kept(place, url):
 
 
 def test_paths_in_a_file_far_away_count_from_its_folder():
-    assert located("image", "a.png", "s3://bucket/rows") == "s3://bucket/rows/a.png"
+    hashed = "0123456789abcdef" * 4
+    text = base64.b64encode(RED).decode()
+    for place in PLACES:
+        assert located(place, "a.png", "s3://bucket/rows") == "s3://bucket/rows/a.png"
+        assert located(place, hashed, "s3://bucket/rows") == f"s3://bucket/rows/{hashed}"
+        assert located(place, text, "s3://bucket/rows") == f"data:;base64,{text}"
 
 
 @pytest.mark.parametrize(

@@ -130,10 +130,10 @@ def test_message_may_hold_its_own_images():
     assert images == ["a.png", "b.png", "c.png"]
 
 
-@pytest.mark.parametrize("empty", [None, "", b"", [], {"bytes": None, "path": None}])
-def test_empty_image_column_is_no_image(empty):
-    assert shown(chat("What?", image=empty)) == (["Be brief.", "What?", "red"], [])
-    assert shown(chat("What?", images=None if empty in ("", b"") else empty))[1] == []
+@pytest.mark.parametrize("empty", [None, float("nan"), "", b"", [], {"bytes": None, "path": None}])
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_empty_image_column_is_no_image(column, empty):
+    assert shown(chat("What?", **{column: empty})) == (["Be brief.", "What?", "red"], [])
 
 
 @pytest.mark.parametrize(
@@ -147,13 +147,10 @@ def test_empty_image_column_is_no_image(empty):
         (chat("What?", images=["a.png", None]), "schema", "1 of 2 images are empty"),
         (chat("What?", images=[{"bytes": None, "path": None}]), "schema", "1 of 1 images are empty"),
         (chat("What?", image=7), "schema", "an image is bytes, text or a struct"),
+        (chat("What?", image=0), "schema", "an image is bytes, text or a struct"),
         (chat("What?", image={"width": 3}), "schema", "an image is bytes, text or a struct"),
         (chat([{**TEXT, "path": "a.png"}]), "schema", "a text part has an image in path"),
-        (
-            chat([{"type": "image_url", "image_url": {}}, TEXT]),
-            "schema",
-            "an image is bytes, text or a struct",
-        ),
+        (chat([{"type": "image_url", "image_url": {}}, TEXT]), "image-count", "more image parts"),
         (chat([{"type": "image_url", "image_url": {"url": None}}, TEXT]), "image-count", "more image parts"),
     ],
 )

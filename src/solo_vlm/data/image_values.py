@@ -45,8 +45,10 @@ def image_source(value: Any) -> ImageSource | None:
     if isinstance(value, dict) and not value.keys().isdisjoint(STRUCT_KEYS):
         filled = value | {key: data_url(value.get(key)) for key in ("bytes", "base64")}  # JSON has no bytes
         value = next((filled[key] for key in STRUCT_KEYS if filled.get(key)), None)
-    if value is None or isinstance(value, bytes):
-        return value or None
+    if value is None or value in ("", b"", {}) or value != value:  # NaN is pandas' None
+        return None
+    if isinstance(value, bytes):
+        return value
     if not isinstance(value, str):
         forms = f"bytes, text or a struct with one of {', '.join(STRUCT_KEYS)}"
         raise ValueError(f"an image is {forms}, not {type(value).__name__}")
@@ -54,7 +56,7 @@ def image_source(value: Any) -> ImageSource | None:
         os.fsencode(value)  # a file's name may have bytes that are no text
     except UnicodeEncodeError as error:
         raise ValueError(f"{printable(value[:200])} is no path, URL or base64") from error
-    return value or None
+    return value
 
 
 def image_sources(value: Any) -> list[ImageSource]:
@@ -162,12 +164,15 @@ def _located_text(text: str, folder: str) -> str:
     if path != text and path.startswith("/"):
         return text  # a file URL as it should be
     absolute = path if path.startswith("/") else f"{folder}/{path}"
-    return str(data_url(text)) if _is_base64(path) and not _is_file(absolute) else absolute
+    return str(data_url(text)) if _is_base64(path) and not _is_path(absolute, path) else absolute
+
+
+def _is_path(absolute: str, text: str) -> bool:
+    """Whether a text without a dot is a path rather than base64."""
+    if "://" in absolute:  # asking far away takes long
+        return not is_base64_image(text)
+    return len(absolute) <= _LONGEST_PATH and os.path.isfile(absolute)  # noqa: PTH113 - Path.is_file raises
 
 
 def _is_base64(text: str) -> bool:
     return len(text) > _LONGEST_PATH or _BASE64.fullmatch(text) is not None
-
-
-def _is_file(path: str) -> bool:
-    return len(path) <= _LONGEST_PATH and os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises

@@ -198,8 +198,12 @@ def _split(part: Part) -> list[Part]:
 
 def _check_for_lost_image(row: dict[str, Any], parsed: _Row) -> None:
     """Refuse to take a row for text alone whose image is empty, or in a column that is not read."""
-    asked = [part.text for message in parsed.messages if message.role == "user" for part in message.content
-             if isinstance(part, _TextPart)]  # fmt: skip
+    asked = [
+        part.text
+        for message in parsed.messages
+        for part in message.content
+        if message.role == "user" and isinstance(part, _TextPart)
+    ]
     if "image" in row and any(IMAGE_PLACEHOLDER in text for text in asked):
         raise SampleError("image-count", f"{IMAGE_PLACEHOLDER} in the text, but the row's image is empty")
     columns = [(name, value) for name, value in row.items() if name not in ("id", *_Row.model_fields)]
