@@ -91,6 +91,9 @@ def _take(conversation: Conversation, line: str, options: dict[str, Any]) -> Non
 
 
 def _answer(conversation: Conversation, message: str, options: dict[str, Any]) -> None:
+    from solo_vlm.generate import check_prompt
+
+    check_prompt(message)  # before the answer is announced
     with _interrupts() as interrupted:
         STDOUT.print("[bold]solo[/bold]: ", end="")
         reply = conversation.ask(
