@@ -7,6 +7,7 @@ import os
 import pty
 import select
 import signal
+import subprocess
 import sys
 import time
 from io import StringIO
@@ -97,6 +98,57 @@ def test_piped_lines(run, monkeypatch, solo_folder, tmp_path, picture):
     sample = parse_sample(json.loads((tmp_path / "chat.json").read_text()))
     assert sample.images == [str(spaced)] * 2
     assert sample.messages[0]["content"][-1]["text"] == "what is [/bold] this?"
+
+
+def test_bytes_that_are_no_text_lose_nothing(solo_folder, tmp_path, picture):
+    odd = str(tmp_path / "caf\udce9.png")
+    picture(64, 64).save(odd)
+    lines = [
+        b"what is this?",
+        b"/image " + os.fsencode(odd),
+        b"caf\xe9",
+        b"and this?",
+        b"/load " + b"[" * 10,
+        f"/save {tmp_path}/chat\0.json".encode(),
+        f"/save {tmp_path}/chat.json".encode(),
+        f"/load {tmp_path}/chat.json".encode(),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "solo_vlm", "chat", "--model", str(solo_folder), "--max-new-tokens", "4"],
+        input=b"\n".join(lines) + b"\n",
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    out = done.stdout.decode()
+    assert out.count("the prompt cannot be used: character 3") == 1
+    assert "4 turns" in out
+    sample = parse_sample(json.loads((tmp_path / "chat.json").read_bytes()))
+    assert sample.images == [odd]
+    assert [m["content"][-1]["text"] for m in sample.messages[::2]] == ["what is this?", "and this?"]
+
+
+def test_saved_conversation_names_images_wherever_it_is_read(
+    conversation, solo_folder, tmp_path, picture, monkeypatch
+):
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    picture(64, 64).save(tmp_path / "here" / "a.png")
+    monkeypatch.chdir(tmp_path / "here")
+    conversation.add_images(["a.png"])
+    ask(conversation, "what is this?")
+    conversation.save(tmp_path / "there" / "chat.json")
+    monkeypatch.chdir(tmp_path)
+    other = Conversation(Answerer.load(solo_folder))
+    other.load(tmp_path / "there" / "chat.json")
+    assert other.turns[0]["content"][0]["path"] == str(tmp_path / "here" / "a.png")
+    saved = json.loads((tmp_path / "there" / "chat.json").read_text())
+    saved["messages"][0]["content"][0]["path"] = "../here/a.png"
+    (tmp_path / "there" / "chat.json").write_text(json.dumps(saved))
+    other.load(tmp_path / "there" / "chat.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(SoloError, match="too deeply nested"):
+        other.load(tmp_path / "deep.json")
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_program(solo_folder):

@@ -127,6 +127,30 @@ def test_generate_answers_and_tells_its_figures(run, solo_folder, tmp_path, pict
     assert 0 < result["seconds"]["first_token"] <= result["seconds"]["all"]
 
 
+def test_a_prompt_that_is_no_text_is_one_line(run, solo_folder, tmp_path, picture):
+    (tmp_path / "images").mkdir()
+    picture().save(tmp_path / "images" / "a.png")
+    arguments = ["generate", "--model", solo_folder, "--prompt", "cut \ud83d"]
+    for more in ([], ["--json"], ["--images", tmp_path / "images", "--out", tmp_path / "out.jsonl"]):
+        code, out, error = run(*arguments, *more)
+        assert (code, out) == (2, "")
+        assert len(error.strip().splitlines()) == 1
+        assert "character 4" in error
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_json_output_names_files_of_any_bytes(solo_folder, tmp_path, picture):
+    """As a process: only there stdout refuses what is no text."""
+    name = str(tmp_path / "caf\udce9.png")  # é in Latin-1
+    picture().save(name)
+    arguments = ["generate", "--model", str(solo_folder), "--image", name, "--prompt", "hi", "--json"]
+    more = ["--max-new-tokens", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "solo_vlm", *arguments, *more], capture_output=True, check=True
+    )
+    assert json.loads(done.stdout)["images"] == [name]
+
+
 def test_init_from_a_folder(run, tmp_path):
     llm, tokenizer = make_llm("mistral")
     llm.save_pretrained(tmp_path / "llm")

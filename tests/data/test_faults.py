@@ -158,6 +158,21 @@ def test_each_fault_is_counted_by_source_and_reason(tmp_path, picture, solo):
         assert entry["error"].startswith(f"{entry['reason']}: ")
 
 
+def test_odd_text_costs_its_row_and_an_odd_id_nothing(tmp_path, solo):
+    rows = [line("half a pair \ud83d"), "[" * 3000 + "]" * 3000, line("odd id", id=float("nan"))]
+    rows += [line("lost", photo="a.png"), line("missing", image="\udce9.png"), line("good")]
+    (tmp_path / "x.jsonl").write_text("\n".join(rows))
+    mixture = [MixtureItem(open_source(tmp_path / "x.jsonl"))]
+    stream = VirtualStream(0, 1, mixture, Encoder(solo.processor), LENGTH, epochs=1, max_skipped=0.5)
+    for _ in stream:
+        pass
+    state = stream.state_dict()
+    assert state["counts"]["documents"] == 2
+    reasons = Counter(entry["reason"] for entry in state["skipped"])
+    assert reasons == {"schema": 1, "json": 1, "image-column": 1, "image": 1}
+    json.dumps(state, ensure_ascii=False).encode()  # manifests and checkpoints can hold it
+
+
 @pytest.mark.parametrize("bad", [LISTED + 5, 2])
 def test_the_first_ones_are_listed_and_all_are_counted(tmp_path, bad, solo):
     (tmp_path / "x.jsonl").write_text("\n".join([line("good")] * 200 + ["no JSON"] * bad))

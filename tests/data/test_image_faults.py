@@ -4,6 +4,7 @@ import errno
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -94,3 +95,25 @@ def test_a_disk_that_recovers_loses_nothing(solo, tmp_path, monkeypatch):
     document = encode(caption(str(tmp_path / "a.png")), solo.processor)
     np.testing.assert_array_equal(document.patches, encode(caption(PICTURE), solo.processor).patches)
     assert next(failures, None) is None
+
+
+def test_image_far_away_is_read_and_a_missing_one_is_a_bad_sample(solo):
+    fsspec.filesystem("memory").pipe("memory://rows/a.png", PICTURE)
+    document = encode(caption("memory://rows/a.png"), solo.processor)
+    np.testing.assert_array_equal(document.patches, encode(caption(PICTURE), solo.processor).patches)
+    for url in ("memory://rows/none.png", "nowhere://rows/a.png"):
+        with pytest.raises(SampleError, match=url) as caught:
+            encode(caption(url), solo.processor)
+        assert caught.value.reason == "image"
+
+
+def test_file_url_must_name_a_file(solo, tmp_path):
+    (tmp_path / "a b.png").write_bytes(PICTURE)
+    document = encode(caption(f"file://{tmp_path}/a%20b.png"), solo.processor)
+    np.testing.assert_array_equal(document.patches, encode(caption(PICTURE), solo.processor).patches)
+    for url, message in (
+        ("file://host/a.png", "absolute path"),
+        (f"file://{tmp_path}/no.png", "No such file"),
+    ):
+        with pytest.raises(SampleError, match=message):
+            encode(caption(url), solo.processor)

@@ -13,10 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
 
+from solo_vlm.data.encode import encode
 from solo_vlm.data.schema import SampleError, parse_sample
 from solo_vlm.data.sources import open_source
 from solo_vlm.errors import SoloError
+from solo_vlm.model.image_loading_solo import image_suffixes
 from tiny import png
 
 ROWS = [{"messages": [{"role": "assistant", "content": f"row {i}"}]} for i in range(600)]
@@ -108,6 +111,174 @@ def test_relative_images_count_from_the_file(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(row))
     sample = parse_sample(open_source(tmp_path / "x.jsonl").read(0)[0])
     assert sample.images == [f"{tmp_path}/p/1.png", f"{tmp_path}/2.png", "https://x/3.png"]
+
+
+def test_relative_images_of_parquet_and_tar_count_from_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+    turn = {"role": "user", "content": content}
+    rows = [{"messages": [turn], "images": [{"bytes": None, "path": "1.png"}]}]
+    (tmp_path / "rows").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows" / "x.parquet")
+    chat = {"messages": [{"role": "user", "content": "What?"}], "image": "1.png"}
+    (tmp_path / "rows" / "x.tar").write_bytes(tar_bytes({"0.json": json.dumps(chat).encode()}))
+    for name in ("x.parquet", "x.tar"):
+        sample = parse_sample(open_source(f"rows/{name}").read(0)[0])
+        assert sample.images == [f"{tmp_path}/rows/1.png"]
+
+
+def test_images_of_a_tar_row_are_in_natural_order(tmp_path):
+    images = {f"1.{i}.png": bytes([i + 1]) for i in range(12)}
+    parts = [{"type": "image"}] * 12
+    chat = {"messages": [{"role": "user", "content": parts}]}
+    members = dict(sorted(images.items())) | {"1.json": json.dumps(chat).encode()}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    sample = parse_sample(open_source(tmp_path / "x.tar").read(0)[0])
+    assert sample.images == [bytes([i + 1]) for i in range(12)]
+
+
+COMMON_IMAGES = {
+    "jpg",
+    "jpeg",
+    "jfif",
+    "jpe",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+    "jp2",
+    "heic",
+}
+
+
+def test_image_suffixes_are_all_that_the_library_reads():
+    assert {f".{suffix}" for suffix in COMMON_IMAGES} <= image_suffixes()
+    Image.init()
+    opened = {
+        suffix for suffix, file_format in Image.registered_extensions().items() if file_format in Image.OPEN
+    }
+    assert opened <= image_suffixes()
+    assert not image_suffixes() & {".txt", ".json", ".cls", ".npy"}
+
+
+@pytest.mark.parametrize("suffix", sorted([*COMMON_IMAGES, "JPEG", "svg", "seg.png"]))
+def test_image_suffix_of_a_tar_is_an_image(tmp_path, suffix):
+    (tmp_path / "x.tar").write_bytes(tar_bytes({f"1.{suffix}": b"content", "1.txt": b"a cat"}))
+    sample = parse_sample(open_source(tmp_path / "x.tar").read(0)[0])
+    assert sample.images == [b"content"]
+    assert sample.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "a cat"}]
+
+
+@pytest.mark.parametrize("file_format", ["AVIF", "JPEG2000", "WEBP"])
+def test_image_of_a_tar_is_read_or_its_row_is_a_counted_skip(tmp_path, solo, file_format):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "image", file_format)
+    suffix = {"AVIF": "avif", "JPEG2000": "jp2", "WEBP": "webp"}[file_format]
+    data = (tmp_path / "image").read_bytes()
+    members = {f"1.{suffix}": data, "1.txt": b"red", f"2.{suffix}": data[:40], "2.txt": b"red"}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    rows = open_source(tmp_path / "x.tar").read(0)
+    assert len(encode(parse_sample(rows[0]), solo.processor).patches) == 4
+    with pytest.raises(SampleError, match="image: ") as error:
+        encode(parse_sample(rows[1]), solo.processor)
+    assert error.value.reason == "image"
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"1.npy": b"\x93NUMPY\xff", "1.txt": b"a cat"}, "image"),
+        ({"1.txt": b"\xef\xbb\xbf\r\n"}, "no-caption"),
+        ({"1.png": b"x", "1.txt": b""}, "no-caption"),
+        ({"1.png": b"x", "1.txt": b"\xff\xfea\0"}, "no-caption"),
+        ({"1.png": b"x", "1.json": b"[]"}, "json"),
+        ({"1.png": b"x", "1.json": b'"messages"'}, "json"),
+        ({"1.png": b"x", "1.json": b"[" * 100_000}, "json"),
+        ({"1.json": b'{"caption": "a cat", "url": "https://x/1.jpg"}'}, "image-column"),
+        ({"1.png": b"", "1.txt": b"a cat"}, "schema"),
+    ],
+)
+def test_caption_never_comes_without_its_image(tmp_path, members, reason):
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    with pytest.raises(SampleError) as error:
+        parse_sample(open_source(tmp_path / "x.tar").read(0)[0])
+    assert error.value.reason == reason
+
+
+def test_two_members_of_one_name_are_refused(tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in (("1.png", b"a"), ("1.txt", b"cat"), ("1.png", b"b"), ("1.txt", b"dog")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (tmp_path / "x.tar").write_bytes(buffer.getvalue())
+    with pytest.raises(SampleError, match="duplicate"):
+        open_source(tmp_path / "x.tar").read(0)[0]
+
+
+@pytest.mark.parametrize("caption", [b"\xef\xbb\xbfa cat\r\n", b"a cat\n", b"\xef\xbb\xbfa cat"])
+def test_bom_and_line_ends_are_no_part_of_a_caption(tmp_path, caption):
+    (tmp_path / "x.tar").write_bytes(tar_bytes({"1.png": b"x", "1.txt": caption}))
+    sample = parse_sample(open_source(tmp_path / "x.tar").read(0)[0])
+    assert sample.messages[0]["content"][1]["text"] == "a cat"
+
+
+def test_member_images_outrank_names_in_the_json_of_a_tar(tmp_path):
+    chat = {
+        "messages": [{"role": "user", "content": "<image>\nWhat?"}],
+        "image": "1.png",
+        "images": ["1.png"],
+    }
+    (tmp_path / "x.tar").write_bytes(tar_bytes({"1.png": b"x", "1.json": json.dumps(chat).encode()}))
+    assert parse_sample(open_source(tmp_path / "x.tar").read(0)[0]).images == [b"x"]
+
+
+@pytest.mark.parametrize("depth", [300, 3_000, 100_000])
+@pytest.mark.parametrize("column", ["messages", "images", "image", "meta"])
+def test_deep_json_costs_at_most_its_row(tmp_path, depth, column):
+    turns = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+    deep = f'{turns[:-1]}, "{column}": {"[" * depth}{"]" * depth}}}'
+    (tmp_path / "x.jsonl").write_text(f"{turns}\n{deep}\n{turns}\n")
+    rows = open_source(tmp_path / "x.jsonl").read(0)
+    assert [len(parse_sample(rows[row]).messages) for row in (0, 2)] == [1, 1]
+    try:
+        parse_sample(rows[1])
+    except SampleError as error:
+        assert error.reason in ("json", "schema")
+    else:
+        assert column == "meta"
+
+
+def test_release_rows_keep_their_image(tmp_path):
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "a cat"}]
+    lines = [{"id": 1, "conversations": turns, "image": "a.png"}, {**turns[1], "image": "a.png"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = open_source(tmp_path / "x.jsonl").read(0)
+    assert [parse_sample(rows[i]).images for i in range(2)] == [[f"{tmp_path}/a.png"]] * 2
+
+
+def test_value_that_is_no_text_costs_one_row_of_a_parquet_file(tmp_path):
+    good, bad = (pa.array([text], pa.binary()).view(pa.string()) for text in (b"hello", b"\xff"))
+    contents = pa.concat_arrays([good, bad])
+    messages = pa.ListArray.from_arrays(
+        pa.array([0, 1, 2], pa.int32()),
+        pa.StructArray.from_arrays([pa.array(["user", "user"]), contents], ["role", "content"]),
+    )
+    table = pa.table(
+        {
+            "messages": messages,
+            "id": pa.concat_arrays([bad, bad]),
+            "date": pa.array([10**9] * 2, pa.date32()),  # beyond Python's
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet")
+    rows = open_source(tmp_path / "x.parquet").read(0)
+    assert parse_sample(rows[0]).messages[0]["content"][0]["text"] == "hello"
+    with pytest.raises(SampleError, match="column messages cannot be read"):
+        rows[1]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".jsonl.lz4", ".tar"])

@@ -53,3 +53,23 @@ def test_a_cut_file_is_found(made, run_data, tmp_path):
     code, out, _ = run_data("verify", made.file, f"data.sources=[{{path: {tmp_path}/x.parquet}}]", "--json")
     assert code == 1
     assert json.loads(out)["sources"][0]["rejected"]["broken-shard"] >= 1
+
+
+def test_bad_text_and_deep_nesting_cost_their_rows_and_are_reported(made, run_data, tmp_path):
+    good = json.dumps({"id": float("nan"), "messages": [{"role": "assistant", "content": "red"}]})
+    surrogate = json.dumps({"messages": [{"role": "assistant", "content": "cut \ud83d"}]})
+    missing = json.dumps({"messages": [{"role": "assistant", "content": "red"}], "image": "\udce9.png"})
+    deep = '{"messages": ' + "[" * 3000 + "]" * 3000 + "}"
+    (tmp_path / "x.jsonl").write_text("\n".join([good, surrogate, deep, missing, good]))
+    report = tmp_path / "report.jsonl"
+    source = f"data.sources=[{{path: {tmp_path}/x.jsonl}}]"
+    for options in (["--json"], []):
+        code, out, error = run_data("verify", made.file, source, "--report", report, *options)
+        assert (code, error) == (1, "")
+        if options:
+            facts = json.loads(out)
+            assert facts["sources"][0]["samples"] == 2
+            assert facts["sources"][0]["rejected"].keys() == {"schema", "json", "image"}
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [line["where"].rpartition(", ")[2] for line in lines] == ["row 1", "row 2", "row 3"]
+    assert "\\ud83d" in lines[0]["error"]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from typing import Any
 
 from rich.console import Console
 
+from solo_vlm.lines_file import json_line
+
 STDERR = Console(stderr=True)
 STDOUT = Console(soft_wrap=True)  # a path that wraps cannot be copied
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout, and nothing else."""
-    print(json.dumps(value, ensure_ascii=False))
+    """One JSON object on stdout, and nothing else. What a file name has that is no Unicode is escaped."""
+    print(json_line(value).decode(), end="")
 
 
 def quiet_libraries() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +36,7 @@ def chat(
 ) -> None:
     """Talk with a model about images."""
     quiet_libraries()
+    _accept_any_bytes()
     from solo_vlm.generate import Answerer, PrefixCache
     from solo_vlm.generate.conversation import Conversation
 
@@ -56,6 +59,13 @@ def chat(
             STDOUT.print(str(error), style="red", markup=False, highlight=False)
         except KeyboardInterrupt:
             STDOUT.print("\nstopped; the question is forgotten", style="dim")
+
+
+def _accept_any_bytes() -> None:
+    """Let bytes that are no text reach the code that refuses them, rather than end the program."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _take(conversation: Conversation, line: str, options: dict[str, Any]) -> None:
@@ -81,6 +91,9 @@ def _take(conversation: Conversation, line: str, options: dict[str, Any]) -> Non
 
 
 def _answer(conversation: Conversation, message: str, options: dict[str, Any]) -> None:
+    from solo_vlm.generate import check_prompt
+
+    check_prompt(message)  # before the answer is announced
     with _interrupts() as interrupted:
         STDOUT.print("[bold]solo[/bold]: ", end="")
         reply = conversation.ask(
@@ -122,6 +135,6 @@ def _sources(text: str) -> list[str]:
 
 
 def _path(text: str, command: str) -> Path:
-    if not text.strip():
+    if not text.strip() or "\0" in text:
         raise SoloError(f"say where: {command} FILE")
     return Path(text.strip()).expanduser()

@@ -37,8 +37,9 @@ def generate(
     goes on where it stood.
     """
     quiet_libraries()
-    from solo_vlm.generate import Answerer, open_images
+    from solo_vlm.generate import Answerer, check_prompt, open_images
 
+    check_prompt(prompt)
     if images is None:
         if out is not None:
             raise SoloError("--out goes with --images FOLDER")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from solo_vlm.data.schema import ImageSource, Sample, SampleError
-from solo_vlm.data.sources.files import retried
+from solo_vlm.data.image_values import ImageSource
+from solo_vlm.data.schema import Sample, SampleError
+from solo_vlm.data.sources.files import read_url, retried
 from solo_vlm.errors import SoloError
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from solo_vlm.model.processing_solo import SoloProcessor
 
 IGNORE_INDEX = -100
+
+_FSSPEC_URL = re.compile(r"(?!(https?|file):)[a-z][a-z0-9+.-]*://", re.IGNORECASE)  # others are load_image's
 
 _MAX_ASPECT_RATIO = 200  # as in Qwen2-VL: nothing can be recognised in what remains of such an image
 
@@ -94,12 +98,20 @@ def _encode_images(sample: Sample, processor: SoloProcessor) -> tuple[NDArray[np
 def _encode_image(image: ImageSource, processor: SoloProcessor) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     from solo_vlm.model.image_loading_solo import ImageFetchError, ImageMissingError
 
+    source = _fetch(image) if isinstance(image, str) and _FSSPEC_URL.match(image) else image
     try:
-        return processor.image_processor.encode(image, _MAX_ASPECT_RATIO)
+        return processor.image_processor.encode(source, _MAX_ASPECT_RATIO)
     except ValueError as error:  # an ImageError, usually
         if isinstance(error, ImageFetchError) and not isinstance(error, ImageMissingError):
             raise OSError(errno.EIO, str(error)) from error
         raise SampleError("image", str(error)) from error
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        return read_url(url)
+    except (FileNotFoundError, IsADirectoryError, ValueError, ImportError) as error:
+        raise SampleError("image", f"{url}: {error}") from error
 
 
 def _patch_dim(processor: SoloProcessor) -> int:

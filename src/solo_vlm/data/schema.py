@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-ImageSource = bytes | str
+from solo_vlm.data.image_values import (
+    PART_KEYS,
+    ImageSource,
+    data_url,
+    image_source,
+    image_sources,
+    looks_like_image,
+)
+from solo_vlm.data.text_values import check_text, printable, sample_id
+
+IMAGE_PLACEHOLDER = "<image>"
+
+Part = str | tuple[ImageSource | None]  # a text; an image, with its source or waiting for one
+_WAITING: Part = (None,)
 
 
 class SampleError(ValueError):
     """A sample that cannot be used. `reason` is a short, countable name; the message has the details."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(f"{reason}: {printable(detail)}")
         self.reason = reason
 
 
@@ -25,7 +47,8 @@ class Sample:
     Attributes:
         messages: `{"role": ..., "content": [{"type": "text", "text": ...} | {"type": "image"}, ...]}`. Only
             assistant turns: a document (pre-training). With user turns: a conversation.
-        images: encoded bytes, or a path, http(s) URL or data URL; in order of the image parts.
+        images: encoded bytes, or a path or a URL (http(s), data, file, or one for fsspec); in order of the
+            image parts.
         id: the data set's name for the sample, where it has one.
     """
 
@@ -34,27 +57,48 @@ class Sample:
     id: str | None = None
 
 
+_Text = Annotated[str, AfterValidator(check_text)]
+_Image = Annotated[Any, BeforeValidator(image_source)]
+_Images = Annotated[Any, BeforeValidator(image_sources)]
+
+
 class _TextPart(BaseModel):
     type: Literal["text"]
-    text: str
+    text: _Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_image(cls, part: dict[str, Any]) -> dict[str, Any]:
+        for key in part.keys() & PART_KEYS:
+            if image_source(part[key]) is not None:
+                raise ValueError(f"a text part has an image in {key}: give the image a part of its own")
+        return part
 
 
 class _ImagePart(BaseModel):
-    model_config = ConfigDict(extra="ignore")
     type: Literal["image", "image_url"]
-    image: bytes | str | None = None
-    path: str | None = None
-    url: str | None = None
-    base64: str | None = None
-    image_url: str | dict[str, Any] | None = None
+    image: _Image = None
+    path: _Image = None
+    url: _Image = None
+    base64: Annotated[Any, BeforeValidator(lambda value: image_source(data_url(value)))] = None
+    image_url: _Image = None
 
     def source(self) -> ImageSource | None:
         """The image that the part itself carries, if it does."""
-        url = self.image_url["url"] if isinstance(self.image_url, dict) else self.image_url
-        return self.image or self.path or self.url or self.base64 or url
+        return next((source for key in PART_KEYS if (source := getattr(self, key)) is not None), None)
 
 
-class _Message(BaseModel):
+class _ImageHolder(BaseModel):
+    image: _Images = ()  # pydantic copies a list for every row
+    images: _Images = ()
+
+    def own_images(self) -> Sequence[ImageSource]:
+        if self.images and any(image not in self.images for image in self.image):
+            raise SampleError("image-count", "image and images differ: fill one of them")
+        return self.images or self.image
+
+
+class _Message(_ImageHolder):
     role: Literal["system", "user", "assistant"]
     content: list[Annotated[_TextPart | _ImagePart, Field(discriminator="type")]]
 
@@ -63,27 +107,29 @@ class _Message(BaseModel):
     def _string_is_one_text_part(cls, content: Any) -> Any:
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
+    def parts(self) -> list[Part]:
+        """The content, with the message's own images in their places."""
+        parts: list[Part] = [
+            part.text if isinstance(part, _TextPart) else (part.source(),) for part in self.content
+        ]
+        images = self.own_images()
+        return _place([parts], images, before=0)[0] if images else parts
 
-class _StoredImage(BaseModel):
-    data: bytes | None = Field(None, alias="bytes")
-    path: str | None = None
 
-
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-    id: str | int | None = None
+class _Row(_ImageHolder):
     messages: list[_Message] = Field(min_length=1)
-    images: list[_StoredImage | bytes | str] | None = None
 
 
 def parse_sample(row: dict[str, Any]) -> Sample:
     """Validate one row and bring it into the form of `Sample`.
 
     A row has `messages` in OpenAI's style. An image part carries its image (`image`, `path`, `url`, `base64`
-    or `image_url`), or takes the next one of the row's `images` (bytes, strings or `{"bytes", "path"}`).
+    or `image_url`), or takes the next one of the row's `images` or `image`. Where no message has image parts,
+    the images stand where the texts have `<image>`; where they do not, `image` comes before the first text of
+    the user, or of a document. A message may have `image` or `images` of its own.
 
     Raises:
-        SampleError: with the field at fault; `reason` is "schema" or "image-count".
+        SampleError: with the field at fault; `reason` is "schema", "image-count" or "image-column".
     """
     try:
         parsed = _Row.model_validate(row)
@@ -91,24 +137,84 @@ def parse_sample(row: dict[str, Any]) -> Sample:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(step) for step in first["loc"])
         raise SampleError("schema", f"field {field}: {first['msg']}") from error
-    stored = iter([_stored_source(image) for image in parsed.images or []])
-    messages, images = [], []
-    for message in parsed.messages:
-        parts: list[dict[str, str]] = []
-        for part in message.content:
-            if isinstance(part, _TextPart):
-                parts.append({"type": "text", "text": part.text})
-                continue
-            source = part.source() or next(stored, None)
-            if source is None:
-                raise SampleError("image-count", "more image parts than images")
-            parts.append({"type": "image"})
-            images.append(source)
-        messages.append({"role": message.role, "content": parts})
-    if next(stored, None) is not None:
-        raise SampleError("image-count", "more images than image parts")
-    return Sample(messages, images, None if parsed.id is None else str(parsed.id))
+    roles = [message.role for message in parsed.messages]
+    first_text = roles.index("user") if "user" in roles else 0
+    contents = _place(
+        [message.parts() for message in parsed.messages],
+        parsed.own_images(),
+        before=None if parsed.images else first_text,
+    )
+    images = [part[0] for content in contents for part in content if isinstance(part, tuple)]
+    if not images:
+        _check_for_lost_image(row, parsed)
+    messages = [
+        {"role": role, "content": [_plain(part) for part in content]}
+        for role, content in zip(roles, contents, strict=True)
+    ]
+    return Sample(messages, [image for image in images if image is not None], sample_id(row.get("id")))
 
 
-def _stored_source(image: _StoredImage | bytes | str) -> ImageSource | None:
-    return (image.data or image.path) if isinstance(image, _StoredImage) else image
+def _plain(part: Part) -> dict[str, str]:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+
+
+def _place(contents: list[list[Part]], images: Sequence[ImageSource], before: int | None) -> list[list[Part]]:
+    """Give images to the parts that wait for one, to the marks in texts, or to the beginning of a message.
+
+    Args:
+        contents: parts of messages.
+        images: as many as there are places.
+        before: number of the message that images without a place come before; None: they need a place.
+    """
+    parts = [part for content in contents for part in content]
+    waiting = parts.count(_WAITING)
+    marks = sum(part.count(IMAGE_PLACEHOLDER) for part in parts if isinstance(part, str))
+    if images and all(isinstance(part, str) for part in parts):
+        if marks == len(images):
+            contents = [[piece for part in content for piece in _split(part)] for content in contents]
+            waiting = marks
+        elif marks:
+            raise SampleError("image-count", f"{marks} times {IMAGE_PLACEHOLDER} for {len(images)} images")
+        elif before is not None:
+            contents = list(contents)
+            contents[before] = [_WAITING] * len(images) + contents[before]
+            waiting = len(images)
+    if waiting != len(images):
+        more, less = ("image parts", "images") if waiting > len(images) else ("images", "image parts")
+        raise SampleError("image-count", f"more {more} than {less}")
+    sources = iter(images)
+    return [[(next(sources),) if part == _WAITING else part for part in content] for content in contents]
+
+
+def _split(part: Part) -> list[Part]:
+    """The text before, between and after the marks, without blanks around it; an image that waits at each."""
+    if not isinstance(part, str) or IMAGE_PLACEHOLDER not in part:
+        return [part]
+    pieces: list[Part] = []
+    for text in part.split(IMAGE_PLACEHOLDER):
+        pieces += [_WAITING, text.strip()]
+    return [piece for piece in pieces[1:] if piece]
+
+
+def _check_for_lost_image(row: dict[str, Any], parsed: _Row) -> None:
+    """Refuse to take a row for text alone whose image is empty, or in a column that is not read."""
+    asked = [
+        part.text
+        for message in parsed.messages
+        for part in message.content
+        if message.role == "user" and isinstance(part, _TextPart)
+    ]
+    if "image" in row and any(IMAGE_PLACEHOLDER in text for text in asked):
+        raise SampleError("image-count", f"{IMAGE_PLACEHOLDER} in the text, but the row's image is empty")
+    columns = [(name, value) for name, value in row.items() if name not in ("id", *_Row.model_fields)]
+    for number, message in enumerate(row["messages"]):
+        columns += [
+            (f"messages.{number}.{name}", value)
+            for name, value in message.items()
+            if name not in _Message.model_fields
+        ]
+    for name, value in columns:
+        if looks_like_image(value):
+            raise SampleError(
+                "image-column", f"{name} looks like an image; call it image or images to use it"
+            )

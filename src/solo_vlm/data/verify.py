@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from solo_vlm.data.catalog.report import Report
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.reading import OnProgress, RowReader, UnitProgress
 from solo_vlm.files import new_file
+from solo_vlm.lines_file import json_line
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,15 @@ def verify_mixture(
 
 
 @contextmanager
-def _opened(file: Path | None) -> Iterator[TextIO | None]:
+def _opened(file: Path | None) -> Iterator[BinaryIO | None]:
     if file is None:
         yield None
         return
-    with new_file(file) as partial, partial.open("w") as lines:
+    with new_file(file) as partial, partial.open("wb") as lines:
         yield lines
 
 
-def _verify(path: str, reader: RowReader, lines: TextIO | None) -> Report:
+def _verify(path: str, reader: RowReader, lines: BinaryIO | None) -> Report:
     report = Report()
     for row in reader.read_all():
         if row.error is None:
@@ -97,5 +97,5 @@ def _verify(path: str, reader: RowReader, lines: TextIO | None) -> Report:
         report.reject(row.where, row.error)
         if lines is not None:
             line = {"source": path, "where": row.where, "reason": row.error.reason, "error": str(row.error)}
-            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+            lines.write(json_line(line))
     return report

@@ -7,13 +7,31 @@ from typing import Any
 
 from PIL import Image
 
+from solo_vlm.data.text_values import check_text
 from solo_vlm.errors import SoloError
 from solo_vlm.model.image_loading_solo import ImageError, load_image
 from solo_vlm.model.processing_solo import Message
 
 
+def check_prompt(prompt: str) -> None:
+    """Make sure that a tokenizer can read a prompt, before long work begins.
+
+    Raises:
+        SoloError: it cannot.
+    """
+    try:
+        check_text(prompt)
+    except ValueError as error:
+        raise SoloError(f"the prompt cannot be used: {error}") from error
+
+
 def user_turn(prompt: str, images: Sequence[Image.Image]) -> Message:
-    """A user's turn: images first, then the prompt."""
+    """A user's turn: images first, then the prompt.
+
+    Raises:
+        SoloError: see `check_prompt`.
+    """
+    check_prompt(prompt)
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
 

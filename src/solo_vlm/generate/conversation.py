@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from solo_vlm.data.image_values import locate_images
 from solo_vlm.data.schema import SampleError, parse_sample
+from solo_vlm.data.text_values import load_json
 from solo_vlm.errors import SoloError
 from solo_vlm.files import new_file
 from solo_vlm.generate.answerer import Answerer, Reply
 from solo_vlm.generate.chats import open_images, user_turn
+from solo_vlm.lines_file import json_line
 from solo_vlm.model.processing_solo import Message
 
 
@@ -67,7 +69,7 @@ class Conversation:
         plain = [{**turn, "content": _without_pixels(turn["content"])} for turn in self.turns]
         try:
             with new_file(path) as partial:
-                partial.write_text(json.dumps({"messages": plain}, ensure_ascii=False) + "\n")
+                partial.write_bytes(json_line({"messages": plain}))
         except OSError as error:
             raise SoloError(f"cannot write {path}: {error.strerror}") from error
 
@@ -78,7 +80,8 @@ class Conversation:
             SoloError: there is none in the file, or an image is no longer where it was.
         """
         try:
-            sample = parse_sample(json.loads(path.read_text()))
+            row = load_json(path.read_bytes())
+            sample = parse_sample(locate_images(row, str(path.parent.absolute())))
         except OSError as error:
             raise SoloError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, TypeError, SampleError) as error:
@@ -97,9 +100,15 @@ class Conversation:
 def _image_parts(sources: Sequence[str]) -> list[dict[str, Any]]:
     images = open_images(sources)
     return [
-        {"type": "image", "image": image, "path": source}
+        {"type": "image", "image": image, "path": _absolute(source)}
         for source, image in zip(sources, images, strict=True)
     ]
+
+
+def _absolute(source: str) -> str:
+    """A path as one that a file in any folder can hold."""
+    is_url = "://" in source or source.lower().startswith(("data:", "file:"))
+    return source if is_url else str(Path(source).absolute())
 
 
 def _without_pixels(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from solo_vlm.data.text_values import natural_key
 from solo_vlm.errors import SoloError
 from solo_vlm.files import new_file
 from solo_vlm.generate.answerer import Answerer
 from solo_vlm.generate.batches import ModelEngine, Question
 from solo_vlm.generate.chats import user_turn
 from solo_vlm.lines_file import LinesFile, json_line
-from solo_vlm.model.image_loading_solo import ImageError, load_image
+from solo_vlm.model.image_loading_solo import ImageError, image_suffixes, load_image
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,7 @@ def find_images(folder: Path) -> list[str]:
     Raises:
         SoloError: there is none.
     """
-    Image.init()
-    endings = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    endings = image_suffixes()
     names = [
         path.relative_to(folder)
         for path in folder.rglob("*")
@@ -123,7 +120,7 @@ def find_images(folder: Path) -> list[str]:
     shown = [name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)]
     if not shown:
         raise SoloError(f"there are no images in {folder}")
-    return sorted(shown, key=_natural)
+    return sorted(shown, key=natural_key)
 
 
 def _check_same(request: dict[str, Any], records: dict[Any, dict[str, Any]], out: Path) -> None:
@@ -134,9 +131,3 @@ def _check_same(request: dict[str, Any], records: dict[Any, dict[str, Any]], out
                     f"{out} holds answers of another request ({name} {record.get(name)!r}, now {value!r}): "
                     "choose another name or remove it"
                 )
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """A key that compares digits as numbers."""
-    pieces = re.split(r"(\d+)", name.lower())
-    return [(piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece) for piece in pieces]

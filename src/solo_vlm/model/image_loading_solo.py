@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import time
+from functools import lru_cache
 from http.client import InvalidURL
 from io import BytesIO
 from pathlib import Path
@@ -30,7 +31,7 @@ from urllib.request import (
 )
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 try:
     import simplejpeg
@@ -57,8 +58,18 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
 _ORIENTATION_TAG = 0x0112
 _JPEG_START, _JPEG_SCAN = b"\xff\xd8\xff", b"\xff\xda"
 _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xef\xfe]")
-_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/", b"MPF\0")
-"""How segments of a JPEG begin in which Pillow finds an orientation, or that there are several images."""
+_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/", b"MPF\0", b"ICC_PROFILE\0")
+"""How segments of a JPEG begin that may hold an orientation, several images or a colour profile."""
+
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 339
+_WHITE_IS_ZERO, _SIGNED = 0, 2  # a photometric interpretation, a sample format
+_PNG_GREY_STEP = {"L;2": 85, "L;4": 17}
+"""Raw mode of a PNG of 2 or 4 bits -> by how much Pillow multiplies its samples, but not its tRNS."""
+
+_SRGB_TOLERANCE = 2
+"""Levels of 255 by which a colour profile may differ from sRGB and still be taken for it."""
+
+_OTHER_SUFFIXES = {".heic", ".heif", ".hif", ".jxl", ".svg"}
 
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 _NO_SUCH_PAGE = (404, 410)
@@ -69,7 +80,8 @@ _NOT_PIXELS = (  # how files that are often mistaken for images begin -> what to
     (rb"%pdf", "PDF is a document, not an image; render its pages first"),
     (rb"version https://git-lfs", "this is a Git LFS pointer; fetch the real file with `git lfs pull`"),
     (rb"(?s)....ftyp(hei|hev|mif)", "HEIF needs a plug-in: install pillow-heif and register its opener"),
-    (rb"(?s)\xff\xd8|\x89png|gif8|riff....webp|bm|ii\*\0|mm\0\*", "truncated or damaged"),
+    (rb"ii\*\0|mm\0\*", "a damaged TIFF, or one of a pixel format that Pillow cannot read"),
+    (rb"(?s)\xff\xd8|\x89png|gif8|riff....webp|bm", "truncated or damaged"),
 )
 
 
@@ -83,6 +95,13 @@ class ImageFetchError(ImageError, OSError):
 
 class ImageMissingError(ImageFetchError):
     """There is no such file or page, and a retry gives the same answer: a missing file, HTTP 404 and 410."""
+
+
+def image_suffixes() -> frozenset[str]:
+    """Endings of image files, such as ".png": what Pillow opens, and what it opens with plug-ins only."""
+    Image.init()
+    opened = {ending for ending, file_format in Image.EXTENSION.items() if file_format in Image.OPEN}
+    return frozenset(opened | _OTHER_SUFFIXES)
 
 
 def load_image(
@@ -100,8 +119,8 @@ def load_image(
 
     Sources:
       - `PIL.Image.Image` of any mode (returned as is when it is already RGB and upright);
-      - a local path (`str` or `os.PathLike`), an `http(s)://` URL, a `data:` URL, bare base64, or the bytes
-        of an image file. Of several frames the first is taken;
+      - a local path (`str` or `os.PathLike`), a `file://`, `http(s)://` or `data:` URL, bare base64, or the
+        bytes of an image file. Of several frames the first is taken;
       - a NumPy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1 (grey), 2 (grey + alpha),
         3 (RGB) or 4 (RGBA) channels. A shape that fits both orders, such as (3, 8, 3), is channels first.
 
@@ -113,7 +132,10 @@ def load_image(
       - floats (arrays and mode `F`): 0..1 becomes 0..255; if any value exceeds 1, they must lie in 0..255.
 
     Transparency (alpha channel, palette or tRNS chunk) is laid on white. EXIF orientation is applied;
-    unreadable EXIF is ignored. CMYK and YCbCr are converted by Pillow, without colour management.
+    unreadable EXIF is ignored. An embedded ICC profile other than sRGB is converted to sRGB (LittleCMS,
+    relative colorimetric with black point compensation); one that is broken, or of another colour space than
+    the pixels, is ignored, and so are PNG's gAMA and cHRM chunks. CMYK without a profile is converted by
+    Pillow's formula. TIFFs of signed samples have no agreed black and white and are refused.
 
     Args:
         source: where the image is, see above.
@@ -200,7 +222,7 @@ def _from_text(
     timeout: float,
     max_bytes: int,
 ) -> Image.Image | np.ndarray:
-    """Load from a URL, data URL, path or bare base64, told apart in this order."""
+    """Load from a URL, data URL, file URL, path or bare base64, told apart in this order."""
     scheme = text[:8].lower()
     if scheme.startswith(("http://", "https://")):
         name = name or _shorten(text)
@@ -217,6 +239,11 @@ def _from_text(
         if data is None:
             raise ImageError(f"{name}: invalid base64")
         return _decode(BytesIO(data), name, max_pixels)
+    if scheme.startswith("file:"):
+        name = name or _shorten(text)
+        if not allow_paths:
+            raise ImageError(f"{name}: no file may be read here")
+        return _from_file(_path_of_file_url(text, name), name, max_pixels)
     if allow_paths and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a long base64 text
         return _from_file(text, name, max_pixels)
     # The smallest images take about 30 bytes: a shorter text is a mistyped path.
@@ -226,6 +253,15 @@ def _from_text(
     if not allow_paths:
         raise ImageError(f"{name or _shorten(text)}: neither a URL nor base64, and no file may be read here")
     return _from_file(text, name, max_pixels)  # says why it cannot be read
+
+
+def _path_of_file_url(url: str, name: str) -> str:
+    match = re.match(r"file:(//(localhost)?)?(/[^/].*)", url, re.IGNORECASE | re.DOTALL)
+    if match is None:
+        raise ImageMissingError(f"{name}: a file URL has an absolute path, as file:///folder/image.png")
+    path = match[3]
+    # Many write a path behind file:// as it is, unquoted.
+    return path if os.path.isfile(path) else os.fsdecode(unquote_to_bytes(path))  # noqa: PTH113
 
 
 def _from_file(path: str, name: str | None, max_pixels: int) -> Image.Image | np.ndarray:
@@ -281,14 +317,14 @@ def _decode_plain_jpeg(file: BinaryIO, max_pixels: int) -> np.ndarray | None:
 
 
 def _is_plain(data: bytes) -> bool:
-    """Whether a JPEG is one image and upright. Without metadata it is: their absence is found far faster."""
+    """Whether a JPEG is one image, upright and sRGB. It is without metadata, whose absence is found fast."""
     if not _has_metadata(data):
         return True
     try:
         image = Image.open(BytesIO(data))
     except Exception:  # `_decode` opens it again, and says what is wrong
         return False
-    return image.format == "JPEG" and _orientation(image) == 1
+    return image.format == "JPEG" and _orientation(image) == 1 and _to_srgb(image) is None
 
 
 def _has_metadata(data: bytes) -> bool:
@@ -316,9 +352,11 @@ def _check(image: Image.Image, name: str, max_pixels: int) -> None:
 def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
     """Decode if that is still to be done, convert to RGB, turn upright."""
     try:
+        _prepare_tiff(image, name)
+        alpha = _prepare_png(image)
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
-        rgb = _to_rgb(image, name)
+        rgb = _to_rgb(image, name, alpha)
         if turn is not None:
             rgb = rgb.transpose(turn)
             rgb.info = {}  # its EXIF is out of date now: loading the result again must not turn it again
@@ -336,18 +374,104 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    mode = image.mode
-    if mode == "I" or mode.startswith("I;16"):
-        grey = _to_bytes(np.asarray(image), name, full_range=65535)
-        return Image.fromarray(grey).convert("RGB")
-    if mode == "F":
-        return Image.fromarray(_to_bytes(np.asarray(image), name)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = (image.convert("LA") if mode == "La" else image).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image if mode == "RGB" else image.convert("RGB")
+def _prepare_tiff(image: Image.Image, name: str) -> None:
+    """Refuse signed samples; let Pillow read planes of 16 bits a sample, which it takes for bytes."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is None or not isinstance(image, ImageFile.ImageFile):
+        return
+    bits = tags.get(_TIFF_BITS, (1,))[0]
+    if tags.get(_TIFF_SAMPLE_FORMAT, (1,))[0] == _SIGNED and bits < 32:
+        raise ImageError(f"{name}: signed samples have no agreed black and white; save it as unsigned")
+    if tags.get(_TIFF_PLANAR) == 2 and bits == 16:
+        ending = ";16L" if tags.prefix == b"II" else ";16B"
+        tiles: Any = image.tile
+        image.tile = [
+            tile._replace(args=(tile.args[0] + ending, *tile.args[1:])) if tile.codec_name == "raw" else tile
+            for tile in tiles
+        ]
+
+
+def _prepare_png(image: Image.Image) -> Image.Image | None:
+    """Correct Pillow's idea of the transparent colour of a PNG that is not decoded yet.
+
+    Returns:
+        The alpha channel, where 8 bits per sample do not tell which pixels have that colour.
+    """
+    key = image.info.get("transparency")
+    if image.format != "PNG" or not isinstance(image, ImageFile.ImageFile) or not image.tile or key is None:
+        return None
+    raw_mode = image.tile[0].args
+    if raw_mode in _PNG_GREY_STEP:
+        image.info["transparency"] = key * _PNG_GREY_STEP[raw_mode]
+    if raw_mode != "RGB;16B":
+        return None
+    file: Any = image.fp
+    low = Image.open(file)
+    low.tile = [low.tile[0]._replace(args="RGB;16L")]  # decodes the other byte of each sample
+    samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)  # (height, width, 3)
+    return Image.fromarray((samples != key).any(axis=2) * np.uint8(255))
+
+
+def _to_rgb(image: Image.Image, name: str, alpha: Image.Image | None = None) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image, alpha = _to_8_bit_grey(image, name)
+    elif alpha is None and image.has_transparency_data:
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        alpha = rgba.getchannel("A")
+        image = rgba.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
+    if (to_srgb := _to_srgb(image)) is not None:
+        rgb = to_srgb.apply(image.convert(_color_space(image)))
+    else:
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
+
+
+def _to_8_bit_grey(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
+    """Deeper grey as mode L, and its alpha channel where one value is transparent."""
+    tags = getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    packed_12_bit = tags.get(_TIFF_BITS) == (12,)
+    levels = _to_bytes(values, name, full_range=4095 if packed_12_bit else 65535)
+    grey = Image.fromarray(255 - levels if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO else levels)
+    if "icc_profile" in image.info:
+        grey.info["icc_profile"] = image.info["icc_profile"]
+    key = image.info.get("transparency")
+    return grey, None if key is None else Image.fromarray((values != key) * np.uint8(255))
+
+
+def _color_space(image: Image.Image) -> str:
+    """The mode in which a profile describes an opaque image."""
+    return {"1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+
+
+def _to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """What converts an image from its embedded profile; None: it is sRGB, as far as anyone can tell."""
+    profile = image.info.get("icc_profile")
+    if not isinstance(profile, bytes) or image.mode == "LAB":  # LAB needs no profile to be converted
+        return None
+    return _transform_to_srgb(profile, _color_space(image))
+
+
+@lru_cache(maxsize=16)  # most images of a data set share a few profiles
+def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    try:
+        transform = ImageCms.buildTransform(
+            BytesIO(profile),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except ImageCms.PyCMSError:  # good pixels with a broken profile are common
+        return None
+    if mode == "CMYK":
+        return transform
+    steps = np.linspace(0, 255, 9).astype(np.uint8)
+    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)  # (1, colours, 3)
+    colors = Image.fromarray(grid).convert(mode)
+    before, after = (np.asarray(c).astype(int) for c in (colors.convert("RGB"), transform.apply(colors)))
+    return transform if abs(after - before).max() > _SRGB_TOLERANCE else None
 
 
 def _from_array(array: np.ndarray, name: str, order: ChannelOrder | None) -> Image.Image:
@@ -388,15 +512,13 @@ def _to_bytes(values: np.ndarray, name: str, full_range: int | None = None) -> n
         return np.rint(values * 255 if high <= 1 else values).astype(np.uint8)
     if values.dtype.kind not in "iu":
         raise ImageError(f"{name}: pixels cannot be of type {values.dtype}")
-    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
-        full_range = 65535
-    limit = full_range or 255
+    limit = full_range or (65535 if values.dtype.newbyteorder("=") == np.uint16 else 255)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > limit:
         raise ImageError(f"{name}: {values.dtype} pixels must lie in 0..{limit}, these span {low}..{high}")
     if limit == 255:
         return values.astype(np.uint8)
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # round(value * 255 / 65535)
+    return ((values.astype(np.uint32) * 255 + limit // 2) // limit).astype(np.uint8)  # rounded
 
 
 def _decode_base64(data: bytes) -> bytes | None:
@@ -475,5 +597,5 @@ def _damaged(error: Exception, name: str) -> ImageError:
 
 
 def _shorten(text: str, limit: int = 200) -> str:
-    text = text.replace("\n", " ")
+    text = text.replace("\n", " ").encode(errors="backslashreplace").decode()
     return text if len(text) <= limit else f"{text[: limit - 20]}...{text[-17:]}"

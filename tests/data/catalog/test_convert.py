@@ -141,7 +141,10 @@ def test_a_truncated_file_keeps_what_it_has(tmp_path, kind, raw):
     name, file = files[kind]
     path = raw / file
     if kind == "tar":
-        write_tar(path, {f"{n}.{end}": JPEG * 100 for n in range(50) for end in ("jpg", "txt")})
+        write_tar(
+            path,
+            {f"{n}.{end}": data for n in range(50) for end, data in (("jpg", JPEG * 100), ("txt", b"x"))},
+        )
     elif kind == "zst":
         path.write_bytes(compress(lines(SLIMPAJAMA), "zstd"))
     elif kind == "parquet":
@@ -181,6 +184,56 @@ def test_half_a_character_is_rejected_and_a_whole_one_kept(tmp_path):
     row["conversations"][1]["value"] = "A"
     (tmp_path / "a.jsonl").write_bytes(lines([row]))
     assert convert("release-sft", [tmp_path / "a.jsonl"], tmp_path / "out", workers=1)["samples"] == 1
+
+
+@pytest.mark.parametrize("file", ["a.jsonl", "a.json"])
+def test_deep_nesting_and_a_bom_cost_no_other_row(tmp_path, file):
+    row = json.dumps(llava("https://x/1.jpg", "<image>\nQ", "A"))
+    deep = f'{{"id": {"[" * 3000}"]}}"{"]" * 3000}}}'
+    rows = [row, deep, row]
+    text = "\n".join(rows) if file == "a.jsonl" else f"[{', '.join(rows)}]"
+    (tmp_path / file).write_text(text, encoding="utf-8-sig")
+    report = convert("release-sft", [tmp_path / file], tmp_path / "out", workers=1)
+    assert (report["samples"], report["rejected"]) == (2, {"json": 1})
+
+
+def test_deep_nesting_that_never_ends_ends_the_file():
+    text = '[{"n": 1}, {"n": ' + "[" * 3000
+    first, last = json_values.json_values(io.StringIO(text))
+    assert first == {"n": 1}
+    assert last.reason == "file-broken"
+
+
+def test_captions_of_another_encoding_are_rejected_and_a_bom_is_none(tmp_path):
+    write_tar(
+        tmp_path / "raw" / "0.tar",
+        {
+            **{"1.avif": JPEG, "1.txt": b"\xef\xbb\xbfa cat\r\n"},
+            **{"2.jpg": JPEG, "2.txt": b"caf\xe9"},
+            **{"3.jpg": JPEG, "3.txt": "café".encode()},
+        },
+    )
+    report = convert("cc3m", [tmp_path / "raw"], tmp_path / "out", workers=1)
+    assert (report["samples"], report["images"], report["rejected"]) == (2, 2, {"text": 1})
+    assert texts(tmp_path / "out") == {"a cat", "café"}
+
+
+def test_lines_of_a_table_of_another_encoding_are_rejected(tmp_path):
+    lines_ = [b"\xef\xbb\xbfa cat\thttps://x/1.jpg\r\n", b"caf\xe9\thttps://x/2.jpg\n"]
+    (tmp_path / "Train_GCC-training.tsv").write_bytes(b"".join(lines_))
+    report = convert("cc3m", [tmp_path / "Train_GCC-training.tsv"], tmp_path / "out", workers=1)
+    assert (report["samples"], report["rejected"]) == (1, {"text": 1})
+    assert [sample.images for sample in samples(tmp_path / "out")] == [["https://x/1.jpg"]]
+    assert texts(tmp_path / "out") == {"a cat"}
+
+
+@pytest.mark.parametrize(("id", "name"), [(float("nan"), None), (1.5, "1.5"), (b"a\xff", "a\\xff"), (7, "7")])
+def test_row_is_converted_whatever_its_id(tmp_path, id, name):
+    write_parquet(
+        tmp_path / "raw" / "0.parquet", [{"link": "https://x/1.jpg", "caption": "A cat.", "message_id": id}]
+    )
+    convert("laion-gpt4v", [tmp_path / "raw"], tmp_path / "out", workers=1)
+    assert [sample.id for sample in samples(tmp_path / "out")] == [name]
 
 
 def test_a_large_file_is_shared_and_every_row_converted_once(tmp_path, raw, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,19 @@ def test_the_id_is_kept(raw):
 def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(SoloError, match="did you mean capfusion"):
         get("capsfusion")
+
+
+def test_images_of_any_form_are_taken_in(tmp_path):
+    text = base64.b64encode(JPEG + bytes(40)).decode()
+    (tmp_path / "a b.jpg").write_bytes(JPEG)
+    folder = RawFolder(tmp_path)
+    for value in (
+        "a b.jpg",
+        "file:a b.jpg",
+        f"file://{tmp_path}/a%20b.jpg",
+        {"path": "a b.jpg"},
+        {"bytes": JPEG},
+    ):
+        assert folder.image(value) == {"bytes": JPEG, "path": None}
+    for value in (text, {"bytes": text}, f"data:;base64,{text}"):
+        assert folder.image(value) == {"bytes": None, "path": f"data:;base64,{text}"}

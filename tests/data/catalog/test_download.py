@@ -51,13 +51,14 @@ def test_parquet_lists_go_as_they_are(tmp_path, program):
     }
 
 
-def test_a_table_without_header_gets_one(tmp_path, program):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_table_without_header_gets_one(tmp_path, program, encoding):
     table = tmp_path / "Train_GCC-training.tsv"
-    table.write_text("a bus\thttps://x/1.jpg\n")
+    table.write_text("a bus\thttps://x/1.jpg\n", encoding=encoding)
     download(get("cc3m"), table, tmp_path / "tars", str(program), 1, 1)
     assert Path(told(tmp_path)["url_list"]).read_text() == "caption\turl\na bus\thttps://x/1.jpg\n"
     assert (told(tmp_path)["url_col"], told(tmp_path)["caption_col"]) == ("url", "caption")
-    assert table.read_text() == "a bus\thttps://x/1.jpg\n"
+    assert table.read_text(encoding=encoding) == "a bus\thttps://x/1.jpg\n"
 
 
 def test_what_can_go_wrong(tmp_path, program):

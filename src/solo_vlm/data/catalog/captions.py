@@ -6,11 +6,10 @@ from typing import Any
 
 from solo_vlm.data.catalog.entry import Convert, RawRow, SampleRow
 from solo_vlm.data.catalog.raw_folder import RawFolder
-from solo_vlm.data.catalog.rows import conversation, document, field, list_field, text
+from solo_vlm.data.catalog.rows import conversation, document, field, image_member, list_field, text
 from solo_vlm.data.schema import SampleError
 
 _REQUEST = "Describe this image in detail."
-_DOWNLOADED = ("jpg", "jpeg", "png", "webp")
 
 
 def caption(image_field: str, text_field: str) -> Convert:
@@ -41,7 +40,7 @@ def downloaded(url_field: str, text_field: str) -> Convert:
             row = dict(zip((text_field, url_field), list_field(row, "columns"), strict=False))
         if row.get("status", "success") != "success":
             raise SampleError("download-failed", str(row.get("error_message")))
-        image = next((row[name] for name in _DOWNLOADED if row.get(name)), None) or row.get(url_field)
+        image = image_member(row) or row.get(url_field)
         return document(_caption(row, text_field), [folder.image(image)], row.get("key"))
 
     return convert

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from solo_vlm.data.catalog.entry import RawRow, SampleRow
 from solo_vlm.data.catalog.raw_folder import RawFolder
-from solo_vlm.data.catalog.rows import document, field
+from solo_vlm.data.catalog.rows import document, field, image_member
 from solo_vlm.data.schema import SampleError
 from solo_vlm.errors import SoloError
 
@@ -21,7 +21,7 @@ def class_name(row: RawRow, folder: RawFolder) -> SampleRow:
     names = _class_names(folder.root)
     if class_id not in names:
         raise SampleError("class-unknown", f"{class_id} is not in {CLASS_LIST}")
-    return document(names[class_id], [folder.image(row.get("jpg") or row.get("jpeg"))], key)
+    return document(names[class_id], [folder.image(image_member(row))], key)
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from codecs import BOM_UTF8
 from pathlib import Path
 
 from solo_vlm.data.catalog.entry import DataSet, UrlList
@@ -75,5 +76,6 @@ def _with_header(url_list: UrlList, urls: Path, out: Path) -> Path:
     headed.parent.mkdir(parents=True, exist_ok=True)
     with urls.open("rb") as source, headed.open("wb") as target:
         target.write(f"{url_list.caption_column}\t{url_list.url_column}\n".encode())
+        target.write(source.read(len(BOM_UTF8)).removeprefix(BOM_UTF8))
         shutil.copyfileobj(source, target)
     return headed

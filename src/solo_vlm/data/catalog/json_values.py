@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -10,6 +11,7 @@ from solo_vlm.data.schema import SampleError
 
 _CHUNK = 1 << 20
 _LONGEST = 1 << 28
+_BRACKETS_AND_STRINGS = re.compile(r'[\[\]{}]|"(?:[^"\\]|\\.)*"', re.DOTALL)
 _BETWEEN = " \t\r\n,[]"
 
 
@@ -25,6 +27,12 @@ def json_values(stream: TextIO) -> Iterator[dict[str, Any] | SampleError]:
                 value, end = decoder.raw_decode(buffer, start)
             except json.JSONDecodeError:
                 break
+            except RecursionError:
+                if (after := _end_of_value(buffer, start)) is None:
+                    break
+                yield SampleError("json", "too deeply nested")
+                start = after
+                continue
             yield json_object(value, buffer[start:end])
             start = end
         # A value longer than the buffer is tried again with twice as much, so that it is not read n times.
@@ -51,6 +59,16 @@ def json_object(value: Any, source: str) -> dict[str, Any] | SampleError:
         except UnicodeEncodeError as error:
             return SampleError("json", str(error))
     return value
+
+
+def _end_of_value(buffer: str, start: int) -> int | None:
+    """Where an object or array ends, whatever it holds; None where the buffer has no end of it."""
+    depth = 0
+    for token in _BRACKETS_AND_STRINGS.finditer(buffer, start):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token.group(), 0)
+        if not depth:
+            return token.end()
+    return None
 
 
 def _skip(buffer: str, start: int) -> int:

@@ -12,7 +12,6 @@ from solo_vlm.data.catalog.entry import Convert, RawRow, SampleRow
 from solo_vlm.data.catalog.raw_folder import RawFolder, StoredImage
 from solo_vlm.data.catalog.rows import (
     IMAGE,
-    IMAGE_PLACEHOLDER,
     Part,
     conversation,
     document,
@@ -21,7 +20,7 @@ from solo_vlm.data.catalog.rows import (
     role,
     text,
 )
-from solo_vlm.data.schema import SampleError
+from solo_vlm.data.schema import IMAGE_PLACEHOLDER, SampleError
 
 
 def chat(row: RawRow, folder: RawFolder) -> SampleRow:

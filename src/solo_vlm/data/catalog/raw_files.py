@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from solo_vlm.data.catalog.entry import RawRow
 from solo_vlm.data.catalog.json_values import json_object, json_values
 from solo_vlm.data.schema import SampleError
+from solo_vlm.data.text_values import load_json
 from solo_vlm.errors import SoloError
 
 Rows = Iterator[RawRow | SampleError]
@@ -71,7 +71,7 @@ def _parquet(path: Path) -> Rows:
 
 def _json(path: Path) -> Rows:
     with _open(path) as stream:
-        yield from json_values(io.TextIOWrapper(stream, encoding="utf-8"))
+        yield from json_values(io.TextIOWrapper(stream, encoding="utf-8-sig"))
 
 
 def _json_lines(path: Path) -> Rows:
@@ -84,7 +84,10 @@ def _json_lines(path: Path) -> Rows:
 def _table(path: Path) -> Rows:
     with _open(path) as stream:
         for line in stream:
-            yield {"columns": line.decode(errors="replace").rstrip("\r\n").split("\t")}
+            try:
+                yield {"columns": line.decode("utf-8-sig").rstrip("\r\n").split("\t")}
+            except UnicodeDecodeError as error:
+                yield SampleError("text", str(error))
 
 
 def _tar(path: Path) -> Rows:
@@ -92,7 +95,10 @@ def _tar(path: Path) -> Rows:
         for key, entries in groupby(_entries(archive), key=lambda entry: entry[0]):
             row: RawRow = {"key": key}
             row |= {extension: content for _, extension, content in entries}
-            yield row
+            try:
+                yield row | ({"txt": row["txt"].decode("utf-8-sig")} if "txt" in row else {})
+            except UnicodeDecodeError as error:
+                yield SampleError("text", str(error))
 
 
 def _entries(archive: tarfile.TarFile) -> Iterator[tuple[str, str, Any]]:
@@ -101,14 +107,13 @@ def _entries(archive: tarfile.TarFile) -> Iterator[tuple[str, str, Any]]:
         stream = archive.extractfile(member) if member.isfile() else None
         if stream is not None:
             key, _, extension = Path(member.name).name.partition(".")
-            content = stream.read()
-            yield key, extension.lower(), content.decode(errors="replace") if extension == "txt" else content
+            yield key, extension.lower(), stream.read()
 
 
 def _parsed(line: bytes) -> RawRow | SampleError:
     try:
-        source = line.decode()
-        return json_object(json.loads(source), source)
+        source = line.decode("utf-8-sig")
+        return json_object(load_json(source), source)
     except ValueError as error:
         return SampleError("json", str(error))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from solo_vlm.data.image_values import data_url, image_source, is_base64_image, local_path
 from solo_vlm.data.schema import SampleError
 
 StoredImage = dict[str, Any]
@@ -26,22 +27,25 @@ class RawFolder:
         """Bring an image of a raw row into the form of a sample file.
 
         Args:
-            value: bytes, a struct with `bytes` and `path`, a path below the folder, or an http(s) or data
-                URL. The bytes of a file are taken in as they are; a URL stays one.
+            value: bytes, a struct with `bytes` and `path`, a path below the folder, base64, or an http(s),
+                data or file URL. The bytes of a file are taken in as they are; other URLs stay.
 
         Raises:
             SampleError: there is no image ("image-missing"), or its path leaves the folder ("image-path").
         """
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if not value:
+        try:
+            source = image_source(value)
+        except ValueError as error:
+            raise SampleError("image-path", str(error)) from error
+        if source is None:
             raise SampleError("image-missing", "the row has no image")
-        if isinstance(value, bytes):
-            return {"bytes": value, "path": None}
-        if not isinstance(value, str):
-            raise SampleError("image-path", f"expected bytes or a path, found {type(value).__name__}")
-        if value.startswith(("http://", "https://", "data:")):
-            return {"bytes": None, "path": value}
+        if isinstance(source, bytes):
+            return {"bytes": source, "path": None}
+        if source.startswith(("http://", "https://", "data:")):
+            return {"bytes": None, "path": source}
+        if is_base64_image(source):
+            return {"bytes": None, "path": data_url(source)}
+        value = local_path(source)
         if max(map(len, value.split("/"))) > _LONGEST_NAME:
             raise SampleError("image-path", f"{value[:80]}... is no name of a file")
         return {"bytes": self._read(value), "path": None}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from solo_vlm.data.schema import SampleError
+from solo_vlm.data.text_values import printable
 
 _EXAMPLES = 3
 
@@ -30,7 +31,7 @@ class Report:
     def reject(self, where: str, error: SampleError) -> None:
         """Count a row, and remember it if it is among the first of its kind."""
         self.rejected[error.reason] += 1
-        self._remember(error.reason, [f"{where}: {error}"])
+        self._remember(error.reason, [printable(f"{where}: {error}")])
 
     def add(self, other: Report) -> None:
         """Take in the report of another piece."""

@@ -8,12 +8,12 @@ from typing import Any
 from solo_vlm.data.catalog.entry import SampleRow
 from solo_vlm.data.catalog.raw_folder import StoredImage
 from solo_vlm.data.schema import SampleError
+from solo_vlm.data.text_values import natural_key, sample_id
 
 Part = dict[str, Any]
 Turn = tuple[str, list[Part]]
 
 IMAGE: Part = {"type": "image", "text": None}
-IMAGE_PLACEHOLDER = "<image>"
 
 _ROLES = {
     "human": "user",
@@ -77,10 +77,19 @@ def conversation(turns: list[Turn], images: Iterable[StoredImage] = (), id: Any 
 
 def _row(turns: list[Turn], images: list[StoredImage], id: Any) -> SampleRow:
     return {
-        "id": None if id is None else str(id),
+        "id": sample_id(id),
         "messages": [{"role": role, "content": parts} for role, parts in turns],
         "images": images,
     }
+
+
+def image_member(row: dict[str, Any]) -> Any:
+    """The first image in a row of a tar, whose fields have the suffixes of its members; None without one."""
+    from solo_vlm.model.image_loading_solo import image_suffixes
+
+    suffixes = image_suffixes()
+    names = sorted((name for name in row if f".{name.rpartition('.')[2]}" in suffixes), key=natural_key)
+    return next((row[name] for name in names if row[name]), None)
 
 
 def field(row: Any, name: str) -> Any:

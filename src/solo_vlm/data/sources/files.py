@@ -104,6 +104,17 @@ class DataFile:
             return plain.read()
 
 
+def read_url(url: str) -> bytes:
+    """The content of a file wherever fsspec reaches.
+
+    Raises:
+        ValueError, ImportError: the protocol is not known, or its package not installed.
+        OSError: there is no such file, or the network failed.
+    """
+    system, path = fsspec.core.url_to_fs(url)
+    return system.cat_file(path)
+
+
 @retried
 def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
     """A file as it is, or what a folder or a glob pattern holds with one of these suffixes, sorted.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from solo_vlm.data.image_values import locate_images
 from solo_vlm.data.schema import SampleError
 from solo_vlm.data.sources.files import CODECS, DataFile, broken_unit, fingerprint, retried
 from solo_vlm.data.sources.release_jsonl import as_chat_row
 from solo_vlm.data.sources.units import UnitIndex
+from solo_vlm.data.text_values import load_json
 
 _LINES_PER_UNIT = 256
 
@@ -63,12 +64,12 @@ class _Rows(Sequence[dict[str, Any]]):
 
     def __getitem__(self, index: Any) -> Any:
         try:
-            row = as_chat_row(json.loads(self._lines[index]))
+            row = as_chat_row(load_json(self._lines[index]))
         except ValueError as error:
             raise SampleError("json", str(error)) from error
         if not isinstance(row, dict):
             raise SampleError("json", "not an object")
-        return _with_absolute_images(row, self._folder)
+        return locate_images(row, self._folder)
 
 
 @retried
@@ -92,21 +93,3 @@ def _read_block(file: DataFile, start: int, end: int) -> bytes:
     if file.name.endswith(tuple(CODECS)):
         return file.read_decompressed()
     return file.read((start, end))[0]
-
-
-def _with_absolute_images(row: dict[str, Any], folder: str) -> dict[str, Any]:
-    for message in row["messages"] if isinstance(row.get("messages"), list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict) and isinstance(part.get("path"), str):
-                part["path"] = _absolute(part["path"], folder)
-    if isinstance(row.get("images"), list):
-        row["images"] = [_absolute(image, folder) for image in row["images"]]
-    return row
-
-
-def _absolute(image: Any, folder: str) -> Any:
-    """Resolve a relative path; leave absolute ones, URLs, data URLs and everything else alone."""
-    if isinstance(image, str) and "://" not in image and not image.startswith(("data:", "/")):
-        return f"{folder}/{image}"
-    return image

@@ -10,13 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from solo_vlm.data.image_values import COLUMNS, locate_images
+from solo_vlm.data.schema import SampleError
 from solo_vlm.data.sources.files import DataFile, broken_unit, fingerprint, retried
 from solo_vlm.data.sources.units import UnitIndex
 from solo_vlm.errors import SoloError
 
+_NEEDED = ("messages", *COLUMNS)
+
 
 class ParquetSource:
-    """Rows of parquet files. Images stay the encoded bytes that they are in the file.
+    """Rows of parquet files. Images stay the encoded bytes that they are in the file; relative paths count
+    from its folder.
 
     Raises:
         SoloError: a file has no readable footer, so that nobody can say what it holds.
@@ -33,7 +38,7 @@ class ParquetSource:
         """All rows of a row group; a broken one is a single row that says so."""
         file, (group,) = self._units[unit]
         try:
-            return _Rows(_read_group(file, group))
+            return _Rows(_read_group(file, group), file.folder)
         except (pa.ArrowException, OSError) as error:
             return broken_unit(error, f"{file.url}, row group {group}")
 
@@ -50,14 +55,22 @@ class ParquetSource:
 class _Rows(Sequence[dict[str, Any]]):
     """Rows of a table, made Python objects one at a time: images are not held twice."""
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, folder: str) -> None:
         self._table = table
+        self._folder = folder
 
     def __len__(self) -> int:
         return self._table.num_rows
 
     def __getitem__(self, index: Any) -> Any:
-        return self._table.slice(index, 1).to_pylist()[0]
+        row = {}
+        for name, column in zip(self._table.column_names, self._table.columns, strict=True):
+            try:
+                row[name] = column[index].as_py()
+            except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is no UTF-8, a date
+                if name in _NEEDED:
+                    raise SampleError("schema", f"column {name} cannot be read: {error}") from error
+        return locate_images(row, self._folder)
 
 
 @retried

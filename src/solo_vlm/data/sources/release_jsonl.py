@@ -16,7 +16,7 @@ def as_chat_row(value: Any) -> Any:
     if not isinstance(value, dict) or "messages" in value:
         return value
     if _are_turns(value.get("conversations")):
-        return {"id": value.get("id"), "messages": value["conversations"]}
+        return {**value, "messages": value["conversations"]}
     return {"messages": [value]} if _are_turns([value]) else value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tarfile
 from collections.abc import Sequence
@@ -10,17 +9,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from solo_vlm.data.image_values import COLUMNS, locate_images
 from solo_vlm.data.schema import SampleError
 from solo_vlm.data.sources.files import DataFile, broken_unit, fingerprint, retried
-
-_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+from solo_vlm.data.text_values import load_json, natural_key
 
 
 class WebDatasetSource:
     """Rows of tar files, as webdataset and img2dataset write them.
 
-    A row with a `.json` that has `messages` is a chat; its images are the row's image members, by name. Any
-    other is a document: its image, then the caption in `.txt`, or in the JSON's `caption` or `text`.
+    A row with a `.json` that has `messages` is a chat; its images are the row's image members, in natural
+    order of their names. Any other is a document: its images, then the caption in `.txt`, or in the JSON's
+    `caption` or `text`. Relative paths in the JSON count from the folder of the tar.
     """
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
@@ -73,7 +73,8 @@ class _Rows(Sequence[dict[str, Any]]):
             raise self._error
         own = slice(self._ends[index], self._ends[index + 1])
         places = self._places[own].tolist()
-        return _row(list(zip(self._extensions[own], _read(self._file, places), strict=True)))
+        members = list(zip(self._extensions[own], _read(self._file, places), strict=True))
+        return locate_images(_row(members), self._file.folder)
 
 
 @retried
@@ -104,16 +105,55 @@ def _read(file: DataFile, places: list[tuple[int, int]]) -> list[bytes]:
 
 
 def _row(members: list[tuple[str, bytes]]) -> dict[str, Any]:
-    images = [data for extension, data in sorted(members, key=lambda m: m[0]) if extension.endswith(_IMAGES)]
-    others = {extension: data for extension, data in members if not extension.endswith(_IMAGES)}
-    try:
-        facts = json.loads(others.get("json", b"{}"))
-        caption = others["txt"].decode() if "txt" in others else facts.get("caption") or facts.get("text")
-    except (ValueError, AttributeError) as error:
-        raise SampleError("json", str(error)) from error
+    content = dict(members)
+    if len(content) < len(members):
+        raise SampleError(
+            "duplicate", f"two members have the name and the suffix of one of {sorted(content)}"
+        )
+    names = sorted(filter(_is_image, content), key=natural_key)
+    images = [content.pop(name) for name in names]
+    facts = _facts(content.pop("json", b"{}"))
+    if images:
+        facts = {name: value for name, value in facts.items() if name not in COLUMNS}
+    else:
+        _check_for_lost_image({name: data for name, data in content.items() if name != "txt"})
     if "messages" in facts:
-        return {**facts, "images": images}
-    if not isinstance(caption, str):
-        raise SampleError("no-caption", f"neither .txt nor a caption in .json among {sorted(others)}")
+        return facts | {"image": images} if images else facts
+    caption = _caption(content["txt"]) if "txt" in content else facts.get("caption") or facts.get("text")
+    if not isinstance(caption, str) or not caption:
+        raise SampleError("no-caption", f"no text in .txt or .json beside {sorted([*names, *content])}")
     parts = [*({"type": "image"} for _ in images), {"type": "text", "text": caption}]
-    return {"messages": [{"role": "assistant", "content": parts}], "images": images}
+    row = facts | {"messages": [{"role": "assistant", "content": parts}]}
+    return row | {"images": images} if images else row
+
+
+def _is_image(extension: str) -> bool:
+    from solo_vlm.model.image_loading_solo import image_suffixes
+
+    return f".{extension.rpartition('.')[2]}" in image_suffixes()
+
+
+def _facts(data: bytes) -> dict[str, Any]:
+    try:
+        facts = load_json(data)
+    except ValueError as error:
+        raise SampleError("json", str(error)) from error
+    if not isinstance(facts, dict):
+        raise SampleError("json", "not an object")
+    return facts
+
+
+def _caption(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").strip()
+    except UnicodeDecodeError as error:
+        raise SampleError("no-caption", f".txt is not UTF-8: {error}") from error
+
+
+def _check_for_lost_image(others: dict[str, bytes]) -> None:
+    """Refuse a row without images that has something else than text: its caption alone says little."""
+    for extension, data in others.items():
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            raise SampleError("image", f".{extension} is of no known image format") from error

@@ -1,0 +1,178 @@
+"""How rows write images: bytes, texts of several meanings, and structs; one rule for all places."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from solo_vlm.data.text_values import printable
+
+ImageSource = bytes | str
+
+PART_KEYS = ("image", "path", "url", "base64", "image_url")
+"""Fields of a content part that may hold its image; the first that is filled counts."""
+
+STRUCT_KEYS = ("bytes", *PART_KEYS)
+"""The same of a struct that stands for an image."""
+
+COLUMNS = ("image", "images")
+"""Fields of a row, or of a message, that hold images."""
+
+_NAMING_KEYS = ("image", "path", "url", "image_url")  # fields that may hold a path
+
+_LONGEST_PATH = 4096
+_BASE64 = re.compile(r"[\w+/\-\s]{41,}={0,2}\s*", re.ASCII)  # the smallest images take about 30 bytes
+_URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
+_FILE_URL = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
+_IMAGE_HEAD = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|BM....\0{4}|....ftyp(avi|hei|hev|mif)|....jP  ",
+    re.DOTALL,
+)
+_IMAGE_DATA = re.compile(  # the same in base64
+    r"/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|AAAA.GZ0eXB(h|o|t)|AAAADGpQ", re.DOTALL
+)
+_IMAGE_NAME = re.compile(r"\S+\.(avif|bmp|gif|hei[cf]|jfif|jp2|jpe?g?|png|tiff?|webp)", re.IGNORECASE)
+
+
+def image_source(value: Any) -> ImageSource | None:
+    """The image that a value of any form stands for; None where it is empty.
+
+    Raises:
+        ValueError: the value cannot be an image.
+    """
+    if isinstance(value, dict) and not value.keys().isdisjoint(STRUCT_KEYS):
+        filled = value | {key: data_url(value.get(key)) for key in ("bytes", "base64")}  # JSON has no bytes
+        value = next((filled[key] for key in STRUCT_KEYS if filled.get(key)), None)
+    if value is None or value in ("", b"", {}) or value != value:  # NaN is pandas' None
+        return None
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        forms = f"bytes, text or a struct with one of {', '.join(STRUCT_KEYS)}"
+        raise ValueError(f"an image is {forms}, not {type(value).__name__}")
+    try:
+        os.fsencode(value)  # a file's name may have bytes that are no text
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{printable(value[:200])} is no path, URL or base64") from error
+    return value
+
+
+def image_sources(value: Any) -> list[ImageSource]:
+    """The images of a column: one, or a list.
+
+    Raises:
+        ValueError: an item of the list is empty, or cannot be an image.
+    """
+    if not isinstance(value, list):
+        source = image_source(value)
+        return [] if source is None else [source]
+    sources = [source for item in value if (source := image_source(item)) is not None]
+    if len(sources) < len(value):
+        raise ValueError(f"{len(value) - len(sources)} of {len(value)} images are empty")
+    return sources
+
+
+def data_url(value: Any) -> Any:
+    """Base64 as a data URL, which cannot be taken for a path; anything else as it is."""
+    if not isinstance(value, str) or not value or value[:5].lower() == "data:":
+        return value
+    return f"data:;base64,{value}"
+
+
+def locate_images(row: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A row whose images no longer depend on the working directory.
+
+    Wherever a row can name an image, a relative path counts from the folder, and bare base64 becomes a data
+    URL.
+
+    Args:
+        row: of any shape; what does not look like the schema stays as it is.
+        folder: of the file that holds the row: a path or a URL.
+    """
+    row = _with_columns(row, folder)
+    if isinstance(row.get("messages"), list):
+        row["messages"] = [_with_parts(message, folder) for message in row["messages"]]
+    return row
+
+
+def looks_like_image(value: Any) -> bool:
+    """Whether a value in a place where no image is expected holds one or names one."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if isinstance(value, dict):
+        value = next((value[key] for key in STRUCT_KEYS if value.get(key)), None)
+    if isinstance(value, bytes):
+        return _IMAGE_HEAD.match(value) is not None
+    if not isinstance(value, str):
+        return False
+    if value[:11].lower() == "data:image/" or is_base64_image(value):
+        return True
+    name = urlsplit(value).path if value[:8].lower().startswith(("http://", "https://")) else value
+    return len(value) <= _LONGEST_PATH and _IMAGE_NAME.fullmatch(name) is not None
+
+
+def is_base64_image(text: str) -> bool:
+    """Whether a text is an image of a common format in base64."""
+    return _IMAGE_DATA.match(text) is not None and _is_base64(text)
+
+
+def local_path(text: str) -> str:
+    """The path in a file URL, which may be relative though its standard knows no such thing."""
+    return unquote(_FILE_URL.sub("", text, count=1)) if _FILE_URL.match(text) else text
+
+
+def _with_columns(holder: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Its `image` and `images`: each a value or a list of them."""
+
+    def located(value: Any) -> Any:
+        if isinstance(value, list):
+            return [_located(item, folder) for item in value]
+        return _located(value, folder)
+
+    return holder | {key: located(holder[key]) for key in COLUMNS if key in holder}
+
+
+def _with_parts(message: Any, folder: str) -> Any:
+    if not isinstance(message, dict):
+        return message
+    message = _with_columns(message, folder)
+    if isinstance(message.get("content"), list):
+        message["content"] = [
+            part | {key: _located(part[key], folder) for key in _NAMING_KEYS if key in part}
+            if isinstance(part, dict)
+            else part
+            for part in message["content"]
+        ]
+    return message
+
+
+def _located(value: Any, folder: str) -> Any:
+    if isinstance(value, str):
+        return _located_text(value, folder)
+    if isinstance(value, dict):
+        names = {key: value[key] for key in _NAMING_KEYS if isinstance(value.get(key), str)}
+        return value | {key: _located_text(name, folder) for key, name in names.items()}
+    return value
+
+
+def _located_text(text: str, folder: str) -> str:
+    if not text or _URL.match(text):
+        return text
+    path = local_path(text)
+    if path != text and path.startswith("/"):
+        return text  # a file URL as it should be
+    absolute = path if path.startswith("/") else f"{folder}/{path}"
+    return str(data_url(text)) if _is_base64(path) and not _is_path(absolute, path) else absolute
+
+
+def _is_path(absolute: str, text: str) -> bool:
+    """Whether a text without a dot is a path rather than base64."""
+    if "://" in absolute:  # asking far away takes long
+        return not is_base64_image(text)
+    return len(absolute) <= _LONGEST_PATH and os.path.isfile(absolute)  # noqa: PTH113 - Path.is_file raises
+
+
+def _is_base64(text: str) -> bool:
+    return len(text) > _LONGEST_PATH or _BASE64.fullmatch(text) is not None
