@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, Self
 
-from solo_vlm.evaluate.extract import plain, read_choice, read_list, read_number
+from solo_vlm.evaluate.extract import read_choice, read_list, same_text
+from solo_vlm.evaluate.numbers import read_number
 from solo_vlm.evaluate.options import as_list, present
 from solo_vlm.evaluate.predictions import Prediction
 

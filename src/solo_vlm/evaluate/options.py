@@ -9,7 +9,7 @@ from itertools import takewhile
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any, TypeGuard
 
-from solo_vlm.evaluate.extract import parse_literal, plain
+from solo_vlm.evaluate.extract import parse_literal, plain, same_text
 from solo_vlm.evaluate.predictions import Prediction
 
 _UNKNOWN = [""] * 5  # no benchmark here has more options
