@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 
@@ -59,6 +60,19 @@ def read_number(response: str) -> str | None:
             return tokens[0]
     tokens = _tokens(text)
     return tokens[-1] if tokens and not _is_list(text) else None
+
+
+def as_number(text: str) -> float | None:
+    """Return the finite number that a text is, None where it is anything else."""
+    try:
+        number = float(text)
+    except ValueError:
+        typed = _typed(clean(text))
+        value = _tokens(typed)[0] if _TOKEN.fullmatch(typed) else None
+        if value is None:
+            return None
+        number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def _typed(text: str) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from solo_vlm.errors import SoloError
 from solo_vlm.files import new_file
@@ -44,6 +44,11 @@ class Prediction:
         raise SoloError(
             f"row {self.id} has no column {' or '.join(names)}; its columns are: {', '.join(self.row)}"
         )
+
+
+def present(value: Any) -> TypeGuard[Any]:
+    """Whether a cell of a table holds something: neither nothing, nor NaN, nor blank text."""
+    return value is not None and value == value and (not isinstance(value, str) or value.strip() != "")
 
 
 def without_images(row: Mapping[str, Any]) -> dict[str, Any]:

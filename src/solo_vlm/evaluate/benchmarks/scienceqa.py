@@ -8,7 +8,7 @@ from typing import Any
 
 from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
 from solo_vlm.evaluate.multiple_choice import by_category, by_column, judge_listed_choices
-from solo_vlm.evaluate.options import present
+from solo_vlm.evaluate.predictions import present
 from solo_vlm.evaluate.score import Judgement, Part
 
 _by_subject = by_column("subject", "subject")
