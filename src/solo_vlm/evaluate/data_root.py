@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks import Benchmark
 from solo_vlm.evaluate.predictions import column_name
-from solo_vlm.evaluate.tables import read_delimited
+from solo_vlm.evaluate.tables import read_delimited, read_json_lines
 from solo_vlm.evaluate.vlmevalkit import hub_row
 
 if TYPE_CHECKING:
@@ -115,11 +114,7 @@ def _rows(task: str, files: Sequence[tuple[str, int, int]]) -> Iterator[dict[str
 
 
 def _raw_rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".tsv":
-        yield from read_delimited(path, "\t")
-        return
-    with path.open(encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+    return read_delimited(path, "\t") if path.suffix == ".tsv" else read_json_lines(path)
 
 
 def _shared_images(path: Path) -> dict[str, str]:
