@@ -159,7 +159,21 @@ def test_special_tokens_and_what_follows_the_turn_are_no_part_of_the_answer(resp
 
 @pytest.mark.parametrize(
     "response",
-    ["B．", "（B）", "B：", "B：cat", "B。", "B、cat", "Ｂ", "（ｂ）", "【B】", "B．因为", "ｃａｔ", "\ufeffB", "\u200bB"],
+    [
+        "B．",
+        "（B）",
+        "B：",
+        "B：cat",
+        "B。",
+        "B、cat",
+        "Ｂ",
+        "（ｂ）",
+        "【B】",
+        "B．因为",
+        "ｃａｔ",
+        "\ufeffB",
+        "\u200bB",
+    ],
 )
 def test_full_width_and_invisible_characters(response):
     assert read_choice(response, OPTIONS) == "B"

@@ -62,7 +62,7 @@ def test_text_that_spells_options(text):
     [
         ["dog", "cat"],
         ["a dog", "it's a cat", 'the "bird"'],
-        ["it's \"both\"", "a, b", "[c]", "d\\e"],
+        ['it\'s "both"', "a, b", "[c]", "d\\e"],
         ["an option of many words " * 4, "another one, that is long as well " * 3, "short"],
         ["one"],
     ],

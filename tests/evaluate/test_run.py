@@ -237,6 +237,32 @@ def test_a_bad_row_is_counted_and_wrong(tmp_path):
     assert "the row has no image" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("task", "changed", "answer"),
+    [
+        ("mmstar", {"question": "How many?\nOptions: A: Two, B: One, C: , D: Three", "answer": "D"}, "D"),
+        ("seedbench", {"choice_c": None, "answer": "D"}, "D"),
+        ("ai2d", {"options": ["Two", "One", None, "Three"], "answer": "3"}, "Three"),
+        ("scienceqa", {"choices": ["Two", "One", "", "Three"], "answer": 3}, "D"),
+        ("mathvista", {"choices": ["Two", "One", None, "Three"], "answer": "Three"}, "D"),
+    ],
+)
+def test_an_empty_option_is_asked_and_scored_with_those_behind_it(task, changed, answer, tmp_path):
+    from benchmark_rows import make_rows
+    from evaluation_runs import noise, write_rows
+    from tiny import png
+
+    image = {"bytes": png(noise(0)), "path": None}
+    rows = [row for row in make_rows(task, image=image) if task != "mathvista" or row["choices"]][:2]
+    rows[1] |= changed
+    write_rows(tmp_path / "data", task, rows)
+    opened = open_task(task, tmp_path / "data", tmp_path / "cache")
+    engine = Told([right_response(task, rows[0]), answer])
+    score = evaluate(task, opened, engine, tmp_path / "out")
+    assert (score.score, score.bad_rows, score.unreadable) == (100, (), 0)
+    assert sorted(engine.asked) == [0, 1]
+
+
 def test_a_limit_that_the_harness_cannot_score_is_no_failure(opened, tmp_path):
     rows = opened["mme"]
     score = evaluate("mme", rows, Told(right_answers("mme", rows)), tmp_path, limit=3)

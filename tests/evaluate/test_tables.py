@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 
 import pytest
 from openpyxl import Workbook
@@ -115,7 +116,11 @@ def test_names_are_compared_within_a_split_and_whatever_their_type(tmp_path):
     ("name", "text", "message"),
     [
         ("x.csv", "answer,prediction,Prediction\nA,A,B\n", "2 columns are called prediction"),
-        ("x.jsonl", '{"answer": "A", "prediction": "A", "Prediction": "B"}\n', "two columns are called prediction"),
+        (
+            "x.jsonl",
+            '{"answer": "A", "prediction": "A", "Prediction": "B"}\n',
+            "two columns are called prediction",
+        ),
         ("x.jsonl", '{"answer": "A", "prediction": "A", "prediction": "B"}\n', "called 'prediction'"),
         ("x.json", '{"1": {"answer": "A"}, "1": {"answer": "B"}}', "called '1'"),
     ],
@@ -132,6 +137,15 @@ def test_two_columns_of_a_sheet_with_one_name_are_refused(tmp_path):
     book.active.append(["A", "A", "B", None, None])
     book.save(tmp_path / "x.xlsx")
     with pytest.raises(SoloError, match="2 columns are called prediction"):
+        read_table(tmp_path / "x.xlsx")
+
+
+def test_a_date_that_excel_made_of_an_answer_is_refused(tmp_path):
+    book = Workbook()
+    book.active.append(["answer", "prediction"])
+    book.active.append(["A", datetime(2026, 3, 5)])
+    book.save(tmp_path / "x.xlsx")
+    with pytest.raises(SoloError, match="row 2 has a date"):
         read_table(tmp_path / "x.xlsx")
 
 

@@ -51,7 +51,8 @@ READABLE = {
     "spaces and tabs": "data:image/png;base64," + " \t".join([TEXT[:10], TEXT[10:33], TEXT[33:]]),
     "URL-safe": "data:image/png;base64," + base64.urlsafe_b64encode(FILE).decode(),
     "no padding": "data:image/png;base64," + TEXT.rstrip("="),
-    "URL-safe without padding": "data:image/png;base64," + base64.urlsafe_b64encode(FILE).decode().rstrip("="),
+    "URL-safe without padding": "data:image/png;base64,"
+    + base64.urlsafe_b64encode(FILE).decode().rstrip("="),
     "percent-encoded base64": "data:image/png;base64," + quote(TEXT, safe=""),
     "percent-encoded in lower case": "data:image/png;base64,"
     + TEXT.replace("+", "%2b").replace("/", "%2f").replace("=", "%3d"),

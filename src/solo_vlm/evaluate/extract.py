@@ -41,7 +41,9 @@ _WORD_FOLLOWS = re.compile(r"[ \t]+(?!(?i:and|or)\b|[A-Z]\b)\w")
 _MARKS = re.compile(r"[()\[\]}*_`\"'$.:,;!\s–—-]*+")
 _SEPARATORS = re.compile(r"(?:[)\]}*_`\"'$.:,;!\s/|&+–—-]|\b(?:and|or)\b)*+", re.IGNORECASE)
 _LINE_ENDS = re.compile(r"[)\]}*_`\"'$.:,;! \t]*+(?:\n|$)")
-_REJECTED_AFTER = re.compile(r"[)\]}*_`\"'$]*\s*(?:is|are|was)?(?:n['’]t|\s*\b(?:not|wrong|incorrect|false)\b)", re.IGNORECASE)
+_REJECTED_AFTER = re.compile(
+    r"[)\]}*_`\"'$]*\s*(?:is|are|was)?(?:n['’]t|\s*\b(?:not|wrong|incorrect|false)\b)", re.IGNORECASE
+)
 _REJECTED_BEFORE = re.compile(
     r"(?:\b(?:not|no|never|neither|nor|cannot|without|exclude|eliminate|than|out)|n['’]t)\s+(?:[\w]+\s+){0,2}$",
     re.IGNORECASE,
@@ -158,14 +160,13 @@ def _begins(text: str, options: Sequence[str]) -> set[str]:
 
 def _marked_alike(line: str, options: Sequence[str]) -> set[str]:
     """Letters "A) ... B) ..." of a line that begins with one; behind "A." comes "B.", not "vitamin C."."""
-    marked = [(match.group(1), match.group(2)) for match in _MARKED.finditer(line)]
-    letters = ascii_uppercase[: len(options)]
+    marked = [match.groups() for match in _MARKED.finditer(line) if _letter(match, options)]
     found: list[str] = []
     for letter, mark in marked:
-        if letter in letters and mark == marked[0][1]:
-            if not found or mark != "." or letters.index(letter) == letters.index(found[-1]) + 1:
-                found.append(letter)
-    return set(found) if marked and _LISTED.match(line) else set()
+        is_next = not found or ascii_uppercase.index(letter) == ascii_uppercase.index(found[-1]) + 1
+        if mark == marked[0][1] and (is_next or mark != "."):
+            found.append(letter)
+    return set(found)
 
 
 def _declared(text: str, options: Sequence[str]) -> set[str]:

@@ -103,7 +103,11 @@ def _tokens(text: str) -> list[str | None]:
 
 def _value(token: re.Match[str]) -> str | None:
     body = _digits(token["body"])
-    if body is None or token["more"] or _BEFORE.search(token.string[max(0, token.start() - 20) : token.start()]):
+    if (
+        body is None
+        or token["more"]
+        or _BEFORE.search(token.string[max(0, token.start() - 20) : token.start()])
+    ):
         return None
     sign = "-" if token["sign"] and token["sign"] in _DASHES else ""
     if token["below"] is None:

@@ -23,6 +23,7 @@ _NUMPY_REPR = re.compile(r"array\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.DOTALL)
 # As NumPy prints an array: no commas, lines broken anywhere.
 _NUMPY_ITEM = r"'(?:[^'\\]|\\.)*+'|\"(?:[^\"\\]|\\.)*+\"|[^\s,'\"\[\]]++"
 _NUMPY_PRINT = re.compile(rf"\[\s*+(?:(?:{_NUMPY_ITEM})(?=[\s\]])\s*+)++\]")
+_SET_APART = re.compile(r"[\n,;]\s*[(\[（【]?$")
 _BARE_NAN = re.compile(r"(?<=[\[,\s])(?:nan|NaN|null|<NA>)(?=\s*[,\]])")
 
 
@@ -130,9 +131,12 @@ def _texts(value: Any) -> list[str]:
 
 
 def _by_label(options: Mapping[Any, Any]) -> list[str]:
-    """Texts of {"A": ..., "B": ...} by letter, whatever their order, or of {"label": [...], "text": [...]}."""
+    """Texts of {"A": ..., "B": ...} by letter, in any order, or of {"label": [...], "text": [...]}."""
     if set(options) == {"label", "text"} and all(isinstance(part, list) for part in options.values()):
-        return _placed([(str(label), text) for label, text in zip(options["label"], options["text"], strict=True)])
+        if len(options["label"]) != len(options["text"]):
+            raise SoloError(f"not one label for each option: {str(options)[:80]}")
+        pairs = zip(options["label"], options["text"], strict=True)
+        return _placed([(str(label), text) for label, text in pairs])
     return _placed([(str(label), text) for label, text in options.items()])
 
 
@@ -147,6 +151,8 @@ def _placed(options: Sequence[tuple[str, Any]]) -> list[str]:
     else:
         places = list(range(len(options)))
     texts = {place: _text(text) for place, (_, text) in zip(places, options, strict=True)}
+    if len(texts) < len(options):
+        raise SoloError(f"two options have one label: {str(options)[:80]}")
     return [texts.get(place, "") for place in range(max(texts, default=-1) + 1)]
 
 
@@ -210,7 +216,7 @@ def _marked(text: str) -> list[str]:
             place = ascii_uppercase.index(match.group(1))
             places[place], wanted, start = match, place + 1, match.end()
         if len(places) > 1:
-            ends = [match.start() for match in places.values()][1:] + [len(text)]
+            ends = [*(match.start() for match in places.values()), len(text)][1:]
             texts = {
                 place: text[match.end() : end].strip(" \n,;([（【")
                 for (place, match), end in zip(places.items(), ends, strict=True)
@@ -224,7 +230,7 @@ def _next(
 ) -> re.Match[str] | None:
     """The first mark of a letter from a place on; with `text`, only one that a comma or a line sets apart."""
     for match in matches:
-        if match.start() >= start and ascii_uppercase[wanted : wanted + 1] == match.group(1):
-            if text is None or re.search(r"[\n,;]\s*[(\[（【]?$", text[: match.start()]):
-                return match
+        is_wanted = match.start() >= start and ascii_uppercase[wanted : wanted + 1] == match.group(1)
+        if is_wanted and (text is None or _SET_APART.search(text, 0, match.start())):
+            return match
     return None

@@ -99,9 +99,8 @@ def check_unique(rows: Iterable[Mapping[str, Any]], what: str) -> None:
             name = str(row[column]).strip().removesuffix(".0")
             first = seen.setdefault((column, name, str(row.get("split"))), number)
             if first != number:
-                raise SoloError(
-                    f"{what}: rows {first} and {number} have the same {column}, {name}: keep one row a question"
-                )
+                same = f"rows {first} and {number} have the same {column}, {name}"
+                raise SoloError(f"{what}: {same}: keep one row per question")
 
 
 def column_name(name: str) -> str:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -99,9 +100,15 @@ def _xlsx(path: Path) -> Iterator[Row]:
     cells = sheet.iter_rows(values_only=True)
     names = next(cells, ())
     _check_names([str(name) for name in names if present(name)])
-    for row in cells:
+    for number, row in enumerate(cells, start=2):
+        if any(isinstance(cell, date | time) for cell in row):
+            raise ValueError(f"row {number} has a date, as Excel makes of 3/5: format its cells as text")
         if any(map(present, row)):
-            yield {str(name): cell for name, cell in zip(names, row, strict=False) if present(name) or present(cell)}
+            yield {
+                str(name): cell
+                for name, cell in zip(names, row, strict=False)
+                if present(name) or present(cell)
+            }
 
 
 def _check_names(names: Sequence[str]) -> None:

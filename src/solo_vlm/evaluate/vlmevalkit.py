@@ -95,7 +95,9 @@ def _listed(row: Mapping[str, Any]) -> tuple[list[str], int]:
         raise SoloError(f"row {_name(row)} has no options; its columns are: {', '.join(row)}")
     letter = right_letter(Prediction(_name(row), None, row), options, answers_are_places=True)
     if letter is None:
-        raise SoloError(f"row {_name(row)}: the answer {row.get('answer')!r} is none of its options {options}")
+        raise SoloError(
+            f"row {_name(row)}: the answer {row.get('answer')!r} is none of its options {options}"
+        )
     return options, ascii_uppercase.index(letter)
 
 

@@ -209,8 +209,7 @@ def _from_text(
         return _decode(BytesIO(_download(text, name, timeout, max_bytes)), name, max_pixels)
     if scheme.startswith("data:"):
         name = name or f"data URL ({_shorten(text.partition(',')[0])})"
-        data = read_data_url(text, name)
-        return _decode(BytesIO(data), name, max_pixels)
+        return _decode(BytesIO(read_data_url(text, name)), name, max_pixels)
     if allow_paths and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a long base64 text
         return _from_file(text, name, max_pixels)
     # The smallest images take about 30 bytes: a shorter text is a mistyped path.

@@ -24,7 +24,9 @@ def _context(row: Mapping[str, Any]) -> list[str]:
     """A question may have a text (its hint) and an image as context, one of them, or none."""
     if "hint" not in row and "has_image" not in row:
         return []
-    contexts = ["text context"] * present(row.get("hint")) + ["image context"] * ("has_image" in row and _may_have_image(row))
+    contexts = ["text context"] * present(row.get("hint")) + ["image context"] * (
+        "has_image" in row and _may_have_image(row)
+    )
     return contexts or ["no context"]
 
 

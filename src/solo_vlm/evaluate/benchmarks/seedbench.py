@@ -38,7 +38,7 @@ def _dimension(row: Mapping[str, Any]) -> list[str]:
 
 def _is_image(row: Mapping[str, Any]) -> bool:
     if present(row.get("data_type")):
-        return str(row["data_type"]).lower() == "image"
+        return str(row["data_type"]).strip().lower() == "image"
     return not set(_dimension(row)) & set(_VIDEO_DIMENSIONS)
 
 
