@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmark_rows import make_rows, right_response
+from benchmark_rows import ANIMALS, make_rows, right_response
 from solo_vlm.errors import SoloError
+from solo_vlm.evaluate import data_root
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.data_root import find_benchmark, load_benchmark
 from solo_vlm.evaluate.predictions import Prediction, without_images
@@ -211,12 +212,12 @@ def rows_with_gap(task, png, empty):
     return [{**row, column: texts, "answer": 3 if column == "choices" else "3"}]
 
 
-def prompt_and_score(task, data_root):
+def prompt_and_score(task, folder):
     """The prompt of the only row, and the score of the answer D."""
     from solo_vlm.evaluate.harness import LocalTask
     from solo_vlm.evaluate.rows import Rows
 
-    rows = Rows.of(get(task), load_benchmark(get(task), data_root))
+    rows = Rows.of(get(task), load_benchmark(get(task), folder))
     score = get(task).score([Prediction(rows.ids[0], "D", rows.columns[0])])
     assert rows.images(0)[0].size == (32, 32)
     return LocalTask(get(task), rows.encoded).prompt(0), score
@@ -261,6 +262,40 @@ def test_an_empty_option_in_vlmevalkits_tsv_keeps_the_letters_of_those_behind_it
     write_tsv(path, [row])
     path.write_text(path.read_text(), encoding="utf-8-sig")
     assert_letters_are_kept(*prompt_and_score(task, tmp_path))
+
+
+@pytest.mark.parametrize("task", [task for task in CHOICE_TASKS if task != "mathvista"])
+@pytest.mark.parametrize("encoded", [False, True], ids=["images", "base64"])
+def test_vlmevalkits_columns_in_parquet(task, encoded, png, tmp_path):
+    image = base64.b64encode(png).decode() if encoded else {"bytes": png, "path": None}
+    row = {
+        "index": 391,
+        "image": image,
+        "question": "How many?",
+        "answer": "D",
+        "l2_category": "localization",
+    }
+    row |= {**dict(zip("ABCD", WITH_GAP, strict=True)), "category": "Scene Understanding"}
+    (tmp_path / task).mkdir()
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / task / "x.parquet")
+    assert_letters_are_kept(*prompt_and_score(task, tmp_path))
+
+
+def test_rows_that_an_older_version_converted_are_converted_again(png, tmp_path, monkeypatch):
+    """The cache of `datasets` knows the file only, not what was made of it."""
+    write_tsv(tmp_path / "ai2d" / "x.tsv", vlmevalkit_rows("ai2d", png))
+    with monkeypatch.context() as older:
+        older.setattr(data_root, "hub_row", lambda task, row: {**row, "options": ["old"]})
+        older.setattr(data_root, "_CONVERSION", data_root._CONVERSION - 1)
+        assert load_benchmark(get("ai2d"), tmp_path)[0]["options"] == ["old"]
+    assert load_benchmark(get("ai2d"), tmp_path)[0]["options"] == list(ANIMALS)
+
+
+def test_an_image_in_json_lines_may_be_a_data_url(png, tmp_path):
+    url = "data:;base64," + base64.encodebytes(png).decode()
+    (tmp_path / "mme").mkdir()
+    (tmp_path / "mme" / "x.jsonl").write_text(json.dumps(make_rows("mme", image=url)[0]) + "\n")
+    assert first_image(load_benchmark(get("mme"), tmp_path), "mme").size == (32, 32)
 
 
 @pytest.mark.parametrize("task", ["ai2d", "scienceqa"])

@@ -263,6 +263,29 @@ def test_an_empty_option_is_asked_and_scored_with_those_behind_it(task, changed,
     assert sorted(engine.asked) == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": None}, "KeyError: 'options'; its columns are: question, answer"),
+        ({"answer": "9"}, "IndexError"),
+    ],
+)
+def test_a_first_row_that_makes_no_prompt_is_one_line(change, message, tmp_path):
+    from benchmark_rows import make_rows
+    from evaluation_runs import noise, write_rows
+    from tiny import png
+
+    rows = make_rows("ai2d", image={"bytes": png(noise(0)), "path": None})
+    for row in rows:
+        row |= change
+        if row["options"] is None:
+            del row["options"]
+    write_rows(tmp_path / "data", "ai2d", rows)
+    opened = open_task("ai2d", tmp_path / "data", tmp_path / "cache")
+    with pytest.raises(SoloError, match=f"lmms-eval cannot use the first row .{message}"):
+        evaluate("ai2d", opened, Told([]), tmp_path / "out")
+
+
 def test_a_limit_that_the_harness_cannot_score_is_no_failure(opened, tmp_path):
     rows = opened["mme"]
     score = evaluate("mme", rows, Told(right_answers("mme", rows)), tmp_path, limit=3)

@@ -68,7 +68,8 @@ class Problem:
 
         The nearest option (edit distance) stands for one that is not spelled exactly.
         """
-        if not extraction.strip():
+        extraction = clean(extraction)
+        if not extraction:
             return None
         if self.choices:
             return self.read(extraction) or self._nearest_choice(extraction)
@@ -97,7 +98,7 @@ class Problem:
     def _nearest_choice(self, extraction: str) -> str:
         from Levenshtein import distance
 
-        return min(filter(None, self.choices), key=lambda choice: distance(extraction.strip(), choice))
+        return min(filter(None, self.choices), key=lambda choice: distance(extraction, choice))
 
 
 def _one_of(prediction: Prediction, column: str, known: tuple[str, ...]) -> str:
