@@ -206,6 +206,23 @@ def test_other_settings_ask_again(opened, tmp_path):
     assert sorted(engine.asked) == list(range(6))
 
 
+def test_a_row_whose_image_was_replaced_is_asked_again(tmp_path):
+    from benchmark_rows import make_rows
+    from evaluation_runs import noise, write_rows
+    from tiny import png
+
+    rows = make_rows("ai2d", image={"bytes": png(noise(0)), "path": None})
+    write_rows(tmp_path / "data", "ai2d", rows)
+    opened = open_task("ai2d", tmp_path / "data", tmp_path / "cache")
+    evaluate("ai2d", opened, Told(["A"] * 6), tmp_path / "out")
+    rows[2]["image"] = {"bytes": png(noise(1)), "path": None}
+    write_rows(tmp_path / "mended", "ai2d", rows)
+    engine = Told(["A"] * 6)
+    mended = open_task("ai2d", tmp_path / "mended", tmp_path / "cache")
+    evaluate("ai2d", mended, engine, tmp_path / "out")
+    assert len(engine.asked) == 1
+
+
 def test_a_folder_takes_one_model_only(opened, tmp_path):
     rows = opened["ai2d"]
     evaluate("ai2d", rows, Told(["A"] * 6), tmp_path)
