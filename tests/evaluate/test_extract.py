@@ -315,6 +315,11 @@ def test_answers_that_run_wild_do_not_hold_up_the_scoring(noise):
     read_number(response)
 
 
+@pytest.mark.timeout(60)
+def test_an_option_repeated_without_end_does_not_hold_up_the_scoring():
+    assert read_choice("Well " + "A. dog " * 20_000, OPTIONS) == "A"
+
+
 def test_lists():
     assert read_list("Between [2007,2008].") == "[2007, 2008]"
     assert read_list("[1] and then [1.50, 2]") == "[1.5, 2]"

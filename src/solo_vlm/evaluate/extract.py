@@ -200,22 +200,18 @@ def _named(text: str, options: Sequence[str]) -> set[str]:
 def _occurring(text: str, options: Sequence[str]) -> set[str]:
     """Options whose text stands in the response, other than within the text of a longer one that does."""
     words = plain(text)
-    places = [
-        (letter, match)
-        for letter, option in zip(ascii_uppercase, map(plain, options), strict=False)
-        if len(option) > 1 and option in words
-        for match in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", words)
-    ]
-    outside = [
-        (letter, match) for letter, match in places if not any(_within(match, other) for _, other in places)
-    ]
-    letters = {letter for letter, _ in outside}
-    return set() if len(letters) == 1 and all(_rejected(match) for _, match in outside) else letters
-
-
-def _within(match: re.Match[str], other: re.Match[str]) -> bool:
-    inside = other.start() <= match.start() and match.end() <= other.end()
-    return inside and match.group() != other.group()
+    letters: dict[str, set[str]] = {}
+    for letter, option in zip(ascii_uppercase, map(plain, options), strict=False):
+        letters.setdefault(option, set()).add(letter)
+    found: set[str] = set()
+    rejected = True
+    for option in sorted(letters, key=len, reverse=True):
+        pattern = re.compile(rf"(?<!\w){re.escape(option)}(?!\w)")
+        if len(option) > 1 and option in words and (matches := list(pattern.finditer(words))):
+            found |= letters[option]
+            rejected = rejected and all(map(_rejected, matches))
+            words = pattern.sub("\0" * len(option), words)  # a shorter one within it does not count
+    return set() if len(found) == 1 and rejected else found
 
 
 def _rejected(match: re.Match[str]) -> bool:
