@@ -127,6 +127,14 @@ def test_mme_without_the_second_question_of_an_image():
     assert score.partial
 
 
+def test_mme_with_a_third_question_of_an_image_is_an_error():
+    """Counted, the image could never have both of its questions right."""
+    answered = predictions("mme", oracle("mme"))
+    answered.append(Prediction("again", answered[0].response, answered[0].row))
+    with pytest.raises(SoloError, match=r"existence/0000.png has rows 0, 1, again"):
+        get("mme").score(answered)
+
+
 def test_seed_counts_images_only_and_by_dimension():
     def answer(row):
         return row["answer"] if row["data_type"] == "image" and row["question_type_id"] != 3 else "none"
@@ -173,6 +181,14 @@ def test_all_float_questions_of_mathvista_score():
         ("1.45", "float", 2, "Luca needs $1.45", True),
         ("2.50", "float", "2.0", "2.5", True),
         ("1.45", "float", 2.0, "1e999", False),
+        ("0.0", "float", 1.0, "-0.04", True),
+        ("0.5", "float", 1.0, "The answer is 1/2", True),
+        ("-5", "integer", None, "–5", True),
+        ("1234", "integer", None, "1{,}234", True),
+        ("1,234", "integer", None, "1234", True),
+        ("7", "integer", None, "7</s>", True),
+        ("12", "integer", None, "3-12", False),
+        ("dog", "text", None, "Dog.<|im_end|>", True),
         ("[2007, 2008]", "list", None, "between [2007,2008]", True),
         ("[2007, 2008]", "list", None, "2007", False),
     ],
@@ -208,6 +224,33 @@ def test_the_same_scores_as_the_formulas_of_the_papers_on_random_answers():
     assert score.unreadable == sum(p.response == "perhaps" for p in answered)
 
 
+def choice_of_mathvista(choices, answer, response, **more):
+    row = {"question_type": "multi_choice", "answer_type": "text", "choices": choices, "answer": answer}
+    return get("mathvista").score([Prediction("1", response, {**row, **more})])
+
+
+def test_choices_of_mathvista_beside_an_empty_one():
+    for empty in (None, "", float("nan")):
+        for response in ("D", "three", "The answer is (D) three"):
+            assert choice_of_mathvista(["two", "one", empty, "three"], "three", response).score == 100
+    assert choice_of_mathvista("['two' 'one' nan 'three']", "three", "D").score == 100
+    # The empty text would be the nearest to anything short.
+    assert choice_of_mathvista(["thee", "", "osaka"], "thee", "x", extraction="hee").score == 100
+
+
+def test_choices_of_mathvista_that_differ_in_case_or_stand_there_twice():
+    assert choice_of_mathvista(["mW", "MW"], "MW", "MW").score == 100
+    assert choice_of_mathvista(["mW", "MW"], "MW", "mW").score == 0
+    assert choice_of_mathvista(["5", "7", "5"], "5", "C").score == 100
+
+
+@pytest.mark.parametrize("task", CHOICE_TASKS)
+@pytest.mark.parametrize("response", ["A, B", "A. dog\nB. cat\nC. bird\nD. fish", "Answer: A, B", ""])
+def test_several_letters_are_unreadable_in_every_task(task, response):
+    score = get(task).score(predictions(task, lambda row: response))
+    assert (score.score, score.unreadable) == (0, score.n)
+
+
 @pytest.mark.parametrize(
     ("task", "rows", "message"),
     [
@@ -215,6 +258,18 @@ def test_the_same_scores_as_the_formulas_of_the_papers_on_random_answers():
         ("mmstar", [{"question": "?"}], "no column answer or gt_answer; its columns are: question"),
         ("mme", [{"answer": "yes", "question_id": "1", "category": "colour"}], "no subtask colour"),
         ("mathvista", [{"answer": "1"}], "no column question_type"),
+        ("mathvista", [{"answer": "1", "question_type": "choice"}], "question_type is 'choice', none of"),
+        (
+            "mathvista",
+            [{"answer": "1", "question_type": "free_form", "answer_type": "int"}],
+            "answer_type is 'int', none of text, integer, float, list",
+        ),
+        (
+            "mathvista",
+            [{"answer": "1", "question_type": "multi_choice", "answer_type": "text", "choices": None}],
+            "multiple choice, but its column choices has no options",
+        ),
+        ("ai2d", [{"answer": "0", "options": [["a"], ["b"]]}], "an option is a text"),
     ],
 )
 def test_rows_that_cannot_be_scored_are_an_error(task, rows, message):

@@ -6,14 +6,16 @@ import base64
 import csv
 import io
 import json
+import re
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmark_rows import make_rows, right_response
+from benchmark_rows import ANIMALS, make_rows, right_response
 from solo_vlm.errors import SoloError
+from solo_vlm.evaluate import data_root
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.data_root import find_benchmark, load_benchmark
 from solo_vlm.evaluate.predictions import Prediction, without_images
@@ -189,3 +191,137 @@ def test_a_broken_file_is_named(tmp_path):
     )
     with pytest.raises(SoloError, match=r"nowhere\.png"):
         load_benchmark(get("mme"), tmp_path)
+
+
+WITH_GAP = ("Two", "One", None, "Three")
+CHOICE_TASKS = ("mmstar", "seedbench", "ai2d", "ai2d_no_mask", "scienceqa", "scienceqa_full", "mathvista")
+
+
+def rows_with_gap(task, png, empty):
+    """One row in the hub's schema: the third option is empty, the fourth is right."""
+    row = next(row for row in hub_rows(task, png) if task != "mathvista" or row["choices"])
+    texts = [empty if text is None else text for text in WITH_GAP]
+    if task == "mmstar":
+        return [{**row, "question": "How many?\nOptions: A: Two, B: One, C: , D: Three", "answer": "D"}]
+    if task == "seedbench":
+        lettered = {f"choice_{letter}": text for letter, text in zip("abcd", texts, strict=True)}
+        return [{**row, **lettered, "answer": "D"}]
+    if task == "mathvista":
+        return [{**row, "choices": texts, "answer": "Three"}]
+    column = "choices" if task.startswith("scienceqa") else "options"
+    return [{**row, column: texts, "answer": 3 if column == "choices" else "3"}]
+
+
+def prompt_and_score(task, folder):
+    """The prompt of the only row, and the score of the answer D."""
+    from solo_vlm.evaluate.harness import LocalTask
+    from solo_vlm.evaluate.rows import Rows
+
+    rows = Rows.of(get(task), load_benchmark(get(task), folder))
+    score = get(task).score([Prediction(rows.ids[0], "D", rows.columns[0])])
+    assert rows.images(0)[0].size == (32, 32)
+    return LocalTask(get(task), rows.encoded).prompt(0), score
+
+
+def assert_letters_are_kept(prompt, score):
+    assert (score.score, score.bad_rows, score.unreadable) == (100, (), 0)
+    pattern = r"\(?A[.:)] Two[,\s]+\(?B[.:)] One[,\s]+\(?C[.:)][,\s]+\(?D[.:)] Three"
+    assert re.search(pattern, prompt), prompt
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+@pytest.mark.parametrize("task", CHOICE_TASKS)
+def test_an_empty_option_in_parquet_keeps_the_letters_of_those_behind_it(task, empty, png, tmp_path):
+    (tmp_path / task).mkdir()
+    pq.write_table(pa.Table.from_pylist(rows_with_gap(task, png, empty)), tmp_path / task / "x.parquet")
+    assert_letters_are_kept(*prompt_and_score(task, tmp_path))
+
+
+@pytest.mark.parametrize("empty", [None, "", float("nan")])
+@pytest.mark.parametrize("task", CHOICE_TASKS)
+def test_an_empty_option_in_json_lines_keeps_the_letters_of_those_behind_it(task, empty, png, tmp_path):
+    (tmp_path / task).mkdir()
+    (tmp_path / task / "1.png").write_bytes(png)
+    (row,) = rows_with_gap(task, png, empty)
+    image = "decoded_image" if task == "mathvista" else "image"
+    row[image] = ["1.png"] if task == "seedbench" else "1.png"
+    (tmp_path / task / "x.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8-sig")
+    assert_letters_are_kept(*prompt_and_score(task, tmp_path))
+
+
+@pytest.mark.parametrize("task", CHOICE_TASKS)
+def test_an_empty_option_in_vlmevalkits_tsv_keeps_the_letters_of_those_behind_it(task, png, tmp_path):
+    letters = dict(zip("ABCD", WITH_GAP, strict=True))
+    row = {"index": 391, "image": base64.b64encode(png).decode(), "question": "How many?", "answer": "D"}
+    if task == "mathvista":
+        kinds = {"question_type": "multi_choice", "answer_type": "text", "precision": "", "answer": "Three"}
+        row |= {**kinds, "choices": "['Two' 'One' None\n 'Three']", "task": "t", "skills": "['a' 'b']"}
+    else:
+        row |= {**letters, "category": "Scene Understanding", "l2_category": "localization"}
+    path = tmp_path / task / "x.tsv"
+    write_tsv(path, [row])
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert_letters_are_kept(*prompt_and_score(task, tmp_path))
+
+
+@pytest.mark.parametrize("task", [task for task in CHOICE_TASKS if task != "mathvista"])
+@pytest.mark.parametrize("encoded", [False, True], ids=["images", "base64"])
+def test_vlmevalkits_columns_in_parquet(task, encoded, png, tmp_path):
+    image = base64.b64encode(png).decode() if encoded else {"bytes": png, "path": None}
+    row = {
+        "index": 391,
+        "image": image,
+        "question": "How many?",
+        "answer": "D",
+        "l2_category": "localization",
+    }
+    row |= {**dict(zip("ABCD", WITH_GAP, strict=True)), "category": "Scene Understanding"}
+    (tmp_path / task).mkdir()
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / task / "x.parquet")
+    assert_letters_are_kept(*prompt_and_score(task, tmp_path))
+
+
+def test_rows_that_an_older_version_converted_are_converted_again(png, tmp_path, monkeypatch):
+    """The cache of `datasets` knows the file only, not what was made of it."""
+    write_tsv(tmp_path / "ai2d" / "x.tsv", vlmevalkit_rows("ai2d", png))
+    with monkeypatch.context() as older:
+        older.setattr(data_root, "hub_row", lambda task, row: {**row, "options": ["old"]})
+        older.setattr(data_root, "_CONVERSION", data_root._CONVERSION - 1)
+        assert load_benchmark(get("ai2d"), tmp_path)[0]["options"] == ["old"]
+    assert load_benchmark(get("ai2d"), tmp_path)[0]["options"] == list(ANIMALS)
+
+
+def test_an_image_in_json_lines_may_be_a_data_url(png, tmp_path):
+    url = "data:;base64," + base64.encodebytes(png).decode()
+    (tmp_path / "mme").mkdir()
+    (tmp_path / "mme" / "x.jsonl").write_text(json.dumps(make_rows("mme", image=url)[0]) + "\n")
+    assert first_image(load_benchmark(get("mme"), tmp_path), "mme").size == (32, 32)
+
+
+@pytest.mark.parametrize("task", ["ai2d", "scienceqa"])
+@pytest.mark.parametrize("options", ["['Two', 'One', '', 'Three']", "['Two' 'One' nan 'Three']"])
+@pytest.mark.parametrize("answer", ["3", "D", "Three"])
+def test_the_hubs_columns_as_text_of_a_tsv(task, options, answer, png, tmp_path):
+    column = "choices" if task == "scienceqa" else "options"
+    image = base64.b64encode(png).decode()
+    row = {"question": "How many?", column: options, "answer": answer, "hint": "", "image": image}
+    write_tsv(tmp_path / task / "x.tsv", [row])
+    assert_letters_are_kept(*prompt_and_score(task, tmp_path))
+
+
+@pytest.mark.parametrize("answer", ["", "AB", "E", "A, B"])
+def test_an_answer_that_names_no_option_or_two_is_refused(answer, png, tmp_path):
+    rows = vlmevalkit_rows("ai2d", png)
+    rows[2]["answer"] = answer
+    write_tsv(tmp_path / "ai2d" / "AI2D_TEST.tsv", rows)
+    with pytest.raises(SoloError, match=rf"row 2: the answer '{answer}' is none of its options"):
+        load_benchmark(get("ai2d"), tmp_path)
+
+
+def test_a_question_that_is_there_twice_is_refused_before_it_is_asked(png, tmp_path):
+    from solo_vlm.evaluate.rows import Rows
+
+    write_tsv(tmp_path / "mmstar" / "MMStar.tsv", vlmevalkit_rows("mmstar", png))
+    write_tsv(tmp_path / "mmstar" / "MMStar (copy).tsv", vlmevalkit_rows("mmstar", png)[:3])
+    with pytest.raises(SoloError, match="mmstar: rows 1 and 4 have the same index, 0"):
+        Rows.of(get("mmstar"), load_benchmark(get("mmstar"), tmp_path))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from solo_vlm.evaluate.extract import read_choice, read_list, read_number, read_yes_no
+from solo_vlm.evaluate.extract import read_choice, read_list, read_yes_no
+from solo_vlm.evaluate.numbers import read_number
 
 OPTIONS = ["dog", "cat", "bird", "a cat and a dog"]
 
@@ -80,6 +81,165 @@ def test_nothing_is_guessed(response):
     assert read_choice(response, [*OPTIONS, "fish"][:4]) is None
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        "A, B",
+        "A and B",
+        "A or B",
+        "A/B",
+        "B - A",
+        "(A)(B)",
+        "B\nA",
+        "Both are possible.\nA\nB",
+        "Answer: A, B",
+        "Answer: A and B",
+        "Answer: A or B",
+        "The answer is C. No, answer: A or B, a cat",
+        "\\boxed{A}, \\boxed{B}",
+        "<answer>A</answer> or <answer>B</answer>",
+        "A. dog\nB. cat\nC. bird\nD. a cat and a dog",
+        "A. dog B. cat C. bird D. a cat and a dog",
+        "A) it barks B) it purrs",
+        "A. dog - it has no tail\nB. cat - it has whiskers\nC. bird\nD. both",
+        "(A) dog, (B) cat, (C) bird, (D) a cat and a dog",
+        "A dog B cat C bird D fish",
+        "dog, cat, bird, a cat and a dog",
+        "Option A and option B are cats",
+    ],
+)
+@pytest.mark.parametrize("options", [OPTIONS, ["dog", "", "bird", "fish"]], ids=["full", "one empty"])
+def test_two_or_more_letters_are_unreadable(response, options):
+    assert read_choice(response, options) is None
+
+
+def test_the_letters_of_all_options_are_unreadable_where_no_text_is_known():
+    for response in ("A, B", "A\nB\nC\nD", "A) dog B) cat", "A. dog\nB. cat", "Answer: A, B"):
+        assert read_choice(response, [""] * 5) is None
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "A. dog\nB. cat\nC. bird\nD. a cat and a dog\n\nAnswer: B",
+        "A and C are animals that bark or fly, so the answer is B",
+        "B\n\nA. dog: it would bark\nC. bird: it would fly",
+        "B. cat\n\nExplanation:\nA. dog: it would bark",
+        "B. A cat",
+        "B (cat)",
+        "B: cat. It is not a dog.",
+    ],
+)
+def test_an_answer_beside_the_repeated_options_counts(response):
+    assert read_choice(response, OPTIONS) == "B"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "B</s>",
+        "B<|im_end|>",
+        "B<|endoftext|>",
+        "B<|eot_id|>",
+        "B<eos>",
+        "B<end_of_turn>",
+        "B<｜end▁of▁sentence｜>",
+        "<s>B</s>",
+        "<|im_start|>assistant\nB<|im_end|>\n",
+        "B</s>A</s>",
+        "B<|im_end|>\n<|im_start|>user\nIs it A?<|im_end|>",
+        "cat</s>",
+        "The answer is cat.</s>",
+        "It barks: A.</think>B",
+    ],
+)
+def test_special_tokens_and_what_follows_the_turn_are_no_part_of_the_answer(response):
+    assert read_choice(response, OPTIONS) == "B"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "B．",
+        "（B）",
+        "B：",
+        "B：cat",
+        "B。",
+        "B、cat",
+        "Ｂ",
+        "（ｂ）",
+        "【B】",
+        "B．因为",
+        "ｃａｔ",
+        "\ufeffB",
+        "\u200bB",
+    ],
+)
+def test_full_width_and_invisible_characters(response):
+    assert read_choice(response, OPTIONS) == "B"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "\\(B\\)",
+        "\\[\\boxed{B}\\]",
+        "$\\mathbf{B}$",
+        "\\boxed{\\textbf{(B)}\\ cat}",
+        "**Answer: B**",
+        "**Answer**: **B. cat**",
+        "**B**: cat",
+        "__B__",
+        "`B`",
+        "<ANSWER>B</ANSWER>",
+    ],
+)
+def test_markup_around_a_letter(response):
+    assert read_choice(response, OPTIONS) == "B"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "Option B is wrong",
+        "(B) is incorrect.",
+        "I don't think it is B",
+        "The answer is not B",
+        "It is not a cat",
+        "There is no cat",
+        "<think>It purrs. The answer is B",
+        "None of the above",
+        "None of A, B or C",
+        "Neither A nor B",
+        "N/A",
+        "I don't know",
+    ],
+)
+def test_what_is_rejected_or_still_a_thought_is_no_answer(response):
+    assert read_choice(response, OPTIONS) is None
+
+
+def test_an_option_that_says_none_or_all_is_read_by_its_text():
+    options = ["A and B", "None of the above", "All of the above", ""]
+    assert read_choice("None of the above", options) == "B"
+    assert read_choice("The answer is none of the above.", options) == "B"
+    assert read_choice("A and B", options) == "A"
+    assert read_choice("C. All of the above", options) == "C"
+
+
+def test_an_empty_option_is_chosen_by_its_letter_only():
+    options = ["two", "one", "", "three"]
+    assert [read_choice(response, options) for response in ("C", "D", "three")] == ["C", "D", "D"]
+    assert read_choice("", options) is None
+    assert read_choice("...", options) is None
+
+
+def test_options_that_differ_in_case_or_marks_only():
+    assert read_choice("MW", ["mW", "MW"]) == "B"
+    assert read_choice("mw", ["mW", "MW"]) is None
+    assert read_choice("5", ["5!", "5"]) == "B"
+
+
 def test_a_letter_counts_only_as_far_as_there_are_options():
     assert read_choice("C", ["yes", "no"]) is None
     assert read_choice("I", ["yes", "no"]) is None
@@ -115,6 +275,16 @@ def test_text_within_a_sentence_only_where_wanted():
         ("Yes.", "yes"),
         ("no", "no"),
         ("No, there is not.", "no"),
+        ("Yes, no doubt", "yes"),
+        ("Yes or no", None),
+        ("yes/no", None),
+        ("No, yes", None),
+        ("yes</s>", "yes"),
+        ("y<|im_end|>", "yes"),
+        ("<s>No</s>Yes", "no"),
+        ("Ｙｅｓ。", "yes"),
+        ("\ufeffyes", "yes"),
+        ("\\boxed{No}", "no"),
         ("The answer is no", "no"),
         ("**Yes**", "yes"),
         ("y", "yes"),
@@ -134,28 +304,6 @@ def test_yes_and_no(response, expected):
     assert read_yes_no(response) == expected
 
 
-@pytest.mark.parametrize(
-    ("response", "expected"),
-    [
-        ("14", "14"),
-        ("The number missing is 14.", "14"),
-        ("It costs $1,234.50 in all.", "1234.50"),
-        ("-3.5", "-3.5"),
-        ("3 + 4 = 7", "7"),
-        ("The answer is 5, as 10 / 2 shows.\nChecked with 12 examples", "5"),
-        ("Answer: $1.45", "1.45"),
-        ("1e3", "1e3"),
-        ("50%", "50"),
-        ("Of 3 and 4 it is \\boxed{7}, not 12", "7"),
-        (".5", ".5"),
-        ("no number", None),
-        ("", None),
-    ],
-)
-def test_numbers(response, expected):
-    assert read_number(response) == expected
-
-
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("noise", ["*", " ", "\n", "(", "[", "1", "1,", "answer is ", "option "])
 def test_answers_that_run_wild_do_not_hold_up_the_scoring(noise):
@@ -165,6 +313,11 @@ def test_answers_that_run_wild_do_not_hold_up_the_scoring(noise):
     assert read_yes_no(response) is None
     assert read_list(response) is None
     read_number(response)
+
+
+@pytest.mark.timeout(60)
+def test_an_option_repeated_without_end_does_not_hold_up_the_scoring():
+    assert read_choice("Well " + "A. dog " * 20_000, OPTIONS) == "A"
 
 
 def test_lists():

@@ -97,12 +97,28 @@ def test_vlmevalkits_columns(kind, tmp_path):
     assert score.breakdown["math"].n == 3
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "xlsx", "json", "jsonl"])
+@pytest.mark.parametrize("response", ["D", "Three", "(D) Three", "The answer is three."])
+@pytest.mark.parametrize("task", ["mmstar", "seedbench", "ai2d", "scienceqa"])
+def test_letters_keep_their_places_beside_an_empty_option(task, response, kind, tmp_path):
+    options = {"A": "Two", "B": "One", "C": None, "D": "Three"}
+    row = {"index": 391, "question": "How many?", **options, "answer": "D", "prediction": response}
+    score = rescore(get(task), write(tmp_path / f"x.{kind}", [row]))
+    assert (score.score, score.bad_rows, score.unreadable) == (100, (), 0)
+
+
 @pytest.mark.parametrize(
     "row",
     [
         {"options": ["dog", "cat"], "answer": "1"},
         {"options": ["dog", "cat"], "answer": 1},
         {"options": "['dog', 'cat']", "gt_answer": "B"},
+        {"options": "['dog'\n 'cat']", "answer": "B"},
+        {"options": "array(['dog', 'cat'], dtype=object)", "answer": "1"},
+        {"options": "('dog', 'cat')", "answer": "1"},
+        {"options": {"B": "cat", "A": "dog"}, "answer": "b"},
+        {"choices": {"label": ["A", "B"], "text": ["dog", "cat"]}, "answer": "B"},
+        {"options": ["A. dog", "B. cat"], "answer": "cat"},
         {"choices": '["dog", "cat"]', "answer": "cat"},
         {"options": "A. dog\nB. cat", "answer": "(B)"},
         {"options": "dog\ncat", "answer": "1"},

@@ -206,6 +206,23 @@ def test_other_settings_ask_again(opened, tmp_path):
     assert sorted(engine.asked) == list(range(6))
 
 
+def test_a_row_whose_image_was_replaced_is_asked_again(tmp_path):
+    from benchmark_rows import make_rows
+    from evaluation_runs import noise, write_rows
+    from tiny import png
+
+    rows = make_rows("ai2d", image={"bytes": png(noise(0)), "path": None})
+    write_rows(tmp_path / "data", "ai2d", rows)
+    opened = open_task("ai2d", tmp_path / "data", tmp_path / "cache")
+    evaluate("ai2d", opened, Told(["A"] * 6), tmp_path / "out")
+    rows[2]["image"] = {"bytes": png(noise(1)), "path": None}
+    write_rows(tmp_path / "mended", "ai2d", rows)
+    engine = Told(["A"] * 6)
+    mended = open_task("ai2d", tmp_path / "mended", tmp_path / "cache")
+    evaluate("ai2d", mended, engine, tmp_path / "out")
+    assert len(engine.asked) == 1
+
+
 def test_a_folder_takes_one_model_only(opened, tmp_path):
     rows = opened["ai2d"]
     evaluate("ai2d", rows, Told(["A"] * 6), tmp_path)
@@ -235,6 +252,55 @@ def test_a_bad_row_is_counted_and_wrong(tmp_path):
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert facts["tasks"]["mmstar"]["failures"].keys() == {"4", "6"}
     assert "the row has no image" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("task", "changed", "answer"),
+    [
+        ("mmstar", {"question": "How many?\nOptions: A: Two, B: One, C: , D: Three", "answer": "D"}, "D"),
+        ("seedbench", {"choice_c": None, "answer": "D"}, "D"),
+        ("ai2d", {"options": ["Two", "One", None, "Three"], "answer": "3"}, "Three"),
+        ("scienceqa", {"choices": ["Two", "One", "", "Three"], "answer": 3}, "D"),
+        ("mathvista", {"choices": ["Two", "One", None, "Three"], "answer": "Three"}, "D"),
+    ],
+)
+def test_an_empty_option_is_asked_and_scored_with_those_behind_it(task, changed, answer, tmp_path):
+    from benchmark_rows import make_rows
+    from evaluation_runs import noise, write_rows
+    from tiny import png
+
+    image = {"bytes": png(noise(0)), "path": None}
+    rows = [row for row in make_rows(task, image=image) if task != "mathvista" or row["choices"]][:2]
+    rows[1] |= changed
+    write_rows(tmp_path / "data", task, rows)
+    opened = open_task(task, tmp_path / "data", tmp_path / "cache")
+    engine = Told([right_response(task, rows[0]), answer])
+    score = evaluate(task, opened, engine, tmp_path / "out")
+    assert (score.score, score.bad_rows, score.unreadable) == (100, (), 0)
+    assert sorted(engine.asked) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": None}, "KeyError: 'options'; its columns are: question, answer"),
+        ({"answer": "9"}, "IndexError"),
+    ],
+)
+def test_a_first_row_that_makes_no_prompt_is_one_line(change, message, tmp_path):
+    from benchmark_rows import make_rows
+    from evaluation_runs import noise, write_rows
+    from tiny import png
+
+    rows = make_rows("ai2d", image={"bytes": png(noise(0)), "path": None})
+    for row in rows:
+        row |= change
+        if row["options"] is None:
+            del row["options"]
+    write_rows(tmp_path / "data", "ai2d", rows)
+    opened = open_task("ai2d", tmp_path / "data", tmp_path / "cache")
+    with pytest.raises(SoloError, match=f"lmms-eval cannot use the first row .{message}"):
+        evaluate("ai2d", opened, Told([]), tmp_path / "out")
 
 
 def test_a_limit_that_the_harness_cannot_score_is_no_failure(opened, tmp_path):

@@ -55,7 +55,7 @@ class Served:
 
 
 @contextmanager
-def served(solo, limits, api_keys=()):
+def served(solo, limits, api_keys=(), name="tiny"):
     """The server over a model, while the context lasts."""
     import uvicorn
 
@@ -64,7 +64,7 @@ def served(solo, limits, api_keys=()):
     from solo_vlm.serve.engine import Engine
 
     engine = Engine(Answerer(solo.model, solo.processor), limits.max_batch, limits.max_batch_tokens)
-    app = make_app(engine, "tiny", limits, api_keys)
+    app = make_app(engine, name, limits, api_keys)
     config = uvicorn.Config(app, port=0, http="h11", ws="none", log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

@@ -73,6 +73,11 @@ OTHER_URLS = {
     "data, broken padding": "data:image/png;base64,iVBORw0KGgo",
     "data, percent-encoded": "data:image/png,%89PNG%0D%0A",
     "data, empty": "data:image/png;base64,",
+    "data, white space": "data:image/png;base64," + " \n" * 1_000_000,
+    "data, escapes": "data:image/png;base64," + "%41" * 1_200_000,
+    "data, escapes of bytes": "data:image/png," + "%89" * 1_200_000,
+    "data, commas": "data:" + "," * 1_000_000,
+    "data, parameters": "data:image/png" + ";base64" * 100_000 + ",iVBORw0KGgo",
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import pytest
 from openai import APIError, AuthenticationError, NotFoundError, OpenAI
@@ -116,6 +118,28 @@ def test_the_model_is_listed_and_no_other_answers(client):
     assert error.value.code == "model_not_found"
 
 
+def test_a_model_is_described_by_its_name(client, server):
+    assert client.models.retrieve("tiny") == client.models.list().data[0]
+    for other in ("other", "org/other", "tiny/", "../tiny"):
+        with pytest.raises(NotFoundError) as error:
+            client.models.retrieve(other)
+        assert (error.value.code, error.value.param, error.value.type) == (
+            "model_not_found",
+            "model",
+            "not_found_error",
+        )
+    assert server.metric('solo_requests_total{path="/v1/models/{name}",status="200"}') == 1
+
+
+@pytest.mark.parametrize("name", ["org/my-model", "/srv/models/my model", "modèle:7b"])
+def test_a_name_may_have_slashes_and_other_characters(solo, name):
+    with served(solo, Limits(), name=name) as server:
+        client = OpenAI(base_url=server.url, api_key="none", max_retries=0)
+        assert client.models.retrieve(name).id == name
+        assert json.loads(server.get(f"/v1/models/{quote(name)}"))["id"] == name
+        assert json.loads(server.get(f"/v1/models/{quote(name, safe='')}"))["id"] == name
+
+
 def test_text_that_spells_special_tokens_stays_text(server, solo, monkeypatch):
     tokenizer = solo.processor.tokenizer
     encode, seen = server.engine.encode, []
@@ -176,3 +200,77 @@ def test_harmless_fields_are_ignored(server, picture):
     message = {"role": "user", "name": "me", "content": [part, {"type": "text", "text": "hi"}]}
     body = {"messages": [message], "max_tokens": 2, "user": "u", "n": 1, "logprobs": False, "tools": []}
     assert server.ask({**body, "response_format": {"type": "text"}, "frequency_penalty": 0.0})[0] == 200
+
+
+NULLS = (
+    *("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "response_format"),
+    *("stop", "stream", "stream_options", "seed", "temperature", "top_p", "n", "logprobs", "top_logprobs"),
+    *("logit_bias", "max_tokens", "frequency_penalty", "presence_penalty", "audio", "modalities", "metadata"),
+    *("prediction", "reasoning_effort", "service_tier", "store", "user", "web_search_options", "verbosity"),
+)
+
+
+def test_null_fields_and_empty_lists_are_as_if_absent(client, server, picture):
+    """As clients write back what they were given: `message.model_dump()` has all of these."""
+    image = {"type": "image_url", "image_url": {"url": data_url(picture()), "detail": None}}
+    user = {"role": "user", "content": [image, {"type": "text", "text": "hi"}]}
+    plain = [user, {"role": "assistant", "content": "seven"}, {"role": "user", "content": "and now?"}]
+    nothing = {
+        "name": None,
+        "refusal": None,
+        "audio": None,
+        "annotations": [],
+        "function_call": None,
+        "tool_calls": None,
+        "tool_call_id": None,
+        "reasoning_content": None,
+    }
+    expected = server.ask({"messages": plain, "max_completion_tokens": TOKENS})[1]["choices"]
+    for tool_calls in (None, []):
+        messages = [{**nothing, **message, "tool_calls": tool_calls} for message in plain]
+        status, reply = server.ask(
+            {"messages": messages, "max_completion_tokens": TOKENS, **dict.fromkeys(NULLS)}
+        )
+        assert (status, reply.get("choices")) == (200, expected)
+    first = client.chat.completions.create(model="tiny", messages=[user], max_tokens=2)
+    again = [user, first.choices[0].message.model_dump(), {"role": "user", "content": "and now?"}]
+    again[1]["content"] = again[1]["content"] or "seven"
+    assert client.chat.completions.create(model="tiny", messages=again, max_tokens=2, stop=None).choices
+    for options in ({"include_usage": None}, {"include_usage": None, "include_obfuscation": None}):
+        stream = client.chat.completions.create(
+            model="tiny", messages=plain, max_tokens=2, stream=True, stream_options=options
+        )
+        assert all(chunk.choices for chunk in stream)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": None},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "assistant", "content": "x", "tool_calls": [{"id": "1", "type": "function"}]},
+        {"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "assistant", "content": "x", "audio": {"id": "1"}},
+        {"role": "assistant", "content": "x", "refusal": "I will not"},
+    ],
+)
+def test_what_a_message_says_beside_its_text_is_not_dropped(server, message):
+    status, reply = server.ask({"messages": [message, {"role": "user", "content": "hi"}]})
+    assert status == 400
+    assert reply["error"]["param"].startswith("messages.0.")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"bad_words": ["x"]},
+        {"allowed_token_ids": [1]},
+        {"include_stop_str_in_output": True},
+        {"truncate_prompt_tokens": 5},
+        {"prompt_logprobs": 1},
+        {"length_penalty": 2.0},
+    ],
+)
+def test_parameters_of_vllm_that_change_the_answer_are_refused(server, option):
+    status, reply = server.ask(question("hi", max_tokens=1, **option))
+    assert (status, reply["error"]["code"]) == (400, "unsupported_parameter")

@@ -121,9 +121,12 @@ class EngineModel(lmms):
         return [end for end in ends if end != _BLANK_LINE or self._stop_at_blank_line]
 
     def _fingerprint(self, request: Instance) -> str:
-        """Hash of all that an answer depends on besides the model and the image."""
+        """Hash of all that an answer depends on besides the model."""
         settings = _settings(request)
         asked = [request.args[0], self.limit(settings), self._ends(settings)]
+        if self._memory is not None:
+            task, split = request.args[4:]
+            asked += _image_hashes(self.task_dict[task][split][_row(request)])
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
@@ -167,6 +170,13 @@ def _row(request: Instance) -> int:
 
 def _settings(request: Instance) -> Mapping[str, Any]:
     return request.args[2]
+
+
+def _image_hashes(row: Mapping[str, Any]) -> list[str]:
+    """Hashes of a row's encoded images: someone may have mended a file since the run was stopped."""
+    values = [part for value in row.values() for part in (value if isinstance(value, list) else [value])]
+    images = [value for value in values if isinstance(value, Mapping) and set(value) == {"bytes", "path"}]
+    return [hashlib.sha256(image["bytes"] or str(image["path"]).encode()).hexdigest() for image in images]
 
 
 def _cut(text: str, ends: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks import Benchmark
 from solo_vlm.evaluate.predictions import column_name
-from solo_vlm.evaluate.tables import read_delimited
+from solo_vlm.evaluate.rows import EncodedRows
+from solo_vlm.evaluate.tables import read_delimited, read_json_lines
 from solo_vlm.evaluate.vlmevalkit import hub_row
+from solo_vlm.model.image_loading_solo import ImageError, read_data_url
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _KINDS = ("parquet", "arrow", "tsv", "jsonl")  # where a folder has several, the first of these counts
 _SPLITS = ("train", "validation", "val", "dev", "test", "testmini")
+_CONVERSION = 2  # raise it when `_rows` gives other rows for the same file: they are cached
 _IMAGE_COLUMNS = ("image", "decoded_image")
 
 
@@ -47,10 +49,14 @@ def load_benchmark(benchmark: Benchmark, data_root: Path | None) -> Dataset:
     try:
         if kind in ("parquet", "arrow"):
             data = load_dataset(kind, data_files=[str(file) for file in files], split="train")
+            if {"a", "b"} <= set(map(column_name, data.column_names)):  # VLMEvalKit's columns
+                kwargs = {"task": benchmark.name, "data": data, "conversion": _CONVERSION}
+                data = Dataset.from_generator(_converted, gen_kwargs=kwargs)
         else:
             # Size and time stand for the content: datasets takes rows it has seen before from its cache.
-            seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-            data = Dataset.from_generator(_rows, gen_kwargs={"task": benchmark.name, "files": tuple(seen)})
+            seen = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+            kwargs = {"task": benchmark.name, "files": seen, "conversion": _CONVERSION}
+            data = Dataset.from_generator(_rows, gen_kwargs=kwargs)
     except Exception as error:  # datasets wraps what goes wrong in exceptions of many kinds
         raise SoloError(f"cannot read {files[0]}: {error.__cause__ or error}") from error
     return _with_images(data)
@@ -99,7 +105,7 @@ def _names(file: Path) -> str:
     return file.stem.replace("_", "-").split("-")[0]
 
 
-def _rows(task: str, files: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
+def _rows(task: str, files: Sequence[tuple[str, int, int]], conversion: int) -> Iterator[dict[str, Any]]:
     for name, _, _ in files:
         path = Path(name)
         shared = _shared_images(path)
@@ -107,19 +113,24 @@ def _rows(task: str, files: Sequence[tuple[str, int, int]]) -> Iterator[dict[str
             plain = {column_name(column): value for column, value in row.items()}
             if (reference := str(plain.get("image"))) in shared:
                 plain["image"] = shared[reference]
-            converted = hub_row(task, plain)
-            for column in _IMAGE_COLUMNS:
-                if column in converted and not (column == "image" and "decoded_image" in converted):
-                    converted[column] = _image(converted[column], path.parent)
-            yield converted
+            yield _hub_row(task, plain, path.parent)
+
+
+def _converted(task: str, data: Dataset, conversion: int) -> Iterator[dict[str, Any]]:
+    for row in EncodedRows(data):
+        yield _hub_row(task, {column_name(column): value for column, value in row.items()}, Path())
+
+
+def _hub_row(task: str, row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    converted = hub_row(task, row)
+    for column in _IMAGE_COLUMNS:
+        if column in converted and not (column == "image" and "decoded_image" in converted):
+            converted[column] = _image(converted[column], folder)
+    return converted
 
 
 def _raw_rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".tsv":
-        yield from read_delimited(path, "\t")
-        return
-    with path.open(encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+    return read_delimited(path, "\t") if path.suffix == ".tsv" else read_json_lines(path)
 
 
 def _shared_images(path: Path) -> dict[str, str]:
@@ -131,7 +142,7 @@ def _shared_images(path: Path) -> dict[str, str]:
 
 
 def _image(value: Any, folder: Path) -> Any:
-    """An image as `{"bytes", "path"}`: of base64, or of a path from the file's folder; lists, one by one."""
+    """An image, or each of a list, as `{"bytes", "path"}`: of base64, a data URL, or a path in a folder."""
     if isinstance(value, list):
         return [_image(part, folder) for part in value]
     if not isinstance(value, str) or not value:
@@ -139,8 +150,10 @@ def _image(value: Any, folder: Path) -> Any:
     if len(value) < 1024 and (folder / value).is_file():
         return {"bytes": (folder / value).read_bytes(), "path": value}
     try:
-        return {"bytes": base64.b64decode(value, validate=True), "path": None}
-    except binascii.Error as error:
+        is_url = value[:5].lower() == "data:"
+        data = read_data_url(value, "image") if is_url else base64.b64decode(value, validate=True)
+        return {"bytes": data, "path": None}
+    except (binascii.Error, ImageError) as error:
         raise SoloError(f"{value[:80]!r} is neither an image in base64 nor a file in {folder}") from error
 
 

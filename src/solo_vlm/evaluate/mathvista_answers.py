@@ -6,9 +6,15 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, Self
 
-from solo_vlm.evaluate.extract import plain, read_choice, read_list, read_number
-from solo_vlm.evaluate.options import as_list, present
-from solo_vlm.evaluate.predictions import Prediction
+from solo_vlm.errors import SoloError
+from solo_vlm.evaluate.extract import read_choice, read_list, same_text
+from solo_vlm.evaluate.numbers import as_number, read_number
+from solo_vlm.evaluate.options import as_list
+from solo_vlm.evaluate.predictions import Prediction, present
+from solo_vlm.evaluate.response_text import clean, plain
+
+_QUESTION_TYPES = ("multi_choice", "free_form")
+_ANSWER_TYPES = ("text", "integer", "float", "list")
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,17 @@ class Problem:
         """The problem of a row.
 
         Raises:
-            SoloError: a column is missing.
+            SoloError: a column is missing, or holds what MathVista has not.
         """
-        multiple_choice = prediction.column("question_type") == "multi_choice"
-        answer_type = str(prediction.column("answer_type"))
+        multiple_choice = _one_of(prediction, "question_type", _QUESTION_TYPES) == "multi_choice"
+        answer_type = _one_of(prediction, "answer_type", _ANSWER_TYPES)
         # The hub stores the precision as a float: 1.0 for one decimal.
         precision = prediction.column("precision") if answer_type == "float" else None
+        choices = as_list(prediction.column("choices")) if multiple_choice else []
+        if multiple_choice and not choices:
+            raise SoloError(f"row {prediction.id} is multiple choice, but its column choices has no options")
         return cls(
-            as_list(prediction.column("choices")) if multiple_choice else [],
+            choices,
             answer_type,
             _whole_number(precision),
         )
@@ -52,14 +61,15 @@ class Problem:
             return self.choices[ascii_uppercase.index(letter)] if letter else None
         if self.answer_type in ("integer", "float"):
             return self.normalise(read_number(response))
-        return read_list(response) if self.answer_type == "list" else self.normalise(response)
+        return read_list(response) if self.answer_type == "list" else self.normalise(clean(response))
 
     def read_extraction(self, extraction: str) -> str | None:
         """What an answer says that a language model extracted: as MathVista's calculate_score.py.
 
         The nearest option (edit distance) stands for one that is not spelled exactly.
         """
-        if not extraction.strip():
+        extraction = clean(extraction)
+        if not extraction:
             return None
         if self.choices:
             return self.read(extraction) or self._nearest_choice(extraction)
@@ -71,14 +81,16 @@ class Problem:
             return None
         text = str(answer).strip()
         if self.choices:
-            return next((choice for choice in self.choices if plain(choice) == plain(text)), None)
-        try:
-            if self.answer_type == "integer":
-                return str(int(float(text)))
-            if self.answer_type == "float":
-                return None if self.precision is None else str(round(float(text), self.precision))
-        except (ValueError, OverflowError):
-            return None
+            if text in self.choices:  # maybe twice, but it is compared as text
+                return text
+            place = same_text(text, self.choices)
+            return None if place is None else self.choices[place]
+        if self.answer_type in ("integer", "float"):
+            number = as_number(text)
+            if number is None or (self.answer_type == "float" and self.precision is None):
+                return None
+            # Adding zero turns -0.0 into 0.0.
+            return str(int(number) if self.answer_type == "integer" else round(number, self.precision) + 0.0)
         if self.answer_type == "list":
             return read_list(text) if text.startswith("[") and text.endswith("]") else None
         return plain(text)
@@ -86,7 +98,14 @@ class Problem:
     def _nearest_choice(self, extraction: str) -> str:
         from Levenshtein import distance
 
-        return min(self.choices, key=lambda choice: distance(extraction.strip(), choice))
+        return min(filter(None, self.choices), key=lambda choice: distance(extraction, choice))
+
+
+def _one_of(prediction: Prediction, column: str, known: tuple[str, ...]) -> str:
+    value = str(prediction.column(column)).strip().lower()
+    if value not in known:
+        raise SoloError(f"row {prediction.id}: {column} is {value!r}, none of {', '.join(known)}")
+    return value
 
 
 def _whole_number(value: Any) -> int | None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from solo_vlm.evaluate.extract import read_choice
-from solo_vlm.evaluate.options import options_of, present, right_letter
-from solo_vlm.evaluate.predictions import Prediction
+from solo_vlm.evaluate.options import options_of, right_letter
+from solo_vlm.evaluate.predictions import Prediction, present
 from solo_vlm.evaluate.score import Judgement, Part, question_units
 from solo_vlm.evaluate.statistics import proportion_interval, score_of
 

@@ -2,34 +2,65 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from string import ascii_lowercase, ascii_uppercase
-from typing import Any, TypeGuard
+from typing import Any
 
-from solo_vlm.evaluate.extract import parse_literal, plain
-from solo_vlm.evaluate.predictions import Prediction
+from solo_vlm.errors import SoloError
+from solo_vlm.evaluate.extract import parse_literal, same_text
+from solo_vlm.evaluate.predictions import Prediction, present
+from solo_vlm.evaluate.response_text import without_markup
 
 _UNKNOWN = [""] * 5  # no benchmark here has more options
+_LETTERS = ascii_lowercase[:10]  # columns beyond are no options: VLMEvalKit's tables go to I
+_LIST_COLUMNS = ("options", "choices")
+_CHOICE_COLUMNS = tuple(f"choice_{letter}" for letter in _LETTERS)
+
+_NUMPY_REPR = re.compile(r"array\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.DOTALL)
+# As NumPy prints an array: no commas, lines broken anywhere.
+_NUMPY_ITEM = r"'(?:[^'\\]|\\.)*+'|\"(?:[^\"\\]|\\.)*+\"|[^\s,'\"\[\]]++"
+_NUMPY_PRINT = re.compile(rf"\[\s*+(?:(?:{_NUMPY_ITEM})(?=[\s\]])\s*+)++\]")
+_SET_APART = re.compile(r"[\n,;]\s*[(\[（【]?$")
+_BARE_NAN = re.compile(r"(?<=[\[,\s])(?:nan|NaN|null|<NA>)(?=\s*[,\]])")
 
 
 def options_of(row: Mapping[str, Any]) -> list[str]:
-    """Texts of a row's options A, B, C, ...; empty texts where the row has none, so that letters still count.
+    """Texts of a row's options A, B, C, ...; an option without a text is an empty one and keeps its letter.
 
     They stand in columns a, b, ... (VLMEvalKit), in `choice_a`, ... (SEED-Bench), in `options` or `choices`
-    (a list, or text that spells one), or in the question, after "Options:" (MMStar).
+    (a list, or text that spells one), or in the question, after "Options:" (MMStar). Where the row has none,
+    all are empty, so that letters still count.
+
+    Raises:
+        SoloError: an option in a list is no text.
     """
-    for prefix in ("", "choice_"):
-        lettered = list(takewhile(present, (row.get(prefix + letter) for letter in ascii_lowercase)))
-        if len(lettered) > 1:
-            return [str(option) for option in lettered]
-    return _listed(row) or _in_question(str(row.get("question", ""))) or _UNKNOWN
+    return options_in_columns(row) or _in_question(str(row.get("question", ""))) or _UNKNOWN
+
+
+def options_in_columns(row: Mapping[str, Any]) -> list[str]:
+    """As `options_of`, without those in the question; none where no column has any."""
+    for columns in (_LETTERS, _CHOICE_COLUMNS):
+        if sum(column in row for column in columns) > 1:
+            texts = [_text(row.get(column)) for column in columns]
+            # Columns that this row lacks altogether are no options, even where its answer has their letter.
+            last = max((place for place, column in enumerate(columns) if column in row), default=0)
+            if options := _trimmed(texts[: last + 1], row):
+                return options
+    return _listed(row)
+
+
+def with_option_texts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as prompts are made of it: options as lists of texts, an empty one as ""."""
+    lists = {name: _trimmed(_texts(row[name]), row) for name in _LIST_COLUMNS if present(row.get(name))}
+    choices = {name: _text(row[name]) for name in _CHOICE_COLUMNS if name in row}
+    return {**row, **lists, **choices}
 
 
 def right_letter(prediction: Prediction, options: Sequence[str], answers_are_places: bool) -> str | None:
-    """The letter of the right option, or None where the row's answer names no option.
+    """The letter of the right option, or None where the row's answer names no option, or not only one.
 
     The answer (`answer` or `gt_answer`) is a letter, the text of an option, or, with `answers_are_places` and
     unless the options have columns of their own, the option's place counted from 0.
@@ -37,59 +68,169 @@ def right_letter(prediction: Prediction, options: Sequence[str], answers_are_pla
     Raises:
         SoloError: the row has no such column.
     """
-    answer = str(prediction.column("answer", "gt_answer")).strip()
+    value = prediction.column("answer", "gt_answer")
+    if not present(value):
+        return None
+    answer = without_markup(str(value)).strip()
     letters = ascii_uppercase[: len(options)]
-    if answers_are_places and "a" not in prediction.row and re.fullmatch(r"\d+(\.0)?", answer):
+    if answers_are_places and not set("ab") & set(prediction.row) and re.fullmatch(r"\d+(\.0)?", answer):
         place = int(float(answer))
         return letters[place] if place < len(letters) else None
-    letter = answer.strip("().: ").upper()
-    if len(letter) == 1 and letter in letters:
+    letter = _single_letter(answer)
+    if letter and letter in letters:
         return letter
-    alike = [place for place, option in enumerate(options) if option and plain(option) == plain(answer)]
-    return letters[alike[0]] if alike else None
-
-
-def present(value: Any) -> TypeGuard[Any]:
-    """Whether a cell of a table holds something: neither nothing, nor NaN, nor blank text."""
-    return value is not None and value == value and (not isinstance(value, str) or value.strip() != "")
+    same = same_text(answer, options)
+    return None if same is None else letters[same]
 
 
 def as_list(value: Any) -> list[str]:
-    """Options of a list, an object by letter, or text that spells one or marks them with A, B, ..."""
-    if not present(value):
-        return []
-    if isinstance(value, str):
-        lines = [line.strip() for line in value.splitlines() if line.strip()]
-        value = parsed(value) or _marked(value) or lines
-    return [str(option) for option in (value.values() if isinstance(value, Mapping) else value)]
+    """Texts of a list, an object by letter, or text that spells one or marks them with A, B, ...
+
+    Raises:
+        SoloError: an element is no text.
+    """
+    return _trimmed(_texts(value), {}) if present(value) else []
 
 
 def parsed(text: str) -> dict[str, Any] | list[Any] | None:
-    """The object or list that a text spells as JSON or Python, or None."""
+    """The object or list that a text spells as JSON, Python or NumPy, or None."""
     try:
         value = json.loads(text)
-    except ValueError:
-        value = parse_literal(text)
-    return value if isinstance(value, dict | list) else None
+    except (ValueError, RecursionError):
+        value = _literal(text.strip())
+    return list(value) if isinstance(value, tuple) else value if isinstance(value, dict | list) else None
+
+
+def _literal(text: str) -> Any:
+    if array := _NUMPY_REPR.fullmatch(text):
+        text = array.group(1)
+    if _NUMPY_PRINT.fullmatch(text):  # Python would join 'a' 'b' to 'ab'
+        items = [match.group() for match in re.finditer(_NUMPY_ITEM, text[1:-1])]
+        return None if "..." in items else [_numpy_item(item) for item in items]
+    value = parse_literal(text)
+    return parse_literal(_BARE_NAN.sub("None", text)) if value is None else value
+
+
+def _numpy_item(item: str) -> Any:
+    if item[0] in "'\"":
+        return ast.literal_eval(item)
+    return None if item in ("None", "nan") else item
+
+
+def _texts(value: Any) -> list[str]:
+    """Texts of options at their places, empty ones included."""
+    if isinstance(value, str):
+        lines = [line.strip() for line in value.splitlines() if line.strip()]
+        fallback = [] if lines[0][0] in "[{" else lines  # no list that can be read is no option, either
+        value = parsed(value) or _marked(value) or fallback
+    if isinstance(value, Mapping):
+        return _by_label(value)
+    if value and all(isinstance(option, Mapping) and {"label", "text"} <= set(option) for option in value):
+        return _placed([(str(option["label"]), option["text"]) for option in value])
+    return _unmarked([_text(option) for option in value])
+
+
+def _by_label(options: Mapping[Any, Any]) -> list[str]:
+    """Texts of {"A": ..., "B": ...} by letter, in any order, or of {"label": [...], "text": [...]}."""
+    if set(options) == {"label", "text"} and all(isinstance(part, list) for part in options.values()):
+        if len(options["label"]) != len(options["text"]):
+            raise SoloError(f"not one label for each option: {str(options)[:80]}")
+        pairs = zip(options["label"], options["text"], strict=True)
+        return _placed([(str(label), text) for label, text in pairs])
+    return _placed([(str(label), text) for label, text in options.items()])
+
+
+def _placed(options: Sequence[tuple[str, Any]]) -> list[str]:
+    """Texts by their labels where all are letters or all are numbers, else in their order."""
+    letters = [_single_letter(label) for label, _ in options]
+    if all(letters):
+        places = [ascii_uppercase.index(str(letter)) for letter in letters]
+    elif all(label.isdecimal() for label, _ in options):
+        order = sorted(range(len(options)), key=lambda number: int(options[number][0]))
+        places = [order.index(number) for number in range(len(options))]
+    else:
+        places = list(range(len(options)))
+    texts = {place: _text(text) for place, (_, text) in zip(places, options, strict=True)}
+    if len(texts) < len(options):
+        raise SoloError(f"two options have one label: {str(options)[:80]}")
+    return [texts.get(place, "") for place in range(max(texts, default=-1) + 1)]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | Mapping):
+        raise SoloError(f"an option is a text, not {str(value)[:80]}")
+    return str(value).strip() if present(value) else ""
+
+
+def _unmarked(options: list[str]) -> list[str]:
+    """Options without their own letters, where each that has a text begins with its own: "A. dog"."""
+    matches = [
+        re.match(rf"\(?{letter}\s*[.):]\s*(?=\S|$)", option)
+        for letter, option in zip(ascii_uppercase, options, strict=False)
+        if option
+    ]
+    if len(matches) < 2 or not all(matches):
+        return options
+    return [re.sub(r"^\(?[A-Z]\s*[.):]\s*", "", option) for option in options]
+
+
+def _trimmed(options: Sequence[str], row: Mapping[str, Any]) -> list[str]:
+    """Options up to the last that has a text or is the row's right answer; none where all are empty."""
+    last = max((place for place, option in enumerate(options) if option), default=-1)
+    return list(options[: max(last, _answer_place(row)) + 1]) if last >= 0 else []
+
+
+def _answer_place(row: Mapping[str, Any]) -> int:
+    """Where the right answer stands, if the row has it as a letter or a number; else -1."""
+    answer = str(row.get("answer", row.get("gt_answer"))).strip()
+    if re.fullmatch(r"\d(\.0)?", answer):
+        return int(answer[0])
+    letter = _single_letter(answer)
+    return ascii_uppercase.index(letter) if letter else -1
+
+
+def _single_letter(text: str) -> str | None:
+    letter = text.strip("()[].:*_ ").upper()
+    return letter if len(letter) == 1 and letter in ascii_uppercase else None
 
 
 def _listed(row: Mapping[str, Any]) -> list[str]:
-    column = next((name for name in ("options", "choices") if present(row.get(name))), None)
-    return as_list(row[column]) if column else []
+    column = next((name for name in _LIST_COLUMNS if present(row.get(name))), None)
+    return _trimmed(_texts(row[column]), row) if column else []
 
 
 def _in_question(question: str) -> list[str]:
-    return _marked(re.split(r"\b(?:Options|Choices)\s*:", question)[-1])
+    return _marked(re.split(r"\b(?:Options|Choices)\s*[:：]", question)[-1])
 
 
 def _marked(text: str) -> list[str]:
-    """The texts behind "A:", "B:", ..., or "A.", or "(A)": in this order, and all with the same mark."""
-    for mark in ":.)":
-        places: list[re.Match[str]] = []
-        for place in re.finditer(rf"(?:^|[\s,;(])([A-Z])\s*{re.escape(mark)}\s*", text):
-            if place.group(1) == ascii_uppercase[len(places)]:
-                places.append(place)
+    """The texts behind "A:", "B:", ..., or "A.", or "(A)": in this order, and all with the same mark.
+
+    A letter that is left out, as in "A: dog, C: cat", is an empty option.
+    """
+    for marks in (":：", ".．", ")）", r"\]】"):
+        matches = list(re.finditer(rf"(?<![^\s,;(\[（【])([A-Z])\s*[{marks}]", text))
+        places: dict[int, re.Match[str]] = {}
+        wanted, start = 0, 0
+        while match := _next(matches, wanted, start) or (places and _next(matches, wanted + 1, start, text)):
+            place = ascii_uppercase.index(match.group(1))
+            places[place], wanted, start = match, place + 1, match.end()
         if len(places) > 1:
-            ends = [place.start() for place in places[1:]] + [len(text)]
-            return [text[place.end() : end].strip(" \n,;(") for place, end in zip(places, ends, strict=True)]
+            ends = [*(match.start() for match in places.values()), len(text)][1:]
+            texts = {
+                place: text[match.end() : end].strip(" \n,;([（【")
+                for (place, match), end in zip(places.items(), ends, strict=True)
+            }
+            return [texts.get(place, "") for place in range(max(texts) + 1)]
     return []
+
+
+def _next(
+    matches: Sequence[re.Match[str]], wanted: int, start: int, text: str | None = None
+) -> re.Match[str] | None:
+    """The first mark of a letter from a place on; with `text`, only one that a comma or a line sets apart."""
+    for match in matches:
+        is_wanted = match.start() >= start and ascii_uppercase[wanted : wanted + 1] == match.group(1)
+        if is_wanted and (text is None or _SET_APART.search(text, 0, match.start())):
+            return match
+    return None

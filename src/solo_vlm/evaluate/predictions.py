@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from solo_vlm.errors import SoloError
 from solo_vlm.files import new_file
 
 _IMAGE_COLUMNS = ("image", "images", "decoded_image")
+_NAMES_OF_ROWS = ("pid", "index", "id")
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,60 @@ class Prediction:
         )
 
 
+def present(value: Any) -> TypeGuard[Any]:
+    """Whether a cell of a table holds something: neither nothing, nor NaN, nor blank text."""
+    return value is not None and value == value and (not isinstance(value, str) or value.strip() != "")
+
+
 def without_images(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with names in lower case, its images replaced by `has_image`: whether there was one.
 
     A path or a name in place of an image stays, as `image`: MME and MathVista name their images.
+
+    Raises:
+        SoloError: two columns have one name but for case, and do not hold the same.
     """
-    kept, has_image = {}, None
+    kept: dict[str, Any] = {}
+    has_image = None
     for name, value in row.items():
         plain = column_name(name)
         if plain not in _IMAGE_COLUMNS:
+            if plain in kept and kept[plain] != value:
+                raise SoloError(f"two columns are called {plain}: rename one")
             kept[plain] = value
             continue
-        has_image = bool(has_image or value)
+        has_image = bool(has_image or _holds_image(value))
         if isinstance(value, str) and len(value) < 256:  # longer: an image in base64
             kept[plain] = value
     return kept if has_image is None else {**kept, "has_image": has_image}
+
+
+def _holds_image(value: Any) -> bool:
+    if isinstance(value, Mapping):  # as data sets store it: bytes, or a path
+        return any(map(present, value.values()))
+    return present(value) and bool(value)
+
+
+def check_unique(rows: Iterable[Mapping[str, Any]], what: str) -> None:
+    """Refuse rows of one question, by their `pid`, `index` or `id`; within a split, where they name one.
+
+    Args:
+        rows: with names in lower case, counted from 1 in the message.
+        what: where the rows are from.
+
+    Raises:
+        SoloError: two rows have the same; the message names them.
+    """
+    seen: dict[tuple[str, str, str], int] = {}
+    for number, row in enumerate(rows, start=1):
+        for column in _NAMES_OF_ROWS:
+            if not present(row.get(column)):
+                continue
+            name = str(row[column]).strip().removesuffix(".0")
+            first = seen.setdefault((column, name, str(row.get("split"))), number)
+            if first != number:
+                same = f"rows {first} and {number} have the same {column}, {name}"
+                raise SoloError(f"{what}: {same}: keep one row per question")
 
 
 def column_name(name: str) -> str:
@@ -81,16 +121,24 @@ def read_predictions(path: Path) -> list[Prediction]:
         SoloError: it cannot be read, or a line is not a prediction.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             lines = list(file)  # not splitlines: it also splits at characters that JSON leaves as they are
     except (OSError, UnicodeDecodeError) as error:
         raise SoloError(f"cannot read predictions {path}: {error}") from error
     predictions = []
     for number, line in enumerate(lines, start=1):
         try:
-            predictions.append(Prediction(**json.loads(line)))
+            predictions.append(_prediction(**json.loads(line)))
         except (TypeError, ValueError) as error:
             raise SoloError(
                 f"{path}, line {number} is not a prediction (id, response, row): {error}"
             ) from error
     return predictions
+
+
+def _prediction(id: Any, response: Any, row: Any) -> Prediction:
+    if not isinstance(row, Mapping):
+        raise TypeError("row is no object")
+    if not (response is None or isinstance(response, str)):
+        raise TypeError("response is no text")
+    return Prediction(str(id), response, row)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks import Benchmark
-from solo_vlm.evaluate.predictions import Prediction, read_predictions
+from solo_vlm.evaluate.predictions import Prediction, check_unique, present, read_predictions
 from solo_vlm.evaluate.score import Score
 from solo_vlm.evaluate.tables import Row, read_table
 
@@ -29,15 +29,16 @@ def load_predictions(path: Path) -> list[Prediction]:
     The response stands in `response`, else `prediction`, else (MathVista) `extraction`.
 
     Raises:
-        SoloError: the file cannot be read, or has none of these columns.
+        SoloError: the file cannot be read, has none of these columns, or a question twice.
     """
     rows = read_table(path)
     if set(rows[0]) == {"id", "response", "row"}:
         return read_predictions(path)
     _check_columns(rows, path)
+    check_unique(rows, str(path))
     return [
         Prediction(
-            id=str(row.get("pid", number)),
+            id=str(row["pid"] if present(row.get("pid")) else number),
             response=_response(row),
             row={name: value for name, value in row.items() if name not in ("response", "prediction")},
         )

@@ -14,7 +14,8 @@ from PIL import Image
 
 from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks import Benchmark
-from solo_vlm.evaluate.predictions import without_images
+from solo_vlm.evaluate.options import with_option_texts
+from solo_vlm.evaluate.predictions import check_unique, without_images
 from solo_vlm.model.image_loading_solo import ImageError, load_image
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 class EncodedRows(Sequence[dict[str, Any]]):
     """Rows of a data set with images as `{"bytes", "path"}`; nothing is copied and nothing decoded.
 
+    Options are lists of texts, see `with_option_texts`: a prompt would show None as an option's text.
     (Casting a data set's features to `decode=False` would write all of it to the disk once more.)
     """
 
@@ -35,7 +37,7 @@ class EncodedRows(Sequence[dict[str, Any]]):
         return len(self._data)
 
     def __getitem__(self, row: Any) -> Any:
-        return self._data[row].to_pylist()[0]
+        return with_option_texts(self._data[row].to_pylist()[0])
 
     def without_images(self) -> EncodedRows:
         """The same rows without columns of images."""
@@ -74,9 +76,10 @@ class Rows:
         """The rows of a data set that belong to a benchmark's score.
 
         Raises:
-            SoloError: none does.
+            SoloError: none does, or one question is there twice.
         """
         columns = list(_columns(data))
+        check_unique(columns, benchmark.name)
         kept = [number for number, row in enumerate(columns) if benchmark.belongs(row)]
         if not kept:
             raise SoloError(f"{benchmark.name}: none of its {len(columns)} rows belongs to the score")

@@ -139,7 +139,12 @@ class EvaluationRun:
         from solo_vlm.evaluate.harness import LocalTask, ask_all
 
         started = time.perf_counter()
-        task = LocalTask(benchmark, rows.encoded)
+        try:
+            task = LocalTask(benchmark, rows.encoded)
+            prompt = task.prompt(0)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}; its columns are: {', '.join(rows.columns[0])}"
+            raise SoloError(f"{benchmark.name}: lmms-eval cannot use the first row ({what})") from error
         with AnswerFile(self.out / "answers" / f"{benchmark.name}.jsonl") as memory:
             model = EngineModel(engine, memory, self.longest, on_progress=on_progress)
             harness = ask_all(task, benchmark, model, self.limit)
@@ -155,7 +160,7 @@ class EvaluationRun:
             judgements,
             rows,
             task.prompt,
-            _facts(task, model, rows, harness, time.perf_counter() - started),
+            _facts(task, prompt, model, rows, harness, time.perf_counter() - started),
         )
 
 
@@ -165,13 +170,13 @@ def _with_harness(score: Score, harness: HarnessScores, rows: Rows) -> Score:
 
 
 def _facts(
-    task: LocalTask, model: EngineModel, rows: Rows, harness: HarnessScores, seconds: float
+    task: LocalTask, prompt: str, model: EngineModel, rows: Rows, harness: HarnessScores, seconds: float
 ) -> dict[str, Any]:
     failures = {rows.ids[row]: answer.error for row, answer in sorted(model.answers.items()) if answer.error}
     return {
         "rows": len(rows),
         "failures": failures,
-        "prompt": task.prompt(0),
+        "prompt": prompt,
         "max_new_tokens": model.limit(task.config.generation_kwargs),
         "harness_task": task.config.task,
         "harness_note": harness.note,

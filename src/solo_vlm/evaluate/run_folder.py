@@ -74,7 +74,7 @@ class RunFolder:
 
     def _read(self, name: str) -> Any:
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            return json.loads((self.path / name).read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise SoloError(
                 f"cannot read {self.path / name}: {error}; is this the folder of a run?"

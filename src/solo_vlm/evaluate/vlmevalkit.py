@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import PurePath
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks.seedbench import DIMENSIONS
-from solo_vlm.evaluate.options import as_list, options_of, present
+from solo_vlm.evaluate.options import as_list, options_in_columns, right_letter
+from solo_vlm.evaluate.predictions import Prediction, present
 
 Row = dict[str, Any]
+_SEED_OPTIONS = 4
 
 
 def hub_row(task: str, row: Mapping[str, Any]) -> Row:
@@ -26,11 +29,12 @@ def hub_row(task: str, row: Mapping[str, Any]) -> Row:
 
 
 def _mmstar(row: Mapping[str, Any]) -> Row:
-    if not present(row.get("a")) or "Options:" in row["question"]:
+    options = options_in_columns(row)
+    if not options or "Options:" in row["question"]:
         return {}
-    lettered = zip(ascii_uppercase, options_of(row), strict=False)
-    options = ", ".join(f"{letter}: {text}" for letter, text in lettered)
-    return {"question": f"{row['question']}\nOptions: {options}"}
+    lettered = zip(ascii_uppercase, options, strict=False)
+    text = ", ".join(f"{letter}: {option}" for letter, option in lettered)
+    return {"question": f"{row['question']}\nOptions: {text}"}
 
 
 def _mme(row: Mapping[str, Any]) -> Row:
@@ -40,9 +44,12 @@ def _mme(row: Mapping[str, Any]) -> Row:
 
 
 def _seedbench(row: Mapping[str, Any]) -> Row:
-    if not present(row.get("a")):
+    if "choice_a" in row:
         return {}
-    lettered = zip(ascii_lowercase, options_of(row), strict=False)
+    options = options_in_columns(row)
+    if len(options) > _SEED_OPTIONS:
+        raise SoloError(f"row {_name(row)}: SEED-Bench asks with {_SEED_OPTIONS} options, not {len(options)}")
+    lettered = zip_longest(ascii_lowercase[:_SEED_OPTIONS], options, fillvalue="")
     dimension = next((number for number, name in DIMENSIONS.items() if name == row["category"].lower()), None)
     if dimension is None:
         raise SoloError(f"SEED-Bench has no dimension {row['category']}: {', '.join(DIMENSIONS.values())}")
@@ -56,13 +63,13 @@ def _seedbench(row: Mapping[str, Any]) -> Row:
 
 
 def _ai2d(row: Mapping[str, Any]) -> Row:
-    return {"options": options_of(row), "answer": str(_place(row))} if present(row.get("a")) else {}
+    options, place = _listed(row)
+    return {"options": options, "answer": str(place)}
 
 
 def _scienceqa(row: Mapping[str, Any]) -> Row:
-    if not present(row.get("a")):
-        return {}
-    return {"choices": options_of(row), "answer": _place(row), "hint": row.get("hint") or ""}
+    options, place = _listed(row)
+    return {"choices": options, "answer": place, "hint": row.get("hint") or ""}
 
 
 def _mathvista(row: Mapping[str, Any]) -> Row:
@@ -81,8 +88,21 @@ def _mathvista(row: Mapping[str, Any]) -> Row:
     }
 
 
-def _place(row: Mapping[str, Any]) -> int:
-    return ascii_uppercase.index(str(row["answer"]).strip().upper())
+def _listed(row: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Options, and the place of the right one."""
+    options = options_in_columns(row)
+    if not options:
+        raise SoloError(f"row {_name(row)} has no options; its columns are: {', '.join(row)}")
+    letter = right_letter(Prediction(_name(row), None, row), options, answers_are_places=True)
+    if letter is None:
+        raise SoloError(
+            f"row {_name(row)}: the answer {row.get('answer')!r} is none of its options {options}"
+        )
+    return options, ascii_uppercase.index(letter)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return str(row.get("index", row.get("question", "?")))
 
 
 _CONVERTERS: dict[str, Callable[[Mapping[str, Any]], Row]] = {

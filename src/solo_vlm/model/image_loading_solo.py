@@ -230,15 +230,8 @@ def _from_text(
             raise ImageError(f"{name}: fetching URLs is not allowed here")
         return _decode(BytesIO(_download(text, name, timeout, max_bytes)), name, max_pixels)
     if scheme.startswith("data:"):
-        header, comma, body = text.partition(",")
-        name = name or f"data URL ({_shorten(header)})"
-        if not comma:
-            raise ImageError(f"{name}: a data URL needs a comma before its data")
-        encoded = header.lower().endswith(";base64")
-        data = _decode_base64(unquote_to_bytes(body)) if encoded else unquote_to_bytes(body)
-        if data is None:
-            raise ImageError(f"{name}: invalid base64")
-        return _decode(BytesIO(data), name, max_pixels)
+        name = name or f"data URL ({_shorten(text.partition(',')[0])})"
+        return _decode(BytesIO(read_data_url(text, name)), name, max_pixels)
     if scheme.startswith("file:"):
         name = name or _shorten(text)
         if not allow_paths:
@@ -262,6 +255,30 @@ def _path_of_file_url(url: str, name: str) -> str:
     path = match[3]
     # Many write a path behind file:// as it is, unquoted.
     return path if os.path.isfile(path) else os.fsdecode(unquote_to_bytes(path))  # noqa: PTH113
+
+
+def read_data_url(url: str, name: str) -> bytes:
+    """Return the bytes that a data URL holds, percent-encoded, as base64 (see `_decode_base64`), or both.
+
+    The media type may be missing or wrong and have parameters; case does not matter before the comma.
+
+    Args:
+        url: begins with "data:".
+        name: what error messages call the image.
+
+    Raises:
+        ImageError: there is no comma, or the base64 is invalid.
+    """
+    header, comma, body = url.partition(",")
+    if not comma:
+        raise ImageError(f"{name}: a data URL needs a comma before its data")
+    data = unquote_to_bytes(body.encode("utf-8", "replace"))
+    if header.rpartition(";")[2].strip().lower() != "base64":
+        return data
+    decoded = _decode_base64(data)
+    if decoded is None:
+        raise ImageError(f"{name}: invalid base64")
+    return decoded
 
 
 def _from_file(path: str, name: str | None, max_pixels: int) -> Image.Image | np.ndarray:
@@ -523,7 +540,7 @@ def _to_bytes(values: np.ndarray, name: str, full_range: int | None = None) -> n
 
 def _decode_base64(data: bytes) -> bytes | None:
     """Bytes of a base64 text, line breaks, the URL-safe alphabet and missing padding allowed; else None."""
-    data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    data = data.translate(bytes.maketrans(b"-_", b"+/"), delete=b" \t\n\r\v\f").rstrip(b"=")
     try:
         return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except ValueError:

@@ -18,10 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from solo_vlm.serve.chat import ChatCompletions
 from solo_vlm.serve.engine import Engine
-from solo_vlm.serve.errors import ApiError
+from solo_vlm.serve.errors import ApiError, no_such_model
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.metrics import Metrics
 
+_MODELS = "/v1/models/"
 _CLIENT_LEFT = 499  # nginx's number; HTTP has none
 
 
@@ -41,6 +42,14 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
 
+    async def one_model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if not name:
+            return await models(request)
+        if name != model:
+            raise no_such_model(name, model)
+        return JSONResponse(card)
+
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok", "model": model})
 
@@ -56,6 +65,7 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/models", models),
+        Route(f"{_MODELS}{{name:path}}", one_model),
         Route("/health", health),
         Route("/metrics", exposition),
     ]
@@ -93,6 +103,8 @@ class _CountRequests:
             await self._app(scope, receive, noting)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
+            if scope["path"].startswith(_MODELS):  # one label, whatever names are asked for
+                path = f"{_MODELS}{{name}}"
             self._metrics.count_request(path, status)
 
 

@@ -21,7 +21,7 @@ from solo_vlm.model.processing_solo import Message
 from solo_vlm.serve.chat_request import ChatMessage, ChatRequest, TextPart, parse_request
 from solo_vlm.serve.connection import read_body, unless_disconnected
 from solo_vlm.serve.engine import Engine
-from solo_vlm.serve.errors import ApiError
+from solo_vlm.serve.errors import ApiError, no_such_model
 from solo_vlm.serve.images import Source, decode_images, fetch_web_images
 from solo_vlm.serve.job import Finish, Job, Sampling
 from solo_vlm.serve.limits import Limits
@@ -90,8 +90,8 @@ class ChatCompletions:
                     pieces = self._metrics.observe(job.events(), arrived)
                     reply = Reply(self._model, job.prompt_tokens)
                     if request.stream:
-                        usage = request.stream_options is not None and request.stream_options.include_usage
-                        await _stream(pieces, reply, stream, usage)
+                        usage = request.stream_options and request.stream_options.include_usage
+                        await _stream(pieces, reply, stream, bool(usage))
                     else:
                         await JSONResponse(await _whole(pieces, reply))(scope, receive, send)
         except Exception as error:
@@ -106,8 +106,7 @@ class ChatCompletions:
         """The request, checked, and the job that answers it."""
         request = await self._in_thread(parse_request, body, self._limits)
         if request.model not in (None, self._model):
-            message = f"no model {request.model!r} here; this server has {self._model!r}"
-            raise ApiError(404, message, "model", "model_not_found")
+            raise no_such_model(request.model, self._model)
         sources = await fetch_web_images(request.images, self._limits)
         inputs = await self._in_thread(self._encode, request, sources)
         prompt_tokens = inputs["input_ids"].shape[1]

@@ -51,6 +51,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "mm_processor_kwargs": ({},),
+    "prompt_logprobs": (0,),
+    "length_penalty": (1,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "include_stop_str_in_output": (False,),
+    "truncate_prompt_tokens": (),
 }
 
 
@@ -77,12 +83,17 @@ class ImagePart(_Part):
 
 
 class ChatMessage(_Part):
-    """A turn of the chat. "developer" is OpenAI's newer name of the system's role."""
+    """A turn of the chat. "developer" is OpenAI's newer name of the system's role.
+
+    Clients send what they do not use as null, or as an empty list: as if it were absent.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(min_length=1)
-    tool_calls: None = None
+    tool_calls: list[Any] | None = Field(None, max_length=0)
     function_call: None = None
+    audio: None = None
+    refusal: None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -93,7 +104,7 @@ class ChatMessage(_Part):
 class StreamOptions(_Part):
     """Whether the numbers of tokens follow a stream."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class ChatRequest(BaseModel):

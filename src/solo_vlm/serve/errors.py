@@ -41,3 +41,9 @@ class ApiError(Exception):
         if len(message) > _LONGEST_MESSAGE:
             message = f"{message[: _LONGEST_MESSAGE // 2]}...{message[-_LONGEST_MESSAGE // 2 :]}"
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def no_such_model(asked: str | None, served: str) -> ApiError:
+    """The error for a model that is not the server's."""
+    message = f"no model {asked!r} here; this server has {served!r}"
+    return ApiError(404, message, "model", "model_not_found")

@@ -10,8 +10,8 @@ from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
 from solo_vlm.evaluate.llm_judge import LlmJudge
 from solo_vlm.evaluate.mathvista_answers import Problem
 from solo_vlm.evaluate.multiple_choice import by_category, by_column, judgement
-from solo_vlm.evaluate.options import as_list, parsed, present
-from solo_vlm.evaluate.predictions import Prediction
+from solo_vlm.evaluate.options import as_list, parsed
+from solo_vlm.evaluate.predictions import Prediction, present
 from solo_vlm.evaluate.score import Judgement, Part
 
 _TASKS = {

@@ -32,6 +32,7 @@ _COGNITION = {
 }
 _GROUPS = {"perception": _PERCEPTION, "cognition": _COGNITION}
 _SUBTASKS = (*_PERCEPTION, *_COGNITION)
+_QUESTIONS_OF_IMAGE = 2
 _PERFECT = 200.0  # acc 100 and acc+ 100
 
 _Images = dict[tuple[str, str], list[Judgement]]  # answers by subtask and image
@@ -94,7 +95,11 @@ def _by_image(judgements: Sequence[Judgement]) -> _Images:
     images: _Images = {}
     for judged in judgements:
         image = str(judged.prediction.column("question_id", "image_path", "image"))
-        images.setdefault((_subtask(judged.prediction), image), []).append(judged)
+        answers = images.setdefault((_subtask(judged.prediction), image), [])
+        answers.append(judged)
+        if len(answers) > _QUESTIONS_OF_IMAGE:
+            rows = ", ".join(answer.prediction.id for answer in answers)
+            raise SoloError(f"MME asks two questions about an image, but {image} has rows {rows}")
     return images
 
 
@@ -111,7 +116,7 @@ def _acc(answers: Sequence[Judgement]) -> float:
 
 
 def _acc_plus(answers: Sequence[Judgement]) -> float:
-    return 100.0 * (len(answers) == 2 and all(answer.correct for answer in answers))
+    return 100.0 * (len(answers) == _QUESTIONS_OF_IMAGE and all(answer.correct for answer in answers))
 
 
 MME = Benchmark(

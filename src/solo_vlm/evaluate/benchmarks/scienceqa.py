@@ -8,9 +8,10 @@ from typing import Any
 
 from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
 from solo_vlm.evaluate.multiple_choice import by_category, by_column, judge_listed_choices
-from solo_vlm.evaluate.options import present
+from solo_vlm.evaluate.predictions import present
 from solo_vlm.evaluate.score import Judgement, Part
 
+_NO = ("", "false", "0", "0.0", "no", "none", "nan")
 _by_subject = by_column("subject", "subject")
 
 
@@ -23,7 +24,9 @@ def _context(row: Mapping[str, Any]) -> list[str]:
     """A question may have a text (its hint) and an image as context, one of them, or none."""
     if "hint" not in row and "has_image" not in row:
         return []
-    contexts = ["text context"] * present(row.get("hint")) + ["image context"] * bool(row.get("has_image"))
+    contexts = ["text context"] * present(row.get("hint")) + ["image context"] * (
+        "has_image" in row and _may_have_image(row)
+    )
     return contexts or ["no context"]
 
 
@@ -36,7 +39,7 @@ def _breakdown(judgements: Sequence[Judgement]) -> dict[str, Part]:
 
 
 def _may_have_image(row: Mapping[str, Any]) -> bool:
-    return bool(row.get("has_image", True))
+    return str(row.get("has_image", True)).strip().lower() not in _NO  # a table has it as text
 
 
 SCIENCEQA = Benchmark(

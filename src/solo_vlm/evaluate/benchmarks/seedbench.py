@@ -7,7 +7,7 @@ from typing import Any
 
 from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
 from solo_vlm.evaluate.multiple_choice import accuracy, by_category, judge_choices
-from solo_vlm.evaluate.options import present
+from solo_vlm.evaluate.predictions import present
 from solo_vlm.evaluate.score import Judgement, Part
 
 # Ids as in the corrected SEED-Bench.json (its issue 28): older copies name 3 and 4 the other way round.
@@ -38,7 +38,7 @@ def _dimension(row: Mapping[str, Any]) -> list[str]:
 
 def _is_image(row: Mapping[str, Any]) -> bool:
     if present(row.get("data_type")):
-        return str(row["data_type"]).lower() == "image"
+        return str(row["data_type"]).strip().lower() == "image"
     return not set(_dimension(row)) & set(_VIDEO_DIMENSIONS)
 
 
