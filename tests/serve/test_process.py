@@ -32,7 +32,7 @@ def folder(solo, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
     keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text("old\nnew\n")
+    keys.write_text("old\nnew\n", encoding="utf-8-sig")
     with served(folder, "--api-key-file", str(keys), "--max-images", "1", "--max-concurrent", "4") as running:
         yield running
 

@@ -136,7 +136,7 @@ def _api_keys(file: Path | None) -> list[str]:
     if file is None:
         return [key] if (key := os.environ.get(_KEY_VARIABLE, "").strip()) else []
     try:
-        keys = file.read_text().split()
+        keys = file.read_text(encoding="utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         raise SoloError(f"cannot read API keys from {file}: {error}") from error
     if not keys:
