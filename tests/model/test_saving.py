@@ -35,7 +35,7 @@ def test_plain_transformers_answers_a_batch_of_unequal_prompts_like_each_alone(f
     prompts = [
         "<vpatch>what is this?",
         "<vpatch> hello",
-        "<vpatch>a red circle left of a blue square. seven?",
+        "<vpatch>a red circle left of a blue square?",
     ]
     images = [picture(64, 64, seed=1), picture(32, 32, seed=2), picture(96, 32, seed=3)]
 

@@ -199,11 +199,12 @@ def _set_eos(tokenizer: Any, language_model: PreTrainedModel) -> None:
     """Make sure that the tokenizer has an EOS token, from the model's settings where it has none itself."""
     if tokenizer.eos_token_id is not None:
         return
+    known = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     for settings in (language_model.generation_config, language_model.config):
-        token = tokenizer.convert_ids_to_tokens(next(iter(stop_ids(settings)), -1))
-        if isinstance(token, str) and token != tokenizer.unk_token:
-            tokenizer.eos_token = token
-            return
+        for token_id in stop_ids(settings):
+            if token_id in known:
+                tokenizer.eos_token = known[token_id]
+                return
     raise SoloError(
         "the LLM has no EOS token, so that answers could not end: set eos_token in its tokenizer_config.json"
     )

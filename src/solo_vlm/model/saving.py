@@ -30,7 +30,7 @@ def save_model(folder: Path, model: PreTrainedModel, processor: Any, **options: 
 
 
 def pad_left(tokenizer: Any) -> None:
-    """Pad on the left, also after the tokenizer was saved and loaded: only what is in `init_kwargs` is saved."""
+    """Pad on the left, also once the tokenizer was saved and loaded: `init_kwargs` is what it saves."""
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
 
 
