@@ -29,7 +29,7 @@ def test_exports_pad_on_the_left_and_know_where_answers_end(tmp_path, changes):
     solo = make_solo()
     solo.save(tmp_path / "llama")
     forget(tmp_path / "llama")
-    train(Recipe.parse(settings(tmp_path, tmp_path / "out", steps=2, **changes)))
+    train(Recipe.parse(settings(tmp_path, tmp_path / "out", steps=3, **changes)))
     export_checkpoint(tmp_path / "out", tmp_path / "exported")
     for folder in (tmp_path / "out/model", tmp_path / "exported"):
         assert json.loads((folder / "tokenizer_config.json").read_text())["padding_side"] == "left"

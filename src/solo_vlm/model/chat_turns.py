@@ -57,7 +57,8 @@ def cut_turns(
         start = _skip_space(whole, len(prompt))
         if not whole.startswith(said, start):
             raise ChatTemplateError(
-                f"the chat template changes or precedes what the assistant says in message {index + 1}"
+                f"the chat template changes what the assistant says in message {index + 1}, or writes "
+                "something before it that generation's prompt lacks"
             )
         behind = _skip_space(whole, start + len(said))
         end = max((token for token in ends if whole.startswith(token, behind)), key=len, default=None)

@@ -125,6 +125,7 @@ def compose(
     _make_control_tokens_special(tokenizer, own)
     processor = SoloProcessor(image_processor=image_processor, tokenizer=tokenizer, **spelling)
     chat_template = _set_template(processor, own)
+    tokenizer.chat_template = processor.chat_template
 
     torch.manual_seed(seed)
     rows = max(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
@@ -214,8 +215,6 @@ def _own_template(tokenizer: Any) -> str | None:
     """The LLM's chat template; of several, the one for plain chats."""
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
-    if own and has_date(own):
-        logger.warning("the LLM's chat template writes the present date: it is fixed to 1 January 2025")
     return with_fixed_date(own) if own else None
 
 
@@ -262,6 +261,8 @@ def _set_template(processor: SoloProcessor, own: str | None) -> TemplateSource:
     if own_fault:
         name = _TEMPLATE_NAMES[source]
         logger.warning("the LLM's chat template is replaced by %s: %s", name, own_fault)
+    elif has_date(template):
+        logger.warning("the LLM's chat template writes the present date: it is fixed to 1 January 2025")
     try:
         processor.encode_chat([_SYSTEM, *[_USER, _ASSISTANT] * 2])
     except ChatTemplateError as error:

@@ -191,7 +191,7 @@ class SoloModel(SoloPreTrainedModel):
             is_patch = self._placeholder_mask(input_ids, inputs_embeds)  # (batch, length)
             _require_count(is_patch.sum(), len(features), "<vpatch> tokens")
             inputs_embeds = inputs_embeds.masked_scatter(is_patch.unsqueeze(-1), features.to(inputs_embeds))
-        elif input_ids is not None:
+        elif input_ids is not None and not torch.compiler.is_compiling():
             _require_count((input_ids == self.config.image_token_id).sum(), 0, "<vpatch> tokens")
         if self.config.bidirectional_images and inputs_embeds.shape[1] > 1:
             if input_ids is None:
