@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import GenerationConfig
 
-from small_run import images, settings, texts, write_data
+from small_run import Group, images, run, settings, texts, write_data
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.export import export_checkpoint
 from tiny import make_solo
@@ -21,6 +21,22 @@ def forget(folder):
     ):
         file = folder / name
         file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 2}}])
+def test_sharded_runs_export_the_generation_config_of_the_model_they_started_from(tmp_path, changes):
+    write_data(tmp_path, images(16), texts(40))
+    solo = make_solo()
+    solo.model.generation_config.eos_token_id = [7, solo.processor.tokenizer.eos_token_id]
+    solo.save(tmp_path / "llama")
+    plain = settings(tmp_path, tmp_path / "out", steps=2, **changes)
+    assert Group(2, run, plain).wait() == [0, 0]
+    expected, actual = (
+        GenerationConfig.from_pretrained(tmp_path / name).to_dict() for name in ("llama", "out/model")
+    )
+    assert expected["suppress_tokens"]
+    assert actual == expected
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 2}}])
