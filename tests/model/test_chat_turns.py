@@ -166,6 +166,15 @@ def test_text_that_spells_a_control_token_which_the_llm_does_not_mark_stays_text
         assert processor.tokenizer.decode([end], skip_special_tokens=True) == ""
 
 
+@pytest.mark.parametrize("name", ["qwen3", "deepseek v3.1"])
+def test_marks_of_reasoning_in_an_answer_stay_the_llms_tokens(name):
+    processor = solo_of(name).processor
+    tokenizer = processor.tokenizer
+    ids = processor.encode_chat([CHAT[0], {"role": "assistant", "content": "<think>"}]).input_ids
+    assert tokenizer.convert_tokens_to_ids("<think>") in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).endswith("<think>")
+
+
 def test_reasoning_that_a_template_strips_from_earlier_turns_is_refused():
     template = (
         "{% for m in messages %}{% set text = m['content'] %}"

@@ -221,7 +221,8 @@ def _own_template(tokenizer: Any) -> str | None:
 def _make_control_tokens_special(tokenizer: Any, chat_template: str | None) -> None:
     """Make tokens that the chat template writes special, as not all LLMs do.
 
-    Text that spells such a token then stays text, and none shows in an answer.
+    Text that spells such a token then stays text, and none shows in an answer. Marks of reasoning remain as
+    they are: answers, and what is learnt from, may contain them.
     """
     if not chat_template:
         return
@@ -241,7 +242,10 @@ def _make_control_tokens_special(tokenizer: Any, chat_template: str | None) -> N
             special=True,
         )
         for token in tokenizer.added_tokens_decoder.values()
-        if not token.special and token.content.strip() and token.content in rendered
+        if not token.special
+        and token.content.strip()
+        and token.content in rendered
+        and "think" not in token.content
     ]
     tokenizer.add_tokens(control, special_tokens=True)
 
