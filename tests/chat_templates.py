@@ -24,9 +24,13 @@ CHATML_EXPECTED = (
     "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n«a2<|im_end|>»\n"
 )
 COMMAND_TURNS = (
-    "{{ bos_token }}" + MESSAGES + "{% if message['role'] == 'user' %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>' + messages[0]['content'] + '<|END_OF_TURN_TOKEN|>' }}"
+    "{% else %}{% set loop_messages = messages %}{% endif %}{% for message in loop_messages %}"
+    + ALTERNATE
+    + "{% if message['role'] == 'user' %}"
     "{{ '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' + message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}"
-    "{% elif message['role'] == 'assistant' %}"
+    "{% else %}"
     "{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' + BEFORE + message['content'].strip() + AFTER }}"
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
@@ -98,7 +102,13 @@ def paper(bos: str, eos: str) -> str:
 
 
 IM = ("<|im_start|>", "<|im_end|>")
-COMMAND = ("<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|END_OF_TURN_TOKEN|>")
+COMMAND = (
+    "<|START_OF_TURN_TOKEN|>",
+    "<|USER_TOKEN|>",
+    "<|CHATBOT_TOKEN|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|SYSTEM_TOKEN|>",
+)
 DEEPSEEK = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>"}
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
