@@ -5,9 +5,73 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from solo_vlm.data.encode import IGNORE_INDEX, Encoder
-from solo_vlm.data.schema import parse_sample
-from tiny import ask, png
+from solo_vlm.data.encode import IGNORE_INDEX, Document, Encoder
+from solo_vlm.data.schema import SampleError, parse_sample
+from solo_vlm.model.from_llm import compose
+from tiny import ask, make_llm, png
+
+EOS_LAST = (  # <|im_end|> between turns, EOS behind the chat, as in OLMo 3
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ eos_token }}{% else %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+EOS_BEHIND = (  # <|im_end|> after every turn, EOS behind the loop
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% else %}{{ eos_token }}{% endif %}"
+)
+TWO_TURNS = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+
+
+def sample_of(*turns: tuple[str, str]):
+    return parse_sample({"messages": [{"role": role, "content": text} for role, text in turns]})
+
+
+def supervised(processor, document) -> list[str]:
+    """What is supervised, in one string a stretch, without white space."""
+    starts = np.flatnonzero(np.diff(document.labels != IGNORE_INDEX, prepend=False))
+    stretches = [piece for piece in np.split(document.labels, starts) if piece[0] != IGNORE_INDEX]
+    return ["".join(processor.tokenizer.decode(piece).split()) for piece in stretches]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [(EOS_LAST, ["a1<|im_end|>", "a2</s>"]), (EOS_BEHIND, ["a1<|im_end|>", "a2<|im_end|>"])],
+)
+def test_with_eos_only_behind_the_chat_the_answers_alone_are_supervised(template, expected):
+    llm, tokenizer = make_llm()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    llm.resize_token_embeddings(len(tokenizer))
+    tokenizer.chat_template = template
+    processor = compose(llm, tokenizer).processor
+    document = Encoder(processor)(sample_of(*TWO_TURNS))
+    assert supervised(processor, document) == expected
+    text = processor.tokenizer.decode(document.input_ids)
+    assert [text.count(said) for said in ("q1", "a1", "q2", "a2")] == [1, 1, 1, 1]
+
+
+def test_a_chat_that_begins_with_the_assistant_is_trained_on(solo):
+    document = Encoder(solo.processor)(sample_of(("assistant", "a0"), ("user", "q1"), ("assistant", "a1")))
+    assert supervised(solo.processor, document) == ["a0</s>", "a1</s>"]
+
+
+def test_all_system_messages_are_kept_or_the_row_is_skipped_with_the_reason(solo):
+    encoder = Encoder(solo.processor)
+    document = encoder(sample_of(("system", "s1"), ("system", "s2"), ("user", "q"), ("assistant", "a")))
+    text = solo.processor.tokenizer.decode(document.input_ids).replace(" ", "")
+    assert text == "<s>[INST]s1\ns2\nq[/INST]a</s>"
+    with pytest.raises(SampleError, match=r"chat-template: .* leaves out message 1 \(system\)"):
+        encoder(sample_of(("system", "s1"), ("assistant", "a")))
+
+
+def test_patches_and_grids_of_a_document_must_agree(solo, picture):
+    image = {"type": "image", "image": png(picture(64, 64))}
+    sample = parse_sample({"messages": [{"role": "assistant", "content": [image]}]})
+    document = Encoder(solo.processor)(sample)
+    assert len(document.patches) == 4
+    for patches in (document.patches[1:], np.concatenate([document.patches] * 2)):
+        with pytest.raises(ValueError, match="grids of 4"):
+            Document(document.input_ids, document.labels, patches, document.grids)
 
 
 @pytest.mark.parametrize("turns", ["document", "chat"])

@@ -149,6 +149,16 @@ def test_converted_and_original_folder_answer_alike(release, tmp_path, picture):
     assert answers[0] == answers[1]
 
 
+def test_converted_folders_pad_on_the_left_and_stop_at_eos(release, tmp_path):
+    convert_release(release, tmp_path / "solo")
+    convert_to_release(tmp_path / "solo", tmp_path / "back")
+    for folder in ("solo", "back"):
+        settings = json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
+        assert settings["padding_side"] == "left"
+    generation = json.loads((tmp_path / "solo/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2]
+
+
 # --- vocabularies -----------------------------------------------------------------------------------
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from solo_vlm.data.encode import load_encoder
 from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer
 from solo_vlm.model.from_llm import compose, from_llm
@@ -80,6 +82,73 @@ def test_a_template_that_rewrites_earlier_turns_is_replaced(caplog):
     solo = compose(llm, tokenizer)
     assert "replaced" in caplog.text
     assert "[INST]" in solo.processor.apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+def without(*names: str):
+    """A tiny LLM whose tokenizer lacks special tokens."""
+    llm, tokenizer = make_llm()
+    for name in names:
+        setattr(tokenizer, name, None)
+    return llm, tokenizer
+
+
+@pytest.mark.parametrize("place", ["generation_config", "config"])
+@pytest.mark.parametrize("ids", [2, [900, 2]])
+def test_eos_is_taken_from_the_models_settings_where_the_tokenizer_has_none(place, ids, tmp_path):
+    llm, tokenizer = without("eos_token", "bos_token")
+    llm.generation_config.eos_token_id = llm.config.eos_token_id = None
+    getattr(llm, place).eos_token_id = ids if place == "generation_config" else 2
+    tokenizer.chat_template = CHATML
+    solo = compose(llm, tokenizer)
+    eos = solo.processor.tokenizer.convert_ids_to_tokens(2)
+    assert solo.processor.tokenizer.eos_token == eos
+    encoded = solo.processor.encode_chat([{"role": "assistant", "content": "seven"}])
+    assert encoded.input_ids[[0, -1]].tolist() == [2, 2]
+    assert encoded.supervised[0] == 0
+
+
+def test_an_llm_without_eos_is_refused_in_one_line(run, tmp_path):
+    llm, tokenizer = without("eos_token")
+    llm.generation_config.eos_token_id = llm.config.eos_token_id = None
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    code, out, errors = run("init", "--llm", tmp_path / "llm", "--out", tmp_path / "solo")
+    assert (code, out) == (2, "")
+    assert "has no EOS token" in errors
+    assert "set eos_token in its tokenizer_config.json" in " ".join(errors.split())
+    assert "Traceback" not in errors
+    assert not (tmp_path / "solo").exists()
+    with pytest.raises(SoloError, match="no EOS token"):
+        load_encoder(tmp_path / "llm")
+
+
+@pytest.mark.parametrize("names", [("bos_token",), ("pad_token",), ("bos_token", "pad_token", "unk_token")])
+def test_an_llm_without_bos_pad_or_unk_becomes_a_model(names):
+    solo = compose(*without(*names))
+    assert solo.processor.tokenizer.pad_token_id is not None
+    encoded = solo.processor.encode_chat(
+        [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "seven"}]
+    )
+    assert encoded.supervised.sum() > 1
+
+
+def test_init_says_which_chat_template_and_which_ends_a_model_has(run, tmp_path):
+    llm, tokenizer = make_llm()
+    tokenizer.chat_template = FORGETFUL
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    code, out, errors = run("init", "--llm", tmp_path / "llm", "--out", tmp_path / "solo", "--json")
+    facts = json.loads(out)
+    assert (code, facts["chat_template"], facts["stop_tokens"]) == (0, "solo", ["</s>"])
+    assert "chat template is replaced by the SOLO paper's" in " ".join(errors.split())
+    code, out, _ = run("init", "--llm", tmp_path / "llm", "--out", tmp_path / "again")
+    assert "chat template: the SOLO paper's; answers end at </s>" in out
+
+
+def test_of_several_chat_templates_the_one_for_plain_chats_is_used():
+    llm, tokenizer = make_llm()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ nothing.at.all }}"}
+    assert compose(llm, tokenizer).chat_template == "llm"
 
 
 @pytest.mark.parametrize("content", [{}, {"config.json": "{}"}, {"config.json": "not json"}])

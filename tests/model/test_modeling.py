@@ -269,3 +269,17 @@ def test_wrong_inputs_are_named(solo):
         solo.model(input_ids=ids, pixel_values=patches)
     with pytest.raises(ValueError, match="exactly one of input_ids"):
         solo.model(pixel_values=patches)
+    with pytest.raises(ValueError, match="1 patches for 2 places in image_grid_thw"):
+        solo.model(input_ids=ids, pixel_values=patches[:1], image_grid_thw=torch.tensor([[1, 2, 1]]))
+    with pytest.raises(ValueError, match="0 patches for 1 <vpatch>"):
+        solo.model(input_ids=ids)
+
+
+@torch.no_grad()
+def test_more_patches_than_tokens_fail_without_waiting_for_the_device(solo):
+    # As on CUDA: the comparison is left to the device, here to the compiled graph.
+    compiled = torch.compile(solo.model, fullgraph=True, backend="eager")
+    ids = torch.tensor([[1, *[solo.model.config.image_token_id] * 2]])
+    pixels = torch.zeros((3, solo.model.config.patch_dim), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="patches and <vpatch> tokens differ in number"):
+        compiled(input_ids=ids, pixel_values=pixels, use_cache=False)

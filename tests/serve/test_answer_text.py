@@ -37,11 +37,28 @@ def test_the_text_ends_before_the_first_stop_string(tokenizer, text, stop):
     # A stop string inside another is complete first, and ends the stream before the longer one is there.
     assume(not any(one != other and one in other for one in stop for other in stop))
     ids = tokenizer.encode(text, add_special_tokens=False)
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    whole = tokenizer.decode(ids, skip_special_tokens=True).lstrip()
     # Character by character, as somebody would read it.
     until = next((n for n in range(len(whole) + 1) if any(one in whole[:n] for one in stop)), len(whole))
     end = min((whole[:until].find(one) for one in stop if one in whole[:until]), default=until)
     assert "".join(pieces(tokenizer, ids, stop)) == whole[:end].strip()
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "answer"),
+    [
+        ("a red triangle", " ", "a"),
+        ("  a red triangle", " ", "a"),
+        ("\n\na red triangle", "\n", "a red triangle"),
+        ("\n\na red\n\ntriangle", "\n\n", "a red"),
+        (" \n a red\ntriangle", "\n", "a red"),
+        ("   ", " ", ""),
+        (" red red", " red", "red"),
+    ],
+)
+def test_white_space_before_an_answer_is_no_stop_string(tokenizer, said, stop, answer):
+    ids = tokenizer.encode(said, add_special_tokens=False)
+    assert "".join(pieces(tokenizer, ids, [stop])) == answer
 
 
 def test_words_come_as_soon_as_they_are_certain(tokenizer):

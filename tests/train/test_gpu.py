@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,3 +215,18 @@ def test_answers_agree(folder, whole):
     assert answerer.answer(chats, 8) == ["red", "blue"]
     for one in (answerer, cached, cached, compiled, Answerer.load(folder / "whole" / "model", device="cpu")):
         assert alone(one) == ["red", "blue"]
+
+
+@pytest.mark.parametrize("patches", [1, 3])
+def test_a_wrong_number_of_patches_ends_the_process(patches):
+    program = (
+        "import torch; from tiny import make_solo; model = make_solo().model.cuda()\n"
+        "ids = torch.tensor([[1, *[model.config.image_token_id] * 2]], device='cuda')\n"
+        f"pixels = torch.zeros(({patches}, model.config.patch_dim), dtype=torch.uint8, device='cuda')\n"
+        "print(model(input_ids=ids, pixel_values=pixels).logits.sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert done.returncode
+    assert "differ in number" in done.stderr or "device-side assert" in done.stderr

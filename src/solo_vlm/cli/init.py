@@ -33,6 +33,7 @@ def init(
     quiet_libraries()
     from solo_vlm.files import check_new
     from solo_vlm.model.from_llm import from_llm
+    from solo_vlm.model.saving import stop_ids
 
     check_new(out)
     images = _image_processor(image_size)
@@ -47,13 +48,17 @@ def init(
         "patch_embedding": solo.model.model.embed_vision_patch.weight.numel(),
         "vocabulary": config.text_config.vocab_size,
         "vision_token_ids": list(config.vision_token_ids),
+        "chat_template": solo.chat_template,
+        "stop_tokens": solo.processor.tokenizer.convert_ids_to_tokens(stop_ids(solo.model.generation_config)),
     }
     if json:
         print_json(facts)
         return
     STDOUT.print(
         f"{out}: {facts['llm']} with {facts['parameters']:,} parameters, of which "
-        f"{facts['patch_embedding']:,} embed patches; ask it after training: solo train RECIPE model={out}"
+        f"{facts['patch_embedding']:,} embed patches; ask it after training: solo train RECIPE model={out}\n"
+        f"chat template: {solo.chat_template_name}; answers end at {' '.join(facts['stop_tokens'])}",
+        markup=False,
     )
 
 

@@ -47,6 +47,11 @@ class Document:
     patches: NDArray[np.uint8]
     grids: NDArray[np.int64]
 
+    def __post_init__(self) -> None:
+        # Here both numbers are at hand; on an accelerator, comparing them would mean to wait for it.
+        if (places := int(self.grids.prod(axis=1).sum())) != len(self.patches):
+            raise ValueError(f"{len(self.patches)} patches, but grids of {places}")
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -57,7 +62,7 @@ def encode(
     vision_loss: bool = False,
     tokenizing: AbstractContextManager[Any] | None = None,
 ) -> Document:
-    """Encode one sample. Labels follow roles: what the assistant says, and the end of each of its turns.
+    """Encode one sample. Labels follow roles: what the assistant says, and the token that ends its turn.
 
     Args:
         sample: to encode.
@@ -78,6 +83,8 @@ def encode(
             chat = processor.encode_chat(sample.messages, [(int(r), int(c)) for _, r, c in grids])
     except ChatTemplateError as error:
         raise SampleError("chat-template", str(error)) from error
+    if (places := np.count_nonzero(chat.input_ids == processor.image_token_id)) != len(patches):
+        raise SampleError("image", f"{len(patches)} patches for {places} <vpatch> tokens")
     supervised = chat.supervised.copy()
     if vision_loss:
         supervised |= np.isin(chat.input_ids, processor.image_layout(2, 1))
@@ -202,7 +209,7 @@ def load_encoder(path: str | Path) -> Encoder:
     """The encoder for a SOLO model, or for a plain LLM.
 
     Raises:
-        SoloError: the folder is not readable as either.
+        SoloError: the folder is not readable as either, or its tokenizer has no EOS token.
     """
     from transformers import AutoTokenizer
 
@@ -211,8 +218,11 @@ def load_encoder(path: str | Path) -> Encoder:
     if is_solo(path):
         return Encoder(load_processor(path))
     try:
-        return Encoder(AutoTokenizer.from_pretrained(path))
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise SoloError(
             f"cannot read a model's tokenizer from {path}: {str(error).splitlines()[0]}"
         ) from error
+    if tokenizer.eos_token_id is None:
+        raise SoloError(f"the tokenizer of {path} has no EOS token: set eos_token in tokenizer_config.json")
+    return Encoder(tokenizer)

@@ -23,6 +23,7 @@ from solo_vlm.model.load import load_config, load_model, load_processor
 from solo_vlm.model.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.model.processing_solo import ChatTemplateError, Message, SoloProcessor
 from solo_vlm.model.quantization import Quantization, quantization_config
+from solo_vlm.model.saving import stop_ids
 
 
 class Reply(TypedDict):
@@ -73,6 +74,7 @@ class Answerer:
     ) -> None:
         if prefix_cache and compile:
             raise SoloError("a compiled model cannot reuse prompts: choose one of prefix cache and compile")
+        model.generation_config.eos_token_id = stop_ids(model.generation_config, processor)
         self.model = model
         self.processor = processor
         self.prefix_cache = prefix_cache if can_reuse_prefixes(model.config.text_config) else None
@@ -212,8 +214,8 @@ class Answerer:
 
     @property
     def end_ids(self) -> Sequence[int]:
-        """Tokens that end an answer."""
-        return _as_list(self.model.generation_config.eos_token_id)
+        """Tokens that end an answer: the tokenizer's, the chat template's and the generation config's."""
+        return stop_ids(self.model.generation_config)
 
     @torch.inference_mode()
     def _generate_after_prefix(
@@ -273,7 +275,3 @@ class _Stop(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.stopped = self._should_stop()
         return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
-
-
-def _as_list(ids: int | Sequence[int] | None) -> Sequence[int]:
-    return [ids] if isinstance(ids, int) else ids or []

@@ -5,19 +5,28 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from solo_vlm.errors import SoloError
 from solo_vlm.files import new_folder
-from solo_vlm.model.chat_template import SOLO_CHAT_TEMPLATE, with_images
+from solo_vlm.model.chat_template import (
+    CHATML_TEMPLATE,
+    CHATML_TOKENS,
+    SOLO_CHAT_TEMPLATE,
+    has_date,
+    with_fixed_date,
+    with_images,
+)
 from solo_vlm.model.configuration_solo import SoloConfig
 from solo_vlm.model.image_processing_solo import SoloImageProcessor
 from solo_vlm.model.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.model.processing_solo import ChatTemplateError, SoloProcessor
+from solo_vlm.model.saving import pad_left, save_model, stop_ids
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +41,35 @@ _VISION_TOKENS = {
 _VOCABULARY_MULTIPLE = 64
 _LOGITS_TOLERANCE = 1e-5
 
+TemplateSource = Literal["llm", "chatml", "solo"]
+_TEMPLATE_NAMES = {"llm": "the LLM's own", "chatml": "ChatML", "solo": "the SOLO paper's"}
+_USER, _ASSISTANT = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}
+_SYSTEM = {"role": "system", "content": "Be brief."}
+
 
 @dataclass
 class SoloModelAndProcessor:
-    """What `from_llm` returns: a model and the processor that feeds it."""
+    """What `from_llm` returns: a model and the processor that feeds it.
+
+    Attributes:
+        model: in evaluation mode.
+        processor: with the chat template.
+        chat_template: where that is from: the LLM, ChatML, or the SOLO paper.
+    """
 
     model: SoloForConditionalGeneration
     processor: SoloProcessor
+    chat_template: TemplateSource = "solo"
+
+    @property
+    def chat_template_name(self) -> str:
+        """Source of the chat template in words."""
+        return _TEMPLATE_NAMES[self.chat_template]
 
     def save(self, out: Path) -> None:
         """Write one `save_pretrained` folder; it appears under its name only when it is complete."""
         with new_folder(out) as folder:
-            self.model.save_pretrained(folder)
-            self.processor.save_pretrained(folder)
+            save_model(folder, self.model, self.processor)
 
 
 def from_llm(
@@ -62,6 +87,10 @@ def from_llm(
     drawn so that a patch of independent, unit-variance pixels has the spread of a token embedding. The
     text-only logits stay the LLM's own; this is checked.
 
+    So is the LLM's chat template: where answers cannot be told from prompts, or training would see other
+    prompts than inference, ChatML takes its place if the LLM knows that format's tokens, else the SOLO
+    paper's template.
+
     Args:
         llm: hub id or local folder of a transformers causal language model.
         gguf_file: file inside it, for GGUF weights; they are dequantised.
@@ -70,7 +99,8 @@ def from_llm(
         image_processor: default: the release's preprocessing.
 
     Raises:
-        SoloError: the folder cannot be read as a language model, or its head cannot be reproduced.
+        SoloError: the folder cannot be read as a language model, its tokenizer has no EOS token, or its head
+            cannot be reproduced.
     """
     tokenizer, language_model = _load(llm, gguf_file, dtype)
     return compose(language_model, tokenizer, seed=seed, image_processor=image_processor)
@@ -83,19 +113,19 @@ def compose(
     image_processor: SoloImageProcessor | None = None,
 ) -> SoloModelAndProcessor:
     """As `from_llm`, from a causal language model and its tokenizer in memory; both are changed."""
+    _set_eos(tokenizer, language_model)
     probe = _probe_tokens(tokenizer, language_model)
     expected = _text_logits(language_model, probe)
     image_processor = image_processor or SoloImageProcessor()
     spelling = _add_vision_tokens(tokenizer)
     if tokenizer.pad_token is None:  # batches of prompts are padded; attention masks hide what with
         tokenizer.pad_token = tokenizer.eos_token
-    processor = SoloProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        chat_template=_chat_template(tokenizer, spelling["image_token"]),
-        **spelling,
-    )
-    _check_template(processor)
+    pad_left(tokenizer)
+    own = _own_template(tokenizer)
+    _make_control_tokens_special(tokenizer, own)
+    processor = SoloProcessor(image_processor=image_processor, tokenizer=tokenizer, **spelling)
+    chat_template = _set_template(processor, own)
+    tokenizer.chat_template = processor.chat_template
 
     torch.manual_seed(seed)
     rows = max(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
@@ -113,7 +143,7 @@ def compose(
         dtype=language_model.dtype,
     )
     model = _assemble(language_model, config)
-    model.generation_config = _generation_config(language_model, tokenizer, config)
+    model.generation_config = _generation_config(language_model, processor, config)
 
     difference = (_text_logits(model, probe)[..., : expected.shape[-1]] - expected).abs().max().item()
     if difference > _LOGITS_TOLERANCE * max(1.0, expected.abs().max().item()):
@@ -121,7 +151,7 @@ def compose(
             f"text logits differ from the LLM's own by {difference:.2g}: its head computes something that "
             f"SOLO does not reproduce ({type(language_model).__name__}); please report this architecture"
         )
-    return SoloModelAndProcessor(model, processor)
+    return SoloModelAndProcessor(model, processor, chat_template)
 
 
 def _load(llm: str | Path, gguf_file: str | None, dtype: str) -> tuple[Any, PreTrainedModel]:
@@ -161,31 +191,98 @@ def _add_vision_tokens(tokenizer: Any) -> dict[str, str]:
             free = f"<solo:{free.strip('<>')}>" if free == token else free.replace(">", "_>")
         if free != token:
             logger.warning("the LLM owns a token %s already: images use %s", token, free)
-        tokenizer.add_tokens([_special(free)], special_tokens=True)
+        tokenizer.add_tokens([AddedToken(free, special=True, normalized=False)], special_tokens=True)
         spelling[role] = free
     return spelling
 
 
-def _special(token: str) -> Any:
-    from tokenizers import AddedToken
+def _set_eos(tokenizer: Any, language_model: PreTrainedModel) -> None:
+    """Make sure that the tokenizer has an EOS token, from the model's settings where it has none itself."""
+    if tokenizer.eos_token_id is not None:
+        return
+    known = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    for settings in (language_model.generation_config, language_model.config):
+        for token_id in stop_ids(settings):
+            if token_id in known:
+                tokenizer.eos_token = known[token_id]
+                return
+    raise SoloError(
+        "the LLM has no EOS token, so that answers could not end: set eos_token in its tokenizer_config.json"
+    )
 
-    return AddedToken(token, special=True, normalized=False)
 
-
-def _chat_template(tokenizer: Any, image_token: str) -> str:
+def _own_template(tokenizer: Any) -> str | None:
+    """The LLM's chat template; of several, the one for plain chats."""
     own = tokenizer.chat_template
-    return with_images(own if isinstance(own, str) and own else SOLO_CHAT_TEMPLATE, image_token)
+    own = own.get("default") if isinstance(own, dict) else own
+    return with_fixed_date(own) if own else None
 
 
-def _check_template(processor: SoloProcessor) -> None:
-    """Fall back on the paper's template where the LLM's own does not render chats turn by turn."""
-    turns = [{"role": role, "content": "Hi."} for role in ("user", "assistant", "user", "assistant")]
+def _make_control_tokens_special(tokenizer: Any, chat_template: str | None) -> None:
+    """Make tokens that the chat template writes special, as not all LLMs do.
+
+    Text that spells such a token then stays text, and none shows in an answer. Marks of reasoning remain as
+    they are: answers, and what is learnt from, may contain them.
+    """
+    if not chat_template:
+        return
     try:
-        processor.encode_chat(turns)
+        rendered = tokenizer.apply_chat_template(
+            [_USER, _ASSISTANT] * 2, chat_template=chat_template, tokenize=False, add_generation_prompt=True
+        )
+    except Exception:  # jinja's, or the template's own: it will be replaced
+        return
+    control = [
+        AddedToken(
+            token.content,
+            single_word=token.single_word,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            normalized=token.normalized,
+            special=True,
+        )
+        for token in tokenizer.added_tokens_decoder.values()
+        if not token.special
+        and token.content.strip()
+        and token.content in rendered
+        and "think" not in token.content
+    ]
+    tokenizer.add_tokens(control, special_tokens=True)
+
+
+def _set_template(processor: SoloProcessor, own: str | None) -> TemplateSource:
+    """Give the processor the LLM's chat template, or another where that cannot be trained on."""
+    candidates: list[tuple[TemplateSource, str]] = [("llm", own)] if own else []
+    known = processor.tokenizer.get_vocab()
+    if own and all(token in known for token in CHATML_TOKENS):
+        candidates.append(("chatml", CHATML_TEMPLATE))
+    candidates.append(("solo", SOLO_CHAT_TEMPLATE))
+    source, template = candidates.pop(0)
+    fault = own_fault = _use_template(processor, template)
+    while fault and candidates:
+        source, template = candidates.pop(0)
+        fault = _use_template(processor, template)
+    if own_fault:
+        name = _TEMPLATE_NAMES[source]
+        logger.warning("the LLM's chat template is replaced by %s: %s", name, own_fault)
+    elif has_date(template):
+        logger.warning("the LLM's chat template writes the present date: it is fixed to 1 January 2025")
+    try:
+        processor.encode_chat([_SYSTEM, *[_USER, _ASSISTANT] * 2])
     except ChatTemplateError as error:
-        logger.warning("the LLM's chat template is replaced by the SOLO paper's: %s", error)
-        processor.chat_template = with_images(SOLO_CHAT_TEMPLATE, processor.image_token)
-        processor.encode_chat(turns)
+        logger.warning("chats of several turns with a system message will be skipped: %s", error)
+    return source
+
+
+def _use_template(processor: SoloProcessor, template: str) -> str | None:
+    """Set a chat template; return why it cannot be trained on, if it cannot."""
+    processor.chat_template = with_images(template, processor.image_token)
+    try:
+        for turns in (1, 2, 3):
+            processor.encode_chat([_USER, _ASSISTANT] * turns)
+    except ChatTemplateError as error:
+        return str(error)
+    return None
 
 
 @torch.no_grad()
@@ -205,12 +302,13 @@ def _assemble(language_model: PreTrainedModel, config: SoloConfig) -> SoloForCon
 
 
 def _generation_config(
-    language_model: PreTrainedModel, tokenizer: Any, config: SoloConfig
+    language_model: PreTrainedModel, processor: SoloProcessor, config: SoloConfig
 ) -> GenerationConfig:
     """The LLM's own, greedy, which never speaks in vision tokens or in rows that pad the vocabulary."""
+    tokenizer = processor.tokenizer
     generation = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=language_model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        eos_token_id=stop_ids(language_model.generation_config, processor),
         pad_token_id=tokenizer.pad_token_id,
     )
     padding = range(len(tokenizer), config.text_config.vocab_size)

@@ -167,7 +167,8 @@ class SoloModel(SoloPreTrainedModel):
             **kwargs: passed on to the decoder.
 
         Raises:
-            ValueError: on contradicting inputs, or when patches and `<vpatch>` tokens differ in number.
+            ValueError: on contradicting inputs, or when patches, `<vpatch>` tokens and `image_grid_thw`
+                differ in number; on CUDA that is a failed assertion of the device.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -185,8 +186,13 @@ class SoloModel(SoloPreTrainedModel):
         elif mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
             features = torch.cat(list(mm_encoder_outputs["image"].pooler_output))
         if features is not None:
-            is_patch = self._placeholder_mask(input_ids, inputs_embeds, len(features))
-            inputs_embeds = inputs_embeds.masked_scatter(is_patch, features.to(inputs_embeds))
+            if image_grid_thw is not None:
+                _require_count(image_grid_thw.prod(-1).sum(), len(features), "places in image_grid_thw")
+            is_patch = self._placeholder_mask(input_ids, inputs_embeds)  # (batch, length)
+            _require_count(is_patch.sum(), len(features), "<vpatch> tokens")
+            inputs_embeds = inputs_embeds.masked_scatter(is_patch.unsqueeze(-1), features.to(inputs_embeds))
+        elif input_ids is not None and not torch.compiler.is_compiling():
+            _require_count((input_ids == self.config.image_token_id).sum(), 0, "<vpatch> tokens")
         if self.config.bidirectional_images and inputs_embeds.shape[1] > 1:
             if input_ids is None:
                 raise ValueError("attention in both directions inside images needs input_ids to find them")
@@ -209,17 +215,20 @@ class SoloModel(SoloPreTrainedModel):
         )
         return SoloModelOutputWithPast(**outputs, image_hidden_states=features)
 
-    def _placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, patches: int) -> Tensor:
-        """(batch, length, 1) bool: where `<vpatch>` stands. As many as there are patches, or ValueError."""
-        if input_ids is None:
-            placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
-        # Counting asks the device; on an accelerator a wrong count fails in masked_scatter itself.
-        if mask.device.type == "cpu" and int(mask.sum()) != patches:
-            raise ValueError(f"{patches} patches for {int(mask.sum())} <vpatch> tokens: they must be equal")
-        return mask.unsqueeze(-1)
+    def _placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """(batch, length) bool: where `<vpatch>` stands."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
+
+def _require_count(count: Tensor, patches: int, things: str) -> None:
+    """Raise where a scalar count differs. CUDA is not waited for: its next synchronisation fails."""
+    if count.device.type == "cuda" or torch.compiler.is_compiling():
+        torch._assert_async(count == patches, f"patches and {things} differ in number")
+    elif count.device.type != "meta" and int(count) != patches:
+        raise ValueError(f"{patches} patches for {int(count)} {things}: they must be equal")
 
 
 class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 from typing import Any, Literal
 
@@ -14,18 +13,14 @@ from numpy.typing import NDArray
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .chat_template import SOLO_CHAT_TEMPLATE, release_chat_template, with_images
+from .chat_template import SOLO_CHAT_TEMPLATE, is_release_template, release_chat_template, with_images
+from .chat_turns import ChatTemplateError, Message, check_roles, cut_turns, end_tokens
 
-Message = dict[str, Any]
 Grid = tuple[int, int]
 Layout = Literal["clean", "release"]
 
 _STAND_IN = "\ue000{index}\ue001"
 _STAND_IN_PATTERN = re.compile("\ue000(\\d+)\ue001")
-
-
-class ChatTemplateError(ValueError):
-    """A chat that the template refuses, or a template that does not render a chat turn by turn."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,8 @@ class EncodedChat:
 
     Attributes:
         input_ids: (length,) int64, images expanded to their layout.
-        supervised: (length,) bool: what the assistant says, and the end of it. Never a vision token.
+        supervised: (length,) bool: what the assistant says, and the one token that ends its turn. Never a
+            vision token.
     """
 
     input_ids: NDArray[np.int64]
@@ -76,12 +72,15 @@ class SoloProcessor(ProcessorMixin):
     ) -> None:
         if layout not in ("clean", "release"):
             raise ValueError(f'the layout is "clean" or "release", not {layout!r}')
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
         self.layout = layout
         self.image_token = image_token
         self.vision_start_token = vision_start_token
         self.vision_row_token = vision_row_token
         self.vision_end_token = vision_end_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        vision_tokens = (vision_start_token, vision_row_token, vision_end_token)
         self._closing_token = vision_start_token if layout == "release" else vision_end_token
         self._start_id, self._row_id, self._closing_id = tokenizer.convert_tokens_to_ids(
             [vision_start_token, vision_row_token, self._closing_token]
@@ -89,6 +88,13 @@ class SoloProcessor(ProcessorMixin):
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         longest_first = sorted({*special, "\ue000"}, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)))
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
+        # BOS may end a turn only where it is EOS, too.
+        self._control_tokens = added - {tokenizer.bos_token, image_token, *vision_tokens} | {
+            tokenizer.eos_token
+        }
+        self._ends: dict[str | None, set[str]] = {}
+        self._checked_roles: set[tuple[str | None, tuple[str, ...]]] = set()
         chat_template = _template_for(layout, chat_template, image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -128,7 +134,8 @@ class SoloProcessor(ProcessorMixin):
 
         A document is BOS, its content, EOS. A chat is what the chat template makes of it; each assistant
         turn is tokenized apart from the prompt before it, so that training sees exactly the prompt tokens
-        that inference will.
+        that inference will. What the assistant says is found and checked in the rendered chat, see
+        `cut_turns`.
 
         Args:
             messages: `{"role": ..., "content": str or parts}`; a part is `{"type": "text", "text": ...}` or
@@ -137,7 +144,8 @@ class SoloProcessor(ProcessorMixin):
             add_generation_prompt: end where the assistant's next answer would begin.
 
         Raises:
-            ChatTemplateError: the template refuses the chat, or does not render it turn by turn.
+            ChatTemplateError: the template refuses the chat, leaves out a message, or does not render it turn
+                by turn.
             ValueError: image parts and grids differ in number.
         """
         protected: list[str] = []
@@ -178,33 +186,17 @@ class SoloProcessor(ProcessorMixin):
         return [(tokenizer.bos_token or tokenizer.eos_token, False), (body + tokenizer.eos_token, True)]
 
     def _chat_segments(self, messages: list[Message], add_generation_prompt: bool) -> list[tuple[str, bool]]:
-        """The rendered chat, cut where an assistant turn begins and ends: [(text, supervised), ...]."""
-
-        @cache  # rendering takes longer than tokenizing
-        def render(count: int, add_generation_prompt: bool = False) -> str:
-            return self._render(messages[:count], add_generation_prompt)
-
-        whole = render(len(messages), add_generation_prompt)
-        if self.tokenizer.bos_token and not self._begins_with_bos(whole):
-            offset = len(self.tokenizer.bos_token)
-            whole = self.tokenizer.bos_token + whole
-        else:
-            offset = 0
-        segments, done = [], 0
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            start = offset + len(render(index, True))
-            end = self._end_of_turn(whole, start, offset, render, index)
-            segments += [(whole[done:start], False), (whole[start:end], True)]
-            done = end
-        tail = whole[done:]
-        if add_generation_prompt:
-            return [*segments, (tail, False)]
-        if tail.strip():
-            segments.append((tail, False))
-        if not segments[-1][0].endswith(self.tokenizer.eos_token):
-            segments.append((self.tokenizer.eos_token, messages[-1]["role"] == "assistant"))
+        """The rendered chat, cut where an answer begins and ends: [(text, supervised), ...]."""
+        bos_token, eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
+        segments = cut_turns(messages, add_generation_prompt, self._render, self._end_tokens(), eos_token)
+        kind = (self.chat_template, tuple(message["role"] for message in messages))
+        if kind not in self._checked_roles:
+            check_roles(kind[1], self._render)
+            self._checked_roles.add(kind)
+        if not segments or segments[0][1]:  # no label is lost at the first token
+            segments.insert(0, (bos_token or eos_token, False))
+        elif bos_token and not self._begins_with_bos(segments[0][0]):
+            segments[0] = (bos_token + segments[0][0], False)
         return segments
 
     def _begins_with_bos(self, rendered: str) -> bool:
@@ -212,27 +204,21 @@ class SoloProcessor(ProcessorMixin):
         bos, image = re.escape(self.tokenizer.bos_token), re.escape(self.image_token)
         return re.match(f"(?:{image})*{bos}", rendered) is not None
 
-    def _end_of_turn(
-        self, whole: str, start: int, offset: int, render: Callable[..., str], index: int
-    ) -> int:
-        """Where the assistant turn that begins at `start` ends: after its end token, without white space."""
-        if whole[offset:start] != render(index, True):
-            raise ChatTemplateError(
-                "the chat template renders a turn differently once other turns follow, so that training and "
-                "inference would disagree; give the model a template without such rules (solo init does)"
-            )
-        end_token = whole.find(self.tokenizer.eos_token, start)
-        if end_token >= 0:
-            return end_token + len(self.tokenizer.eos_token)
-        turn = render(index + 1)
-        if whole[offset:].startswith(turn):
-            return offset + len(turn.rstrip())
-        return len(whole.rstrip())
+    @property
+    def end_of_turn_ids(self) -> list[int]:
+        """Ids of the tokens that end an answer: EOS, and those that the chat template ends answers with."""
+        return sorted(self.tokenizer.convert_tokens_to_ids(list(self._end_tokens())))
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def _end_tokens(self) -> set[str]:
+        if self.chat_template not in self._ends:
+            ends = end_tokens(self._render, self._control_tokens, self.tokenizer.eos_token)
+            self._ends[self.chat_template] = ends
+        return self._ends[self.chat_template]
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages,
+                list(messages),
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -319,10 +305,10 @@ class SoloProcessor(ProcessorMixin):
 
 def _template_for(layout: str, chat_template: str | None, image_token: str) -> str | None:
     """The chat template that goes with a layout: a saved processor may be loaded with the other one."""
-    release = release_chat_template(image_token)
     if layout == "release":
-        return release
-    return with_images(SOLO_CHAT_TEMPLATE, image_token) if chat_template == release else chat_template
+        return release_chat_template(image_token)
+    paper = with_images(SOLO_CHAT_TEMPLATE, image_token)
+    return paper if is_release_template(chat_template) else chat_template
 
 
 def _image_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -343,4 +329,4 @@ def _image_source(part: dict[str, Any]) -> Any:
     raise ValueError(f"an image part needs an 'image', 'url', 'path' or 'base64', but has {sorted(part)}")
 
 
-__all__ = ["ChatTemplateError", "EncodedChat", "SoloProcessor"]
+__all__ = ["ChatTemplateError", "EncodedChat", "Message", "SoloProcessor"]

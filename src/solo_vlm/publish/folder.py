@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from solo_vlm.errors import SoloError
 from solo_vlm.model.configuration_solo import SoloConfig
+from solo_vlm.model.load import load_processor
 from solo_vlm.model.release_solo import is_release
+from solo_vlm.model.saving import stop_ids
 from solo_vlm.publish.remote_code import add_remote_code, edit_json
 
 # What else lies in a model's folder (optimizer states, logs, notes) does not leave this machine.
@@ -82,8 +86,19 @@ def write_folder(
         shutil.copyfile(file, folder / file.name)
     for file in _matching(folder, (*_SETTINGS, "tokenizer_config.json")):
         edit_json(file, _without_origins)
+    _set_generation(folder, model)
     add_remote_code(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _set_generation(folder: Path, model: Path) -> None:
+    """Let transformers pad prompts on the left and stop where answers end: older folders do not say so."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        file.write_text("{}", encoding="utf-8")
+    ends = stop_ids(GenerationConfig.from_pretrained(folder), load_processor(model))
+    edit_json(file, lambda config: config.update(eos_token_id=ends))
+    edit_json(folder / "tokenizer_config.json", lambda config: config.update(padding_side="left"))
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

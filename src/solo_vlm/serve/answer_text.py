@@ -12,7 +12,7 @@ class AnswerText:
     """Turns tokens into text that will not change any more.
 
     All pieces together are the decoded answer, without white space around it, up to the first complete stop
-    string.
+    string. White space before the first word is no part of the answer, so no stop string begins there.
 
     Args:
         tokenizer: decodes; no other thread may use it.
@@ -53,6 +53,8 @@ class AnswerText:
 
     def _emit(self, text: str, last: bool) -> str:
         self._waiting += text
+        if not self._begun:
+            self._waiting = self._waiting.lstrip()
         found = [(at + len(stop), at) for stop in self._stop if (at := self._waiting.find(stop)) >= 0]
         if found:  # the first to be complete counts, however many characters came at once
             self.stopped = last = True
@@ -60,7 +62,5 @@ class AnswerText:
         certain = len(self._waiting) if last else len(self._waiting) - self._held
         ready = self._waiting[: max(certain, 0)].rstrip()  # white space waits for the next word
         self._waiting = self._waiting[len(ready) :]
-        if not self._begun:
-            ready = ready.lstrip()
         self._begun = self._begun or bool(ready)
         return ready

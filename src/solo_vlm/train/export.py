@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from solo_vlm.errors import SoloError
 from solo_vlm.files import new_folder
+from solo_vlm.model.saving import save_model
 from solo_vlm.train.adapters import adapter_weights, has_adapters, merge_adapter, save_adapter
 from solo_vlm.train.checkpoint import latest_checkpoint, load_checkpoint
 from solo_vlm.train.processes import Processes
@@ -75,5 +76,4 @@ def export_checkpoint(run: Path, out: Path, step: int | None = None) -> int:
 
 def _write(path: Path, model: PreTrainedModel, processor: Any, **options: Any) -> None:
     with new_folder(path) as folder:
-        model.save_pretrained(folder, **options)
-        processor.save_pretrained(folder)
+        save_model(folder, model, processor, **options)

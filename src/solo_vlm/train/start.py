@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from solo_vlm.data.encode import Encoder, load_encoder
 from solo_vlm.data.loader import PackedLoader
@@ -85,15 +85,18 @@ def _load_sharded(recipe: Recipe, processes: Processes) -> tuple[PreTrainedModel
         return model.to(processes.device), processor
     read: list[PreTrainedModel] = []
 
-    def describe() -> tuple[type[PreTrainedModel], PreTrainedConfig, dict[str, Tensor]]:
+    def describe() -> tuple[
+        type[PreTrainedModel], PreTrainedConfig, GenerationConfig | None, dict[str, Tensor]
+    ]:
         model, _ = load_start(recipe.model_source(), recipe)
         choose_trainable(model, recipe, processes.layout.processes)
         read.append(model)
-        return type(model), model.config, dict(model.named_buffers())
+        return type(model), model.config, model.generation_config, dict(model.named_buffers())
 
-    kind, config, buffers = processes.decide(describe)
+    kind, config, generation_config, buffers = processes.decide(describe)
     with torch.device("meta"):
         model = kind(config)
+        model.generation_config = generation_config  # it is exported with the model
         choose_trainable(model, recipe, processes.layout.processes)
     if recipe.float8:
         use_float8(model, processes.device)

@@ -19,6 +19,7 @@ from solo_vlm.model.convert.tokenizer import copy_sentencepiece
 from solo_vlm.model.image_processing_solo import SoloImageProcessor
 from solo_vlm.model.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.model.processing_solo import Layout, SoloProcessor
+from solo_vlm.model.saving import stop_ids
 
 _OLD_BUFFERS = ("rotary_emb.inv_freq",)
 
@@ -132,10 +133,13 @@ def write_project_folder(
     with new_folder(out) as folder:
         write_checkpoint(folder, list(weights.values()))
         config.save_pretrained(folder)
-        generation_config(config).save_pretrained(folder)
+        generation = generation_config(config)
         if tokenizer is not None:
-            release_processor(tokenizer, config.vision_patch_size, layout).save_pretrained(folder)
+            processor = release_processor(tokenizer, config.vision_patch_size, layout)
+            generation.eos_token_id = stop_ids(generation, processor)
+            processor.save_pretrained(folder)
             copy_sentencepiece(tokenizer_folder, folder)
+        generation.save_pretrained(folder)
     return Converted(
         out=str(out),
         tensors=len(weights),

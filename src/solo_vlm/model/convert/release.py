@@ -39,6 +39,7 @@ _RELEASE_TOKENIZER_CONFIG = {
     "bos_token": "<s>",
     "eos_token": "</s>",
     "unk_token": "<unk>",
+    "padding_side": "left",
 }
 
 

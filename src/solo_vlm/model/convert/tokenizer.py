@@ -81,6 +81,7 @@ def release_tokenizer(
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="</s>",  # batches of prompts are padded; attention masks hide what with
+        padding_side="left",
     )
 
 
