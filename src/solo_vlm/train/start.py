@@ -83,13 +83,13 @@ def _load_sharded(recipe: Recipe, processes: Processes) -> tuple[PreTrainedModel
         return model.to(processes.device), processor
     read: list[PreTrainedModel] = []
 
-    def describe() -> tuple[type[PreTrainedModel], PreTrainedConfig, dict[str, Tensor]]:
-        model, _ = load_start(recipe.model_source(), recipe)
+    def describe() -> tuple[type[PreTrainedModel], PreTrainedConfig, dict[str, Tensor], Any]:
+        model, processor = load_start(recipe.model_source(), recipe)
         choose_trainable(model, recipe, processes.layout.processes)
         read.append(model)
-        return type(model), model.config, dict(model.named_buffers())
+        return type(model), model.config, dict(model.named_buffers()), processor
 
-    kind, config, buffers = processes.decide(describe)
+    kind, config, buffers, processor = processes.decide(describe)
     with torch.device("meta"):
         model = kind(config)
         choose_trainable(model, recipe, processes.layout.processes)
@@ -97,7 +97,7 @@ def _load_sharded(recipe: Recipe, processes: Processes) -> tuple[PreTrainedModel
         use_float8(model, processes.device)
     shard(model, recipe, processes)
     fill(model, read[0].state_dict() if read else {}, buffers, processes.device)
-    return model, load_encoder(recipe.model_source()).processor
+    return model, processor
 
 
 @dataclass(frozen=True)
