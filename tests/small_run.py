@@ -110,6 +110,7 @@ def _enter(rank, size, port, target, arguments):
     import torch
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers, as under torchrun
     if size > 1:
         os.environ.update(
             RANK=str(rank),

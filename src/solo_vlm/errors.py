@@ -7,3 +7,4 @@ class SoloError(Exception):
     """Something the user gave is wrong; the message says what, and what to do."""
 
     exit_code = 2
+    is_common = False  # whether all processes of a run raise it together

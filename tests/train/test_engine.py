@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from torch.distributed.checkpoint.api import CheckpointException
 
 from small_run import images, metrics, settings, texts
 from solo_vlm.data.encode import Encoder
@@ -54,6 +55,39 @@ def test_what_is_saved_is_what_was_there_when_it_was_saved(runs, tmp_path):
     assert all(torch.equal(p, e) for p, e in zip(model.parameters(), expected, strict=True))
     found = [optimizer.state[p]["exp_avg"] for p in model.parameters()]
     assert all(torch.equal(f, m) for f, m in zip(found, moments, strict=True))
+
+
+def test_only_what_the_optimizer_holds_is_saved(runs, tmp_path):
+    """Another parameter, as there is while FSDP has gathered it, would be saved without its moments."""
+    recipe = Recipe.parse(settings(runs, tmp_path))
+    model, _ = load_start(runs / "llama")
+    optimizer = make_optimizer(model, recipe.optimizer)
+    name, parameter = next(iter(model.named_parameters()))
+    owner = model.get_submodule(name.rpartition(".")[0])
+    setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(parameter.detach().bfloat16()))
+    with start_processes(recipe) as processes:
+        checkpoints = Checkpoints(tmp_path / "checkpoints", 2, True, processes)
+        with pytest.raises(RuntimeError, match=f"optimizer does not hold the model's {name}"):
+            checkpoints.save(model, optimizer, Progress(step=3))
+        parameter.requires_grad_(False)
+        model.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]] = parameter
+        with pytest.raises(RuntimeError, match="1 parameters are not the model's"):
+            checkpoints.save(model, optimizer, Progress(step=3))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_failed_save_is_raised_at_the_next_step(runs, tmp_path, monkeypatch):
+    plain = settings(runs, tmp_path / "out", steps=300)
+    plain["checkpoint"] = {"every": 2}
+
+    def disk_is_full(*arguments, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", disk_is_full)
+    with pytest.raises(CheckpointException, match="No space left"):
+        train(Recipe.parse(plain))
+    assert len(losses(tmp_path / "out")) < 100
+    assert not list((tmp_path / "out" / "checkpoints").glob("step-*"))
 
 
 def test_old_checkpoints_go_and_a_damaged_one_is_named(runs, tmp_path):
@@ -228,8 +262,20 @@ def test_another_recipe_is_refused_but_another_layout_is_not(runs, tmp_path):
     plain = settings(runs, tmp_path / "out", steps=4)
     train(Recipe.parse(plain))
     (tmp_path / "out" / "model").rename(tmp_path / "moved")
-    with pytest.raises(SoloError, match="another recipe"):
+    with pytest.raises(SoloError, match=r"another recipe \(seed was 0, now 1\)"):
         train(Recipe.parse({**plain, "seed": 1}))
+    changed = {
+        **plain,
+        "optimizer": {**plain["optimizer"], "learning_rate": 1e-3, "eps": 1e-6},
+        "log_every": 2,
+    }
+    changed["data"] = {**plain["data"], "sources": [plain["data"]["sources"][0], {"path": "text.parquet"}]}
+    named = (
+        r"data.sources\[1\].weight was 3.0, now 1.0; optimizer.learning_rate was 0.003, now 0.001; "
+        r"optimizer.eps was 1e-08, now 1e-06\)"
+    )
+    with pytest.raises(SoloError, match=named):
+        train(Recipe.parse(changed))
     train(Recipe.parse({**plain, "activation_checkpointing": "full", "log_every": 2}))
     (tmp_path / "out" / "model").rename(tmp_path / "moved again")
     train(Recipe.parse({**plain, "data": {**plain["data"], "threads": 2}}))

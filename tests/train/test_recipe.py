@@ -11,6 +11,7 @@ from solo_vlm.data.catalog.registry import DATA_SETS
 from solo_vlm.errors import SoloError
 from solo_vlm.train.devices import find_device
 from solo_vlm.train.layout import Layout, layout
+from solo_vlm.train.optimizer import learning_rate
 from solo_vlm.train.plan import make_plan
 from solo_vlm.train.recipe import Recipe
 
@@ -210,3 +211,12 @@ def test_the_small_recipe_runs_on_one_gpu():
 def weights(recipe: Recipe) -> dict[str, float]:
     """By the names of the data sets, which are those of the folders."""
     return {source.path.removeprefix("data/"): source.weight for source in recipe.data.sources}
+
+
+def test_floor_of_the_learning_rate_above_its_peak_is_refused():
+    plain = {"model": "m", "out": "o", "steps": 1, "data": {"sources": [{"path": "x"}]}}
+    refusal = "optimizer: min_learning_rate = 5e-06 is above learning_rate = 1e-06.*set min_learning_rate"
+    with pytest.raises(SoloError, match=refusal):
+        Recipe.parse({**plain, "optimizer": {"learning_rate": 1e-6}})
+    constant = Recipe.parse({**plain, "optimizer": {"learning_rate": 5e-6, "warmup_steps": 0}})
+    assert {learning_rate(step, 10, constant.optimizer) for step in range(10)} == {5e-6}

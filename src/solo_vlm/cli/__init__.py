@@ -67,7 +67,9 @@ def main() -> None:
     except SoloError as error:
         if debug:
             raise
-        print(f"solo: {error}", file=sys.stderr)
+        # Processes that torchrun has started are stopped together: the first one says so for all.
+        if not error.is_common or os.environ.get("RANK", "0") == "0":
+            print(f"solo: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("solo: stopped", file=sys.stderr)

@@ -7,6 +7,9 @@ keep theirs; what is trained on is the sequence of filled slots, the same for an
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -285,11 +288,14 @@ class _Slots(IterableDataset[_Slot | SoloError]):
         self._order = order
         self._states = states
         self._threads = threads
+        self._reader_for = os.getpid()
 
     def __iter__(self) -> Iterator[_Slot | SoloError]:
         # On a photograph its own threads take half as much processor time again, and save nothing.
         cv2.setNumThreads(1)
         worker = get_worker_info()
+        if worker:
+            _end_with(self._reader_for)
         mine = self._order[worker.id :: worker.num_workers] if worker else self._order
         try:
             yield from self._in_turn([self._slots_of(stream) for stream in mine])
@@ -319,6 +325,33 @@ class _Slots(IterableDataset[_Slot | SoloError]):
         ended = _Slot(number, stream.state_dict())
         while True:
             yield ended
+
+
+def _end_with(owner: int) -> None:
+    """Let this process end when another one says so or is gone, and not by signals to all processes of a run.
+
+    Those are for the owner, which goes on reading until it has saved.
+    """
+    signals = {signal.SIGTERM, signal.SIGINT}
+    if not hasattr(signal, "sigtimedwait"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        while is_alive():
+            sent = signal.sigtimedwait(signals, 5.0)
+            if sent and sent.si_pid == owner:
+                break
+        os._exit(0)
+
+    def is_alive() -> bool:
+        try:
+            os.kill(owner, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _check_unchanged(before: State, now: State) -> None:

@@ -14,7 +14,7 @@ from solo_vlm.errors import SoloError
 from solo_vlm.files import new_file
 from solo_vlm.jobs.job import Engine, Job, finish_jobs
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.run_folder import learned
+from solo_vlm.train.run_folder import changes_in_learning
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,10 @@ class TrainingRun:
         """
         if not (self.folder / "manifest.json").is_file():
             return False
-        if learned(Recipe.load(self.folder / "recipe.yaml")) != learned(self.recipe):
+        if changed := changes_in_learning(Recipe.load(self.folder / "recipe.yaml"), self.recipe):
             raise SoloError(
-                f"{self.folder} was trained with another recipe: remove it, or choose another root"
+                f"{self.folder} was trained with another recipe ({changed}): remove it, or choose another "
+                "root"
             )
         return True
 

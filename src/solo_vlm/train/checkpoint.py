@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from solo_vlm.errors import SoloError
-from solo_vlm.train.optimizer import named_trainable
-from solo_vlm.train.processes import Processes
+from solo_vlm.train.optimizer import MOMENTS, named_trainable
+from solo_vlm.train.processes import LONG, Processes
 
 _STATE = "training_state.json"
 _PARTIAL = ".partial-"  # as in files.py, but one name that all processes know
@@ -64,52 +64,61 @@ class Checkpoints:
         self._asynchronous = asynchronous
         self._processes = processes
         # A group of its own: another thread talks there.
-        self._group = None if processes.mesh is None else dist.new_group(backend="gloo")
-        self._writing: tuple[Future[Any], Path, Path] | None = None
+        self._group = None if processes.mesh is None else dist.new_group(backend="gloo", timeout=LONG)
+        self._namer = ThreadPoolExecutor(1, "checkpoint-namer")
+        self._writing: Future[Any] | None = None
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Save; one that is still being written is waited for."""
+        """Save, unless this step is saved already; one that is still being written is waited for.
+
+        Raises:
+            RuntimeError: the model does not hold the parameters that the optimizer changes.
+        """
         self.finish()
+        tensors = _tensors(model, optimizer)
         path = self._folder / f"step-{progress.step:08d}"
-        if path.exists():
-            return
         partial = self._folder / f"{_PARTIAL}{path.name}"
-        if self._processes.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / _STATE).write_text(json.dumps(asdict(progress)))
-        self._processes.wait()
+        # Asked by one process for all: on a network file system, each may see another state of a folder.
+        if not self._processes.decide(lambda: _prepare(path, partial, progress)):
+            return
         future: Any = async_save(
-            _tensors(model, optimizer),
+            tensors,
             checkpoint_id=partial,
             process_group=self._group,
             no_dist=self._group is None,
         )
-        self._writing = (future, partial, path)
+        # The first process's part ends last: it gathers what the others have written.
+        is_first = self._processes.is_first
+        self._writing = self._namer.submit(self._name, future, partial, path) if is_first else future
         if not self._asynchronous:
             self.finish()
 
-    def advance(self) -> None:
-        """Give a checkpoint its name if it has been written by now."""
-        if self._writing and self._writing[0].done():
+    def check(self) -> None:
+        """Raise what went wrong with a checkpoint since it was saved."""
+        if self._writing and self._writing.done():
             self.finish()
 
-    def finish(self) -> None:
-        """Wait for the checkpoint that is being written, and give it its name.
+    def finish(self, timeout: float | None = None) -> None:
+        """Wait for this process's part of the checkpoint that is being written; the first one's names it.
 
-        The first process's part ends last: it gathers what the others have written.
+        Args:
+            timeout: seconds; default: as long as it takes.
+
+        Raises:
+            TimeoutError: it is not written by then.
         """
-        if self._writing is None:
-            return
-        future, partial, path = self._writing
-        self._writing = None
-        future.result()
-        if self._processes.is_first:
-            partial.rename(path)
-            _sync(path.parent)
-            for old in sorted(path.parent.glob("step-*"))[: -self._keep]:
-                # Renamed first, so that a crash in the middle leaves no half of it under its name.
-                shutil.rmtree(old.rename(old.with_name(f"{_PARTIAL}{old.name}")))
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result(timeout)
+
+    def _name(self, written: Future[Any], partial: Path, path: Path) -> None:
+        """Give a checkpoint its name when it is written, also while the training loop waits for others."""
+        written.result()
+        partial.rename(path)
+        _sync(path.parent)
+        for old in sorted(path.parent.glob("step-*"))[: -self._keep]:
+            # Renamed first, so that a crash in the middle leaves no half of it under its name.
+            shutil.rmtree(old.rename(old.with_name(f"{_PARTIAL}{old.name}")))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -136,14 +145,37 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         raise SoloError(f"cannot go on from {path}: {reason}") from error
 
 
+def _prepare(path: Path, partial: Path, progress: Progress) -> bool:
+    """Make the folder to write into, unless the checkpoint is there already; return whether to write."""
+    if path.exists():
+        return False
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / _STATE).write_text(json.dumps(asdict(progress)))
+    return True
+
+
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Everything that training changes, by name; the tensors share memory with the model's."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in named_trainable(model):
-        tensors[f"model/{name}"] = parameter.detach()
-        if optimizer is not None:
-            for moment, tensor in optimizer.state[parameter].items():
-                tensors[f"optimizer/{name}/{moment}"] = tensor
+    """Everything that training changes, by name; the tensors share memory with the model's.
+
+    Raises:
+        RuntimeError: the optimizer holds other parameters than the model, as it does while FSDP has gathered
+            them.
+    """
+    parameters = dict(named_trainable(model))
+    tensors = {f"model/{name}": parameter.detach() for name, parameter in parameters.items()}
+    if optimizer is None:
+        return tensors
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if strange := [name for name, parameter in parameters.items() if parameter not in held]:
+        raise RuntimeError(f"not saved or loaded: the optimizer does not hold the model's {strange[0]}")
+    if len(held) > len(parameters):
+        raise RuntimeError(
+            f"not saved or loaded: {len(held) - len(parameters)} parameters are not the model's"
+        )
+    for name, parameter in parameters.items():
+        for moment in MOMENTS:
+            tensors[f"optimizer/{name}/{moment}"] = optimizer.state[parameter][moment]
     return tensors
 
 

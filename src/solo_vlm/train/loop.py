@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,7 @@ from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.errors import SoloError
 from solo_vlm.files import new_file
+from solo_vlm.train.agreement import check_same_data, check_same_settings
 from solo_vlm.train.checkpoint import (
     Checkpoints,
     Progress,
@@ -37,7 +39,7 @@ from solo_vlm.train.manifest import write_manifest
 from solo_vlm.train.metrics import MetricsLog, progress_bar
 from solo_vlm.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from solo_vlm.train.plan import planned_steps
-from solo_vlm.train.processes import Processes, start_processes
+from solo_vlm.train.processes import LONG, SHORT, Processes, start_processes
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import claim
 from solo_vlm.train.start import make_loader, make_model
@@ -49,6 +51,7 @@ from solo_vlm.train.validation import Validation
 logger = logging.getLogger(__name__)
 
 _NAMED = 20  # samples, where a loss is not finite
+_SECONDS_TO_SAVE = 20.0  # what was being saved when a process failed; all are to end within a minute
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def train(recipe: Recipe, resume: bool = False, progress: ProgressBar | None = N
             the recipe cannot be shared among the processes, or losses are no longer finite.
         Stopped: SIGTERM or SIGINT came; the run is saved.
     """
-    with start_processes(recipe) as processes, listen() as stop:
+    stop = StopRequest()
+    with start_processes(recipe, stop) as processes, listen(stop):
         if progress is not None:
             return _Run(recipe, resume, processes, progress).to_the_end(stop)
         with progress_bar(quiet=not processes.is_first) as progress:
@@ -90,7 +94,9 @@ class _Run:
         self.recipe = recipe
         self.processes = processes
         self.out = recipe.at(recipe.out)
+        check_same_settings(recipe, processes)
         self.sources = recipe.open_sources()
+        check_same_data(self.sources, processes)
         checkpoint = processes.decide(lambda: claim(self.out, recipe, resume))
         set_seed(recipe.seed)
         self.model, self.processor = make_model(recipe, processes)
@@ -99,7 +105,7 @@ class _Run:
         self.loader = make_loader(recipe, self.processor, self.sources, processes.data_rank, layout.data)
         if checkpoint:
             load_checkpoint(checkpoint, self.model, self.optimizer)
-            self.done = read_progress(checkpoint)
+            self.done = processes.decide(lambda: read_progress(checkpoint))
             self.loader.load_state_dict(self.done.data or {})
             logger.info("going on from %s", checkpoint)
         else:
@@ -120,12 +126,19 @@ class _Run:
         started, tokens_before = time.perf_counter(), self.done.tokens
         try:
             for figures in self._steps(stop):
-                self._note(figures)
-        finally:
+                self._note(figures, stop)
+            self._finish_saving(stop)
+        except BaseException:
             self.loader.close()
-            if self.log:
-                self.log.close()
-            self.checkpoints.finish()  # also one that was being written when something failed
+            # A process that fails still completes the checkpoint that all are writing.
+            with suppress(Exception), stop.uninterrupted():
+                self.checkpoints.finish(_SECONDS_TO_SAVE)
+            with suppress(Exception):
+                self._close_log()
+            raise
+        self.loader.close()
+        self._close_log()
+        self.processes.set_timeout(LONG)
         seconds = time.perf_counter() - started
         summary = {
             "steps": self.done.step,
@@ -147,6 +160,7 @@ class _Run:
     def _steps(self, stop: StopRequest) -> Iterator[dict[str, float]]:
         """Make one optimizer step after the other; yield its figures. Ends early where the data do."""
         skipped_in_a_row = 0
+        first_step = self.done.step + 1  # which may compile
         while self.done.step < (self.recipe.steps or sys.maxsize):
             global_batch, samples = self._read()
             if not global_batch:
@@ -181,6 +195,8 @@ class _Run:
                 **self.counter.figures(self._capacity),
             }
             self._stop_if_asked(stop)
+            if self.done.step == first_step:
+                self.processes.set_timeout(SHORT)
 
     def _read(self) -> tuple[list[PackedBatch], list[list[str]]]:
         """This process's sequences of the next global batch, counted, and the names of their samples."""
@@ -218,7 +234,11 @@ class _Run:
             )
         logger.warning("%s; the step is skipped. Its samples:%s", what, listed)
 
-    def _note(self, figures: dict[str, float]) -> None:
+    def _close_log(self) -> None:
+        if self.log:
+            self.log.close()
+
+    def _note(self, figures: dict[str, float], stop: StopRequest) -> None:
         """After a step: validate, log and save where it is time to."""
         step, recipe = self.done.step, self.recipe
         ends = step == recipe.steps
@@ -231,20 +251,25 @@ class _Run:
         if self.log:
             self.log.advance(step)
         if step % recipe.checkpoint.every == 0 and not ends:
-            self._save()
-        self.checkpoints.advance()
+            self._save(stop)
+        self.checkpoints.check()
 
-    def _save(self) -> None:
+    def _save(self, stop: StopRequest) -> None:
         self.done.data = PackedLoader.merge(self.processes.gather(self.loader.state_dict()))
-        self.checkpoints.save(self.model, self.optimizer, self.done)
+        with stop.uninterrupted(), self.processes.patient():
+            self.checkpoints.save(self.model, self.optimizer, self.done)
+
+    def _finish_saving(self, stop: StopRequest) -> None:
+        with stop.uninterrupted(), self.processes.patient():
+            self.checkpoints.finish()
 
     def _stop_if_asked(self, stop: StopRequest) -> None:
-        (asked,) = self.processes.sum(bool(stop.signal))
-        if not asked or self.done.step == self.recipe.steps:
+        number = self.processes.max(stop.signal)  # any of them may have got it
+        if not number or self.done.step == self.recipe.steps:
             return
-        self._save()
-        self.checkpoints.finish()
-        number = stop.signal or signal.SIGTERM  # another process may have got it
+        with stop.uninterrupted():
+            self._save(stop)
+            self._finish_saving(stop)
         raise Stopped(
             f"stopped by {signal.Signals(number).name}, saved after step {self.done.step}: "
             "the same command goes on from there",

@@ -12,6 +12,7 @@ from torch import nn
 from solo_vlm.train.recipe import OptimizerSettings
 
 PATCH_EMBEDDING = "embed_vision_patch."  # in the name of its weight, under adapters, too
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:

@@ -92,6 +92,17 @@ def fill(
     set_model_state_dict(model, state, options=options)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free all gathered weights, so that the model's parameters are the shards that the optimizer holds.
+
+    After a forward pass without a backward pass, FSDP keeps what lies outside of layers gathered, and the
+    layers, too, with `parallel.reshard: false`.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def agree_on_replicas(parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:
     """Average the gradients of what tensor parallelism has not split over the processes that hold copies.
 

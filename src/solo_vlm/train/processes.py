@@ -12,14 +12,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from solo_vlm.errors import SoloError
+from solo_vlm.train.failures import fail_together
 from solo_vlm.train.layout import Layout, layout
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.stopping import Stopped, StopRequest
 
 DATA, TENSOR = "data", "tensor"
 
-_PATIENCE = timedelta(minutes=30)  # the first process may read a large model while the others wait
+LONG = timedelta(minutes=30)  # where one process may work alone: reading or writing a large model
+SHORT = timedelta(minutes=5)  # where all work alike: at the start, and between steps
 
 Result = TypeVar("Result")
 
@@ -58,6 +62,14 @@ class Processes:
         dist.all_reduce(total, group=self.mesh.get_group(DATA))
         return total.tolist()
 
+    def max(self, value: int) -> int:
+        """The largest value over all processes, also those that share a layer."""
+        if self.mesh is None:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all shares of the data, in their order, for every process."""
         if self.mesh is None:
@@ -86,25 +98,42 @@ class Processes:
         return outcome[0]
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Continue when all processes have come here."""
         if self.mesh is not None:
             dist.barrier()
 
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Limit how long this process waits for others in a collective operation, from now on."""
+        if self.mesh is not None:
+            for group in (None, self.mesh.get_group(DATA), self.mesh.get_group(TENSOR)):
+                _set_pg_timeout(timeout, group)
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Between steps, wait for others as long as it takes to write a large model."""
+        self.set_timeout(LONG)
+        yield
+        self.set_timeout(SHORT)
+
 
 @contextmanager
-def start_processes(recipe: Recipe) -> Iterator[Processes]:
+def start_processes(recipe: Recipe, stop: StopRequest | None = None) -> Iterator[Processes]:
     """Join the processes that torchrun has started; alone on a CPU, no process group is needed.
 
     An accelerator gets a group even for one process: its weights are then held and cast by the same code.
+    An exception in the body ends all processes, and only the first one is printed.
+
+    Args:
+        recipe: for the layout.
+        stop: signals that the body notes.
 
     Raises:
         SoloError: the recipe cannot be shared among so many processes.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    arranged = layout(recipe, world)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None and world == 1:
-        yield Processes(rank, arranged, torch.device("cpu"))
+        yield Processes(rank, layout(recipe, world), torch.device("cpu"))
         return
     device = torch.device("cpu")
     backend = "gloo"
@@ -116,11 +145,25 @@ def start_processes(recipe: Recipe) -> Iterator[Processes]:
     if world == 1:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        try:
+            yield _arrange(recipe, world, rank, device)
+        finally:
+            dist.destroy_process_group()
+        return
+    dist.init_process_group(backend, timeout=SHORT)  # torchrun starts all of them at once
     try:
-        shape = (arranged.data, arranged.tensor)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=(DATA, TENSOR))
-        yield Processes(rank, arranged, device, mesh)
-    finally:
+        with fail_together(_get_default_store(), rank, stop or StopRequest()):
+            yield _arrange(recipe, world, rank, device)
+    except Stopped:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()  # not after a failure: it would wait for processes that are stuck
+
+
+def _arrange(recipe: Recipe, world: int, rank: int, device: torch.device) -> Processes:
+    arranged = layout(recipe, world)
+    shape = (arranged.data, arranged.tensor)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=(DATA, TENSOR))
+    processes = Processes(rank, arranged, device, mesh)
+    processes.set_timeout(LONG)
+    return processes

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
 from solo_vlm.data.mixture import DataSettings, Mixture, SourceSettings
 from solo_vlm.settings import Settings
@@ -15,8 +16,9 @@ class OptimizerSettings(Settings):
 
     Attributes:
         learning_rate: peak, after the warm-up.
-        patch_learning_rate: peak of the patch embedding, where it shall differ (small decoders need less).
-        min_learning_rate: at the end of the cosine.
+        patch_learning_rate: peak of the patch embedding, where it shall differ (small decoders need less);
+            its rate stays in this proportion to that of the others, also at the end.
+        min_learning_rate: at the end of the cosine; at most `learning_rate`.
         warmup_steps: of linear growth.
         weight_decay: of matrices; norms and biases are not decayed.
         betas: of Adam.
@@ -32,6 +34,17 @@ class OptimizerSettings(Settings):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _check_floor(self) -> Self:
+        if self.min_learning_rate > self.learning_rate:
+            raise PydanticCustomError(
+                "floor_above_peak",
+                "min_learning_rate = {floor} is above learning_rate = {peak}, so the rate would rise: set "
+                "min_learning_rate to at most that",
+                {"floor": f"{self.min_learning_rate:g}", "peak": f"{self.learning_rate:g}"},
+            )
+        return self
 
 
 class CheckpointSettings(Settings):

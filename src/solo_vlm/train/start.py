@@ -86,14 +86,14 @@ def _load_sharded(recipe: Recipe, processes: Processes) -> tuple[PreTrainedModel
     read: list[PreTrainedModel] = []
 
     def describe() -> tuple[
-        type[PreTrainedModel], PreTrainedConfig, GenerationConfig | None, dict[str, Tensor]
+        type[PreTrainedModel], PreTrainedConfig, GenerationConfig | None, dict[str, Tensor], Any
     ]:
-        model, _ = load_start(recipe.model_source(), recipe)
+        model, processor = load_start(recipe.model_source(), recipe)
         choose_trainable(model, recipe, processes.layout.processes)
         read.append(model)
-        return type(model), model.config, model.generation_config, dict(model.named_buffers())
+        return type(model), model.config, model.generation_config, dict(model.named_buffers()), processor
 
-    kind, config, generation_config, buffers = processes.decide(describe)
+    kind, config, generation_config, buffers, processor = processes.decide(describe)
     with torch.device("meta"):
         model = kind(config)
         model.generation_config = generation_config  # it is exported with the model
@@ -102,7 +102,7 @@ def _load_sharded(recipe: Recipe, processes: Processes) -> tuple[PreTrainedModel
         use_float8(model, processes.device)
     shard(model, recipe, processes)
     fill(model, read[0].state_dict() if read else {}, buffers, processes.device)
-    return model, load_encoder(recipe.model_source()).processor
+    return model, processor
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from solo_vlm.train.agreement import check_same_data
+from solo_vlm.train.parallel import reshard
 from solo_vlm.train.processes import Processes
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.start import make_loader
@@ -37,6 +39,7 @@ class Validation:
         self._processor = processor
         self._processes = processes
         self._sources = self._recipe.open_sources()
+        check_same_data(self._sources, processes)
 
     @torch.no_grad()
     def loss(self, model: PreTrainedModel) -> float:
@@ -45,8 +48,8 @@ class Validation:
         sequences = islice(loader, self._sequences)
         model.eval()
         total = supervised = 0.0
-        while together := list(islice(sequences, self._processes.layout.data)):
-            # Every process takes each turn: a sharded model gathers its weights in it.
+        # Every process takes each turn: a sharded model gathers its weights in it.
+        while self._processes.max(len(together := list(islice(sequences, self._processes.layout.data)))):
             mine = self._processes.data_rank
             batch = together[mine] if mine < len(together) else loader.empty_batch()
             with precision(self._recipe, self._processes):
@@ -54,5 +57,6 @@ class Validation:
                 total += model(**inputs, use_cache=False, num_items_in_batch=1, logits_to_keep=1).loss.item()
             supervised += supervised_tokens([batch])
         model.train()
+        reshard(model)
         total, supervised = self._processes.sum(total, supervised)
         return total / max(supervised, 1)

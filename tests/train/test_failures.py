@@ -1,0 +1,179 @@
+"""A process that fails ends all of its run, under torchrun, and torchrun's last words are the cause."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch.distributed as dist
+import yaml
+
+from small_run import metrics, settings
+from solo_vlm.errors import SoloError
+from solo_vlm.train.failures import Failure, fail_together
+from solo_vlm.train.stopping import Stopped, StopRequest
+
+# `solo train` in which one process behaves as told.
+SCRIPT = """
+import os, signal, sys
+from solo_vlm.cli import main
+from solo_vlm.train import loop
+
+victim, how = int(sys.argv.pop(1)), sys.argv.pop(1)
+take_step = loop.take_step
+taken = iter(range(3))
+
+def take(*arguments):
+    if next(taken, None) is None:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("the cause of all")
+    return take_step(*arguments)
+
+if int(os.environ["RANK"]) == victim:
+    if how == "setting":
+        sys.argv.append("optimizer.weight_decay=0.25")
+    else:
+        loop.take_step = take
+main()
+"""
+
+
+@pytest.fixture
+def torchrun(runs, tmp_path):
+    """Starts torchruns of a small run, each with its own output; those that are left are killed."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    started = []
+
+    def start(victim, how, *options, **changes):
+        (tmp_path / "recipe.yaml").write_text(
+            yaml.safe_dump(settings(runs, tmp_path / "out", steps=300, **changes))
+        )
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", *options),
+            *(str(tmp_path / "script.py"), str(victim), how, "train", str(tmp_path / "recipe.yaml")),
+        ]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()  # torchrun passes it on
+
+
+def wait_for_steps(process, out, count):
+    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < count:
+        assert process.poll() is None
+        time.sleep(0.1)
+
+
+def last_words(printed):
+    """What is left of torchrun's report of the first failure, which it prints at its end."""
+    return printed.rpartition("Root Cause")[2]
+
+
+def tracebacks(printed):
+    """Tracebacks of the run's processes, which torch marks by their rank; torchrun prints its own."""
+    return printed.count("]: Traceback (most recent call last)")
+
+
+@pytest.mark.distributed
+def test_all_end_when_one_process_fails(torchrun):
+    process = torchrun(1, "fail", "--standalone", "--nproc-per-node", "2")
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert tracebacks(printed) == 1
+    assert "process 1 on" in last_words(printed)
+    assert "RuntimeError: the cause of all" in last_words(printed)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("victim", [0, 1])
+def test_all_machines_end_when_one_process_fails(torchrun, victim):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    options = f"--nnodes 2 --rdzv-backend c10d --rdzv-endpoint {endpoint} --nproc-per-node 1".split()
+    agents = [torchrun(victim, "fail", *options) for _ in range(2)]
+    printed = [agent.communicate(timeout=150)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [1, 1]
+    assert sum(map(tracebacks, printed)) == 1
+    for output in printed:
+        assert "RuntimeError: the cause of all" in last_words(output)
+
+
+@pytest.mark.distributed
+def test_survivors_of_a_killed_process_do_not_hide_it(torchrun):
+    process = torchrun(1, "kill", "--standalone", "--nproc-per-node", "2")
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert tracebacks(printed) == 0
+    assert "Signal 9 (SIGKILL)" in last_words(printed)
+
+
+@pytest.mark.distributed
+def test_failure_of_the_first_process_alone_ends_all(torchrun, tmp_path):
+    """It alone writes logs, and its tracker finds a file where it needs a folder."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tensorboard").write_text("not a folder")
+    process = torchrun(-1, "", "--standalone", "--nproc-per-node", "2", trackers=["tensorboard"])
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert tracebacks(printed) == 1
+    assert "process 0 on" in last_words(printed)
+    assert "tensorboard" in last_words(printed)
+
+
+@pytest.mark.distributed
+def test_process_started_with_other_settings_is_refused(torchrun):
+    process = torchrun(1, "setting", "--standalone", "--nproc-per-node", "2")
+    _, printed = process.communicate(timeout=120)
+    line = (
+        "process 1 was started with other settings than process 0 (optimizer.weight_decay was 0.1, now 0.25)"
+    )
+    assert tracebacks(printed) == 0
+    assert printed.count(f"solo: {line}") == 1
+    assert line in last_words(printed)
+
+
+@pytest.mark.distributed
+def test_sigterm_to_torchrun_saves_although_loaders_have_workers(torchrun, tmp_path, runs):
+    data = {**settings(runs, tmp_path)["data"], "workers": 2}
+    changes = {"checkpoint": {"every": 1000}, "data": data}
+    process = torchrun(-1, "", "--standalone", "--nproc-per-node", "2", **changes)
+    wait_for_steps(process, tmp_path / "out", 3)
+    process.send_signal(signal.SIGTERM)
+    _, printed = process.communicate(timeout=120)
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert step == len(metrics(tmp_path / "out"))
+    assert printed.count(f"solo: stopped by SIGTERM, saved after step {step}") == 1
+
+
+def test_error_without_other_processes_failing_is_raised_as_it_is():
+    store = dist.HashStore()
+    for error in (SoloError("the file is not there"), Stopped("stopped", 15)):
+        with pytest.raises(type(error)) as caught, fail_together(store, 1, StopRequest()):
+            raise error
+        assert caught.value is error
+
+
+def test_failure_is_described_in_one_line():
+    assert Failure.of(SoloError("no such file"), 3).message == "no such file"
+    failure = Failure.of(ValueError("bad"), 3)
+    assert failure.message == f"process 3 on {socket.gethostname()}: ValueError: bad"
+    assert failure.exit_code == 1

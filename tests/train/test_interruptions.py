@@ -1,0 +1,225 @@
+"""Runs that are interrupted and resumed, maybe in another layout: their losses are those of whole runs.
+
+Every pair of (layout, feature on or off, interruption, layout at resume) occurs in a row of `ROWS`; that is
+13 runs in place of the 1,152 of the full product.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from itertools import combinations, product
+
+import pytest
+import torch
+from torch.distributed.checkpoint import filesystem
+
+from small_run import Group, images, metrics, settings, texts, write_data
+from solo_vlm.model.load import load_model
+from solo_vlm.train import Recipe, loop, train
+from solo_vlm.train.stopping import Stopped
+from tiny import make_solo
+
+LAYOUTS = {"one process": (1, 1), "sharded": (2, 1), "tensor": (2, 2)}  # processes, parallel.tensor
+INTERRUPTIONS = ("kill -9", "SIGTERM", "SIGTERM twice", "failure")
+STEP = 5  # steps that are done before the interruption; the checkpoint before it is that of step 4
+
+FEATURES = {
+    "validation": {"validation": {"sources": [{"path": "images.parquet"}], "every": 2, "sequences": 3}},
+    "lora": {"lora": {"rank": 4, "alpha": 8}},
+    "accumulation": {"global_batch": 4},
+    "workers": {"data": {"workers": 2}},
+    "epochs": {"steps": None, "data": {"epochs": 1}},
+}
+
+# Layout, interruption, layout at resume, features. Layers with adapters cannot be split.
+ROWS = [
+    ("one process", "kill -9", "one process", "validation lora accumulation epochs"),
+    ("one process", "SIGTERM", "one process", "lora"),
+    ("one process", "SIGTERM twice", "tensor", "accumulation workers"),
+    ("one process", "failure", "sharded", "workers"),
+    ("sharded", "kill -9", "tensor", "workers"),
+    ("sharded", "SIGTERM", "one process", "validation lora workers"),
+    ("sharded", "SIGTERM", "tensor", "accumulation epochs"),
+    ("sharded", "SIGTERM twice", "sharded", "lora accumulation epochs"),
+    ("sharded", "failure", "one process", "lora accumulation epochs"),
+    ("tensor", "kill -9", "sharded", "accumulation workers"),
+    ("tensor", "SIGTERM", "sharded", "validation accumulation"),
+    ("tensor", "SIGTERM twice", "one process", "validation"),
+    ("tensor", "failure", "tensor", "validation workers epochs"),
+]
+
+
+def test_every_pair_of_factors_occurs():
+    def pairs(layout, interruption, resumed, features):
+        levels = [("layout", layout), ("interruption", interruption), ("resumed", resumed)]
+        levels += [(feature, feature in features.split()) for feature in FEATURES]
+        return set(combinations(levels, 2))
+
+    def is_possible(layout, interruption, resumed, features):
+        return "lora" not in features or "tensor" not in (layout, resumed)
+
+    subsets = [
+        " ".join(f for f, on in zip(FEATURES, bits, strict=True) if on) for bits in product((0, 1), repeat=5)
+    ]
+    everything = filter(lambda row: is_possible(*row), product(LAYOUTS, INTERRUPTIONS, LAYOUTS, subsets))
+    assert all(is_possible(*row) for row in ROWS)
+    assert set().union(*(pairs(*row) for row in everything)) == set().union(*(pairs(*row) for row in ROWS))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data for some ten steps, and a model."""
+    folder = tmp_path_factory.mktemp("interruptions")
+    write_data(folder, images(16), texts(120))
+    make_solo().save(folder / "llama")
+    return folder
+
+
+def plain_recipe(folder, out, layout, features):
+    plain = settings(folder, out, steps=9, global_batch=2, parallel={"tensor": LAYOUTS[layout][1]})
+    plain["data"]["streams"] = 4
+    for feature in features.split():
+        for name, value in FEATURES[feature].items():
+            plain[name] = plain[name] | value if name == "data" else value
+    return plain
+
+
+def run_whole(plain):
+    train(Recipe.parse(plain))
+
+
+def resume(plain):
+    train(Recipe.parse(plain), resume=True)
+
+
+def run_until(plain, interruption, victim, step=STEP):
+    """Train; interrupt one process in a step. Signals reach its loader's workers, too, as torchrun's do."""
+    os.setsid()
+    take_step = loop.take_step
+    taken = iter(range(step))
+
+    def interrupt():
+        if interruption == "kill -9":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if interruption == "failure":
+            raise RuntimeError("the cause")
+        if interruption == "SIGTERM twice":
+            write_item = filesystem._write_item
+
+            def write_under_fire(*arguments, **options):
+                os.killpg(0, signal.SIGTERM)
+                return write_item(*arguments, **options)
+
+            filesystem._write_item = write_under_fire
+        os.killpg(0, signal.SIGTERM)
+
+    def take_or_interrupt(*arguments):
+        if next(taken, None) is None and int(os.environ.get("RANK", 0)) == victim:
+            loop.take_step = take_step
+            interrupt()
+        return take_step(*arguments)
+
+    loop.take_step = take_or_interrupt
+    try:
+        train(Recipe.parse(plain))
+    except Stopped as stopped:
+        sys.exit(stopped.exit_code)
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """Starts uninterrupted runs, each once; returns the folder."""
+    groups = {}
+
+    def start(layout, features):
+        out = folder / "whole" / f"{layout}-{features}".replace(" ", "-")
+        if out not in groups:
+            groups[out] = Group(LAYOUTS[layout][0], run_whole, plain_recipe(folder, out, layout, features))
+        return groups[out], out
+
+    yield start
+    for group, _ in groups.items():
+        groups[group].kill()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "interruption", "resumed", "features"), [pytest.param(*row, id="-".join(row)) for row in ROWS]
+)
+def test_resumed_run_matches_uninterrupted_run(
+    folder, tmp_path, start, whole, layout, interruption, resumed, features
+):
+    size = LAYOUTS[layout][0]
+    out = tmp_path / "out"
+    uninterrupted, expected = whole(layout, features)
+    victim = size - 1
+    group = start(size, run_until, plain_recipe(folder, out, layout, features), interruption, victim)
+    codes = group.wait(90)
+    if interruption.startswith("SIGTERM"):
+        assert codes == [128 + signal.SIGTERM] * size
+    else:
+        assert codes[victim] == (-signal.SIGKILL if interruption == "kill -9" else 1)
+        assert all(codes)  # ended, and not well
+    newest = max((out / "checkpoints").glob("step-*"))
+    # What was being written when a process was killed may be lost, what was saved before may not.
+    steps = {"kill -9": {2, 4}, "failure": {4}}.get(interruption, {STEP + 1})
+    assert int(newest.name.removeprefix("step-")) in steps
+
+    size = LAYOUTS[resumed][0]
+    assert start(size, resume, plain_recipe(folder, out, resumed, features)).wait() == [0] * size
+    assert uninterrupted.wait() == [0] * LAYOUTS[layout][0]
+    ours, theirs = metrics(out), metrics(expected)
+    names = ("step", "loss", "validation_loss", "learning_rate")
+    ours, theirs = ([{n: line[n] for n in names if n in line} for line in lines] for lines in (ours, theirs))
+    weights = [load_model(run / "model").state_dict() for run in (out, expected)]
+    if layout == resumed:
+        assert ours == theirs
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    else:
+        assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+        for mine, right in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(right, rel=1e-4)
+        for name, right in weights[1].items():
+            torch.testing.assert_close(weights[0][name], right, rtol=1e-3, atol=1e-4)
+
+
+def run_with_a_slow_file_system(plain):
+    """Process 1 sees no checkpoint, as on a network file system right after another machine has named it."""
+    from pathlib import Path
+
+    exists = Path.exists
+    if os.environ["RANK"] == "1":
+        Path.exists = lambda path: not path.name.startswith("step-") and exists(path)
+    run_until(plain, "SIGTERM", 0, step=3)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_one_process_decides_whether_a_step_is_saved_already(folder, tmp_path, start, asynchronous):
+    """The signal comes in a step that is saved anyway."""
+    plain = plain_recipe(folder, tmp_path / "out", "sharded", "")
+    plain["checkpoint"] |= {"asynchronous": asynchronous}
+    group = start(2, run_with_a_slow_file_system, plain)
+    assert group.wait(90) == [128 + signal.SIGTERM] * 2
+    names = [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()]
+    assert sorted(names) == ["step-00000002", "step-00000004"]
+    assert start(2, resume, plain).wait() == [0, 0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("keep_gathered", [False, True])
+def test_checkpoint_saved_after_validation_can_be_loaded_in_bf16(folder, tmp_path, start, keep_gathered):
+    plain = plain_recipe(folder, tmp_path / "out", "sharded", "validation")
+    plain |= {"precision": "bf16", "parallel": {"reshard": not keep_gathered}}
+    whole = {**plain, "out": str(tmp_path / "whole")}
+    group = start(2, run_whole, whole)
+    assert start(2, run_until, plain, "SIGTERM", 0).wait(90) == [128 + signal.SIGTERM] * 2
+    assert start(2, resume, plain).wait() == [0, 0]
+    assert group.wait() == [0, 0]
+    ours, theirs = (
+        [(line["loss"], line.get("validation_loss")) for line in metrics(tmp_path / name)]
+        for name in ("out", "whole")
+    )
+    assert ours == theirs
