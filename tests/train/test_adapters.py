@@ -69,7 +69,7 @@ def logits(model, processor) -> torch.Tensor:
 @pytest.mark.parametrize("trainable", ["all", "new_tokens"])
 def test_a_run_with_lora(folder, tmp_path, run, trainable):
     """It learns, only its parameters change, and adapter and merged model agree and answer."""
-    settings = recipe(folder, tmp_path / "out", trainable=trainable)
+    settings = recipe(folder, tmp_path / "out", trainable=trainable, steps=40)
     trained = train(settings)
     curve = losses(tmp_path / "out")
     assert curve[-1] < 0.3 * curve[0]
