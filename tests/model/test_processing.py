@@ -167,3 +167,21 @@ def test_saved_and_loaded(solo, picture, tmp_path):
         p.apply_chat_template(ask("hi", picture(50, 70)), **options) for p in (solo.processor, again)
     )
     assert first["input_ids"] == second["input_ids"]
+
+
+def test_no_argument_of_a_chat_is_dropped(solo, picture):
+    chats = [ask("what is this?", picture(96, 40)), ask("what?", picture(40, 40))]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    left = solo.processor.apply_chat_template(chats, padding=True, **options)
+    right = solo.processor.apply_chat_template(chats, padding=True, padding_side="right", **options)
+    lengths = left["attention_mask"].sum(1).tolist()
+    assert left["attention_mask"][1, -1] == 1 and right["attention_mask"][1, -1] == 0
+    for number, length in enumerate(lengths):
+        assert left["input_ids"][number, -length:].tolist() == right["input_ids"][number, :length].tolist()
+    template = "{% if tone %}{{ tone }}{% endif %}{{ messages[0]['content'] }}"
+    solo.processor.chat_template, before = template, solo.processor.chat_template
+    try:
+        plain = solo.processor.apply_chat_template(ask("hello"), tokenize=True, tone="a red circle")
+    finally:
+        solo.processor.chat_template = before
+    assert "a red circle" in solo.processor.decode(plain[0] if isinstance(plain[0], list) else plain)

@@ -19,6 +19,7 @@ from .chat_turns import ChatTemplateError, Message, check_roles, cut_turns, end_
 Grid = tuple[int, int]
 Layout = Literal["clean", "release"]
 
+_PADDING = ("padding", "padding_side", "max_length", "pad_to_multiple_of")
 _STAND_IN = "\ue000{index}\ue001"
 _STAND_IN_PATTERN = re.compile("\ue000(\\d+)\ue001")
 
@@ -272,9 +273,12 @@ class SoloProcessor(ProcessorMixin):
         With `tokenize=True`: a chat or a list of chats, padded on the tokenizer's padding side, with
         `input_ids`, `attention_mask`, and `pixel_values` (patches, 3072) and `image_grid_thw` (images, 3)
         where there are images. A chat's images are its image parts' `image`, `url`, `path` or `base64`.
+        Arguments other than those of padding are left to transformers, so that none is dropped; text spelled
+        like a special token is then one, as in all of its processors.
         """
-        plain = tokenize and chat_template is None and not kwargs.get("tools")
-        if not plain or kwargs.get("continue_final_message") or kwargs.get("return_assistant_tokens_mask"):
+        given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+        padding = {name: given[name] for name in _PADDING if name in given}
+        if not tokenize or chat_template is not None or given.keys() != padding.keys():
             return super().apply_chat_template(
                 conversation,
                 chat_template=chat_template,
@@ -299,7 +303,7 @@ class SoloProcessor(ProcessorMixin):
         if return_tensors is None and not batched:
             text: Any = {"input_ids": ids[0], "attention_mask": [1] * len(ids[0])}
         else:
-            text = self.tokenizer.pad({"input_ids": ids}, padding=True)
+            text = self.tokenizer.pad({"input_ids": ids}, **{"padding": True, **padding})
         return BatchFeature({**text, **vision}, tensor_type=return_tensors)
 
 
