@@ -435,3 +435,20 @@ def test_tar_that_ends_early_says_so_and_keeps_its_rows(tmp_path, fault):
     assert len(rows) == 3
     with pytest.raises(SampleError, match=r"broken-shard.*(cut short|joined by cat)"):
         rows[2]
+
+
+def test_suffix_may_have_capitals(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.JSONL").write_bytes(LINES)
+    (tmp_path / "c.JsonL.GZ").write_bytes(gzip.compress(LINES))
+    source = open_source(tmp_path)
+    assert sum(len(source.read(unit)) for unit in range(len(source))) == 3 * len(ROWS)
+
+
+def test_folder_named_like_a_file_is_refused_among_files(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl").mkdir()
+    (tmp_path / "b.jsonl" / "part.jsonl").write_bytes(LINES)
+    with pytest.raises(SoloError, match=r"b\.jsonl is a folder among files"):
+        open_source(tmp_path)
+    assert len(open_source(tmp_path / "b.jsonl"))
