@@ -368,5 +368,8 @@ def test_held_document_that_can_no_longer_be_read_refuses_the_resume(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         "\n".join(line.replace('"content": "a', '"content": "bad a') for line in lines)
     )
-    with pytest.raises(SoloError, match=r"the data changed since the checkpoint: .*a\.jsonl.*row \d+: image"):
+    with pytest.raises(
+        SoloError,
+        match=r"the data changed since the checkpoint: .*a\.jsonl.*row \d+ cannot be read again .image",
+    ):
         stream().load_state_dict(state)
