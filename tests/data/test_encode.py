@@ -90,3 +90,17 @@ def test_vision_loss_adds_the_tokens_of_images_and_nothing_else(solo, picture, t
     assert (plain.labels[layout] == IGNORE_INDEX).all()
     np.testing.assert_array_equal(more.labels[layout], plain.input_ids[layout])
     np.testing.assert_array_equal(np.delete(more.labels, layout), np.delete(plain.labels, layout))
+
+
+def test_chat_without_a_turn_of_the_assistant_is_unsupervised(solo):
+    sample = sample_of(("user", "what is this?"))
+    with pytest.raises(SampleError, match="the assistant says nothing") as error:
+        Encoder(solo.processor)(sample)
+    assert error.value.reason == "unsupervised"
+
+
+def test_tokens_of_images_are_enough_to_learn_from_where_they_are_supervised(solo, picture):
+    sample = parse_sample({"messages": ask("what?", png(picture(64, 64)))})
+    assert (Encoder(solo.processor, vision_loss=True)(sample).labels != IGNORE_INDEX).sum() == 7
+    with pytest.raises(SampleError, match="unsupervised"):
+        Encoder(solo.processor)(sample)

@@ -7,7 +7,7 @@ import base64
 import pytest
 from PIL import Image
 
-from solo_vlm.data.image_values import locate_images
+from solo_vlm.data.image_values import locate_images, looks_like_image
 from solo_vlm.data.schema import parse_sample
 from solo_vlm.model.image_loading_solo import load_image
 from tiny import png
@@ -117,3 +117,17 @@ def test_paths_in_a_file_far_away_count_from_its_folder():
 )
 def test_rows_of_another_shape_are_left_to_the_schema(odd):
     assert locate_images(odd, "/rows") == odd
+
+
+@pytest.mark.parametrize("empty", [None, "", float("nan")])
+@pytest.mark.parametrize("key", ["bytes", "image", "base64"])
+def test_empty_field_of_a_struct_leaves_the_image_to_the_others(folders, key, empty):
+    shown = locate_images(row(images=[{key: empty, "path": "colour.png"}]), str(folders))
+    assert parse_sample(shown).images == [str(folders / "colour.png")]
+
+
+@pytest.mark.parametrize(
+    "value", [[None, "cat.jpg"], [float("nan"), RED], {"bytes": float("nan"), "path": "cat.jpg"}, [[RED]]]
+)
+def test_image_behind_empty_values_is_recognised(value):
+    assert looks_like_image(value)

@@ -403,3 +403,52 @@ def test_a_fingerprint_changes_with_the_files(tmp_path):
     assert open_source(tmp_path).fingerprint() == before
     (tmp_path / "b.jsonl").write_bytes(LINES)
     assert open_source(tmp_path).fingerprint() != before
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_link_in_a_tar_is_the_file_that_it_leads_to(tmp_path, kind):
+    def write(target: str) -> None:
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name, data in (("one/1.png", b"red"), ("two/2.txt", b"a cat")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            link = tarfile.TarInfo("two/2.png")
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+
+    write("one/1.png" if kind == tarfile.LNKTYPE else "../one/1.png")
+    rows = open_source(tmp_path / "x.tar").read(0)
+    assert parse_sample(rows[1]).images == [b"red"]
+    for target in ("/elsewhere/1.png", "two/2.png", "2.png"):  # outside, and the link itself
+        write(target)
+        with pytest.raises(SampleError, match="a link to a file that the tar does not hold"):
+            open_source(tmp_path / "x.tar").read(0)[1]
+
+
+@pytest.mark.parametrize("fault", ["cut between members", "joined by cat"])
+def test_tar_that_ends_early_says_so_and_keeps_its_rows(tmp_path, fault):
+    data = tar_bytes({"1.txt": b"one", "2.txt": b"two"})
+    (tmp_path / "x.tar").write_bytes(data[:2048] if fault == "cut between members" else data + data)
+    rows = open_source(tmp_path / "x.tar").read(0)
+    assert [parse_sample(rows[row]).messages[0]["content"][0]["text"] for row in (0, 1)] == ["one", "two"]
+    assert len(rows) == 3
+    with pytest.raises(SampleError, match=r"broken-shard.*(cut short|joined by cat)"):
+        rows[2]
+
+
+def test_suffix_may_have_capitals(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.JSONL").write_bytes(LINES)
+    (tmp_path / "c.JsonL.GZ").write_bytes(gzip.compress(LINES))
+    source = open_source(tmp_path)
+    assert sum(len(source.read(unit)) for unit in range(len(source))) == 3 * len(ROWS)
+
+
+def test_folder_named_like_a_file_is_refused_among_files(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl").mkdir()
+    (tmp_path / "b.jsonl" / "part.jsonl").write_bytes(LINES)
+    with pytest.raises(SoloError, match=r"b\.jsonl is a folder among files"):
+        open_source(tmp_path)
+    assert len(open_source(tmp_path / "b.jsonl"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 import pyarrow as pa
@@ -317,3 +318,58 @@ def test_a_collated_batch_tells_where_documents_begin():
     assert batch["pixel_values"].shape == (2, 3072)
     with pytest.raises(ValueError, match="do not fit"):
         collate([document(*range(9))], length=8, pad_token_id=0)
+
+
+@pytest.mark.parametrize("layout", ["blank block", "empty files"])
+def test_stream_whose_share_has_no_rows_reads_those_of_the_others_without_end(tmp_path, layout):
+    lines = "".join(
+        json.dumps({"messages": [{"role": "assistant", "content": f"a{i}"}]}) + "\n" for i in range(256)
+    )
+    if layout == "blank block":
+        (tmp_path / "a.jsonl").write_text(lines + "\n" * 256)
+    else:
+        for number in range(4):
+            (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(b"" if number else lines.encode()))
+    source = open_source(tmp_path)
+    streams = len(source)
+
+    def stream() -> VirtualStream:
+        return VirtualStream(streams - 1, streams, [MixtureItem(source)], encode, LENGTH, buffer_size=4)
+
+    def ids(packs) -> list[list[int]]:
+        return [
+            np.concatenate([document.input_ids for document in pack.documents]).tolist() for pack in packs
+        ]
+
+    whole = list(islice(stream(), 9))
+    seen = Counter(id for pack in ids(whole) for id in pack)
+    assert set(seen) == set(range(256))
+    assert max(seen.values()) - min(seen.values()) <= 1
+    again = stream()
+    again.load_state_dict(json.loads(json.dumps(whole[2].state)))
+    assert ids(islice(again, 6)) == ids(whole[3:])
+
+
+def test_source_without_any_row_is_refused_without_end(tmp_path):
+    (tmp_path / "blank.jsonl").write_text("\n" * 600)
+    source = open_source(tmp_path / "blank.jsonl")
+    with pytest.raises(SoloError, match=r"blank\.jsonl has no rows"):
+        next(iter(VirtualStream(1, 2, [MixtureItem(source)], encode, LENGTH)))
+
+
+def test_held_document_that_can_no_longer_be_read_refuses_the_resume(tmp_path):
+    lines = [json.dumps({"messages": [{"role": "assistant", "content": f"a{i}"}]}) for i in range(90)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+
+    def stream() -> VirtualStream:
+        return VirtualStream(0, 1, [MixtureItem(open_source(tmp_path / "a.jsonl"))], encode, 8, epochs=1)
+
+    state = next(iter(stream())).state
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(line.replace('"content": "a', '"content": "bad a') for line in lines)
+    )
+    with pytest.raises(
+        SoloError,
+        match=r"the data changed since the checkpoint: .*a\.jsonl.*row \d+ cannot be read again .image",
+    ):
+        stream().load_state_dict(state)

@@ -73,3 +73,11 @@ def test_bad_text_and_deep_nesting_cost_their_rows_and_are_reported(made, run_da
     lines = [json.loads(line) for line in report.read_text().splitlines()]
     assert [line["where"].rpartition(", ")[2] for line in lines] == ["row 1", "row 2", "row 3"]
     assert "\\ud83d" in lines[0]["error"]
+
+
+def test_source_of_blank_lines_is_refused_as_an_empty_one_is(made, run_data, tmp_path):
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    sources = f"data.sources=[{{path: {tmp_path / 'blank.jsonl'}}}]"
+    code, _, error = run_data("verify", made.file, sources)
+    assert code == 2
+    assert "blank.jsonl has no rows" in error

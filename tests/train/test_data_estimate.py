@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from packed_runs import steps
 from solo_vlm.data.encode import Encoder
+from solo_vlm.errors import SoloError
 from solo_vlm.model.load import load_processor
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.data_estimate import estimate_data
@@ -153,3 +154,11 @@ def test_large_sources_are_estimated_from_a_sample(folder):
     loader = make_loader(recipe, processor_of(folder / "start"), recipe.open_sources())
     sequences = sum(1 for _ in loader)
     assert abs(planned_steps(recipe) - math.ceil(sequences / 4)) <= 0.02 * sequences / 4
+
+
+def test_source_of_blank_lines_beside_others_is_refused(folder, tmp_path):
+    write_source(tmp_path / "text.jsonl", 5, np.random.default_rng(0), 5)
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    recipe = recipe_of(folder, [tmp_path / "text.jsonl", tmp_path / "blank.jsonl"], epochs=1, out="out")
+    with pytest.raises(SoloError, match=r"blank\.jsonl has no rows"):
+        estimate_data(recipe, Encoder(processor_of(folder / "start")))

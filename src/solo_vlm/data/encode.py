@@ -177,8 +177,16 @@ class Encoder:
     _lock: Any = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def __call__(self, sample: Sample) -> Document:
+        """Encode a sample to learn from.
+
+        Raises:
+            SampleError: see `encode` and `encode_text`; or no token is supervised ("unsupervised").
+        """
         if self.sees_images:
-            return encode(sample, self.processor, self.vision_loss, self._lock)
+            document = encode(sample, self.processor, self.vision_loss, self._lock)
+            if (document.labels == IGNORE_INDEX).all():
+                raise SampleError("unsupervised", "the assistant says nothing, so nothing could be learned")
+            return document
         with self._lock:
             return encode_text(sample, self.processor)
 

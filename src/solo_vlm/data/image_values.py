@@ -44,7 +44,7 @@ def image_source(value: Any) -> ImageSource | None:
     """
     if isinstance(value, dict) and not value.keys().isdisjoint(STRUCT_KEYS):
         filled = value | {key: data_url(value.get(key)) for key in ("bytes", "base64")}  # JSON has no bytes
-        value = next((filled[key] for key in STRUCT_KEYS if filled.get(key)), None)
+        value = next((filled[key] for key in STRUCT_KEYS if _is_filled(filled.get(key))), None)
     if value is None or value in ("", b"", {}) or value != value:  # NaN is pandas' None
         return None
     if isinstance(value, bytes):
@@ -100,9 +100,9 @@ def locate_images(row: dict[str, Any], folder: str) -> dict[str, Any]:
 def looks_like_image(value: Any) -> bool:
     """Whether a value in a place where no image is expected holds one or names one."""
     if isinstance(value, list):
-        value = value[0] if value else None
+        return looks_like_image(next(filter(_is_filled, value), None))
     if isinstance(value, dict):
-        value = next((value[key] for key in STRUCT_KEYS if value.get(key)), None)
+        value = next((value[key] for key in STRUCT_KEYS if _is_filled(value.get(key))), None)
     if isinstance(value, bytes):
         return _IMAGE_HEAD.match(value) is not None
     if not isinstance(value, str):
@@ -121,6 +121,10 @@ def is_base64_image(text: str) -> bool:
 def local_path(text: str) -> str:
     """The path in a file URL, which may be relative though its standard knows no such thing."""
     return unquote(_FILE_URL.sub("", text, count=1)) if _FILE_URL.match(text) else text
+
+
+def _is_filled(value: Any) -> bool:
+    return bool(value) and value == value  # NaN is pandas' None
 
 
 def _with_columns(holder: dict[str, Any], folder: str) -> dict[str, Any]:

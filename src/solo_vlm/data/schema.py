@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from solo_vlm.data.image_values import (
+    COLUMNS,
     PART_KEYS,
     ImageSource,
     data_url,
@@ -204,8 +205,11 @@ def _check_for_lost_image(row: dict[str, Any], parsed: _Row) -> None:
         for part in message.content
         if message.role == "user" and isinstance(part, _TextPart)
     ]
-    if "image" in row and any(IMAGE_PLACEHOLDER in text for text in asked):
-        raise SampleError("image-count", f"{IMAGE_PLACEHOLDER} in the text, but the row's image is empty")
+    named = {name for holder in (row, *row["messages"]) for name in COLUMNS if name in holder}
+    if named and any(IMAGE_PLACEHOLDER in text for text in asked):
+        raise SampleError(
+            "image-count", f"{IMAGE_PLACEHOLDER} in the text, but {min(named)} is empty: there is no image"
+        )
     columns = [(name, value) for name, value in row.items() if name not in ("id", *_Row.model_fields)]
     for number, message in enumerate(row["messages"]):
         columns += [

@@ -226,7 +226,14 @@ class VirtualStream:
     def _read_again(self, keys: Sequence[Sequence[int]]) -> list[Held]:
         held: list[Held] = []
         for (number, unit, row), of_sample in groupby(keys, key=lambda key: key[:3]):
-            pieces = self._pieces_of(number, unit, row)
+            try:
+                pieces = self._pieces_of(number, unit, row)
+            except SampleError as error:
+                where = self._sources[number].where(unit, row)
+                raise SoloError(
+                    f"the data changed since the checkpoint: {where} cannot be read again ({error}); put it "
+                    "back, or start a new run"
+                ) from error
             held += [((number, unit, row, piece), pieces[piece]) for *_, piece in of_sample]
         return held
 
@@ -296,6 +303,7 @@ class _Cursor:
         self._source = source
         self._share = share
         self._pieces = len(share.whole) + len(share.parts)
+        self._reads_all = False
         self._unit_seed = seed  # alike in all streams: they agree on the parts of a unit
         self._seed = f"{seed}/{stream}"
         self._epochs = epochs
@@ -340,9 +348,12 @@ class _Cursor:
             "opened": self._opened,
             "drawn": self._drawn,
             "open": [list(piece) for piece in self._open],
+            "reads_all": self._reads_all,
         }
 
     def load_state_dict(self, state: State) -> None:
+        if state.get("reads_all"):
+            self._read_all()
         self.epoch, self._opened, self._drawn = state["epoch"], state["opened"], state["drawn"]
         self._open = [list(piece) for piece in state["open"]]
         self._row_orders.clear()
@@ -354,13 +365,23 @@ class _Cursor:
                 last = self._epochs is not None and self.epoch + 1 >= self._epochs
                 if self._open or last:
                     return
-                if not self._drawn and self._epochs is None:
+                if self._drawn or self._epochs is not None:
+                    self.epoch, self._opened = self.epoch + 1, 0
+                elif not self._reads_all:
+                    self._read_all()
+                else:
                     raise SoloError(f"{self._source.name} has no rows")
-                self.epoch, self._opened = self.epoch + 1, 0
             piece = int(self._order("units", self._pieces)[self._opened])
             self._opened += 1
             if len(self._row_order(piece)):
                 self._open.append([piece, 0])
+
+    def _read_all(self) -> None:
+        """Take every unit: the stream's own have no rows, and without an end it needs some."""
+        self._reads_all = True
+        self._share = Share(range(len(self._source)), [])
+        self._pieces, self._opened = len(self._source), 0
+        self._row_orders.clear()
 
     def _piece(self, piece: int) -> tuple[int, int, int]:
         """(unit, part, parts) of a piece."""

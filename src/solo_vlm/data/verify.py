@@ -12,6 +12,7 @@ from solo_vlm.data.catalog.report import Report
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.reading import OnProgress, RowReader, UnitProgress
+from solo_vlm.errors import SoloError
 from solo_vlm.files import new_file
 from solo_vlm.lines_file import json_line
 
@@ -66,7 +67,7 @@ def verify_mixture(
         on_progress: called with the units read and their number.
 
     Raises:
-        SoloError: a source is missing.
+        SoloError: a source is missing, or has no rows.
     """
     sources = mixture.open_sources()
     on_unit = UnitProgress(sum(map(len, sources)), on_progress)
@@ -75,6 +76,8 @@ def verify_mixture(
         for path, source in zip(mixture.source_names(), sources, strict=True):
             reader = RowReader(source, encoder, mixture.data.sequence_length, on_unit)
             reports[path] = _verify(path, reader, lines)
+            if not reports[path].samples + reports[path].rejected.total():
+                raise SoloError(f"{source.name} has no rows")
     return Verification(reports, mixture.data.max_skipped)
 
 

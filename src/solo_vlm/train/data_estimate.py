@@ -135,6 +135,8 @@ def _read_all(reader: RowReader) -> _Look:
             lengths.append(_lengths(row))
             totals += _figures(row, reader.encoder)
         rows[unit] = len(of_unit), lengths
+    if not any(count for count, _ in rows.values()):
+        raise SoloError(f"{reader.source.name} has no rows")
     return _Look(reader.source, _Totals(*totals), rows)
 
 

@@ -52,6 +52,8 @@ def open_source(path: str | Path) -> Source:
     """
     try:
         files = find_files(str(path), list(_FORMATS))
+    except SoloError:
+        raise
     except Exception as error:  # every file system has its own for no package, no credentials, no network
         raise SoloError(f"cannot read {path}: {error}") from error
     if not files:
@@ -83,5 +85,5 @@ def fingerprints(sources: Sequence[Source]) -> list[tuple[str, str]]:
 
 def _format(file: DataFile) -> str | None:
     """The known suffix of a file; compressed and plain JSON lines are one format."""
-    suffix = next((suffix for suffix in _FORMATS if file.name.endswith(suffix)), None)
+    suffix = next((suffix for suffix in _FORMATS if file.name.lower().endswith(suffix)), None)
     return ".jsonl" if suffix and suffix.startswith(".jsonl") else suffix

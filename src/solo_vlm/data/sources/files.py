@@ -99,7 +99,7 @@ class DataFile:
 
     def read_decompressed(self) -> bytes:
         """The whole content; .gz, .zst and .lz4 are decompressed, and one that is cut short is an error."""
-        codec = CODECS[self.name[self.name.rindex(".") :]]
+        codec = CODECS[self.name[self.name.rindex(".") :].lower()]
         with self.open() as stream, pa.CompressedInputStream(stream, codec) as plain:
             return plain.read()
 
@@ -121,14 +121,21 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
 
     Args:
         path: local path or URL.
-        suffixes: such as ".parquet"; a single file is taken whatever its suffix.
+        suffixes: such as ".parquet", in any case; a single file is taken whatever its suffix.
+
+    Raises:
+        SoloError: a folder is named like a file, as those of Spark are.
     """
     system, root = fsspec.core.url_to_fs(path)
     if system.isfile(root):
         names = [root]
     else:
-        found = system.ls(root, detail=False) if system.isdir(root) else system.glob(root)
-        names = sorted(name for name in found if _is_data(name, suffixes))
+        listed = system.isdir(root)
+        found = system.ls(root, detail=True) if listed else system.glob(root, detail=True).values()
+        kinds = {entry["name"]: entry["type"] for entry in found if _is_data(entry["name"], suffixes)}
+        names = sorted(kinds)
+        if folder := next((name for name in names if kinds[name] == "directory"), None):
+            raise SoloError(f"{folder} is a folder among files: make it a source of its own, or move it away")
     local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
     sizes = system.sizes(names)
     return [
@@ -139,7 +146,7 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
 
 def _is_data(name: str, suffixes: Sequence[str]) -> bool:
     """Hidden files are left alone: they may be somebody's half-written ones."""
-    return name.endswith(tuple(suffixes)) and not name.rsplit("/", 1)[-1].startswith(".")
+    return name.lower().endswith(tuple(suffixes)) and not name.rsplit("/", 1)[-1].startswith(".")
 
 
 def fingerprint(files: Sequence[DataFile]) -> str:

@@ -75,7 +75,7 @@ class _Rows(Sequence[dict[str, Any]]):
 @retried
 def _blocks(file: DataFile) -> NDArray[np.int64]:
     """(blocks, 2) bytes at which blocks of whole lines start and end."""
-    if file.name.endswith(tuple(CODECS)):
+    if file.name.lower().endswith(tuple(CODECS)):
         return np.array([[0, file.size]])
     borders, position = [0], 0
     with file.open() as stream:
@@ -90,6 +90,6 @@ def _blocks(file: DataFile) -> NDArray[np.int64]:
 
 @retried
 def _read_block(file: DataFile, start: int, end: int) -> bytes:
-    if file.name.endswith(tuple(CODECS)):
+    if file.name.lower().endswith(tuple(CODECS)):
         return file.read_decompressed()
     return file.read((start, end))[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import posixpath
 import sys
 import tarfile
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from solo_vlm.data.image_values import COLUMNS, locate_images
 from solo_vlm.data.schema import SampleError
 from solo_vlm.data.sources.files import DataFile, broken_unit, fingerprint, retried
 from solo_vlm.data.text_values import load_json, natural_key
+
+_LINKS = 8  # that may lead to one another
+_NOWHERE = (-1, -1)  # the place of a link whose target is not there
 
 
 class WebDatasetSource:
@@ -73,6 +77,8 @@ class _Rows(Sequence[dict[str, Any]]):
             raise self._error
         own = slice(self._ends[index], self._ends[index + 1])
         places = self._places[own].tolist()
+        if any(tuple(place) == _NOWHERE for place in places):
+            raise SampleError("image", "a link to a file that the tar does not hold")
         members = list(zip(self._extensions[own], _read(self._file, places), strict=True))
         return locate_images(_row(members), self._file.folder)
 
@@ -80,23 +86,53 @@ class _Rows(Sequence[dict[str, Any]]):
 @retried
 def _index(file: DataFile) -> tuple[list[list[_Member]], SampleError | None]:
     """Where the members of each sample lie, and what is wrong with the end of the file."""
-    samples: dict[str, list[_Member]] = {}
+    members: list[tarfile.TarInfo] = []
     error = None
     with file.open() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         try:
             for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if member.offset_data + member.size > file.size:
+                if member.isfile() and member.offset_data + member.size > file.size:
                     raise tarfile.ReadError("unexpected end of data")
-                end = member.offset_data + member.size
-                place = _Member(sys.intern(extension.lower()), member.offset_data, end)
-                samples.setdefault(f"{folder}/{stem}", []).append(place)
+                members.append(member)
+            _check_end(stream, tar.offset)
         except tarfile.TarError as broken:
             error = SampleError("broken-shard", f"{file.url}: {broken}")
+    by_name = {posixpath.normpath(member.name): member for member in members}
+    samples: dict[str, list[_Member]] = {}
+    for member in members:
+        if member.isfile() or member.islnk() or member.issym():
+            folder, _, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            place = _Member(sys.intern(extension.lower()), *_place(member, by_name))
+            samples.setdefault(f"{folder}/{stem}", []).append(place)
     return list(samples.values()), error
+
+
+def _place(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tuple[int, int]:
+    """Where the content of a member begins and ends; that of a link is its target's."""
+    target: tarfile.TarInfo | None = member
+    for _ in range(_LINKS):
+        if target is None or not (target.islnk() or target.issym()):
+            break
+        folder = posixpath.dirname(target.name) if target.issym() else ""
+        target = by_name.get(posixpath.normpath(posixpath.join(folder, target.linkname)))
+    if target is None or not target.isfile():
+        return _NOWHERE
+    return target.offset_data, target.offset_data + target.size
+
+
+def _check_end(stream: BinaryIO, end: int) -> None:
+    """Refuse a tar that is cut off between two members, or has another one behind its end.
+
+    Raises:
+        tarfile.ReadError: it is so.
+    """
+    stream.seek(end)
+    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("no mark at its end: it was cut short")
+    while rest := stream.read(tarfile.RECORDSIZE):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError("there is more behind its end, as in tars that were joined by cat")
 
 
 @retried
