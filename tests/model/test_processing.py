@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Sequence
 from transformers import AutoProcessor
 
 from solo_vlm.model.from_llm import compose
@@ -80,7 +82,9 @@ def test_no_white_space_comes_into_a_text_that_spells_special_tokens(said, add_p
     llm, tokenizer = make_llm()
     if add_prefix == "metaspace":  # as Mistral's and Llama 2's tokenizers
         backend = tokenizer.backend_tokenizer
-        backend.pre_tokenizer = Sequence([Metaspace(prepend_scheme="always"), ByteLevel(False, use_regex=False)])
+        backend.pre_tokenizer = Sequence(
+            [Metaspace(prepend_scheme="always"), ByteLevel(False, use_regex=False)]
+        )
         backend.decoder = decoders.ByteLevel()
     processor = compose(llm, tokenizer).processor
     for chat in ([text("user", "what?"), text("assistant", said)], [text("assistant", said)]):
