@@ -213,6 +213,10 @@ def test_markup_around_a_letter(response):
         "Neither A nor B",
         "N/A",
         "I don't know",
+        "The incorrect answer is B",
+        "The wrong option is B.",
+        "The wrong answer: dog",
+        "It doesn't look like a dog",
     ],
 )
 def test_what_is_rejected_or_still_a_thought_is_no_answer(response):
@@ -244,6 +248,29 @@ def test_a_letter_counts_only_as_far_as_there_are_options():
     assert read_choice("C", ["yes", "no"]) is None
     assert read_choice("I", ["yes", "no"]) is None
     assert read_choice("E", [*OPTIONS, "fish"]) == "E"
+
+
+@pytest.mark.parametrize(
+    ("response", "options", "expected"),
+    [
+        ("The length is 2.5 cm", ["2 cm", "5 cm"], None),
+        ("It is -5 cm", ["5 cm", "3 cm"], None),
+        ("It is −5 cm", ["5 cm", "3 cm"], None),
+        ("It is 1,500 cm", ["500 cm", "3 cm"], None),
+        ("It is 1 500 cm", ["500 cm", "3 cm"], None),
+        ("It is 1/2 cm", ["2 cm", "3 cm"], None),
+        ("About 15.5", ["15", "20"], None),
+        ("About 15 000 of them", ["15", "20"], None),
+        ("10^3 of them", ["10", "20"], None),
+        ("10-15 of them", ["10", "20"], None),
+        ("It is 5 cm long", ["5 cm", "3 cm"], "A"),
+        ("It is 2.5 cm long", ["5 cm", "2.5 cm"], "B"),
+        ("It is -5 cm long", ["5 cm", "-5 cm"], "B"),
+        ("There are 15, I think", ["10", "15"], "B"),
+    ],
+)
+def test_an_option_is_not_a_part_of_a_longer_number(response, options, expected):
+    assert read_choice(response, options) == expected
 
 
 def test_the_longer_of_two_options_that_both_occur():
@@ -295,6 +322,7 @@ def test_text_within_a_sentence_only_where_wanted():
         ("Not sure", None),
         ("nose", None),
         ("Yesterday", None),
+        ("The wrong answer is yes", None),
         ("n/a", None),
         ("", None),
         ("A dog", None),

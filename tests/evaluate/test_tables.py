@@ -131,6 +131,21 @@ def test_two_values_under_one_name_are_refused(tmp_path, name, text, message):
         read_table(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("open-quote.csv", 'answer,prediction\nA,"B, since\nB,B\nC,C\n'),
+        ("quote-within.tsv", 'answer\tprediction\nA\t"B" is right\nB\tB\n'),
+        ("deep.json", "[" * 100_000),
+        ("deep.jsonl", "[" * 100_000),
+    ],
+)
+def test_a_table_that_would_lose_rows_or_cannot_be_parsed_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SoloError, match=f"cannot read .*{name}"):
+        read_table(tmp_path / name)
+
+
 def test_two_columns_of_a_sheet_with_one_name_are_refused(tmp_path):
     book = Workbook()
     book.active.append(["answer", "Prediction", "prediction", None, None])

@@ -6,7 +6,7 @@ import pytest
 
 from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer, PrefixCache
-from tiny import ask, make_solo
+from tiny import ask, make_llm, make_solo
 
 
 def answerer(family: str = "llama", **options) -> Answerer:
@@ -62,3 +62,26 @@ def test_an_answer_stays_within_the_context(picture):
     ours.model.config.text_config.max_position_embeddings = prompt
     with pytest.raises(SoloError, match="context"):
         ours.stream(ask("what is this?", picture(64, 64)), lambda text: None, 100)
+
+
+def test_the_lowest_temperature_is_the_likeliest_answer():
+    likeliest = answerer().stream(ask("what?"), lambda text: None, max_new_tokens=4)
+    for temperature in (1e-45, 1e-9):
+        reply = answerer().stream(ask("what?"), lambda text: None, 4, temperature=temperature)
+        assert reply["answer"] == likeliest["answer"]
+
+
+@pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("chat",)])
+def test_a_temperature_beyond_any_use_is_refused(command, run):
+    code, _, errors = run(*command, "--model", "none", "--temperature", "inf")
+    assert code == 2
+    assert "--temperature" in errors
+
+
+def test_a_plain_llm_is_refused_before_a_model_of_random_weights_is_made_of_it(tmp_path, run):
+    llm, tokenizer = make_llm()
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    code, out, errors = run("generate", "--model", tmp_path / "llm", "--prompt", "x")
+    assert (code, out) == (2, "")
+    assert "is no SOLO model, but llama" in " ".join(errors.split())

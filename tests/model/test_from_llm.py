@@ -107,6 +107,31 @@ def test_eos_is_taken_from_the_models_settings_where_the_tokenizer_has_none(plac
     assert encoded.supervised[0] == 0
 
 
+def test_an_eos_that_only_the_class_default_names_is_said(run, tmp_path):
+    llm, tokenizer = without("eos_token")
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((tmp_path / "llm" / name).read_text())
+        del settings["eos_token_id"]
+        (tmp_path / "llm" / name).write_text(json.dumps(settings))
+    code, _, errors = run("init", "--llm", tmp_path / "llm", "--out", tmp_path / "solo")
+    assert code == 0
+    # LlamaConfig's default is 2, which is another token here.
+    assert f"the model's settings say {tokenizer.convert_ids_to_tokens(2)}" in " ".join(errors.split())
+
+
+def test_ends_that_the_tokenizer_does_not_know_are_left_out(run, tmp_path):
+    llm, tokenizer = make_llm()
+    llm.generation_config.eos_token_id = [tokenizer.eos_token_id, 99_999]
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    code, out, _ = run("init", "--llm", tmp_path / "llm", "--out", tmp_path / "solo")
+    assert (code, out.split()[-1]) == (0, "</s>")
+    settings = json.loads((tmp_path / "solo" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [tokenizer.eos_token_id]
+
+
 def test_an_llm_without_eos_is_refused_in_one_line(run, tmp_path):
     llm, tokenizer = without("eos_token")
     llm.generation_config.eos_token_id = llm.config.eos_token_id = None
@@ -149,6 +174,27 @@ def test_of_several_chat_templates_the_one_for_plain_chats_is_used():
     llm, tokenizer = make_llm()
     tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ nothing.at.all }}"}
     assert compose(llm, tokenizer).chat_template == "llm"
+
+
+def test_templates_none_of_which_is_for_plain_chats_are_named(caplog):
+    llm, tokenizer = make_llm()
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    assert compose(llm, tokenizer).chat_template == "solo"
+    assert "none of the LLM's chat templates (rag, tool_use) is called default" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["message['content'] | upper", "message['content'] * 2"])
+def test_a_template_that_rewrites_or_repeats_images_is_replaced(change, picture, caplog):
+    llm, tokenizer = make_llm()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}Q: {{ "
+        + change
+        + " }}\nA:{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    solo = compose(llm, tokenizer)
+    assert solo.chat_template == "solo"
+    assert "leaves out, repeats or rewrites an image" in caplog.text
+    assert Answerer(solo.model, solo.processor).answer([ask("what?", picture())], max_new_tokens=1)
 
 
 @pytest.mark.parametrize("content", [{}, {"config.json": "{}"}, {"config.json": "not json"}])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Sequence
 from transformers import AutoProcessor
 
 from solo_vlm.model.from_llm import compose
@@ -72,6 +74,23 @@ def test_a_document_is_bos_content_eos(solo):
     assert tokens[:6] == ["<s>", *layout]
     assert tokens[-1] == "</s>"
     assert encoded.supervised.tolist() == [False] * 6 + [True] * (len(tokens) - 6)
+
+
+@pytest.mark.parametrize("add_prefix", ["byte level", "metaspace"])
+@pytest.mark.parametrize("said", ["a</s>b", "<s>7</s> seven", "x</s>\nx <vpatch>, </s></s>", "</s>"])
+def test_no_white_space_comes_into_a_text_that_spells_special_tokens(said, add_prefix):
+    llm, tokenizer = make_llm()
+    if add_prefix == "metaspace":  # as Mistral's and Llama 2's tokenizers
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = Sequence(
+            [Metaspace(prepend_scheme="always"), ByteLevel(False, use_regex=False)]
+        )
+        backend.decoder = decoders.ByteLevel()
+    processor = compose(llm, tokenizer).processor
+    for chat in ([text("user", "what?"), text("assistant", said)], [text("assistant", said)]):
+        encoded = processor.encode_chat(chat)
+        decoded = processor.tokenizer.decode(encoded.input_ids[encoded.supervised][:-1])
+        assert decoded.replace("\u2581", " ").removeprefix(" ") == said
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ _HELP = """/image PATH|URL   show the model an image with your next message
 def chat(
     model: Annotated[str, typer.Option(help="Folder or hub id of a SOLO model.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest answer.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: the likeliest answer.")] = 0.0,
     quantize: QuantizeOption = None,
 ) -> None:
     """Talk with a model about images."""

@@ -26,7 +26,7 @@ def generate(
     out: Annotated[Path | None, typer.Option(help="With --images: the answers, as JSON lines.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="With --images: images answered at once.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest answer.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: the likeliest answer.")] = 0.0,
     quantize: QuantizeOption = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the decoding (on a GPU).")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -45,10 +45,16 @@ _REJECTED_AFTER = re.compile(
     r"[)\]}*_`\"'$]*\s*(?:is|are|was)?(?:n['’]t|\s*\b(?:not|wrong|incorrect|false)\b)", re.IGNORECASE
 )
 _REJECTED_BEFORE = re.compile(
-    r"(?:\b(?:not|no|never|neither|nor|cannot|without|exclude|eliminate|than|out)|n['’]t)\s+(?:[\w]+\s+){0,2}$",
+    r"(?:(?:\b(?:not|no|never|neither|nor|cannot|without|exclude|eliminate|than|out)|n['’]t)\s+(?:[\w]+\s+){0,3}"
+    r"|\b(?:wrong|incorrect|false)\s+(?:answer|option|choice)\s*(?:(?:is|was|:)\s*)?(?:an?\s+|the\s+)?)$",
     re.IGNORECASE,
 )
-_YES_NO = re.compile(r"\W*+(?:(?:the\s+)?(?:\w+\s+)?answer\b(?:\s+is)?\W*+)?(yes|no)\b", re.IGNORECASE)
+_YES_NO = re.compile(
+    r"\W*+(?:(?:the\s+)?(?:(?!wrong|incorrect|false)\w+\s+)?answer\b(?:\s+is)?\W*+)?(yes|no)\b", re.IGNORECASE
+)
+# Digits on both sides of these marks, or a sign, belong to one number: "2.5 cm" is not "5 cm".
+_NO_NUMBER_BEFORE = r"(?<![-+−–—‐‑‒±√^])(?<!\d[.,:/'’ ])"
+_NO_NUMBER_AFTER = r"(?![.,:/'’−–—‐‑‒-]\d|\s?\^| \d{3}(?!\d))"
 _OTHER_OF_YES_NO = re.compile(r"(?:[\s,;/|&.*_]|\b(?:and|or)\b)*+(yes|no)\b(?![ \t]+\w)", re.IGNORECASE)
 
 
@@ -206,12 +212,19 @@ def _occurring(text: str, options: Sequence[str]) -> set[str]:
     found: set[str] = set()
     rejected = True
     for option in sorted(letters, key=len, reverse=True):
-        pattern = re.compile(rf"(?<!\w){re.escape(option)}(?!\w)")
+        pattern = _as_words(option)
         if len(option) > 1 and option in words and (matches := list(pattern.finditer(words))):
             found |= letters[option]
             rejected = rejected and all(map(_rejected, matches))
             words = pattern.sub("\0" * len(option), words)  # a shorter one within it does not count
     return set() if len(found) == 1 and rejected else found
+
+
+def _as_words(option: str) -> re.Pattern[str]:
+    """Finds an option's text where no word and no number goes on."""
+    before = _NO_NUMBER_BEFORE if option[:1].isdigit() else ""
+    after = _NO_NUMBER_AFTER if option[-1:].isdigit() else ""
+    return re.compile(rf"(?<!\w){before}{re.escape(option)}(?!\w){after}")
 
 
 def _rejected(match: re.Match[str]) -> bool:

@@ -32,7 +32,11 @@ _TOKEN = re.compile(
     # Parts of a range, ratio, date, power, or an expression that is still to be computed.
     rf"(?P<more>(?:[:/{_DASHES}]\d+)+|\s*(?:\^|[*×÷+·]\s*[\d.]|π|\\pi\b|√|\\sqrt|\\times|\\cdot))?"
 )
-_BEFORE = re.compile(r"(?:\d[ \t]*[-+*×÷·−–/][ \t]*|√[({ ]*|sqrt\s*[({]\s*)$")
+_BEFORE = re.compile(
+    r"(?:\d[ \t]*[-+*×÷·−–/][ \t]*|√[({ ]*|sqrt\s*[({]\s*|\bbetween\s+(?:\S{1,12}\s+and\s+)?)$", re.IGNORECASE
+)
+_REJECTED_BEFORE = re.compile(r"(?:\bnot|n['’]t|\brather\s+than|\binstead\s+of)\s+$", re.IGNORECASE)
+_SIGN_IN_WORDS = re.compile(r"(\d\s+)?\b(?:minus|negative)\s+(?=[\d.])", re.IGNORECASE)
 _WHOLE = re.compile(r"\d+|\d{1,3}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3}|\d{1,3}(?:\.\d{3}){2,}")
 _DECIMAL = re.compile(
     r"(?P<english>(?:\d*|\d{1,3}(?:,\d{3})+|[1-9]\d?(?:,\d{2})+,\d{3})\.\d+)"
@@ -77,6 +81,7 @@ def as_number(text: str) -> float | None:
 
 def _typed(text: str) -> str:
     """Return a text with its numbers as one would type them: "-1/2" for "−½", "1,234" for "1{,}234"."""
+    text = _SIGN_IN_WORDS.sub(lambda found: f"{found[1]}- " if found[1] else "-", text)
     text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text.replace("{,}", ","))
     text = _FRACTION.sub(r"\1/\2", text)
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
@@ -97,17 +102,15 @@ def _as_exponent(power: re.Match[str]) -> str:
 
 
 def _tokens(text: str) -> list[str | None]:
-    """Return the numbers of a text, None for each that is ambiguous."""
-    return [_value(token) for token in _TOKEN.finditer(text)]
+    """Return the numbers of a text, None for each that is ambiguous; "not 5" is none."""
+    return [
+        _value(token) for token in _TOKEN.finditer(text) if not _REJECTED_BEFORE.search(_text_before(token))
+    ]
 
 
 def _value(token: re.Match[str]) -> str | None:
     body = _digits(token["body"])
-    if (
-        body is None
-        or token["more"]
-        or _BEFORE.search(token.string[max(0, token.start() - 20) : token.start()])
-    ):
+    if body is None or token["more"] or _BEFORE.search(_text_before(token)):
         return None
     sign = "-" if token["sign"] and token["sign"] in _DASHES else ""
     if token["below"] is None:
@@ -116,6 +119,10 @@ def _value(token: re.Match[str]) -> str | None:
     if below is None or float(below) == 0:
         return None
     return f"{sign}{float(token['whole'] or 0) + float(body) / float(below)}"
+
+
+def _text_before(token: re.Match[str]) -> str:
+    return token.string[max(0, token.start() - 30) : token.start()]
 
 
 def _digits(body: str) -> str | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 # "The answer is", "**Answer:**", "the correct option should be": what follows is the answer.
+# Behind "the wrong answer is" it is not.
 DECLARES = re.compile(
-    r"\b(?:answer|option|choice)\b[*_`]*\s*(?:is|are|was|(?:should|must|would|will)\s+be|[:=])[*_`:\s]*",
+    r"\b(?<!wrong )(?<!incorrect )(?<!false )(?:answer|option|choice)\b"
+    r"[*_`]*\s*(?:is|are|was|(?:should|must|would|will)\s+be|[:=])[*_`:\s]*",
     re.IGNORECASE,
 )
 

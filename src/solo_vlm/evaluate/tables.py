@@ -47,7 +47,16 @@ def read_table(path: Path) -> list[Row]:
         )
     try:
         rows = [without_images(row) for row in reader(path)]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, csv.Error, BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+        csv.Error,
+        BadZipFile,
+    ) as error:
         raise SoloError(f"cannot read {path}: {error}") from error
     if not rows:
         raise SoloError(f"{path} has no rows")
@@ -58,7 +67,8 @@ def read_delimited(path: Path, delimiter: str) -> Iterator[Row]:
     """Rows of a CSV or TSV file, every cell as text."""
     csv.field_size_limit(sys.maxsize)  # VLMEvalKit keeps images in cells
     with path.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines, delimiter=delimiter)
+        # Strict: a quotation mark that nothing closes would swallow the rows behind it.
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         _check_names(reader.fieldnames or ())
         for row in reader:
             if None in row:

@@ -25,6 +25,8 @@ from solo_vlm.model.processing_solo import ChatTemplateError, Message, SoloProce
 from solo_vlm.model.quantization import Quantization, quantization_config
 from solo_vlm.model.saving import stop_ids
 
+LOWEST_TEMPERATURE = 1e-4  # below, logits divided by it would be infinite
+
 
 class Reply(TypedDict):
     """An answer, and what it took.
@@ -160,7 +162,11 @@ class Answerer:
         if stop:
             options["stopping_criteria"] = [stop]
         if temperature:
-            options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
+            options |= {
+                "do_sample": True,
+                "temperature": max(temperature, LOWEST_TEMPERATURE),
+                "top_p": top_p,
+            }
         output, cached = self.generate(inputs, max_new_tokens, **options)
         ended = int(output[0, -1]) in self.end_ids
         return {

@@ -44,6 +44,7 @@ _LOGITS_TOLERANCE = 1e-5
 TemplateSource = Literal["llm", "chatml", "solo"]
 _TEMPLATE_NAMES = {"llm": "the LLM's own", "chatml": "ChatML", "solo": "the SOLO paper's"}
 _USER, _ASSISTANT = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}
+_USER_WITH_IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi."}]}
 _SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -205,6 +206,12 @@ def _set_eos(tokenizer: Any, language_model: PreTrainedModel) -> None:
         for token_id in stop_ids(settings):
             if token_id in known:
                 tokenizer.eos_token = known[token_id]
+                # Said, because a configuration that names none has its class's default, of another LLM.
+                logger.warning(
+                    "the tokenizer has no EOS token: the model's settings say %s (if that is wrong, set "
+                    "eos_token in its tokenizer_config.json)",
+                    known[token_id],
+                )
                 return
     raise SoloError(
         "the LLM has no EOS token, so that answers could not end: set eos_token in its tokenizer_config.json"
@@ -214,7 +221,12 @@ def _set_eos(tokenizer: Any, language_model: PreTrainedModel) -> None:
 def _own_template(tokenizer: Any) -> str | None:
     """The LLM's chat template; of several, the one for plain chats."""
     own = tokenizer.chat_template
-    own = own.get("default") if isinstance(own, dict) else own
+    if isinstance(own, dict):
+        if "default" not in own:
+            logger.warning(
+                "none of the LLM's chat templates (%s) is called default: none is used", ", ".join(own)
+            )
+        own = own.get("default")
     return with_fixed_date(own) if own else None
 
 
@@ -280,6 +292,7 @@ def _use_template(processor: SoloProcessor, template: str) -> str | None:
     try:
         for turns in (1, 2, 3):
             processor.encode_chat([_USER, _ASSISTANT] * turns)
+        processor.encode_chat([_USER_WITH_IMAGE, _ASSISTANT], [(1, 1)])
     except ChatTemplateError as error:
         return str(error)
     return None
@@ -306,9 +319,10 @@ def _generation_config(
 ) -> GenerationConfig:
     """The LLM's own, greedy, which never speaks in vision tokens or in rows that pad the vocabulary."""
     tokenizer = processor.tokenizer
+    known = set(tokenizer.get_vocab().values())  # what it does not know is never generated
     generation = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop_ids(language_model.generation_config, processor),
+        eos_token_id=[end for end in stop_ids(language_model.generation_config, processor) if end in known],
         pad_token_id=tokenizer.pad_token_id,
     )
     padding = range(len(tokenizer), config.text_config.vocab_size)

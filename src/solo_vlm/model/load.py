@@ -29,6 +29,7 @@ def load_model(
     Raises:
         SoloError: nothing readable is there, it is no SOLO model, or it cannot be put on the device.
     """
+    _refuse_others(path)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     model = _load(SoloForConditionalGeneration, path, dtype=kind, quantization_config=quantization_config)
     if _release_settings(path):
@@ -105,6 +106,20 @@ def _release_settings(path: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError):  # the loaders say what is wrong with it
         return None
     return settings if is_release(settings) else None
+
+
+def _refuse_others(path: str | Path) -> None:
+    """Refuse any other model: transformers would make a SOLO-7B of random weights of its configuration."""
+    try:
+        settings = PreTrainedConfig.get_config_dict(str(path))[0]
+    except (OSError, ValueError):  # the loaders say what is wrong with it
+        return
+    kind = settings.get("model_type")
+    if settings and kind != SoloConfig.model_type and not is_release(settings):
+        raise SoloError(
+            f"{path} is no SOLO model, but {kind or 'of no model_type'}: "
+            f"solo init --llm {path} makes one of an LLM"
+        )
 
 
 def _load(cls: Any, path: str | Path, **options: Any) -> Any:

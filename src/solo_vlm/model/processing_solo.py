@@ -156,6 +156,10 @@ class SoloProcessor(ProcessorMixin):
         else:
             segments = self._chat_segments(flat, add_generation_prompt)
 
+        images = sum(message["content"].count(self.image_token) for message in flat)
+        if sum(text.count(self.image_token) for text, _ in segments) != images:
+            raise ChatTemplateError("the chat template leaves out, repeats or rewrites an image")
+
         layouts = iter([self.image_layout(*grid) for grid in grids])
         pieces: list[NDArray[np.int64]] = []
         marks: list[NDArray[np.bool_]] = []
@@ -234,9 +238,10 @@ class SoloProcessor(ProcessorMixin):
         ids: list[int] = []
         for index, piece in enumerate(_STAND_IN_PATTERN.split(text)):
             if index % 2:  # the split alternates text and the number of a stand-in
-                spelled = protected[int(piece)]
-                ids += self.tokenizer.encode(spelled, add_special_tokens=False, split_special_tokens=True)
-            elif piece and first and index == 0:
+                ids += self._continue(protected[int(piece)], split_special_tokens=True)
+            elif piece and index:
+                ids += self._continue(piece)
+            elif piece and first:
                 ids += self.tokenizer.encode(piece, add_special_tokens=False)
             elif piece:
                 # After a special token, no tokenizer takes the text for the beginning of a text.
@@ -255,6 +260,15 @@ class SoloProcessor(ProcessorMixin):
         if images:
             tokens[~is_text] = np.concatenate(images)
         return tokens, is_text
+
+    def _continue(self, text: str, **options: Any) -> list[int]:
+        """Ids of text that other text precedes: some tokenizers put a space where a text begins."""
+        for before in ("\n", "x"):
+            head = self.tokenizer.encode(before, add_special_tokens=False)
+            ids = self.tokenizer.encode(before + text, add_special_tokens=False, **options)
+            if ids[: len(head)] == head:  # else the two have merged
+                return ids[len(head) :]
+        return self.tokenizer.encode(text, add_special_tokens=False, **options)
 
     # --- transformers' entry for chats --------------------------------------------------------------
 

@@ -11,10 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, StoppingCriteria, TopPLogitsWarper
 
 from solo_vlm.generate import Answerer
+from solo_vlm.generate.answerer import LOWEST_TEMPERATURE
 from solo_vlm.serve.answer_text import AnswerText
 from solo_vlm.serve.job import Finish, FinishReason, Job, Sampling
-
-_LOWEST_TEMPERATURE = 1e-4  # below, logits divided by it would be infinite
 
 
 def answer_together(answerer: Answerer, tokenizer: Any, jobs: Sequence[Job]) -> None:
@@ -114,7 +113,7 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (rows, vocabulary) both
         for row, sampling, generator, keep_likeliest in self._rows:
-            temperature = max(sampling.temperature, _LOWEST_TEMPERATURE)
+            temperature = max(sampling.temperature, LOWEST_TEMPERATURE)
             logits = keep_likeliest(input_ids[row], scores[row : row + 1] / temperature)
             noise = torch.empty_like(logits).exponential_(generator=generator).log_()
             scores[row] = (logits - noise)[0]
