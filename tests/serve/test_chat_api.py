@@ -195,10 +195,32 @@ def test_what_the_model_cannot_do_is_an_error_in_openais_form(client, picture):
     assert error.value.code == "unsupported_parameter" and error.value.param == "tools"
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_new_tokens", 1), ("num_beams", 4), ("stop_sequences", ["a"]), ("eos_token_id", 3)],
+)
+def test_unknown_fields_are_refused(server, field, value):
+    status, reply = server.ask({"messages": [{"role": "user", "content": "x"}], field: value})
+    assert status == 400
+    assert (reply["error"]["code"], reply["error"]["param"]) == ("unsupported_parameter", field)
+    assert (
+        server.ask({"messages": [{"role": "user", "content": "x"}], field: None, "max_tokens": 1})[0] == 200
+    )
+
+
 def test_harmless_fields_are_ignored(server, picture):
     part = {"type": "image_url", "image_url": {"url": data_url(picture()), "detail": "high"}}
     message = {"role": "user", "name": "me", "content": [part, {"type": "text", "text": "hi"}]}
-    body = {"messages": [message], "max_tokens": 2, "user": "u", "n": 1, "logprobs": False, "tools": []}
+    body = {
+        "messages": [message],
+        "max_tokens": 2,
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": True,
+        "n": 1,
+        "logprobs": False,
+        "tools": [],
+    }
     assert server.ask({**body, "response_format": {"type": "text"}, "frequency_penalty": 0.0})[0] == 200
 
 

@@ -11,8 +11,16 @@ from pydantic_core import from_json
 from solo_vlm.serve.errors import ApiError
 from solo_vlm.serve.limits import Limits
 
-# Parameters that would change the answer, and the values that ask for nothing. Any other is refused: an
-# answer that silently ignores what was asked is worse than none.
+# Fields for the provider's accounts, caches and logs: no answer depends on them.
+_HARMLESS = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "request_id", "priority"),
+        *("parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "cache_salt"),
+    }
+)
+
+# Parameters that would change the answer, and the values that ask for nothing. Any other value, and any field
+# that is not known, is refused: an answer that silently ignores what was asked is worse than none.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "tools": ([],),
@@ -31,6 +39,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
     "top_k": (0, -1),
     "min_p": (0,),
     "min_tokens": (0,),
@@ -108,7 +117,7 @@ class StreamOptions(_Part):
 
 
 class ChatRequest(BaseModel):
-    """A request that the model can answer; fields that it does not know and that change nothing are ignored.
+    """A request that the model can answer; fields that change no answer are ignored, unknown ones refused.
 
     The limits on numbers that depend on the server's settings are in `parse_request`.
     """
@@ -178,8 +187,9 @@ def parse_request(body: bytes, limits: Limits) -> ChatRequest:
 
 def _refuse_unsupported(request: ChatRequest) -> None:
     for name, value in (request.model_extra or {}).items():
-        if name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]:
-            raise ApiError(400, f"{name} is not supported by this server", name, "unsupported_parameter")
+        if name not in _HARMLESS and value is not None and value not in _NEUTRAL.get(name, ()):
+            shown = name if len(name) <= 100 else f"{name[:100]}..."
+            raise ApiError(400, f"{shown} is not supported by this server", shown, "unsupported_parameter")
     if request.stream_options and not request.stream:
         raise ApiError(400, "stream_options goes with stream: true", "stream_options")
 
