@@ -452,3 +452,16 @@ def test_folder_named_like_a_file_is_refused_among_files(tmp_path):
     with pytest.raises(SoloError, match=r"b\.jsonl is a folder among files"):
         open_source(tmp_path)
     assert len(open_source(tmp_path / "b.jsonl"))
+
+
+def test_data_files_in_a_folder_of_a_folder_are_not_passed_over(tmp_path):
+    for folder in (tmp_path, tmp_path / "more", tmp_path / ".hidden"):
+        folder.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"id": [folder.name]}), folder / "a.parquet")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").touch()
+    with pytest.raises(SoloError, match=r"more, a folder in .*, has data files, too: .*\*\*/\*"):
+        open_source(tmp_path)
+    assert len(open_source(tmp_path / "**" / "*.parquet")) == 2
+    (tmp_path / "more").rename(tmp_path / ".more")
+    assert len(open_source(tmp_path)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
         suffixes: such as ".parquet", in any case; a single file is taken whatever its suffix.
 
     Raises:
-        SoloError: a folder is named like a file, as those of Spark are.
+        SoloError: a folder is named like a file, as those of Spark are, or there are data files in a folder
+            of the folder: they would be passed over.
     """
     system, root = fsspec.core.url_to_fs(path)
     if system.isfile(root):
@@ -132,10 +134,22 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
     else:
         listed = system.isdir(root)
         found = system.ls(root, detail=True) if listed else system.glob(root, detail=True).values()
-        kinds = {entry["name"]: entry["type"] for entry in found if _is_data(entry["name"], suffixes)}
-        names = sorted(kinds)
+        fixed = len(root) if listed else len(re.split(r"[*?\[]", root)[0])
+        kinds = {
+            entry["name"]: entry["type"]
+            for entry in found
+            # Hidden files and folders are left alone: they may be somebody's half-written ones.
+            if not any(part.startswith(".") for part in entry["name"][fixed:].split("/"))
+        }
+        names = sorted(name for name in kinds if _is_data(name, suffixes))
         if folder := next((name for name in names if kinds[name] == "directory"), None):
             raise SoloError(f"{folder} is a folder among files: make it a source of its own, or move it away")
+        for folder in [name for name, kind in kinds.items() if listed and kind == "directory"]:
+            if any(_is_data(name, suffixes) for name in system.ls(folder, detail=False)):
+                raise SoloError(
+                    f"{folder}, a folder in {path}, has data files, too: name all by a pattern, such as "
+                    f"{path.rstrip('/')}/**/*{suffixes[0]}, or make each folder a source of its own"
+                )
     local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
     sizes = system.sizes(names)
     return [
@@ -145,8 +159,7 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
 
 
 def _is_data(name: str, suffixes: Sequence[str]) -> bool:
-    """Hidden files are left alone: they may be somebody's half-written ones."""
-    return name.lower().endswith(tuple(suffixes)) and not name.rsplit("/", 1)[-1].startswith(".")
+    return name.lower().endswith(tuple(suffixes))
 
 
 def fingerprint(files: Sequence[DataFile]) -> str:
