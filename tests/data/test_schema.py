@@ -151,6 +151,17 @@ def test_empty_image_column_is_no_image(column, empty):
         (chat("What?", image=0), "schema", "an image is bytes, text or a struct"),
         (chat("What?", image={"width": 3}), "schema", "an image is bytes, text or a struct"),
         (chat([{**TEXT, "path": "a.png"}]), "schema", "a text part has an image in path"),
+        (chat([{"type": "image", "data": "b.png"}, TEXT], image="a.png"), "schema", "has an image in data"),
+        (
+            chat([{"type": "image", "bytes": PNG_HEAD}, TEXT], image="a.png"),
+            "schema",
+            "has an image in bytes",
+        ),
+        (
+            chat([{"type": "image", "source": {"data": "iVBORw0KGgo" + "A" * 50}}, TEXT], image="a.png"),
+            "schema",
+            "has an image in source",
+        ),
         (chat([{"type": "image_url", "image_url": {}}, TEXT]), "image-count", "more image parts"),
         (chat([{"type": "image_url", "image_url": {"url": None}}, TEXT]), "image-count", "more image parts"),
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import pytest
+
 
 def test_data_that_are_right_pass(made, run_data):
     code, out, error = run_data("verify", made.file, "--json")
@@ -13,6 +15,16 @@ def test_data_that_are_right_pass(made, run_data):
     assert (facts["passed"], facts["rows"], facts["rejected"]) == (True, 150, 0)
     assert [source["samples"] for source in facts["sources"]] == [120, 30]
     assert [source["images"] for source in facts["sources"]] == [120, 0]
+
+
+@pytest.mark.parametrize(("verb", "total"), [("verify", ("rows", 60)), ("stats", ("total", 60))])
+def test_a_source_that_is_named_twice_counts_twice(made, run_data, verb, total):
+    again = "data.sources=[{path: texts.jsonl}, {path: texts.jsonl}]"
+    facts = json.loads(run_data(verb, made.file, again, "--json")[1])
+    assert [source["source"] for source in facts["sources"]] == ["texts.jsonl", "texts.jsonl (2)"]
+    assert [source["samples"] for source in facts["sources"]] == [30, 30]
+    name, count = total
+    assert (facts[name] if name == "rows" else facts[name]["samples"]) == count
 
 
 def test_what_cannot_be_used_is_counted_and_placed(broken, run_data, tmp_path):

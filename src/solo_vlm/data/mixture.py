@@ -85,6 +85,12 @@ class Mixture(Settings):
         """Sources as the file names them."""
         return tuple(source.path for source in self.data.sources)
 
+    def source_labels(self) -> tuple[str, ...]:
+        """Sources as the file names them, numbered where one is named again."""
+        names = self.source_names()
+        seen = [names[:place].count(name) for place, name in enumerate(names)]
+        return tuple(f"{name} ({n + 1})" if n else name for name, n in zip(names, seen, strict=True))
+
     def source_paths(self) -> tuple[str, ...]:
         """Where the sources are; URLs stay as they are."""
         return tuple(path if "://" in path else str(self.at(path)) for path in self.source_names())

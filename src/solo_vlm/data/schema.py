@@ -84,6 +84,15 @@ class _ImagePart(BaseModel):
     base64: Annotated[Any, BeforeValidator(lambda value: image_source(data_url(value)))] = None
     image_url: _Image = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_unread_image(cls, part: dict[str, Any]) -> dict[str, Any]:
+        for key in part.keys() - {"type", *PART_KEYS}:
+            values = part[key].values() if isinstance(part[key], dict) else [part[key]]
+            if any(map(looks_like_image, values)):
+                raise ValueError(f"an image part has an image in {key}, which is not read: call it image")
+        return part
+
     def source(self) -> ImageSource | None:
         """The image that the part itself carries, if it does."""
         return next((source for key in PART_KEYS if (source := getattr(self, key)) is not None), None)

@@ -120,7 +120,7 @@ def mixture_stats(
     counts = [len(s) if samples is None else units_to_read(len(s), samples) for s in sources]
     on_unit = UnitProgress(sum(counts), on_progress)
     stats = {}
-    for path, source in zip(mixture.source_names(), sources, strict=True):
+    for path, source in zip(mixture.source_labels(), sources, strict=True):
         reader = RowReader(source, encoder, mixture.data.sequence_length, on_unit)
         if samples is None:
             stats[path] = _count(reader, mixture.data.packing_buffer)

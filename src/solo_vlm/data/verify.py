@@ -73,7 +73,7 @@ def verify_mixture(
     on_unit = UnitProgress(sum(map(len, sources)), on_progress)
     reports = {}
     with _opened(report_file) as lines:
-        for path, source in zip(mixture.source_names(), sources, strict=True):
+        for path, source in zip(mixture.source_labels(), sources, strict=True):
             reader = RowReader(source, encoder, mixture.data.sequence_length, on_unit)
             reports[path] = _verify(path, reader, lines)
             if not reports[path].samples + reports[path].rejected.total():
