@@ -150,3 +150,10 @@ def test_prompts_show_an_empty_option_as_empty():
         {"options": ["a", None, NAN, "d", None], "choice_a": "x", "choice_b": None, "answer": "3"}
     )
     assert row == {"options": ["a", "", "", "d"], "choice_a": "x", "choice_b": "", "answer": "3"}
+
+
+@pytest.mark.parametrize("text", ["cat, dog, bird", "cat; dog", "cat|dog", "cat\n\nbird"])
+def test_a_text_that_does_not_tell_its_options_apart_is_refused(text):
+    with pytest.raises(SoloError, match="are no list: write them as JSON"):
+        options_of({"question": "Which?", "options": text, "answer": "B"})
+    assert options_of({"question": "Which?", "options": "cat\ndog\n", "answer": "B"}) == ["cat", "dog"]

@@ -29,8 +29,9 @@ _TOKEN = re.compile(
     rf"(?:(?P<whole>\d{{1,6}})[ ]+(?=\d{{1,3}}\s*/\s*\d{{1,3}}(?![\d/])))?"
     rf"(?P<body>{_DIGITS}|\.\d+)(?P<exponent>[eE][-+]?\d+(?!\w))?"
     rf"(?:\s*/\s*(?P<below>{_DIGITS}))?"
-    # Parts of a range, ratio, date, power, or an expression that is still to be computed.
-    rf"(?P<more>(?:[:/{_DASHES}]\d+)+|\s*(?:\^|[*×÷+·]\s*[\d.]|π|\\pi\b|√|\\sqrt|\\times|\\cdot))?"
+    # Parts of a range, ratio, date, power, a number in words, or an expression that is still to be computed.
+    rf"(?P<more>(?:[:/{_DASHES}]\d+)+|\s*(?:\^|[*×÷+·]\s*[\d.]|π|\\pi\b|√|\\sqrt|\\times|\\cdot)"
+    r"|[kKM]\b|\s*(?:hundred|thousand|million|billion|trillion)s?\b)?"
 )
 _BEFORE = re.compile(
     r"(?:\d[ \t]*[-+*×÷·−–/][ \t]*|√[({ ]*|sqrt\s*[({]\s*|\bbetween\s+(?:\S{1,12}\s+and\s+)?)$", re.IGNORECASE

@@ -35,7 +35,7 @@ def options_of(row: Mapping[str, Any]) -> list[str]:
     all are empty, so that letters still count.
 
     Raises:
-        SoloError: an option in a list is no text.
+        SoloError: an option in a list is no text, or a text lists no options.
     """
     return options_in_columns(row) or _in_question(str(row.get("question", ""))) or _UNKNOWN
 
@@ -120,14 +120,28 @@ def _numpy_item(item: str) -> Any:
 def _texts(value: Any) -> list[str]:
     """Texts of options at their places, empty ones included."""
     if isinstance(value, str):
-        lines = [line.strip() for line in value.splitlines() if line.strip()]
-        fallback = [] if lines[0][0] in "[{" else lines  # no list that can be read is no option, either
-        value = parsed(value) or _marked(value) or fallback
+        value = parsed(value) or _marked(value) or _lines(value)
     if isinstance(value, Mapping):
         return _by_label(value)
     if value and all(isinstance(option, Mapping) and {"label", "text"} <= set(option) for option in value):
         return _placed([(str(option["label"]), option["text"]) for option in value])
     return _unmarked([_text(option) for option in value])
+
+
+def _lines(text: str) -> list[str]:
+    """Options of a text with one a line; none of a list that cannot be read.
+
+    Raises:
+        SoloError: it is one line, or has empty ones: where options begin and end is then a guess.
+    """
+    lines = [line.strip() for line in text.strip().splitlines()]
+    if lines[0][0] in "[{":
+        return []
+    if len(lines) < 2 or not all(lines):
+        raise SoloError(
+            f"the options {text[:80]!r} are no list: write them as JSON, one on each line, or in columns"
+        )
+    return lines
 
 
 def _by_label(options: Mapping[Any, Any]) -> list[str]:
