@@ -127,8 +127,15 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_progress(path: Path) -> Progress:
-    """Where the run stood at a checkpoint."""
-    return Progress(**json.loads((path / _STATE).read_text()))
+    """Where the run stood at a checkpoint.
+
+    Raises:
+        SoloError: what says so is missing or damaged.
+    """
+    try:
+        return Progress(**json.loads((path / _STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise SoloError(f"cannot go on from {path}: {_STATE} is not readable: {error}") from error
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

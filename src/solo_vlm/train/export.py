@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,8 @@ def export(out: Path, model: PreTrainedModel, processor: Any, recipe: Recipe, pr
     if has_adapters(model):
         weights = adapter_weights(model)
         if processes.is_first:
+            # Of an export that was killed before it came to the model: the run was not finished.
+            shutil.rmtree(out / "adapter", ignore_errors=True)
             with new_folder(out / "adapter") as folder:
                 save_adapter(model, weights, folder)
             merged = merge_adapter(load_start(recipe.model_source())[0], out / "adapter")
