@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from small_run import images, run, settings, texts, write_data
 from solo_vlm.errors import SoloError
+from solo_vlm.train import loop
 from solo_vlm.train.checkpoint import read_progress
+from solo_vlm.train.run_folder import lock
 from tiny import make_solo
 
 
@@ -28,3 +32,53 @@ def test_a_damaged_training_state_is_refused(tmp_path, content):
         (tmp_path / "training_state.json").write_text(content)
     with pytest.raises(SoloError, match=r"cannot go on from .*training_state.json"):
         read_progress(tmp_path)
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """Settings of a run that was interrupted after a checkpoint."""
+    write_data(tmp_path, images(4), texts(30))
+    make_solo().save(tmp_path / "llama")
+    (tmp_path / "held_out.parquet").write_bytes((tmp_path / "text.parquet").read_bytes())
+    validation = {"sources": [{"path": "held_out.parquet"}], "every": 2, "sequences": 2}
+    plain = settings(tmp_path, tmp_path / "out", steps=6, global_batch=1, validation=validation)
+    train_step = loop.take_step
+
+    def interrupted(*arguments):
+        if (tmp_path / "out" / "checkpoints" / "step-00000002").exists():
+            raise KeyboardInterrupt
+        return train_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(plain)
+    return plain
+
+
+@pytest.mark.parametrize("file", ["llama/model.safetensors", "llama/tokenizer.json", "held_out.parquet"])
+def test_resume_over_a_changed_model_or_validation_is_refused_by_name(tmp_path, stopped, file):
+    content = (tmp_path / file).read_bytes()
+    if file.endswith(".parquet"):
+        write_data(tmp_path / "llama", images(1), texts(9))
+        (tmp_path / file).write_bytes((tmp_path / "llama" / "text.parquet").read_bytes())
+    else:
+        (tmp_path / file).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    with pytest.raises(SoloError, match=rf"{file} changed since the run in .* started: put back"):
+        run(stopped)
+    (tmp_path / file).write_bytes(content)
+    run(stopped)
+    assert (tmp_path / "out" / "model" / "config.json").is_file()
+
+
+def test_a_second_run_in_the_folder_of_a_running_one_is_refused(tmp_path):
+    holder = "import sys; from pathlib import Path; from solo_vlm.train.run_folder import lock\n"
+    holder += "held = lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, tmp_path / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(SoloError, match="another run is writing to"):
+            lock(tmp_path / "out")
+        other.kill()
+    lock(tmp_path / "out").close()

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from solo_vlm.train.optimizer import learning_rate, make_optimizer, set_learning
 from solo_vlm.train.plan import planned_steps
 from solo_vlm.train.processes import LONG, SHORT, Processes, start_processes
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.run_folder import claim
+from solo_vlm.train.run_folder import claim, lock
 from solo_vlm.train.start import make_loader, make_model
 from solo_vlm.train.step import Step, take_step
 from solo_vlm.train.stopping import Stopped, StopRequest, listen
@@ -97,7 +97,8 @@ class _Run:
         check_same_settings(recipe, processes)
         self.sources = recipe.open_sources()
         check_same_data(self.sources, processes)
-        checkpoint = processes.decide(lambda: claim(self.out, recipe, resume))
+        self._lock: IO[str] | None = None
+        checkpoint = processes.decide(lambda: self._claim(resume))
         set_seed(recipe.seed)
         self.model, self.processor = make_model(recipe, processes)
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
@@ -120,6 +121,12 @@ class _Run:
         if processes.is_first:
             trackers = make_trackers(recipe, self.out, self.done.step)
             self.log = MetricsLog(self.out, trackers, progress, self.done.steps, self.done.step)
+
+    def _claim(self, resume: bool) -> Path | None:
+        if resume and not self.out.is_dir():
+            raise SoloError(f"nothing to resume: {self.out} has no checkpoint")
+        self._lock = lock(self.out)
+        return claim(self.out, self.recipe, resume)
 
     def to_the_end(self, stop: StopRequest) -> Trained:
         """Take all steps; export the model and write the manifest."""
