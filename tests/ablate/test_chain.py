@@ -160,4 +160,4 @@ def test_a_recipe_of_the_package_can_be_named(study):
     plain["stages"]["sft"] = {"recipe": "quickstart/sft"}
     (study / "study.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     chain = by_arm(Ablation.load(str(study / "study.yaml")))["base"]
-    assert chain.links["sft"].run.recipe.steps == 3400
+    assert chain.links["sft"].run.recipe.steps == 4000
