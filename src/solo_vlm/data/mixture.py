@@ -93,7 +93,11 @@ class Mixture(Settings):
 
     def source_paths(self) -> tuple[str, ...]:
         """Where the sources are; URLs stay as they are."""
-        return tuple(path if "://" in path else str(self.at(path)) for path in self.source_names())
+        return tuple(map(self.source_path, self.source_names()))
+
+    def source_path(self, path: str) -> str:
+        """Where a source of that name is."""
+        return path if "://" in path else str(self.at(path))
 
     def open_sources(self) -> list[Source]:
         """The sources, opened; a first look at whether they are there.

@@ -103,6 +103,9 @@ def _look(recipe: Recipe, encoder: Encoder, source: Source) -> _Look:
     seed = recipe.data.seed
     look, estimate = _draw(reader, _ROWS, seed)
     rows = len(source) * sum(count for count, _ in look.rows.values()) / len(look.rows)
+    all_units = len(look.rows) == len(source)
+    if rows and all_units and all(count == len(read) for count, read in look.rows.values()):
+        return look
     if rows <= _MORE_ROWS:
         return _read_all(reader)
     margin = estimate.margins[2] / max(estimate.totals[2], 1)

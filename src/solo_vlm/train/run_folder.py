@@ -94,8 +94,7 @@ def _inputs(recipe: Recipe) -> dict[str, str]:
         files = [file for file in model.iterdir() if file.suffix in _MODEL_FILES and file.is_file()]
         inputs = {f"{recipe.model}/{file.name}": _digest(file) for file in sorted(files)}
     for source in recipe.validation.sources if recipe.validation else ():
-        place = source.path if "://" in source.path else recipe.at(source.path)
-        inputs[source.path] = open_source(place).fingerprint()
+        inputs[source.path] = open_source(recipe.source_path(source.path)).fingerprint()
     return inputs
 
 
