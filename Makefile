@@ -36,7 +36,7 @@ venv: $(VENV)/.installed  ## the virtual environment, pinned by constraints.txt
 	@:
 
 # torch first and by itself: a torch that came as somebody's dependency would not be the chosen build.
-$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/solo_vlm/model/enlarge.c
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/solo_vlm/models/solo/enlarge.c
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with the venv module is needed; \
 	name yours: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 2; }
 	@echo "venv: $(VENV) ($$($(PYTHON) --version))"
@@ -128,7 +128,7 @@ test-gpu: venv  ## the tests of what only a CUDA GPU computes; without one they 
 	@$(TEST) tests/train/test_gpu.py -m gpu --timeout 600 $(ARGS) $(OR_NONE)
 
 test-browser: $(VENV)/.installed-browser  ## the web page in the system's Chromium; screenshots in test-artifacts/
-	@$(TEST) tests/web -m browser $(ARGS) $(OR_NONE)
+	@$(TEST) tests/serve/page -m browser $(ARGS) $(OR_NONE)
 
 test-vllm: .venv-vllm/.installed  ## the tests under vLLM, in an environment of its own
 	@VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/serve -m vllm --timeout 900 $(ARGS) $(OR_NONE)

@@ -13,7 +13,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("src/solo_vlm/model/enlarge.c")
+SOURCE = Path("src/solo_vlm/models/solo/enlarge.c")
 
 
 class CompiledKernel(BuildHookInterface):

@@ -22,13 +22,13 @@ from typing import Any
 import pyarrow.parquet as pq
 from environment import environment
 
-from solo_vlm.ablate.plots import write_plots
-from solo_vlm.ablate.run import run_ablation
-from solo_vlm.ablate.settings import Ablation, list_ablations
-from solo_vlm.ablate.table import COLUMNS, lines
-from solo_vlm.inspect_image import image_layout
-from solo_vlm.model.image_loading_solo import load_image
-from solo_vlm.model.image_processing_solo import SoloImageProcessor
+from solo_vlm.experiments.ablations.plots import write_plots
+from solo_vlm.experiments.ablations.run import run_ablation
+from solo_vlm.experiments.ablations.settings import Ablation, list_ablations
+from solo_vlm.experiments.ablations.table import COLUMNS, lines
+from solo_vlm.models.inspect_image import image_layout
+from solo_vlm.models.solo.image_loading_solo import load_image
+from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.train.metrics import progress_bar
 
 STAGES = ("stage1", "stage2", "stage3", "sft")

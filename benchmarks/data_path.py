@@ -50,10 +50,10 @@ from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.samples_file import SCHEMA, write_samples
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
-from solo_vlm.model.enlarge_solo import LIBRARY
-from solo_vlm.model.from_llm import compose
-from solo_vlm.model.image_loading_solo import load_pixels
-from solo_vlm.model.image_processing_solo import image_to_patches, resize
+from solo_vlm.models.from_llm import compose
+from solo_vlm.models.solo.enlarge_solo import LIBRARY
+from solo_vlm.models.solo.image_loading_solo import load_pixels
+from solo_vlm.models.solo.image_processing_solo import image_to_patches, resize
 from solo_vlm.quickstart.llm import train_tokenizer
 
 TURN = 10  # images: short, so that what disturbs one variant disturbs the others alike

@@ -36,7 +36,7 @@ from environment import environment
 from training.machine import this_device
 from transformers.utils import logging
 
-from solo_vlm.files import new_file
+from solo_vlm.utils.files import new_file
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "compute": compute.measure,

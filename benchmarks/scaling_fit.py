@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from environment import environment
 
-from solo_vlm.scaling.laws import ScalingLaw, fit_scaling_law
+from solo_vlm.experiments.scaling.laws import ScalingLaw, fit_scaling_law
 
 LAWS = {
     "hoffmann_2022": ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from environment import environment
 
 from solo_vlm.cli.scaling._laws import fit_and_draw
-from solo_vlm.scaling.sweep import run_sweep
-from solo_vlm.scaling.sweep_settings import SweepSettings
+from solo_vlm.experiments.scaling.sweep import run_sweep
+from solo_vlm.experiments.scaling.sweep_settings import SweepSettings
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ import psutil
 from environment import environment
 from PIL import Image
 
-from solo_vlm.files import new_file
+from solo_vlm.utils.files import new_file
 
 CLIENTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 32
@@ -159,7 +159,7 @@ def figures(result: Load) -> dict[str, float]:
 
 def make_model(folder: Path) -> Path:
     """A SOLO model of two million random weights."""
-    from solo_vlm.model.from_llm import from_llm
+    from solo_vlm.models.from_llm import from_llm
     from solo_vlm.quickstart.llm import write_untrained_llm
 
     write_untrained_llm(folder / "llm", [" ".join(WORDS)] * 3)

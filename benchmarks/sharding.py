@@ -5,8 +5,8 @@
 Whole steps of the engine with a decoder of SmolLM2-135M's 30 layers on one packed sequence. On a CPU its
 matrices are so small, and the sequence so short, that Python and torch's bookkeeping take most of the time,
 on one thread; on a CUDA GPU it has its own size and 8,192 tokens. "units" is what the engine does: layers are
-gathered together up to `solo_vlm.train.layout.UNIT` parameters. "whole" is a model that is not sharded, under
-autocast.
+gathered together up to `solo_vlm.train.parallel.layout.UNIT` parameters. "whole" is a model that is not
+sharded, under autocast.
 
 The variants take turns; figures are medians of the rounds, ratios those within a round.
 """
@@ -29,11 +29,11 @@ from transformers.utils import logging
 
 from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.data.collate import collate
-from solo_vlm.files import new_file
 from solo_vlm.train.attention import use_packed_attention
-from solo_vlm.train.layout import UNIT
 from solo_vlm.train.optimizer import make_optimizer
+from solo_vlm.train.parallel.layout import UNIT
 from solo_vlm.train.step import supervised_tokens, take_step
+from solo_vlm.utils.files import new_file
 
 UNITS = {"layer by layer": 1, "units": UNIT, "whole": None}  # parameters gathered at once
 NARROW = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -38,7 +38,7 @@ from training.plot import draw
 from training.workload import Workload
 from transformers.utils import logging
 
-from solo_vlm.files import new_file
+from solo_vlm.utils.files import new_file
 
 Results = dict[str, Any]
 

@@ -18,9 +18,9 @@ from trl import SFTConfig, SFTTrainer
 
 from solo_vlm.data.collate import PackedBatch, collate
 from solo_vlm.data.encode import encode
-from solo_vlm.data.schema import parse_sample
-from solo_vlm.model.load import load_model, load_processor
-from solo_vlm.model.processing_solo import SoloProcessor
+from solo_vlm.data.sample import parse_sample
+from solo_vlm.models.load import load_model, load_processor
+from solo_vlm.models.solo.processing_solo import SoloProcessor
 from solo_vlm.train.attention import use_packed_attention
 
 

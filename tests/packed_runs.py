@@ -27,7 +27,7 @@ from solo_vlm.data.encode import Encoder, load_encoder
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
-from solo_vlm.files import new_file
+from solo_vlm.utils.files import new_file
 
 LAYOUTS = [(1, 0), (1, 2), (2, 1), (2, 2), (4, 1)]  # ranks, workers
 STREAMS = 8

@@ -85,7 +85,7 @@ class Group:
 
     def __init__(self, size, target, *arguments):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["solo_vlm.train.loop", "solo_vlm.model.modeling_solo"])
+        context.set_forkserver_preload(["solo_vlm.train.trainer", "solo_vlm.models.solo.modeling_solo"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

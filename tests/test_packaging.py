@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from solo_vlm.model.enlarge_solo import LIBRARY
+from solo_vlm.models.solo.enlarge_solo import LIBRARY
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -146,8 +146,8 @@ def test_the_wheel_is_complete(tmp_path: Path) -> None:
     assert recipes
     expected |= {f"solo_vlm/{recipe}" for recipe in recipes}
     if LIBRARY.exists():
-        expected.add("solo_vlm/model/enlarge.so")
+        expected.add("solo_vlm/models/enlarge.so")
     assert expected <= names, sorted(expected - names)
-    assert ("solo_vlm/model/enlarge.so" in names) != wheel.name.endswith("-any.whl")
+    assert ("solo_vlm/models/enlarge.so" in names) != wheel.name.endswith("-any.whl")
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if not name.startswith(("solo_vlm/", "solo_vlm-"))]

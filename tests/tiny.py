@@ -15,7 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from solo_vlm.model.from_llm import SoloModelAndProcessor, compose
+from solo_vlm.models.from_llm import SoloModelAndProcessor, compose
 from solo_vlm.quickstart.llm import train_tokenizer
 
 TEXTS = ["a red circle left of a blue square. what is this? seven. [INST] [/INST] hello world"] * 3

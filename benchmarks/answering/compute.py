@@ -8,9 +8,9 @@ from answering.models import Setting
 from training.llava import CLIP_L
 from training.workload import Workload
 
-from solo_vlm.model.flops import forward_flops, image_tokens
-from solo_vlm.model.shape import ModelShape
-from solo_vlm.scaling.llava import LlavaShape
+from solo_vlm.experiments.scaling.llava import LlavaShape
+from solo_vlm.models.flops import forward_flops, image_tokens
+from solo_vlm.models.shape import ModelShape
 
 SHAPES = ("smollm2-135m", "solo-7b")
 _TEXT = 20  # tokens beside the image

@@ -11,8 +11,8 @@ from training.workload import Workload
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from solo_vlm import SoloForConditionalGeneration
+from solo_vlm.experiments.scaling.llava import ClipShape
 from solo_vlm.generate import Answerer
-from solo_vlm.scaling.llava import ClipShape
 
 
 @dataclass(frozen=True)

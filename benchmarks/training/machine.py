@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from solo_vlm.train.devices import recognize_device
+from solo_vlm.train.estimate.devices import recognize_device
 from solo_vlm.train.figures import memory_gb
-from solo_vlm.train.layout import UNIT
-from solo_vlm.train.parallel import shard
-from solo_vlm.train.processes import DATA, TENSOR, Processes, start_processes
+from solo_vlm.train.parallel.layout import UNIT
+from solo_vlm.train.parallel.processes import DATA, TENSOR, Processes, start_processes
+from solo_vlm.train.parallel.shard import shard
 from solo_vlm.train.recipe import Recipe
 
 Result = TypeVar("Result")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from solo_vlm.files import new_file
+from solo_vlm.utils.files import new_file
 
 LABELS = {
     "packed": "packed, chunked loss\n(here)",

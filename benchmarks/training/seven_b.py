@@ -11,16 +11,16 @@ from training.workload import Workload
 
 from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.data.collate import collate
-from solo_vlm.model.flops import training_flops
-from solo_vlm.model.shape import ModelShape
+from solo_vlm.models.flops import training_flops
+from solo_vlm.models.shape import ModelShape
 from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.compilation import compile_layers
+from solo_vlm.train.estimate.memory import memory_per_device
 from solo_vlm.train.figures import memory_gb
-from solo_vlm.train.layout import layout
-from solo_vlm.train.memory import memory_per_device
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.processes import start_processes
+from solo_vlm.train.parallel.layout import layout
+from solo_vlm.train.parallel.processes import start_processes
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.step import supervised_tokens, take_step
 

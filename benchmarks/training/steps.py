@@ -11,9 +11,9 @@ from training.machine import in_fresh_process, peak_flops, seconds
 from training.variants import FULL_LOGITS, LLAVA, NAMES, OURS, PADDED, SHAPE, make_variants
 from training.workload import Workload, supervised_share
 
-from solo_vlm.model.shape import ModelShape
+from solo_vlm.models.shape import ModelShape
 from solo_vlm.train.figures import memory_gb
-from solo_vlm.train.processes import start_processes
+from solo_vlm.train.parallel.processes import start_processes
 
 
 def measure(workload: Workload, precision: str, warmup: int, rounds: int) -> dict[str, Any]:

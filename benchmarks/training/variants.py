@@ -20,10 +20,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Document
-from solo_vlm.model.flops import training_flops
+from solo_vlm.models.flops import training_flops
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.processes import Processes
+from solo_vlm.train.parallel.processes import Processes
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.step import supervised_tokens, take_step
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from solo_vlm import SoloConfig, SoloProcessor
 from solo_vlm.data.encode import IGNORE_INDEX, Document, Encoder
-from solo_vlm.data.schema import Sample
-from solo_vlm.model.flops import image_tokens
-from solo_vlm.model.from_llm import SoloModelAndProcessor, compose
+from solo_vlm.data.sample import Sample
+from solo_vlm.models.flops import image_tokens
+from solo_vlm.models.from_llm import SoloModelAndProcessor, compose
 from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.train.recipe import Recipe
 

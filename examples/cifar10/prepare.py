@@ -35,7 +35,7 @@ from PIL import Image
 from rich.progress import track
 
 from solo_vlm.data.samples_file import write_samples
-from solo_vlm.files import new_folder
+from solo_vlm.utils.files import new_folder
 
 # That of the LLM without its system prompt, which is as long as an image with a question.
 CHAT_TEMPLATE = (

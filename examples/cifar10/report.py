@@ -21,11 +21,11 @@ from rich.progress import Progress
 from scipy.stats import binomtest
 
 from solo_vlm.evaluate.held_out import answer_questions, read_questions
-from solo_vlm.files import new_file
 from solo_vlm.generate import Answerer
-from solo_vlm.lines_file import LinesFile
 from solo_vlm.train.manifest import read_recipe
 from solo_vlm.train.metrics import read_metrics
+from solo_vlm.utils.files import new_file
+from solo_vlm.utils.json_lines import LinesFile
 
 KINDS = ("name", "kind", "yes_no")
 SHOWN = 24

@@ -9,22 +9,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from solo_vlm import _auto
+from solo_vlm.models import registry
 
 if TYPE_CHECKING:
-    from solo_vlm.model.configuration_solo import SoloConfig
-    from solo_vlm.model.image_processing_solo import SoloImageProcessor
-    from solo_vlm.model.modeling_solo import SoloForConditionalGeneration, SoloModel
-    from solo_vlm.model.processing_solo import SoloProcessor
+    from solo_vlm.models.solo.configuration_solo import SoloConfig
+    from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
+    from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration, SoloModel
+    from solo_vlm.models.solo.processing_solo import SoloProcessor
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "SoloConfig": "solo_vlm.model.configuration_solo",
-    "SoloModel": "solo_vlm.model.modeling_solo",
-    "SoloForConditionalGeneration": "solo_vlm.model.modeling_solo",
-    "SoloImageProcessor": "solo_vlm.model.image_processing_solo",
-    "SoloProcessor": "solo_vlm.model.processing_solo",
+    "SoloConfig": "solo_vlm.models.solo.configuration_solo",
+    "SoloModel": "solo_vlm.models.solo.modeling_solo",
+    "SoloForConditionalGeneration": "solo_vlm.models.solo.modeling_solo",
+    "SoloImageProcessor": "solo_vlm.models.solo.image_processing_solo",
+    "SoloProcessor": "solo_vlm.models.solo.processing_solo",
 }
 
 __all__ = [
@@ -47,4 +47,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-_auto.register_when_loaded()
+registry.register_when_loaded()

@@ -16,7 +16,7 @@ from training.machine import one_sharded_process
 from training.variants import FULL_LOGITS, LLAVA, NAMES, OURS, PADDED, make_variants
 from training.workload import Workload
 
-from solo_vlm.train.processes import start_processes
+from solo_vlm.train.parallel.processes import start_processes
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
 

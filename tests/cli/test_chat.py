@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from solo_vlm.data.schema import parse_sample
-from solo_vlm.errors import SoloError
+from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate import Answerer, PrefixCache
 from solo_vlm.generate.conversation import Conversation
+from solo_vlm.utils.errors import SoloError
 
 SOLO = Path(sys.executable).with_name("solo")
 

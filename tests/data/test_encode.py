@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from solo_vlm.data.encode import IGNORE_INDEX, Document, Encoder
-from solo_vlm.data.schema import SampleError, parse_sample
-from solo_vlm.model.from_llm import compose
+from solo_vlm.data.sample import SampleError, parse_sample
+from solo_vlm.models.from_llm import compose
 from tiny import ask, make_llm, png
 
 EOS_LAST = (  # <|im_end|> between turns, EOS behind the chat, as in OLMo 3

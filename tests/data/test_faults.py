@@ -20,7 +20,7 @@ from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.streams import LISTED, MixtureItem, VirtualStream
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 from tiny import png
 
 LENGTH = 128

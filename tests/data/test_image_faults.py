@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from solo_vlm.data.encode import encode
-from solo_vlm.data.schema import Sample, SampleError
+from solo_vlm.data.sample import Sample, SampleError
 from tiny import png
 
 PICTURE = png(Image.effect_noise((64, 32), 50).convert("RGB"))

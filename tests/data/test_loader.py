@@ -34,7 +34,7 @@ from packed_runs import (
 from solo_vlm.data.encode import IGNORE_INDEX
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.streams import VirtualStream
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 
@@ -183,7 +183,7 @@ def start(run, layout, slots, state, out) -> list:
     """A process for each rank."""
     out.mkdir()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["solo_vlm.data.loader", "solo_vlm.model.processing_solo"])
+    context.set_forkserver_preload(["solo_vlm.data.loader", "solo_vlm.models.solo.processing_solo"])
     ranks, workers = layout
     processes = [
         context.Process(target=read_rank, args=(run, rank, ranks, workers, slots, state, out))

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from solo_vlm.data.schema import parse_sample
+from solo_vlm.data.sample import parse_sample
 from solo_vlm.data.sources import open_source
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 TEXTS = [f"row {i}" for i in range(60)]
 ROWS = [{"messages": [{"role": "assistant", "content": text}]} for text in TEXTS]

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Document, fit_to_length
 from solo_vlm.data.loader import PackedLoader
-from solo_vlm.data.schema import Sample, SampleError
+from solo_vlm.data.sample import Sample, SampleError
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.sources.parquet import ParquetSource
 from solo_vlm.data.streams import MixtureItem, VirtualStream, deal
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from benchmark_rows import FLOATS, MATHVISTA_TASKS, MME_IMAGES, make_rows, right_response
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.predictions import Prediction, without_images
 from solo_vlm.evaluate.score import Score
+from solo_vlm.utils.errors import SoloError
 
 CHOICE_TASKS = [name for name in BENCHMARKS if BENCHMARKS[name].kind == "multiple choice"]
 

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmark_rows import ANIMALS, make_rows, right_response
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate import data_root
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.data_root import find_benchmark, load_benchmark
 from solo_vlm.evaluate.predictions import Prediction, without_images
+from solo_vlm.utils.errors import SoloError
 
 COLOURS = ("red", "green", "blue")
 

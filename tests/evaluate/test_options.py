@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.options import as_list, options_of, right_letter, with_option_texts
 from solo_vlm.evaluate.predictions import Prediction
+from solo_vlm.utils.errors import SoloError
 
 NAN = float("nan")
 WITH_GAP = ["Two", "One", "", "Three"]

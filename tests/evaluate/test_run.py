@@ -15,12 +15,12 @@ import pytest
 
 from benchmark_rows import TASKS, right_response
 from evaluation_runs import Told, open_task, write_data_root
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.engines import Answer
 from solo_vlm.evaluate.run import EvaluationRun, ModelFacts
 from solo_vlm.evaluate.run_folder import RunFolder
 from solo_vlm.evaluate.weights import weights_hash
+from solo_vlm.utils.errors import SoloError
 from tiny import make_solo
 
 FACTS = ModelFacts("told", "test", "0" * 64)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmark_rows import make_rows, right_response
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.predictions import Prediction, without_images
 from solo_vlm.evaluate.run_folder import RunFolder
+from solo_vlm.utils.errors import SoloError
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -9,12 +9,12 @@ import pytest
 from openpyxl import Workbook
 from openpyxl.styles import Font, PatternFill
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.predictions import Prediction
 from solo_vlm.evaluate.rescore import load_predictions, rescore
 from solo_vlm.evaluate.run_folder import RunFolder
 from solo_vlm.evaluate.tables import read_table
+from solo_vlm.utils.errors import SoloError
 
 ROW = {"index": 1, "question": "?", "A": "dog", "B": "cat", "answer": "B", "prediction": "cat"}
 

@@ -14,7 +14,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from solo_vlm.data.mixture import Mixture
-from solo_vlm.model.load import load_model, load_processor
+from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.start import make_loader
 

@@ -14,7 +14,7 @@ import yaml
 from transformers import TrainingArguments
 
 from solo_vlm.generate import Answerer
-from solo_vlm.model.load import load_model, load_processor
+from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.start import make_loader

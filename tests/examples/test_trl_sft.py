@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from solo_vlm.data.encode import encode
-from solo_vlm.data.schema import parse_sample
+from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate import Answerer
-from solo_vlm.model.load import load_model, load_processor
+from solo_vlm.models.load import load_model, load_processor
 from tiny import ask
 
 pytest.importorskip("trl", reason="pip install 'solo-vlm[examples]' (make test-examples)")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer, PrefixCache
+from solo_vlm.utils.errors import SoloError
 from tiny import ask, make_llm, make_solo
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer, open_images, user_turn
 from solo_vlm.generate.folder import answer_folder, find_images
+from solo_vlm.utils.errors import SoloError
 
 REQUEST = {"prompt": "what is this?", "max_new_tokens": 4}
 

@@ -10,7 +10,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from solo_vlm.model.image_loading_solo import ImageError, load_image
+from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
 from solo_vlm.serve.errors import ApiError
 from solo_vlm.serve.images import decode_images
 from solo_vlm.serve.limits import Limits

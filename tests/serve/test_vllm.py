@@ -14,12 +14,12 @@ import torch
 from openai import AuthenticationError, BadRequestError, OpenAI
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer
-from solo_vlm.model.from_llm import compose
+from solo_vlm.models.from_llm import compose
 from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.vllm_server import vllm_command
+from solo_vlm.utils.errors import SoloError
 from tiny import TEXTS, ask
 
 from .conftest import question, served, wait_until

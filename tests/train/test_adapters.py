@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from chats import turn, write_chats
 from solo_vlm.generate import Answerer
-from solo_vlm.model.load import load_model
+from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.start import load_start
 from tiny import ask, make_llm, make_solo

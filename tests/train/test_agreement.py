@@ -7,10 +7,10 @@ import pytest
 
 from small_run import settings
 from solo_vlm.data.sources import fingerprints
-from solo_vlm.errors import SoloError
 from solo_vlm.train import Recipe
 from solo_vlm.train.agreement import changes, check_same_data, describe
-from solo_vlm.train.processes import start_processes
+from solo_vlm.train.parallel.processes import start_processes
+from solo_vlm.utils.errors import SoloError
 
 
 def test_changes_are_named_down_to_the_single_value():

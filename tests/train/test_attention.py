@@ -13,7 +13,7 @@ from PIL import Image
 
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
-from solo_vlm.data.schema import parse_sample
+from solo_vlm.data.sample import parse_sample
 from solo_vlm.train.attention import _flash, _flash_can, packed_attention, use_packed_attention
 from tiny import LLM_CONFIGS, ask, make_solo, png
 

@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from small_run import images, run, settings, texts, write_data
-from solo_vlm.errors import SoloError
 from solo_vlm.train import loop
 from solo_vlm.train.checkpoint import read_progress
 from solo_vlm.train.run_folder import lock
+from solo_vlm.utils.errors import SoloError
 from tiny import make_solo
 
 

@@ -19,14 +19,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from small_run import images, metrics, settings, texts
 from solo_vlm.data.encode import Encoder
-from solo_vlm.errors import SoloError
-from solo_vlm.model.load import load_model
+from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe, loop, train
 from solo_vlm.train.checkpoint import Checkpoints, Progress, load_checkpoint
 from solo_vlm.train.export import export_checkpoint
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.processes import start_processes
+from solo_vlm.train.parallel.processes import start_processes
 from solo_vlm.train.start import load_start, make_loader
+from solo_vlm.utils.errors import SoloError
 from tiny import make_solo
 
 

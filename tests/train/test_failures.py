@@ -14,9 +14,9 @@ import torch.distributed as dist
 import yaml
 
 from small_run import metrics, settings
-from solo_vlm.errors import SoloError
 from solo_vlm.train.failures import Failure, fail_together
 from solo_vlm.train.stopping import Stopped, StopRequest
+from solo_vlm.utils.errors import SoloError
 
 # `solo train` in which one process behaves as told.
 SCRIPT = """

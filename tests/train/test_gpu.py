@@ -16,9 +16,9 @@ import tiny
 from small_run import Group, images, metrics, run, settings, texts, write_data
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
-from solo_vlm.data.schema import parse_sample
+from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate import Answerer, PrefixCache, user_turn
-from solo_vlm.model.loss_solo import supervised_cross_entropy
+from solo_vlm.models.solo.loss_solo import supervised_cross_entropy
 from solo_vlm.train import attention
 from solo_vlm.train.attention import packed_attention, use_packed_attention
 from solo_vlm.train.step import model_inputs

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint import filesystem
 
 from small_run import Group, images, metrics, settings, texts, write_data
-from solo_vlm.model.load import load_model
+from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe, loop, train
 from solo_vlm.train.stopping import Stopped
 from tiny import make_solo

@@ -10,14 +10,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from small_run import metrics, run, settings
-from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer
 from solo_vlm.train import Recipe
 from solo_vlm.train import start as start_module
-from solo_vlm.train.layout import layout
-from solo_vlm.train.parallel import shard
-from solo_vlm.train.processes import start_processes
+from solo_vlm.train.parallel.layout import layout
+from solo_vlm.train.parallel.processes import start_processes
+from solo_vlm.train.parallel.shard import shard
 from solo_vlm.train.start import load_start, make_model
+from solo_vlm.utils.errors import SoloError
 
 pytestmark = pytest.mark.distributed
 

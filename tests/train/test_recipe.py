@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from solo_vlm.data.catalog.registry import DATA_SETS
-from solo_vlm.errors import SoloError
-from solo_vlm.train.devices import find_device
-from solo_vlm.train.layout import Layout, layout
+from solo_vlm.train.estimate.devices import find_device
+from solo_vlm.train.estimate.plan import make_plan
 from solo_vlm.train.optimizer import learning_rate
-from solo_vlm.train.plan import make_plan
+from solo_vlm.train.parallel.layout import Layout, layout
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.utils.errors import SoloError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

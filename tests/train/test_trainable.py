@@ -8,12 +8,12 @@ import torch
 from chats import picture_chat, text_chat
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import encode
-from solo_vlm.data.schema import parse_sample
-from solo_vlm.errors import SoloError
+from solo_vlm.data.sample import parse_sample
 from solo_vlm.train import Recipe
 from solo_vlm.train.adapters import adapter_weights, has_adapters, merge_adapter, save_adapter
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.trainable import choose_trainable
+from solo_vlm.utils.errors import SoloError
 from tiny import make_llm, make_solo
 
 PATCHES = "model.embed_vision_patch.weight"

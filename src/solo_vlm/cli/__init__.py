@@ -24,7 +24,7 @@ from solo_vlm.cli.scaling import app as scaling
 from solo_vlm.cli.serve import serve
 from solo_vlm.cli.train import train
 from solo_vlm.cli.web import web
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 app = typer.Typer(
     name="solo",

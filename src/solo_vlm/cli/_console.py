@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from solo_vlm.lines_file import json_line
+from solo_vlm.utils.json_lines import json_line
 
 STDERR = Console(stderr=True)
 STDOUT = Console(soft_wrap=True)  # a path that wraps cannot be copied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 
 def parse_pixels(option: str, text: str) -> tuple[int, int]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from solo_vlm.cli._console import STDOUT
 
 if TYPE_CHECKING:
-    from solo_vlm.train.devices import Device
-    from solo_vlm.train.plan import Plan
+    from solo_vlm.train.estimate.devices import Device
+    from solo_vlm.train.estimate.plan import Plan
     from solo_vlm.train.recipe import Recipe
 
 _GIB = 2**30
@@ -33,7 +33,7 @@ def choose_device(name: str | None) -> Device:
     """
     import torch
 
-    from solo_vlm.train.devices import find_device, recognize_device
+    from solo_vlm.train.estimate.devices import find_device, recognize_device
 
     here = recognize_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return find_device(name) if name else here or find_device(_DEFAULT_DEVICE)

@@ -9,10 +9,10 @@ import typer
 
 from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
 from solo_vlm.cli._engine import Engine, RunsOn, SideBySide
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
-    from solo_vlm.ablate.settings import Ablation
+    from solo_vlm.experiments.ablations.settings import Ablation
 
 
 def ablate(
@@ -36,7 +36,7 @@ def ablate(
     Started again, it goes on where it stopped. Ablations in the same folder share what is trained alike.
     """
     quiet_libraries()
-    from solo_vlm.ablate.settings import Ablation
+    from solo_vlm.experiments.ablations.settings import Ablation
 
     if list_all:
         return _list(json)
@@ -52,7 +52,7 @@ def ablate(
 def _list(json: bool) -> None:
     from rich.table import Table
 
-    from solo_vlm.ablate.settings import list_ablations
+    from solo_vlm.experiments.ablations.settings import list_ablations
 
     if json:
         return print_json(list_ablations())
@@ -63,7 +63,7 @@ def _list(json: bool) -> None:
 
 
 def _plan(ablation: Ablation, fraction: float, json: bool) -> None:
-    from solo_vlm.ablate.plan import make_plan, plan_table
+    from solo_vlm.experiments.ablations.plan import make_plan, plan_table
 
     plan = make_plan(ablation, fraction)
     if json:
@@ -74,9 +74,9 @@ def _plan(ablation: Ablation, fraction: float, json: bool) -> None:
 
 
 def _run(ablation: Ablation, fraction: float, processes: int, engine: Engine, json: bool) -> None:
-    from solo_vlm.ablate.plots import write_plots
-    from solo_vlm.ablate.run import run_ablation
-    from solo_vlm.ablate.table import results_table
+    from solo_vlm.experiments.ablations.plots import write_plots
+    from solo_vlm.experiments.ablations.run import run_ablation
+    from solo_vlm.experiments.ablations.table import results_table
     from solo_vlm.train.metrics import progress_bar
 
     try:

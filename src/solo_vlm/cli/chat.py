@@ -16,7 +16,7 @@ from rich.prompt import Prompt
 
 from solo_vlm.cli._console import STDOUT, quiet_libraries
 from solo_vlm.cli._quantize import QuantizeOption
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from solo_vlm.generate.conversation import Conversation

@@ -12,7 +12,7 @@ import typer
 from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
 
 if TYPE_CHECKING:
-    from solo_vlm.model.convert.project_folder import Converted
+    from solo_vlm.convert.project_folder import Converted
 
 app = typer.Typer(
     help="Checkpoints of the release, of Megatron and of training runs, to model folders and back.",
@@ -46,7 +46,7 @@ def release(
 ) -> None:
     """Convert the folder of SOLO-7B, or of a model fine-tuned from it by the release's code."""
     quiet_libraries()
-    from solo_vlm.model.convert.release import convert_release
+    from solo_vlm.convert.release import convert_release
 
     _report(convert_release(src, dst, layout.value), json)
 
@@ -68,7 +68,7 @@ def megatron(
 ) -> None:
     """Convert a checkpoint of Megatron-LLM, of any tensor- and pipeline-parallel size."""
     quiet_libraries()
-    from solo_vlm.model.convert.megatron import convert_megatron
+    from solo_vlm.convert.megatron import convert_megatron
 
     _report(convert_megatron(src, dst, tokenizer, vocabulary, iteration, layout.value, rotary.value), json)
 
@@ -77,7 +77,7 @@ def megatron(
 def to_release(src: Source, dst: Destination, json: Json = False) -> None:
     """Write a model over Mistral the way the release does, for its own code."""
     quiet_libraries()
-    from solo_vlm.model.convert.release import convert_to_release
+    from solo_vlm.convert.release import convert_to_release
 
     facts = convert_to_release(src, dst)
     _print(facts, f"{dst}: {facts['tensors']} tensors, {_size(facts['bytes'])}", json)

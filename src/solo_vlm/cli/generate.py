@@ -12,7 +12,7 @@ import typer
 from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
 from solo_vlm.cli._progress import progress_bar
 from solo_vlm.cli._quantize import QuantizeOption
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from solo_vlm.generate import Answerer

@@ -9,10 +9,10 @@ import typer
 
 from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
 from solo_vlm.cli._pixels import parse_pixels
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
-    from solo_vlm.model.image_processing_solo import SoloImageProcessor
+    from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 
 
 def init(
@@ -31,9 +31,9 @@ def init(
 ) -> None:
     """Turn an LLM into a SOLO model: new tokens and one linear layer; its text logits stay the same."""
     quiet_libraries()
-    from solo_vlm.files import check_new
-    from solo_vlm.model.from_llm import from_llm
-    from solo_vlm.model.saving import stop_ids
+    from solo_vlm.models.from_llm import from_llm
+    from solo_vlm.models.saving import stop_ids
+    from solo_vlm.utils.files import check_new
 
     check_new(out)
     images = _image_processor(image_size)
@@ -63,7 +63,7 @@ def init(
 
 
 def _image_processor(size: str) -> SoloImageProcessor:
-    from solo_vlm.model.image_processing_solo import SoloImageProcessor
+    from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 
     if size.isdecimal():
         settings = {"longest_edge": int(size)}

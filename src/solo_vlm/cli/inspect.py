@@ -20,11 +20,11 @@ def inspect(
 ) -> None:
     """Draw the patch grid over the resized image, and tell how many tokens it takes."""
     quiet_libraries()
-    from solo_vlm.files import new_file
     from solo_vlm.generate import open_images
-    from solo_vlm.inspect_image import draw_patch_grid, image_layout
-    from solo_vlm.model.image_processing_solo import SoloImageProcessor
-    from solo_vlm.model.load import load_processor
+    from solo_vlm.models.inspect_image import draw_patch_grid, image_layout
+    from solo_vlm.models.load import load_processor
+    from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
+    from solo_vlm.utils.files import new_file
 
     image_processor = load_processor(model).image_processor if model else SoloImageProcessor()
     picture = open_images([image])[0]

@@ -31,12 +31,12 @@ def push(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Publish a model: card, weights, and the code that lets transformers load it without solo-vlm."""
-    from solo_vlm.errors import SoloError
+    from solo_vlm.utils.errors import SoloError
 
     if dry_run != (out is not None):
         raise SoloError("--dry-run and --out DIR go together: a dry run writes to DIR, an upload needs none")
     quiet_libraries()
-    from solo_vlm.publish.publication import Publication
+    from solo_vlm.hub.publication import Publication
 
     publication = Publication(model, repo_id, run or (), evaluation, licence, base_model)
     if out:

@@ -12,8 +12,8 @@ import typer
 
 from solo_vlm.cli._console import STDERR, quiet_libraries
 from solo_vlm.cli._quantize import QuantizeOption
-from solo_vlm.errors import SoloError
 from solo_vlm.serve.limits import Limits
+from solo_vlm.utils.errors import SoloError
 
 _DEFAULT = Limits()
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")

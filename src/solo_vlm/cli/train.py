@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from solo_vlm.train.recipe import Recipe
@@ -55,7 +55,7 @@ def train(
 
 
 def _train(recipe: Recipe, resume: bool, json: bool) -> None:
-    from solo_vlm.train.loop import train as run
+    from solo_vlm.train.trainer import train as run
 
     trained = run(recipe, resume=resume)
     if int(os.environ.get("RANK", 0)):  # torchrun's first process speaks for all
@@ -75,8 +75,8 @@ def _plan(
     recipe: Recipe, name: str | None, processes: int | None, device: str | None, mfu: float, json: bool
 ) -> None:
     from solo_vlm.cli._plan import choose_device, default_processes, show_plan
-    from solo_vlm.settings import find_settings
-    from solo_vlm.train.plan import make_plan
+    from solo_vlm.train.estimate.plan import make_plan
+    from solo_vlm.utils.settings import find_settings
 
     plan = make_plan(
         recipe,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from solo_vlm.cli._console import STDOUT, quiet_libraries
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 
 def web(
@@ -26,13 +26,13 @@ def web(
     try:
         import uvicorn
 
-        from solo_vlm.web.app import make_app
+        from solo_vlm.serve.page.app import make_app
     except ModuleNotFoundError as error:
         raise SoloError(f"the page needs {error.name}: pip install 'solo-vlm[web]'") from error
-    from solo_vlm.address import take_address
     from solo_vlm.generate import Answerer, PrefixCache
-    from solo_vlm.web.limits import Limits
-    from solo_vlm.web.service import Service
+    from solo_vlm.serve.address import take_address
+    from solo_vlm.serve.page.limits import Limits
+    from solo_vlm.serve.page.service import Service
 
     limits = Limits(
         image_bytes=max_image_mib * 2**20, pixels=max_megapixels * 10**6, new_tokens=max_new_tokens

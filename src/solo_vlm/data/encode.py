@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solo_vlm.data.image_values import ImageSource
-from solo_vlm.data.schema import Sample, SampleError
+from solo_vlm.data.sample import Sample, SampleError
 from solo_vlm.data.sources.files import read_url, retried
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from solo_vlm.model.processing_solo import SoloProcessor
+    from solo_vlm.models.solo.processing_solo import SoloProcessor
 
 IGNORE_INDEX = -100
 
@@ -75,7 +75,7 @@ def encode(
             ("chat-template").
         OSError: disk or network failed while an image was read, five times.
     """
-    from solo_vlm.model.processing_solo import ChatTemplateError
+    from solo_vlm.models.solo.processing_solo import ChatTemplateError
 
     patches, grids = _encode_images(sample, processor)
     try:
@@ -103,7 +103,7 @@ def _encode_images(sample: Sample, processor: SoloProcessor) -> tuple[NDArray[np
 
 @retried
 def _encode_image(image: ImageSource, processor: SoloProcessor) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    from solo_vlm.model.image_loading_solo import ImageFetchError, ImageMissingError
+    from solo_vlm.models.solo.image_loading_solo import ImageFetchError, ImageMissingError
 
     source = _fetch(image) if isinstance(image, str) and _FSSPEC_URL.match(image) else image
     try:
@@ -221,7 +221,7 @@ def load_encoder(path: str | Path) -> Encoder:
     """
     from transformers import AutoTokenizer
 
-    from solo_vlm.model.load import is_solo, load_processor
+    from solo_vlm.models.load import is_solo, load_processor
 
     if is_solo(path):
         return Encoder(load_processor(path))

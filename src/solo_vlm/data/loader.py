@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from solo_vlm.data.collate import PackedBatch, collate
 from solo_vlm.data.sources import Source, fingerprints
 from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 MakeStream = Callable[[int], VirtualStream]
 # What this rank has found, and whether its data have ended -> what each rank has found, and whether all have.

@@ -10,8 +10,8 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
 from solo_vlm.data.sources import Source, open_source
 from solo_vlm.data.streams import Weigh
-from solo_vlm.errors import SoloError
-from solo_vlm.settings import Settings, find_settings, override, read_settings
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.settings import Settings, find_settings, override, read_settings
 
 LOADER_SETTINGS = frozenset({"workers", "threads"})  # of `DataSettings`: who reads, not what is read
 

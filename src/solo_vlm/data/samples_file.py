@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from solo_vlm.files import new_file
+from solo_vlm.utils.files import new_file
 
 # Of a row group, what a stream holds in memory. A loader has hundreds open: 64 streams, 4 each, all sources.
 _ROWS, _BYTES = 256, 4_000_000

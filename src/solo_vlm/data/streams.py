@@ -21,9 +21,9 @@ import numpy as np
 
 from solo_vlm.data.encode import Document, fit_to_length
 from solo_vlm.data.packing import Packer
-from solo_vlm.data.schema import Sample, SampleError, parse_sample
+from solo_vlm.data.sample import Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 State = dict[str, Any]
 Key = tuple[int, int, int, int]  # source, unit, row, piece of a long text

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from solo_vlm.evaluate.answers import AnswerFile, SavedAnswer
 from solo_vlm.evaluate.engines import Answer, Engine, ModelEngine, Question
 from solo_vlm.generate import Answerer
-from solo_vlm.model.image_loading_solo import ImageError
+from solo_vlm.models.solo.image_loading_solo import ImageError
 
 DEFAULT_LONGEST = 1024
 """Tokens of an answer where a task sets no limit, as lmms-eval's own models have it."""

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from solo_vlm.errors import SoloError
-from solo_vlm.lines_file import LinesFile
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.json_lines import LinesFile
 
 
 @dataclass(frozen=True)

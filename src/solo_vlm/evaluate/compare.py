@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks import Benchmark, get
 from solo_vlm.evaluate.run_folder import RunFolder
 from solo_vlm.evaluate.score import Judgement
 from solo_vlm.evaluate.statistics import paired_difference, score_of
+from solo_vlm.utils.errors import SoloError
 
 
 @dataclass(frozen=True)

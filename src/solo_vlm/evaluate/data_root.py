@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks import Benchmark
 from solo_vlm.evaluate.predictions import column_name
 from solo_vlm.evaluate.rows import EncodedRows
 from solo_vlm.evaluate.tables import read_delimited, read_json_lines
 from solo_vlm.evaluate.vlmevalkit import hub_row
-from solo_vlm.model.image_loading_solo import ImageError, read_data_url
+from solo_vlm.models.solo.image_loading_solo import ImageError, read_data_url
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
-from solo_vlm.errors import SoloError
 from solo_vlm.generate.batches import Answer, ModelEngine, Question
-from solo_vlm.html import image_url
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.pages import image_url
 
 if TYPE_CHECKING:
-    from solo_vlm.model.processing_solo import Message
+    from solo_vlm.models.solo.processing_solo import Message
 
 __all__ = ["Answer", "Engine", "ModelEngine", "Question", "ServedEngine"]
 

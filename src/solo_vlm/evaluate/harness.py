@@ -20,7 +20,7 @@ from PIL import ImageFile
 from solo_vlm.evaluate.adapter import EngineModel
 from solo_vlm.evaluate.benchmarks import Benchmark
 from solo_vlm.evaluate.rows import EncodedRows, decoded
-from solo_vlm.model.image_loading_solo import ImageError
+from solo_vlm.models.solo.image_loading_solo import ImageError
 
 # lmms-eval makes Pillow fill up images that are cut off. Here such a row is a bad one, and says so.
 ImageFile.LOAD_TRUNCATED_IMAGES = False

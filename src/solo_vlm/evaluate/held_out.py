@@ -9,12 +9,12 @@ from typing import Any
 
 from PIL import Image
 
-from solo_vlm.data.schema import Sample, SampleError, parse_sample
+from solo_vlm.data.sample import Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source, open_source
-from solo_vlm.errors import SoloError
 from solo_vlm.generate import Answerer
-from solo_vlm.model.image_loading_solo import load_image
-from solo_vlm.model.processing_solo import Message
+from solo_vlm.models.solo.image_loading_solo import load_image
+from solo_vlm.models.solo.processing_solo import Message
+from solo_vlm.utils.errors import SoloError
 
 _BATCH = 50
 _MAX_NEW_TOKENS = 40

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.mathvista_answers import Problem
 from solo_vlm.evaluate.multiple_choice import judgement
 from solo_vlm.evaluate.predictions import Prediction
 from solo_vlm.evaluate.score import Judgement
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from openai import OpenAI

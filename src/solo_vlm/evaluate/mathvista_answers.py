@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, Self
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.extract import read_choice, read_list, same_text
 from solo_vlm.evaluate.numbers import as_number, read_number
 from solo_vlm.evaluate.options import as_list
 from solo_vlm.evaluate.predictions import Prediction, present
 from solo_vlm.evaluate.response_text import clean, plain
+from solo_vlm.utils.errors import SoloError
 
 _QUESTION_TYPES = ("multi_choice", "free_form")
 _ANSWER_TYPES = ("text", "integer", "float", "list")

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.extract import parse_literal, same_text
 from solo_vlm.evaluate.predictions import Prediction, present
 from solo_vlm.evaluate.response_text import without_markup
+from solo_vlm.utils.errors import SoloError
 
 _UNKNOWN = [""] * 5  # no benchmark here has more options
 _LETTERS = ascii_lowercase[:10]  # columns beyond are no options: VLMEvalKit's tables go to I

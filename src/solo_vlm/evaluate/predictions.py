@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from solo_vlm.errors import SoloError
-from solo_vlm.files import new_file
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file
 
 _IMAGE_COLUMNS = ("image", "images", "decoded_image")
 _NAMES_OF_ROWS = ("pid", "index", "id")

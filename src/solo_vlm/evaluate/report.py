@@ -14,9 +14,9 @@ from solo_vlm.evaluate.benchmarks import Benchmark
 from solo_vlm.evaluate.published import PUBLISHED
 from solo_vlm.evaluate.rows import Rows
 from solo_vlm.evaluate.score import Judgement, Part, Score
-from solo_vlm.files import new_file
-from solo_vlm.html import png_url, render, thumbnail_url
-from solo_vlm.model.image_loading_solo import ImageError
+from solo_vlm.models.solo.image_loading_solo import ImageError
+from solo_vlm.utils.files import new_file
+from solo_vlm.utils.pages import png_url, render, thumbnail_url
 
 _SHOWN = 12  # right answers, and as many wrong ones, of each task
 

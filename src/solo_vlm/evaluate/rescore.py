@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks import Benchmark
 from solo_vlm.evaluate.predictions import Prediction, check_unique, present, read_predictions
 from solo_vlm.evaluate.score import Score
 from solo_vlm.evaluate.tables import Row, read_table
+from solo_vlm.utils.errors import SoloError
 
 _RESPONSES = ("response", "prediction", "extraction")
 

@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks import Benchmark
 from solo_vlm.evaluate.options import with_option_texts
 from solo_vlm.evaluate.predictions import check_unique, without_images
-from solo_vlm.model.image_loading_solo import ImageError, load_image
+from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solo_vlm import __version__
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.answers import AnswerFile
 from solo_vlm.evaluate.benchmarks import Benchmark
 from solo_vlm.evaluate.engines import Engine
@@ -21,7 +20,8 @@ from solo_vlm.evaluate.report import TaskReport, write_reports
 from solo_vlm.evaluate.rows import Rows
 from solo_vlm.evaluate.run_folder import RunFolder
 from solo_vlm.evaluate.score import Score
-from solo_vlm.files import check_new
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import check_new
 
 if TYPE_CHECKING:
     from solo_vlm.evaluate.adapter import EngineModel

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.predictions import Prediction, read_predictions, write_predictions
 from solo_vlm.evaluate.score import Score
-from solo_vlm.files import new_file
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file
 
 
 @dataclass(frozen=True)

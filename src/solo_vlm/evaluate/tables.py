@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.predictions import column_name, present, without_images
+from solo_vlm.utils.errors import SoloError
 
 Row = dict[str, Any]
 

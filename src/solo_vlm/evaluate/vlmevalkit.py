@@ -8,10 +8,10 @@ from pathlib import PurePath
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks.seedbench import DIMENSIONS
 from solo_vlm.evaluate.options import as_list, options_in_columns, right_letter
 from solo_vlm.evaluate.predictions import Prediction, present
+from solo_vlm.utils.errors import SoloError
 
 Row = dict[str, Any]
 _SEED_OPTIONS = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 
 def weights_hash(model: str | Path) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from transformers import StoppingCriteria, TextStreamer
 
-from solo_vlm.errors import SoloError
 from solo_vlm.generate.prefix_cache import (
     PrefixCache,
     can_reuse_prefixes,
@@ -18,12 +17,13 @@ from solo_vlm.generate.prefix_cache import (
     without_known_images,
 )
 from solo_vlm.generate.roomy_cache import has_full_attention, roomy_cache
-from solo_vlm.model.image_loading_solo import ImageError
-from solo_vlm.model.load import load_config, load_model, load_processor
-from solo_vlm.model.modeling_solo import SoloForConditionalGeneration
-from solo_vlm.model.processing_solo import ChatTemplateError, Message, SoloProcessor
-from solo_vlm.model.quantization import Quantization, quantization_config
-from solo_vlm.model.saving import stop_ids
+from solo_vlm.models.load import load_config, load_model, load_processor
+from solo_vlm.models.quantization import Quantization, quantization_config
+from solo_vlm.models.saving import stop_ids
+from solo_vlm.models.solo.image_loading_solo import ImageError
+from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+from solo_vlm.models.solo.processing_solo import ChatTemplateError, Message, SoloProcessor
+from solo_vlm.utils.errors import SoloError
 
 LOWEST_TEMPERATURE = 1e-4  # below, logits divided by it would be infinite
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, TypeVar
 
-from solo_vlm.errors import SoloError
 from solo_vlm.generate.answerer import Answerer
-from solo_vlm.model.processing_solo import Message
+from solo_vlm.models.solo.processing_solo import Message
+from solo_vlm.utils.errors import SoloError
 
 _WINDOW = 16  # batches that are sorted by length together; their images are in memory at the same time
 _AHEAD = 4  # batches that are encoded before they are needed

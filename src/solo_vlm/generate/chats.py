@@ -8,9 +8,9 @@ from typing import Any
 from PIL import Image
 
 from solo_vlm.data.text_values import check_text
-from solo_vlm.errors import SoloError
-from solo_vlm.model.image_loading_solo import ImageError, load_image
-from solo_vlm.model.processing_solo import Message
+from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
+from solo_vlm.models.solo.processing_solo import Message
+from solo_vlm.utils.errors import SoloError
 
 
 def check_prompt(prompt: str) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from solo_vlm.data.image_values import locate_images
-from solo_vlm.data.schema import SampleError, parse_sample
+from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.text_values import load_json
-from solo_vlm.errors import SoloError
-from solo_vlm.files import new_file
 from solo_vlm.generate.answerer import Answerer, Reply
 from solo_vlm.generate.chats import open_images, user_turn
-from solo_vlm.lines_file import json_line
-from solo_vlm.model.processing_solo import Message
+from solo_vlm.models.solo.processing_solo import Message
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file
+from solo_vlm.utils.json_lines import json_line
 
 
 class Conversation:

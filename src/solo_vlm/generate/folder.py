@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from solo_vlm.data.text_values import natural_key
-from solo_vlm.errors import SoloError
-from solo_vlm.files import new_file
 from solo_vlm.generate.answerer import Answerer
 from solo_vlm.generate.batches import ModelEngine, Question
 from solo_vlm.generate.chats import user_turn
-from solo_vlm.lines_file import LinesFile, json_line
-from solo_vlm.model.image_loading_solo import ImageError, image_suffixes, load_image
+from solo_vlm.models.solo.image_loading_solo import ImageError, image_suffixes, load_image
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file
+from solo_vlm.utils.json_lines import LinesFile, json_line
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from solo_vlm.data.schema import parse_sample
+from solo_vlm.data.sample import parse_sample
 from solo_vlm.data.sources import all_rows
-from solo_vlm.files import new_folder
+from solo_vlm.utils.files import new_folder
 
 
 def write_untrained_llm(out: Path, texts: Iterable[str], seed: int = 0) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from solo_vlm.evaluate.held_out import HeldOutAnswer
-from solo_vlm.files import new_file
-from solo_vlm.html import image_url, png_url, render
+from solo_vlm.utils.files import new_file
+from solo_vlm.utils.pages import image_url, png_url, render
 
 Answers = Mapping[str, Sequence[HeldOutAnswer]]
 

@@ -11,17 +11,17 @@ from typing import Any
 
 from rich.progress import Progress
 
-from solo_vlm.data.toy import write_toy_data
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.held_out import HeldOutAnswer, accuracy, answer_questions, read_questions
-from solo_vlm.files import new_file
 from solo_vlm.generate import Answerer
-from solo_vlm.model.from_llm import from_llm
+from solo_vlm.models.from_llm import from_llm
+from solo_vlm.quickstart.data import write_toy_data
 from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 from solo_vlm.quickstart.report import write_examples, write_loss_curve, write_report
-from solo_vlm.train.loop import Trained, train
 from solo_vlm.train.metrics import progress_bar, read_metrics
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.trainer import Trained, train
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file
 
 STAGES = ("llm", "stage1", "stage2", "stage3", "sft")
 _MARK = "quickstart.json"

@@ -15,9 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from solo_vlm.errors import SoloError
 from solo_vlm.generate import ContextError
-from solo_vlm.model.processing_solo import Message
+from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.serve.chat_request import ChatMessage, ChatRequest, TextPart, parse_request
 from solo_vlm.serve.connection import read_body, unless_disconnected
 from solo_vlm.serve.engine import Engine
@@ -27,6 +26,7 @@ from solo_vlm.serve.job import Finish, Job, Sampling
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.metrics import Metrics
 from solo_vlm.serve.replies import EventStream, Reply
+from solo_vlm.utils.errors import SoloError
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from threading import Condition, Lock, Thread
 from typing import Any
 
 from solo_vlm.generate import Answerer
-from solo_vlm.model.processing_solo import Message
+from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.serve.batch import answer_together
 from solo_vlm.serve.job import Job
 

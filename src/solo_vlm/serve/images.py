@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-from solo_vlm.model.image_loading_solo import ImageError, load_image, read_data_url
+from solo_vlm.models.solo.image_loading_solo import ImageError, load_image, read_data_url
 from solo_vlm.serve.errors import ApiError
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.web_images import fetch_image

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from solo_vlm.address import take_address
 from solo_vlm.generate import Answerer
+from solo_vlm.serve.address import take_address
 from solo_vlm.serve.app import make_app
 from solo_vlm.serve.engine import Engine
 from solo_vlm.serve.limits import Limits

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from solo_vlm.errors import SoloError
 from solo_vlm.serve.limits import Limits
+from solo_vlm.utils.errors import SoloError
 
 # vLLM fetches images from anywhere, private networks included, unless it has a list of hosts. This one can
 # never exist (RFC 6761).

@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from solo_vlm.train.loop import train
     from solo_vlm.train.recipe import Recipe
+    from solo_vlm.train.trainer import train
 
-_LAZY = {"Recipe": "solo_vlm.train.recipe", "train": "solo_vlm.train.loop"}
+_LAZY = {"Recipe": "solo_vlm.train.recipe", "train": "solo_vlm.train.trainer"}
 
 __all__ = ["Recipe", "train"]
 

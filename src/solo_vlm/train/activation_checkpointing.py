@@ -13,7 +13,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from solo_vlm.train.parallel import decoder_layers
+from solo_vlm.train.parallel.shard import decoder_layers
 
 # What takes long to compute: matrix products and attention. Everything else is computed again.
 _KEPT = {

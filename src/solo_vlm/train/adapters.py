@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from solo_vlm.errors import SoloError
-from solo_vlm.model.quantization import HEAD, PATCH_EMBEDDING
+from solo_vlm.models.quantization import HEAD, PATCH_EMBEDDING
 from solo_vlm.train.recipe import LoraSettings
+from solo_vlm.utils.errors import SoloError
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraSettings | None, new_tokens: bool) -> None:

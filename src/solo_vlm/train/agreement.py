@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from solo_vlm.data.sources import Source, fingerprints
-from solo_vlm.errors import SoloError
-from solo_vlm.train.processes import Processes
+from solo_vlm.train.parallel.processes import Processes
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.utils.errors import SoloError
 
 _LISTED = 3
 

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from solo_vlm.errors import SoloError
 from solo_vlm.train.optimizer import MOMENTS, named_trainable
-from solo_vlm.train.processes import LONG, Processes
+from solo_vlm.train.parallel.processes import LONG, Processes
+from solo_vlm.utils.errors import SoloError
 
 _STATE = "training_state.json"
 _PARTIAL = ".partial-"  # as in files.py, but one name that all processes know

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from solo_vlm.errors import SoloError
-from solo_vlm.train.parallel import decoder_layers
+from solo_vlm.train.parallel.shard import decoder_layers
+from solo_vlm.utils.errors import SoloError
 
 _FLOAT8_SINCE = (8, 9)  # compute capability: Ada, Hopper and later
 

@@ -10,15 +10,15 @@ from typing import Any
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
-from solo_vlm.errors import SoloError
-from solo_vlm.files import new_folder
-from solo_vlm.model.saving import save_model
+from solo_vlm.models.saving import save_model
 from solo_vlm.train.adapters import adapter_weights, has_adapters, merge_adapter, save_adapter
 from solo_vlm.train.checkpoint import latest_checkpoint, load_checkpoint
-from solo_vlm.train.processes import Processes
+from solo_vlm.train.parallel.processes import Processes
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.start import load_start
 from solo_vlm.train.trainable import choose_trainable
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_folder
 
 
 def export(out: Path, model: PreTrainedModel, processor: Any, recipe: Recipe, processes: Processes) -> Path:

@@ -22,8 +22,8 @@ from rich.console import Console
 from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 
-from solo_vlm.errors import SoloError
 from solo_vlm.train.stopping import Stopped, StopRequest
+from solo_vlm.utils.errors import SoloError
 
 _KEY = "solo_vlm/failure"
 _POLL_SECONDS = 0.5

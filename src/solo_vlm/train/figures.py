@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import LoadedSequence
-from solo_vlm.errors import SoloError
-from solo_vlm.model.flops import training_flops
-from solo_vlm.train.devices import recognize_device
-from solo_vlm.train.processes import Processes
+from solo_vlm.models.flops import training_flops
+from solo_vlm.train.estimate.devices import recognize_device
+from solo_vlm.train.parallel.processes import Processes
 from solo_vlm.train.step import supervised_tokens
+from solo_vlm.utils.errors import SoloError
 
 _COUNTED = ("supervised", "documents", "tokens", "vision", "flops")
 

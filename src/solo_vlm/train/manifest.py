@@ -14,9 +14,9 @@ import torch
 
 from solo_vlm import __version__
 from solo_vlm.data.sources import Source
-from solo_vlm.errors import SoloError
-from solo_vlm.files import new_file
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file
 
 # Those that results may depend on. Without OpenCV, images are resized by torch and differ by a level of 255.
 _PACKAGES = (

@@ -11,8 +11,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from solo_vlm.files import new_file
 from solo_vlm.train.trackers import Tracker
+from solo_vlm.utils.files import new_file
 
 _SHOWN = {  # in the live view: name, and how it is written
     "loss": "{:.4f}",

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_valida
 from pydantic_core import PydanticCustomError
 
 from solo_vlm.data.mixture import DataSettings, Mixture, SourceSettings
-from solo_vlm.settings import Settings
+from solo_vlm.utils.settings import Settings
 
 
 class OptimizerSettings(Settings):

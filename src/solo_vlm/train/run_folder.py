@@ -11,11 +11,11 @@ import yaml
 
 from solo_vlm.data.mixture import LOADER_SETTINGS
 from solo_vlm.data.sources import open_source
-from solo_vlm.errors import SoloError
-from solo_vlm.files import new_file, remove_partial
 from solo_vlm.train.agreement import changes, describe
 from solo_vlm.train.checkpoint import latest_checkpoint
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file, remove_partial
 
 # What may change between two parts of one run: it says who works and what is noted, not what is learned.
 _FREE = ("root", "parallel", "activation_checkpointing", "compile", "log_every", "trackers", "checkpoint")

@@ -17,16 +17,16 @@ from solo_vlm.data.mixture import DataSettings, Mixture
 from solo_vlm.data.sources import Source
 from solo_vlm.data.sources.units import SharedUnits
 from solo_vlm.data.streams import MixtureItem, VirtualStream
-from solo_vlm.errors import SoloError
-from solo_vlm.model.load import load_model
-from solo_vlm.model.quantization import quantization_config
+from solo_vlm.models.load import load_model
+from solo_vlm.models.quantization import quantization_config
 from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.compilation import compile_layers, use_float8
-from solo_vlm.train.parallel import fill, shard
-from solo_vlm.train.processes import Processes
+from solo_vlm.train.parallel.processes import Processes
+from solo_vlm.train.parallel.shard import fill, shard
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.trainable import choose_trainable
+from solo_vlm.utils.errors import SoloError
 
 
 def load_start(path: str | Path, recipe: Recipe | None = None) -> tuple[PreTrainedModel, Any]:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from solo_vlm.data.collate import PackedBatch
 from solo_vlm.data.encode import IGNORE_INDEX
-from solo_vlm.train.parallel import agree_on_replicas
-from solo_vlm.train.processes import Processes
+from solo_vlm.train.parallel.processes import Processes
+from solo_vlm.train.parallel.shard import agree_on_replicas
 from solo_vlm.train.recipe import Recipe
 
 

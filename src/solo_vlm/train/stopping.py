@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 
 class Stopped(SoloError):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from solo_vlm.errors import SoloError
-from solo_vlm.files import new_file
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file
 
 
 class Tracker(Protocol):

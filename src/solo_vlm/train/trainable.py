@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from solo_vlm.errors import SoloError
 from solo_vlm.train.adapters import add_adapters
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.utils.errors import SoloError
 
 
 def choose_trainable(model: PreTrainedModel, recipe: Recipe, processes: int = 1) -> None:

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from solo_vlm.train.agreement import check_same_data
-from solo_vlm.train.parallel import reshard
-from solo_vlm.train.processes import Processes
+from solo_vlm.train.parallel.processes import Processes
+from solo_vlm.train.parallel.shard import reshard
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.start import make_loader
 from solo_vlm.train.step import model_inputs, precision, supervised_tokens

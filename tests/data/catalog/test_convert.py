@@ -15,8 +15,8 @@ import pytest
 from catalog_rows import JPEG, USUAL, cauldron, llava
 from solo_vlm.data.catalog import json_values, pieces, raw_files
 from solo_vlm.data.catalog.convert import REPORT_FILE, convert
-from solo_vlm.data.schema import SampleError, parse_sample
-from solo_vlm.errors import SoloError
+from solo_vlm.data.sample import SampleError, parse_sample
+from solo_vlm.utils.errors import SoloError
 
 SLIMPAJAMA = [{"text": f"Document {n}.", "meta": {"redpajama_set_name": "RedPajamaBook"}} for n in range(40)]
 WEB = {"text": "Buy!", "meta": {"redpajama_set_name": "RedPajamaC4"}}

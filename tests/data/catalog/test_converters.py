@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from catalog_rows import FINETUNING, JPEG, PRETRAINING, USUAL, cauldron, llava
 from solo_vlm.data.catalog.raw_folder import RawFolder
 from solo_vlm.data.catalog.registry import DATA_SETS, get
-from solo_vlm.data.schema import SampleError, parse_sample
-from solo_vlm.errors import SoloError
+from solo_vlm.data.sample import SampleError, parse_sample
+from solo_vlm.utils.errors import SoloError
 
 FIELDS = sorted({field for row, _ in USUAL.values() for field in row} | {"role", "content", "from", "value"})
 

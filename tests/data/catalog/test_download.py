@@ -10,7 +10,7 @@ import pytest
 
 from solo_vlm.data.catalog.download import download
 from solo_vlm.data.catalog.registry import get
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 
 @pytest.fixture

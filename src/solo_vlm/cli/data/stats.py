@@ -29,7 +29,7 @@ def stats(
     quiet_libraries()
     from solo_vlm.data.encode import load_encoder
     from solo_vlm.data.mixture import Mixture
-    from solo_vlm.data.stats import mixture_stats
+    from solo_vlm.data.survey.stats import mixture_stats
 
     settings = Mixture.load(mixture, overrides or [])
     encoder = load_encoder(settings.model_source())

@@ -24,7 +24,7 @@ def verify(
     quiet_libraries()
     from solo_vlm.data.encode import load_encoder
     from solo_vlm.data.mixture import Mixture
-    from solo_vlm.data.verify import verify_mixture
+    from solo_vlm.data.survey.verify import verify_mixture
 
     settings = Mixture.load(mixture, overrides or [])
     encoder = load_encoder(settings.model_source())

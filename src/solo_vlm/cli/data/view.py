@@ -22,8 +22,8 @@ def view(
     """Write an HTML page of samples: patches of the images, tokens, and which of these are supervised."""
     quiet_libraries()
     from solo_vlm.data.encode import load_encoder
-    from solo_vlm.data.gallery import write_gallery
     from solo_vlm.data.mixture import Mixture
+    from solo_vlm.data.survey.view import write_gallery
 
     settings = Mixture.load(mixture, overrides or [])
     shown = write_gallery(out, settings, load_encoder(settings.model_source()), samples, seed)

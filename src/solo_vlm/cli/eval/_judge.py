@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from solo_vlm.evaluate.benchmarks import Benchmark

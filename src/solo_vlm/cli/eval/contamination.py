@@ -37,7 +37,7 @@ def contamination(
     from solo_vlm.evaluate.contamination.page import write_page
     from solo_vlm.evaluate.data_root import load_benchmark
     from solo_vlm.evaluate.rows import Rows
-    from solo_vlm.files import new_file
+    from solo_vlm.utils.files import new_file
 
     settings = Mixture.load(mixture)
     benchmarks = {

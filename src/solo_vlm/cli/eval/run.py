@@ -13,7 +13,7 @@ from solo_vlm.cli._progress import progress_bar
 from solo_vlm.cli.eval._judge import JudgeModel, JudgeUrl, benchmark_of
 from solo_vlm.cli.eval._scores import print_score
 from solo_vlm.cli.eval._tasks import DataRoot, Tasks, task_names
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from solo_vlm.evaluate.engines import Engine

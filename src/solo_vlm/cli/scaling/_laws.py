@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solo_vlm.cli._console import STDOUT
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
-    from solo_vlm.scaling.analysis import Analysis
+    from solo_vlm.experiments.scaling.analysis import Analysis
 
 
 def fit_and_draw(
@@ -22,9 +22,9 @@ def fit_and_draw(
         SoloError: as `analysis.analyse`, or the extra `science` is not installed.
     """
     try:
-        from solo_vlm.scaling.analysis import analyse
-        from solo_vlm.scaling.charts import charts
-        from solo_vlm.scaling.plots import write_plots
+        from solo_vlm.experiments.scaling.analysis import analyse
+        from solo_vlm.experiments.scaling.charts import charts
+        from solo_vlm.experiments.scaling.plots import write_plots
 
         analysis = analyse(points)
         if facts:

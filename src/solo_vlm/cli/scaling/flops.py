@@ -9,12 +9,12 @@ import typer
 
 from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
 from solo_vlm.cli._pixels import parse_pixels
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from solo_vlm.scaling.flops import Comparison
+    from solo_vlm.experiments.scaling.flops import Comparison
 
 _TERA = 1e12
 
@@ -32,7 +32,7 @@ def flops(
 ) -> None:
     """Count the FLOPs of text and images, for SOLO and for LLaVA with the same decoder."""
     quiet_libraries()
-    from solo_vlm.scaling.flops import IMAGE_SIZES, compare
+    from solo_vlm.experiments.scaling.flops import IMAGE_SIZES, compare
 
     if model and config:
         raise SoloError("give --model or --config, not both")
@@ -42,8 +42,8 @@ def flops(
 
 
 def _config(source: str | Path | None) -> Any:
-    from solo_vlm.model.configuration_solo import SoloConfig
-    from solo_vlm.model.load import load_config
+    from solo_vlm.models.load import load_config
+    from solo_vlm.models.solo.configuration_solo import SoloConfig
 
     return load_config(source) if source else SoloConfig()
 

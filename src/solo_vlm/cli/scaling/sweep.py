@@ -21,8 +21,8 @@ def sweep(
 ) -> None:
     """Train every size at every budget, then fit and plot. Started again, it goes on where it stopped."""
     quiet_libraries()
-    from solo_vlm.scaling.sweep import run_sweep
-    from solo_vlm.scaling.sweep_settings import SweepSettings
+    from solo_vlm.experiments.scaling.sweep import run_sweep
+    from solo_vlm.experiments.scaling.sweep_settings import SweepSettings
 
     loaded = SweepSettings.load(settings, overrides or [])
     root = Path(loaded.root)

@@ -7,7 +7,7 @@ from typing import Any
 from solo_vlm.data.catalog.entry import Convert, RawRow, SampleRow
 from solo_vlm.data.catalog.raw_folder import RawFolder
 from solo_vlm.data.catalog.rows import conversation, document, field, image_member, list_field, text
-from solo_vlm.data.schema import SampleError
+from solo_vlm.data.sample import SampleError
 
 _REQUEST = "Describe this image in detail."
 

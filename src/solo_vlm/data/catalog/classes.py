@@ -8,8 +8,8 @@ from pathlib import Path
 from solo_vlm.data.catalog.entry import RawRow, SampleRow
 from solo_vlm.data.catalog.raw_folder import RawFolder
 from solo_vlm.data.catalog.rows import document, field, image_member
-from solo_vlm.data.schema import SampleError
-from solo_vlm.errors import SoloError
+from solo_vlm.data.sample import SampleError
+from solo_vlm.utils.errors import SoloError
 
 CLASS_LIST = "mapping.txt"
 

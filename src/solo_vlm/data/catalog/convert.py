@@ -11,8 +11,8 @@ from solo_vlm.data.catalog.engines import Engine, run
 from solo_vlm.data.catalog.pieces import plan
 from solo_vlm.data.catalog.registry import get
 from solo_vlm.data.catalog.report import Report
-from solo_vlm.errors import SoloError
-from solo_vlm.files import new_file, remove_partial
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file, remove_partial
 
 REPORT_FILE = "report.json"
 

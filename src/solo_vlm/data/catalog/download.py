@@ -11,7 +11,7 @@ from codecs import BOM_UTF8
 from pathlib import Path
 
 from solo_vlm.data.catalog.entry import DataSet, UrlList
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 _INSTALL = "python -m venv .venv-img2dataset && .venv-img2dataset/bin/pip install img2dataset"
 _LONG_SIDE = 1024  # the processor never shows a model more

@@ -11,7 +11,7 @@ from typing import Literal
 
 from solo_vlm.data.catalog.pieces import Piece, convert_piece
 from solo_vlm.data.catalog.report import Report
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 Engine = Literal["local", "ray"]
 

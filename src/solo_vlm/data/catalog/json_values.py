@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from solo_vlm.data.schema import SampleError
+from solo_vlm.data.sample import SampleError
 
 _CHUNK = 1 << 20
 _LONGEST = 1 << 28

@@ -5,7 +5,7 @@ from __future__ import annotations
 from solo_vlm.data.catalog.entry import Convert, RawRow, SampleRow
 from solo_vlm.data.catalog.raw_folder import RawFolder
 from solo_vlm.data.catalog.rows import Turn, conversation, document, field, list_field, role, text
-from solo_vlm.data.schema import SampleError
+from solo_vlm.data.sample import SampleError
 
 
 def chat(field_name: str, id_field: str) -> Convert:

@@ -20,7 +20,7 @@ from solo_vlm.data.catalog.rows import (
     role,
     text,
 )
-from solo_vlm.data.schema import IMAGE_PLACEHOLDER, SampleError
+from solo_vlm.data.sample import IMAGE_PLACEHOLDER, SampleError
 
 
 def chat(row: RawRow, folder: RawFolder) -> SampleRow:

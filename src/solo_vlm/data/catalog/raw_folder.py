@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from solo_vlm.data.image_values import data_url, image_source, is_base64_image, local_path
-from solo_vlm.data.schema import SampleError
+from solo_vlm.data.sample import SampleError
 
 StoredImage = dict[str, Any]
 

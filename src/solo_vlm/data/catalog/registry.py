@@ -7,7 +7,7 @@ import difflib
 from solo_vlm.data.catalog.entry import DataSet
 from solo_vlm.data.catalog.finetuning import FINETUNING
 from solo_vlm.data.catalog.pretraining import PRETRAINING
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 DATA_SETS = {data_set.name: data_set for data_set in (*PRETRAINING, *FINETUNING)}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from solo_vlm.data.catalog.entry import SampleRow
 from solo_vlm.data.catalog.raw_folder import StoredImage
-from solo_vlm.data.schema import SampleError
+from solo_vlm.data.sample import SampleError
 from solo_vlm.data.text_values import natural_key, sample_id
 
 Part = dict[str, Any]
@@ -85,7 +85,7 @@ def _row(turns: list[Turn], images: list[StoredImage], id: Any) -> SampleRow:
 
 def image_member(row: dict[str, Any]) -> Any:
     """The first image in a row of a tar, whose fields have the suffixes of its members; None without one."""
-    from solo_vlm.model.image_loading_solo import image_suffixes
+    from solo_vlm.models.solo.image_loading_solo import image_suffixes
 
     suffixes = image_suffixes()
     names = sorted((name for name in row if f".{name.rpartition('.')[2]}" in suffixes), key=natural_key)

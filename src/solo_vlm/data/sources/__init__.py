@@ -11,7 +11,7 @@ from solo_vlm.data.sources.jsonl import JsonlSource
 from solo_vlm.data.sources.megatron_indexed import TEXT_INDEX, MegatronIndexedSource
 from solo_vlm.data.sources.parquet import ParquetSource
 from solo_vlm.data.sources.webdataset import WebDatasetSource
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 
 class Source(Protocol):

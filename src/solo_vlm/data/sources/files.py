@@ -13,8 +13,8 @@ import fsspec
 import pyarrow as pa
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-from solo_vlm.data.schema import SampleError
-from solo_vlm.errors import SoloError
+from solo_vlm.data.sample import SampleError
+from solo_vlm.utils.errors import SoloError
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solo_vlm.data.sources.files import DataFile, retried
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, arrays, documents

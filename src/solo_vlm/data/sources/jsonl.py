@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from solo_vlm.data.image_values import locate_images
-from solo_vlm.data.schema import SampleError
+from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources.files import CODECS, DataFile, broken_unit, fingerprint, retried
 from solo_vlm.data.sources.release_jsonl import as_chat_row
 from solo_vlm.data.sources.units import UnitIndex

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from solo_vlm.data.schema import SampleError
+from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources.files import DataFile, find_files, fingerprint
 from solo_vlm.data.sources.indexed_file import IndexedFile
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -191,7 +191,7 @@ class _Documents(Sequence[dict[str, Any]]):
 
 def _pixels(patches: NDArray[Any]) -> NDArray[np.uint8]:
     """(patches, 3, size, size) normalised floats to pixels."""
-    from solo_vlm.model.configuration_solo import IMAGENET_MEAN, IMAGENET_STD
+    from solo_vlm.models.solo.configuration_solo import IMAGENET_MEAN, IMAGENET_STD
 
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return np.clip(np.rint((patches.astype(np.float32) * std + mean) * 255), 0, 255).astype(np.uint8)

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from solo_vlm.data.image_values import COLUMNS, locate_images
-from solo_vlm.data.schema import SampleError
+from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources.files import DataFile, broken_unit, fingerprint, retried
 from solo_vlm.data.sources.units import UnitIndex
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 _NEEDED = ("messages", *COLUMNS)
 

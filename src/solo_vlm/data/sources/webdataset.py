@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from solo_vlm.data.image_values import COLUMNS, locate_images
-from solo_vlm.data.schema import SampleError
+from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources.files import DataFile, broken_unit, fingerprint, retried
 from solo_vlm.data.text_values import load_json, natural_key
 
@@ -164,7 +164,7 @@ def _row(members: list[tuple[str, bytes]]) -> dict[str, Any]:
 
 
 def _is_image(extension: str) -> bool:
-    from solo_vlm.model.image_loading_solo import image_suffixes
+    from solo_vlm.models.solo.image_loading_solo import image_suffixes
 
     return f".{extension.rpartition('.')[2]}" in image_suffixes()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks.ai2d import AI2D, AI2D_NO_MASK
 from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
 from solo_vlm.evaluate.benchmarks.mathvista import MATHVISTA
@@ -12,6 +11,7 @@ from solo_vlm.evaluate.benchmarks.mme import MME
 from solo_vlm.evaluate.benchmarks.mmstar import MMSTAR
 from solo_vlm.evaluate.benchmarks.scienceqa import SCIENCEQA, SCIENCEQA_FULL
 from solo_vlm.evaluate.benchmarks.seedbench import SEEDBENCH
+from solo_vlm.utils.errors import SoloError
 
 __all__ = ["BENCHMARKS", "PAPER", "Benchmark", "get"]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.predictions import Prediction
 from solo_vlm.evaluate.score import Judgement, Part, Score, Unit, question_units
 from solo_vlm.evaluate.statistics import proportion_interval, score_of
+from solo_vlm.utils.errors import SoloError
 
 Judge = Callable[[Sequence[Prediction]], list[Judgement]]
 Units = Callable[[Sequence[Judgement]], list[Unit]]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from solo_vlm.errors import SoloError
 from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
 from solo_vlm.evaluate.extract import read_yes_no
 from solo_vlm.evaluate.multiple_choice import judgement
 from solo_vlm.evaluate.predictions import Prediction
 from solo_vlm.evaluate.score import Judgement, Part, Unit
 from solo_vlm.evaluate.statistics import bootstrap_interval, score_of
+from solo_vlm.utils.errors import SoloError
 
 _PERCEPTION = {
     "existence": 60,

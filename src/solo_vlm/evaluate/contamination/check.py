@@ -10,15 +10,15 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader, Dataset
 
 from solo_vlm.data.mixture import Mixture
-from solo_vlm.data.reading import OnProgress, UnitProgress
-from solo_vlm.data.schema import Sample, SampleError, parse_sample
+from solo_vlm.data.sample import Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source
+from solo_vlm.data.survey.reading import OnProgress, UnitProgress
 from solo_vlm.evaluate.contamination.hashes import HashIndex, perceptual_hash
 from solo_vlm.evaluate.contamination.overlap import COMMON, Overlap, Question
 from solo_vlm.evaluate.options import options_of
 from solo_vlm.evaluate.rows import Rows
-from solo_vlm.html import thumbnail_url
-from solo_vlm.model.image_loading_solo import ImageError, load_image
+from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
+from solo_vlm.utils.pages import thumbnail_url
 
 DISTANCE = 4
 """Bits of 64 in which two images may differ. Of unrelated images whose bits fell by chance, one pair in 3e13

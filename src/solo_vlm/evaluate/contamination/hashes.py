@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from PIL import Image
 
-from solo_vlm.errors import SoloError
+from solo_vlm.utils.errors import SoloError
 
 BITS = 64
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from solo_vlm.evaluate.contamination.check import Contamination, Match
 from solo_vlm.evaluate.rows import Rows
-from solo_vlm.files import new_file
-from solo_vlm.html import render, thumbnail_url
+from solo_vlm.utils.files import new_file
+from solo_vlm.utils.pages import render, thumbnail_url
 
 _SHOWN = 300  # of each kind; a page with thousands of images would open slowly
 

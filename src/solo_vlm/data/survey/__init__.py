@@ -1,0 +1,4 @@
+"""Looking at data before training: statistics, verification, samples as the model sees them.
+
+Imports `data`, `models` and `utils`.
+"""

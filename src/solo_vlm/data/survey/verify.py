@@ -1,0 +1,104 @@
+"""Read all data once, and say what cannot be used and why, before a long run meets it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from solo_vlm.data.catalog.report import Report
+from solo_vlm.data.encode import Encoder
+from solo_vlm.data.mixture import Mixture
+from solo_vlm.data.survey.reading import OnProgress, RowReader, UnitProgress
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file
+from solo_vlm.utils.json_lines import json_line
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What reading everything has shown.
+
+    Attributes:
+        sources: what became of the rows of each source, by its path in the mixture.
+        max_skipped: fraction of rows that may be unusable.
+    """
+
+    sources: dict[str, Report]
+    max_skipped: float
+
+    @property
+    def rows(self) -> int:
+        return self.rejected + sum(report.samples for report in self.sources.values())
+
+    @property
+    def rejected(self) -> int:
+        return sum(report.rejected.total() for report in self.sources.values())
+
+    @property
+    def passed(self) -> bool:
+        return self.rejected <= self.max_skipped * self.rows
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "passed": self.passed,
+            "rows": self.rows,
+            "rejected": self.rejected,
+            "max_skipped": self.max_skipped,
+            "sources": [{"source": path, **report.as_dict()} for path, report in self.sources.items()],
+        }
+
+
+def verify_mixture(
+    mixture: Mixture,
+    encoder: Encoder,
+    report_file: Path | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> Verification:
+    """Read every row of every source once, as training would: schema, images, chat template, length.
+
+    Args:
+        mixture: the sources.
+        encoder: of the model that shall read them.
+        report_file: gets a line of JSON for each row that cannot be used; appears when all is read.
+        on_progress: called with the units read and their number.
+
+    Raises:
+        SoloError: a source is missing, or has no rows.
+    """
+    sources = mixture.open_sources()
+    on_unit = UnitProgress(sum(map(len, sources)), on_progress)
+    reports = {}
+    with _opened(report_file) as lines:
+        for path, source in zip(mixture.source_labels(), sources, strict=True):
+            reader = RowReader(source, encoder, mixture.data.sequence_length, on_unit)
+            reports[path] = _verify(path, reader, lines)
+            if not reports[path].samples + reports[path].rejected.total():
+                raise SoloError(f"{source.name} has no rows")
+    return Verification(reports, mixture.data.max_skipped)
+
+
+@contextmanager
+def _opened(file: Path | None) -> Iterator[BinaryIO | None]:
+    if file is None:
+        yield None
+        return
+    with new_file(file) as partial, partial.open("wb") as lines:
+        yield lines
+
+
+def _verify(path: str, reader: RowReader, lines: BinaryIO | None) -> Report:
+    report = Report()
+    for row in reader.read_all():
+        if row.error is None:
+            report.samples += 1
+            report.images += row.images
+            continue
+        report.reject(row.where, row.error)
+        if lines is not None:
+            line = {"source": path, "where": row.where, "reason": row.error.reason, "error": str(row.error)}
+            lines.write(json_line(line))
+    return report

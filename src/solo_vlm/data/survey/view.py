@@ -1,0 +1,111 @@
+"""Samples as the model sees them, on one HTML page: patches, and tokens with what is supervised coloured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from solo_vlm.data.encode import IGNORE_INDEX, Document, Encoder
+from solo_vlm.data.mixture import Mixture
+from solo_vlm.data.survey.reading import ReadRow, RowReader
+from solo_vlm.data.survey.sampling import draw_rows
+from solo_vlm.models.inspect_image import draw_grid
+from solo_vlm.utils.files import new_file
+from solo_vlm.utils.pages import image_url, render
+
+_TOKENS_SHOWN = 3000  # of a sample; a page with all of a book's would open slowly
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token, or a run of equal ones of an image."""
+
+    text: str
+    kind: str
+    count: int = 1
+
+
+def write_gallery(path: Path, mixture: Mixture, encoder: Encoder, samples: int, seed: int = 0) -> int:
+    """Write samples of a mixture as one HTML file that needs nothing else. Returns how many.
+
+    Args:
+        path: of the file.
+        mixture: the sources; each gives as many samples, or all that it has.
+        encoder: of the model that shall read them.
+        samples: how many to show.
+        seed: of the choice.
+
+    Raises:
+        SoloError: a source is missing.
+    """
+    sources = mixture.open_sources()
+    cards = []
+    for number, (name, source) in enumerate(zip(mixture.source_names(), sources, strict=True)):
+        share = samples // len(sources) + (number < samples % len(sources))
+        reader = RowReader(source, encoder, mixture.data.sequence_length)
+        generator = np.random.default_rng([seed, number])
+        drawn = draw_rows(source, share, generator) if share else ()
+        rows = [row for unit in drawn for row in reader.read(*unit)]
+        cards += [_card(name, row, encoder) for row in rows]
+    html = render("solo_vlm.data.survey", "view.html.jinja", cards=cards, image_url=image_url)
+    with new_file(path) as partial:
+        partial.write_text(html)
+    return len(cards)
+
+
+def _card(source: str, row: ReadRow, encoder: Encoder) -> dict[str, Any]:
+    """What the page tells of a row. Of a long text that is cut, it shows the first piece."""
+    facts = {"source": source, "where": row.where, "error": row.error, "pieces": len(row.documents)}
+    if row.error is not None:
+        return facts
+    document = row.documents[0]
+    vision = np.isin(document.input_ids, encoder.vision_ids)
+    return {
+        **facts,
+        "tokens": len(document),
+        "vision_tokens": int(vision.sum()),
+        "supervised": int((document.labels != IGNORE_INDEX).sum()),
+        "images": [(draw_grid(*image), *image[1:]) for image in seen_images(document)],
+        "shown": list(islice(shown_tokens(document, vision, encoder.tokenizer), _TOKENS_SHOWN)),
+    }
+
+
+def seen_images(document: Document) -> Iterator[tuple[Image.Image, int, int]]:
+    """Each image put together again from its patches, with its rows and columns."""
+    start = 0
+    for _, rows, columns in document.grids.tolist():
+        patches = document.patches[start : start + rows * columns]
+        start += rows * columns
+        side = round((patches.shape[1] // 3) ** 0.5)
+        grid = patches.reshape(rows, columns, 3, side, side).transpose(
+            0, 3, 1, 4, 2
+        )  # rows, y, columns, x, 3
+        yield Image.fromarray(grid.reshape(rows * side, columns * side, 3)), rows, columns
+
+
+def shown_tokens(document: Document, vision: NDArray[np.bool_], tokenizer: Any) -> Iterator[Token]:
+    """Tokens in order, each as its text; equal neighbours within an image are one run."""
+    kinds = np.where(vision, "vision", np.where(document.labels != IGNORE_INDEX, "supervised", "context"))
+    runs = groupby(enumerate(zip(document.input_ids.tolist(), kinds.tolist(), strict=True)), key=_run)
+    for (_, token_id, kind), members in runs:
+        yield Token(_text(token_id, tokenizer), kind, sum(1 for _ in members))
+
+
+def _run(item: tuple[int, tuple[int, str]]) -> tuple[int, int, str]:
+    place, (token_id, kind) = item
+    return (-1 if kind == "vision" else place), token_id, kind
+
+
+def _text(token_id: int, tokenizer: Any) -> str:
+    """What a token spells; where it is a part of a character, or begins a word, its own name tells more."""
+    name, text = tokenizer.convert_ids_to_tokens(token_id), tokenizer.decode([token_id])
+    if "\ufffd" in text or not text:
+        return name
+    return f" {text}" if name.startswith("▁") and not text.startswith(" ") else text

@@ -1,1 +1,0 @@
-"""The model, in transformers' file names: configuration, image processing, processing, modeling."""

@@ -1,0 +1,341 @@
+"""An LLM becomes a SOLO model: four new tokens, one linear layer, everything else as it was."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from solo_vlm.models.saving import pad_left, save_model, stop_ids
+from solo_vlm.models.solo.chat_template import (
+    CHATML_TEMPLATE,
+    CHATML_TOKENS,
+    SOLO_CHAT_TEMPLATE,
+    has_date,
+    with_fixed_date,
+    with_images,
+)
+from solo_vlm.models.solo.configuration_solo import SoloConfig
+from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
+from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+from solo_vlm.models.solo.processing_solo import ChatTemplateError, SoloProcessor
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_folder
+
+logger = logging.getLogger(__name__)
+
+# <vpatch> comes first: servers take the most frequent id of an image for its placeholder, and the smallest
+# id among equals, which matters for an image of one patch.
+_VISION_TOKENS = {
+    "image_token": "<vpatch>",
+    "vision_start_token": "<vision>",
+    "vision_row_token": "<vrow_sep>",
+    "vision_end_token": "</vision>",
+}
+_VOCABULARY_MULTIPLE = 64
+_LOGITS_TOLERANCE = 1e-5
+
+TemplateSource = Literal["llm", "chatml", "solo"]
+_TEMPLATE_NAMES = {"llm": "the LLM's own", "chatml": "ChatML", "solo": "the SOLO paper's"}
+_USER, _ASSISTANT = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}
+_USER_WITH_IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi."}]}
+_SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@dataclass
+class SoloModelAndProcessor:
+    """What `from_llm` returns: a model and the processor that feeds it.
+
+    Attributes:
+        model: in evaluation mode.
+        processor: with the chat template.
+        chat_template: where that is from: the LLM, ChatML, or the SOLO paper.
+    """
+
+    model: SoloForConditionalGeneration
+    processor: SoloProcessor
+    chat_template: TemplateSource = "solo"
+
+    @property
+    def chat_template_name(self) -> str:
+        """Source of the chat template in words."""
+        return _TEMPLATE_NAMES[self.chat_template]
+
+    def save(self, out: Path) -> None:
+        """Write one `save_pretrained` folder; it appears under its name only when it is complete."""
+        with new_folder(out) as folder:
+            save_model(folder, self.model, self.processor)
+
+
+def from_llm(
+    llm: str | Path,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    image_processor: SoloImageProcessor | None = None,
+) -> SoloModelAndProcessor:
+    """Turn a causal language model into a SOLO model that has yet to see an image.
+
+    Rows of the new tokens start at the mean of the existing rows, told apart by a trace of noise with
+    their covariance, which bounds how far the LLM's predictions can move (Hewitt 2021, "Initializing New
+    Word Embeddings for Pretrained Language Models"; transformers' `mean_resizing`). The patch embedding is
+    drawn so that a patch of independent, unit-variance pixels has the spread of a token embedding. The
+    text-only logits stay the LLM's own; this is checked.
+
+    So is the LLM's chat template: where answers cannot be told from prompts, or training would see other
+    prompts than inference, ChatML takes its place if the LLM knows that format's tokens, else the SOLO
+    paper's template.
+
+    Args:
+        llm: hub id or local folder of a transformers causal language model.
+        gguf_file: file inside it, for GGUF weights; they are dequantised.
+        dtype: "auto" (as stored; float32 for GGUF), or a torch dtype's name.
+        seed: for the new weights.
+        image_processor: default: the release's preprocessing.
+
+    Raises:
+        SoloError: the folder cannot be read as a language model, its tokenizer has no EOS token, or its head
+            cannot be reproduced.
+    """
+    tokenizer, language_model = _load(llm, gguf_file, dtype)
+    return compose(language_model, tokenizer, seed=seed, image_processor=image_processor)
+
+
+def compose(
+    language_model: PreTrainedModel,
+    tokenizer: Any,
+    seed: int = 0,
+    image_processor: SoloImageProcessor | None = None,
+) -> SoloModelAndProcessor:
+    """As `from_llm`, from a causal language model and its tokenizer in memory; both are changed."""
+    _set_eos(tokenizer, language_model)
+    probe = _probe_tokens(tokenizer, language_model)
+    expected = _text_logits(language_model, probe)
+    image_processor = image_processor or SoloImageProcessor()
+    spelling = _add_vision_tokens(tokenizer)
+    if tokenizer.pad_token is None:  # batches of prompts are padded; attention masks hide what with
+        tokenizer.pad_token = tokenizer.eos_token
+    pad_left(tokenizer)
+    own = _own_template(tokenizer)
+    _make_control_tokens_special(tokenizer, own)
+    processor = SoloProcessor(image_processor=image_processor, tokenizer=tokenizer, **spelling)
+    chat_template = _set_template(processor, own)
+    tokenizer.chat_template = processor.chat_template
+
+    torch.manual_seed(seed)
+    rows = max(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
+    language_model.resize_token_embeddings(rows, pad_to_multiple_of=_VOCABULARY_MULTIPLE)
+    image_id, start_id, row_id, end_id = tokenizer.convert_tokens_to_ids(list(spelling.values()))
+    config = SoloConfig(
+        text_config=language_model.config,
+        vision_patch_size=image_processor.patch_size,
+        image_mean=list(image_processor.image_mean),
+        image_std=list(image_processor.image_std),
+        image_token_id=image_id,
+        vision_start_token_id=start_id,
+        vision_row_token_id=row_id,
+        vision_end_token_id=end_id,
+        dtype=language_model.dtype,
+    )
+    model = _assemble(language_model, config)
+    model.generation_config = _generation_config(language_model, processor, config)
+
+    difference = (_text_logits(model, probe)[..., : expected.shape[-1]] - expected).abs().max().item()
+    if difference > _LOGITS_TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise SoloError(
+            f"text logits differ from the LLM's own by {difference:.2g}: its head computes something that "
+            f"SOLO does not reproduce ({type(language_model).__name__}); please report this architecture"
+        )
+    return SoloModelAndProcessor(model, processor, chat_template)
+
+
+def _load(llm: str | Path, gguf_file: str | None, dtype: str) -> tuple[Any, PreTrainedModel]:
+    source, options = str(llm), {"gguf_file": gguf_file} if gguf_file else {}
+    if gguf_file and not (Path(source) / gguf_file).is_file() and Path(source).is_dir():
+        raise SoloError(f"{source} has no file {gguf_file}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SoloError(f"cannot read a language model from {source}: {reason}") from error
+    if gguf_file:
+        model = _without_quantization(model, llm)
+    return tokenizer, model.eval()
+
+
+def _without_quantization(model: PreTrainedModel, llm: str | Path) -> PreTrainedModel:
+    """A model loaded from GGUF refuses to be saved: the same weights in a fresh, ordinary one."""
+    settings = model.config.to_dict()
+    settings.pop("quantization_config", None)
+    config = AutoConfig.for_model(**settings)
+    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.config.name_or_path = str(llm)
+    return plain
+
+
+def _add_vision_tokens(tokenizer: Any) -> dict[str, str]:
+    """Add the four tokens; return their spelling, which differs where the LLM owns such a token."""
+    spelling = {}
+    for role, token in _VISION_TOKENS.items():
+        free = token
+        while tokenizer.convert_tokens_to_ids(free) not in (None, tokenizer.unk_token_id):
+            free = f"<solo:{free.strip('<>')}>" if free == token else free.replace(">", "_>")
+        if free != token:
+            logger.warning("the LLM owns a token %s already: images use %s", token, free)
+        tokenizer.add_tokens([AddedToken(free, special=True, normalized=False)], special_tokens=True)
+        spelling[role] = free
+    return spelling
+
+
+def _set_eos(tokenizer: Any, language_model: PreTrainedModel) -> None:
+    """Make sure that the tokenizer has an EOS token, from the model's settings where it has none itself."""
+    if tokenizer.eos_token_id is not None:
+        return
+    known = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    for settings in (language_model.generation_config, language_model.config):
+        for token_id in stop_ids(settings):
+            if token_id in known:
+                tokenizer.eos_token = known[token_id]
+                # Said, because a configuration that names none has its class's default, of another LLM.
+                logger.warning(
+                    "the tokenizer has no EOS token: the model's settings say %s (if that is wrong, set "
+                    "eos_token in its tokenizer_config.json)",
+                    known[token_id],
+                )
+                return
+    raise SoloError(
+        "the LLM has no EOS token, so that answers could not end: set eos_token in its tokenizer_config.json"
+    )
+
+
+def _own_template(tokenizer: Any) -> str | None:
+    """The LLM's chat template; of several, the one for plain chats."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        if "default" not in own:
+            logger.warning(
+                "none of the LLM's chat templates (%s) is called default: none is used", ", ".join(own)
+            )
+        own = own.get("default")
+    return with_fixed_date(own) if own else None
+
+
+def _make_control_tokens_special(tokenizer: Any, chat_template: str | None) -> None:
+    """Make tokens that the chat template writes special, as not all LLMs do.
+
+    Text that spells such a token then stays text, and none shows in an answer. Marks of reasoning remain as
+    they are: answers, and what is learnt from, may contain them.
+    """
+    if not chat_template:
+        return
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [_USER, _ASSISTANT] * 2, chat_template=chat_template, tokenize=False, add_generation_prompt=True
+        )
+    except Exception:  # jinja's, or the template's own: it will be replaced
+        return
+    control = [
+        AddedToken(
+            token.content,
+            single_word=token.single_word,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            normalized=token.normalized,
+            special=True,
+        )
+        for token in tokenizer.added_tokens_decoder.values()
+        if not token.special
+        and token.content.strip()
+        and token.content in rendered
+        and "think" not in token.content
+    ]
+    tokenizer.add_tokens(control, special_tokens=True)
+
+
+def _set_template(processor: SoloProcessor, own: str | None) -> TemplateSource:
+    """Give the processor the LLM's chat template, or another where that cannot be trained on."""
+    candidates: list[tuple[TemplateSource, str]] = [("llm", own)] if own else []
+    known = processor.tokenizer.get_vocab()
+    if own and all(token in known for token in CHATML_TOKENS):
+        candidates.append(("chatml", CHATML_TEMPLATE))
+    candidates.append(("solo", SOLO_CHAT_TEMPLATE))
+    source, template = candidates.pop(0)
+    fault = own_fault = _use_template(processor, template)
+    while fault and candidates:
+        source, template = candidates.pop(0)
+        fault = _use_template(processor, template)
+    if own_fault:
+        name = _TEMPLATE_NAMES[source]
+        logger.warning("the LLM's chat template is replaced by %s: %s", name, own_fault)
+    elif has_date(template):
+        logger.warning("the LLM's chat template writes the present date: it is fixed to 1 January 2025")
+    try:
+        processor.encode_chat([_SYSTEM, *[_USER, _ASSISTANT] * 2])
+    except ChatTemplateError as error:
+        logger.warning("chats of several turns with a system message will be skipped: %s", error)
+    return source
+
+
+def _use_template(processor: SoloProcessor, template: str) -> str | None:
+    """Set a chat template; return why it cannot be trained on, if it cannot."""
+    processor.chat_template = with_images(template, processor.image_token)
+    try:
+        for turns in (1, 2, 3):
+            processor.encode_chat([_USER, _ASSISTANT] * turns)
+        processor.encode_chat([_USER_WITH_IMAGE, _ASSISTANT], [(1, 1)])
+    except ChatTemplateError as error:
+        return str(error)
+    return None
+
+
+@torch.no_grad()
+def _assemble(language_model: PreTrainedModel, config: SoloConfig) -> SoloForConditionalGeneration:
+    with torch.device("meta"):
+        model = SoloForConditionalGeneration(config)
+    model.model.language_model = language_model.base_model
+    model.lm_head = language_model.get_output_embeddings()
+    tokens = language_model.get_input_embeddings().weight
+    model.model.embed_vision_patch = nn.Linear(
+        config.patch_dim, config.text_config.hidden_size, bias=False, dtype=tokens.dtype
+    )
+    spread = tokens.float().std().item() / config.patch_dim**0.5
+    model.model.embed_vision_patch.weight.normal_(std=spread)
+    model.tie_weights()
+    return model.eval()
+
+
+def _generation_config(
+    language_model: PreTrainedModel, processor: SoloProcessor, config: SoloConfig
+) -> GenerationConfig:
+    """The LLM's own, greedy, which never speaks in vision tokens or in rows that pad the vocabulary."""
+    tokenizer = processor.tokenizer
+    known = set(tokenizer.get_vocab().values())  # what it does not know is never generated
+    generation = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[end for end in stop_ids(language_model.generation_config, processor) if end in known],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    padding = range(len(tokenizer), config.text_config.vocab_size)
+    generation.suppress_tokens = [*config.vision_token_ids, *padding]
+    return generation
+
+
+def _probe_tokens(tokenizer: Any, language_model: PreTrainedModel) -> Tensor:
+    vocabulary = min(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (1, 16), generator=generator)
+
+
+@torch.no_grad()
+def _text_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, use_cache=False).logits.float()

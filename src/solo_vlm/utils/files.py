@@ -1,0 +1,67 @@
+"""Files and folders that appear under their final name only when they are complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from solo_vlm.utils.errors import SoloError
+
+_PREFIX = ".partial-"
+
+
+def check_new(path: Path) -> None:
+    """Make sure that a folder can be made there, before long work begins.
+
+    Raises:
+        SoloError: `path` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise SoloError(f"{path} exists already: choose another name or remove it")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it becomes `path`, on failure nothing is left.
+
+    Raises:
+        SoloError: `path` exists and is not an empty folder.
+    """
+    check_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; on success the file replaces `path`, on failure it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what processes that were killed have left in a folder."""
+    for path in folder.glob(f"{_PREFIX}*"):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+def _partial(path: Path) -> Path:
+    # The suffix stays last, for writers that choose a format by it.
+    return path.with_name(f"{_PREFIX}{os.getpid()}-{path.name}")

@@ -1,0 +1,165 @@
+"""The counts of a mixture, against what it was made of; the estimate, against what it estimates."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from solo_vlm.data.encode import load_encoder
+from solo_vlm.data.mixture import Mixture
+from solo_vlm.data.packing import pack
+from solo_vlm.data.sources import open_source
+from solo_vlm.data.survey.sampling import draw_rows, estimate_totals
+from solo_vlm.data.survey.stats import estimate_instances, mixture_stats
+from solo_vlm.train.recipe import Recipe
+
+LENGTH = 64
+
+
+def pieces(length: int) -> list[int]:
+    """Lengths that a text is cut into."""
+    return [LENGTH] * (length // LENGTH) + ([length % LENGTH] if length % LENGTH else [])
+
+
+@pytest.fixture(scope="module")
+def stats(made):
+    mixture = Mixture.load(made.file)
+    encoder = load_encoder(made.folder / "model")
+    return lambda samples: mixture_stats(mixture, encoder, samples).as_dict()
+
+
+def test_exact_counts_are_those_of_what_was_made(made, stats):
+    facts = stats(None)
+    captions, texts = facts["sources"]
+    vision, text = (sum(column) for column in zip(*made.captions, strict=True))
+    assert facts["exact"] is True
+    assert (captions["samples"], captions["images"], captions["skipped"]) == (120, 120, {})
+    assert (captions["vision_tokens"], captions["text_tokens"]) == (vision, text)
+    assert (texts["samples"], texts["images"], texts["vision_tokens"]) == (30, 0, 0)
+    assert texts["tokens"] == texts["text_tokens"] == sum(made.texts)
+    lengths = [[sum(both) for both in made.captions], [p for length in made.texts for p in pieces(length)]]
+    for source, own in zip(facts["sources"], lengths, strict=True):
+        assert source["instances"] == len(pack(own, LENGTH))
+        assert source["fill"] == sum(own) / (source["instances"] * LENGTH)
+        assert all(low == high == source[name] for name, (low, high) in source["interval_95"].items())
+    total = facts["total"]
+    for name in ("instances", "samples", "images", "tokens", "text_tokens", "vision_tokens"):
+        assert total[name] == captions[name] + texts[name]
+    assert captions["share"] + texts["share"] == pytest.approx(1)
+    assert total["vision_share"] == vision / (vision + text + sum(made.texts))
+
+
+def test_an_estimate_of_all_rows_is_exact(stats):
+    exact, estimate = stats(None), stats(1000)
+    assert estimate["exact"] is False
+    for name in ("samples", "images", "tokens", "text_tokens", "vision_tokens"):
+        assert estimate["total"][name] == exact["total"][name]
+        assert estimate["total"]["interval_95"][name] == [exact["total"][name]] * 2
+
+
+def test_an_estimate_reads_few_rows_and_is_near(stats):
+    exact, estimate = stats(None), stats(40)
+    low, high = estimate["total"]["interval_95"]["tokens"]
+    assert low < estimate["total"]["tokens"] < high
+    assert high - low < 0.4 * exact["total"]["tokens"]
+    assert estimate["total"]["tokens"] == pytest.approx(exact["total"]["tokens"], rel=0.2)
+    assert estimate["total"]["instances"] == pytest.approx(exact["total"]["instances"], rel=0.2)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    """Units of unlike size and content: 400 samples, each of 30 units and 4 rows of these."""
+    rng = np.random.default_rng(1)
+    rows = [rng.gamma(2, 10 + unit % 7, (int(rng.integers(6, 20)), 1)) for unit in range(150)]
+    truth = sum(unit.sum() for unit in rows)
+    errors, held = [], 0
+    for _ in range(400):
+        units = rng.choice(len(rows), 30, replace=False)
+        drawn = [(len(rows[unit]), rng.permutation(rows[unit])[:4]) for unit in units]
+        estimate = estimate_totals(len(rows), drawn)
+        errors.append(estimate.totals[0] / truth - 1)
+        held += abs(estimate.totals[0] - truth) <= estimate.margins[0]
+    assert abs(np.mean(errors)) < 0.01
+    assert 0.91 < held / 400 < 0.98
+
+
+def test_rows_are_drawn_evenly_over_units(made):
+    source = open_source(made.folder / "captions.parquet")  # 24 units of 5 rows
+    drawn = list(draw_rows(source, 20, np.random.default_rng(0)))
+    assert len(drawn) == 10
+    for number, (unit, _, _) in enumerate(drawn):
+        assert number * 24 // 10 <= unit < (number + 1) * 24 // 10
+    assert all(len(rows) == 5 and len(chosen) == len(set(chosen)) == 2 for _, rows, chosen in drawn)
+
+
+def test_packed_sequences_of_a_large_source_are_estimated_by_a_trial():
+    lengths = np.random.default_rng(0).integers(1, 1001, 20_000)
+    truth = len(pack(map(int, lengths), 1000))
+    drawn = lengths[::40].tolist()
+    estimate = estimate_instances(int(lengths.sum()), drawn, 1000, 128, np.random.default_rng(0))
+    assert estimate == pytest.approx(truth, rel=0.03)
+    assert estimate_instances(0, [], 1000, 128, np.random.default_rng(0)) == 0
+
+
+def test_rows_that_cannot_be_used_are_counted_by_reason(broken, run_data):
+    for options in (["--exact"], ["--samples", 100]):
+        code, out, error = run_data("stats", broken, "--json", *options)
+        assert (code, error) == (0, "")
+        bad, texts = json.loads(out)["sources"]
+        assert bad["samples"] == 1
+        assert bad["skipped"] == {"image": 1, "too-long": 1, "schema": 2, "image-count": 1}
+        assert texts["skipped"] == {}
+
+
+def test_the_table(made, run_data):
+    code, out, error = run_data("stats", made.file, "data.sequence_length=128", "--samples", 50)
+    assert (code, error) == (0, "")
+    assert "An estimate from up to 50 rows a source" in out
+    assert "95% intervals" in out
+    code, out, _ = run_data("stats", made.file, "--exact")
+    assert code == 0
+    assert "estimate" not in out
+
+
+def test_a_recipe_is_a_mixture(made, tmp_path):
+    recipe = {**yaml.safe_load(made.file.read_text()), "out": "run", "steps": 3}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    mixture = Mixture.load(path, ["data.seed=5"])
+    assert mixture.data == Recipe.load(path, ["data.seed=5"]).data
+    assert mixture.source_paths() == (str(made.folder / "captions.parquet"), str(made.folder / "texts.jsonl"))
+
+
+def test_urls_stay_as_they_are():
+    settings = {"root": "r", "model": "m", "data": {"sources": [{"path": "s3://b/x"}, {"path": "y"}]}}
+    assert Mixture.parse(settings).source_paths() == ("s3://b/x", "r/y")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.sources=[{path: nothing.parquet}]"], "no data files at"),
+        (["data.sequence_lenght=5"], "did you mean sequence_length"),
+        (["model=nowhere"], "nowhere"),
+        (["data.sources=[{path: empty.jsonl}]"], "has no rows"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["stats", "verify", "view"])
+def test_a_mistake_is_one_line_and_exit_code_2(made, run_data, verb, overrides, message, tmp_path):
+    (made.folder / "empty.jsonl").touch()
+    options = ["--out", tmp_path / "page.html"] if verb == "view" else []
+    code, out, error = run_data(verb, made.file, *overrides, *options)
+    assert (code, out) == (2, "")
+    (line,) = error.splitlines()
+    assert line.startswith("solo: ")
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_mixture_says_what_to_give(run_data):
+    assert run_data("stats", "nowhere.yaml")[::2] == (
+        2,
+        "solo: no mixture nowhere.yaml: give the path of a YAML file, or a name such as quickstart/stage1\n",
+    )

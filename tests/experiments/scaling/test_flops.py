@@ -1,0 +1,190 @@
+"""FLOPs and parameters, against torch's counter, brute force, and models on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    GraniteConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2Config,
+    SmolLM3Config,
+)
+
+from solo_vlm.experiments.scaling.llava import ClipShape, LlavaShape
+from solo_vlm.models.flops import (
+    Flops,
+    forward_flops,
+    image_flops,
+    image_tokens,
+    text_flops,
+    training_flops,
+)
+from solo_vlm.models.shape import ModelShape, parameters
+from solo_vlm.models.solo.configuration_solo import SoloConfig
+from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
+from solo_vlm.utils.errors import SoloError
+from tiny import LLM_CONFIGS, SIZES
+
+TOKENS = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+CONFIGS = {
+    **LLM_CONFIGS,
+    "granite": lambda **sizes: GraniteConfig(**sizes),
+    "phi3": lambda **sizes: Phi3Config(**sizes),
+    "qwen2": lambda **sizes: Qwen2Config(**sizes),
+    "smollm3": lambda **sizes: SmolLM3Config(mlp_bias=True, attention_bias=True, **sizes),
+}
+# Large enough that matrices outweigh what nobody counts, and attention is not negligible.
+DECODER = LlamaConfig(
+    hidden_size=96,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    **TOKENS,
+)
+LENGTH = 256
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_parameters_are_those_of_the_model(family):
+    text = CONFIGS[family](**TOKENS, **SIZES)
+    config = SoloConfig(text_config=text)
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(text)
+        solo = SoloForConditionalGeneration(config)
+    assert parameters(text).total == sum(parameter.numel() for parameter in llm.parameters())
+    assert parameters(config).total == sum(parameter.numel() for parameter in solo.parameters())
+    layers = sum(p.numel() for name, p in llm.named_parameters() if ".layers." in name)
+    counts = parameters(text)
+    assert counts.attention + counts.mlp + counts.norms - text.hidden_size == layers
+
+
+def test_another_family_is_refused():
+    with pytest.raises(SoloError, match=r"mixtral are not counted here, only those of .*mistral"):
+        parameters(MixtralConfig())
+
+
+@pytest.mark.parametrize("window", [None, 1, 8, 40])
+def test_attention_is_the_sum_of_visible_positions(window):
+    text = LLM_CONFIGS["mistral"](**TOKENS, **SIZES)
+    text.sliding_window = window
+    lengths = [1, 7, 8, 9, 40, 100]
+    visible = sum(min(i + 1, window or i + 1) for length in lengths for i in range(length))
+    flops = forward_flops(ModelShape.of(text), lengths).attention
+    assert flops == visible * 2 * text.num_hidden_layers * 2 * text.num_attention_heads * text.head_dim
+
+
+def test_layers_have_windows_of_their_own():
+    text = LLM_CONFIGS["gemma2"](**TOKENS, **SIZES)
+    assert ModelShape.of(text).windows == (8, None)
+
+
+def test_spans_make_up_the_document():
+    shape = ModelShape.of(SoloConfig(text_config=LLM_CONFIGS["mistral"](**TOKENS, **SIZES)))
+    image = image_tokens(3, 4)
+    assert image == len("<vision>" * 12) // 8 + 3 + 1  # 12 patches, 2 separators, the two ends
+    parts = text_flops(shape, 10) + image_flops(shape, 3, 4, before=10) + text_flops(shape, 5, 10 + image)
+    assert parts == forward_flops(shape, [15 + image], patches=12, predicted=15)
+
+
+def test_text_only_agrees_with_the_counter():
+    model = AutoModelForCausalLM.from_config(DECODER, attn_implementation="eager")
+    ids = torch.randint(320, (1, LENGTH))
+    expected = counted(lambda: model(input_ids=ids, use_cache=False).logits.sum())
+    flops = forward_flops(ModelShape.of(DECODER), [LENGTH], predicted=LENGTH)
+    assert not_causal(flops, LENGTH).training == pytest.approx(expected, rel=0.01)
+
+
+def test_with_image_agrees_with_the_counter():
+    config = SoloConfig(text_config=DECODER, image_token_id=300, vision_patch_size=16)
+    model = SoloForConditionalGeneration(config)
+    model.set_attn_implementation("eager")
+    ids = torch.randint(299, (1, LENGTH))
+    ids[0, 4:104] = 300
+    labels = torch.full_like(ids, -100)
+    labels[0, -60:] = ids[0, -60:]
+    pixels = torch.randint(256, (100, 768), dtype=torch.uint8)
+    inputs = {"input_ids": ids, "pixel_values": pixels, "labels": labels, "use_cache": False}
+    expected = counted(lambda: model.train()(**inputs).loss)
+    flops = not_causal(forward_flops(ModelShape.of(config), [LENGTH], 100, 60), LENGTH)
+    assert flops.hardware() == pytest.approx(expected, rel=0.01)
+    use_activation_checkpointing(model, "full")
+    expected = counted(lambda: model(**inputs).loss)
+    assert flops.hardware("full") == pytest.approx(expected, rel=0.01)
+    use_activation_checkpointing(model, "selective")
+    expected = counted(lambda: model(**inputs).loss) - flops.attention  # it keeps that of fused kernels only
+    assert flops.hardware("selective") == pytest.approx(expected, rel=0.01)
+
+
+def test_frozen_decoder_agrees_with_the_counter():
+    config = SoloConfig(text_config=DECODER, image_token_id=300, vision_patch_size=16)
+    model = SoloForConditionalGeneration(config).eval()
+    model.set_attn_implementation("eager")
+    model.requires_grad_(False).model.embed_vision_patch.requires_grad_(True)
+    ids = torch.full((1, LENGTH), 300)
+    pixels = torch.randint(256, (LENGTH, 768), dtype=torch.uint8)
+    expected = counted(lambda: model(input_ids=ids, pixel_values=pixels, use_cache=False).logits.sum())
+    flops = not_causal(forward_flops(ModelShape.of(config), [LENGTH], LENGTH, LENGTH), LENGTH)
+    assert flops.training_frozen == pytest.approx(expected, rel=0.01)
+
+
+def test_llava_agrees_with_the_counter():
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=112,
+        patch_size=14,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=DECODER, image_token_index=300, vision_feature_layer=-2
+    )
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    model.model.vision_tower.requires_grad_(False)
+    shape = LlavaShape(ClipShape(112, 14, 64, 192, 4), ModelShape.of(DECODER))
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+    ids = torch.randint(299, (1, LENGTH))
+    ids[0, 4:68] = ids[0, 100:164] = 300
+    pixels = torch.rand(2, 3, 112, 112)
+    inputs = {"input_ids": ids, "pixel_values": pixels, "use_cache": False}
+    flops = shape.flops([LENGTH], images=2, predicted=LENGTH)
+    flops = replace(flops, decoder=not_causal(flops.decoder, LENGTH))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    assert flops.forward == pytest.approx(counter.get_total_flops(), rel=0.01)
+    expected = counted(lambda: model(**inputs).logits.sum())
+    assert flops.training == pytest.approx(expected, rel=0.01)
+
+
+def test_the_papers_model():
+    """SOLO-7B: Mistral-7B (7,241,732,096 parameters), 64 more rows in and out, and the patch embedding."""
+    config = SoloConfig()
+    assert parameters(config).total == 7_241_732_096 + 2 * 64 * 4096 + 3072 * 4096
+    matrices = parameters(config).total - 32064 * 4096 - 3072 * 4096 - 65 * 4096
+    without_attention = training_flops(config, [1] * 1000, 0, 1000) / 1000
+    assert without_attention == pytest.approx(6 * matrices, rel=1e-3)
+
+
+def counted(loss) -> int:
+    """What torch counts in forward and backward pass; its eager attention computes all pairs."""
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return counter.get_total_flops()
+
+
+def not_causal(flops: Flops, length: int) -> Flops:
+    """The count of one document whose tokens all attend to all, as eager attention has it."""
+    return replace(flops, attention=flops.attention * 2 * length // (length + 1))

@@ -1,0 +1,95 @@
+"""A model with runs and an evaluation, as training leaves them, in folders whose names nobody should see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from benchmark_rows import make_rows, right_response
+from small_run import images, settings, texts
+from solo_vlm.evaluate.benchmarks import get
+from solo_vlm.evaluate.predictions import Prediction, without_images
+from solo_vlm.evaluate.run import ModelFacts
+from solo_vlm.evaluate.run_folder import RunFolder
+from solo_vlm.evaluate.weights import weights_hash
+from solo_vlm.hub.publication import Publication
+from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.trainer import train
+from tiny import make_solo
+
+
+@pytest.fixture(scope="session")
+def evaluate():
+    """Leaves a run folder with scores of a model: of all of MME and of a part of MMStar."""
+
+    def evaluate(folder, model):
+        scores = []
+        for task in ("mme", "mmstar"):
+            rows = make_rows(task)
+            answers = [
+                Prediction(str(n), right_response(task, r), without_images(r)) for n, r in enumerate(rows)
+            ]
+            scores.append(get(task).score(answers))
+        run = RunFolder(folder)
+        run.write_scores([replace(scores[0], n=scores[0].expected_n), scores[1]])
+        facts = ModelFacts(str(model), "transformers", weights_hash(model)).as_dict()
+        run.write_facts({"model": facts, "settings": {}, "versions": {"torch": "1.2.3"}, "tasks": {}})
+
+    return evaluate
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory, evaluate):
+    """Two finished runs, `stage1` and `sft`, and `evaluation`, of the second one's model."""
+    home = tmp_path_factory.mktemp("alice-at-her-desk")
+    broken = {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}], "images": []}
+    for name, rows in (
+        ("gqa", [row for image in images(24) for row in (image, broken)]),
+        ("notes", texts(64)),
+    ):
+        (home / "data" / name).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), home / "data" / name / "part-0.parquet", row_group_size=4)
+    make_solo().save(home / "llama")
+    data = {
+        "sources": [{"path": "data/gqa", "weight": 1}, {"path": str(home / "data/notes"), "weight": 3}],
+        "sequence_length": 64,
+        "streams": 2,
+        "packing_buffer": 4,
+        "max_skipped": 1,
+    }
+    for start, name in (("llama", "stage1"), ("stage1/model", "sft")):
+        train(Recipe.parse(settings(home, home / name, model=start, steps=4, data=data)))
+    evaluate(home / "evaluation", home / "sft/model")
+    return home
+
+
+@pytest.fixture(scope="session")
+def publication(home):
+    return Publication(
+        model=home / "sft/model",
+        repo_id="owner/tiny-solo",
+        runs=[home / "stage1", home / "sft"],
+        evaluation=home / "evaluation",
+        licence="apache-2.0",
+        base_model="owner/tiny-llm",
+    )
+
+
+@pytest.fixture(scope="session")
+def published(publication, tmp_path_factory):
+    """The folder as it would be uploaded."""
+    out = tmp_path_factory.mktemp("published") / "tiny-solo"
+    publication.write(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory):
+    """A JPEG that needs no resizing."""
+    file = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    Image.radial_gradient("L").resize((96, 64)).convert("RGB").save(file, quality=95)
+    return file

@@ -1,0 +1,177 @@
+"""The model card: it says what the runs and the evaluation say, and nothing of the machine they ran on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import ModelCard
+
+from solo_vlm.data.catalog.registry import DATA_SETS
+from solo_vlm.evaluate.benchmarks import get
+from solo_vlm.evaluate.run_folder import RunFolder
+from solo_vlm.hub.folder import check_publishable
+from solo_vlm.hub.stage import Stage, catalogued, public_name
+from solo_vlm.models.load import load_model
+from solo_vlm.utils.errors import SoloError
+from tiny import make_llm
+
+
+def tables(text):
+    """Rows of the card's tables by their first cell; of several that begin alike, the last."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows}
+
+
+@pytest.fixture(scope="session")
+def card(published):
+    return ModelCard.load(published / "README.md")
+
+
+def test_metadata(card):
+    data = card.data
+    assert (data.license, data.base_model) == ("apache-2.0", "owner/tiny-llm")
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "image-text-to-text")
+    assert data.datasets == [DATA_SETS["gqa"].source.split(":")[0]]
+    (mme,) = data.eval_results  # the other score is partial
+    assert (mme.dataset_type, mme.dataset_name, mme.metric_type) == (get("mme").hub_id, "MME", "score")
+    assert mme.metric_value == 2800.0  # every answer of the tests' rows is right
+
+
+def test_scores_have_intervals_and_say_how_they_are_computed(card, home):
+    rows = tables(card.text)
+    for score in RunFolder(home / "evaluation").read_scores():
+        low, high = score.interval
+        assert rows[score.name] == [
+            f"{score.score:,.1f}",
+            f"{score.maximum:,.0f}",
+            f"{low:,.1f} to {high:,.1f}",
+            f"{score.n:,}",
+        ]
+        assert f"**{score.title}**: {score.metric} ({score.source})" in card.text
+    assert card.text.count("**Partial**") == 1
+    assert "torch 1.2.3" in card.text
+
+
+def test_training_is_that_of_the_manifests(card, home):
+    rows = tables(card.text)
+    counts = [json.loads((home / run / "manifest.json").read_text())["outcome"] for run in ("stage1", "sft")]
+    assert rows["optimizer steps"] == ["4", "4"]
+    assert rows["tokens read"] == [f"{outcome['data']['tokens']:,}" for outcome in counts]
+    assert rows["samples skipped"] == [str(outcome["data"].get("skipped", 0)) for outcome in counts]
+    assert rows["learning rate"] == ["0.003 to 0.0001, cosine"] * 2
+    assert rows["`gqa`"] == ["GQA", f"`{DATA_SETS['gqa'].source}`", DATA_SETS["gqa"].licence]
+    assert rows["`notes`"][0] == "75.0%"
+
+
+def test_skipped_samples_stand_beside_their_source(home):
+    counts = json.loads((home / "stage1/manifest.json").read_text())["outcome"]["data"]
+    images, texts = Stage.read(home / "stage1").sources
+    assert counts["skipped"] > 0
+    assert (sum(images.skipped.values()), texts.skipped) == (counts["skipped"], {})
+    assert not any("/" in reason for reason in images.skipped)
+
+
+def test_parameters_and_grid(card, home):
+    rows, model = tables(card.text), load_model(home / "sft/model")
+    patches = model.model.embed_vision_patch.weight.numel()
+    assert rows["parameters"] == [f"{model.num_parameters():,}, of which {patches:,} embed patches"]
+    assert rows["1024 x 768"] == ["24 x 32", str(24 * 32 + 24 + 1)]  # the paper's layout: R * C + R + 1
+
+
+def test_nothing_tells_of_this_machine(published, home):
+    secret = home.name
+    files = [file for file in published.rglob("*") if file.suffix != ".safetensors"]
+    for file in files:
+        text = file.read_text()
+        assert secret not in text, file.name
+        assert str(home.parent) not in text, file.name
+    assert secret in (home / "sft/manifest.json").read_text()  # it could have
+    config = json.loads((home / "sft/model/config.json").read_text())
+    assert "_name_or_path" in config["text_config"]
+    assert "_name_or_path" not in json.loads((published / "config.json").read_text())["text_config"]
+
+
+def test_only_known_files_leave_the_machine(publication, tmp_path, home):
+    secret = "alice-at-her-desk"
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (home / "sft/model").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["_name_or_path"] = f"/home/{secret}/llm"
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "optimizer.pt").write_text("x")
+    (model / "notes.txt").write_text(secret)
+    (model / "README.md").write_text(secret)
+    replace(publication, model=model).write(tmp_path / "out")
+    assert not (tmp_path / "out/optimizer.pt").exists()
+    assert not (tmp_path / "out/notes.txt").exists()
+    for file in (tmp_path / "out").glob("*.*"):
+        assert secret.encode() not in file.read_bytes(), file.name
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (model / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("data/questions.parquet", "questions.parquet"),
+        ("data/questions/*.parquet", "questions/*.parquet"),
+        ("/home/alice/*.parquet", "*.parquet"),
+        ("../alice/*.parquet", "*.parquet"),
+        ("~/x.jsonl", "x.jsonl"),
+        ("s3://alice:secret@bucket/a/x.parquet?token=secret", "x.parquet"),
+        ("https://host/alice/*.tar", "*.tar"),
+        ("/home/alice/data/vqav2/*.parquet", "vqav2"),
+        ("data/slimpajama-stage2", "slimpajama"),
+        ("data/dvqa-sft", "dvqa-sft"),
+    ],
+)
+def test_public_names(path, name):
+    assert public_name(path) == name
+    assert (catalogued(path) is not None) == (name in DATA_SETS)
+
+
+def test_a_run_that_was_stopped_says_so(home, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").write_text((home / "sft/recipe.yaml").read_text())
+    facts = Stage.read(tmp_path / "run").facts()
+    assert facts["optimizer steps"] == "4, not finished"
+    assert "tokens read" not in facts
+    with pytest.raises(SoloError, match=r"neither manifest\.json nor recipe\.yaml"):
+        Stage.read(tmp_path)
+
+
+def test_a_card_of_a_model_alone(publication, tmp_path):
+    alone = replace(publication, runs=(), evaluation=None, licence=None, base_model=None)
+    alone.write(tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert (card.data.license, card.data.eval_results) == (None, None)
+    assert "Nothing on this card shows how good it is." in card.text
+
+
+def test_scores_of_other_weights_are_refused(publication, home, tmp_path, evaluate):
+    evaluate(tmp_path / "other", home / "stage1/model")
+    with pytest.raises(SoloError, match="another model"):
+        replace(publication, evaluation=tmp_path / "other").write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_solo_model_is_refused(tmp_path):
+    llm, _ = make_llm()
+    llm.save_pretrained(tmp_path / "llm")
+    cases = {
+        "llm": "not a SOLO model",
+        "nothing": "no config",
+        "adapter": "push the model that training merged it into",
+        "release": "solo convert release",
+    }
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release/config.json").write_text('{"architectures": ["SoloForCausalLM"]}')
+    for folder, message in cases.items():
+        with pytest.raises(SoloError, match=message):
+            check_publishable(tmp_path / folder)

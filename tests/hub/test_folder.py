@@ -1,0 +1,35 @@
+"""What a published folder says of generation, whatever the model's own folder does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import GenerationConfig
+
+from solo_vlm.hub.folder import write_folder
+from tiny import make_solo
+
+
+@pytest.mark.parametrize("has_generation_config", [True, False])
+def test_a_published_folder_pads_on_the_left_and_knows_where_answers_end(tmp_path, has_generation_config):
+    solo = make_solo()
+    solo.save(tmp_path / "model")
+    tokenizer_config = tmp_path / "model/tokenizer_config.json"
+    tokenizer_config.write_text(
+        json.dumps({**json.loads(tokenizer_config.read_text()), "padding_side": "right"})
+    )
+    generation_config = tmp_path / "model/generation_config.json"
+    if has_generation_config:
+        generation_config.write_text(json.dumps({"eos_token_id": 7, "suppress_tokens": [3]}))
+    else:
+        generation_config.unlink()
+    (tmp_path / "published").mkdir()
+    write_folder(tmp_path / "published", tmp_path / "model", "a card")
+    settings = json.loads((tmp_path / "published/tokenizer_config.json").read_text())
+    assert settings["padding_side"] == "left"
+    generation = GenerationConfig.from_pretrained(tmp_path / "published")
+    eos = solo.processor.tokenizer.eos_token_id
+    assert generation.eos_token_id == ([7, eos] if has_generation_config else [eos])
+    assert generation.suppress_tokens == ([3] if has_generation_config else None)
+    assert json.loads(tokenizer_config.read_text())["padding_side"] == "right"  # the model's folder stays

