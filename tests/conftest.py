@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(scope="session")
 def solo():
     """A small SOLO model with its processor."""
-    from tiny import make_solo
+    from tests.factories import make_solo
 
     return make_solo()
 
@@ -27,7 +27,7 @@ def solo():
 @pytest.fixture(scope="session")
 def solo_folder(tmp_path_factory):
     """A small SOLO model in a folder, to be read."""
-    from tiny import make_solo
+    from tests.factories import make_solo
 
     folder = tmp_path_factory.mktemp("models") / "solo"
     make_solo("qwen3").save(folder)

@@ -6,15 +6,15 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from answering import prefix, speed
 from answering.models import Setting
+from tests.factories import ROOT
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "inference.py"
+SCRIPT = ROOT / "benchmarks" / "inference.py"
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sharding.py"
+from tests.factories import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "sharding.py"
 
 
 def test_it_compares_three_ways(tmp_path) -> None:

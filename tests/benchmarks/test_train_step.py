@@ -7,10 +7,10 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.factories import ROOT
 from training import seven_b
 from training.machine import one_sharded_process
 from training.variants import FULL_LOGITS, LLAVA, NAMES, OURS, PADDED, make_variants
@@ -18,7 +18,7 @@ from training.workload import Workload
 
 from solo_vlm.train.parallel.processes import start_processes
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
+SCRIPT = ROOT / "benchmarks" / "train_step.py"
 
 
 @pytest.fixture(scope="module")

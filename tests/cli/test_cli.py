@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tests.factories import make_llm, make_solo
 
 from solo_vlm import SoloConfig, SoloImageProcessor
-from tiny import make_llm, make_solo
 
 
 def bomb(path: Path) -> Path:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from release_files import (
+from tests.convert.original_files import (
     LOCATIONS,
     TEXT_TOKENS,
     VISION,

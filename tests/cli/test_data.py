@@ -7,8 +7,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from catalog_rows import USUAL
+from tests.data.catalog.catalog_rows import USUAL
 
 
 def test_list_shows_every_data_set_with_the_papers_count(run_data):

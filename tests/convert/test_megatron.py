@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from release_files import (
+from tests.convert.original_files import (
     LOCATIONS,
     TEXT_TOKENS,
     VISION,
@@ -18,12 +17,13 @@ from release_files import (
     write_release,
     write_sentencepiece,
 )
+from tests.factories import ask
+
 from solo_vlm.convert.megatron import convert_megatron
 from solo_vlm.convert.release import convert_release
 from solo_vlm.convert.safetensors_files import open_safetensors
 from solo_vlm.generate import Answerer
 from solo_vlm.utils.errors import SoloError
-from tiny import ask
 
 ROWS = TEXT_TOKENS + len(VISION + LOCATIONS)
 PADDED = 2048  # the release pads to a multiple of 128 times the ranks

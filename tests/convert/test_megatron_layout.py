@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.convert.original_files import CHAT, LOCATIONS, TEXT_TOKENS, VISION, write_sentencepiece
+from tests.factories import ask
 
-from release_files import CHAT, LOCATIONS, TEXT_TOKENS, VISION, write_sentencepiece
 from solo_vlm.convert.project_folder import release_processor
 from solo_vlm.convert.tokenizer import release_tokenizer
 from solo_vlm.models.solo.processing_solo import SoloProcessor
-from tiny import ask
 
 START, PATCH, ROW, _, END = range(TEXT_TOKENS, TEXT_TOKENS + 5)
 BOS, EOS = 1, 2

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tests.factories import ROOT
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "convert_memory.py"
+BENCHMARK = ROOT / "benchmarks" / "convert_memory.py"
 
 
 @pytest.mark.slow

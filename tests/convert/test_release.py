@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from release_files import (
+from tests.convert.original_files import (
     CHAT,
     LOCATIONS,
     TEXT_TOKENS,
@@ -23,15 +22,16 @@ from release_files import (
     write_release,
     write_sentencepiece,
 )
+from tests.factories import ROOT, ask
+
 from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.convert.release import convert_release, convert_to_release
 from solo_vlm.generate import Answerer
 from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.train.start import load_start
 from solo_vlm.utils.errors import SoloError
-from tiny import ask
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "release_tiny"
+GOLDEN = ROOT / "tests" / "golden" / "release_tiny"
 ROWS = TEXT_TOKENS + len(VISION + LOCATIONS + CHAT)
 FORMATS = [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 3)]
 

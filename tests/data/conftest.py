@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-
-from tiny import png
+from tests.factories import png
 
 LENGTH = 64  # tokens of a packed sequence
 SIZES = {(32, 32): 3, (64, 32): 4, (33, 64): 7, (96, 90): 13}  # width, height -> tokens of the layout

@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
+from tests.factories import ROOT
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "data_path.py"
+BENCHMARK = ROOT / "benchmarks" / "data_path.py"
 TINY = ["--photographs", "4", "--rounds", "1", "--sequences", "1", "--length", "1024", "--growth", "1", "2"]
 
 

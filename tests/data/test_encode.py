@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.factories import ask, make_llm, png
 
 from solo_vlm.data.encode import IGNORE_INDEX, Document, Encoder
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.models.from_llm import compose
-from tiny import ask, make_llm, png
 
 EOS_LAST = (  # <|im_end|> between turns, EOS behind the chat, as in OLMo 3
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tests.factories import png
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.streams import LISTED, MixtureItem, VirtualStream
 from solo_vlm.utils.errors import SoloError
-from tiny import png
 
 LENGTH = 128
 # As the templates of many LLMs do.

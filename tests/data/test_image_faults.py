@@ -8,10 +8,10 @@ import fsspec
 import numpy as np
 import pytest
 from PIL import Image
+from tests.factories import png
 
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import Sample, SampleError
-from tiny import png
 
 PICTURE = png(Image.effect_noise((64, 32), 50).convert("RGB"))
 

@@ -6,11 +6,11 @@ import base64
 
 import pytest
 from PIL import Image
+from tests.factories import png
 
 from solo_vlm.data.image_values import locate_images, looks_like_image
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.models.solo.image_loading_solo import load_image
-from tiny import png
 
 RED = png(Image.new("RGB", (8, 8), "red"))
 

@@ -17,8 +17,7 @@ from itertools import islice
 import cv2
 import pytest
 import torch
-
-from packed_runs import (
+from tests.data.packed_runs import (
     EPOCHS,
     LAYOUTS,
     LENGTH,
@@ -31,6 +30,7 @@ from packed_runs import (
     steps,
     write_run,
 )
+
 from solo_vlm.data.encode import IGNORE_INDEX
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.streams import VirtualStream

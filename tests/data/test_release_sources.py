@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests.convert.original_files import CHAT, LOCATIONS, TEXT_TOKENS, VISION, write_sentencepiece
+from tests.factories import png
 
-from release_files import CHAT, LOCATIONS, TEXT_TOKENS, VISION, write_sentencepiece
 from solo_vlm.convert.project_folder import release_processor
 from solo_vlm.convert.tokenizer import release_tokenizer
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources import open_source
 from solo_vlm.utils.errors import SoloError
-from tiny import png
 
 START, PATCH, ROW, _, END = range(TEXT_TOKENS, TEXT_TOKENS + 5)
 BOS, PACK_SEPARATOR = 1, 1000

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
+from tests.factories import png
 
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources import open_source
 from solo_vlm.models.solo.image_loading_solo import image_suffixes
 from solo_vlm.utils.errors import SoloError
-from tiny import png
 
 ROWS = [{"messages": [{"role": "assistant", "content": f"row {i}"}]} for i in range(600)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

@@ -14,12 +14,12 @@ import pytest
 from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
 from PIL import Image
+from tests.factories import ask
 
 from solo_vlm.evaluate.adapter import DEFAULT_LONGEST, EngineModel, Solo
 from solo_vlm.evaluate.engines import Answer, ModelEngine, Question, ServedEngine
 from solo_vlm.generate import Answerer
 from solo_vlm.utils.errors import SoloError
-from tiny import ask
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from tests.evaluate.benchmark_rows import FLOATS, MATHVISTA_TASKS, MME_IMAGES, make_rows, right_response
 
-from benchmark_rows import FLOATS, MATHVISTA_TASKS, MME_IMAGES, make_rows, right_response
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.predictions import Prediction, without_images
 from solo_vlm.evaluate.score import Score

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from tests.evaluate.benchmark_rows import make_rows, right_response
 
-from benchmark_rows import make_rows, right_response
 from solo_vlm.evaluate.predictions import Prediction, without_images
 from solo_vlm.evaluate.run_folder import RunFolder
 

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from tests.evaluate.evaluation_runs import noise, open_task, write_rows
+from tests.factories import png
 
-from evaluation_runs import noise, open_task, write_rows
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.evaluate.contamination.check import check_mixture
 from solo_vlm.evaluate.contamination.hashes import HashIndex, perceptual_hash
 from solo_vlm.evaluate.contamination.overlap import Overlap, normalised
-from tiny import png
 
 SENTENCE = "the old mill stands near a small river where two boats lie under many tall green trees and birds"
 QUESTIONS = [

@@ -12,8 +12,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.evaluate.benchmark_rows import ANIMALS, make_rows, right_response
 
-from benchmark_rows import ANIMALS, make_rows, right_response
 from solo_vlm.evaluate import data_root
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.data_root import find_benchmark, load_benchmark

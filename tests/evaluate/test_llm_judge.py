@@ -8,10 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-
-from benchmark_rows import make_rows, right_response
-from evaluation_runs import write_data_root
-from tiny import make_solo
+from tests.evaluate.benchmark_rows import make_rows, right_response
+from tests.evaluate.evaluation_runs import write_data_root
+from tests.factories import make_solo
 
 ENDPOINT = "/v1/chat/completions"
 

@@ -10,9 +10,9 @@ from io import BytesIO
 
 import pytest
 from PIL import Image
+from tests.evaluate.benchmark_rows import right_response
+from tests.evaluate.evaluation_runs import Told, open_task, write_data_root
 
-from benchmark_rows import right_response
-from evaluation_runs import Told, open_task, write_data_root
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.published import PUBLISHED
 from solo_vlm.evaluate.report import category_plot

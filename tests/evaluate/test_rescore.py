@@ -7,8 +7,8 @@ import json
 
 import pytest
 from openpyxl import Workbook
+from tests.evaluate.benchmark_rows import TASKS, make_rows, right_response
 
-from benchmark_rows import TASKS, make_rows, right_response
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.predictions import Prediction, without_images
 from solo_vlm.evaluate.rescore import load_predictions, rescore

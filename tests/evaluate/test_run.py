@@ -12,16 +12,16 @@ import time
 from collections import Counter
 
 import pytest
+from tests.evaluate.benchmark_rows import TASKS, right_response
+from tests.evaluate.evaluation_runs import Told, open_task, write_data_root
+from tests.factories import make_solo
 
-from benchmark_rows import TASKS, right_response
-from evaluation_runs import Told, open_task, write_data_root
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.engines import Answer
 from solo_vlm.evaluate.run import EvaluationRun, ModelFacts
 from solo_vlm.evaluate.run_folder import RunFolder
 from solo_vlm.evaluate.weights import weights_hash
 from solo_vlm.utils.errors import SoloError
-from tiny import make_solo
 
 FACTS = ModelFacts("told", "test", "0" * 64)
 HARNESS_PERFECT = {
@@ -207,9 +207,9 @@ def test_other_settings_ask_again(opened, tmp_path):
 
 
 def test_a_row_whose_image_was_replaced_is_asked_again(tmp_path):
-    from benchmark_rows import make_rows
-    from evaluation_runs import noise, write_rows
-    from tiny import png
+    from tests.evaluate.benchmark_rows import make_rows
+    from tests.evaluate.evaluation_runs import noise, write_rows
+    from tests.factories import png
 
     rows = make_rows("ai2d", image={"bytes": png(noise(0)), "path": None})
     write_rows(tmp_path / "data", "ai2d", rows)
@@ -236,9 +236,9 @@ def test_a_folder_takes_one_model_only(opened, tmp_path):
 
 
 def test_a_bad_row_is_counted_and_wrong(tmp_path):
-    from benchmark_rows import make_rows
-    from evaluation_runs import noise, write_rows
-    from tiny import png
+    from tests.evaluate.benchmark_rows import make_rows
+    from tests.evaluate.evaluation_runs import noise, write_rows
+    from tests.factories import png
 
     rows = make_rows("mmstar", image={"bytes": png(noise(0)), "path": None})[:10]
     rows[3]["image"] = {"bytes": png(noise(0))[:100], "path": None}
@@ -265,9 +265,9 @@ def test_a_bad_row_is_counted_and_wrong(tmp_path):
     ],
 )
 def test_an_empty_option_is_asked_and_scored_with_those_behind_it(task, changed, answer, tmp_path):
-    from benchmark_rows import make_rows
-    from evaluation_runs import noise, write_rows
-    from tiny import png
+    from tests.evaluate.benchmark_rows import make_rows
+    from tests.evaluate.evaluation_runs import noise, write_rows
+    from tests.factories import png
 
     image = {"bytes": png(noise(0)), "path": None}
     rows = [row for row in make_rows(task, image=image) if task != "mathvista" or row["choices"]][:2]
@@ -288,9 +288,9 @@ def test_an_empty_option_is_asked_and_scored_with_those_behind_it(task, changed,
     ],
 )
 def test_a_first_row_that_makes_no_prompt_is_one_line(change, message, tmp_path):
-    from benchmark_rows import make_rows
-    from evaluation_runs import noise, write_rows
-    from tiny import png
+    from tests.evaluate.benchmark_rows import make_rows
+    from tests.evaluate.evaluation_runs import noise, write_rows
+    from tests.factories import png
 
     rows = make_rows("ai2d", image={"bytes": png(noise(0)), "path": None})
     for row in rows:

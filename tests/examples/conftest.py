@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from chats import write_chats
-from tiny import make_solo
+from tests.factories import make_solo, write_chats
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ import re
 import subprocess
 import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
+from tests.factories import ROOT
 from transformers import get_cosine_schedule_with_warmup
 
 from solo_vlm.data.mixture import Mixture
@@ -21,7 +21,7 @@ from solo_vlm.train.start import make_loader
 pytest.importorskip("deepspeed", reason="pip install 'solo-vlm[examples]' (make test-examples)")
 pytestmark = pytest.mark.distributed
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "accelerate_deepspeed.py"
+EXAMPLE = ROOT / "examples" / "accelerate_deepspeed.py"
 STEPS, BATCH, RATE = 4, 4, 3e-3
 
 

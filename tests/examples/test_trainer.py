@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tests.factories import ROOT, ask
 from transformers import TrainingArguments
 
 from solo_vlm.generate import Answerer
@@ -18,7 +19,6 @@ from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.start import make_loader
-from tiny import ask
 from trainer import PackedTrainer, main
 
 STEPS, BATCH, RATE = 6, 2, 3e-3
@@ -115,7 +115,7 @@ def test_two_processes_take_the_steps_of_one(folder, tmp_path):
         out = tmp_path / str(processes)
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(processes), Path(__file__).parents[2] / "examples" / "trainer.py"),
+            *("--nproc-per-node", str(processes), ROOT / "examples" / "trainer.py"),
             *("--model", folder / "model", "--data", folder / "mixture.yaml", "--out", out),
             *("--steps", "4", "--batch", str(4 // processes), "--learning-rate", str(RATE)),
         ]

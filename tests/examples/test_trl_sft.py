@@ -8,12 +8,12 @@ from itertools import chain
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tests.factories import ask
 
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate import Answerer
 from solo_vlm.models.load import load_model, load_processor
-from tiny import ask
 
 pytest.importorskip("trl", reason="pip install 'solo-vlm[examples]' (make test-examples)")
 pytestmark = pytest.mark.slow

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tests.factories import ask, make_llm, make_solo
 
 from solo_vlm.generate import Answerer, PrefixCache
 from solo_vlm.utils.errors import SoloError
-from tiny import ask, make_llm, make_solo
 
 
 def answerer(family: str = "llama", **options) -> Answerer:

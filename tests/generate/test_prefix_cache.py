@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tests.factories import LLM_CONFIGS, ask, make_solo
 from transformers import DynamicCache, Qwen3NextConfig
 
 from solo_vlm.generate import Answerer, PrefixCache
 from solo_vlm.generate.prefix_cache import can_reuse_prefixes, prompt_tokens, without_known_images
-from tiny import LLM_CONFIGS, ask, make_solo
 
 QUESTIONS = [
     *("what is this?", "what is left?", "what is seven?", "hello", "hello world"),

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 import torch
 from serving import one_by_one, served
+from tests import factories as tiny
 
-import tiny
 from solo_vlm.generate import Answerer, PrefixCache
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'solo-vlm[quantize]'")

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tests.evaluate.benchmark_rows import make_rows, right_response
+from tests.factories import image_rows, make_solo, run_settings, text_rows
 
-from benchmark_rows import make_rows, right_response
-from small_run import images, settings, texts
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.predictions import Prediction, without_images
 from solo_vlm.evaluate.run import ModelFacts
@@ -19,7 +19,6 @@ from solo_vlm.evaluate.weights import weights_hash
 from solo_vlm.hub.publication import Publication
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.trainer import train
-from tiny import make_solo
 
 
 @pytest.fixture(scope="session")
@@ -48,8 +47,8 @@ def home(tmp_path_factory, evaluate):
     home = tmp_path_factory.mktemp("alice-at-her-desk")
     broken = {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}], "images": []}
     for name, rows in (
-        ("gqa", [row for image in images(24) for row in (image, broken)]),
-        ("notes", texts(64)),
+        ("gqa", [row for image in image_rows(24) for row in (image, broken)]),
+        ("notes", text_rows(64)),
     ):
         (home / "data" / name).mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(rows), home / "data" / name / "part-0.parquet", row_group_size=4)
@@ -62,7 +61,7 @@ def home(tmp_path_factory, evaluate):
         "max_skipped": 1,
     }
     for start, name in (("llama", "stage1"), ("stage1/model", "sft")):
-        train(Recipe.parse(settings(home, home / name, model=start, steps=4, data=data)))
+        train(Recipe.parse(run_settings(home, home / name, model=start, steps=4, data=data)))
     evaluate(home / "evaluation", home / "sft/model")
     return home
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
+from tests.factories import make_llm
 
 from solo_vlm.data.catalog.registry import DATA_SETS
 from solo_vlm.evaluate.benchmarks import get
@@ -15,7 +16,6 @@ from solo_vlm.hub.folder import check_publishable
 from solo_vlm.hub.stage import Stage, catalogued, public_name
 from solo_vlm.models.load import load_model
 from solo_vlm.utils.errors import SoloError
-from tiny import make_llm
 
 
 def tables(text):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from tests.factories import make_solo
 from transformers import GenerationConfig
 
 from solo_vlm.hub.folder import write_folder
-from tiny import make_solo
 
 
 @pytest.mark.parametrize("has_generation_config", [True, False])

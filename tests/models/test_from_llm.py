@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.factories import LLM_CONFIGS, ask, make_llm
 
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.generate import Answerer
 from solo_vlm.models.from_llm import compose, from_llm
 from solo_vlm.utils.errors import SoloError
-from tiny import LLM_CONFIGS, ask, make_llm
 
 CHATML = (
     "{% for message in messages %}"

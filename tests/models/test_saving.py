@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
+from tests.factories import ask, make_llm, make_solo
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from solo_vlm.generate import Answerer
 from solo_vlm.models.from_llm import from_llm
 from solo_vlm.models.saving import save_model, stop_ids
-from tiny import ask, make_llm, make_solo
 
 CHATML_EOS_LAST = (  # like OLMo 3
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"

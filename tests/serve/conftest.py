@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
-
-from tiny import png
+from tests.factories import png
 
 
 @dataclass

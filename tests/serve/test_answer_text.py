@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tests.factories import TEXTS
 
 from solo_vlm.serve.answer_text import AnswerText
-from tiny import TEXTS
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from tests.factories import ask
 
 from solo_vlm.generate import Answerer
 from solo_vlm.serve.batch import RowSampler, merge
 from solo_vlm.serve.job import Sampling
-from tiny import ask
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -3.0])
 

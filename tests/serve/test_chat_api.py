@@ -8,10 +8,10 @@ from urllib.parse import quote
 
 import pytest
 from openai import APIError, AuthenticationError, NotFoundError, OpenAI
+from tests.factories import ask
 
 from solo_vlm.generate import Answerer
 from solo_vlm.serve.limits import Limits
-from tiny import ask
 
 from .conftest import data_url, question, served
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from openai import OpenAI
 from PIL import Image
+from tests.factories import png
 
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
 from solo_vlm.serve.errors import ApiError
 from solo_vlm.serve.images import decode_images
 from solo_vlm.serve.limits import Limits
-from tiny import png
 
 from .conftest import question
 

@@ -9,15 +9,14 @@ import subprocess
 import sys
 import threading
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 from openai import OpenAI
 from serving import served
+from tests.factories import ROOT, ask
 
 from solo_vlm.generate import Answerer
 from solo_vlm.serve.limits import Limits
-from tiny import ask
 
 from .conftest import question
 
@@ -66,7 +65,7 @@ def test_curl_gets_an_answer_a_stream_and_an_error(server):
 
 
 def test_every_limit_stands_in_the_documentation_with_its_default():
-    documentation = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    documentation = (ROOT / "docs" / "serving.md").read_text()
     for field in fields(Limits):
         option = f"`--{field.name.replace('_', '-')}`"
         row = option if field.type == "bool" else f"| {option} | {int(field.default):,}"

@@ -12,6 +12,7 @@ import urllib.request
 import pytest
 import torch
 from openai import AuthenticationError, BadRequestError, OpenAI
+from tests.factories import TEXTS, ask
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from solo_vlm.generate import Answerer
@@ -20,7 +21,6 @@ from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.vllm_server import vllm_command
 from solo_vlm.utils.errors import SoloError
-from tiny import TEXTS, ask
 
 from .conftest import question, served, wait_until
 

@@ -10,12 +10,12 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from tests.factories import ask, png
 
 from solo_vlm.generate import Answerer
 from solo_vlm.serve import web_images
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.web_images import is_public
-from tiny import ask, png
 
 from .conftest import served
 

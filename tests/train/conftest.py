@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import pytest
-
-from small_run import Group, images, texts, write_data
-from tiny import make_solo
+from tests.factories import ProcessGroup, image_rows, make_solo, text_rows, write_training_data
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """Colours to name, texts of several lengths, and models of three families to train."""
     folder = tmp_path_factory.mktemp("runs")
-    write_data(folder, images(24), texts(64))
+    write_training_data(folder, image_rows(24), text_rows(64))
     for family in ("llama", "mistral", "qwen3"):
         make_solo(family).save(folder / family)
     return folder
@@ -22,7 +20,7 @@ def start():
     groups = []
 
     def start(size, target, *arguments):
-        groups.append(Group(size, target, *arguments))
+        groups.append(ProcessGroup(size, target, *arguments))
         return groups[-1]
 
     yield start

@@ -14,13 +14,12 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from tests.factories import ask, make_llm, make_solo, turn, write_chats
 
-from chats import turn, write_chats
 from solo_vlm.generate import Answerer
 from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.start import load_start
-from tiny import ask, make_llm, make_solo
 
 LORA = {"rank": 4, "alpha": 8}
 

@@ -4,8 +4,8 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from tests.factories import run_settings
 
-from small_run import settings
 from solo_vlm.data.sources import fingerprints
 from solo_vlm.train import Recipe
 from solo_vlm.train.agreement import changes, check_same_data, describe
@@ -38,10 +38,10 @@ def test_process_that_sees_other_files_is_refused(runs, tmp_path):
         shutil.copy(runs / "text.parquet", tmp_path / name / "0.parquet")
     shutil.copy(runs / "images.parquet", tmp_path / "first" / "1.parquet")
     first, other = (
-        Recipe.parse(settings(tmp_path, "out", data={"sources": [{"path": name}]})).open_sources()
+        Recipe.parse(run_settings(tmp_path, "out", data={"sources": [{"path": name}]})).open_sources()
         for name in ("first", "other")
     )
-    with start_processes(Recipe.parse(settings(runs, "out"))) as alone:
+    with start_processes(Recipe.parse(run_settings(runs, "out"))) as alone:
         check_same_data(first, alone)
     told_by_the_first = SimpleNamespace(rank=3, decide=lambda _: fingerprints(first))
     with pytest.raises(SoloError, match=r"process 3 sees other files of source .* than process 0"):

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tests.factories import LLM_CONFIGS, ask, make_solo, png
 
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.train.attention import _flash, _flash_can, packed_attention, use_packed_attention
-from tiny import LLM_CONFIGS, ask, make_solo, png
 
 ANSWER = [{"role": "assistant", "content": [{"type": "text", "text": "a blue square"}]}]
 

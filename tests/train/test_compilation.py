@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.factories import make_llm
 
 from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
 from solo_vlm.train.compilation import compile_layers
-from tiny import make_llm
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])

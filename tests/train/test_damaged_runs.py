@@ -7,22 +7,21 @@ import subprocess
 import sys
 
 import pytest
+from tests.factories import image_rows, make_solo, run_recipe, run_settings, text_rows, write_training_data
 
-from small_run import images, run, settings, texts, write_data
-from solo_vlm.train import loop
+from solo_vlm.train import trainer
 from solo_vlm.train.checkpoint import read_progress
 from solo_vlm.train.run_folder import lock
 from solo_vlm.utils.errors import SoloError
-from tiny import make_solo
 
 
 def test_a_run_with_adapters_ends_though_its_export_was_killed_between_adapter_and_model(tmp_path):
-    write_data(tmp_path, images(4), texts(30))
+    write_training_data(tmp_path, image_rows(4), text_rows(30))
     make_solo().save(tmp_path / "llama")
-    plain = settings(tmp_path, tmp_path / "out", steps=3, global_batch=1, lora={"rank": 4, "alpha": 8})
-    run(plain)
+    plain = run_settings(tmp_path, tmp_path / "out", steps=3, global_batch=1, lora={"rank": 4, "alpha": 8})
+    run_recipe(plain)
     shutil.rmtree(tmp_path / "out" / "model")
-    run(plain)
+    run_recipe(plain)
     assert (tmp_path / "out" / "model" / "config.json").is_file()
 
 
@@ -37,12 +36,12 @@ def test_a_damaged_training_state_is_refused(tmp_path, content):
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
     """Settings of a run that was interrupted after a checkpoint."""
-    write_data(tmp_path, images(4), texts(30))
+    write_training_data(tmp_path, image_rows(4), text_rows(30))
     make_solo().save(tmp_path / "llama")
     (tmp_path / "held_out.parquet").write_bytes((tmp_path / "text.parquet").read_bytes())
     validation = {"sources": [{"path": "held_out.parquet"}], "every": 2, "sequences": 2}
-    plain = settings(tmp_path, tmp_path / "out", steps=6, global_batch=1, validation=validation)
-    train_step = loop.take_step
+    plain = run_settings(tmp_path, tmp_path / "out", steps=6, global_batch=1, validation=validation)
+    train_step = trainer.take_step
 
     def interrupted(*arguments):
         if (tmp_path / "out" / "checkpoints" / "step-00000002").exists():
@@ -50,9 +49,9 @@ def stopped(tmp_path, monkeypatch):
         return train_step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", interrupted)
+        patch.setattr(trainer, "take_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(plain)
+            run_recipe(plain)
     return plain
 
 
@@ -60,14 +59,14 @@ def stopped(tmp_path, monkeypatch):
 def test_resume_over_a_changed_model_or_validation_is_refused_by_name(tmp_path, stopped, file):
     content = (tmp_path / file).read_bytes()
     if file.endswith(".parquet"):
-        write_data(tmp_path / "llama", images(1), texts(9))
+        write_training_data(tmp_path / "llama", image_rows(1), text_rows(9))
         (tmp_path / file).write_bytes((tmp_path / "llama" / "text.parquet").read_bytes())
     else:
         (tmp_path / file).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
     with pytest.raises(SoloError, match=rf"{file} changed since the run in .* started: put back"):
-        run(stopped)
+        run_recipe(stopped)
     (tmp_path / file).write_bytes(content)
-    run(stopped)
+    run_recipe(stopped)
     assert (tmp_path / "out" / "model" / "config.json").is_file()
 
 

@@ -15,28 +15,27 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from tests.factories import image_rows, make_solo, read_steps, run_settings, text_rows
 from torch.distributed.checkpoint.api import CheckpointException
 
-from small_run import images, metrics, settings, texts
 from solo_vlm.data.encode import Encoder
 from solo_vlm.models.load import load_model
-from solo_vlm.train import Recipe, loop, train
+from solo_vlm.train import Recipe, train, trainer
 from solo_vlm.train.checkpoint import Checkpoints, Progress, load_checkpoint
 from solo_vlm.train.export import export_checkpoint
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.parallel.processes import start_processes
 from solo_vlm.train.start import load_start, make_loader
 from solo_vlm.utils.errors import SoloError
-from tiny import make_solo
 
 
 def losses(out):
-    return [line["loss"] for line in metrics(out)]
+    return [line["loss"] for line in read_steps(out)]
 
 
 def test_what_is_saved_is_what_was_there_when_it_was_saved(runs, tmp_path):
     """Training goes on while an asynchronous checkpoint is written."""
-    recipe = Recipe.parse(settings(runs, tmp_path))
+    recipe = Recipe.parse(run_settings(runs, tmp_path))
     model, _ = load_start(runs / "llama")
     optimizer = make_optimizer(model, recipe.optimizer)
     for state in optimizer.state.values():
@@ -59,7 +58,7 @@ def test_what_is_saved_is_what_was_there_when_it_was_saved(runs, tmp_path):
 
 def test_only_what_the_optimizer_holds_is_saved(runs, tmp_path):
     """Another parameter, as there is while FSDP has gathered it, would be saved without its moments."""
-    recipe = Recipe.parse(settings(runs, tmp_path))
+    recipe = Recipe.parse(run_settings(runs, tmp_path))
     model, _ = load_start(runs / "llama")
     optimizer = make_optimizer(model, recipe.optimizer)
     name, parameter = next(iter(model.named_parameters()))
@@ -77,7 +76,7 @@ def test_only_what_the_optimizer_holds_is_saved(runs, tmp_path):
 
 
 def test_a_failed_save_is_raised_at_the_next_step(runs, tmp_path, monkeypatch):
-    plain = settings(runs, tmp_path / "out", steps=300)
+    plain = run_settings(runs, tmp_path / "out", steps=300)
     plain["checkpoint"] = {"every": 2}
 
     def disk_is_full(*arguments, **options):
@@ -91,7 +90,7 @@ def test_a_failed_save_is_raised_at_the_next_step(runs, tmp_path, monkeypatch):
 
 
 def test_old_checkpoints_go_and_a_damaged_one_is_named(runs, tmp_path):
-    plain = settings(runs, tmp_path / "out", steps=7)
+    plain = run_settings(runs, tmp_path / "out", steps=7)
     train(Recipe.parse(plain))
     checkpoints = tmp_path / "out" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
@@ -102,16 +101,16 @@ def test_old_checkpoints_go_and_a_damaged_one_is_named(runs, tmp_path):
 
 
 def test_a_checkpoint_becomes_a_model_folder(runs, tmp_path, monkeypatch):
-    plain = settings(runs, tmp_path / "out", steps=7)
+    plain = run_settings(runs, tmp_path / "out", steps=7)
     after_four = {}
-    take_step = loop.take_step
+    take_step = trainer.take_step
 
     def watched(model, optimizer, *arguments):
         if optimizer.state[next(model.parameters())]["step"] == 4:
             after_four.update({name: p.detach().clone() for name, p in model.named_parameters()})
         return take_step(model, optimizer, *arguments)
 
-    monkeypatch.setattr(loop, "take_step", watched)
+    monkeypatch.setattr(trainer, "take_step", watched)
     train(Recipe.parse(plain))
     assert export_checkpoint(tmp_path / "out", tmp_path / "exported", 4) == 4
     exported = dict(load_model(tmp_path / "exported").named_parameters())
@@ -123,7 +122,7 @@ def test_a_checkpoint_becomes_a_model_folder(runs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(runs, tmp_path, number):
-    plain = settings(runs, tmp_path / "stopped", steps=300)
+    plain = run_settings(runs, tmp_path / "stopped", steps=300)
     plain["checkpoint"] = {"every": 1000}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
     command = [sys.executable, "-m", "solo_vlm", "train", str(tmp_path / "recipe.yaml")]
@@ -144,9 +143,11 @@ def test_a_signal_saves_and_stops(runs, tmp_path, number):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(runs, tmp_path, monkeypatch):
-    whole, stopped = (Recipe.parse(settings(runs, tmp_path / name, steps=9)) for name in ("whole", "stopped"))
+    whole, stopped = (
+        Recipe.parse(run_settings(runs, tmp_path / name, steps=9)) for name in ("whole", "stopped")
+    )
     train(whole)
-    take_step = loop.take_step
+    take_step = trainer.take_step
 
     def asks_to_stop(model, optimizer, *arguments):
         if optimizer.state[next(model.parameters())]["step"] == 4:
@@ -154,7 +155,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs, tmp_path, monkeypatch):
         return take_step(model, optimizer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", asks_to_stop)
+        patch.setattr(trainer, "take_step", asks_to_stop)
         with pytest.raises(SoloError, match="saved after step 5"):
             train(stopped)
     train(stopped)
@@ -168,15 +169,15 @@ def poisoned(runs, tmp_path):
     (word,) = solo.processor.tokenizer.encode("seven", add_special_tokens=False)[:1]
     solo.model.get_input_embeddings().weight.data[word] = float("nan")
     solo.save(tmp_path / "poisoned")
-    rows = texts(63)
+    rows = text_rows(63)
     rows.insert(37, {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "seven"}]}]})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "text.parquet", row_group_size=8)
-    pq.write_table(pa.Table.from_pylist(images(24)), tmp_path / "images.parquet", row_group_size=4)
+    pq.write_table(pa.Table.from_pylist(image_rows(24)), tmp_path / "images.parquet", row_group_size=4)
     return tmp_path
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_named(poisoned, caplog):
-    plain = settings(poisoned, "out", model="poisoned", steps=None)
+    plain = run_settings(poisoned, "out", model="poisoned", steps=None)
     plain["data"] |= {"epochs": 1, "sequence_length": 32}
     trained = train(Recipe.parse(plain))
     assert trained.figures["skipped_steps"] == 1
@@ -191,17 +192,17 @@ def test_steps_in_a_row_that_are_not_finite_stop_the_run(runs, tmp_path):
     solo = make_solo("mistral")
     solo.model.lm_head.weight.data.fill_(float("nan"))
     solo.save(tmp_path / "broken")
-    plain = settings(runs, tmp_path / "out", model=str(tmp_path / "broken"), max_nonfinite=3)
+    plain = run_settings(runs, tmp_path / "out", model=str(tmp_path / "broken"), max_nonfinite=3)
     with pytest.raises(SoloError, match=r"step 3: loss nan.*3 steps in a row.*\n.*parquet") as caught:
         train(Recipe.parse(plain))
     assert "lower the rate" in str(caught.value)
 
 
 def test_validation_is_the_mean_loss_of_the_first_held_out_sequences(runs, tmp_path):
-    plain = settings(runs, tmp_path / "out", steps=5)
+    plain = run_settings(runs, tmp_path / "out", steps=5)
     plain["validation"] = {"sources": [{"path": "images.parquet"}], "every": 2, "sequences": 3}
     trained = train(Recipe.parse(plain))
-    lines = {line["step"]: line for line in metrics(tmp_path / "out")}
+    lines = {line["step"]: line for line in read_steps(tmp_path / "out")}
     assert [step for step, line in lines.items() if "validation_loss" in line] == [2, 4, 5]
 
     held_out = {**plain["data"], "sources": [{"path": "images.parquet"}], "epochs": 1, "streams": 1}
@@ -220,12 +221,12 @@ def test_validation_is_the_mean_loss_of_the_first_held_out_sequences(runs, tmp_p
 
 
 def test_figures_of_a_step_are_counted_right(runs, tmp_path):
-    plain = settings(runs, tmp_path / "out", steps=2)
+    plain = run_settings(runs, tmp_path / "out", steps=2)
     train(Recipe.parse(plain))
     recipe = Recipe.parse(plain)
     _, processor = load_start(runs / "llama")
     batches = list(islice(make_loader(recipe, processor, recipe.open_sources()), 4))
-    line = metrics(tmp_path / "out")[0]
+    line = read_steps(tmp_path / "out")[0]
     ids = torch.cat([batch["input_ids"][0] for batch in batches])
     bos, vision = processor.tokenizer.bos_token_id, torch.tensor(Encoder(processor).vision_ids)
     assert line["documents"] == int((ids == bos).sum())
@@ -238,10 +239,10 @@ def test_figures_of_a_step_are_counted_right(runs, tmp_path):
 
 
 def test_a_curve_cut_in_the_middle_of_a_line_is_mended(runs, tmp_path, monkeypatch):
-    plain = settings(runs, tmp_path / "out", steps=6)
-    whole = settings(runs, tmp_path / "whole", steps=6)
+    plain = run_settings(runs, tmp_path / "out", steps=6)
+    whole = run_settings(runs, tmp_path / "whole", steps=6)
     train(Recipe.parse(whole))
-    take_step = loop.take_step
+    take_step = trainer.take_step
 
     def dies(model, optimizer, *arguments):
         if optimizer.state[next(model.parameters())]["step"] == 5:
@@ -249,7 +250,7 @@ def test_a_curve_cut_in_the_middle_of_a_line_is_mended(runs, tmp_path, monkeypat
         return take_step(model, optimizer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", dies)
+        patch.setattr(trainer, "take_step", dies)
         with pytest.raises(KeyboardInterrupt):
             train(Recipe.parse(plain))
     with (tmp_path / "out" / "metrics.jsonl").open("a") as file:
@@ -259,7 +260,7 @@ def test_a_curve_cut_in_the_middle_of_a_line_is_mended(runs, tmp_path, monkeypat
 
 
 def test_another_recipe_is_refused_but_another_layout_is_not(runs, tmp_path):
-    plain = settings(runs, tmp_path / "out", steps=4)
+    plain = run_settings(runs, tmp_path / "out", steps=4)
     train(Recipe.parse(plain))
     (tmp_path / "out" / "model").rename(tmp_path / "moved")
     with pytest.raises(SoloError, match=r"another recipe \(seed was 0, now 1\)"):
@@ -284,18 +285,20 @@ def test_another_recipe_is_refused_but_another_layout_is_not(runs, tmp_path):
 def test_a_tracker_that_is_not_installed_is_named(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SoloError, match="pip install wandb"):
-        train(Recipe.parse(settings(runs, tmp_path / "out", trackers=["wandb"])))
+        train(Recipe.parse(run_settings(runs, tmp_path / "out", trackers=["wandb"])))
 
 
 def test_skipped_samples_are_listed_in_the_run(runs, tmp_path):
-    rows = images(8)
+    rows = image_rows(8)
     rows[5]["images"][0]["bytes"] = b"not an image"
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "images.parquet", row_group_size=3)
-    plain = settings(tmp_path, "out", model=str(runs / "llama"), steps=None)
+    plain = run_settings(tmp_path, "out", model=str(runs / "llama"), steps=None)
     plain["data"] |= {"sources": [{"path": "images.parquet"}], "epochs": 1}
     train(Recipe.parse(plain))
     (entry,) = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert entry["reason"] == "image"
     assert "images.parquet" in entry["where"]
-    counted = [count for name, count in metrics(tmp_path / "out")[-1].items() if name.startswith("skipped/")]
+    counted = [
+        count for name, count in read_steps(tmp_path / "out")[-1].items() if name.startswith("skipped/")
+    ]
     assert counted == [1]

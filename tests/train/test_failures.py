@@ -12,8 +12,8 @@ import time
 import pytest
 import torch.distributed as dist
 import yaml
+from tests.factories import read_steps, run_settings
 
-from small_run import metrics, settings
 from solo_vlm.train.failures import Failure, fail_together
 from solo_vlm.train.stopping import Stopped, StopRequest
 from solo_vlm.utils.errors import SoloError
@@ -22,10 +22,10 @@ from solo_vlm.utils.errors import SoloError
 SCRIPT = """
 import os, signal, sys
 from solo_vlm.cli import main
-from solo_vlm.train import loop
+from solo_vlm.train import trainer
 
 victim, how = int(sys.argv.pop(1)), sys.argv.pop(1)
-take_step = loop.take_step
+take_step = trainer.take_step
 taken = iter(range(3))
 
 def take(*arguments):
@@ -39,7 +39,7 @@ if int(os.environ["RANK"]) == victim:
     if how == "setting":
         sys.argv.append("optimizer.weight_decay=0.25")
     else:
-        loop.take_step = take
+        trainer.take_step = take
 main()
 """
 
@@ -52,7 +52,7 @@ def torchrun(runs, tmp_path):
 
     def start(victim, how, *options, **changes):
         (tmp_path / "recipe.yaml").write_text(
-            yaml.safe_dump(settings(runs, tmp_path / "out", steps=300, **changes))
+            yaml.safe_dump(run_settings(runs, tmp_path / "out", steps=300, **changes))
         )
         command = [
             *(sys.executable, "-m", "torch.distributed.run", *options),
@@ -76,7 +76,7 @@ def torchrun(runs, tmp_path):
 
 
 def wait_for_steps(process, out, count):
-    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < count:
+    while not (out / "metrics.jsonl").exists() or len(read_steps(out)) < count:
         assert process.poll() is None
         time.sleep(0.1)
 
@@ -152,7 +152,7 @@ def test_process_started_with_other_settings_is_refused(torchrun):
 
 @pytest.mark.distributed
 def test_sigterm_to_torchrun_saves_although_loaders_have_workers(torchrun, tmp_path, runs):
-    data = {**settings(runs, tmp_path)["data"], "workers": 2}
+    data = {**run_settings(runs, tmp_path)["data"], "workers": 2}
     changes = {"checkpoint": {"every": 1000}, "data": data}
     process = torchrun(-1, "", "--standalone", "--nproc-per-node", "2", **changes)
     wait_for_steps(process, tmp_path / "out", 3)
@@ -160,7 +160,7 @@ def test_sigterm_to_torchrun_saves_although_loaders_have_workers(torchrun, tmp_p
     _, printed = process.communicate(timeout=120)
     (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step-"))
-    assert step == len(metrics(tmp_path / "out"))
+    assert step == len(read_steps(tmp_path / "out"))
     assert printed.count(f"solo: stopped by SIGTERM, saved after step {step}") == 1
 
 

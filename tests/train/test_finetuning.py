@@ -6,11 +6,10 @@ import json
 
 import pytest
 from PIL import Image
+from tests.factories import CHAT_COLOURS, ask, make_solo, write_chats
 
-from chats import COLOURS, write_chats
 from solo_vlm.generate import Answerer
 from solo_vlm.train import Recipe, train
-from tiny import ask, make_solo
 
 
 @pytest.fixture
@@ -44,14 +43,14 @@ def test_images_and_text_alone_are_learned_together(trained):
     assert max(seen) > 0
 
     answerer = Answerer.load(trained.model)
-    pictures = [ask("what is this?", Image.new("RGB", (64, 32), colour)) for colour in COLOURS]
+    pictures = [ask("what is this?", Image.new("RGB", (64, 32), colour)) for colour in CHAT_COLOURS]
     later = [
         [
             *picture,
             {"role": "assistant", "content": [{"type": "text", "text": colour}]},
             {"role": "user", "content": [{"type": "text", "text": "hello"}]},
         ]
-        for picture, colour in zip(pictures, COLOURS, strict=True)
+        for picture, colour in zip(pictures, CHAT_COLOURS, strict=True)
     ]
     answers = answerer.answer([*pictures, *later, ask("what is seven?")], max_new_tokens=5)
     assert answers == ["red", "blue", "world", "world", "seven"]

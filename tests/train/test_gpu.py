@@ -11,9 +11,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tests import factories as tiny
+from tests.factories import (
+    LLM_CONFIGS,
+    ProcessGroup,
+    ask,
+    image_rows,
+    make_solo,
+    png,
+    read_steps,
+    run_recipe,
+    run_settings,
+    text_rows,
+    write_training_data,
+)
 
-import tiny
-from small_run import Group, images, metrics, run, settings, texts, write_data
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
@@ -22,7 +34,6 @@ from solo_vlm.models.solo.loss_solo import supervised_cross_entropy
 from solo_vlm.train import attention
 from solo_vlm.train.attention import packed_attention, use_packed_attention
 from solo_vlm.train.step import model_inputs
-from tiny import LLM_CONFIGS, ask, make_solo, png
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +56,7 @@ def heads_for_flash():
 def folder(tmp_path_factory):
     """A model to train, and its data."""
     path = tmp_path_factory.mktemp("gpu")
-    write_data(path, images(40), texts(120))
+    write_training_data(path, image_rows(40), text_rows(120))
     make_solo("llama").save(path / "llama")
     return path
 
@@ -53,20 +64,20 @@ def folder(tmp_path_factory):
 def trained(folder, name, kill_after=None, **changes):
     """The losses of a run in a process of its own; killed after so many steps, and started again."""
     out = folder / name
-    plain = settings(
+    plain = run_settings(
         folder, out, **{"steps": STEPS, "precision": "bf16", "checkpoint": {"every": 10}, **changes}
     )
     plain["data"] |= {"sequence_length": 256, "workers": 2}
-    group = Group(1, run, plain)
+    group = ProcessGroup(1, run_recipe, plain)
     if kill_after:
-        while not (out / "metrics.jsonl").exists() or len(metrics(out)) < kill_after:
+        while not (out / "metrics.jsonl").exists() or len(read_steps(out)) < kill_after:
             assert group.processes[0].is_alive()
             time.sleep(0.002)
         group.kill()
-        assert len(metrics(out)) < STEPS, "it had ended before it was killed"
-        group = Group(1, run, plain)
+        assert len(read_steps(out)) < STEPS, "it had ended before it was killed"
+        group = ProcessGroup(1, run_recipe, plain)
     assert group.wait() == [0]
-    return [line["loss"] for line in metrics(out)]
+    return [line["loss"] for line in read_steps(out)]
 
 
 @pytest.fixture(scope="module")

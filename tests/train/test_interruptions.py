@@ -13,13 +13,20 @@ from itertools import combinations, product
 
 import pytest
 import torch
+from tests.factories import (
+    ProcessGroup,
+    image_rows,
+    make_solo,
+    read_steps,
+    run_settings,
+    text_rows,
+    write_training_data,
+)
 from torch.distributed.checkpoint import filesystem
 
-from small_run import Group, images, metrics, settings, texts, write_data
 from solo_vlm.models.load import load_model
-from solo_vlm.train import Recipe, loop, train
+from solo_vlm.train import Recipe, train, trainer
 from solo_vlm.train.stopping import Stopped
-from tiny import make_solo
 
 LAYOUTS = {"one process": (1, 1), "sharded": (2, 1), "tensor": (2, 2)}  # processes, parallel.tensor
 INTERRUPTIONS = ("kill -9", "SIGTERM", "SIGTERM twice", "failure")
@@ -72,13 +79,13 @@ def test_every_pair_of_factors_occurs():
 def folder(tmp_path_factory):
     """Data for some ten steps, and a model."""
     folder = tmp_path_factory.mktemp("interruptions")
-    write_data(folder, images(16), texts(120))
+    write_training_data(folder, image_rows(16), text_rows(120))
     make_solo().save(folder / "llama")
     return folder
 
 
 def plain_recipe(folder, out, layout, features):
-    plain = settings(folder, out, steps=9, global_batch=2, parallel={"tensor": LAYOUTS[layout][1]})
+    plain = run_settings(folder, out, steps=9, global_batch=2, parallel={"tensor": LAYOUTS[layout][1]})
     plain["data"]["streams"] = 4
     for feature in features.split():
         for name, value in FEATURES[feature].items():
@@ -97,7 +104,7 @@ def resume(plain):
 def run_until(plain, interruption, victim, step=STEP):
     """Train; interrupt one process in a step. Signals reach its loader's workers, too, as torchrun's do."""
     os.setsid()
-    take_step = loop.take_step
+    take_step = trainer.take_step
     taken = iter(range(step))
 
     def interrupt():
@@ -117,11 +124,11 @@ def run_until(plain, interruption, victim, step=STEP):
 
     def take_or_interrupt(*arguments):
         if next(taken, None) is None and int(os.environ.get("RANK", 0)) == victim:
-            loop.take_step = take_step
+            trainer.take_step = take_step
             interrupt()
         return take_step(*arguments)
 
-    loop.take_step = take_or_interrupt
+    trainer.take_step = take_or_interrupt
     try:
         train(Recipe.parse(plain))
     except Stopped as stopped:
@@ -136,7 +143,9 @@ def whole(folder):
     def start(layout, features):
         out = folder / "whole" / f"{layout}-{features}".replace(" ", "-")
         if out not in groups:
-            groups[out] = Group(LAYOUTS[layout][0], run_whole, plain_recipe(folder, out, layout, features))
+            groups[out] = ProcessGroup(
+                LAYOUTS[layout][0], run_whole, plain_recipe(folder, out, layout, features)
+            )
         return groups[out], out
 
     yield start
@@ -170,7 +179,7 @@ def test_resumed_run_matches_uninterrupted_run(
     size = LAYOUTS[resumed][0]
     assert start(size, resume, plain_recipe(folder, out, resumed, features)).wait() == [0] * size
     assert uninterrupted.wait() == [0] * LAYOUTS[layout][0]
-    ours, theirs = metrics(out), metrics(expected)
+    ours, theirs = read_steps(out), read_steps(expected)
     names = ("step", "loss", "validation_loss", "learning_rate")
     ours, theirs = ([{n: line[n] for n in names if n in line} for line in lines] for lines in (ours, theirs))
     weights = [load_model(run / "model").state_dict() for run in (out, expected)]
@@ -219,7 +228,7 @@ def test_checkpoint_saved_after_validation_can_be_loaded_in_bf16(folder, tmp_pat
     assert start(2, resume, plain).wait() == [0, 0]
     assert group.wait() == [0, 0]
     ours, theirs = (
-        [(line["loss"], line.get("validation_loss")) for line in metrics(tmp_path / name)]
+        [(line["loss"], line.get("validation_loss")) for line in read_steps(tmp_path / name)]
         for name in ("out", "whole")
     )
     assert ours == theirs

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.factories import read_steps, run_recipe, run_settings
 from torch.distributed.checkpoint import filesystem
 
-from small_run import metrics, run, settings
 from solo_vlm.train import Recipe
 from solo_vlm.train.checkpoint import load_checkpoint, read_progress
 from solo_vlm.train.optimizer import make_optimizer
@@ -23,14 +23,14 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def whole(runs, tmp_path_factory):
     """Curves of runs that nobody killed, and how long they took, by number of processes."""
-    from small_run import Group
+    from tests.factories import Group
 
     curves = {}
     for size in (1, 2):
         out = tmp_path_factory.mktemp("whole") / "out"
         started = time.monotonic()
-        assert Group(size, run, settings(runs, out)).wait() == [0] * size
-        curves[size] = [line["loss"] for line in metrics(out)], time.monotonic() - started
+        assert Group(size, run_recipe, run_settings(runs, out)).wait() == [0] * size
+        curves[size] = [line["loss"] for line in read_steps(out)], time.monotonic() - started
     return curves
 
 
@@ -50,20 +50,20 @@ def run_and_die_in_a_save(plain, where):
         Path.rename = dying(Path.rename)
     else:
         filesystem._write_item = dying(filesystem._write_item)
-    run(plain)
+    run_recipe(plain)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("where", ["before the name", "between two files"])
 def test_killed_in_the_middle_of_a_save(runs, tmp_path, start, whole, where, size):
-    plain = settings(runs, tmp_path / "out")
+    plain = run_settings(runs, tmp_path / "out")
     group = start(size, run_and_die_in_a_save, plain, where)
     assert -signal.SIGKILL in group.wait(60)
     group.kill()
     left = list((tmp_path / "out" / "checkpoints").glob(".partial-*"))
     assert left
-    assert start(size, run, plain).wait() == [0] * size
-    assert [line["loss"] for line in metrics(tmp_path / "out")] == whole[size][0]
+    assert start(size, run_recipe, plain).wait() == [0] * size
+    assert [line["loss"] for line in read_steps(tmp_path / "out")] == whole[size][0]
     assert not list((tmp_path / "out" / "checkpoints").glob(".partial-*"))
 
 
@@ -73,8 +73,8 @@ def test_killed_and_gone_on(runs, tmp_path, start, whole, trial):
     before, after = chance.choice([1, 2]), chance.choice([1, 2, 4])
     if trial < 8:  # the same number again is to give the same bits
         after = before
-    plain = settings(runs, tmp_path / "out")
-    group = start(before, run, plain)
+    plain = run_settings(runs, tmp_path / "out")
+    group = start(before, run_recipe, plain)
     time.sleep(chance.uniform(0.1, 1.0) * whole[before][1])
     group.kill()
     finished = (tmp_path / "out" / "model").exists()
@@ -83,8 +83,8 @@ def test_killed_and_gone_on(runs, tmp_path, start, whole, trial):
         load_checkpoint(path, model, make_optimizer(model, Recipe.parse(plain).optimizer))
         assert read_progress(path).step == int(path.name.removeprefix("step-"))
     if not finished:
-        assert start(after, run, plain).wait() == [0] * after
-    curve = [line["loss"] for line in metrics(tmp_path / "out")]
+        assert start(after, run_recipe, plain).wait() == [0] * after
+    curve = [line["loss"] for line in read_steps(tmp_path / "out")]
     if after == before or finished:
         assert curve == whole[before][0]
     else:

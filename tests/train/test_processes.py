@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+from tests.factories import read_steps, run_recipe, run_settings
 from torch.distributed.tensor import DTensor
 
-from small_run import metrics, run, settings
 from solo_vlm.generate import Answerer
 from solo_vlm.train import Recipe
 from solo_vlm.train import start as start_module
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 def run_layer_by_layer(plain):
     """As if all layers were large."""
     start_module.shard = partial(shard, unit=1)
-    run(plain)
+    run_recipe(plain)
 
 
 def describe_shards(plain, path):
@@ -53,12 +53,12 @@ def describe_shards(plain, path):
     ],
 )
 def test_losses_are_those_of_one_process(runs, tmp_path, start, family, size, tensor):
-    alone = settings(runs, tmp_path / "alone", model=family)
-    shared = settings(runs, tmp_path / "shared", model=family, parallel={"tensor": tensor})
-    group = start(size, run, shared)
-    assert start(1, run, alone).wait() == [0]
+    alone = run_settings(runs, tmp_path / "alone", model=family)
+    shared = run_settings(runs, tmp_path / "shared", model=family, parallel={"tensor": tensor})
+    group = start(size, run_recipe, shared)
+    assert start(1, run_recipe, alone).wait() == [0]
     assert group.wait() == [0] * size
-    curves = [metrics(tmp_path / name) for name in ("alone", "shared")]
+    curves = [read_steps(tmp_path / name) for name in ("alone", "shared")]
     for key in ("loss", "gradient_norm"):
         ours, theirs = ([line[key] for line in curve] for curve in curves)
         assert len(ours) == len(theirs) == 20
@@ -70,7 +70,7 @@ def test_losses_are_those_of_one_process(runs, tmp_path, start, family, size, te
 
 @pytest.mark.parametrize(("size", "tensor"), [(2, 1), (4, 1), (4, 2)])
 def test_parameters_are_really_sharded(runs, tmp_path, start, size, tensor):
-    plain = settings(runs, tmp_path / "out", parallel={"tensor": tensor})
+    plain = run_settings(runs, tmp_path / "out", parallel={"tensor": tensor})
     assert start(size, describe_shards, plain, tmp_path / "held").wait() == [0] * size
     source, _ = load_start(runs / "llama")
     held = [json.loads((tmp_path / f"held-{rank}").read_text()) for rank in range(size)]
@@ -88,12 +88,12 @@ def test_parameters_are_really_sharded(runs, tmp_path, start, size, tensor):
 
 def test_a_process_without_images_keeps_no_other_waiting(runs, tmp_path, start):
     """In some steps no sequence has an image, in others only one of four has."""
-    data = settings(runs, tmp_path)["data"]
+    data = run_settings(runs, tmp_path)["data"]
     data["sources"] = [{"path": "images.parquet", "weight": 1}, {"path": "text.parquet", "weight": 8}]
-    shared = settings(runs, tmp_path / "shared", data=data)
-    assert start(4, run, shared).wait() == [0] * 4
-    assert start(1, run, settings(runs, tmp_path / "alone", data=data)).wait() == [0]
-    ours, theirs = (metrics(tmp_path / name) for name in ("alone", "shared"))
+    shared = run_settings(runs, tmp_path / "shared", data=data)
+    assert start(4, run_recipe, shared).wait() == [0] * 4
+    assert start(1, run_recipe, run_settings(runs, tmp_path / "alone", data=data)).wait() == [0]
+    ours, theirs = (read_steps(tmp_path / name) for name in ("alone", "shared"))
     of_an_image = 4  # two patches, begin and end
     assert {0, of_an_image} <= {line["vision_tokens"] for line in ours}
     assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], rel=1e-4)
@@ -101,11 +101,11 @@ def test_a_process_without_images_keeps_no_other_waiting(runs, tmp_path, start):
 
 def test_an_epoch_ends_together(runs, tmp_path, start):
     """The last steps have empty slots; every sample is seen, and losses do not depend on the processes."""
-    data = {**settings(runs, tmp_path)["data"], "epochs": 1}
+    data = {**run_settings(runs, tmp_path)["data"], "epochs": 1}
     for name, size in (("alone", 1), ("shared", 4)):
-        plain = settings(runs, tmp_path / name, steps=None, data=data)
-        assert start(size, run, plain).wait() == [0] * size
-    ours, theirs = (metrics(tmp_path / name) for name in ("alone", "shared"))
+        plain = run_settings(runs, tmp_path / name, steps=None, data=data)
+        assert start(size, run_recipe, plain).wait() == [0] * size
+    ours, theirs = (read_steps(tmp_path / name) for name in ("alone", "shared"))
     assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], rel=1e-4)
     manifest = json.loads((tmp_path / "shared" / "manifest.json").read_text())
     assert manifest["outcome"]["data"]["samples"] == 24 * 3 + 64
@@ -118,9 +118,9 @@ def test_an_epoch_ends_together(runs, tmp_path, start):
 )
 def test_what_saves_memory_or_time_changes_no_loss(runs, tmp_path, start, changes):
     for name, more in (("plain", {}), ("changed", changes)):
-        group = start(2, run, settings(runs, tmp_path / name, steps=6, **more))
+        group = start(2, run_recipe, run_settings(runs, tmp_path / name, steps=6, **more))
         assert group.wait() == [0, 0]
-    ours, theirs = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("plain", "changed"))
+    ours, theirs = ([line["loss"] for line in read_steps(tmp_path / name)] for name in ("plain", "changed"))
     assert theirs == pytest.approx(ours, rel=1e-5)
 
 
@@ -128,18 +128,23 @@ def test_what_saves_memory_or_time_changes_no_loss(runs, tmp_path, start, change
     "changes", [{}, {"precision": "bf16"}, {"activation_checkpointing": "full"}], ids=str
 )
 def test_layers_gathered_together_are_those_gathered_alone(runs, tmp_path, start, changes):
-    for name, task in (("together", run), ("alone", run_layer_by_layer)):
-        assert start(2, task, settings(runs, tmp_path / name, steps=6, **changes)).wait() == [0, 0]
-    together, alone = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("together", "alone"))
+    for name, task in (("together", run_recipe), ("alone", run_layer_by_layer)):
+        assert start(2, task, run_settings(runs, tmp_path / name, steps=6, **changes)).wait() == [0, 0]
+    together, alone = (
+        [line["loss"] for line in read_steps(tmp_path / name)] for name in ("together", "alone")
+    )
     assert together == alone
 
 
 def test_bf16_over_two_processes_learns(runs, tmp_path, start):
-    assert start(2, run, settings(runs, tmp_path / "out", precision="bf16", steps=40)).wait() == [0, 0]
-    curve = [line["loss"] for line in metrics(tmp_path / "out")]
+    assert start(2, run_recipe, run_settings(runs, tmp_path / "out", precision="bf16", steps=40)).wait() == [
+        0,
+        0,
+    ]
+    curve = [line["loss"] for line in read_steps(tmp_path / "out")]
     assert curve[-1] < 0.5 * curve[0]
 
 
 def test_a_layout_that_does_not_fit_is_refused(runs, tmp_path):
     with pytest.raises(SoloError, match="global_batch = 4 cannot be shared among 3"):
-        layout(Recipe.parse(settings(runs, tmp_path)), 3)
+        layout(Recipe.parse(run_settings(runs, tmp_path)), 3)

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tests.factories import ROOT
 
 from solo_vlm.data.catalog.registry import DATA_SETS
 from solo_vlm.train.estimate.devices import find_device
@@ -15,7 +16,7 @@ from solo_vlm.train.parallel.layout import Layout, layout
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = ROOT / "recipes"
 
 
 def write(folder: Path, name: str, text: str) -> Path:

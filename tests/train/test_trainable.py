@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.factories import make_llm, make_solo, picture_chat, text_chat
 
-from chats import picture_chat, text_chat
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import parse_sample
@@ -14,7 +14,6 @@ from solo_vlm.train.adapters import adapter_weights, has_adapters, merge_adapter
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.trainable import choose_trainable
 from solo_vlm.utils.errors import SoloError
-from tiny import make_llm, make_solo
 
 PATCHES = "model.embed_vision_patch.weight"
 EMBEDDING = "model.language_model.embed_tokens.weight"

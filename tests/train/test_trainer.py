@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tests.factories import ask, make_llm, make_solo, png
 
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.data.sources import open_source
 from solo_vlm.generate import Answerer
-from solo_vlm.train import Recipe, loop, train
+from solo_vlm.train import Recipe, train, trainer
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.manifest import read_recipe
 from solo_vlm.train.optimizer import learning_rate, make_optimizer
@@ -26,7 +27,6 @@ from solo_vlm.train.recipe import OptimizerSettings
 from solo_vlm.train.start import load_start
 from solo_vlm.train.step import forward_backward, supervised_tokens
 from solo_vlm.utils.errors import SoloError
-from tiny import ask, make_llm, make_solo, png
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_model_learns_to_name_what_it_sees(run_folder, tmp_path):
 
 def dies_after(steps, monkeypatch):
     """Let a run end by an exception after so many steps."""
-    take_step = loop.take_step
+    take_step = trainer.take_step
     taken = iter(range(1, steps + 1))
 
     def take_or_die(*arguments):
@@ -99,7 +99,7 @@ def dies_after(steps, monkeypatch):
             raise KeyboardInterrupt
         return take_step(*arguments)
 
-    monkeypatch.setattr(loop, "take_step", take_or_die)
+    monkeypatch.setattr(trainer, "take_step", take_or_die)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

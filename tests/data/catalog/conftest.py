@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from catalog_rows import FILES, JPEG
+from tests.data.catalog.catalog_rows import FILES, JPEG
 
 
 @pytest.fixture

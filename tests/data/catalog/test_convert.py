@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.data.catalog.catalog_rows import JPEG, USUAL, cauldron, llava
 
-from catalog_rows import JPEG, USUAL, cauldron, llava
 from solo_vlm.data.catalog import json_values, pieces, raw_files
 from solo_vlm.data.catalog.convert import REPORT_FILE, convert
 from solo_vlm.data.sample import SampleError, parse_sample

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from tests.factories import ROOT
 
 from solo_vlm.data.catalog.registry import DATA_SETS
 from solo_vlm.data.catalog.table import markdown_table
 
-PAGE = Path(__file__).parents[3] / "docs" / "catalog.md"
+PAGE = ROOT / "docs" / "catalog.md"
 
 
 @pytest.mark.parametrize(

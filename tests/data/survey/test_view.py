@@ -6,11 +6,11 @@ import json
 import re
 
 import numpy as np
+from tests.factories import png
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.data.survey.view import seen_images, shown_tokens
-from tiny import png
 
 
 def encoded(solo, content: list[dict], *images):

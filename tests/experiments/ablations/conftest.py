@@ -7,11 +7,11 @@ import shutil
 import pytest
 import yaml
 from PIL import Image
+from tests.factories import make_llm
 
 from solo_vlm.data.samples_file import write_samples
 from solo_vlm.experiments.ablations.settings import Ablation
 from solo_vlm.quickstart.data.samples import chat_sample, pretraining_sample
-from tiny import make_llm
 
 NAMES = ("red", "blue", "green", "seven")
 RECIPE = {

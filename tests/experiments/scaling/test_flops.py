@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.factories import LLM_CONFIGS, SIZES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
@@ -34,7 +35,6 @@ from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
 from solo_vlm.utils.errors import SoloError
-from tiny import LLM_CONFIGS, SIZES
 
 TOKENS = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 CONFIGS = {

@@ -9,15 +9,14 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
+from tests.factories import make_llm
 from transformers import AutoModel
 
-from scaling_toy import toy_sweep
 from solo_vlm.experiments.scaling.models import write_sized_model
 from solo_vlm.experiments.scaling.sweep import prepare, scaled_rates
 from solo_vlm.experiments.scaling.sweep_settings import SweepSettings
 from solo_vlm.models.load import load_config
 from solo_vlm.utils.errors import SoloError
-from tiny import make_llm
 
 
 @pytest.fixture(scope="session")
@@ -168,3 +167,21 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_ends_in_a_law(run, tmp_path):
     status, _, err = run(*command, "recipe.seed=1")
     assert status == 2
     assert "another recipe" in err
+
+
+def toy_sweep(root):
+    """Overrides: three sizes at three budgets of a few steps, and one held-out run."""
+    sizes = ", ".join(
+        f"w{width}: {{hidden_size: {width}, intermediate_size: {2 * width}, num_hidden_layers: {layers}, "
+        f"num_attention_heads: {width // 16}, num_key_value_heads: {width // 16}}}"
+        for width, layers in ((16, 1), (32, 1), (48, 2))
+    )
+    held = "hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 4"
+    return [
+        f"root={root}",
+        "toy_data={text: 1500, stage2: 5000, heldout_text: 20, heldout_stage2: 60}",
+        f"sizes={{{sizes}}}",
+        "tokens=[512, 1024, 2048]",
+        f"holdout=[{{name: w64, size: {{{held}}}, tokens: 2560}}]",
+        "recipe.validation.sequences=4",
+    ]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solo_vlm import SoloImageProcessor
-from solo_vlm.models import enlarge_solo
+from solo_vlm.models.solo import enlarge_solo
 from solo_vlm.models.solo.enlarge_solo import LIBRARY, enlarge_to_patches
 
 pytestmark = pytest.mark.skipif(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from tests.factories import ask, make_solo, png
 
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
@@ -12,7 +13,6 @@ from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate import Answerer
 from solo_vlm.models.solo.image_attention_solo import image_index
 from solo_vlm.train.attention import packed_attention, use_packed_attention
-from tiny import ask, make_solo, png
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma3"]  # mistral has a sliding window, gemma3 two kinds of layers
 ANSWER = [{"role": "assistant", "content": [{"type": "text", "text": "a blue square"}]}]

@@ -10,7 +10,6 @@ import struct
 import threading
 import time
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +17,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
+from tests.factories import ROOT
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 wants torchvision else
 
 from solo_vlm import SoloImageProcessor
-from solo_vlm.models import enlarge_solo, image_loading_solo, image_processing_solo
+from solo_vlm.models.solo import enlarge_solo, image_loading_solo, image_processing_solo
 from solo_vlm.models.solo.image_loading_solo import (
     ImageError,
     ImageFetchError,
@@ -31,7 +31,7 @@ from solo_vlm.models.solo.image_loading_solo import (
 )
 from solo_vlm.models.solo.image_processing_solo import image_to_patches, patch_grid, resize
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "preprocess"
+GOLDEN = ROOT / "tests" / "golden" / "preprocess"
 GRIDS = json.loads((GOLDEN / "grids.json").read_text())
 RESIZE_TABLE = json.loads((GOLDEN / "resize_table.json").read_text())
 MEAN = np.array([0.485, 0.456, 0.406])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.factories import ROOT, ask, make_solo, png
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from solo_vlm import SoloConfig, SoloForConditionalGeneration
@@ -16,9 +16,8 @@ from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import Sample
 from solo_vlm.generate import Answerer
-from tiny import ask, make_solo, png
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "release_tiny"
+GOLDEN = ROOT / "tests" / "golden" / "release_tiny"
 
 
 def golden_model() -> SoloForConditionalGeneration:

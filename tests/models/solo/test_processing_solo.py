@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.factories import ask, make_llm, make_solo
 from tokenizers import decoders
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Sequence
 from transformers import AutoProcessor
 
 from solo_vlm.models.from_llm import compose
 from solo_vlm.models.solo.processing_solo import ChatTemplateError
-from tiny import ask, make_llm, make_solo
 
 
 def text(role: str, words: str) -> dict:

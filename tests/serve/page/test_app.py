@@ -7,8 +7,7 @@ import re
 from importlib.resources import files
 
 import pytest
-
-from tiny import png
+from tests.factories import png
 
 pytest.importorskip("starlette", reason="the page's server needs starlette: pip install 'solo-vlm[web]'")
 from starlette.testclient import TestClient

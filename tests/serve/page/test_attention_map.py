@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.factories import LLM_CONFIGS, ask, make_solo, png
 
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.serve.page import attention_map
 from solo_vlm.serve.page.attention_map import attention_maps
-from tiny import LLM_CONFIGS, ask, make_solo, png
 
 
 def chat(answer, *images):

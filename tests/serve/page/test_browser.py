@@ -11,19 +11,16 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-
-from small_run import settings
-from tiny import make_solo, png
+from tests.factories import ROOT, make_solo, png, run_settings
 
 pytestmark = pytest.mark.browser
 
-ARTIFACTS = Path(__file__).resolve().parents[2] / "test-artifacts" / "web"
+ARTIFACTS = ROOT / "test-artifacts" / "web"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 QUESTION = "what is this?"
@@ -54,7 +51,7 @@ def trained(tmp_path_factory):
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "images.parquet", row_group_size=4)
     make_solo().save(folder / "start")
-    recipe = settings(folder, folder / "out", model="start", steps=60, checkpoint={"every": 60})
+    recipe = run_settings(folder, folder / "out", model="start", steps=60, checkpoint={"every": 60})
     recipe["data"]["sources"] = [{"path": "images.parquet"}]
     return train(Recipe.parse(recipe)).model
 

@@ -9,6 +9,7 @@ from threading import Event
 import numpy as np
 import pytest
 from PIL import Image
+from tests.factories import ask, png
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.generate import Answerer
@@ -17,7 +18,6 @@ from solo_vlm.serve.page.conversation import Question, Turn, WordQuestion
 from solo_vlm.serve.page.images import HeldImage, ImageStore
 from solo_vlm.serve.page.worker import BusyError, Worker
 from solo_vlm.utils.errors import SoloError
-from tiny import ask, png
 
 
 def user(text="what is this?", *images):

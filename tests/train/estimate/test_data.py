@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.data.packed_runs import steps
+from tests.factories import make_solo
 
-from packed_runs import steps
 from solo_vlm.data.encode import Encoder
 from solo_vlm.models.load import load_processor
 from solo_vlm.train import Recipe, train
@@ -22,7 +23,6 @@ from solo_vlm.train.estimate.data import estimate_data
 from solo_vlm.train.estimate.plan import planned_steps
 from solo_vlm.train.start import make_loader
 from solo_vlm.utils.errors import SoloError
-from tiny import make_solo
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.factories import LLM_CONFIGS, make_solo
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig
 
@@ -28,7 +29,6 @@ from solo_vlm.train.parallel.layout import Layout
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.trainable import choose_trainable
 from solo_vlm.utils.errors import SoloError
-from tiny import LLM_CONFIGS, make_solo
 
 ALONE = Layout(data=1, tensor=1, accumulation=128)
 A100 = find_device("A100-80GB")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from solo_vlm.models import image_loading_solo
+from solo_vlm.models.solo import image_loading_solo
 from solo_vlm.models.solo.image_loading_solo import ImageError, ImageMissingError, load_image, load_pixels
 
 GREY, RGB = 0, 2  # colour types of PNG

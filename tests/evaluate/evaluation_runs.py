@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from tests.evaluate.benchmark_rows import TASKS, make_rows
+from tests.factories import png
 
-from benchmark_rows import TASKS, make_rows
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.data_root import load_benchmark
 from solo_vlm.evaluate.engines import Answer, Question
 from solo_vlm.evaluate.rows import Rows
-from tiny import png
 
 
 def noise(seed: int, width: int = 64, height: int = 64) -> Image.Image:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.factories import LLM_CONFIGS, SIZES
+from tests.models.solo.chat_templates import FAMILIES, IM, Family
 from transformers import AutoModelForCausalLM
 
-from chat_templates import FAMILIES, IM, Family
 from solo_vlm.models.from_llm import SoloModelAndProcessor, compose
 from solo_vlm.models.solo.processing_solo import ChatTemplateError
-from tiny import LLM_CONFIGS, SIZES
 
 CHAT = [
     {"role": "user", "content": "q1"},

@@ -1,0 +1,234 @@
+"""Small models, chats, data and runs that tests of several packages share."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
+
+from solo_vlm.models.from_llm import SoloModelAndProcessor, compose
+from solo_vlm.quickstart.llm import train_tokenizer
+
+# ------------------------------------------------------------------------------- models and images
+
+ROOT = Path(__file__).parents[1]  # of the repository
+
+TEXTS = ["a red circle left of a blue square. what is this? seven. [INST] [/INST] hello world"] * 3
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,  # large enough that attention and images matter
+}
+LLM_CONFIGS = {
+    "mistral": lambda **sizes: MistralConfig(sliding_window=8, **sizes),
+    "llama": lambda **sizes: LlamaConfig(tie_word_embeddings=True, **sizes),
+    "qwen3": lambda **sizes: Qwen3Config(**sizes),
+    "gemma": lambda **sizes: GemmaConfig(**sizes),
+    "gemma2": lambda **sizes: Gemma2Config(sliding_window=8, **sizes),
+    "gemma3": lambda **sizes: Gemma3TextConfig(sliding_window=8, **sizes),
+}
+
+
+def make_llm(family: str = "llama", seed: int = 0):
+    """A tiny random causal language model with a real tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = train_tokenizer(TEXTS, vocab_size=320)
+    config = LLM_CONFIGS[family](
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        **SIZES,
+    )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).eval(), tokenizer
+
+
+def make_solo(family: str = "llama", seed: int = 0) -> SoloModelAndProcessor:
+    llm, tokenizer = make_llm(family, seed)
+    solo = compose(llm, tokenizer, seed=seed)
+    # A patch embedding this small at first would hide mistakes with images from a comparison of logits.
+    solo.model.model.embed_vision_patch.weight.data.mul_(20.0)
+    return solo
+
+
+def ask(prompt: str, *images: Image.Image) -> list[dict]:
+    """A chat of one user turn."""
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as the bytes of a PNG file."""
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# ----------------------------------------------------------------------------------------- chats
+
+CHAT_COLOURS = ("red", "blue")
+
+
+def turn(role: str, text: str, images: int = 0) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{"type": "image", "text": None}] * images
+    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+
+def picture_chat(number: int) -> dict[str, Any]:
+    """Two turns about an image of two patches or four."""
+    colour = CHAT_COLOURS[number % 2]
+    image = Image.new("RGB", (64, 32 * (1 + number % 3 // 2)), colour)
+    messages = [
+        turn("user", "what is this?", images=1),
+        turn("assistant", colour),
+        turn("user", "hello"),
+        turn("assistant", "world"),
+    ]
+    return {"messages": messages, "images": [{"bytes": png(image), "path": None}]}
+
+
+def text_chat() -> dict[str, Any]:
+    """One turn without an image."""
+    return {"messages": [turn("user", "what is seven?"), turn("assistant", "seven")], "images": []}
+
+
+def write_chats(folder: Path, count: int = 16) -> None:
+    """`pictures.parquet`, `texts.parquet`, and `chats.parquet` with both, in turn."""
+    pictures, texts = [picture_chat(number) for number in range(count)], [text_chat()] * count
+    both = [chat for pair in zip(pictures, texts, strict=True) for chat in pair]
+    for name, rows in (("pictures", pictures), ("texts", texts), ("chats", both)):
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet", row_group_size=4)
+
+
+# --------------------------------------------------------------------------------- training runs
+
+COLOURS = ("red", "blue", "green")
+
+
+def image_rows(count):
+    """Rows that name the colour of an image of two patches."""
+    rows = []
+    for colour in COLOURS * count:
+        picture = png(Image.new("RGB", (64, 32), colour))
+        question = [{"type": "image", "text": None}, {"type": "text", "text": "what is this?"}]
+        answer = [{"type": "text", "text": colour}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": messages, "images": [{"bytes": picture, "path": None}]})
+    return rows
+
+
+def text_rows(count):
+    """Rows of text alone."""
+    return [
+        {
+            "messages": [
+                {"role": "assistant", "content": [{"type": "text", "text": "hello world" * (n % 5 + 1)}]}
+            ]
+        }
+        for n in range(count)
+    ]
+
+
+def write_training_data(folder, images, texts):
+    """The files that `run_settings` names."""
+    for name, rows in (("images", images), ("text", texts)):
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet", row_group_size=4)
+
+
+def run_settings(folder, out, **changes):
+    """A recipe for them, as plain settings."""
+    return {
+        "root": str(folder),
+        "model": "llama",
+        "out": str(out),
+        "steps": 20,
+        "global_batch": 4,
+        "precision": "fp32",
+        "log_every": 1,
+        "data": {
+            "sources": [{"path": "images.parquet"}, {"path": "text.parquet", "weight": 3}],
+            "sequence_length": 64,
+            "streams": 8,
+            "packing_buffer": 4,
+        },
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "min_learning_rate": 1e-4},
+        "checkpoint": {"every": 2, "keep": 2},
+        "trackers": [],
+        **changes,
+    }
+
+
+def run_recipe(plain):
+    """Train by such settings in this process."""
+    from solo_vlm.train import Recipe, train
+
+    train(Recipe.parse(plain))
+
+
+def read_steps(out):
+    """Return the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+class ProcessGroup:
+    """Processes that torchrun would start, forked from one that has imported everything already."""
+
+    def __init__(self, size, target, *arguments):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["solo_vlm.train.trainer", "solo_vlm.models.solo.modeling_solo"])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes = [
+            context.Process(target=_enter, args=(rank, size, port, target, arguments)) for rank in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+        self.wait()
+
+    def wait(self, timeout=240):
+        for process in self.processes:
+            process.join(timeout)
+        return [process.exitcode for process in self.processes]
+
+
+def _enter(rank, size, port, target, arguments):
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers, as under torchrun
+    if size > 1:
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            LOCAL_RANK="0",
+        )
+    target(*arguments)
