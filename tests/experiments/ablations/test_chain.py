@@ -57,7 +57,7 @@ def test_equal_beginnings_are_one_run(load):
 
 
 def test_what_does_not_change_learning_makes_no_other_run(load):
-    assert names(by_arm(load())["base"]) == names(by_arm(load("stages.sft.log_every=3"))["base"])
+    assert names(by_arm(load())["base"]) == names(by_arm(load("stages.sft.log_interval=3"))["base"])
 
 
 def test_a_change_goes_down_the_chain(load):

@@ -81,7 +81,7 @@ def test_budgets_in_flops_are_shared_out_by_size(settings):
     """D = C / (6 N), N without embeddings counted here on the model itself."""
     sweep = settings(tokens=[], flops=[1e9])
     for run in prepare(sweep):
-        model = AutoModel.from_pretrained(run.recipe.at(run.recipe.model))
+        model = AutoModel.from_pretrained(run.recipe.mixture.at(run.recipe.model))
         n = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
         assert run.recipe.steps == round(1e9 / (6 * n) / 64)
     with pytest.raises(SoloError, match="less than one step"):

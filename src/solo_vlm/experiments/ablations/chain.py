@@ -14,7 +14,7 @@ from solo_vlm.data.sources import open_source
 from solo_vlm.experiments.ablations.settings import BASE, INIT, Ablation, InitSettings, Stages
 from solo_vlm.experiments.launcher.training import TrainingRun
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.run_folder import learned
+from solo_vlm.train.run_folder import config_fingerprint
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import find_settings, merge, read_settings
 
@@ -158,7 +158,7 @@ class _ChainMaker:
     def _decisive(self, by: Recipe | InitSettings | None) -> list[Any]:
         """What the outcome depends on, as plain values."""
         if isinstance(by, Recipe):
-            return [learned(by), [self._fingerprint(path) for path in by.source_paths()]]
+            return [config_fingerprint(by), [self._fingerprint(path) for path in by.mixture.source_paths()]]
         settings = by or self.settings.toy_data
         return [settings.model_dump(mode="json", exclude_defaults=True) if settings else None]
 

@@ -8,13 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from solo_vlm.data.mixture import SourceSettings
 from solo_vlm.evaluate.held_out import HeldOutAnswer, answer_questions, read_questions
 from solo_vlm.experiments.ablations.measure import Result, answers_file, count_samples
 from solo_vlm.generate import Answerer
-from solo_vlm.train.parallel.processes import start_processes
-from solo_vlm.train.recipe import Recipe, SourceSettings, ValidationSettings
-from solo_vlm.train.start import make_model
-from solo_vlm.train.validation import Validation
+from solo_vlm.train.model import make_model
+from solo_vlm.train.parallel.context import init_distributed
+from solo_vlm.train.recipe import Recipe, ValidationSettings
+from solo_vlm.train.trainer import Validator
 from solo_vlm.utils.files import new_file
 from solo_vlm.utils.json_lines import LinesFile
 
@@ -70,9 +71,9 @@ def held_out_loss(run: Path, data: str) -> Result:
     trained = {"model": str(run / "model"), "lora": None, "quantize": None, "trainable": "all"}
     packing = recipe.data.model_copy(update={"vision_loss": False})
     recipe = recipe.model_copy(update={**trained, "validation": validation, "data": packing})
-    with start_processes(recipe) as processes:
-        model, processor = make_model(recipe, processes)
-        return Result(Validation(recipe, processor, processes).loss(model), count_samples(data))
+    with init_distributed(recipe) as context:
+        model, processor = make_model(recipe, context)
+        return Result(Validator(recipe, processor, context).loss(model), count_samples(data))
 
 
 def _record(answer: HeldOutAnswer) -> dict[str, Any]:

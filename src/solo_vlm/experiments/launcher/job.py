@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from solo_vlm.train.stopping import Stopped, StopRequest, listen
+from solo_vlm.train.failures import Stopped, StopRequest, catch_signals
 from solo_vlm.utils.errors import SoloError
 
 Engine = Literal["local", "ray"]
@@ -89,7 +89,7 @@ def _local(jobs: Sequence[Job], processes: int, on_wait: Callable[[], None]) -> 
     shares = _shares(max(min(processes, len(jobs)), 1))
     free, waiting = deque(range(len(shares))), deque(jobs)
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
-    with listen() as stop:
+    with catch_signals() as stop:
         try:
             while waiting or running:
                 while waiting and free:
@@ -149,7 +149,7 @@ def _ray(jobs: Sequence[Job], processes: int, on_wait: Callable[[], None]) -> It
 
     waiting = deque(jobs)
     running: dict[Any, Job] = {}
-    with listen() as stop:
+    with catch_signals() as stop:
         try:
             while waiting or running:
                 while waiting and len(running) < processes:

@@ -12,7 +12,7 @@ import yaml
 
 from solo_vlm.experiments.launcher.job import Engine, Job, finish_jobs
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.run_folder import changes_in_learning
+from solo_vlm.train.run_folder import describe_recipe_changes
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
 
@@ -32,7 +32,7 @@ class TrainingRun:
     @property
     def folder(self) -> Path:
         """Of the run."""
-        return self.recipe.at(self.recipe.out)
+        return self.recipe.output_dir
 
     @property
     def finished(self) -> bool:
@@ -43,7 +43,7 @@ class TrainingRun:
         """
         if not (self.folder / "manifest.json").is_file():
             return False
-        if changed := changes_in_learning(Recipe.load(self.folder / "recipe.yaml"), self.recipe):
+        if changed := describe_recipe_changes(Recipe.load(self.folder / "recipe.yaml"), self.recipe):
             raise SoloError(
                 f"{self.folder} was trained with another recipe ({changed}): remove it, or choose another "
                 "root"

@@ -105,7 +105,7 @@ def _run(
         "root": settings.root,
         "model": f"models/{name}",
         "out": f"runs/{run}",
-        "log_every": 1,  # the table adds up what the steps have read
+        "log_interval": 1,  # the table adds up what the steps have read
     }
     probe = Recipe.parse(recipe, origin="recipe")
     steps = round(tokens / (probe.global_batch * probe.data.sequence_length))
