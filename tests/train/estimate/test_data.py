@@ -140,12 +140,12 @@ def test_a_run_trains_on_all_its_rows(folder, tmp_path, batch, streams):
         epochs=1,
         optimizer={"learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 2},
     )
-    figures = train(recipe).figures
-    assert figures["data"]["documents"] == 900
-    assert figures["steps"] == planned_steps(recipe)
+    metrics = train(recipe).metrics
+    assert metrics["data"]["documents"] == 900
+    assert metrics["steps"] == planned_steps(recipe)
     lines = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["documents"] for line in lines) == 900
-    assert len(lines) == math.ceil(figures["data"]["sequences"] / batch)
+    assert len(lines) == math.ceil(metrics["data"]["sequences"] / batch)
     assert all(line["learning_rate"] > recipe.optimizer.min_learning_rate for line in lines[:-1])
 
 
