@@ -13,9 +13,9 @@ from PIL import Image
 from tests.evaluate.benchmark_rows import TASKS, make_rows
 from tests.factories import png
 
+from solo_vlm.evaluate.backends import Answer, Question
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.data_root import load_benchmark
-from solo_vlm.evaluate.engines import Answer, Question
 from solo_vlm.evaluate.rows import Rows
 
 
@@ -57,7 +57,7 @@ def open_task(task: str, data_root: Path, cache: Path) -> Rows:
         datasets.config.HF_DATASETS_CACHE = before
 
 
-class Told:
+class ScriptedBackend:
     """Answers row by row what it was told, in batches of three, the last row first; remembers who asked."""
 
     def __init__(self, answers: list[str]) -> None:

@@ -13,10 +13,10 @@ from solo_vlm.utils.pages import image_url
 if TYPE_CHECKING:
     from solo_vlm.models.solo.processing_solo import Message
 
-__all__ = ["Answer", "Engine", "ModelEngine", "Question", "ServedEngine"]
+__all__ = ["Answer", "Backend", "ModelEngine", "Question", "ServerBackend"]
 
 
-class Engine(Protocol):
+class Backend(Protocol):
     """Answers questions greedily, in an order of its own."""
 
     def answer(self, questions: Iterable[Question]) -> Iterator[list[Answer]]:
@@ -30,7 +30,7 @@ class Engine(Protocol):
         """
 
 
-class ServedEngine:
+class ServerBackend:
     """A model behind an OpenAI-compatible API: `solo serve`, vLLM, or any other.
 
     Args:
@@ -64,7 +64,7 @@ class ServedEngine:
             raise SoloError("no key for the API: give --api-key, or set OPENAI_API_KEY") from error
 
     def answer(self, questions: Iterable[Question]) -> Iterator[list[Answer]]:
-        """See `Engine`."""
+        """See `Backend`."""
         waiting: set[Future[Answer]] = set()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
