@@ -37,7 +37,7 @@ def test_images_go_with_the_next_question_only(conversation, tmp_path, picture):
     conversation.add_images([str(tmp_path / "a.png")] * 2)
     first = ask(conversation, "what is this?")
     second = ask(conversation, "and now?")
-    assert (first["image_tokens"], second["image_tokens"]) == (8, 8)
+    assert (first["num_patches"], second["num_patches"]) == (8, 8)
     assert second["cached_tokens"] >= first["prompt_tokens"] - 1
     assert len(conversation.turns) == 4
 
@@ -52,7 +52,7 @@ def test_what_fails_leaves_the_conversation_as_it_was(conversation, tmp_path, pi
     with pytest.raises(SoloError, match="cannot read"):
         conversation.load(tmp_path / "none.json")
     assert conversation.turns == []
-    assert ask(conversation, "what is this?")["image_tokens"] == 4  # the image waited
+    assert ask(conversation, "what is this?")["num_patches"] == 4  # the image waited
 
 
 def test_a_saved_conversation_goes_on(conversation, solo_folder, tmp_path, picture):
@@ -64,7 +64,7 @@ def test_a_saved_conversation_goes_on(conversation, solo_folder, tmp_path, pictu
     other.load(tmp_path / "new" / "chat.json")
     assert ask(other, "and now?")["answer"] == ask(conversation, "and now?")["answer"]
     other.reset()
-    assert ask(other, "and now?")["image_tokens"] == 0
+    assert ask(other, "and now?")["num_patches"] == 0
     for text in ("", "{", "[]", '{"messages": []}', '{"messages": [{"role": "user", "content": 3}]}'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(SoloError, match="holds no conversation"):

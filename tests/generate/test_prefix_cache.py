@@ -41,7 +41,7 @@ def test_the_answers_are_those_without_a_cache(family, picture):
         chat = ask(question, image)
         ours = reply(cached, chat)
         assert ours["answer"] == reply(without, chat)["answer"]
-        assert (ours["cached_tokens"] > ours["image_tokens"]) == (number > 0)
+        assert (ours["cached_tokens"] > ours["num_patches"]) == (number > 0)
 
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
@@ -77,7 +77,7 @@ def test_an_image_of_1024_pixels_is_computed_once(picture):
     assert [one["answer"] for one in ours] == [
         reply(without, ask(question, image), 2)["answer"] for question in QUESTIONS
     ]
-    assert ours[-1]["image_tokens"] == 1024
+    assert ours[-1]["num_patches"] == 1024
 
 
 def test_another_image_of_the_same_size_is_not_taken_for_the_first(picture):

@@ -35,7 +35,7 @@ class Reply(TypedDict):
         answer: the text, without white space around it.
         prompt_tokens: of the chat, images included.
         cached_tokens: how many of these were in the prefix cache.
-        image_tokens: patches in the chat.
+        num_patches: image patches in the chat.
         answer_tokens: generated ones.
         finish: "stop" (the model ended the answer), "length", or "stopped" (the caller did).
     """
@@ -43,7 +43,7 @@ class Reply(TypedDict):
     answer: str
     prompt_tokens: int
     cached_tokens: int
-    image_tokens: int
+    num_patches: int
     answer_tokens: int
     finish: Literal["stop", "length", "stopped"]
 
@@ -173,7 +173,7 @@ class Answerer:
             "answer": self._decode(output, inputs)[0],
             "prompt_tokens": prompt,
             "cached_tokens": cached,
-            "image_tokens": len(inputs.get("pixel_values", ())),
+            "num_patches": len(inputs.get("pixel_values", ())),
             "answer_tokens": output.shape[1] - prompt,
             "finish": "stop" if ended else "stopped" if stop and stop.stopped else "length",
         }
