@@ -139,5 +139,5 @@ def test_the_layout_is_saved_and_can_be_chosen_on_loading(processor, tmp_path):
 
 def test_new_models_have_the_paper_layout(solo, processor):
     assert solo.processor.image_layout == "paper"
-    with pytest.raises(ValueError, match='"clean" or "release"'):
+    with pytest.raises(ValueError, match='"paper" or "original"'):
         SoloProcessor(processor.image_processor, processor.tokenizer, image_layout="neat")
