@@ -38,6 +38,7 @@ from solo_vlm.models.solo.image_processing_solo import (
     enlarge_to_patches,
     image_to_patches,
     patch_grid,
+    patches_to_image,
     resize,
 )
 
