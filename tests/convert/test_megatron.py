@@ -121,7 +121,7 @@ def test_the_configuration_is_the_arguments_and_the_model_answers(weights, token
         assert getattr(text, name) == SETTINGS[name]
     assert text.rope_parameters["rope_theta"] == 10000.0
     assert pipeline.model.dtype == torch.bfloat16
-    assert pipeline.processor.layout == "clean"
+    assert pipeline.processor.image_layout == "paper"
     pipeline.answer([ask("what is this?", picture(64, 32))], max_new_tokens=3)
 
 

@@ -140,7 +140,7 @@ def test_converted_and_original_folder_answer_alike(release, tmp_path, picture):
     answers = []
     for folder in (release, tmp_path / "solo"):
         pipeline = GenerationPipeline.from_pretrained(folder, dtype="float32", device="cpu")
-        assert pipeline.processor.layout == "release"
+        assert pipeline.processor.image_layout == "original"
         assert pipeline.model.config.vision_token_ids == converted.vision_token_ids
         inputs = pipeline.encode([ask("what is this?", picture(64, 40))])
         new = pipeline.generate(inputs, max_new_tokens=20)[0][:, inputs["input_ids"].shape[1] :]
@@ -368,4 +368,4 @@ def test_training_takes_the_release_for_what_it_is(release):
     """Its config says "mistral": read as a plain LLM, it would lose its eyes without a word."""
     model, processor = load_start(release)
     assert isinstance(model, SoloForConditionalGeneration)
-    assert processor.layout == "release"
+    assert processor.image_layout == "original"

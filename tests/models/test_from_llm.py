@@ -70,7 +70,7 @@ def test_an_llms_own_chat_template_takes_images(picture):
     turns = [*ask("what?", picture(32, 32)), {"role": "assistant", "content": "seven"}]
     rendered = solo.processor.apply_chat_template(turns)
     assert rendered == "<|im_start|>user\n<vpatch>what?</s>\n<|im_start|>assistant\nseven</s>\n"
-    encoded = solo.processor.encode_chat(turns, [(1, 1)])
+    encoded = solo.processor.encode_chat(turns, [(1, 1, 1)])
     said = solo.processor.tokenizer.decode(encoded.input_ids[encoded.supervised])
     assert said.strip() == "seven</s>"
     assert encoded.input_ids[-1] == tokenizer.eos_token_id

@@ -73,7 +73,7 @@ def generate(
             "answer": output.text,
             "prompt_tokens": output.prompt_tokens,
             "cached_tokens": output.cached_tokens,
-            "image_tokens": output.num_patches,
+            "num_patches": output.num_patches,
             "answer_tokens": output.completion_tokens,
             "finish": output.finish_reason,
             "seconds": {"first_token": output.time_to_first_token, "all": output.total_time},

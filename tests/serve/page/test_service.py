@@ -53,7 +53,7 @@ def test_an_upload_is_seen_as_the_model_sees_it(make_service, solo, picture):
         (b"<svg/>", "SVG is a drawing"),
         (png(Image.new("RGB", (64, 64)))[:-40], "truncated or damaged"),
         (png(Image.new("L", (101, 100))), "more than the limit of 10,000 pixels"),
-        (png(Image.new("L", (2000, 1))), "more of a line than a picture"),
+        (png(Image.new("L", (2000, 1))), "exceeds max_aspect_ratio=200"),
     ],
 )
 def test_what_is_no_usable_image_is_refused(make_service, data, message):

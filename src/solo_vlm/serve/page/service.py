@@ -108,7 +108,7 @@ class Service:
             "answer": output.text,
             "prompt_tokens": output.prompt_tokens,
             "cached_tokens": output.cached_tokens,
-            "image_tokens": output.num_patches,
+            "num_patches": output.num_patches,
             "answer_tokens": output.completion_tokens,
             "finish": "stopped" if output.finish_reason == "cancelled" else output.finish_reason,
             "text_tokens": (output.prompt_tokens or 0) - vision,
