@@ -1,4 +1,4 @@
-"""Jobs side by side: how they end, and what a signal does to them."""
+"""Concurrent jobs: exit statuses, failures and signals, locally and on Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from solo_vlm.experiments.launcher.job import Job, finish_jobs, run_jobs
+from solo_vlm.experiments.launcher import Job, finish_jobs, run_jobs
 from solo_vlm.utils.errors import SoloError
 
 
@@ -18,8 +18,8 @@ def job(folder, name, code):
     return Job(name, [sys.executable, "-c", code], folder / f"{name}.log")
 
 
-def test_jobs_run_side_by_side_and_report_how_they_ended(tmp_path):
-    """Each of two waits for the other to have started."""
+def test_jobs_run_concurrently_and_report_exit_status(tmp_path):
+    """The first two jobs wait for each other to start."""
     meet = (
         "import pathlib, time\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
@@ -37,7 +37,7 @@ def test_jobs_run_side_by_side_and_report_how_they_ended(tmp_path):
     assert list(run_jobs([], 2, "local")) == []
 
 
-def test_failed_jobs_are_named_once_the_others_are_done(tmp_path):
+def test_failed_jobs_are_reported_after_the_others_finish(tmp_path):
     jobs = [
         job(tmp_path, "bad", "import sys; print('no luck'); sys.exit(3)"),
         job(tmp_path, "good", "import time; time.sleep(0.5)"),
@@ -49,19 +49,19 @@ def test_failed_jobs_are_named_once_the_others_are_done(tmp_path):
         next(finished)
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_signal_ends_the_jobs_too(tmp_path, engine):
-    """The command is asked to stop, and leaves no process behind."""
-    if engine == "ray":
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_sigterm_terminates_the_jobs(tmp_path, executor):
+    """The launcher leaves no process behind."""
+    if executor == "ray":
         pytest.importorskip("ray")
     code = (
         "import sys, pathlib\n"
-        "from solo_vlm.experiments.launcher.job import Job, run_jobs\n"
+        "from solo_vlm.experiments.launcher import Job, run_jobs\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         'code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"\n'
         "list(run_jobs([Job('one', [sys.executable, '-c', code], folder / 'log')], 1, sys.argv[2]))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), engine], stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), executor], stderr=subprocess.PIPE)
     log = tmp_path / "log"
     while not (log.is_file() and log.read_text().strip()):
         time.sleep(0.05)
@@ -69,18 +69,18 @@ def test_a_signal_ends_the_jobs_too(tmp_path, engine):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "the same command goes on" in err.decode()
+    assert "run the same command to resume" in err.decode()
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 
 
-def test_ray_runs_the_same_jobs(tmp_path):
+def test_ray_reports_exit_status(tmp_path):
     pytest.importorskip("ray")
     jobs = [job(tmp_path, "good", "print(1)"), job(tmp_path, "bad", "import sys; sys.exit(4)")]
     assert {ran.name: status for ran, status in run_jobs(jobs, 2, "ray")} == {"good": 0, "bad": 4}
 
 
-def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_ray_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SoloError, match=r"solo-vlm\[ray\]"):
         list(run_jobs([job(tmp_path, "any", "")], 1, "ray"))

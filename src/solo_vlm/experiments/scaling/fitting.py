@@ -1,4 +1,8 @@
-"""Curves fitted to log losses by Huber loss with L-BFGS, and what chance the data leave."""
+"""Fit curves to log losses by Huber loss with L-BFGS, and bootstrap confidence intervals.
+
+`scipy.stats.bootstrap` resamples with replacement, which often leaves too few distinct points to determine a
+law; `scipy.optimize.least_squares(loss="huber")` does not take the fractional weights that avoid this.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.special import huber
 from scipy.stats import norm
 from scipy.stats import t as student
 from threadpoolctl import threadpool_limits
@@ -17,7 +22,7 @@ Array = NDArray[np.float64]
 Curve = Callable[[Array], tuple[Array, Array]]
 
 DELTA = 1e-3
-_SCALE = 1e4  # L-BFGS-B stops at absolute gradients: the objective must not be tiny where it matters
+_SCALE = 1e4  # L-BFGS-B stops at absolute gradients: the objective must not be tiny near the minimum
 _OPTIONS = {"maxiter": 1000, "ftol": 1e-13, "gtol": 1e-8}
 _SINGULAR = 1e-12  # curvatures below this share of the largest are noise
 
@@ -30,55 +35,56 @@ class Minimum(NamedTuple):
 
 
 def best_minimum(curve: Curve, starts: Iterable[Array], observed: Array) -> Minimum:
-    """The lowest of the minima that L-BFGS reaches from all starts.
+    """Return the lowest of the minima that L-BFGS reaches from all starts.
 
-    The objective is the SUM of the points' Huber losses (delta 1e-3). With their mean L-BFGS stops too early,
-    which is how the published coefficients of Hoffmann et al. 2022 came to be off (Besiroglu et al. 2024,
-    "Chinchilla Scaling: A replication attempt").
+    The objective is the sum of Huber losses (delta 1e-3), not their mean: with the mean, L-BFGS stops too
+    early, which explains the inaccurate published coefficients of Hoffmann et al. 2022 (Besiroglu et al.
+    2024, "Chinchilla Scaling: A replication attempt").
 
     Args:
-        curve: to fit.
-        starts: (p,) each.
-        observed: (points,) log losses.
+        curve: Curve to fit.
+        starts: Initial parameters, (p,) each.
+        observed: Log losses, (points,).
     """
-    with _one_thread():
+    with _single_threaded_blas():
         return _lowest(curve, starts, observed)
 
 
 def huber_sum(curve: Curve, parameters: Array, observed: Array) -> float:
-    """The objective alone."""
-    return _objective(curve, parameters, observed, None)[0]
+    """Return the value of the objective."""
+    return float(huber(DELTA, curve(parameters)[0] - observed).sum())
 
 
-def resampled_minima(
+def bootstrap_minima(
     curve: Curve, starts: Sequence[Array], observed: Array, resamples: int, seed: int
 ) -> Array:
-    """Minima under random weights of the points, (resamples, p): the bootstrap with fractional weights.
+    """Return the minima under random weights of the points, (resamples, p).
 
-    Weights come from the flat Dirichlet distribution (Rubin 1981, "The Bayesian Bootstrap"; Xu et al. 2020,
-    "Applications of the Fractional-Random-Weight Bootstrap"). No point ever drops out, as points do where
-    they are drawn with replacement: few points, or a grid of few sizes, then often determine no law.
+    The weights follow the flat Dirichlet distribution (Rubin 1981, "The Bayesian Bootstrap"; Xu et al. 2020,
+    "Applications of the Fractional-Random-Weight Bootstrap"). Every point keeps some weight; resampling with
+    replacement drops points, and a small grid of sizes then often determines no law.
 
     Args:
-        curve: as fitted.
-        starts: (p,) each; the first is the best fit. Every resample takes the lowest minimum from these.
-        observed: (points,) log losses.
-        resamples: their number.
-        seed: of the weights.
+        curve: Fitted curve.
+        starts: Initial parameters, (p,) each, starting with the best fit. Each resample keeps its lowest
+            minimum.
+        observed: Log losses, (points,).
+        resamples: Number of resamples.
+        seed: Seed of the weights.
     """
     predicted, slopes = curve(starts[0])
-    axes = _axes(slopes @ slopes.T) * max(float(np.abs(observed - predicted).mean()), DELTA)
+    axes = _whitening_axes(slopes @ slopes.T) * max(float(np.abs(observed - predicted).mean()), DELTA)
     drawn = np.random.default_rng(seed).dirichlet(np.ones(len(observed)), size=resamples) * len(observed)
-    with _one_thread():
+    with _single_threaded_blas():
         return np.array([_lowest(curve, starts, observed, weights, axes).parameters for weights in drawn])
 
 
 def interval(resampled: Sequence[float], n_points: int, n_parameters: int) -> tuple[float, float]:
-    """95% interval: percentiles of resampled values, further out the fewer points there are.
+    """Return the 95% interval from resampled values: percentiles that widen for few points.
 
-    The tails are those of Student's distribution, widened by the degrees of freedom that the fit has used:
-    the expanded percentile interval of Hesterberg 2015, "What Teachers Should Know About the Bootstrap".
-    With 250 points it is the ordinary percentile interval, with 12 it takes nearly all resampled values.
+    This is the expanded percentile interval of Hesterberg 2015, "What Teachers Should Know About the
+    Bootstrap": tails of Student's t distribution, widened by the degrees of freedom used by the fit. At 250
+    points it is the ordinary percentile interval; at 12 it spans nearly all resampled values.
     """
     free = n_points - n_parameters
     tail = 100 * norm.cdf((n_points / free) ** 0.5 * student.ppf(0.025, free))
@@ -97,8 +103,8 @@ def _lowest(
     return min(found, key=lambda minimum: minimum.value)
 
 
-def _one_thread() -> threadpool_limits:
-    """BLAS on one thread: several only wait for each other over matrices as small as these."""
+def _single_threaded_blas() -> threadpool_limits:
+    """Limit BLAS to one thread: synchronization costs more than these small matrices gain."""
     return threadpool_limits(1, user_api="blas")
 
 
@@ -109,21 +115,21 @@ def _descend(
     weights: Array | None = None,
     axes: Array | None = None,
 ) -> Minimum:
-    """L-BFGS from one start, along the columns of `axes` (p, p)."""
+    """Run L-BFGS from one start, in the coordinates of the columns of `axes` (p, p)."""
     axes = np.eye(len(start)) if axes is None else axes
 
     def scaled(steps: Array) -> tuple[float, Array]:
-        value, gradient = _objective(curve, start + axes @ steps, observed, weights)
+        value, gradient = objective(curve, start + axes @ steps, observed, weights)
         return _SCALE * value, _SCALE * (gradient @ axes)
 
     found = minimize(scaled, np.zeros(len(start)), jac=True, method="L-BFGS-B", options=_OPTIONS)
     return Minimum(start + axes @ found.x, found.fun / _SCALE)
 
 
-def _objective(
-    curve: Curve, parameters: Array, observed: Array, weights: Array | None
+def objective(
+    curve: Curve, parameters: Array, observed: Array, weights: Array | None = None
 ) -> tuple[float, Array]:
-    """Sum of Huber losses, and its gradient (p,)."""
+    """Return the weighted sum of Huber losses, and its gradient (p,)."""
     predicted, slopes = curve(parameters)
     residuals = predicted - observed
     clipped = np.clip(residuals, -DELTA, DELTA)
@@ -131,7 +137,7 @@ def _objective(
     return float(weighted @ (residuals - clipped / 2)), slopes @ weighted
 
 
-def _axes(curvature: Array) -> Array:
-    """Columns along which a minimum is equally curved: A with A A' = the inverse of the curvature (p, p)."""
+def _whitening_axes(curvature: Array) -> Array:
+    """Return A with A A' = inverse curvature (p, p): along its columns the minimum is equally curved."""
     values, vectors = np.linalg.eigh(curvature)
     return np.asarray(vectors / np.sqrt(np.maximum(values, _SINGULAR * values[-1])))
