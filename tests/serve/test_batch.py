@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tests.factories import ask
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.serve.batch import RowSampler, merge
 from solo_vlm.serve.job import Sampling
 
@@ -41,9 +41,9 @@ def test_a_greedy_row_keeps_its_scores_beside_a_sampled_one():
 
 
 def test_merged_inputs_are_those_of_a_batch(solo, picture):
-    answerer = Answerer(solo.model, solo.processor)
+    pipeline = GenerationPipeline(solo.model, solo.processor)
     chats = [ask("hello"), ask("what is this? a red circle", picture(64, 96)), ask("and", picture(32, 32))]
-    merged = merge([answerer.encode([chat]) for chat in chats], solo.processor.tokenizer.pad_token_id)
-    batch = answerer.encode(chats)
+    merged = merge([pipeline.encode([chat]) for chat in chats], solo.processor.tokenizer.pad_token_id)
+    batch = pipeline.encode(chats)
     assert merged.keys() == batch.keys()
     assert all(torch.equal(merged[name], batch[name]) for name in batch)

@@ -10,7 +10,7 @@ import pytest
 from openai import APIError, AuthenticationError, NotFoundError, OpenAI
 from tests.factories import ask
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.serve.limits import Limits
 
 from .conftest import data_url, question, served
@@ -24,7 +24,7 @@ def client(server):
 
 
 def expected(solo, chat) -> str:
-    return Answerer(solo.model, solo.processor).answer([chat], TOKENS)[0]
+    return GenerationPipeline(solo.model, solo.processor).answer([chat], TOKENS)[0]
 
 
 def test_an_answer_is_the_models_own(client, solo, picture):
@@ -33,7 +33,7 @@ def test_an_answer_is_the_models_own(client, solo, picture):
     reply = client.chat.completions.create(model="tiny", messages=parts, max_tokens=TOKENS)
     assert reply.choices[0].message.content == expected(solo, ask("what is this?", image))
     assert reply.choices[0].message.role == "assistant"
-    inputs = Answerer(solo.model, solo.processor).encode([ask("what is this?", image)])
+    inputs = GenerationPipeline(solo.model, solo.processor).encode([ask("what is this?", image)])
     assert reply.usage.prompt_tokens == inputs["input_ids"].shape[1]
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
 

@@ -139,7 +139,7 @@ def test_batches_keep_within_their_limits(solo, monkeypatch, closed_gate):
     monkeypatch.setattr(
         engine_module,
         "answer_together",
-        lambda answerer, tokenizer, jobs: (sizes.append(len(jobs)), gated(answerer, tokenizer, jobs)),
+        lambda pipeline, tokenizer, jobs: (sizes.append(len(jobs)), gated(pipeline, tokenizer, jobs)),
     )
     with served(solo, Limits(max_batch=3, max_batch_tokens=100)) as server, ThreadPoolExecutor(9) as clients:
         first = clients.submit(server.ask, question("hello", max_tokens=2))

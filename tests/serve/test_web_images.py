@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from tests.factories import ask, png
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.serve import web_images
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.web_images import is_public
@@ -126,7 +126,7 @@ def address(host: Host, name: str | None = None) -> str:
 
 
 def test_an_image_at_a_public_address_is_seen(server, public, solo, image):
-    expected = Answerer(solo.model, solo.processor).answer([ask("what is this?", image)], 8)[0]
+    expected = GenerationPipeline(solo.model, solo.processor).answer([ask("what is this?", image)], 8)[0]
     for url in (f"{address(public)}/x.png", f"{address(public)}/to/{address(public)}/x.png"):
         status, body = server.ask(about(url))
         assert status == 200 and body["choices"][0]["message"]["content"] == expected

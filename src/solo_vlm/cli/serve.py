@@ -114,11 +114,11 @@ def serve(
         from solo_vlm.serve.server import serve_model
     except ModuleNotFoundError as error:
         raise SoloError(f"the server needs {error.name}: pip install 'solo-vlm[serve]'") from error
-    from solo_vlm.generate import Answerer, PrefixCache
+    from solo_vlm.generate import GenerationPipeline, PrefixCache
 
-    def load() -> Answerer:
+    def load() -> GenerationPipeline:
         known = PrefixCache(int(prefix_cache * 1e9)) if prefix_cache else None
-        return Answerer.load(model, dtype, device, quantize, known)
+        return GenerationPipeline.from_pretrained(model, dtype, device, quantize, known)
 
     def on_ready(url: str) -> None:
         STDERR.print(f"{name} at {url}/v1", highlight=False)

@@ -29,7 +29,7 @@ def web(
         from solo_vlm.serve.page.app import make_app
     except ModuleNotFoundError as error:
         raise SoloError(f"the page needs {error.name}: pip install 'solo-vlm[web]'") from error
-    from solo_vlm.generate import Answerer, PrefixCache
+    from solo_vlm.generate import GenerationPipeline, PrefixCache
     from solo_vlm.serve.address import take_address
     from solo_vlm.serve.page.limits import Limits
     from solo_vlm.serve.page.service import Service
@@ -38,8 +38,8 @@ def web(
         image_bytes=max_image_mib * 2**20, pixels=max_megapixels * 10**6, new_tokens=max_new_tokens
     )
     with take_address(host, port) as address:
-        answerer = Answerer.load(model, prefix_cache=PrefixCache())
-        app = make_app(Service(answerer, "/".join(Path(model).parts[-2:]), limits))
+        pipeline = GenerationPipeline.from_pretrained(model, prefix_cache=PrefixCache())
+        app = make_app(Service(pipeline, "/".join(Path(model).parts[-2:]), limits))
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
         address.listen()
         STDOUT.print(f"solo web: {address.url}  (Ctrl-C ends it)", highlight=False)

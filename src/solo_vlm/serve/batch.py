@@ -10,25 +10,25 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, StoppingCriteria, TopPLogitsWarper
 
-from solo_vlm.generate import Answerer
-from solo_vlm.generate.answerer import LOWEST_TEMPERATURE
+from solo_vlm.generate import GenerationPipeline
+from solo_vlm.generate.pipeline import MIN_TEMPERATURE
 from solo_vlm.serve.answer_text import AnswerText
 from solo_vlm.serve.job import Finish, FinishReason, Job, Sampling
 
 
-def answer_together(answerer: Answerer, tokenizer: Any, jobs: Sequence[Job]) -> None:
+def answer_together(pipeline: GenerationPipeline, tokenizer: Any, jobs: Sequence[Job]) -> None:
     """Answer jobs in one batch; each is told its text as it comes, and its end when it is reached.
 
     Args:
-        answerer: the model.
+        pipeline: the model.
         tokenizer: decodes; no other thread may use it.
         jobs: whose longest prompt and longest answer together do not exceed the model's context.
     """
-    rows = [_Row(job, tokenizer, answerer.end_ids) for job in jobs]
-    answerer.generate(
+    rows = [_Row(job, tokenizer, pipeline.eos_token_ids) for job in jobs]
+    pipeline.generate(
         merge([job.inputs for job in jobs], tokenizer.pad_token_id),
         max(job.sampling.max_tokens for job in jobs),
-        logits_processor=[RowSampler([job.sampling for job in jobs], answerer.model.device)],
+        logits_processor=[RowSampler([job.sampling for job in jobs], pipeline.model.device)],
         stopping_criteria=[_Listener(rows)],
     )
 
@@ -113,7 +113,7 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (rows, vocabulary) both
         for row, sampling, generator, keep_likeliest in self._rows:
-            temperature = max(sampling.temperature, LOWEST_TEMPERATURE)
+            temperature = max(sampling.temperature, MIN_TEMPERATURE)
             logits = keep_likeliest(input_ids[row], scores[row : row + 1] / temperature)
             noise = torch.empty_like(logits).exponential_(generator=generator).log_()
             scores[row] = (logits - noise)[0]

@@ -8,7 +8,7 @@ from collections import deque
 from threading import Condition, Lock, Thread
 from typing import Any
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.serve.batch import answer_together
 from solo_vlm.serve.job import Job
@@ -20,14 +20,14 @@ class Engine:
     """Answers jobs in the order in which they come.
 
     Args:
-        answerer: the model. Nobody else may use it from now on.
+        pipeline: the model. Nobody else may use it from now on.
         max_batch: jobs answered together.
         max_batch_tokens: rows times longest prompt and answer of a batch of several.
     """
 
-    def __init__(self, answerer: Answerer, max_batch: int, max_batch_tokens: int) -> None:
+    def __init__(self, pipeline: GenerationPipeline, max_batch: int, max_batch_tokens: int) -> None:
         self._running: list[Job] = []
-        self._answerer = answerer
+        self._pipeline = pipeline
         self._max_batch = max_batch
         self._max_batch_tokens = max_batch_tokens
         self._jobs: deque[Job] = deque()
@@ -35,14 +35,14 @@ class Engine:
         self._closed = False
         # A fast tokenizer changes while it encodes: no two threads may use one.
         self._encoding = Lock()
-        self._tokenizer = copy.deepcopy(answerer.processor.tokenizer)
+        self._tokenizer = copy.deepcopy(pipeline.processor.tokenizer)
         self._thread = Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def context(self) -> int | None:
         """Tokens of prompt and answer together, where the model has a limit."""
-        return self._answerer.context
+        return self._pipeline.context_length
 
     @property
     def running(self) -> int:
@@ -61,7 +61,7 @@ class Engine:
             SoloError: a chat that the template refuses, or longer than the model's context.
         """
         with self._encoding:
-            return self._answerer.encode([chat])
+            return self._pipeline.encode([chat])
 
     def submit(self, job: Job) -> None:
         """Put a job in the queue."""
@@ -90,7 +90,7 @@ class Engine:
             batch = self._next_batch()
             try:
                 if batch:
-                    answer_together(self._answerer, self._tokenizer, batch)
+                    answer_together(self._pipeline, self._tokenizer, batch)
             except Exception as error:
                 logger.exception("a batch of %d requests failed", len(batch))
                 for job in batch:

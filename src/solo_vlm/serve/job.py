@@ -41,7 +41,7 @@ class Job:
     """A chat to answer, made in the event loop that will read the answer.
 
     Args:
-        inputs: what `Answerer.encode` makes of the chat.
+        inputs: what `GenerationPipeline.encode` makes of the chat.
         sampling: how to answer it.
 
     Attributes:

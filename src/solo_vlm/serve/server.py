@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.serve.address import take_address
 from solo_vlm.serve.app import make_app
 from solo_vlm.serve.engine import Engine
@@ -16,7 +16,7 @@ from solo_vlm.serve.limits import Limits
 
 
 def serve_model(
-    load: Callable[[], Answerer],
+    load: Callable[[], GenerationPipeline],
     name: str,
     host: str,
     port: int,

@@ -79,7 +79,7 @@ def test_errors_are_one_line(client, path, body, status, message):
 
 def test_a_full_queue_and_a_failure_are_told(client, monkeypatch):
     question = {"turns": [{"role": "user", "text": "x"}]}
-    monkeypatch.setattr("solo_vlm.generate.Answerer.stream", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("solo_vlm.generate.GenerationPipeline.stream", lambda *_, **__: 1 / 0)
     assert events(client.post("/api/answer", json=question))[-1] == {
         "event": "error",
         "error": "this failed on the server: ZeroDivisionError",

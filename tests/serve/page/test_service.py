@@ -12,7 +12,7 @@ from PIL import Image
 from tests.factories import ask, png
 
 from solo_vlm.data.encode import Encoder
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.inspect_image import ImageLayout
 from solo_vlm.serve.page.conversation import Question, Turn, WordQuestion
 from solo_vlm.serve.page.images import HeldImage, ImageStore
@@ -53,7 +53,7 @@ def test_an_upload_is_seen_as_the_model_sees_it(make_service, solo, picture):
         (b"<svg/>", "SVG is a drawing"),
         (png(Image.new("RGB", (64, 64)))[:-40], "truncated or damaged"),
         (png(Image.new("L", (101, 100))), "more than the limit of 10,000 pixels"),
-        (png(Image.new("L", (2000, 1))), "more of a line than a picture"),
+        (png(Image.new("L", (2000, 1))), "exceeds max_aspect_ratio=200"),
     ],
 )
 def test_what_is_no_usable_image_is_refused(make_service, data, message):
@@ -65,10 +65,11 @@ def test_an_answer_is_that_of_the_model_and_its_figures_add_up(make_service, sol
     service, image = make_service(), picture(96, 64)
     name = service.add_image(png(image))["id"]
     reply, streamed = answer(service, user("what is this?", name))
-    assert reply["answer"] == Answerer(solo.model, solo.processor).answer([ask("what is this?", image)], 6)[0]
+    pipeline = GenerationPipeline(solo.model, solo.processor)
+    assert reply["answer"] == pipeline.answer([ask("what is this?", image)], 6)[0]
     assert reply["answer"] == streamed.strip()
     assert reply["vision_tokens"] == 2 * 3 + 2 + 1
-    inputs = Answerer(solo.model, solo.processor).encode([ask("what is this?", image)])
+    inputs = GenerationPipeline(solo.model, solo.processor).encode([ask("what is this?", image)])
     vision = np.isin(inputs["input_ids"], Encoder(solo.processor).vision_ids)
     assert (reply["text_tokens"], reply["vision_tokens"]) == ((~vision).sum(), vision.sum())
     assert 0 < reply["first_token_seconds"] < math.inf

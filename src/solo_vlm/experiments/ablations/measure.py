@@ -24,7 +24,7 @@ from solo_vlm.utils.files import new_file
 from solo_vlm.utils.json_lines import LinesFile
 
 if TYPE_CHECKING:
-    from solo_vlm.generate import Answerer
+    from solo_vlm.generate import GenerationPipeline
 
 Kind = Literal["accuracy", "loss"]
 
@@ -132,23 +132,23 @@ def measure(run: Path, task: str) -> None:
     Raises:
         SoloError: The data cannot be read, or are not questions although accuracy is to be measured.
     """
-    from solo_vlm.generate import Answerer
+    from solo_vlm.generate import GenerationPipeline
 
-    answerer = cache(lambda: Answerer.load(run / "model"))
+    generator = cache(lambda: GenerationPipeline.from_pretrained(run / "model"))
     for kind, data, file in json.loads(task):
         if kind == "accuracy":
-            result = measure_accuracy(answerer(), data, answers_file(Path(file)))
+            result = measure_accuracy(generator(), data, answers_file(Path(file)))
         else:
             result = measure_loss(run, data)
         with new_file(Path(file)) as partial:
             partial.write_text(json.dumps(result._asdict()) + "\n")
 
 
-def measure_accuracy(answerer: Answerer, data: str | Path, answers: Path) -> Result:
+def measure_accuracy(generator: GenerationPipeline, data: str | Path, answers: Path) -> Result:
     """Return the share of correct answers to held-out questions.
 
     Args:
-        answerer: Model to ask.
+        generator: Model to ask.
         data: Path of the questions.
         answers: File that receives the answers; questions that it already answers are skipped.
     """
@@ -156,14 +156,14 @@ def measure_accuracy(answerer: Answerer, data: str | Path, answers: Path) -> Res
 
     questions = read_questions(data)
     with LinesFile(answers) as file:
-        right = [record["right"] for record in file.records]
-        for batch in answer_questions(questions[len(right) :], answerer):
+        correct = [record["correct"] for record in file.records]
+        for batch in answer_questions(questions[len(correct) :], generator):
             file.append(
-                {name: getattr(answer, name) for name in ("question", "truth", "answer", "right")}
+                {name: getattr(answer, name) for name in ("question", "reference", "answer", "correct")}
                 for answer in batch
             )
-            right += [answer.right for answer in batch]
-    return Result(sum(right) / len(right), len(right))
+            correct += [answer.correct for answer in batch]
+    return Result(sum(correct) / len(correct), len(correct))
 
 
 def measure_loss(run: Path, data: str | Path) -> Result:

@@ -64,7 +64,7 @@ def check_turns(turns: Turns, limits: Limits, last: Literal["user", "assistant"]
 
 
 def as_chat(turns: Turns, store: ImageStore) -> list[Message]:
-    """Turns as `Answerer` and the encoder of samples read them.
+    """Turns as `GenerationPipeline` and the encoder of samples read them.
 
     Raises:
         SoloError: an image is no longer held.

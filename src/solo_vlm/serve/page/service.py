@@ -10,7 +10,7 @@ from typing import Any
 
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.serve.page.attention_map import AttentionMaps, attention_maps
 from solo_vlm.serve.page.conversation import Question, Turns, WordQuestion, as_chat, check_turns
 from solo_vlm.serve.page.images import ImageStore, read_upload
@@ -25,26 +25,26 @@ class Service:
     `answer` and `attention` use the model: one call at a time.
 
     Args:
-        answerer: the model with its processor.
+        pipeline: the model with its processor.
         name: what the page calls the model.
         limits: of one visitor.
     """
 
-    def __init__(self, answerer: Answerer, name: str, limits: Limits) -> None:
+    def __init__(self, pipeline: GenerationPipeline, name: str, limits: Limits) -> None:
         self.limits = limits
-        self._answerer = answerer
+        self._pipeline = pipeline
         self._name = name
         self._store = ImageStore(limits.held_bytes)
         self._last_maps = lru_cache(maxsize=1)(self._read_again)  # several words of one answer are asked for
 
     def about(self) -> dict[str, Any]:
         """The model's name and size, and the limits."""
-        model = self._answerer.model
+        model = self._pipeline.model
         return {
             "name": self._name,
             "parameters": sum(weights.numel() for weights in model.parameters()),
             "layers": model.config.text_config.num_hidden_layers,
-            "context": self._answerer.context,
+            "context": self._pipeline.context_length,
             "limits": asdict(self.limits),
         }
 
@@ -54,7 +54,7 @@ class Service:
         Raises:
             SoloError: it is no image that can be used, or too large.
         """
-        image = read_upload(data, self._answerer.processor, self.limits.pixels)
+        image = read_upload(data, self._pipeline.processor, self.limits.pixels)
         return {"id": self._store.add(image), **image.layout.as_dict()}
 
     def seen_image(self, name: str) -> bytes:
@@ -86,16 +86,16 @@ class Service:
         """Answer, in pieces and then as a whole.
 
         Returns:
-            What `Answerer.stream` returns, and `text_tokens` and `vision_tokens` of the prompt (the latter
-            with the separators of rows), `first_token_seconds`, and `tokens_per_second` after the first
-            token; None for an answer of one.
+            What `GenerationPipeline.stream` returns, and `text_tokens` and `vision_tokens` of the prompt (the
+            latter with the separators of rows), `first_token_seconds`, and `tokens_per_second` after the
+            first token; None for an answer of one.
 
         Raises:
             SoloError: what is wrong with the chat.
         """
         self.check(question)
         clock = _Clock(should_stop)
-        reply = self._answerer.stream(
+        output = self._pipeline.stream(
             as_chat(question.turns, self._store),
             on_text,
             question.max_new_tokens,
@@ -105,8 +105,13 @@ class Service:
         names = [name for turn in question.turns for name in turn.images]
         vision = sum(self._store.get(name).layout.tokens for name in names)
         return {
-            **reply,
-            "text_tokens": reply["prompt_tokens"] - vision,
+            "answer": output.text,
+            "prompt_tokens": output.prompt_tokens,
+            "cached_tokens": output.cached_tokens,
+            "num_patches": output.num_patches,
+            "answer_tokens": output.completion_tokens,
+            "finish": "stopped" if output.finish_reason == "cancelled" else output.finish_reason,
+            "text_tokens": (output.prompt_tokens or 0) - vision,
             "vision_tokens": vision,
             **clock.figures(),
         }
@@ -128,7 +133,7 @@ class Service:
         maps = self._last_maps(question.turns)
         if question.layer is not None and question.layer >= len(maps.weights):
             raise SoloError(f"the model has {len(maps.weights)} layers, the first is 0")
-        tokenizer = self._answerer.processor.tokenizer
+        tokenizer = self._pipeline.processor.tokenizer
         tokens = tokens_of(question.start, question.end, text, maps.token_ids, tokenizer)
         images: list[dict[str, Any]] = [
             {
@@ -143,11 +148,11 @@ class Service:
 
     def _read_again(self, turns: Turns) -> AttentionMaps:
         sample = parse_sample({"messages": as_chat(turns, self._store)})
-        document = encode(sample, self._answerer.processor)
-        context = self._answerer.context
+        document = encode(sample, self._pipeline.processor)
+        context = self._pipeline.context_length
         if context and len(document) > context:
             raise SoloError(f"the chat has {len(document)} tokens, the model's context {context}")
-        return attention_maps(self._answerer.model, document)
+        return attention_maps(self._pipeline.model, document)
 
 
 class _Clock:
