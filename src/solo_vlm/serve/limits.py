@@ -1,4 +1,4 @@
-"""What one request, and all of them together, may take."""
+"""Limits of the server. Imported by the command line, so it loads nothing else."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the server; each is an option of `solo serve`.
+    """Limits on each request and on all of them together; every field is an option of `solo serve`.
 
     Attributes:
-        max_concurrent: requests in the house, whether they are read, wait or are answered.
-        max_batch: requests that are answered together.
-        max_batch_tokens: rows times longest prompt and answer of such a batch.
-        max_tokens: of one answer.
-        max_text_chars: characters of all texts of a request.
-        max_messages: of a chat.
-        max_images: of a request.
-        max_image_bytes: of one image file.
-        max_pixels: width * height, of all images of a request together.
-        max_request_bytes: of the body.
-        max_seconds: from a request's last byte to its answer's.
-        max_body_seconds: from a request's first byte to its last.
-        max_fetch_seconds: for an image from a URL.
-        max_drain_seconds: for what is unfinished when the server is asked to stop.
-        allow_image_urls: whether images may be fetched from http(s) URLs.
+        max_concurrent: maximum in-flight requests (reading, queued or generating).
+        max_batch: maximum requests generated together.
+        max_batch_tokens: maximum of rows times (longest prompt + longest answer) in such a batch.
+        max_tokens: maximum tokens per answer.
+        max_text_chars: maximum characters of text per request.
+        max_messages: maximum messages per request.
+        max_images: maximum images per request.
+        max_image_bytes: maximum size of an image file in bytes.
+        max_pixels: maximum width * height, summed over a request's images.
+        max_request_bytes: maximum size of a request body in bytes.
+        max_seconds: time limit in seconds, from the last byte of a request to the last of its answer.
+        max_body_seconds: time limit in seconds for sending the request body.
+        max_fetch_seconds: time limit in seconds for downloading an image.
+        max_drain_seconds: time limit in seconds for in-flight requests at shutdown.
+        max_cached_image_bytes: memory in bytes for encoded images; 0 encodes every image anew.
+        allow_image_urls: whether to download images from http(s) URLs.
     """
 
     max_concurrent: int = 64
@@ -41,4 +42,5 @@ class Limits:
     max_body_seconds: float = 30.0
     max_fetch_seconds: float = 10.0
     max_drain_seconds: float = 30.0
+    max_cached_image_bytes: int = 128 * 2**20
     allow_image_urls: bool = False
