@@ -9,7 +9,7 @@ import sys
 import typer
 from rich.logging import RichHandler
 
-from solo_vlm.cli._console import STDERR
+from solo_vlm.cli._common import STDERR
 from solo_vlm.cli.ablate import ablate
 from solo_vlm.cli.chat import chat
 from solo_vlm.cli.convert import app as convert

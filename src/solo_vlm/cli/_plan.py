@@ -6,7 +6,7 @@ import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from solo_vlm.cli._console import STDOUT
+from solo_vlm.cli._common import STDOUT
 
 if TYPE_CHECKING:
     from solo_vlm.train.estimate.devices import Device

@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
-from solo_vlm.cli._engine import Engine, RunsOn, SideBySide
+from solo_vlm.cli._common import (
+    STDOUT,
+    Executor,
+    ExecutorOption,
+    ProcessesOption,
+    print_json,
+    quiet_libraries,
+)
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
@@ -27,8 +33,8 @@ def ablate(
         float, typer.Option(min=0.001, max=1.0, help="Share of the training steps, for a first look.")
     ] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for data, models and results.")] = None,
-    processes: SideBySide = 1,
-    engine: RunsOn = Engine.LOCAL,
+    processes: ProcessesOption = 1,
+    executor: ExecutorOption = Executor.LOCAL,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train a base and its variants, and report the differences with their intervals.
@@ -46,7 +52,7 @@ def ablate(
     ablation = Ablation.load(name, overrides or [], **{key: value for key, value in given.items() if value})
     if dry_run:
         return _plan(ablation, fraction, json)
-    _run(ablation, fraction, processes, engine, json)
+    _run(ablation, fraction, processes, executor, json)
 
 
 def _list(json: bool) -> None:
@@ -73,7 +79,7 @@ def _plan(ablation: Ablation, fraction: float, json: bool) -> None:
     STDOUT.print(f"to be trained: {missing['runs']} runs, {missing['steps']:,} steps", highlight=False)
 
 
-def _run(ablation: Ablation, fraction: float, processes: int, engine: Engine, json: bool) -> None:
+def _run(ablation: Ablation, fraction: float, processes: int, executor: Executor, json: bool) -> None:
     from solo_vlm.experiments.ablations.plots import write_plots
     from solo_vlm.experiments.ablations.run import run_ablation
     from solo_vlm.experiments.ablations.table import results_table
@@ -81,7 +87,7 @@ def _run(ablation: Ablation, fraction: float, processes: int, engine: Engine, js
 
     try:
         with progress_bar() as progress:
-            report, folder = run_ablation(ablation, progress, fraction, processes, engine.value)
+            report, folder = run_ablation(ablation, progress, fraction, processes, executor.value)
         write_plots(report, folder)
     except ImportError as error:
         raise SoloError(f"{error.name} is not installed: pip install 'solo-vlm[science]'") from error

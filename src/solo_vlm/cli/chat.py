@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.prompt import Prompt
 
-from solo_vlm.cli._console import STDOUT, quiet_libraries
-from solo_vlm.cli._quantize import QuantizeOption
+from solo_vlm.cli._common import STDOUT, QuantizeOption, quiet_libraries
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:

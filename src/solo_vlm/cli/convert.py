@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
+from solo_vlm.cli._common import STDOUT, print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from solo_vlm.convert.project_folder import Converted

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
-from solo_vlm.cli._progress import progress_bar
-from solo_vlm.cli._quantize import QuantizeOption
+from solo_vlm.cli._common import STDOUT, QuantizeOption, print_json, progress_bar, quiet_libraries
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:

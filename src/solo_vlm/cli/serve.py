@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from solo_vlm.cli._console import STDERR, quiet_libraries
-from solo_vlm.cli._quantize import QuantizeOption
+from solo_vlm.cli._common import STDERR, QuantizeOption, quiet_libraries
 from solo_vlm.serve.limits import Limits
 from solo_vlm.utils.errors import SoloError
 

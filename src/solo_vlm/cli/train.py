@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
+from solo_vlm.cli._common import STDOUT, print_json, quiet_libraries
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from solo_vlm.evaluate.rows import Rows
 from solo_vlm.evaluate.score import Judgement, Part, Score
 from solo_vlm.models.solo.image_loading_solo import ImageError
 from solo_vlm.utils.files import new_file
-from solo_vlm.utils.pages import png_url, render, thumbnail_url
+from solo_vlm.utils.pages import figure_url, render, thumbnail_url
 
 _SHOWN = 12  # right answers, and as many wrong ones, of each task
 
@@ -70,7 +69,7 @@ def write_reports(folder: Path, facts: Mapping[str, Any], reports: Sequence[Task
         "solo_vlm.evaluate",
         "report.html.jinja",
         **values,
-        plot=lambda score: png_url(category_plot(score)),
+        plot=lambda score: figure_url(category_plot(score)),
         cards=_cards,
     )
     markdown = render("solo_vlm.evaluate", "report.md.jinja", **values)
@@ -79,8 +78,8 @@ def write_reports(folder: Path, facts: Mapping[str, Any], reports: Sequence[Task
             partial.write_text(page, encoding="utf-8")
 
 
-def category_plot(score: Score) -> bytes:
-    """Bars of the score of each category, in per cent of a perfect model's, with 95% intervals; a PNG."""
+def category_plot(score: Score) -> Any:
+    """Bars of the score of each category, in per cent of a perfect model's, with 95% intervals."""
     from matplotlib.figure import Figure
 
     parts = score.breakdown
@@ -103,9 +102,7 @@ def category_plot(score: Score) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     if len(groups) > 1:
         figure.legend(loc="outside upper center", ncols=len(groups), frameon=False)
-    buffer = BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    return buffer.getvalue()
+    return figure
 
 
 def _share(part: Part, value: float) -> float:

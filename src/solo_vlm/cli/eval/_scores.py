@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from solo_vlm.cli._console import STDOUT
+from solo_vlm.cli._common import STDOUT
 
 if TYPE_CHECKING:
     from solo_vlm.evaluate.score import Score

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solo_vlm.cli._console import STDOUT
+from solo_vlm.cli._common import STDOUT
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:

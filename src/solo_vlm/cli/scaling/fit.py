@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from solo_vlm.cli._console import STDOUT, print_json
+from solo_vlm.cli._common import STDOUT, print_json
 from solo_vlm.cli.scaling._laws import fit_and_draw, show_laws
 
 

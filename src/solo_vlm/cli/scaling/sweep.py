@@ -7,16 +7,23 @@ from typing import Annotated
 
 import typer
 
-from solo_vlm.cli._console import STDERR, STDOUT, print_json, quiet_libraries
-from solo_vlm.cli._engine import Engine, RunsOn, SideBySide
+from solo_vlm.cli._common import (
+    STDERR,
+    STDOUT,
+    Executor,
+    ExecutorOption,
+    ProcessesOption,
+    print_json,
+    quiet_libraries,
+)
 from solo_vlm.cli.scaling._laws import fit_and_draw, show_laws
 
 
 def sweep(
     settings: Annotated[str, typer.Argument(help="YAML file, or a name such as sweeps/toy.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
-    processes: SideBySide = 1,
-    engine: RunsOn = Engine.LOCAL,
+    processes: ProcessesOption = 1,
+    executor: ExecutorOption = Executor.LOCAL,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train every size at every budget, then fit and plot. Started again, it goes on where it stopped."""
@@ -26,7 +33,7 @@ def sweep(
 
     loaded = SweepSettings.load(settings, overrides or [])
     root = Path(loaded.root)
-    table = run_sweep(loaded, processes, engine.value, _report)
+    table = run_sweep(loaded, processes, executor.value, _report)
     analysis = fit_and_draw(table, root / "fit.json", root / "plots")
     if json:
         print_json({**analysis.as_dict(), "results": str(table), "plots": str(root / "plots")})
