@@ -26,11 +26,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from solo_vlm.models.solo.processing_solo import ChatTemplateError
 from solo_vlm.serve.engine import Engine, Finish, Prompt, Request, SamplingParams
-from solo_vlm.serve.images import EncodedImage, ImageReader
+from solo_vlm.serve.images import EncodedImage, ImageReader, describe_image
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.metrics import Metrics
 from solo_vlm.serve.page.attention import WordAttention
-from solo_vlm.serve.page.picture import describe_image
 from solo_vlm.serve.protocol import (
     ApiError,
     Chat,
@@ -182,8 +181,7 @@ class _Api:
         try:
             events = self._metrics.observe(request.events(), arrived)
             if not chat.stream:
-                *texts, finish = [event async for event in events]
-                return completion.whole("".join(texts), finish)
+                return completion.whole([event async for event in events])
             include_usage = chat.stream_options and chat.stream_options.include_usage
             await _stream(events, completion, stream, bool(include_usage))
             return None

@@ -21,6 +21,7 @@ from transformers import LogitsProcessor, StoppingCriteria, TopPLogitsWarper
 
 from solo_vlm.generate import Answerer
 from solo_vlm.generate.answerer import LOWEST_TEMPERATURE
+from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.serve.images import EncodedImage
 
@@ -148,6 +149,11 @@ class Engine:
     def context(self) -> int | None:
         """Maximum tokens of prompt and answer together, if the model has a limit."""
         return self._pipeline.context
+
+    @property
+    def image_processor(self) -> SoloImageProcessor:
+        """Encodes images; any thread may use it."""
+        return self._pipeline.processor.image_processor
 
     @property
     def running(self) -> int:

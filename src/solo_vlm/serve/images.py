@@ -12,18 +12,22 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
+from io import BytesIO
 from ipaddress import IPv6Address, ip_address, ip_network
 from threading import Lock
+from typing import Any
 
 import aiohttp
 import numpy as np
 from aiohttp.connector import AddrInfoType
 from numpy.typing import NDArray
 
+from solo_vlm.models.inspect_image import ImageLayout, patches_to_image
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image, read_data_url
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.protocol import ApiError
+from solo_vlm.utils.pages import png_url
 
 Source = tuple[str, str | bytes]
 """An image's place in the request, and its data URL or downloaded file."""
@@ -59,6 +63,15 @@ class EncodedImage:
         """Rows and columns of patches."""
         _, rows, columns = self.image_grid_thw[0].tolist()
         return rows, columns
+
+
+def describe_image(image: EncodedImage) -> dict[str, Any]:
+    """Return what the model sees of an image: sizes, grid, token counts, and the picture as a data URL."""
+    rows, columns = image.grid
+    picture, file = patches_to_image(image.pixel_values, rows, columns), BytesIO()
+    picture.save(file, format="PNG", compress_level=1)
+    layout = ImageLayout(image.size, picture.size, rows, columns)
+    return {**layout.as_dict(), "picture": png_url(file.getvalue())}
 
 
 class ImageReader:

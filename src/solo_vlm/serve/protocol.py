@@ -98,7 +98,9 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
-        kind = _ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        kind = _ERROR_TYPES.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
         message = str(self)
         if len(message) > _MAX_ERROR_CHARS:
             message = f"{message[: _MAX_ERROR_CHARS // 2]}...{message[-_MAX_ERROR_CHARS // 2 :]}"
@@ -370,9 +372,10 @@ class ChatCompletion:
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
-    def whole(self, text: str, finish: Finish) -> dict[str, Any]:
-        """Return the complete answer."""
-        message = {"role": "assistant", "content": text}
+    def whole(self, events: Sequence[str | Finish]) -> dict[str, Any]:
+        """Return the complete answer, from all its pieces and the finish."""
+        finish: Any = events[-1]
+        message = {"role": "assistant", "content": "".join(map(str, events[:-1]))}
         choice = {"index": 0, "message": message, "finish_reason": finish.reason}
         return {**self._head("chat.completion"), "choices": [choice], "usage": self._usage(finish)}
 
@@ -421,9 +424,7 @@ class EventStream:
         """Send one event: an object as JSON, or text as it is."""
         if not self.begun:
             self.begun = True
-            await self._send(
-                {"type": "http.response.start", "status": 200, "headers": list(self._HEADERS)}
-            )
+            await self._send({"type": "http.response.start", "status": 200, "headers": list(self._HEADERS)})
         data = value.encode() if isinstance(value, str) else to_json(value)
         body = b"data: " + data + b"\n\n"
         await self._send({"type": "http.response.body", "body": body, "more_body": not last})

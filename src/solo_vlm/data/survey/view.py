@@ -16,7 +16,7 @@ from solo_vlm.data.encode import IGNORE_INDEX, Document, Encoder
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.survey.reading import ReadRow, RowReader
 from solo_vlm.data.survey.sampling import draw_rows
-from solo_vlm.models.inspect_image import draw_grid
+from solo_vlm.models.inspect_image import draw_grid, patches_to_image
 from solo_vlm.utils.files import new_file
 from solo_vlm.utils.pages import image_url, render
 
@@ -83,11 +83,7 @@ def seen_images(document: Document) -> Iterator[tuple[Image.Image, int, int]]:
     for _, rows, columns in document.grids.tolist():
         patches = document.patches[start : start + rows * columns]
         start += rows * columns
-        side = round((patches.shape[1] // 3) ** 0.5)
-        grid = patches.reshape(rows, columns, 3, side, side).transpose(
-            0, 3, 1, 4, 2
-        )  # rows, y, columns, x, 3
-        yield Image.fromarray(grid.reshape(rows * side, columns * side, 3)), rows, columns
+        yield patches_to_image(patches, rows, columns), rows, columns
 
 
 def shown_tokens(document: Document, vision: NDArray[np.bool_], tokenizer: Any) -> Iterator[Token]:
