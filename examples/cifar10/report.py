@@ -21,7 +21,7 @@ from rich.progress import Progress
 from scipy.stats import binomtest
 
 from solo_vlm.evaluate.held_out import answer_questions, read_questions
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.train.manifest import read_recipe
 from solo_vlm.train.metrics import read_metrics
 from solo_vlm.utils.files import new_file
@@ -32,13 +32,13 @@ SHOWN = 24
 Record = dict[str, Any]
 
 
-def ask(answerer: Answerer, data: Path, answers: Path, progress: Progress) -> list[Record]:
+def ask(pipeline: GenerationPipeline, data: Path, answers: Path, progress: Progress) -> list[Record]:
     """Every held-out question of a file with its answer."""
     questions = read_questions(data)
     with LinesFile(answers) as file:
         records = file.records
         task = progress.add_task(data.stem, total=len(questions), completed=len(records))
-        for batch in answer_questions(questions[len(records) :], answerer):
+        for batch in answer_questions(questions[len(records) :], pipeline):
             new = [{"truth": a.truth, "answer": a.answer.strip(), "right": a.right} for a in batch]
             file.append(new)
             records += new
@@ -129,10 +129,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: ROOT/report")
     arguments = parser.parse_args()
     root, out = arguments.root, arguments.out or arguments.root / "report"
-    answerer = Answerer.load(root / "sft" / "model")
+    pipeline = GenerationPipeline.from_pretrained(root / "sft" / "model")
     files = {kind: root / "data" / f"heldout_{kind}.parquet" for kind in KINDS}
     with Progress() as progress:
-        answers = {kind: ask(answerer, file, out / f"{kind}.jsonl", progress) for kind, file in files.items()}
+        answers = {kind: ask(pipeline, file, out / f"{kind}.jsonl", progress) for kind, file in files.items()}
     report = {
         "scores": {kind: score(records) for kind, records in answers.items()},
         "training": {run.name: training(run) for run in stages_of(root)},

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.generate import Answerer, PrefixCache
+from solo_vlm.generate import GenerationPipeline, PrefixCache
 from solo_vlm.generate.conversation import Conversation
 from solo_vlm.utils.errors import SoloError
 
@@ -25,7 +25,7 @@ SOLO = Path(sys.executable).with_name("solo")
 
 @pytest.fixture
 def conversation(solo_folder):
-    return Conversation(Answerer.load(solo_folder, prefix_cache=PrefixCache()))
+    return Conversation(GenerationPipeline.from_pretrained(solo_folder, prefix_cache=PrefixCache()))
 
 
 def ask(conversation, question: str) -> dict:
@@ -37,8 +37,8 @@ def test_images_go_with_the_next_question_only(conversation, tmp_path, picture):
     conversation.add_images([str(tmp_path / "a.png")] * 2)
     first = ask(conversation, "what is this?")
     second = ask(conversation, "and now?")
-    assert (first["image_tokens"], second["image_tokens"]) == (8, 8)
-    assert second["cached_tokens"] >= first["prompt_tokens"] - 1
+    assert (first.num_patches, second.num_patches) == (8, 8)
+    assert second.cached_tokens >= first.prompt_tokens - 1
     assert len(conversation.turns) == 4
 
 
@@ -52,7 +52,7 @@ def test_what_fails_leaves_the_conversation_as_it_was(conversation, tmp_path, pi
     with pytest.raises(SoloError, match="cannot read"):
         conversation.load(tmp_path / "none.json")
     assert conversation.turns == []
-    assert ask(conversation, "what is this?")["image_tokens"] == 4  # the image waited
+    assert ask(conversation, "what is this?").num_patches == 4  # the image waited
 
 
 def test_a_saved_conversation_goes_on(conversation, solo_folder, tmp_path, picture):
@@ -60,11 +60,11 @@ def test_a_saved_conversation_goes_on(conversation, solo_folder, tmp_path, pictu
     conversation.add_images([str(tmp_path / "a.png")])
     ask(conversation, "what is this?")
     conversation.save(tmp_path / "new" / "chat.json")
-    other = Conversation(Answerer.load(solo_folder))
+    other = Conversation(GenerationPipeline.from_pretrained(solo_folder))
     other.load(tmp_path / "new" / "chat.json")
-    assert ask(other, "and now?")["answer"] == ask(conversation, "and now?")["answer"]
+    assert ask(other, "and now?").text == ask(conversation, "and now?").text
     other.reset()
-    assert ask(other, "and now?")["image_tokens"] == 0
+    assert ask(other, "and now?").num_patches == 0
     for text in ("", "{", "[]", '{"messages": []}', '{"messages": [{"role": "user", "content": 3}]}'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(SoloError, match="holds no conversation"):
@@ -139,7 +139,7 @@ def test_saved_conversation_names_images_wherever_it_is_read(
     ask(conversation, "what is this?")
     conversation.save(tmp_path / "there" / "chat.json")
     monkeypatch.chdir(tmp_path)
-    other = Conversation(Answerer.load(solo_folder))
+    other = Conversation(GenerationPipeline.from_pretrained(solo_folder))
     other.load(tmp_path / "there" / "chat.json")
     assert other.turns[0]["content"][0]["path"] == str(tmp_path / "here" / "a.png")
     saved = json.loads((tmp_path / "there" / "chat.json").read_text())

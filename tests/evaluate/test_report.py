@@ -60,13 +60,13 @@ def finished(tmp_path_factory):
     run = EvaluationRun(folder / "out", ModelFacts("my <model>", "test", "ab" * 32), longest=16)
 
     class ByTask(Told):
-        def answer(self, questions):
-            questions = list(questions)
-            text = questions[0].chat[0]["content"][-1]["text"]
+        def generate(self, requests):
+            requests = list(requests)
+            text = requests[0].messages[0]["content"][-1]["text"]
             benchmark, rows = tasks[0] if "option's letter" in text else tasks[1]
             right = [right_response(benchmark.name, row) for row in rows.columns]
             self.answers = [NASTY if n % 4 == 0 else response for n, response in enumerate(right)]
-            return super().answer(questions)
+            return super().generate(requests)
 
     scores = run.evaluate(ByTask([]), tasks)
     return folder / "out", scores

@@ -17,10 +17,10 @@ from tests.evaluate.evaluation_runs import Told, open_task, write_data_root
 from tests.factories import make_solo
 
 from solo_vlm.evaluate.benchmarks import get
-from solo_vlm.evaluate.engines import Answer
 from solo_vlm.evaluate.run import EvaluationRun, ModelFacts
 from solo_vlm.evaluate.run_folder import RunFolder
 from solo_vlm.evaluate.weights import weights_hash
+from solo_vlm.generate import GenerationOutput
 from solo_vlm.utils.errors import SoloError
 
 FACTS = ModelFacts("told", "test", "0" * 64)
@@ -150,8 +150,8 @@ def test_missing_data_says_what_to_download(whole_run, run, tmp_path):
 class Endless(Told):
     """Stands still after four batches, as a model that is about to be killed."""
 
-    def answer(self, questions):
-        for number, batch in enumerate(super().answer(questions)):
+    def generate(self, requests):
+        for number, batch in enumerate(super().generate(requests)):
             if number == 4:
                 time.sleep(600)
             yield batch
@@ -313,8 +313,8 @@ def test_a_limit_that_the_harness_cannot_score_is_no_failure(opened, tmp_path):
 
 def test_an_engine_that_gives_up_keeps_what_there_is(opened, tmp_path):
     class Broken(Told):
-        def answer(self, questions):
-            yield [Answer(next(iter(questions)).number, "A")]
+        def generate(self, requests):
+            yield [GenerationOutput(next(iter(requests)).request_id, "A")]
             raise SoloError("the server is gone")
 
     with pytest.raises(SoloError, match="the server is gone"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from solo_vlm.generate import Answerer, open_images, user_turn
+from solo_vlm.generate import GenerationPipeline, open_images, user_turn
 from solo_vlm.generate.folder import answer_folder, find_images
 from solo_vlm.utils.errors import SoloError
 
@@ -53,11 +53,11 @@ def test_images_are_found_in_natural_order(photos, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_every_image_is_answered_about(solo_folder, photos, tmp_path, batch_size):
-    answerer = Answerer.load(solo_folder)
+    pipeline = GenerationPipeline.from_pretrained(solo_folder)
     done = []
     out = tmp_path / "answers.jsonl"
     counts = answer_folder(
-        answerer, ORDER, photos, REQUEST, out, batch_size, lambda *state: done.append(state)
+        pipeline, ORDER, photos, REQUEST, out, batch_size, lambda *state: done.append(state)
     )
     assert vars(counts) == {"answers": 6, "errors": 1, "new": 7}
     assert done[-1] == (7, 7)
@@ -69,21 +69,21 @@ def test_every_image_is_answered_about(solo_folder, photos, tmp_path, batch_size
             assert "img3.png" in line["error"] and "answer" not in line
         else:
             chat = [user_turn("what is this?", open_images([str(photos / line["image"])]))]
-            assert line["answer"] == answerer.answer([chat], 4)[0]
+            assert line["answer"] == pipeline.answer([chat], 4)[0]
 
 
 def test_a_run_goes_on_where_it_was_killed(solo_folder, photos, tmp_path):
-    answerer = Answerer.load(solo_folder)
+    pipeline = GenerationPipeline.from_pretrained(solo_folder)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
-    answer_folder(answerer, ORDER, photos, REQUEST, whole)
+    answer_folder(pipeline, ORDER, photos, REQUEST, whole)
     text = whole.read_bytes().splitlines(keepends=True)
     asked = []
-    encode = answerer.encode
-    answerer.encode = lambda chats: asked.extend(chats) or encode(chats)
+    encode = pipeline.encode
+    pipeline.encode = lambda chats: asked.extend(chats) or encode(chats)
     for kept, begun in ((0, 0), (2, 30), (6, 1), (7, 0)):
         out.write_bytes(b"".join(text[:kept]) + (text[kept][:begun] if begun else b""))
         asked.clear()
-        counts = answer_folder(answerer, ORDER, photos, REQUEST, out)
+        counts = answer_folder(pipeline, ORDER, photos, REQUEST, out)
         assert out.read_bytes() == whole.read_bytes()
         assert counts.new == 7 - kept
         assert len(asked) == counts.new - (kept < 3)  # the broken one is not asked about
@@ -91,20 +91,21 @@ def test_a_run_goes_on_where_it_was_killed(solo_folder, photos, tmp_path):
 
 def test_another_request_is_not_mixed_in(solo_folder, photos, tmp_path):
     out = tmp_path / "answers.jsonl"
-    answerer = Answerer.load(solo_folder)
-    answer_folder(answerer, ORDER, photos, REQUEST, out)
+    pipeline = GenerationPipeline.from_pretrained(solo_folder)
+    answer_folder(pipeline, ORDER, photos, REQUEST, out)
     before = out.read_bytes()
     with pytest.raises(SoloError, match=r"prompt 'what is this\?', now 'and this\?'"):
-        answer_folder(answerer, ORDER, photos, {**REQUEST, "prompt": "and this?"}, out)
+        answer_folder(pipeline, ORDER, photos, {**REQUEST, "prompt": "and this?"}, out)
     assert out.read_bytes() == before
     out.write_text("[1]\n")
     with pytest.raises(SoloError, match=r"answers\.jsonl"):
-        answer_folder(answerer, ORDER, photos, REQUEST, out)
+        answer_folder(pipeline, ORDER, photos, REQUEST, out)
 
 
 def test_an_image_too_large_for_the_context_is_an_error(solo_folder, photos, tmp_path, picture):
     picture(960, 960).save(photos / "img2.png")  # 900 patches for a context of 512
-    answer_folder(Answerer.load(solo_folder), ORDER, photos, REQUEST, tmp_path / "answers.jsonl")
+    pipeline = GenerationPipeline.from_pretrained(solo_folder)
+    answer_folder(pipeline, ORDER, photos, REQUEST, tmp_path / "answers.jsonl")
     errors = {line["image"]: line["error"] for line in lines(tmp_path / "answers.jsonl") if "error" in line}
     assert errors.keys() == {"img2.png", "img3.png"}
     assert "context" in errors["img2.png"]

@@ -11,8 +11,8 @@ from PIL import Image
 from tests.factories import LLM_CONFIGS, ask, make_solo
 from transformers import DynamicCache, Qwen3NextConfig
 
-from solo_vlm.generate import Answerer, PrefixCache
-from solo_vlm.generate.prefix_cache import can_reuse_prefixes, prompt_tokens, without_known_images
+from solo_vlm.generate import GenerationPipeline, PrefixCache
+from solo_vlm.generate.cache import drop_cached_images, prompt_key, supports_prefix_cache
 
 QUESTIONS = [
     *("what is this?", "what is left?", "what is seven?", "hello", "hello world"),
@@ -20,40 +20,41 @@ QUESTIONS = [
 ]
 
 
-def answerers(family: str, **sizes) -> tuple[Answerer, Answerer]:
+def pipelines(family: str, **sizes) -> tuple[GenerationPipeline, GenerationPipeline]:
     """One without a prefix cache, and one with."""
     solo = make_solo(family)
     for name, value in sizes.items():
         setattr(solo.model.config.text_config, name, value)
     solo.model.eval()
-    return Answerer(solo.model, solo.processor), Answerer(solo.model, solo.processor, PrefixCache())
+    cached = GenerationPipeline(solo.model, solo.processor, PrefixCache())
+    return GenerationPipeline(solo.model, solo.processor), cached
 
 
-def reply(answerer, chat, tokens=4):
-    return answerer.stream(chat, lambda text: None, tokens)
+def reply(pipeline, chat, tokens=4):
+    return pipeline.stream(chat, lambda text: None, tokens)
 
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
 def test_the_answers_are_those_without_a_cache(family, picture):
-    without, cached = answerers(family)
+    without, cached = pipelines(family)
     image = picture(320, 256)
     for number, question in enumerate(QUESTIONS):
         chat = ask(question, image)
         ours = reply(cached, chat)
-        assert ours["answer"] == reply(without, chat)["answer"]
-        assert (ours["cached_tokens"] > ours["image_tokens"]) == (number > 0)
+        assert ours.text == reply(without, chat).text
+        assert (ours.cached_tokens > ours.num_patches) == (number > 0)
 
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
 def test_logits_after_a_reused_beginning(family, picture):
-    without, cached = answerers(family)
+    without, cached = pipelines(family)
     image = picture(160, 96)
     reply(cached, ask(QUESTIONS[0], image))
     inputs = without.encode([ask(QUESTIONS[1], image)])
-    prompt = prompt_tokens(inputs, without.model.config.image_token_id)
+    prompt = prompt_key(inputs, without.model.config.image_token_id)
     known, cache = cached.prefix_cache.find(prompt)
     assert 15 < known < len(prompt)
-    rest = without_known_images(inputs, prompt[:known])
+    rest = drop_cached_images(inputs, prompt[:known])
     assert "pixel_values" not in rest
     with torch.inference_mode():
         whole = without.model(**inputs).logits[0, known:]
@@ -66,7 +67,7 @@ def test_logits_after_a_reused_beginning(family, picture):
 
 
 def test_an_image_of_1024_pixels_is_computed_once(picture):
-    without, cached = answerers("llama", max_position_embeddings=2048)
+    without, cached = pipelines("llama", max_position_embeddings=2048)
     computed = []
     cached.model.model.language_model.register_forward_pre_hook(
         lambda module, args, inputs: computed.append(inputs["inputs_embeds"].shape[1]), with_kwargs=True
@@ -74,74 +75,74 @@ def test_an_image_of_1024_pixels_is_computed_once(picture):
     image = picture(1024, 1024)
     ours = [reply(cached, ask(question, image), 2) for question in QUESTIONS]
     assert sum(computed) < 1057 + 10 * 40
-    assert [one["answer"] for one in ours] == [
-        reply(without, ask(question, image), 2)["answer"] for question in QUESTIONS
+    assert [one.text for one in ours] == [
+        reply(without, ask(question, image), 2).text for question in QUESTIONS
     ]
-    assert ours[-1]["image_tokens"] == 1024
+    assert ours[-1].num_patches == 1024
 
 
 def test_another_image_of_the_same_size_is_not_taken_for_the_first(picture):
-    without, cached = answerers("qwen3")
+    without, cached = pipelines("qwen3")
     one, other = picture(64, 64, seed=0), picture(64, 64, seed=1)
     asked = [(one, one), (one, other), (other, one), (other, other), (one, one)]
     known = []
     for images in asked:
         chat = ask("what is this?", *images)
         ours = reply(cached, chat)
-        assert ours["answer"] == reply(without, chat)["answer"]
-        known.append(ours["cached_tokens"])
+        assert ours.text == reply(without, chat).text
+        known.append(ours.cached_tokens)
     text, image = known[2], 4 + 2 + 1
     assert known[:4] == [0, text + image, text, text + image]
     assert known[4] > text + 2 * image
 
 
 def test_images_of_one_colour_that_lie_otherwise_are_told_apart():
-    without, cached = answerers("llama")
+    without, cached = pipelines("llama")
     for size in ((96, 64), (64, 96), (96, 64)):
         chat = ask("what is this?", Image.new("RGB", size, "red"))
         ours = reply(cached, chat)
-        assert ours["answer"] == reply(without, chat)["answer"]
+        assert ours.text == reply(without, chat).text
     first = cached.encode([ask("what is this?", Image.new("RGB", (96, 64), "red"))])
     second = cached.encode([ask("what is this?", Image.new("RGB", (64, 96), "red"))])
-    ids = [prompt_tokens(inputs, cached.model.config.image_token_id) for inputs in (first, second)]
+    ids = [prompt_key(inputs, cached.model.config.image_token_id) for inputs in (first, second)]
     same = first["input_ids"][0, : common(*ids)]
     assert same[-1] == cached.model.config.vision_start_token_id
     assert cached.model.config.image_token_id not in same
 
 
 def test_a_conversation_goes_on_from_its_own_answers(picture):
-    without, cached = answerers("mistral")
+    without, cached = pipelines("mistral")
     turns = ask("what is this?", picture(96, 64))
     before = 0
     for question in ("and what is left?", "and seven?", "hello"):
         ours = reply(cached, turns)
-        assert ours["answer"] == reply(without, turns)["answer"]
-        assert ours["cached_tokens"] >= before
-        before = ours["prompt_tokens"]
-        turns = [*turns, {"role": "assistant", "content": ours["answer"]}, *ask(question)]
+        assert ours.text == reply(without, turns).text
+        assert ours.cached_tokens >= before
+        before = ours.prompt_tokens
+        turns = [*turns, {"role": "assistant", "content": ours.text}, *ask(question)]
 
 
 def test_batches_and_single_answers_agree(picture):
-    _, cached = answerers("gemma3")
+    _, cached = pipelines("gemma3")
     chats = [ask(question, picture(64, 64)) for question in QUESTIONS[:3]]
-    alone = [reply(cached, chat)["answer"] for chat in chats]
+    alone = [reply(cached, chat).text for chat in chats]
     assert cached.answer(chats, 4) == alone
 
 
 def test_no_budget_is_no_cache(picture):
     solo = make_solo("llama")
-    answerer = Answerer(solo.model.eval(), solo.processor, PrefixCache(max_bytes=0))
+    pipeline = GenerationPipeline(solo.model.eval(), solo.processor, PrefixCache(max_bytes=0))
     chat = ask("what is this?", picture(64, 64))
-    assert reply(answerer, chat)["answer"] == reply(answerer, chat)["answer"]
-    assert reply(answerer, chat)["cached_tokens"] == 0
-    assert answerer.prefix_cache.bytes == 0
+    assert reply(pipeline, chat).text == reply(pipeline, chat).text
+    assert reply(pipeline, chat).cached_tokens == 0
+    assert pipeline.prefix_cache.bytes == 0
 
 
 def test_recurrent_layers_are_not_reused():
     config = Qwen3NextConfig(num_hidden_layers=4, hidden_size=16, vocab_size=32)
     assert "linear_attention" in config.layer_types
-    assert not can_reuse_prefixes(config)
-    assert all(can_reuse_prefixes(make_solo(family).model.config.text_config) for family in LLM_CONFIGS)
+    assert not supports_prefix_cache(config)
+    assert all(supports_prefix_cache(make_solo(family).model.config.text_config) for family in LLM_CONFIGS)
 
 
 # --- the tree alone: keys and values that say which tokens they belong to -------------------------------

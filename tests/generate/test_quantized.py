@@ -9,7 +9,7 @@ import torch
 from serving import one_by_one, served
 from tests import factories as tiny
 
-from solo_vlm.generate import Answerer, PrefixCache
+from solo_vlm.generate import GenerationPipeline, PrefixCache
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'solo-vlm[quantize]'")
 
@@ -30,8 +30,8 @@ def folder(tmp_path_factory):
     "kind, layer, likeness", [("int8", "Linear8bitLt", 0.995), ("nf4", "Linear4bit", 0.9)]
 )
 def test_quantised_weights(folder, picture, kind, layer, likeness):
-    full = Answerer.load(folder)
-    quantised = Answerer.load(folder, quantize=kind, prefix_cache=PrefixCache())
+    full = GenerationPipeline.from_pretrained(folder)
+    quantised = GenerationPipeline.from_pretrained(folder, quantize=kind, prefix_cache=PrefixCache())
     decoder = quantised.model.model.language_model.layers[0]
     assert type(decoder.self_attn.q_proj) is type(decoder.mlp.up_proj) is getattr(bitsandbytes.nn, layer)
     assert type(quantised.model.lm_head) is torch.nn.Linear
@@ -44,7 +44,7 @@ def test_quantised_weights(folder, picture, kind, layer, likeness):
     assert torch.cosine_similarity(ours, expected, dim=0) > likeness
     first = quantised.stream(chat, lambda text: None, 4)
     again = quantised.stream(chat, lambda text: None, 4)
-    assert (first["cached_tokens"], again["cached_tokens"]) == (0, again["prompt_tokens"] - 1)
+    assert (first.cached_tokens, again.cached_tokens) == (0, again.prompt_tokens - 1)
 
 
 def test_generate_takes_the_option(run, folder):
@@ -61,7 +61,7 @@ def test_serve_takes_the_option(folder):
     with served(folder, "--quantize", "nf4") as server:
         (answer,) = asyncio.run(one_by_one(server.url, [request])).answers
     full, quantised = (
-        Answerer.load(folder, quantize=kind).answer([tiny.ask("a red circle")], 12)[0]
+        GenerationPipeline.from_pretrained(folder, quantize=kind).answer([tiny.ask("a red circle")], 12)[0]
         for kind in (None, "nf4")
     )
     assert answer[1] == quantised != full

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from solo_vlm.generate.roomy_cache import roomy_cache
+from solo_vlm.generate.cache import preallocated_cache
 
 LAYERS = 2
 STEPS = st.lists(
@@ -23,7 +23,7 @@ STEPS = st.lists(
 @given(STEPS)
 @settings(deadline=None, max_examples=50)
 def test_it_holds_what_a_dynamic_cache_holds(steps):
-    expected, ours = DynamicCache(), roomy_cache()
+    expected, ours = DynamicCache(), preallocated_cache()
     for kind, what in [("append", 7), *steps]:
         for index in range(LAYERS):
             if kind == "append":
@@ -43,7 +43,7 @@ def test_it_holds_what_a_dynamic_cache_holds(steps):
 
 
 def test_a_token_is_written_beside_those_before_it():
-    cache = roomy_cache()
+    cache = preallocated_cache()
     keys, _ = cache.update(torch.rand(1, 2, 1000, 4), torch.rand(1, 2, 1000, 4), 0)
     places = {
         cache.update(torch.rand(1, 2, 1, 4), torch.rand(1, 2, 1, 4), 0)[0].data_ptr() for _ in range(200)

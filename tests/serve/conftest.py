@@ -63,12 +63,12 @@ def served(solo, limits, api_keys=(), name="tiny", prefix_cache=None):
     """The server over a model, while the context lasts."""
     import uvicorn
 
-    from solo_vlm.generate import Answerer
+    from solo_vlm.generate import GenerationPipeline
     from solo_vlm.serve.app import make_app
     from solo_vlm.serve.engine import Engine
 
-    answerer = Answerer(solo.model, solo.processor, prefix_cache)
-    engine = Engine(answerer, limits.max_batch, limits.max_batch_tokens)
+    pipeline = GenerationPipeline(solo.model, solo.processor, prefix_cache)
+    engine = Engine(pipeline, limits.max_batch, limits.max_batch_tokens)
     app = make_app(engine, name, limits, api_keys)
     config = uvicorn.Config(app, port=0, http="h11", ws="none", log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)

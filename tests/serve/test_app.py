@@ -17,7 +17,7 @@ from openai import APIError, AuthenticationError, NotFoundError, OpenAI
 from PIL import Image
 from tests.factories import ask, make_solo
 
-from solo_vlm.generate import Answerer, PrefixCache
+from solo_vlm.generate import GenerationPipeline, PrefixCache
 from solo_vlm.serve import engine as engine_module
 from solo_vlm.serve.images import ImageReader
 from solo_vlm.serve.limits import Limits
@@ -33,7 +33,7 @@ def client(server):
 
 
 def expected(solo, chat) -> str:
-    return Answerer(solo.model, solo.processor).answer([chat], TOKENS)[0]
+    return GenerationPipeline(solo.model, solo.processor).answer([chat], TOKENS)[0]
 
 
 def test_answer_is_the_models_own(client, solo, picture):
@@ -42,7 +42,7 @@ def test_answer_is_the_models_own(client, solo, picture):
     reply = client.chat.completions.create(model="tiny", messages=parts, max_tokens=TOKENS)
     assert reply.choices[0].message.content == expected(solo, ask("what is this?", image))
     assert reply.choices[0].message.role == "assistant"
-    inputs = Answerer(solo.model, solo.processor).encode([ask("what is this?", image)])
+    inputs = GenerationPipeline(solo.model, solo.processor).encode([ask("what is this?", image)])
     assert reply.usage.prompt_tokens == inputs["input_ids"].shape[1]
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
 
@@ -466,8 +466,8 @@ def test_image_is_described_as_the_model_sees_it(server, picture):
 def test_shown_image_is_encoded_once(solo, picture, monkeypatch):
     """For its description, several answers, and the attention of their words."""
     processor, encoded = type(solo.processor.image_processor), []
-    encode = processor.encode
-    monkeypatch.setattr(processor, "encode", lambda *a: encoded.append(None) or encode(*a))
+    encode = processor.encode_image
+    monkeypatch.setattr(processor, "encode_image", lambda *a: encoded.append(None) or encode(*a))
     with served(solo, Limits()) as server:
         body = question("what is this?", picture(), max_tokens=2)
         assert (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -18,9 +17,8 @@ def encode(processor, chat) -> Prompt:
     images = []
     for part in chat[0]["content"]:
         if part["type"] == "image":
-            pixel_values, (rows, columns) = processor.image_processor.encode(part["image"])
-            grid = np.array([[1, rows, columns]])
-            images.append(EncodedImage(pixel_values, grid, part["image"].size, b""))
+            encoded = processor.image_processor.encode_image(part["image"])
+            images.append(EncodedImage(*encoded, part["image"].size, b""))
     tokens = processor.encode_chat(chat, [image.grid for image in images], add_generation_prompt=True)
     return Prompt(tokens.input_ids, tokens.supervised, tuple(images))
 

@@ -17,7 +17,7 @@ from openai import OpenAI
 from PIL import Image
 from tests.factories import ask, png
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.serve import images
@@ -136,9 +136,9 @@ class CountingProcessor(SoloImageProcessor):
 
     encoded = 0
 
-    def encode(self, *arguments):
+    def encode_image(self, *arguments):
         self.encoded += 1
-        return super().encode(*arguments)
+        return super().encode_image(*arguments)
 
 
 def test_image_seen_before_is_encoded_once():
@@ -304,7 +304,7 @@ def address(host: Host, name: str | None = None) -> str:
 
 
 def test_image_at_a_public_address_is_read(server, public, solo, image):
-    expected = Answerer(solo.model, solo.processor).answer([ask("what is this?", image)], 8)[0]
+    expected = GenerationPipeline(solo.model, solo.processor).answer([ask("what is this?", image)], 8)[0]
     for url in (f"{address(public)}/x.png", f"{address(public)}/to/{address(public)}/x.png"):
         status, body = server.ask(about(url))
         assert status == 200 and body["choices"][0]["message"]["content"] == expected

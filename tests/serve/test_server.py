@@ -18,7 +18,7 @@ from openai import OpenAI
 from serving import served
 from tests.factories import ROOT, ask
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.server import bind
 from solo_vlm.utils.errors import SoloError
@@ -85,7 +85,7 @@ def test_openai_client_gets_the_models_answer(server, solo, picture):
     client = OpenAI(base_url=f"{server.url}/v1", api_key="new", max_retries=0)
     body = question("what is this?", picture(), max_tokens=8)
     reply = client.chat.completions.create(model="my-model", **body)
-    expected = Answerer(solo.model, solo.processor).answer([ask("what is this?", picture())], 8)
+    expected = GenerationPipeline(solo.model, solo.processor).answer([ask("what is this?", picture())], 8)
     assert [reply.choices[0].message.content] == expected
 
 

@@ -15,7 +15,7 @@ from openai import AuthenticationError, BadRequestError, OpenAI
 from tests.factories import TEXTS, ask
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.from_llm import compose
 from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.serve.limits import Limits
@@ -84,7 +84,7 @@ def adapter(folder, tmp_path_factory):
     lora = LoraConfig(
         r=8, target_modules=r".*language_model.*\.(q_proj|v_proj|up_proj)", init_lora_weights=False
     )
-    model = get_peft_model(Answerer.load(folder).model, lora)
+    model = get_peft_model(GenerationPipeline.from_pretrained(folder).model, lora)
     path = tmp_path_factory.mktemp("adapter") / "lora"
     model.save_pretrained(path)
     return path
@@ -140,23 +140,23 @@ def complete(text: str) -> str:
 def test_all_engines_give_the_same_greedy_text(vllm, folder, picture, name):
     text, sizes = CHATS[name]
     images = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
-    answerer = Answerer.load(folder)
-    with served(answerer, Limits()) as server:
+    pipeline = GenerationPipeline.from_pretrained(folder)
+    with served(pipeline, Limits()) as server:
         ours = OpenAI(base_url=server.url, api_key="none", max_retries=0)
         of_transformers = answer_of(ours, "tiny", text, images)
     of_vllm = answer_of(vllm, "my-model", text, images)
-    assert of_vllm == of_transformers == complete(answerer.answer([ask(text, *images)], TOKENS)[0])
+    assert of_vllm == of_transformers == complete(pipeline.answer([ask(text, *images)], TOKENS)[0])
 
 
 @pytest.mark.vllm
 def test_adapter_answers_as_under_peft(vllm, folder, adapter, picture):
     from peft import PeftModel
 
-    answerer = Answerer.load(folder)
+    pipeline = GenerationPipeline.from_pretrained(folder)
     chat = ask("what is this?", picture(64, 96))
-    plain = answerer.answer([chat], TOKENS)[0]
-    merged = PeftModel.from_pretrained(answerer.model, adapter).merge_and_unload()
-    expected = Answerer(merged, answerer.processor).answer([chat], TOKENS)[0]
+    plain = pipeline.answer([chat], TOKENS)[0]
+    merged = PeftModel.from_pretrained(pipeline.model, adapter).merge_and_unload()
+    expected = GenerationPipeline(merged, pipeline.processor).answer([chat], TOKENS)[0]
     ours = answer_of(vllm, "my-lora", "what is this?", [picture(64, 96)])
     assert ours == complete(expected) != complete(plain)
 

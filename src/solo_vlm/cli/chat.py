@@ -36,11 +36,11 @@ def chat(
     """Talk with a model about images."""
     quiet_libraries()
     _accept_any_bytes()
-    from solo_vlm.generate import Answerer, PrefixCache
+    from solo_vlm.generate import GenerationPipeline, PrefixCache
     from solo_vlm.generate.conversation import Conversation
 
-    answerer = Answerer.load(model, quantize=quantize, prefix_cache=PrefixCache())
-    conversation = Conversation(answerer)
+    pipeline = GenerationPipeline.from_pretrained(model, quantize=quantize, prefix_cache=PrefixCache())
+    conversation = Conversation(pipeline)
     STDOUT.print(_HELP, highlight=False, markup=False)
     while True:
         try:
@@ -95,13 +95,13 @@ def _answer(conversation: Conversation, message: str, options: dict[str, Any]) -
     check_prompt(message)  # before the answer is announced
     with _interrupts() as interrupted:
         STDOUT.print("[bold]solo[/bold]: ", end="")
-        reply = conversation.ask(
+        output = conversation.ask(
             message,
             lambda text: STDOUT.print(text, end="", markup=False, highlight=False),
             should_stop=interrupted,
             **options,
         )
-    STDOUT.print(" (stopped)" if reply["finish"] == "stopped" else "", style="dim")
+    STDOUT.print(" (stopped)" if output.finish_reason == "cancelled" else "", style="dim")
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,7 @@ from solo_vlm.cli._common import STDOUT, QuantizeOption, print_json, progress_ba
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
-    from solo_vlm.generate import Answerer
+    from solo_vlm.generate import GenerationPipeline
 
 
 def generate(
@@ -35,28 +34,28 @@ def generate(
     goes on where it stood.
     """
     quiet_libraries()
-    from solo_vlm.generate import Answerer, check_prompt, open_images
+    from solo_vlm.generate import GenerationPipeline, check_prompt, open_images
 
     check_prompt(prompt)
     if images is None:
         if out is not None:
             raise SoloError("--out goes with --images FOLDER")
         opened = open_images(image or [])
-        answerer = Answerer.load(model, quantize=quantize, compile=compile)
-        _one(answerer, prompt, image or [], opened, max_new_tokens, temperature, json)
+        pipeline = GenerationPipeline.from_pretrained(model, quantize=quantize, compile=compile)
+        _one(pipeline, prompt, image or [], opened, max_new_tokens, temperature, json)
         return
     if image or temperature or out is None:
         raise SoloError("--images FOLDER needs --out FILE, and goes with neither --image nor --temperature")
     from solo_vlm.generate.folder import find_images
 
     names = find_images(images)
-    answerer = Answerer.load(model, quantize=quantize, compile=compile)
+    pipeline = GenerationPipeline.from_pretrained(model, quantize=quantize, compile=compile)
     request = {"prompt": prompt, "model": model, "max_new_tokens": max_new_tokens}
-    _folder(answerer, names, images, request, out, batch_size, json)
+    _folder(pipeline, names, images, request, out, batch_size, json)
 
 
 def _one(
-    answerer: Answerer,
+    pipeline: GenerationPipeline,
     prompt: str,
     names: list[str],
     images: list[Any],
@@ -66,27 +65,32 @@ def _one(
 ) -> None:
     from solo_vlm.generate import user_turn
 
-    times = [time.perf_counter()]
-
     def on_text(text: str) -> None:
-        times.append(time.perf_counter())
         if not json:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    result = answerer.stream([user_turn(prompt, images)], on_text, max_new_tokens, temperature)
+    output = pipeline.stream([user_turn(prompt, images)], on_text, max_new_tokens, temperature)
     if json:
-        seconds = {
-            "first_token": times[min(1, len(times) - 1)] - times[0],
-            "all": time.perf_counter() - times[0],
-        }
-        print_json({"prompt": prompt, "images": names, **result, "seconds": seconds})
+        print_json(
+            {
+                "prompt": prompt,
+                "images": names,
+                "answer": output.text,
+                "prompt_tokens": output.prompt_tokens,
+                "cached_tokens": output.cached_tokens,
+                "num_patches": output.num_patches,
+                "answer_tokens": output.completion_tokens,
+                "finish": output.finish_reason,
+                "seconds": {"first_token": output.time_to_first_token, "all": output.total_time},
+            }
+        )
     else:
         print()
 
 
 def _folder(
-    answerer: Answerer,
+    pipeline: GenerationPipeline,
     names: list[str],
     folder: Path,
     request: dict[str, Any],
@@ -97,7 +101,7 @@ def _folder(
     from solo_vlm.generate.folder import answer_folder
 
     with progress_bar("images") as on_progress:
-        counts = answer_folder(answerer, names, folder, request, out, batch_size, on_progress)
+        counts = answer_folder(pipeline, names, folder, request, out, batch_size, on_progress)
     if json:
         print_json({"out": str(out), **vars(counts)})
     else:

@@ -140,11 +140,11 @@ def _serve(model: str, options: dict[str, Any], prefix_cache: float, *arguments:
         from solo_vlm.serve.server import serve_model
     except ModuleNotFoundError as error:
         raise SoloError(f"the server needs {error.name}: pip install 'solo-vlm[serve]'") from error
-    from solo_vlm.generate import Answerer, PrefixCache
+    from solo_vlm.generate import GenerationPipeline, PrefixCache
 
-    def load() -> Answerer:
+    def load() -> GenerationPipeline:
         cache = PrefixCache(int(prefix_cache * 1e9)) if prefix_cache else None
-        return Answerer.load(model, prefix_cache=cache, **options)
+        return GenerationPipeline.from_pretrained(model, prefix_cache=cache, **options)
 
     serve_model(load, *arguments)
 

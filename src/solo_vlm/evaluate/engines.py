@@ -6,24 +6,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
-from solo_vlm.generate.batches import Answer, ModelEngine, Question
+from solo_vlm.generate import GenerationOutput, GenerationRequest
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.pages import image_url
 
 if TYPE_CHECKING:
     from solo_vlm.models.solo.processing_solo import Message
 
-__all__ = ["Answer", "Engine", "ModelEngine", "Question", "ServedEngine"]
-
 
 class Engine(Protocol):
     """Answers questions greedily, in an order of its own."""
 
-    def answer(self, questions: Iterable[Question]) -> Iterator[list[Answer]]:
+    def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
         """Yield answers as they come, some at a time.
 
         Args:
-            questions: asked for little by little; maybe from another thread.
+            requests: asked for little by little; maybe from another thread.
 
         Raises:
             SoloError: there is no going on, as opposed to a single question that has no answer.
@@ -63,12 +61,12 @@ class ServedEngine:
         except OpenAIError as error:
             raise SoloError("no key for the API: give --api-key, or set OPENAI_API_KEY") from error
 
-    def answer(self, questions: Iterable[Question]) -> Iterator[list[Answer]]:
+    def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
         """See `Engine`."""
-        waiting: set[Future[Answer]] = set()
+        waiting: set[Future[GenerationOutput]] = set()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            for question in questions:
+            for question in requests:
                 waiting.add(pool.submit(self._ask, question))
                 if len(waiting) >= 2 * self.concurrency:
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -78,21 +76,21 @@ class ServedEngine:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _ask(self, question: Question) -> Answer:
+    def _ask(self, question: GenerationRequest) -> GenerationOutput:
         from openai import BadRequestError, OpenAIError, UnprocessableEntityError
 
         try:
             reply = self._client.chat.completions.create(
                 model=self.model,
-                messages=_with_data_urls(question.chat),
+                messages=_with_data_urls(question.messages),
                 max_tokens=question.max_new_tokens,
                 temperature=0.0,
             )
         except (BadRequestError, UnprocessableEntityError) as error:  # this question: too long, for example
-            return Answer(question.number, None, f"refused by the server: {error}")
+            return GenerationOutput(question.request_id, None, f"refused by the server: {error}")
         except OpenAIError as error:
             raise SoloError(f"no answer from {self._client.base_url}: {error}") from error
-        return Answer(question.number, (reply.choices[0].message.content or "").strip())
+        return GenerationOutput(question.request_id, (reply.choices[0].message.content or "").strip())
 
 
 def _with_data_urls(chat: Sequence[Message]) -> Any:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from solo_vlm.data.sample import Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source, open_source
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.solo.image_loading_solo import load_image
 from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.utils.errors import SoloError
@@ -92,12 +92,12 @@ def read_questions(path: str | Path) -> list[HeldOutQuestion]:
 
 
 def answer_questions(
-    questions: Sequence[HeldOutQuestion], answerer: Answerer
+    questions: Sequence[HeldOutQuestion], pipeline: GenerationPipeline
 ) -> Iterator[list[HeldOutAnswer]]:
     """Ask a model; yield the answers in order, a batch at a time."""
     for start in range(0, len(questions), _BATCH):
         batch = questions[start : start + _BATCH]
-        texts = answerer.answer([question.chat for question in batch], _MAX_NEW_TOKENS)
+        texts = pipeline.answer([question.chat for question in batch], _MAX_NEW_TOKENS)
         yield [HeldOutAnswer(question.sample, text) for question, text in zip(batch, texts, strict=True)]
 
 

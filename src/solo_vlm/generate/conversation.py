@@ -9,8 +9,7 @@ from typing import Any
 from solo_vlm.data.image_values import locate_images
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.text_values import load_json
-from solo_vlm.generate.answerer import Answerer, Reply
-from solo_vlm.generate.chats import open_images, user_turn
+from solo_vlm.generate.pipeline import GenerationOutput, GenerationPipeline, open_images, user_turn
 from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
@@ -23,12 +22,12 @@ class Conversation:
     What fails leaves the conversation as it was.
 
     Args:
-        answerer: with a prefix cache, so that each question takes only its own tokens.
+        pipeline: with a prefix cache, so that each question takes only its own tokens.
     """
 
-    def __init__(self, answerer: Answerer) -> None:
+    def __init__(self, pipeline: GenerationPipeline) -> None:
         self.turns: list[Message] = []
-        self._answerer = answerer
+        self._pipeline = pipeline
         self._waiting: list[dict[str, Any]] = []
 
     def add_images(self, sources: Sequence[str]) -> None:
@@ -39,22 +38,22 @@ class Conversation:
         """
         self._waiting += _image_parts(sources)
 
-    def ask(self, question: str, on_text: Callable[[str], None], **options: Any) -> Reply:
+    def ask(self, question: str, on_text: Callable[[str], None], **options: Any) -> GenerationOutput:
         """Answer a question about the images that wait, and all before.
 
         Args:
             question: the user's.
-            on_text: see `Answerer.stream`, as for `options`.
+            on_text: see `GenerationPipeline.stream`, as for `options`.
 
         Raises:
             SoloError: the conversation is too long.
         """
         turn = user_turn(question, [])
         turn["content"] = [*self._waiting, *turn["content"]]
-        reply = self._answerer.stream([*self.turns, turn], on_text, **options)
-        self.turns += [turn, {"role": "assistant", "content": reply["answer"]}]
+        output = self._pipeline.stream([*self.turns, turn], on_text, **options)
+        self.turns += [turn, {"role": "assistant", "content": output.text}]
         self._waiting = []
-        return reply
+        return output
 
     def reset(self) -> None:
         """Forget all turns and images."""

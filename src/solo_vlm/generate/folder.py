@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from solo_vlm.data.text_values import natural_key
-from solo_vlm.generate.answerer import Answerer
-from solo_vlm.generate.batches import ModelEngine, Question
-from solo_vlm.generate.chats import user_turn
+from solo_vlm.generate.pipeline import BatchGenerator, GenerationPipeline, GenerationRequest, user_turn
 from solo_vlm.models.solo.image_loading_solo import ImageError, image_suffixes, load_image
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
@@ -34,7 +32,7 @@ class FolderCounts:
 
 
 def answer_folder(
-    answerer: Answerer,
+    pipeline: GenerationPipeline,
     images: list[str],
     folder: Path,
     request: dict[str, Any],
@@ -49,7 +47,7 @@ def answer_folder(
     file has already, from a run that was killed, are not asked about again.
 
     Args:
-        answerer: the model.
+        pipeline: the model.
         images: names in the folder, see `find_images`.
         folder: where they lie.
         request: `prompt`, `max_new_tokens`, and whatever else a line shall tell.
@@ -67,14 +65,14 @@ def answer_folder(
         waiting = [name for name in images if name not in records]
         faults: deque[tuple[str, str]] = deque()
 
-        def questions() -> Iterator[Question]:
+        def requests() -> Iterator[GenerationRequest]:
             for number, name in enumerate(waiting):
                 try:
                     chat = [user_turn(request["prompt"], [load_image(folder / name, name=name)])]
                 except ImageError as error:
                     faults.append((name, str(error)))
                 else:
-                    yield Question(number, chat, request["max_new_tokens"])
+                    yield GenerationRequest(number, chat, request["max_new_tokens"])
 
         def save(new: list[dict[str, Any]]) -> None:
             while faults:
@@ -84,11 +82,11 @@ def answer_folder(
             records.update({record["image"]: record for record in new})
             on_progress(len(records), len(images))
 
-        for answers in ModelEngine(answerer, batch_size).answer(questions()):
+        for answers in BatchGenerator(pipeline, batch_size).generate(requests()):
             save(
                 [
                     {
-                        "image": waiting[answer.number],
+                        "image": waiting[answer.request_id],
                         **({"error": answer.error} if answer.error else {"answer": answer.text}),
                         **request,
                     }

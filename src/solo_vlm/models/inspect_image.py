@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
+from solo_vlm.models.solo.processing_solo import num_image_tokens
 
 _LINE = (255, 64, 64)
 
@@ -29,7 +28,7 @@ class ImageLayout:
     @property
     def tokens(self) -> int:
         """`<vision>`, patches, `<vrow_sep>` between rows, `</vision>`."""
-        return self.patches + self.rows + 1
+        return num_image_tokens(self.rows, self.columns)
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
@@ -55,20 +54,6 @@ def draw_patch_grid(image: Image.Image, image_processor: SoloImageProcessor) -> 
     layout = image_layout(image, image_processor)
     seen = image.resize(layout.resized, Image.Resampling.BILINEAR)
     return draw_grid(seen, layout.rows, layout.columns)
-
-
-def patches_to_image(pixel_values: NDArray[np.uint8], rows: int, columns: int) -> Image.Image:
-    """Put an image together again from its patches.
-
-    Args:
-        pixel_values: (rows * columns, 3 * patch_size**2) uint8.
-        rows: Number of rows of patches.
-        columns: Number of columns of patches.
-    """
-    side = round((pixel_values.shape[1] // 3) ** 0.5)
-    grid = pixel_values.reshape(rows, columns, 3, side, side)
-    pixels = grid.transpose(0, 3, 1, 4, 2)  # (rows, side, columns, side, 3)
-    return Image.fromarray(pixels.reshape(rows * side, columns * side, 3))
 
 
 def draw_grid(seen: Image.Image, rows: int, columns: int) -> Image.Image:

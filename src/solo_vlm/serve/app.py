@@ -216,7 +216,7 @@ class _Api:
             prompt = await self._in_thread(self._engine.encode, messages, images, add_generation_prompt)
         except ChatTemplateError as error:
             raise ApiError(400, f"Invalid messages: {error}.", "messages") from error
-        context = self._engine.context
+        context = self._engine.context_length
         if context and len(prompt) + add_generation_prompt > context:
             raise context_length_exceeded(context, len(prompt))
         return prompt
@@ -225,7 +225,7 @@ class _Api:
         return await self._in_thread(self._images.read, await self._images.fetch(urls))
 
     def _sampling_params(self, chat: ChatCompletionRequest, prompt_tokens: int) -> SamplingParams:
-        context = self._engine.context
+        context = self._engine.context_length
         room = context - prompt_tokens if context else self.limits.max_tokens
         requested = chat.requested_tokens
         if context and requested and requested > room:

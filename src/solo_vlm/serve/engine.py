@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, StoppingCriteria, TopPLogitsWarper
 
-from solo_vlm.generate import Answerer
-from solo_vlm.generate.answerer import LOWEST_TEMPERATURE
+from solo_vlm.generate import GenerationPipeline
+from solo_vlm.generate.pipeline import MIN_TEMPERATURE
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.serve.images import EncodedImage
@@ -131,7 +131,7 @@ class Engine:
         max_batch_tokens: maximum of rows times (longest prompt + longest answer) in a batch of several.
     """
 
-    def __init__(self, pipeline: Answerer, max_batch: int, max_batch_tokens: int) -> None:
+    def __init__(self, pipeline: GenerationPipeline, max_batch: int, max_batch_tokens: int) -> None:
         self._pipeline = pipeline
         self._max_batch = max_batch
         self._max_batch_tokens = max_batch_tokens
@@ -146,9 +146,9 @@ class Engine:
         self._thread.start()
 
     @property
-    def context(self) -> int | None:
+    def context_length(self) -> int | None:
         """Maximum tokens of prompt and answer together, if the model has a limit."""
-        return self._pipeline.context
+        return self._pipeline.context_length
 
     @property
     def image_processor(self) -> SoloImageProcessor:
@@ -169,7 +169,7 @@ class Engine:
         """Return the model's size, for clients: `max_model_len`, `parameters` and `layers`."""
         model = self._pipeline.model
         return {
-            "max_model_len": self.context,
+            "max_model_len": self.context_length,
             "parameters": sum(weights.numel() for weights in model.parameters()),
             "layers": model.config.text_config.num_hidden_layers,
         }
@@ -196,7 +196,7 @@ class Engine:
         """Queue a request."""
         self._append(request)
 
-    def run(self, function: Callable[[Answerer], Result]) -> Future[Result]:
+    def run(self, function: Callable[[GenerationPipeline], Result]) -> Future[Result]:
         """Queue a call that needs the model. It runs by itself, between two batches."""
         call = _Call(function)
         self._append(call)
@@ -263,17 +263,17 @@ class Engine:
         """Whether requests fit in one batch: every row is padded to the longest prompt and answer."""
         length = max(len(r.prompt) for r in batch) + max(r.params.max_tokens for r in batch)
         small = len(batch) <= self._max_batch and len(batch) * length <= self._max_batch_tokens
-        return len(batch) == 1 or (small and length <= (self.context or length))
+        return len(batch) == 1 or (small and length <= (self.context_length or length))
 
 
 class _Call(Generic[Result]):
     """A queued function of the model, and the future of its result."""
 
-    def __init__(self, function: Callable[[Answerer], Result]) -> None:
+    def __init__(self, function: Callable[[GenerationPipeline], Result]) -> None:
         self.future: Future[Result] = Future()
         self._function = function
 
-    def __call__(self, pipeline: Answerer) -> None:
+    def __call__(self, pipeline: GenerationPipeline) -> None:
         if not self.future.set_running_or_notify_cancel():
             return
         try:
@@ -285,7 +285,7 @@ class _Call(Generic[Result]):
 # ---------------------------------------------------------------------------------------- one batch
 
 
-def generate_batch(pipeline: Answerer, tokenizer: Any, requests: Sequence[Request]) -> None:
+def generate_batch(pipeline: GenerationPipeline, tokenizer: Any, requests: Sequence[Request]) -> None:
     """Answer requests in one batch, sending each its text as it grows and its finish when it ends.
 
     Args:
@@ -295,7 +295,7 @@ def generate_batch(pipeline: Answerer, tokenizer: Any, requests: Sequence[Reques
     """
     # The size of a cached prefix is known when generation returns: a request that runs alone waits for it.
     alone = len(requests) == 1
-    outputs = [_Output(request, tokenizer, pipeline.end_ids, hold_finish=alone) for request in requests]
+    outputs = [_Output(request, tokenizer, pipeline.eos_token_ids, hold_finish=alone) for request in requests]
     inputs = merge_prompts([request.prompt for request in requests], tokenizer.pad_token_id)
     _, cached_tokens = pipeline.generate(
         {name: value.to(pipeline.model.device) for name, value in inputs.items()},
@@ -319,7 +319,7 @@ def merge_prompts(prompts: Sequence[Prompt], pad_id: int) -> dict[str, Tensor]:
     }  # (prompts, longest)
     if images := [image for prompt in prompts for image in prompt.images]:
         inputs["pixel_values"] = torch.from_numpy(np.concatenate([image.pixel_values for image in images]))
-        inputs["image_grid_thw"] = torch.from_numpy(np.concatenate([i.image_grid_thw for i in images]))
+        inputs["image_grid_thw"] = torch.from_numpy(np.stack([image.image_grid_thw for image in images]))
     return inputs
 
 
@@ -327,11 +327,11 @@ class _Output:
     """Answer to one request while it is generated."""
 
     def __init__(
-        self, request: Request, tokenizer: Any, end_ids: Sequence[int], hold_finish: bool = False
+        self, request: Request, tokenizer: Any, eos_token_ids: Sequence[int], hold_finish: bool = False
     ) -> None:
         self.done = False
         self._request = request
-        self._end_ids = end_ids
+        self._eos_token_ids = eos_token_ids
         self._hold_finish = hold_finish
         self._detokenizer = IncrementalDetokenizer(tokenizer, request.params.stop)
         self._tokens = 0
@@ -344,7 +344,7 @@ class _Output:
         self._tokens += 1
         if self._request.cancelled:
             self.done = True
-        elif token in self._end_ids:
+        elif token in self._eos_token_ids:
             self._finish("stop")
         else:
             self._send(self._detokenizer.append(token))
@@ -400,7 +400,7 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # both (rows, vocabulary)
         for row, temperature, generator, top_p in self._rows:
-            logits = top_p(input_ids[row], scores[row : row + 1] / max(temperature, LOWEST_TEMPERATURE))
+            logits = top_p(input_ids[row], scores[row : row + 1] / max(temperature, MIN_TEMPERATURE))
             noise = torch.empty_like(logits).exponential_(generator=generator).log_()
             scores[row] = (logits - noise)[0]
         return scores

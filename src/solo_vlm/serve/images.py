@@ -22,9 +22,9 @@ import numpy as np
 from aiohttp.connector import AddrInfoType
 from numpy.typing import NDArray
 
-from solo_vlm.models.inspect_image import ImageLayout, patches_to_image
+from solo_vlm.models.inspect_image import ImageLayout
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image, read_data_url
-from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
+from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor, patches_to_image
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.protocol import ApiError
 from solo_vlm.utils.pages import png_url
@@ -48,7 +48,7 @@ class EncodedImage:
 
     Attributes:
         pixel_values: (num_patches, 3072) uint8.
-        image_grid_thw: (1, 3) int64: 1, rows, columns.
+        image_grid_thw: (3,) int64: 1, rows, columns.
         size: width and height of the original, in pixels.
         digest: of the original file.
     """
@@ -61,7 +61,7 @@ class EncodedImage:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        _, rows, columns = self.image_grid_thw[0].tolist()
+        _, rows, columns = self.image_grid_thw.tolist()
         return rows, columns
 
 
@@ -157,8 +157,7 @@ class ImageReader:
                 self._cache.move_to_end(digest)
                 return image
         picture = load_image(file, max_pixels=max_pixels, name="image")
-        pixel_values, (rows, columns) = self._image_processor.encode(picture, MAX_ASPECT_RATIO)
-        grid = np.array([[1, rows, columns]])
+        pixel_values, grid = self._image_processor.encode_image(picture, MAX_ASPECT_RATIO)
         image = EncodedImage(pixel_values, grid, picture.size, digest)
         with self._lock:
             if digest not in self._cache:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import uvicorn
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.serve.app import make_app
 from solo_vlm.serve.engine import Engine
 from solo_vlm.serve.limits import Limits
@@ -20,7 +20,7 @@ _BACKLOG = 2048  # connections waiting to be accepted
 
 
 def serve_model(
-    load: Callable[[], Answerer],
+    load: Callable[[], GenerationPipeline],
     name: str,
     host: str,
     port: int,

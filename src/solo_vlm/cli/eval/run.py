@@ -79,19 +79,18 @@ def run(
 
 
 def _local(model: str, dtype: str, batch_size: int) -> tuple[Engine, ModelFacts]:
-    from solo_vlm.evaluate.engines import ModelEngine
     from solo_vlm.evaluate.run import ModelFacts
     from solo_vlm.evaluate.weights import weights_hash
-    from solo_vlm.generate import Answerer
+    from solo_vlm.generate import BatchGenerator, GenerationPipeline
 
-    answerer = Answerer.load(model, dtype)
+    pipeline = GenerationPipeline.from_pretrained(model, dtype)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "PROMPT"}]}]
     more = {
-        "dtype": str(answerer.model.dtype).removeprefix("torch."),
-        "chat": answerer.processor.apply_chat_template(chat, add_generation_prompt=True),
+        "dtype": str(pipeline.model.dtype).removeprefix("torch."),
+        "chat": pipeline.processor.apply_chat_template(chat, add_generation_prompt=True),
     }
     facts = ModelFacts(model, "transformers", weights_hash(model), more)
-    return ModelEngine(answerer, batch_size), facts
+    return BatchGenerator(pipeline, batch_size), facts
 
 
 def _served(

@@ -16,7 +16,9 @@ from solo_vlm.data.encode import IGNORE_INDEX, Document, Encoder
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.survey.reading import ReadRow, RowReader
 from solo_vlm.data.survey.sampling import draw_rows
-from solo_vlm.models.inspect_image import draw_grid, patches_to_image
+from solo_vlm.models.inspect_image import draw_grid
+from solo_vlm.models.solo.image_processing_solo import patches_to_image
+from solo_vlm.models.solo.processing_solo import num_image_tokens
 from solo_vlm.utils.files import new_file
 from solo_vlm.utils.pages import image_url, render
 
@@ -72,7 +74,10 @@ def _card(source: str, row: ReadRow, encoder: Encoder) -> dict[str, Any]:
         "tokens": len(document),
         "vision_tokens": int(vision.sum()),
         "supervised": int((document.labels != IGNORE_INDEX).sum()),
-        "images": [(draw_grid(*image), *image[1:]) for image in seen_images(document)],
+        "images": [
+            (draw_grid(image, rows, columns), rows, columns, num_image_tokens(rows, columns))
+            for image, rows, columns in seen_images(document)
+        ],
         "shown": list(islice(shown_tokens(document, vision, encoder.tokenizer), _TOKENS_SHOWN)),
     }
 

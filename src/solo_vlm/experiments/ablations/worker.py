@@ -10,7 +10,7 @@ from typing import Any
 
 from solo_vlm.evaluate.held_out import HeldOutAnswer, answer_questions, read_questions
 from solo_vlm.experiments.ablations.measure import Result, answers_file, count_samples
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.train.parallel.processes import start_processes
 from solo_vlm.train.recipe import Recipe, SourceSettings, ValidationSettings
 from solo_vlm.train.start import make_model
@@ -31,28 +31,28 @@ def measure(run: Path, task: str) -> None:
     Raises:
         SoloError: the data cannot be read, or are no questions where these are needed.
     """
-    answerer = cache(lambda: Answerer.load(run / "model"))
+    pipeline = cache(lambda: GenerationPipeline.from_pretrained(run / "model"))
     for kind, data, file in json.loads(task):
         if kind == "accuracy":
-            result = answered_rightly(answerer(), data, answers_file(Path(file)))
+            result = answered_rightly(pipeline(), data, answers_file(Path(file)))
         else:
             result = held_out_loss(run, data)
         with new_file(Path(file)) as partial:
             partial.write_text(json.dumps(result._asdict()) + "\n")
 
 
-def answered_rightly(answerer: Answerer, data: str, answers: Path) -> Result:
+def answered_rightly(pipeline: GenerationPipeline, data: str, answers: Path) -> Result:
     """The share of right answers to held-out questions.
 
     Args:
-        answerer: the model.
+        pipeline: the model.
         data: of the questions.
         answers: file that gets the answers as they come; those that it has already are not asked for again.
     """
     questions = read_questions(data)
     with LinesFile(answers) as file:
         right = [record["right"] for record in file.records]
-        for batch in answer_questions(questions[len(right) :], answerer):
+        for batch in answer_questions(questions[len(right) :], pipeline):
             file.append(map(_record, batch))
             right += [answer.right for answer in batch]
     return Result(sum(right) / len(right), len(right))

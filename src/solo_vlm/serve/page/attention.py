@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.serve.engine import Prompt, merge_prompts
 
@@ -28,7 +28,12 @@ class WordAttention:
         self._maps: AttentionMaps | None = None
 
     def __call__(
-        self, pipeline: Answerer, prompt: Prompt, answer: str, span: tuple[int, int], layer: int | None
+        self,
+        pipeline: GenerationPipeline,
+        prompt: Prompt,
+        answer: str,
+        span: tuple[int, int],
+        layer: int | None,
     ) -> dict[str, Any]:
         """Return how the steps that generated a word attended to each patch.
 
@@ -124,7 +129,7 @@ def attention_maps(model: SoloForConditionalGeneration, prompt: Prompt) -> Atten
     return AttentionMaps(
         prompt.input_ids[start:end],
         np.concatenate(rows, axis=1),
-        np.concatenate(grids) if grids else np.empty((0, 3), np.int64),
+        np.stack(grids) if grids else np.empty((0, 3), np.int64),
     )
 
 

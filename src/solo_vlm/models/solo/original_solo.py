@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-RELEASE_ARCHITECTURE = "SoloForCausalLM"
+ORIGINAL_ARCHITECTURE = "SoloForCausalLM"
 
 # Appended to Mistral's 32,000 tokens, in this order. Models fine-tuned without them lack the chat tokens.
 VISION_TOKENS = ("<vision>", "<vpatch>", "<vrow_sep>", "<vframe_sep>", "</vision>")
@@ -14,7 +14,7 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 FIRST_VISION_ID = 32000
 
 # The release's names as regular expressions, and what they are here.
-RELEASE_KEYS = {r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1."}
+ORIGINAL_KEYS = {r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1."}
 
 _TEXT_FIELDS = (
     "vocab_size",
@@ -37,12 +37,12 @@ _TEXT_FIELDS = (
 )
 
 
-def is_release(settings: dict[str, Any]) -> bool:
+def is_original(settings: dict[str, Any]) -> bool:
     """Whether a `config.json` is the release's: it says "mistral", and only its architecture tells."""
-    return RELEASE_ARCHITECTURE in (settings.get("architectures") or ())
+    return ORIGINAL_ARCHITECTURE in (settings.get("architectures") or ())
 
 
-def config_from_release(settings: dict[str, Any]) -> dict[str, Any]:
+def config_from_original(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a `SoloConfig` from the release's `config.json`, with the vision ids of SOLO-7B."""
     text = {name: settings[name] for name in (*_TEXT_FIELDS, "rope_parameters") if name in settings}
     return {
@@ -66,12 +66,12 @@ def vision_token_ids(ids: Sequence[int]) -> dict[str, int]:
     }
 
 
-def config_to_release(config: Any, dtype: str) -> dict[str, Any]:
+def config_to_original(config: Any, dtype: str) -> dict[str, Any]:
     """The release's `config.json` for a `SoloConfig` over Mistral; `dtype` is the weights'."""
     text = config.text_config
     settings = {name: getattr(text, name) for name in _TEXT_FIELDS if hasattr(text, name)}
     return {
-        "architectures": [RELEASE_ARCHITECTURE],
+        "architectures": [ORIGINAL_ARCHITECTURE],
         "model_type": "mistral",
         **settings,
         "rope_theta": text.rope_parameters["rope_theta"],
@@ -82,4 +82,4 @@ def config_to_release(config: Any, dtype: str) -> dict[str, Any]:
     }
 
 
-__all__ = ["config_from_release", "config_to_release", "is_release", "vision_token_ids"]
+__all__ = ["config_from_original", "config_to_original", "is_original", "vision_token_ids"]

@@ -5,70 +5,70 @@ from __future__ import annotations
 import pytest
 from tests.factories import ask, make_llm, make_solo
 
-from solo_vlm.generate import Answerer, PrefixCache
+from solo_vlm.generate import GenerationPipeline, PrefixCache
 from solo_vlm.utils.errors import SoloError
 
 
-def answerer(family: str = "llama", **options) -> Answerer:
+def pipeline(family: str = "llama", **options) -> GenerationPipeline:
     solo = make_solo(family)
-    return Answerer(solo.model.eval(), solo.processor, **options)
+    return GenerationPipeline(solo.model.eval(), solo.processor, **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 def test_a_cache_of_fixed_size_gives_the_same_answers(family, picture):
-    usual, fixed = answerer(family), answerer(family, compile=True)
+    usual, fixed = pipeline(family), pipeline(family, compile=True)
     chats = [ask("what is this?", picture(96, 64)), ask("hello"), ask("a red circle?", picture(32, 64))]
     for max_new_tokens in (12, 5):
         expected = usual.answer(chats, max_new_tokens)
         assert fixed.answer(chats, max_new_tokens) == expected
-        assert fixed.stream(chats[0], lambda text: None, max_new_tokens)["answer"] == expected[0]
+        assert fixed.stream(chats[0], lambda text: None, max_new_tokens).text == expected[0]
 
 
 def test_compile_and_prefix_cache_exclude_each_other():
     with pytest.raises(SoloError, match="choose one"):
-        answerer(compile=True, prefix_cache=PrefixCache())
+        pipeline(compile=True, prefix_cache=PrefixCache())
 
 
 @pytest.mark.parametrize("cache", [None, PrefixCache()])
 def test_the_caller_ends_an_answer(cache, picture):
-    ours = answerer(prefix_cache=cache)
+    ours = pipeline(prefix_cache=cache)
     chat = ask("what is this?", picture(64, 64))
     whole = ours.stream(chat, lambda text: None, 9)
-    assert (whole["answer_tokens"], whole["finish"]) == (9, "length")
+    assert (whole.completion_tokens, whole.finish_reason) == (9, "length")
     calls = iter([False, False, True])
     pieces: list[str] = []
     part = ours.stream(chat, pieces.append, 9, should_stop=lambda: next(calls))
-    assert (part["answer_tokens"], part["finish"]) == (3, "stopped")
-    assert "".join(pieces).strip() == part["answer"]
-    assert whole["answer"].startswith(part["answer"][:-1])  # the last letter may be half a one
+    assert (part.completion_tokens, part.finish_reason) == (3, "cancelled")
+    assert "".join(pieces).strip() == part.text
+    assert whole.text.startswith(part.text[:-1])  # the last letter may be half a one
 
 
 def test_the_model_ends_an_answer():
-    ours = answerer()
+    ours = pipeline()
     chat = ask("hello")
     tokens, _ = ours.generate(ours.encode([chat]), 5)
     ours.model.generation_config.eos_token_id = [int(tokens[0, -3])]
     reply = ours.stream(chat, lambda text: None, 5)
-    assert reply["finish"] == "stop"
-    assert reply["answer_tokens"] <= 3
+    assert reply.finish_reason == "stop"
+    assert reply.completion_tokens <= 3
 
 
 def test_an_answer_stays_within_the_context(picture):
-    ours = answerer(prefix_cache=PrefixCache())
-    prompt = ours.stream(ask("what is this?", picture(64, 64)), lambda text: None, 1)["prompt_tokens"]
+    ours = pipeline(prefix_cache=PrefixCache())
+    prompt = ours.stream(ask("what is this?", picture(64, 64)), lambda text: None, 1).prompt_tokens
     ours.model.config.text_config.max_position_embeddings = prompt + 4
     reply = ours.stream(ask("what is this?", picture(64, 64)), lambda text: None, 100)
-    assert (reply["answer_tokens"], reply["finish"]) == (4, "length")
+    assert (reply.completion_tokens, reply.finish_reason) == (4, "length")
     ours.model.config.text_config.max_position_embeddings = prompt
     with pytest.raises(SoloError, match="context"):
         ours.stream(ask("what is this?", picture(64, 64)), lambda text: None, 100)
 
 
 def test_the_lowest_temperature_is_the_likeliest_answer():
-    likeliest = answerer().stream(ask("what?"), lambda text: None, max_new_tokens=4)
+    likeliest = pipeline().stream(ask("what?"), lambda text: None, max_new_tokens=4)
     for temperature in (1e-45, 1e-9):
-        reply = answerer().stream(ask("what?"), lambda text: None, 4, temperature=temperature)
-        assert reply["answer"] == likeliest["answer"]
+        reply = pipeline().stream(ask("what?"), lambda text: None, 4, temperature=temperature)
+        assert reply.text == likeliest.text
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("chat",)])

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from solo_vlm.generate.roomy_cache import roomy_cache
+_GROWTH = 256  # tokens allocated beyond the current length
 
 Prompt = NDArray[np.int64]
 _States = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (1, heads, length, head size)
@@ -47,7 +47,7 @@ class PrefixCache:
         """The longest known beginning of a prompt.
 
         Args:
-            prompt: see `prompt_tokens`.
+            prompt: see `prompt_key`.
 
         Returns:
             How many tokens it has, always fewer than the prompt, and a cache of its own with their keys and
@@ -56,7 +56,7 @@ class PrefixCache:
         with self._lock:
             path = self._path(prompt[:-1])
             pieces = [node.states(agreeing) for node, agreeing in path]
-        cache = roomy_cache()
+        cache = preallocated_cache()
         for layers in pieces:
             for index, (keys, values) in enumerate(layers):
                 cache.update(keys, values, index)
@@ -66,7 +66,7 @@ class PrefixCache:
         """Keep what was computed for a prompt and its answer.
 
         Args:
-            tokens: of `prompt_tokens`, and the ids of the answer.
+            tokens: of `prompt_key`, and the ids of the answer.
             cache: filled from one that `find` returned; it may lack the last tokens.
         """
         tokens = tokens[: cache.get_seq_length()]
@@ -103,7 +103,7 @@ class PrefixCache:
             leaf.drop()
 
 
-def can_reuse_prefixes(config: PreTrainedConfig) -> bool:
+def supports_prefix_cache(config: PreTrainedConfig) -> bool:
     """Whether a decoder's past is keys and values of attention alone: recurrent states cannot be cut.
 
     Args:
@@ -113,7 +113,7 @@ def can_reuse_prefixes(config: PreTrainedConfig) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def prompt_tokens(inputs: Mapping[str, Any], image_token_id: int) -> Prompt:
+def prompt_key(inputs: Mapping[str, Any], image_token_id: int) -> Prompt:
     """What tells prompts apart: token ids, and in the place of patches a digest of their whole image.
 
     So prompts with different images part at the first patch, and none ever within an image.
@@ -136,12 +136,12 @@ def prompt_tokens(inputs: Mapping[str, Any], image_token_id: int) -> Prompt:
     return tokens
 
 
-def without_known_images(inputs: Mapping[str, Any], known: Prompt) -> dict[str, Any]:
+def drop_cached_images(inputs: Mapping[str, Any], known: Prompt) -> dict[str, Any]:
     """Model inputs of a prompt whose beginning is in the cache: patches that it holds are left out.
 
     Args:
         inputs: of one chat.
-        known: the beginning of its `prompt_tokens`.
+        known: the beginning of its `prompt_key`.
     """
     patches = int((known < 0).sum())
     if not patches:
@@ -212,3 +212,50 @@ def _agreeing(one: Prompt, other: Prompt) -> int:
 def _digest(image: NDArray[Any], grid: NDArray[np.int64]) -> int:
     """A negative number of 63 bits that stands for the patches of an image and their arrangement."""
     return -1 - (int.from_bytes(blake2b(grid.tobytes() + image.tobytes(), digest_size=8).digest()) >> 1)
+
+
+def preallocated_cache() -> Cache:
+    """An empty cache like transformers' `DynamicCache`, which copies everything for every token.
+
+    All layers are kept whole, also those whose attention is a sliding window.
+    """
+    return Cache(layer_class_to_replicate=PreallocatedLayer)
+
+
+def has_full_attention(config: PreTrainedConfig) -> bool:
+    """Whether every layer of a decoder reads all that was before, so that keeping layers whole costs nothing.
+
+    Args:
+        config: of the decoder.
+    """
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+class PreallocatedLayer(DynamicLayer):
+    """One layer's keys and values: the beginning of a stretch of memory that is longer than they are."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys = self._key_buffer = key_states[..., :0, :]
+        self.values = self._value_buffer = value_states[..., :0, :]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append states, (batch, heads, new, head size); return all, (batch, heads, length, head size)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self._key_buffer = _append(self.keys, key_states, self._key_buffer)
+        self.values, self._value_buffer = _append(self.values, value_states, self._value_buffer)
+        return self.keys, self.values
+
+
+def _append(past: Tensor, new: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """Past and new states as one tensor, and the memory whose beginning that is: `room`, or a longer one."""
+    known, length = past.shape[-2], past.shape[-2] + new.shape[-2]
+    moved = past.data_ptr() != room.data_ptr()  # by whoever reorders or repeats the rows of a batch
+    if moved or room.shape[-2] < length:
+        room = new.new_empty((*new.shape[:-2], length + _GROWTH, new.shape[-1]))
+        room[..., :known, :] = past
+    room[..., known:length, :] = new
+    return room[..., :length, :], room
