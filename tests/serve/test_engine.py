@@ -19,7 +19,9 @@ def encode(processor, chat) -> Prompt:
         if part["type"] == "image":
             encoded = processor.image_processor.encode_image(part["image"])
             images.append(EncodedImage(*encoded, part["image"].size, b""))
-    tokens = processor.encode_chat(chat, [image.grid for image in images], add_generation_prompt=True)
+    tokens = processor.encode_chat(
+        chat, [image.image_grid_thw for image in images], add_generation_prompt=True
+    )
     return Prompt(tokens.input_ids, tokens.supervised, tuple(images))
 
 

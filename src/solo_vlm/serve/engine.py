@@ -187,7 +187,7 @@ class Engine:
         Raises:
             ChatTemplateError: the chat template refuses the chat.
         """
-        grids = [image.grid for image in images]
+        grids = [image.image_grid_thw for image in images]
         with self._encoding:
             chat = self._pipeline.processor.encode_chat(messages, grids, add_generation_prompt)
         return Prompt(chat.input_ids, chat.supervised, tuple(images))

@@ -58,16 +58,10 @@ class EncodedImage:
     size: tuple[int, int]
     digest: bytes
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        _, rows, columns = self.image_grid_thw.tolist()
-        return rows, columns
-
 
 def describe_image(image: EncodedImage) -> dict[str, Any]:
     """Return what the model sees of an image: sizes, grid, token counts, and the picture as a data URL."""
-    rows, columns = image.grid
+    _, rows, columns = image.image_grid_thw.tolist()
     picture, file = patches_to_image(image.pixel_values, rows, columns), BytesIO()
     picture.save(file, format="PNG", compress_level=1)
     layout = ImageLayout(image.size, picture.size, rows, columns)

@@ -25,7 +25,7 @@ def read(solo, messages) -> Prompt:
     """As the server does: text and images apart."""
     sources = [part["image"] for m in messages if m["role"] == "user" for part in m["content"][:-1]]
     images = ImageReader(solo.processor.image_processor, Limits()).read([("x", file) for file in sources])
-    chat = solo.processor.encode_chat(messages, [image.grid for image in images])
+    chat = solo.processor.encode_chat(messages, [image.image_grid_thw for image in images])
     return Prompt(chat.input_ids, chat.supervised, tuple(images))
 
 
