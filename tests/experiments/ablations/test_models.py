@@ -102,7 +102,7 @@ def test_accuracy_is_the_share_of_right_answers_and_goes_on_where_it_stopped(tmp
     assert answered_rightly(parrot, tmp_path / "data.parquet", file) == (0.5, 120)
     assert parrot.asked == [f"number {n}?" for n in range(120)]
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    assert records[1] == {"question": "number 1?", "truth": "blue", "answer": "RED", "right": False}
+    assert records[1] == {"question": "number 1?", "reference": "blue", "answer": "RED", "correct": False}
 
     file.write_text("".join(json.dumps(record) + "\n" for record in records[:100]))
     late = Parrot("blue")

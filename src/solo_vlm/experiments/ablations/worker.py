@@ -51,11 +51,11 @@ def answered_rightly(pipeline: GenerationPipeline, data: str, answers: Path) -> 
     """
     questions = read_questions(data)
     with LinesFile(answers) as file:
-        right = [record["right"] for record in file.records]
-        for batch in answer_questions(questions[len(right) :], pipeline):
+        correct = [record["correct"] for record in file.records]
+        for batch in answer_questions(questions[len(correct) :], pipeline):
             file.append(map(_record, batch))
-            right += [answer.right for answer in batch]
-    return Result(sum(right) / len(right), len(right))
+            correct += [answer.correct for answer in batch]
+    return Result(sum(correct) / len(correct), len(correct))
 
 
 def held_out_loss(run: Path, data: str) -> Result:
@@ -76,7 +76,7 @@ def held_out_loss(run: Path, data: str) -> Result:
 
 
 def _record(answer: HeldOutAnswer) -> dict[str, Any]:
-    return {name: getattr(answer, name) for name in ("question", "truth", "answer", "right")}
+    return {name: getattr(answer, name) for name in ("question", "reference", "answer", "correct")}
 
 
 if __name__ == "__main__":

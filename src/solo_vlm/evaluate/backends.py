@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from solo_vlm.models.solo.processing_solo import Message
 
 
-class Engine(Protocol):
+class Backend(Protocol):
     """Answers questions greedily, in an order of its own."""
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
@@ -28,7 +28,7 @@ class Engine(Protocol):
         """
 
 
-class ServedEngine:
+class ServerBackend:
     """A model behind an OpenAI-compatible API: `solo serve`, vLLM, or any other.
 
     Args:
@@ -62,7 +62,7 @@ class ServedEngine:
             raise SoloError("no key for the API: give --api-key, or set OPENAI_API_KEY") from error
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
-        """See `Engine`."""
+        """See `Backend`."""
         waiting: set[Future[GenerationOutput]] = set()
         pool = ThreadPoolExecutor(self.concurrency)
         try:

@@ -1,4 +1,4 @@
-"""What was computed for earlier prompts is reused wherever it fits, nowhere else, and changes no answer."""
+"""Prefix cache: reuse for every shared prefix, for nothing else, and with unchanged answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from tests.factories import LLM_CONFIGS, ask, make_solo
 from transformers import DynamicCache, Qwen3NextConfig
 
 from solo_vlm.generate import GenerationPipeline, PrefixCache
-from solo_vlm.generate.cache import drop_cached_images, prompt_key, supports_prefix_cache
+from solo_vlm.generate.cache import (
+    drop_cached_images,
+    preallocated_cache,
+    prompt_key,
+    supports_prefix_cache,
+)
 
 QUESTIONS = [
     *("what is this?", "what is left?", "what is seven?", "hello", "hello world"),
@@ -21,7 +26,7 @@ QUESTIONS = [
 
 
 def pipelines(family: str, **sizes) -> tuple[GenerationPipeline, GenerationPipeline]:
-    """One without a prefix cache, and one with."""
+    """Return a pipeline without and one with a prefix cache."""
     solo = make_solo(family)
     for name, value in sizes.items():
         setattr(solo.model.config.text_config, name, value)
@@ -35,7 +40,7 @@ def reply(pipeline, chat, tokens=4):
 
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
-def test_the_answers_are_those_without_a_cache(family, picture):
+def test_prefix_cache_does_not_change_answers(family, picture):
     without, cached = pipelines(family)
     image = picture(320, 256)
     for number, question in enumerate(QUESTIONS):
@@ -46,7 +51,7 @@ def test_the_answers_are_those_without_a_cache(family, picture):
 
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
-def test_logits_after_a_reused_beginning(family, picture):
+def test_logits_after_a_reused_prefix(family, picture):
     without, cached = pipelines(family)
     image = picture(160, 96)
     reply(cached, ask(QUESTIONS[0], image))
@@ -66,7 +71,7 @@ def test_logits_after_a_reused_beginning(family, picture):
     assert torch.allclose(whole, pieces, atol=1e-4)
 
 
-def test_an_image_of_1024_pixels_is_computed_once(picture):
+def test_shared_image_is_computed_once(picture):
     without, cached = pipelines("llama", max_position_embeddings=2048)
     computed = []
     cached.model.model.language_model.register_forward_pre_hook(
@@ -81,7 +86,7 @@ def test_an_image_of_1024_pixels_is_computed_once(picture):
     assert ours[-1].num_patches == 1024
 
 
-def test_another_image_of_the_same_size_is_not_taken_for_the_first(picture):
+def test_images_of_equal_size_are_told_apart(picture):
     without, cached = pipelines("qwen3")
     one, other = picture(64, 64, seed=0), picture(64, 64, seed=1)
     asked = [(one, one), (one, other), (other, one), (other, other), (one, one)]
@@ -96,7 +101,7 @@ def test_another_image_of_the_same_size_is_not_taken_for_the_first(picture):
     assert known[4] > text + 2 * image
 
 
-def test_images_of_one_colour_that_lie_otherwise_are_told_apart():
+def test_images_of_equal_patches_and_different_grids_are_told_apart():
     without, cached = pipelines("llama")
     for size in ((96, 64), (64, 96), (96, 64)):
         chat = ask("what is this?", Image.new("RGB", size, "red"))
@@ -110,7 +115,7 @@ def test_images_of_one_colour_that_lie_otherwise_are_told_apart():
     assert cached.model.config.image_token_id not in same
 
 
-def test_a_conversation_goes_on_from_its_own_answers(picture):
+def test_conversation_reuses_its_own_answers(picture):
     without, cached = pipelines("mistral")
     turns = ask("what is this?", picture(96, 64))
     before = 0
@@ -122,36 +127,36 @@ def test_a_conversation_goes_on_from_its_own_answers(picture):
         turns = [*turns, {"role": "assistant", "content": ours.text}, *ask(question)]
 
 
-def test_batches_and_single_answers_agree(picture):
+def test_batched_answers_match_single_answers(picture):
     _, cached = pipelines("gemma3")
     chats = [ask(question, picture(64, 64)) for question in QUESTIONS[:3]]
     alone = [reply(cached, chat).text for chat in chats]
     assert cached.answer(chats, 4) == alone
 
 
-def test_no_budget_is_no_cache(picture):
+def test_zero_bytes_caches_nothing(picture):
     solo = make_solo("llama")
     pipeline = GenerationPipeline(solo.model.eval(), solo.processor, PrefixCache(max_bytes=0))
     chat = ask("what is this?", picture(64, 64))
     assert reply(pipeline, chat).text == reply(pipeline, chat).text
     assert reply(pipeline, chat).cached_tokens == 0
-    assert pipeline.prefix_cache.bytes == 0
+    assert pipeline.prefix_cache.nbytes == 0
 
 
-def test_recurrent_layers_are_not_reused():
+def test_decoders_with_recurrent_layers_are_not_cached():
     config = Qwen3NextConfig(num_hidden_layers=4, hidden_size=16, vocab_size=32)
     assert "linear_attention" in config.layer_types
     assert not supports_prefix_cache(config)
     assert all(supports_prefix_cache(make_solo(family).model.config.text_config) for family in LLM_CONFIGS)
 
 
-# --- the tree alone: keys and values that say which tokens they belong to -------------------------------
+# --- the radix tree alone, with keys and values that encode their tokens ---------------------------------
 
 
 def states(tokens: np.ndarray) -> DynamicCache:
-    """Two layers that hold, at each position, the tokens up to there as one number."""
-    told = torch.tensor(np.cumsum(tokens * 7 ** np.arange(len(tokens))), dtype=torch.float64)
-    keys = told.view(1, 1, -1, 1)
+    """Two layers that hold at each position a number that encodes all tokens up to it."""
+    codes = torch.tensor(np.cumsum(tokens * 7 ** np.arange(len(tokens))), dtype=torch.float64)
+    keys = codes.view(1, 1, -1, 1)
     cache = DynamicCache()
     for layer in range(2):
         cache.update(keys + layer, -keys - layer, layer)
@@ -171,7 +176,7 @@ sequences = st.lists(
 
 @settings(deadline=None, max_examples=60)
 @given(sequences=sequences, tokens=st.sampled_from([10**6, 12, 30]))
-def test_the_longest_common_beginning_is_found(sequences, tokens):
+def test_longest_common_prefix_is_found(sequences, tokens):
     budget = tokens * 2 * 2 * 8  # layers, keys and values, float64
     tree = PrefixCache(budget)
     added: list[np.ndarray] = []
@@ -187,13 +192,13 @@ def test_the_longest_common_beginning_is_found(sequences, tokens):
             assert torch.equal(layer.values, expected.values)
         tree.add(sequence, states(sequence))
         added.append(sequence)
-        assert tree.bytes <= budget
-    beginnings = {tuple(sequence[: n + 1]) for sequence in added for n in range(len(sequence))}
-    if tokens == 10**6:  # every token that has the same tokens before it is held once
-        assert tree.bytes == len(beginnings) * 2 * 2 * 8
+        assert tree.nbytes <= budget
+    prefixes = {tuple(sequence[: n + 1]) for sequence in added for n in range(len(sequence))}
+    if tokens == 10**6:  # equal prefixes are stored once
+        assert tree.nbytes == len(prefixes) * 2 * 2 * 8
 
 
-def test_what_was_used_last_stays():
+def test_least_recently_used_branch_is_evicted():
     tree = PrefixCache(2 * 2 * 8 * 12)
     one, two, three = (np.full(5, token) for token in (1, 2, 3))
     for sequence in (one, two):
@@ -201,3 +206,47 @@ def test_what_was_used_last_stays():
     tree.find(one)
     tree.add(three, states(three))
     assert [tree.find(np.append(sequence, 9))[0] for sequence in (one, two, three)] == [5, 0, 5]
+
+
+# --- the preallocated cache ------------------------------------------------------------------------------
+
+LAYERS = 2
+STEPS = st.lists(
+    st.one_of(
+        st.integers(1, 300).map(lambda tokens: ("append", tokens)),
+        st.integers(1, 5).map(lambda tokens: ("crop", tokens)),
+        st.permutations(range(3)).map(lambda rows: ("reorder", rows)),
+    ),
+    max_size=12,
+)
+
+
+@given(STEPS)
+@settings(deadline=None, max_examples=50)
+def test_preallocated_cache_equals_dynamic_cache(steps):
+    expected, ours = DynamicCache(), preallocated_cache()
+    for kind, what in [("append", 7), *steps]:
+        for index in range(LAYERS):
+            if kind == "append":
+                keys, values = torch.rand(3, 2, what, 4), torch.rand(3, 2, what, 6)
+                for one, other in zip(
+                    ours.update(keys, values, index), expected.update(keys, values, index), strict=True
+                ):
+                    assert torch.equal(one, other)
+        for cache in (ours, expected):
+            if kind == "crop" and expected.get_seq_length() > what:
+                cache.crop(-what)
+            elif kind == "reorder":
+                cache.reorder_cache(torch.tensor(what))
+        assert ours.get_seq_length() == expected.get_seq_length()
+    for one, other in zip(ours.layers, expected.layers, strict=True):
+        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+
+
+def test_tokens_are_appended_in_place():
+    cache = preallocated_cache()
+    keys, _ = cache.update(torch.rand(1, 2, 1000, 4), torch.rand(1, 2, 1000, 4), 0)
+    addresses = {
+        cache.update(torch.rand(1, 2, 1, 4), torch.rand(1, 2, 1, 4), 0)[0].data_ptr() for _ in range(200)
+    }
+    assert addresses == {keys.data_ptr()}
