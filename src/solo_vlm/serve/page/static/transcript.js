@@ -1,7 +1,4 @@
-// The turns of the chat. A finished answer is made of words that can be chosen.
-
-import { imageUrl } from "./server.js";
-import { inOneLine } from "./text.js";
+// The turns of the chat. The words of a finished answer can be selected.
 
 const log = document.getElementById("transcript");
 const segmenter = new Intl.Segmenter(undefined, { granularity: "word" });
@@ -14,10 +11,11 @@ export function addQuestion({ text, images }, onImage) {
   const turn = addTurn("user", text);
   if (!images.length) return turn;
   const row = Object.assign(document.createElement("div"), { className: "images" });
-  for (const [index, id] of images.entries()) {
-    const picture = Object.assign(new Image(), { src: imageUrl(id), alt: `Image ${index + 1} of this message` });
-    picture.addEventListener("click", () => onImage(id));
-    row.append(picture);
+  for (const [index, image] of images.entries()) {
+    const button = Object.assign(document.createElement("button"), { type: "button" });
+    button.append(Object.assign(new Image(), { src: image.picture, alt: `Show image ${index + 1} of this message` }));
+    button.addEventListener("click", () => onImage(image));
+    row.append(button);
   }
   turn.prepend(row);
   return turn;
@@ -28,10 +26,10 @@ export function addAnswer() {
   const turn = addTurn("assistant", "Waiting …");
   const paragraph = turn.querySelector("p");
   turn.classList.add("waiting");
+  turn.ariaBusy = "true"; // screen readers announce it once it is complete
   let text = "";
   return {
     turn,
-    begin: () => { paragraph.textContent = "Reading …"; },
     grow(piece) {
       turn.classList.remove("waiting");
       text += piece;
@@ -39,9 +37,9 @@ export function addAnswer() {
       scrollToEnd();
     },
     text: () => text.trim(),
-    finish(answer, onWord) {
-      turn.classList.remove("waiting");
-      paragraph.replaceChildren(...words(answer, onWord));
+    finish(onWord) {
+      paragraph.replaceChildren(...words(text.trim(), onWord));
+      turn.ariaBusy = "false";
     },
     addFigures(figures) {
       turn.append(Object.assign(document.createElement("p"), { className: "figures", textContent: figures }));
@@ -50,20 +48,24 @@ export function addAnswer() {
   };
 }
 
-// The figures of an answer, in one line.
-export function describe(reply) {
-  const speed = reply.tokens_per_second;
+// Token counts and timings of an answer, in one line.
+export function describe({ usage, visionTokens, sent, first, last, finish }) {
+  const cached = usage.prompt_tokens_details?.cached_tokens;
+  const speed = (1000 * (usage.completion_tokens - 1)) / (last - first);
   return inOneLine([
-    `${reply.text_tokens} text + ${reply.vision_tokens} vision tokens` +
-      (reply.cached_tokens ? ` (${reply.cached_tokens} cached)` : ""),
-    `answer ${reply.answer_tokens}`,
-    `first token ${seconds(reply.first_token_seconds)}`,
-    ...(speed === null ? [] : [`${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s`]),
-    ...({ length: ["cut at the longest length"], stopped: ["stopped"] }[reply.finish] ?? []),
+    `${usage.prompt_tokens - visionTokens} text + ${visionTokens} vision tokens` + (cached ? ` (${cached} cached)` : ""),
+    `answer ${usage.completion_tokens}`,
+    `first token ${duration(first - sent)}`,
+    ...(speed > 0 && Number.isFinite(speed) ? [`${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s`] : []),
+    ...(finish === "length" ? ["cut at the maximum length"] : []),
   ]);
 }
 
-const seconds = (value) => (value < 1 ? `${Math.round(1000 * value)} ms` : `${value.toFixed(1)} s`);
+// Facts in one line that breaks only between them.
+export const inOneLine = (facts) => facts.map((fact) => fact.replaceAll(" ", "\u00a0")).join(" · ");
+
+const duration = (milliseconds) =>
+  milliseconds < 1000 ? `${Math.round(milliseconds)} ms` : `${(milliseconds / 1000).toFixed(1)} s`;
 
 function addTurn(role, text) {
   const turn = Object.assign(document.createElement("div"), { className: `turn ${role}` });

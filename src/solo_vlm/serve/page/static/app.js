@@ -1,32 +1,33 @@
-// One conversation: its turns, the images that wait for the next message, and what is chosen.
+// One conversation: its turns, the images that wait for the next message, and the selected word.
 
-import * as server from "./server.js";
+import * as api from "./api.js";
 import * as transcript from "./transcript.js";
 import { Viewer } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
 const viewer = new Viewer();
 
-let limits = null; // of the server
+let model = null;
 let turns = []; // { role, text, images }
-let pending = []; // ids
+let pending = []; // images: { id, url, picture, rows, columns, tokens, ... }
 let running = null; // AbortController of the answer that is being written
-let chosen = null; // { word, question } of the attention that is shown
+let chosen = null; // { word, turns, span } of the attention that is shown
+let nextId = 0;
 
 start();
 
 async function start() {
   try {
-    const model = await server.model();
-    limits = model.limits;
-    $("model").textContent = `${model.name} · ${compact(model.parameters)} parameters`;
-    $("length").max = limits.new_tokens;
-    $("length").value = Math.min(256, limits.new_tokens);
-    $("layer").append(new Option("mean of all", ""));
-    for (let layer = 0; layer < model.layers; layer++) $("layer").append(new Option(layer + 1, layer));
+    model = await api.model();
   } catch (error) {
     showError(error);
+    return;
   }
+  $("model").textContent = `${model.id} · ${compact(model.parameters)} parameters`;
+  $("length").max = model.limits.max_tokens;
+  $("length").value = Math.min(256, model.limits.max_tokens);
+  $("layer").replaceChildren(new Option("mean of all", ""));
+  for (let layer = 0; layer < model.layers; layer++) $("layer").append(new Option(layer + 1, layer));
 }
 
 const compact = (count) =>
@@ -34,16 +35,29 @@ const compact = (count) =>
 
 const mebibytes = (bytes) => `${Number((bytes / 2 ** 20).toPrecision(3))} MiB`;
 
+// --- API key ---
+
+$("unlock").addEventListener("submit", (event) => {
+  event.preventDefault();
+  api.setKey($("key").value.trim());
+  $("key").value = "";
+  $("locked").close();
+  showError(null);
+  start();
+});
+
 // --- images ---
 
 async function addFiles(files) {
+  if (!model) return start();
   showError(null);
   for (const file of files) {
     try {
-      // The server would refuse it too, but a browser does not always wait to hear why.
-      if (file.size > limits.image_bytes) throw new Error(`larger than the limit of ${mebibytes(limits.image_bytes)}`);
-      const image = await server.addImage(file);
-      pending.push(image.id);
+      const { max_image_bytes } = model.limits;
+      if (file.size > max_image_bytes) throw new Error(`larger than the limit of ${mebibytes(max_image_bytes)}`);
+      const url = await readAsDataUrl(file);
+      const image = { id: nextId++, url, ...(await api.describeImage(url)) };
+      pending.push(image);
       viewer.add(image);
     } catch (error) {
       showError(error, file.name);
@@ -52,18 +66,27 @@ async function addFiles(files) {
   showPending();
 }
 
+function readAsDataUrl(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new Error("the browser cannot read this file"));
+    reader.readAsDataURL(file);
+  });
+}
+
 function showPending() {
   $("pending").hidden = !pending.length;
-  $("pending").replaceChildren(...pending.map((id) => {
+  $("pending").replaceChildren(...pending.map((image) => {
     const chip = document.createElement("span");
     const remove = Object.assign(document.createElement("button"), { type: "button", textContent: "×", ariaLabel: "Remove this image" });
     remove.addEventListener("click", () => {
-      pending = pending.filter((other) => other !== id);
-      viewer.remove(id);
-      server.removeImage(id).catch(showError);
+      pending = pending.filter((other) => other !== image);
+      viewer.remove(image);
       showPending();
+      $("prompt").focus();
     });
-    chip.append(Object.assign(new Image(), { src: server.imageUrl(id), alt: "Image for the next message" }), remove);
+    chip.append(Object.assign(new Image(), { src: image.picture, alt: "Image for the next message" }), remove);
     return chip;
   }));
 }
@@ -93,7 +116,8 @@ document.addEventListener("drop", (event) => {
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = $("prompt").value.trim();
-  if (text && !running) ask(text);
+  if (!model) start();
+  else if (text && !running) ask(text);
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -107,35 +131,38 @@ async function ask(text) {
   const control = new AbortController();
   const question = { role: "user", text, images: pending };
   const asked = [...turns, question];
-  const shown = transcript.addQuestion(question, (id) => viewer.show(id));
+  const shown = transcript.addQuestion(question, (image) => viewer.show(image));
   const answer = transcript.addAnswer();
   pending = [];
   $("prompt").value = "";
   showError(null);
   showPending();
   setRunning(control);
-  let reply = null;
+  const reply = { sent: performance.now(), visionTokens: count(asked) };
   try {
-    const settings = { max_new_tokens: $("length").valueAsNumber || 1, temperature: $("temperature").valueAsNumber || 0 };
-    for await (const event of server.answer({ turns: asked, ...settings }, control.signal)) {
-      if (event.event === "begin") answer.begin();
-      else if (event.event === "text") answer.grow(event.text);
-      else reply = event;
+    const settings = { max_tokens: $("length").valueAsNumber || 1, temperature: $("temperature").valueAsNumber || 0 };
+    for await (const { choices: [choice], usage } of api.complete(asked, settings, control.signal)) {
+      if (choice?.delta.content) {
+        reply.first ??= performance.now();
+        answer.grow(choice.delta.content);
+      }
+      if (choice?.finish_reason) Object.assign(reply, { finish: choice.finish_reason, last: performance.now() });
+      if (usage) reply.usage = usage;
     }
   } catch (error) {
     if (error.name !== "AbortError") showError(error);
   }
   if (control !== running) return; // a new chat has begun
   setRunning(null);
-  const written = reply?.answer ?? answer.text();
+  const written = answer.text();
   if (written) {
-    turns = [...asked, { role: "assistant", text: written, images: [] }];
-    const upToHere = turns;
-    answer.finish(written, (word, span) => choose(word, { turns: upToHere, ...span }));
-    answer.addFigures(reply ? transcript.describe(reply) : "stopped");
+    const upToHere = [...asked, { role: "assistant", text: written, images: [] }];
+    turns = upToHere;
+    answer.finish((word, span) => choose(word, upToHere, span));
+    answer.addFigures(reply.usage ? transcript.describe(reply) : "stopped");
     viewer.offerWords(upToHere.some((turn) => turn.images.length));
   } else {
-    if (reply) showError(new Error("the model gave an empty answer: ask in another way"));
+    if (reply.finish) showError(new Error("the model gave an empty answer: ask in another way"));
     shown.remove();
     answer.turn.remove();
     $("prompt").value ||= text;
@@ -144,6 +171,8 @@ async function ask(text) {
   }
 }
 
+const count = (asked) => asked.flatMap((turn) => turn.images).reduce((sum, image) => sum + image.tokens, 0);
+
 function reset() {
   running?.abort();
   setRunning(null);
@@ -151,11 +180,10 @@ function reset() {
   pending = [];
   chosen = null;
   transcript.clear();
-  const ids = viewer.reset();
+  viewer.reset();
   viewer.offerWords(false);
   showError(null);
   showPending();
-  Promise.all(ids.map(server.removeImage)).catch(showError);
   $("prompt").focus();
 }
 
@@ -167,18 +195,17 @@ function setRunning(control) {
 
 // --- attention ---
 
-async function choose(word, question, layer = null) {
+async function choose(word, upToHere, span, layer = null) {
   unmark();
-  const choice = { word, question };
+  const choice = { word, turns: upToHere, span };
   chosen = choice;
   word.ariaBusy = "true";
   showError(null);
   try {
-    const maps = await server.attention({ ...question, layer });
+    const maps = await api.attention(upToHere, { ...span, layer });
     if (chosen !== choice) return;
-    const ids = question.turns.flatMap((turn) => turn.images);
     word.ariaPressed = "true";
-    viewer.showAttention(word.textContent, layer, maps, ids);
+    viewer.showAttention(word.textContent, layer, maps, upToHere.flatMap((turn) => turn.images));
     viewer.offerWords(false);
   } catch (error) {
     if (chosen === choice) hideAttention();
@@ -198,15 +225,24 @@ function unmark() {
   if (chosen) chosen.word.ariaPressed = "false";
 }
 
-$("clear").addEventListener("click", hideAttention);
+$("clear").addEventListener("click", () => {
+  const word = chosen?.word;
+  hideAttention();
+  word?.focus();
+});
 $("layer").addEventListener("change", () => {
   const layer = $("layer").value === "" ? null : Number($("layer").value);
-  if (chosen) choose(chosen.word, chosen.question, layer);
+  if (chosen) choose(chosen.word, chosen.turns, chosen.span, layer);
 });
 
 // --- errors ---
 
 function showError(error, subject) {
   $("error").hidden = !error;
-  if (error) $("error").textContent = subject ? `${subject}: ${error.message}` : error.message;
+  if (!error) return;
+  $("error").textContent = subject ? `${subject}: ${error.message}` : error.message;
+  if (error instanceof api.KeyError && !$("locked").open) {
+    $("refused").hidden = !api.hasKey();
+    $("locked").showModal();
+  }
 }

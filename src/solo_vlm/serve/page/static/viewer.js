@@ -1,18 +1,17 @@
 // The image as the model sees it, with its patch grid, and the attention of a word as a heat map.
 
-import { imageUrl } from "./server.js";
-import { inOneLine } from "./text.js";
+import { inOneLine } from "./transcript.js";
 
 const $ = (id) => document.getElementById(id);
 const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}%`;
 
-// Dark to bright. The picture is multiplied by it, so its dark end leaves something to be seen.
+// Dark to bright. The picture is multiplied by it, so the dark end is not black.
 const RAMP = [[62, 62, 104], [122, 70, 128], [198, 88, 108], [247, 146, 76], [255, 236, 140]];
 
 export class Viewer {
   #images = [];
   #shown = null; // an image
-  #maps = null; // image id -> { weights, share }
+  #maps = null; // image -> { weights, share }
 
   constructor() {
     $("grid").addEventListener("change", () => this.#draw());
@@ -22,30 +21,27 @@ export class Viewer {
 
   add(image) {
     this.#images.push(image);
-    this.show(image.id);
+    this.show(image);
   }
 
-  remove(id) {
-    this.#images = this.#images.filter((image) => image.id !== id);
-    this.show((this.#images.includes(this.#shown) ? this.#shown : this.#images.at(-1))?.id);
+  remove(image) {
+    this.#images = this.#images.filter((other) => other !== image);
+    this.show(this.#images.includes(this.#shown) ? this.#shown : this.#images.at(-1));
   }
 
-  // The ids of the images that are forgotten.
   reset() {
-    const ids = this.#images.map((image) => image.id);
     this.#images = [];
     this.clearAttention();
     this.show(undefined);
-    return ids;
   }
 
-  show(id) {
-    this.#shown = this.#images.find((image) => image.id === id) ?? null;
+  show(image) {
+    this.#shown = image ?? null;
     $("drop").hidden = this.#shown !== null;
     $("seen").hidden = this.#shown === null;
     if (this.#shown) {
-      const { original, resized, rows, columns, patches, tokens } = this.#shown;
-      $("picture").src = imageUrl(id);
+      const { picture, original, resized, rows, columns, patches, tokens } = this.#shown;
+      $("picture").src = picture;
       $("frame").style.setProperty("--aspect", columns / rows);
       const size = original.join(" × ");
       const seen = resized.join(" × ");
@@ -59,10 +55,10 @@ export class Viewer {
     this.#update();
   }
 
-  // The answer of /api/attention, for images by these ids.
-  showAttention(word, layer, { images, text_share }, ids) {
-    this.#maps = new Map(images.map((map, index) => [ids[index], map]));
-    if (!this.#maps.has(this.#shown?.id)) this.show(ids.at(-1));
+  // The response of /api/attention, for the images of the chat.
+  showAttention(word, layer, { images: maps, text_share }, images) {
+    this.#maps = new Map(maps.map((map, index) => [images[index], map]));
+    if (!this.#maps.has(this.#shown)) this.show(images.at(-1));
     $("word").textContent = word;
     $("share").textContent = `${percent(1 - text_share)} of its attention on patches, ${percent(text_share)} on text`;
     $("layer").value = layer ?? "";
@@ -84,23 +80,23 @@ export class Viewer {
     const several = this.#images.length > 1;
     $("thumbnails").hidden = !several;
     $("thumbnails").replaceChildren(...(several ? this.#images.map((image, index) => this.#thumbnail(image, index)) : []));
-    $("picture").classList.toggle("grey", this.#map() !== undefined);
+    $("picture").classList.toggle("gray", this.#map() !== undefined);
     this.#draw();
   }
 
   #thumbnail(image, index) {
     const button = document.createElement("button");
-    const picture = Object.assign(new Image(), { src: imageUrl(image.id), alt: `Image ${index + 1}` });
-    const share = this.#maps?.get(image.id)?.share;
+    const picture = Object.assign(new Image(), { src: image.picture, alt: `Image ${index + 1}` });
+    const share = this.#maps?.get(image)?.share;
     button.type = "button";
     button.ariaPressed = image === this.#shown;
     button.append(picture, share === undefined ? "" : percent(share));
-    button.addEventListener("click", () => this.show(image.id));
+    button.addEventListener("click", () => this.show(image));
     return button;
   }
 
   #map() {
-    return this.#shown ? this.#maps?.get(this.#shown.id) : undefined;
+    return this.#maps?.get(this.#shown);
   }
 
   #draw() {
@@ -118,7 +114,7 @@ export class Viewer {
       $("peak").textContent = `${percent(peak)} on one patch`;
       map.weights.forEach((weight, index) => {
         const [row, column] = [Math.floor(index / columns), index % columns];
-        heat.fillStyle = colour(weight / peak);
+        heat.fillStyle = color(weight / peak);
         heat.fillRect(x(column), y(row), x(column + 1) - x(column), y(row + 1) - y(row));
       });
     }
@@ -131,13 +127,13 @@ export class Viewer {
   }
 }
 
-// A canvas of this size without anything on it: setting a size clears it.
+// Setting its size clears a canvas.
 function cleared(canvas, width, height) {
   Object.assign(canvas, { width, height });
   return canvas.getContext("2d");
 }
 
-function colour(value) {
+function color(value) {
   const place = Math.min(Math.max(value || 0, 0), 1) * (RAMP.length - 1);
   const low = Math.min(Math.floor(place), RAMP.length - 2);
   const mixed = RAMP[low].map((from, channel) => from + (RAMP[low + 1][channel] - from) * (place - low));
@@ -147,7 +143,7 @@ function colour(value) {
 function drawRamp(canvas) {
   const context = canvas.getContext("2d");
   for (let x = 0; x < canvas.width; x++) {
-    context.fillStyle = colour(x / (canvas.width - 1));
+    context.fillStyle = color(x / (canvas.width - 1));
     context.fillRect(x, 0, 1, 1);
   }
 }
