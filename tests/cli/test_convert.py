@@ -9,20 +9,20 @@ from tests.convert.original_files import (
     LOCATIONS,
     TEXT_TOKENS,
     VISION,
-    release_settings,
-    release_weights,
+    original_settings,
+    original_weights,
     write_megatron,
-    write_release,
+    write_original,
     write_sentencepiece,
 )
 
 ROWS = TEXT_TOKENS + len(VISION + LOCATIONS)
-SETTINGS = release_settings(ROWS, num_hidden_layers=2)
+SETTINGS = original_settings(ROWS, num_hidden_layers=2)
 
 
 @pytest.fixture
 def release(tmp_path):
-    write_release(tmp_path / "release", release_weights(SETTINGS), SETTINGS)
+    write_original(tmp_path / "release", original_weights(SETTINGS), SETTINGS)
     write_sentencepiece(tmp_path / "release", VISION + LOCATIONS)
     return tmp_path / "release"
 
@@ -32,7 +32,7 @@ def test_release_and_back(run, release, tmp_path, picture):
     facts = json.loads(out)
     assert code == 0
     assert facts["vocabulary"] == facts["tokens"] == ROWS
-    assert facts["layout"] == "release"
+    assert facts["layout"] == "original"
     assert facts["vision_token_ids"] == [TEXT_TOKENS + 1, TEXT_TOKENS, TEXT_TOKENS + 2, TEXT_TOKENS + 4]
     code, out, _ = run("convert", "to-release", tmp_path / "solo", tmp_path / "back", "--json")
     assert code == 0
@@ -43,11 +43,11 @@ def test_release_and_back(run, release, tmp_path, picture):
 
 
 def test_megatron(run, release, tmp_path):
-    source = write_megatron(tmp_path / "megatron", release_weights(SETTINGS), SETTINGS, 2, 2, 2048)
+    source = write_megatron(tmp_path / "megatron", original_weights(SETTINGS), SETTINGS, 2, 2, 2048)
     code, out, _ = run("convert", "megatron", source, tmp_path / "solo", "--tokenizer", release, "--json")
     assert code == 0
     assert json.loads(out)["vocabulary"] == ROWS
-    assert json.loads(out)["layout"] == "clean"
+    assert json.loads(out)["layout"] == "paper"
 
 
 def test_generate_with_the_original_folder(run, release, tmp_path, picture):
@@ -55,7 +55,7 @@ def test_generate_with_the_original_folder(run, release, tmp_path, picture):
     arguments = ["--image", tmp_path / "photo.png", "--prompt", "what is this?", "--max-new-tokens", 3]
     code, out, error = run("generate", "--model", release, *arguments, "--json")
     assert code == 0, error
-    assert json.loads(out)["image_tokens"] == 2
+    assert json.loads(out)["num_patches"] == 2
     run("convert", "release", release, tmp_path / "solo")
     _, converted, _ = run("generate", "--model", tmp_path / "solo", *arguments, "--json")
     assert json.loads(converted)["answer"] == json.loads(out)["answer"]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tests.factories import CHAT_COLOURS, ask, make_solo, write_chats
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.train import Recipe, train
 
 
@@ -23,7 +23,7 @@ def trained(tmp_path):
         "steps": 60,
         "global_batch": 1,
         "precision": "fp32",
-        "log_every": 1,
+        "log_interval": 1,
         "data": {
             "sources": [{"path": "pictures.parquet", "weight": 2}, {"path": "texts.parquet", "weight": 1}],
             "weigh": "sequences",  # each of one source alone
@@ -42,7 +42,7 @@ def test_images_and_text_alone_are_learned_together(trained):
     assert 10 <= seen.count(0) <= 30  # a third of the steps saw no image
     assert max(seen) > 0
 
-    answerer = Answerer.load(trained.model)
+    pipeline = GenerationPipeline.from_pretrained(trained.model)
     pictures = [ask("what is this?", Image.new("RGB", (64, 32), colour)) for colour in CHAT_COLOURS]
     later = [
         [
@@ -52,5 +52,5 @@ def test_images_and_text_alone_are_learned_together(trained):
         ]
         for picture, colour in zip(pictures, CHAT_COLOURS, strict=True)
     ]
-    answers = answerer.answer([*pictures, *later, ask("what is seven?")], max_new_tokens=5)
+    answers = pipeline.answer([*pictures, *later, ask("what is seven?")], max_new_tokens=5)
     assert answers == ["red", "blue", "world", "world", "seven"]

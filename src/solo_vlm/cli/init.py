@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
-from solo_vlm.cli._pixels import parse_pixels
+from solo_vlm.cli._common import STDOUT, parse_pixels, print_json, quiet_libraries
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
+from solo_vlm.cli._common import STDOUT, print_json, quiet_libraries
 
 
 def inspect(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import numpy as np
 from solo_vlm.evaluate.benchmarks import Benchmark
 from solo_vlm.evaluate.published import PUBLISHED
 from solo_vlm.evaluate.rows import Rows
-from solo_vlm.evaluate.score import Judgement, Part, Score
+from solo_vlm.evaluate.score import Part, Score, ScoredAnswer
 from solo_vlm.models.solo.image_loading_solo import ImageError
 from solo_vlm.utils.files import new_file
-from solo_vlm.utils.pages import png_url, render, thumbnail_url
+from solo_vlm.utils.pages import figure_url, render, thumbnail_url
 
 _SHOWN = 12  # right answers, and as many wrong ones, of each task
 
@@ -28,7 +27,7 @@ class TaskReport:
     Attributes:
         benchmark: the task.
         score: of the run.
-        judgements: one a row, in the order of the rows.
+        answers: one a row, in the order of the rows.
         rows: of the benchmark; the run may have asked the first of them only.
         prompt: the exact text of the prompt of a row, by its number.
         facts: what was run, for the record.
@@ -36,7 +35,7 @@ class TaskReport:
 
     benchmark: Benchmark
     score: Score
-    judgements: Sequence[Judgement]
+    answers: Sequence[ScoredAnswer]
     rows: Rows
     prompt: Callable[[int], str]
     facts: Mapping[str, Any]
@@ -49,7 +48,7 @@ class Card:
     id: str
     images: Sequence[str]
     prompt: str
-    judgement: Judgement
+    answer: ScoredAnswer
 
 
 def write_reports(folder: Path, facts: Mapping[str, Any], reports: Sequence[TaskReport]) -> None:
@@ -70,7 +69,7 @@ def write_reports(folder: Path, facts: Mapping[str, Any], reports: Sequence[Task
         "solo_vlm.evaluate",
         "report.html.jinja",
         **values,
-        plot=lambda score: png_url(category_plot(score)),
+        plot=lambda score: figure_url(category_plot(score)),
         cards=_cards,
     )
     markdown = render("solo_vlm.evaluate", "report.md.jinja", **values)
@@ -79,8 +78,8 @@ def write_reports(folder: Path, facts: Mapping[str, Any], reports: Sequence[Task
             partial.write_text(page, encoding="utf-8")
 
 
-def category_plot(score: Score) -> bytes:
-    """Bars of the score of each category, in per cent of a perfect model's, with 95% intervals; a PNG."""
+def category_plot(score: Score) -> Any:
+    """Bars of the score of each category, in per cent of a perfect model's, with 95% intervals."""
     from matplotlib.figure import Figure
 
     parts = score.breakdown
@@ -103,9 +102,7 @@ def category_plot(score: Score) -> bytes:
     axes.spines[["top", "right"]].set_visible(False)
     if len(groups) > 1:
         figure.legend(loc="outside upper center", ncols=len(groups), frameon=False)
-    buffer = BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    return buffer.getvalue()
+    return figure
 
 
 def _share(part: Part, value: float) -> float:
@@ -120,7 +117,7 @@ def _error(part: Part) -> tuple[float, float]:
 
 def _cards(report: TaskReport, correct: bool) -> list[Card]:
     """A sample of the right or the wrong answers, spread evenly over the rows."""
-    numbers = [number for number, judged in enumerate(report.judgements) if judged.correct == correct]
+    numbers = [number for number, answer in enumerate(report.answers) if answer.correct == correct]
     places = np.linspace(0, len(numbers) - 1, min(_SHOWN, len(numbers))).round().astype(int)
     return [_card(report, numbers[place]) for place in places]
 
@@ -130,4 +127,4 @@ def _card(report: TaskReport, number: int) -> Card:
         images = [thumbnail_url(image) for image in report.rows.images(number)]
     except ImageError:  # the card says so: the row has no response
         images = []
-    return Card(report.rows.ids[number], images, report.prompt(number), report.judgements[number])
+    return Card(report.rows.ids[number], images, report.prompt(number), report.answers[number])

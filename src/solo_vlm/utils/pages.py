@@ -1,32 +1,55 @@
-"""Pages in one file: templates of the package, and images as data URLs."""
+"""Self-contained HTML pages and Markdown, rendered from Jinja templates, with inlined images and figures."""
 
 from __future__ import annotations
 
 import base64
-from importlib.resources import files
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import ChoiceLoader, Environment, PackageLoader
 from PIL import Image
+
+from solo_vlm.utils.files import new_file
+
+_DPI = 120
 
 
 def render(package: str, template: str, **values: Any) -> str:
-    """A page from a Jinja template that lies in a package; values of an HTML page are escaped."""
-    source = files(package).joinpath(template).read_text()
-    environment = Environment(autoescape=".html" in template, trim_blocks=".md" in template)
-    return environment.from_string(source).render(**values)
+    """Render a Jinja template that lies in a package.
+
+    HTML templates extend `base.html.jinja`, which lies beside this module, and have their values escaped.
+    """
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package, ""), PackageLoader("solo_vlm.utils", "")]),
+        autoescape=".html" in template,
+        trim_blocks=".md" in template,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Save a matplotlib figure as a PNG file."""
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=_DPI, format="png")
+
+
+def figure_url(figure: Any) -> str:
+    """Return a matplotlib figure as a PNG in a data URL."""
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=_DPI, format="png")
+    return png_url(buffer.getvalue())
 
 
 def image_url(image: Image.Image) -> str:
-    """An image as a PNG in a data URL."""
+    """Return an image as a PNG in a data URL."""
     buffer = BytesIO()
     image.save(buffer, format="PNG")
     return png_url(buffer.getvalue())
 
 
 def thumbnail_url(image: Image.Image, side: int = 256) -> str:
-    """An image, made smaller where it is larger than `side`, as a JPEG in a data URL."""
+    """Return an image as a JPEG in a data URL, scaled down to at most `side` pixels per edge."""
     small, buffer = image.copy(), BytesIO()
     small.thumbnail((side, side))
     small.save(buffer, format="JPEG", quality=80)
@@ -34,5 +57,5 @@ def thumbnail_url(image: Image.Image, side: int = 256) -> str:
 
 
 def png_url(png: bytes) -> str:
-    """The bytes of a PNG as a data URL."""
+    """Return the bytes of a PNG as a data URL."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from solo_vlm.cli._console import STDOUT, print_json
-from solo_vlm.cli._progress import progress_bar
+from solo_vlm.cli._common import STDOUT, print_json, progress_bar
 
 
 class _Engine(StrEnum):

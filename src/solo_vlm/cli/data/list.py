@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from solo_vlm.cli._console import STDOUT, print_json
+from solo_vlm.cli._common import STDOUT, print_json
 
 
 def list_data_sets(

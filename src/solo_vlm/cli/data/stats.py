@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
-from solo_vlm.cli._progress import progress_bar
+from solo_vlm.cli._common import STDOUT, print_json, progress_bar, quiet_libraries
 from solo_vlm.cli.data._arguments import Json, MixtureFile, Overrides
 
 if TYPE_CHECKING:

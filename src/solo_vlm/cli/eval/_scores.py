@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from solo_vlm.cli._console import STDOUT
+from solo_vlm.cli._common import STDOUT
 
 if TYPE_CHECKING:
     from solo_vlm.evaluate.score import Score
@@ -45,6 +45,6 @@ def _notes(score: Score) -> list[str]:
     if score.bad_rows:
         rows = ", ".join(score.bad_rows[:10]) + (", ..." if len(score.bad_rows) > 10 else "")
         notes.append(f"bad rows, which count as wrong: {len(score.bad_rows):,} (rows {rows})")
-    if score.set_aside:
-        notes.append(f"rows that do not belong to this score, and are set aside: {score.set_aside:,}")
+    if score.filtered:
+        notes.append(f"rows that do not belong to this score, and are set aside: {score.filtered:,}")
     return notes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solo_vlm.cli._console import STDOUT, print_json
+from solo_vlm.cli._common import STDOUT, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solo_vlm.cli._console import STDOUT, print_json, quiet_libraries
-from solo_vlm.cli._progress import progress_bar
+from solo_vlm.cli._common import STDOUT, print_json, progress_bar, quiet_libraries
 from solo_vlm.cli.eval._tasks import DataRoot, Tasks, task_names
 
 if TYPE_CHECKING:

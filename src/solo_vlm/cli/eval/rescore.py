@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from solo_vlm.cli._console import print_json
+from solo_vlm.cli._common import print_json
 from solo_vlm.cli.eval._judge import JudgeModel, JudgeUrl, benchmark_of
 from solo_vlm.cli.eval._scores import print_score
 

@@ -1,0 +1,103 @@
+"""Shared by the verbs: consoles, JSON output, progress bars, and options that several verbs have."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.json_lines import json_line
+
+STDERR = Console(stderr=True)  # progress and logs
+STDOUT = Console(soft_wrap=True)  # results; a path that wraps cannot be copied
+
+
+class Executor(StrEnum):
+    """Where jobs run."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+ExecutorOption = Annotated[
+    Executor,
+    typer.Option("--engine", help="Run on this machine (local), or on the Ray cluster at RAY_ADDRESS (ray)."),
+]
+ProcessesOption = Annotated[int, typer.Option(min=1, help="Maximum number of concurrent runs.")]
+QuantizeOption = Annotated[
+    Literal["int8", "nf4"] | None,
+    typer.Option(help="Hold the weights in 8 or 4 bits (pip install 'solo-vlm[quantize]')."),
+]
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on stdout. Bytes of a file name that are not Unicode are escaped."""
+    print(json_line(value).decode(), end="")
+
+
+def print_table(
+    title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
+) -> None:
+    """Print a table on stdout.
+
+    Args:
+        title: Title above the table.
+        columns: Headers.
+        rows: Cells. With `left` > 1, a row with an empty first cell continues the section above it.
+        left: Number of left-aligned columns; the others are right-aligned and never wrap.
+    """
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left else "right", no_wrap=number >= left)
+    for row in rows:
+        if left > 1 and row[0]:
+            table.add_section()
+        table.add_row(*row)
+    STDOUT.print(table)
+
+
+def quiet_libraries() -> None:
+    """Silence transformers' progress bars and notes, and torch's warnings about its internals."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback that takes the completed and the total amount of work; draws on a terminal only."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=STDERR, transient=True, disable=not STDERR.is_terminal) as progress:
+        task = progress.add_task(title)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def parse_pixels(option: str, text: str) -> tuple[int, int]:
+    """Parse an image size such as "1024x768" into (width, height).
+
+    Args:
+        option: Name of the option, for the error message.
+        text: Value of the option.
+
+    Raises:
+        SoloError: `text` has another form.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise SoloError(f"{option} {text}: expected WIDTHxHEIGHT in pixels, such as 1024x768")
+    return int(match[1]), int(match[2])
