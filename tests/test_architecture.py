@@ -1,4 +1,4 @@
-"""The rules that hold the packages together: who may import whom, no cycles, tests that mirror the modules."""
+"""Rules of the layout: who may import whom, no cycles, tests that mirror the modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-
 from tests.factories import ROOT
 
 SOURCE = ROOT / "src" / "solo_vlm"

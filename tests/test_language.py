@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from tests.factories import ROOT
 
 # What was replaced, as a pattern, and the term in its place.
@@ -44,7 +43,9 @@ def texts() -> list[Path]:
     return sorted(
         path
         for path in files
-        if path.is_file() and (path.suffix in SUFFIXES or path.name == "Makefile") and "site" not in path.parts
+        if path.is_file()
+        and (path.suffix in SUFFIXES or path.name == "Makefile")
+        and "site" not in path.parts
     )
 
 
@@ -61,10 +62,16 @@ def test_replaced_term_is_gone(pattern):
 
 def test_patterns_find_what_they_replace():
     """A pattern that could match nothing would prove nothing."""
-    samples = {
-        "goes on from the checkpoint", "Answerer", "a roomy cache", "two lanes", "deficit", "weigh", "take_step(",
-        "StepFigures", "is_first", "log_every: 1", "AnswerText", "set aside", "the judge", "the release's layout",
-        "as in the release's", "image_tokens", "requests in the house", "What came of a step",
-        "a promise of nobody", "lmms-eval's clothes", "somebody else", "one a patch",
-    }  # fmt: skip
+    samples = [
+        *("goes on from the checkpoint", "Answerer", "a roomy cache", "two lanes", "deficit", "weigh"),
+        *("take_step(", "StepFigures", "is_first", "log_every: 1", "AnswerText", "set aside", "the judge"),
+        *("the release's layout", "as in the release's", "image_tokens", "requests in the house"),
+        *(
+            "What came of a step",
+            "a promise of nobody",
+            "lmms-eval's clothes",
+            "somebody else",
+            "one a patch",
+        ),
+    ]
     assert all(any(re.search(pattern, sample) for sample in samples) for pattern in REPLACED)

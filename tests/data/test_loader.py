@@ -71,7 +71,7 @@ def test_two_epochs_see_every_sample_twice(written, run):
     while not loader.ended:
         for sequence in loader.take(3):
             assert not is_empty(sequence.batch)
-            assert sequence.documents == len(loader.names(sequence)) > 0
+            assert sequence.counts.documents == len(loader.names(sequence)) > 0
             seen.update(loader.names(sequence))
     assert len(seen) == written[1]
     assert set(seen.values()) == {EPOCHS}
@@ -139,7 +139,7 @@ def test_an_empty_batch_is_padding_alone(run):
 
 def test_a_run_cut_anywhere_goes_on_with_other_ranks(run, whole):
     """Without processes, and so in no time; for those see the test that kills them."""
-    chance = random.Random(run.weigh)
+    chance = random.Random(run.weight_by)
     for _ in range(4):
         ranks, later_ranks = chance.choices([1, 2, 4], k=2)
         cut = chance.randrange(len(whole))
@@ -235,7 +235,7 @@ def test_states_that_do_not_fit_are_refused(run):
 def test_data_that_changed_are_refused_by_name(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
-    copy = Run(folder, run.weigh)
+    copy = Run(folder, run.weight_by)
     state = json.loads(json.dumps(run.loader().state_dict()))
     copy.loader().load_state_dict(state)  # elsewhere, but the same
     (folder / "pages" / "0.jsonl").rename(folder / "pages" / "another.jsonl")

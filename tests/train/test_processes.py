@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 
 def run_layer_by_layer(plain):
     """As if all layers were large."""
-    model_module.shard_model = partial(shard_model, unit_size=1)
+    model_module.shard_model = partial(shard_model, shard_size=1)
     run_recipe(plain)
 
 

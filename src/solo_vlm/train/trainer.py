@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, set_seed
 
 from solo_vlm.data.collate import PackedBatch, num_supervised_tokens
-from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import LoadedSequence, PackedLoader
 from solo_vlm.data.mixture import make_loader
 from solo_vlm.models.flops import training_flops
@@ -139,7 +138,6 @@ class Trainer:
         folder = self.out / "checkpoints"
         self.checkpointer = Checkpointer(folder, settings.keep, settings.asynchronous, context)
         self.validator = Validator(recipe, self.processor, context) if recipe.validation else None
-        self.vision_ids = Encoder(self.processor).vision_ids
         device = recognize_device(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
         self.peak_flops = device.peak_flops * context.dims.world_size if device else None
         self.metrics_logger = None
@@ -277,20 +275,17 @@ class Trainer:
         return self.loader.take_together(self.recipe.global_batch, add_up), totals
 
     def _count(self, sequence: LoadedSequence) -> Counter[str]:
-        batch = sequence.batch
-        lengths = np.diff(batch["cu_seq_lens_q"].numpy())[: sequence.documents]
-        supervised = num_supervised_tokens([batch])
-        is_frozen = self.recipe.is_decoder_frozen
+        counts = sequence.counts
+        shape = (np.array(counts.document_lengths), counts.patches, counts.supervised_tokens)
         try:
-            patches = len(batch["pixel_values"])
-            flops = training_flops(self.model.config, lengths, patches, supervised, frozen=is_frozen)
+            flops = training_flops(self.model.config, *shape, frozen=self.recipe.is_decoder_frozen)
         except SoloError:  # unsupported family: no FLOPs, no MFU
             flops = 0
         return Counter(
-            documents=sequence.documents,
-            tokens=sequence.tokens,
-            vision=int(np.isin(batch["input_ids"].numpy(), self.vision_ids).sum()),
-            supervised=supervised,
+            documents=counts.documents,
+            tokens=counts.tokens,
+            vision=counts.vision_tokens,
+            supervised=counts.supervised_tokens,
             flops=flops,
         )
 

@@ -86,7 +86,7 @@ def single_logits(model, document):
     with torch.no_grad():
         return model(
             input_ids=torch.tensor(document.input_ids)[None],
-            pixel_values=torch.tensor(document.patches) if len(document.patches) else None,
+            pixel_values=torch.tensor(document.pixel_values) if len(document.pixel_values) else None,
             attention_mask=torch.ones(1, len(document)),
         ).logits[0]
 

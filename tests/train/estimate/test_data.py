@@ -34,12 +34,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def write_source(path, rows, rng, per_unit):
+def write_source(path, rows, rng, per_shard):
     """Texts of a random number of words; how long they are changes along the file."""
     counts = rng.integers(1, 12, rows) + np.arange(rows) * 12 // rows
     messages = [[{"role": "assistant", "content": "hello world " * int(count)}] for count in counts]
     if path.suffix == ".parquet":
-        pq.write_table(pa.table({"messages": messages}), path, row_group_size=per_unit)
+        pq.write_table(pa.table({"messages": messages}), path, row_group_size=per_shard)
     else:
         path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in messages))
 
@@ -62,7 +62,7 @@ def runs(draw):
     ranks = draw(st.sampled_from([ranks for ranks in (1, 2, 4) if streams % ranks == 0]))
     return {
         "rows": draw(st.lists(st.integers(1, 300), min_size=1, max_size=3)),
-        "per_unit": draw(st.integers(1, 200)),
+        "per_shard": draw(st.integers(1, 200)),
         "suffix": draw(st.sampled_from(["parquet", "jsonl"])),
         "streams": streams,
         "ranks": ranks,
@@ -78,7 +78,7 @@ def check(folder, run):
     rng = np.random.default_rng(run["seed"])
     paths = [folder / f"{number}.{run['suffix']}" for number in range(len(run["rows"]))]
     for path, rows in zip(paths, run["rows"], strict=True):
-        write_source(path, rows, rng, run["per_unit"])
+        write_source(path, rows, rng, run["per_shard"])
     changes = {name: run[name] for name in ("streams", "epochs", "weigh")}
     recipe = recipe_of(folder, paths, out="unused", global_batch=run["batch"], **changes)
     processor = processor_of(folder / "start")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.sample import Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source
-from solo_vlm.data.survey.reading import OnProgress, UnitProgress
+from solo_vlm.data.survey.reading import OnProgress, ShardProgress
 from solo_vlm.evaluate.contamination.hashes import HashIndex, perceptual_hash
 from solo_vlm.evaluate.contamination.overlap import COMMON, Overlap, Question
 from solo_vlm.evaluate.options import options_of
@@ -125,7 +125,7 @@ def check_mixture(
         mixture: all of its sources are read once.
         distance: bits of 64 in which the perceptual hashes of two images may differ.
         workers: processes that read and compare; 0: this one.
-        on_progress: called with the units read and their number.
+        on_progress: called with the shards read and their number.
 
     Raises:
         SoloError: a source is missing.
@@ -144,27 +144,27 @@ def check_mixture(
         findings.questions, findings.run_length = overlap.compared[task], overlap.lengths[task]
 
     found = Contamination(tasks, [], distance)
-    units = _Units(sources, index, overlap)
-    on_unit = UnitProgress(len(units), on_progress)
+    shards = _Shards(sources, index, overlap)
+    on_shard = ShardProgress(len(shards), on_progress)
     texts: dict[str, list[tuple[str, str]]] = defaultdict(list)  # run of words -> sources and places
-    for unit in DataLoader(units, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
-        found.training_rows += unit.rows
-        found.training_images += unit.images
-        found.skipped += unit.skipped
-        for match in unit.image_matches:
+    for shard in DataLoader(shards, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
+        found.training_rows += shard.rows
+        found.training_images += shard.images
+        found.skipped += shard.skipped
+        for match in shard.image_matches:
             _add(found, match, tasks[match.task].image_matches)
-        for run, source, where in unit.runs:
+        for run, source, where in shard.runs:
             if len(texts[run]) <= COMMON:
                 texts[run].append((source, where))
-        on_unit()
+        on_shard()
     for match in _question_matches(texts, overlap):
         _add(found, match, tasks[match.task].question_matches)
     return found
 
 
 @dataclass
-class _Unit:
-    """What one unit of the training data gave."""
+class _Shard:
+    """What one shard of the training data gave."""
 
     rows: int = 0
     images: int = 0
@@ -173,21 +173,21 @@ class _Unit:
     runs: list[tuple[str, str, str]] = field(default_factory=list)  # words, source, where
 
 
-class _Units(Dataset[_Unit]):
-    """The units of all sources, each searched when it is asked for: in this process, or in a loader's."""
+class _Shards(Dataset[_Shard]):
+    """The shards of all sources, each searched when it is asked for: in this process, or in a loader's."""
 
     def __init__(self, sources: Sequence[Source], index: HashIndex[Question], overlap: Overlap) -> None:
-        self._places = [(source, unit) for source in sources for unit in range(len(source))]
+        self._places = [(source, shard) for source in sources for shard in range(len(source))]
         self._index = index
         self._overlap = overlap
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, number: int) -> _Unit:
-        source, unit = self._places[number]
-        found = _Unit()
-        rows = source.read(unit)
+    def __getitem__(self, number: int) -> _Shard:
+        source, shard = self._places[number]
+        found = _Shard()
+        rows = source.read(shard)
         for row in range(len(rows)):
             found.rows += 1
             try:
@@ -195,10 +195,10 @@ class _Units(Dataset[_Unit]):
             except SampleError as error:
                 found.skipped[error.reason] += 1
                 continue
-            self._search(sample, source.name, source.where(unit, row), found)
+            self._search(sample, source.name, source.where(shard, row), found)
         return found
 
-    def _search(self, sample: Sample, source: str, where: str, found: _Unit) -> None:
+    def _search(self, sample: Sample, source: str, where: str, found: _Shard) -> None:
         for encoded in sample.images:
             try:
                 image = load_image(encoded)
@@ -215,8 +215,8 @@ class _Units(Dataset[_Unit]):
         found.runs += [(run, source, where) for run in sorted(runs)]
 
 
-def _as_it_is(unit: Any) -> Any:
-    return unit
+def _as_it_is(shard: Any) -> Any:
+    return shard
 
 
 def _add(found: Contamination, match: Match, counts: dict[str, int]) -> None:

@@ -89,7 +89,7 @@ class _Look(NamedTuple):
     Attributes:
         source: that was looked at.
         totals: of all its rows, exact where all were read.
-        rows: by unit, how many it has, and the lengths of the documents of those that were read, by row.
+        rows: by shard, how many it has, and the lengths of the documents of those that were read, by row.
     """
 
     source: Source
@@ -103,8 +103,8 @@ def _look(recipe: Recipe, encoder: Encoder, source: Source) -> _Look:
     seed = recipe.data.seed
     look, estimate = _draw(reader, _ROWS, seed)
     rows = len(source) * sum(count for count, _ in look.rows.values()) / len(look.rows)
-    all_units = len(look.rows) == len(source)
-    if rows and all_units and all(count == len(read) for count, read in look.rows.values()):
+    all_shards = len(look.rows) == len(source)
+    if rows and all_shards and all(count == len(read) for count, read in look.rows.values()):
         return look
     if rows <= _MORE_ROWS:
         return _read_all(reader)
@@ -118,11 +118,11 @@ def _look(recipe: Recipe, encoder: Encoder, source: Source) -> _Look:
 def _draw(reader: RowReader, samples: int, seed: int) -> tuple[_Look, Estimate]:
     rows: dict[int, tuple[int, list[list[int]]]] = {}
     figures = []
-    for unit, of_unit, chosen in draw_rows(reader.source, samples, np.random.default_rng(seed)):
-        read = list(reader.read(unit, of_unit, chosen))
-        rows[unit] = len(of_unit), [_lengths(row) for row in read]
+    for shard, of_shard, chosen in draw_rows(reader.source, samples, np.random.default_rng(seed)):
+        read = list(reader.read(shard, of_shard, chosen))
+        rows[shard] = len(of_shard), [_lengths(row) for row in read]
         figures.append(
-            (len(of_unit), np.array([_figures(row, reader.encoder) for row in read]).reshape(-1, 4))
+            (len(of_shard), np.array([_figures(row, reader.encoder) for row in read]).reshape(-1, 4))
         )
     estimate = estimate_totals(len(reader.source), figures)
     return _Look(reader.source, _Totals(*estimate.totals), rows), estimate
@@ -131,13 +131,13 @@ def _draw(reader: RowReader, samples: int, seed: int) -> tuple[_Look, Estimate]:
 def _read_all(reader: RowReader) -> _Look:
     rows: dict[int, tuple[int, list[list[int]]]] = {}
     totals = np.zeros(4)
-    for unit in range(len(reader.source)):
-        of_unit = reader.source.read(unit)
+    for shard in range(len(reader.source)):
+        of_shard = reader.source.read(shard)
         lengths = []
-        for row in reader.read(unit, of_unit, range(len(of_unit))):
+        for row in reader.read(shard, of_shard, range(len(of_shard))):
             lengths.append(_lengths(row))
             totals += _figures(row, reader.encoder)
-        rows[unit] = len(of_unit), lengths
+        rows[shard] = len(of_shard), lengths
     if not any(count for count, _ in rows.values()):
         raise SoloError(f"{reader.source.name} has no rows")
     return _Look(reader.source, _Totals(*totals), rows)
@@ -157,7 +157,7 @@ def _token_shares(recipe: Recipe, looks: Sequence[_Look]) -> list[float]:
     if recipe.steps is None:
         return [look.totals.tokens for look in looks]
     weights = [source.weight for source in recipe.data.sources]
-    if recipe.data.weigh != "samples":
+    if recipe.data.weight_by != "samples":
         return weights
     return [
         weight * look.totals.tokens / max(look.totals.samples, 1)
@@ -187,7 +187,7 @@ def _sequences(recipe: Recipe, encoder: Encoder, looks: Sequence[_Look], documen
     )
     # Each stream has a last sequence, half full on average, and where sequences are weighed, each of its
     # sources has one.
-    return full + data.streams * (len(looks) if data.weigh == "sequences" else 1) // 2
+    return full + data.streams * (len(looks) if data.weight_by == "sequences" else 1) // 2
 
 
 class _Lengths:
@@ -195,25 +195,25 @@ class _Lengths:
 
     def __init__(self, look: _Look, seed: int) -> None:
         self.name = look.source.name
-        self._units = len(look.source)
+        self._shards = len(look.source)
         self._rows = look.rows
         self._seed = seed
         self._pool = [lengths for _, rows in look.rows.values() for lengths in rows]
         self._counts = [count for count, _ in look.rows.values()]
 
     def __len__(self) -> int:
-        return self._units
+        return self._shards
 
-    def read(self, unit: int) -> Sequence[Any]:
-        count, known = self._rows.get(unit, (None, []))
+    def read(self, shard: int) -> Sequence[Any]:
+        count, known = self._rows.get(shard, (None, []))
         if count == len(known):
             return known
-        generator = np.random.default_rng((self._seed, unit))
+        generator = np.random.default_rng((self._seed, shard))
         count = generator.choice(self._counts) if count is None else count
         return [self._pool[row] for row in generator.integers(len(self._pool), size=count)]
 
-    def where(self, unit: int, row: int) -> str:
-        return f"{self.name}, unit {unit}, row {row}"
+    def where(self, shard: int, row: int) -> str:
+        return f"{self.name}, shard {shard}, row {row}"
 
     def fingerprint(self) -> str:
         return ""
@@ -232,7 +232,7 @@ class _PlannedStream(VirtualStream):
             data.sequence_length,
             seed=data.seed,
             epochs=data.epochs or 1,
-            weigh=data.weigh,
+            weight_by=data.weight_by,
             buffer_size=data.packing_buffer,
             max_skipped=1,
         )
