@@ -28,7 +28,7 @@ from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.convert.original import convert_original, convert_to_original
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model, load_processor
-from solo_vlm.train.start import load_start
+from solo_vlm.train.model import load_base_model
 from solo_vlm.utils.errors import SoloError
 
 GOLDEN = ROOT / "tests" / "golden" / "release_tiny"
@@ -366,6 +366,6 @@ def test_the_original_folder_without_its_tokenizer_still_loads(tmp_path):
 
 def test_training_takes_the_release_for_what_it_is(release):
     """Its config says "mistral": read as a plain LLM, it would lose its eyes without a word."""
-    model, processor = load_start(release)
+    model, processor = load_base_model(release)
     assert isinstance(model, SoloForConditionalGeneration)
     assert processor.image_layout == "original"

@@ -92,7 +92,7 @@ def checkpoint(
 ) -> None:
     """Convert a checkpoint of a training run, which may still be running."""
     quiet_libraries()
-    from solo_vlm.train.export import export_checkpoint
+    from solo_vlm.train.checkpoint import export_checkpoint
 
     exported = export_checkpoint(run, dst, step)
     _print({"out": str(dst), "step": exported}, f"{dst}: the model after step {exported}", json)

@@ -30,14 +30,14 @@ from solo_vlm.evaluate.weights import weights_hash
 from solo_vlm.hub.folder import weight_files
 from solo_vlm.models.load import load_config, load_processor
 from solo_vlm.models.solo.processing_solo import num_image_tokens
-from solo_vlm.train.manifest import read_recipe
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.run_folder import read_manifest_recipe
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.pages import render
 
 _IMAGE_SIZES = ((336, 336), (640, 480), (1024, 768), (1920, 1080))  # (width, height) in pixels
 # Recipe keys that name paths, or do not affect the model.
-_PRIVATE = ("root", "model", "out", "trackers", "checkpoint", "log_every")
+_PRIVATE = ("root", "model", "out", "trackers", "checkpoint", "log_interval")
 
 
 def model_card(
@@ -80,9 +80,7 @@ def model_card(
         "card.md.jinja",
         repo_id=repo_id,
         runs=runs,
-        facts={
-            name: [own.get(name, "") for own in facts] for name in dict.fromkeys(n for f in facts for n in f)
-        },
+        facts={name: [own.get(name, "") for own in facts] for name in names},
         entries=entries,
         evaluation=evaluation,
         license=license,
@@ -147,7 +145,7 @@ class TrainingRun:
         """
         name, manifest = run.resolve().name, run / "manifest.json"
         if manifest.is_file():
-            return cls(name, read_recipe(manifest), json.loads(manifest.read_text()))
+            return cls(name, read_manifest_recipe(manifest), json.loads(manifest.read_text()))
         if (run / "recipe.yaml").is_file():
             return cls(name, Recipe.load(run / "recipe.yaml"))
         raise SoloError(f"{run} is not the folder of a run: it has neither manifest.json nor recipe.yaml")
@@ -157,7 +155,7 @@ class TrainingRun:
         """Data sources in the recipe's order."""
         settings = self.recipe.data.sources
         total = sum(source.weight for source in settings)
-        paths = self.recipe.source_paths()
+        paths = self.recipe.mixture.source_paths()
         return [
             DataSource(
                 public_name(source.path),
@@ -237,8 +235,8 @@ class TrainingRun:
             return ""
         gpus = Counter(self.manifest["hardware"]["gpus"])
         machine = ", ".join(f"{count} x {name}" for name, count in gpus.items()) or "CPU"
-        layout = self._outcome["processes"]
-        return f"{machine}; processes: {layout['data']} data x {layout['tensor']} tensor"
+        parallel = self._outcome["parallel"]
+        return f"{machine}; processes: {parallel['dp']} data-parallel x {parallel['tp']} tensor-parallel"
 
     def _software(self) -> str:
         if not self.manifest:
