@@ -22,6 +22,7 @@ import numpy as np
 from aiohttp.connector import AddrInfoType
 from numpy.typing import NDArray
 
+from solo_vlm.data.encode import MAX_ASPECT_RATIO
 from solo_vlm.models.inspect_image import ImageLayout
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image, read_data_url
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor, patches_to_image
@@ -31,8 +32,6 @@ from solo_vlm.utils.pages import png_url
 
 Source = tuple[str, str | bytes]
 """An image's place in the request, and its data URL or downloaded file."""
-
-MAX_ASPECT_RATIO = 200  # as in training
 
 _MAX_ESCAPES = 1_000_000  # percent escapes per request: decoding them is far slower than base64
 _FORMATS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
