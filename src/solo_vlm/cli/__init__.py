@@ -67,7 +67,7 @@ def main() -> None:
         if debug:
             raise
         # An error common to all processes of torchrun is printed by the main process alone.
-        if not error.is_common or os.environ.get("RANK", "0") == "0":
+        if not error.raised_by_all or os.environ.get("RANK", "0") == "0":
             print(f"solo: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

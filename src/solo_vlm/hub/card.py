@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from solo_vlm.convert.safetensors_files import open_safetensors
+from solo_vlm.convert.checkpoint_files import open_safetensors
 from solo_vlm.data.catalog.entry import DataSet
 from solo_vlm.hub.evaluation import Evaluation
 from solo_vlm.hub.folder import weights

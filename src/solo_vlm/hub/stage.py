@@ -17,12 +17,12 @@ import yaml
 from solo_vlm.data.catalog.entry import DataSet
 from solo_vlm.data.catalog.registry import DATA_SETS
 from solo_vlm.data.mixture import LOADER_SETTINGS
-from solo_vlm.train.manifest import read_recipe
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.run_folder import read_manifest_recipe
 from solo_vlm.utils.errors import SoloError
 
 # Places on this machine, and what says nothing about the model.
-_PRIVATE = ("root", "model", "out", "trackers", "checkpoint", "log_every")
+_PRIVATE = ("root", "model", "out", "trackers", "checkpoint", "log_interval")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Stage:
         """
         name, manifest = run.resolve().name, run / "manifest.json"
         if manifest.is_file():
-            return cls(name, read_recipe(manifest), json.loads(manifest.read_text()))
+            return cls(name, read_manifest_recipe(manifest), json.loads(manifest.read_text()))
         if (run / "recipe.yaml").is_file():
             return cls(name, Recipe.load(run / "recipe.yaml"))
         raise SoloError(f"{run} is not the folder of a run: it has neither manifest.json nor recipe.yaml")
@@ -75,7 +75,7 @@ class Stage:
         """The data, in the recipe's order."""
         settings = self.recipe.data.sources
         total = sum(source.weight for source in settings)
-        paths = self.recipe.source_paths()
+        paths = self.recipe.mixture.source_paths()
         return [
             DataSource(
                 public_name(source.path), source.weight / total, catalogued(source.path), self._skipped(path)

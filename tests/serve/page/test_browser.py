@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "images.parquet", row_group_size=4)
     make_solo().save(folder / "start")
-    recipe = run_settings(folder, folder / "out", model="start", steps=60, checkpoint={"every": 60})
+    recipe = run_settings(folder, folder / "out", model="start", steps=60, checkpoint={"save_interval": 60})
     recipe["data"]["sources"] = [{"path": "images.parquet"}]
     return train(Recipe.parse(recipe)).model
 

@@ -55,7 +55,7 @@ def estimate_data(recipe: Recipe, encoder: Encoder) -> DataEstimate:
     Raises:
         SoloError: a source is missing or unreadable, or no row that was looked at can be used.
     """
-    looks = [_look(recipe, encoder, source) for source in recipe.open_sources()]
+    looks = [_look(recipe, encoder, source) for source in recipe.mixture.open_sources()]
     if not sum(look.totals.tokens for look in looks):
         raise SoloError("nothing in the data can be used; see solo data verify")
     shares = _token_shares(recipe, looks)

@@ -10,17 +10,81 @@ torch.compile less is kept; with attention that keeps its scores (Gemma 2's eage
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
 from solo_vlm.models.shape import ModelShape
 from solo_vlm.models.solo.loss_solo import CHUNK_SIZE
-from solo_vlm.train.parallel.layout import Layout, layers_at_once
+from solo_vlm.train.parallel.context import ParallelDims
+from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
 from solo_vlm.train.recipe import LoraSettings, Recipe
+from solo_vlm.utils.errors import SoloError
 
+_GIB = 2**30
+_TERA = 10**12
 _FLOAT32 = 4  # bytes
 _NEW_TOKENS = 4  # <vpatch>, <vision>, <vrow_sep>, </vision>
 _NF4 = 0.5 + 0.127 / 8  # with constants that are quantised themselves: Dettmers et al. 2023, section 3
+
+
+@dataclass(frozen=True)
+class Device:
+    """Published specifications of an accelerator.
+
+    Attributes:
+        name: name in the table.
+        memory: bytes.
+        peak_flops: FLOPs per second of dense bfloat16 matrix products with float32 accumulation.
+    """
+
+    name: str
+    memory: int
+    peak_flops: float
+
+
+def _device(name: str, gibibytes: float, teraflops: float) -> Device:
+    return Device(name, round(gibibytes * _GIB), teraflops * _TERA)
+
+
+# Without sparsity, for which data sheets give twice the FLOPs. Sources: NVIDIA's data sheets of the A100,
+# H100, H200, L4 and L40S; the appendices of its whitepapers on GA102 (RTX 3090), Ada (4090) and RTX
+# Blackwell (5090). The L4 and the L40S have 24 and 48 GB, minus what error correction takes.
+DEVICES = (
+    _device("A100-40GB", 40, 312),
+    _device("A100-80GB", 80, 312),
+    _device("H100", 80, 989.4),
+    _device("H100-PCIe", 80, 756),
+    _device("H200", 141, 989.4),
+    _device("L4", 22.5, 121),
+    _device("L40S", 45, 362),
+    _device("RTX-3090", 24, 71),
+    _device("RTX-4090", 24, 165.2),
+    _device("RTX-5090", 32, 209.5),
+)
+
+
+def find_device(name: str) -> Device:
+    """Look up a device by name, ignoring case and punctuation.
+
+    Raises:
+        SoloError: the device is unknown.
+    """
+    for device in DEVICES:
+        if _words(device.name) == _words(name):
+            return device
+    raise SoloError(f"unknown device {name}: known are {', '.join(device.name for device in DEVICES)}")
+
+
+def recognize_device(name: str) -> Device | None:
+    """Look up a device by torch's name for it, such as "NVIDIA H100 80GB HBM3"; None if it is unknown."""
+    words = _words(name)
+    fitting = [device for device in DEVICES if _words(device.name) <= words]
+    return max(fitting, key=lambda device: len(device.name), default=None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 @dataclass(frozen=True)
@@ -31,10 +95,9 @@ class Memory:
         weights: its share of the parameters in float32; of a quantised decoder all, in 4 bits.
         gradients: its share, in float32.
         optimizer: its share of Adam's two moments, in float32.
-        gathered: what is whole for a while. In the precision of the computation: the weights of two units of
-            layers (`layers_at_once`; the next one is gathered ahead; without `parallel.reshard`, of all), and
-            those outside of layers. And the gradients of one unit, and of what is outside, on their way to
-            be summed.
+        gathered: temporarily unsharded tensors: weights, in the compute precision, of two FSDP units
+            (`layers_per_fsdp_unit`; the next one is prefetched) or, without `parallel.reshard`, of all, and
+            those outside of layers; gradients of one unit and of what is outside, before they are reduced.
         activations: what the forward pass keeps for the backward pass, and the most that the backward pass
             of one layer, or of one chunk of the loss, needs besides.
     """
@@ -51,17 +114,17 @@ class Memory:
         return sum(astuple(self))
 
 
-def memory_per_device(shape: ModelShape, recipe: Recipe, layout: Layout) -> Memory:
+def memory_per_device(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> Memory:
     """Memory of each device; see `Memory`.
 
     With adapters or a frozen decoder the activations are an upper bound: inputs of a frozen layer need not
     be kept.
     """
     compute = _compute_bytes(recipe)
-    layer, outside = _layer_weights(shape, layout.tensor), _outside_weights(shape)
+    layer, outside = _layer_weights(shape, dims.tp), _outside_weights(shape)
     whole = shape.layers * layer + outside
-    weights = _FLOAT32 * whole / layout.data
-    unit = layers_at_once(shape.layers, round(_layer_weights(shape)))
+    weights = _FLOAT32 * whole / dims.dp
+    unit = layers_per_fsdp_unit(shape.layers, round(_layer_weights(shape)))
     layers_gathered = min(2 * unit, shape.layers) if recipe.parallel.reshard else shape.layers
     gathered = compute * (layers_gathered * layer + outside)
     if recipe.quantize:
@@ -71,20 +134,20 @@ def memory_per_device(shape: ModelShape, recipe: Recipe, layout: Layout) -> Memo
         trained = waiting = trained_parameters(shape, recipe)
     return Memory(
         weights=round(weights),
-        gradients=round(_FLOAT32 * trained / layout.data),
-        optimizer=round(2 * _FLOAT32 * trained / layout.data),
+        gradients=round(_FLOAT32 * trained / dims.dp),
+        optimizer=round(2 * _FLOAT32 * trained / dims.dp),
         gathered=round(gathered + (compute + _FLOAT32) * waiting),
-        activations=kept_activations(shape, recipe, layout) + _working_activations(shape, recipe, layout),
+        activations=kept_activations(shape, recipe, dims) + _working_activations(shape, recipe, dims),
     )
 
 
-def kept_activations(shape: ModelShape, recipe: Recipe, layout: Layout) -> int:
+def kept_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> int:
     """Bytes that the forward pass over one packed sequence keeps for the backward pass.
 
     Every token may be a patch, and every one may have a label: this is the most that can be.
     """
     compute = _compute_bytes(recipe)
-    layer = _kept_of_layer(shape, recipe, layout)
+    layer = _kept_of_layer(shape, recipe, dims)
     # The last norm, and the hidden states at labels; patches as bytes, and normalised.
     ends = (_FLOAT32 + 2 * compute) * shape.hidden + (1 + compute) * shape.patch
     return round(recipe.data.sequence_length * (shape.layers * layer + ends))
@@ -125,28 +188,28 @@ def _outside_weights(shape: ModelShape) -> int:
     return counts.embedding + counts.patch_embedding + counts.head + shape.hidden
 
 
-def _working_activations(shape: ModelShape, recipe: Recipe, layout: Layout) -> int:
+def _working_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> int:
     """Bytes of the backward pass of one layer, or of a chunk of the loss, whichever is more."""
     compute, tokens = _compute_bytes(recipe), recipe.data.sequence_length
-    recomputed = _all_of_layer(shape, layout, compute) - _kept_of_layer(shape, recipe, layout)
+    recomputed = _all_of_layer(shape, dims, compute) - _kept_of_layer(shape, recipe, dims)
     # Gradients of the gate, of what it lets through, and of their product, which itself is free by then.
-    gradients = 2 * compute * shape.mlp / layout.tensor
+    gradients = 2 * compute * shape.mlp / dims.tp
     logits = min(CHUNK_SIZE, tokens) * shape.vocabulary
     loss = 3 * _FLOAT32 * logits  # logits, their softmax, their gradient
     return round(max(tokens * (recomputed + gradients), loss))
 
 
-def _kept_of_layer(shape: ModelShape, recipe: Recipe, layout: Layout) -> float:
+def _kept_of_layer(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> float:
     """Bytes a token that one layer keeps until the backward pass comes to it."""
     compute = _compute_bytes(recipe)
     if recipe.activation_checkpointing == "none":
-        return _all_of_layer(shape, layout, compute)
+        return _all_of_layer(shape, dims, compute)
     if recipe.activation_checkpointing == "selective":
-        return _products_of_layer(shape, layout, compute)
+        return _products_of_layer(shape, dims, compute)
     return compute * shape.hidden  # its input
 
 
-def _all_of_layer(shape: ModelShape, layout: Layout, compute: int) -> float:
+def _all_of_layer(shape: ModelShape, dims: ParallelDims, compute: int) -> float:
     """Bytes a token of everything in a layer that its backward pass needs."""
     # A norm keeps its input in float32, and the result before its weights; a layer before which it stands
     # keeps the result after them.
@@ -156,14 +219,14 @@ def _all_of_layer(shape: ModelShape, layout: Layout, compute: int) -> float:
     attention = 2 * compute * (shape.query + shape.key) + _FLOAT32 * shape.heads
     # Gate before and after its activation, what it lets through, and their product.
     mlp = 4 * compute * shape.mlp
-    return norms + (head_norms + attention + mlp) / layout.tensor
+    return norms + (head_norms + attention + mlp) / dims.tp
 
 
-def _products_of_layer(shape: ModelShape, layout: Layout, compute: int) -> float:
+def _products_of_layer(shape: ModelShape, dims: ParallelDims, compute: int) -> float:
     """Bytes a token of a layer's input, and the results of its matrix products and its attention."""
     projected = compute * (2 * shape.query + 2 * shape.key) + _FLOAT32 * shape.heads
     mlp = 2 * compute * shape.mlp
-    return 3 * compute * shape.hidden + (projected + mlp) / layout.tensor
+    return 3 * compute * shape.hidden + (projected + mlp) / dims.tp
 
 
 def _compute_bytes(recipe: Recipe) -> int:

@@ -14,9 +14,8 @@ from solo_vlm.models.flops import forward_flops
 from solo_vlm.models.load import load_config
 from solo_vlm.models.shape import ModelShape, ParameterCounts
 from solo_vlm.train.estimate.data import DataEstimate, estimate_data
-from solo_vlm.train.estimate.devices import Device
-from solo_vlm.train.estimate.memory import Memory, memory_per_device, trained_parameters
-from solo_vlm.train.parallel.layout import Layout, layout
+from solo_vlm.train.estimate.memory import Device, Memory, memory_per_device, trained_parameters
+from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.recipe import ParallelSettings, Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -31,7 +30,7 @@ class Plan:
         recipe: its settings.
         shape: of the model.
         shape_from: where the model's configuration was read.
-        layout: how processes share the work.
+        dims: parallel dimensions.
         device: each process has one.
         memory: of each device.
         steps: optimizer steps; None where only the data can tell, and they are not there.
@@ -44,7 +43,7 @@ class Plan:
     recipe: Recipe
     shape: ModelShape
     shape_from: str
-    layout: Layout
+    dims: ParallelDims
     device: Device
     memory: Memory
     steps: int | None
@@ -81,7 +80,7 @@ class Plan:
     @property
     def seconds_per_step(self) -> float:
         """At the assumed utilisation."""
-        return self.flops_per_step / (self.layout.processes * self.device.peak_flops * self.mfu)
+        return self.flops_per_step / (self.dims.world_size * self.device.peak_flops * self.mfu)
 
     @property
     def fits(self) -> bool:
@@ -90,7 +89,7 @@ class Plan:
 
     def ways_to_fit(self) -> dict[str, int]:
         """Overrides of the recipe that need less memory, and the bytes of a device with each."""
-        recipe, parallel, processes = self.recipe, self.recipe.parallel, self.layout.processes
+        recipe, parallel, processes = self.recipe, self.recipe.parallel, self.dims.world_size
         changes: dict[str, dict[str, Any]] = {
             "activation_checkpointing=full": {"activation_checkpointing": "full"},
             "parallel.reshard=true": {"parallel": ParallelSettings(tensor=parallel.tensor)},
@@ -147,7 +146,7 @@ class Plan:
             "data": asdict(self.data) if self.data else None,
             "global_batch": self.recipe.global_batch,
             "sequence_length": self.recipe.data.sequence_length,
-            "layout": {"processes": self.layout.processes, **asdict(self.layout)},
+            "parallel": {"world_size": self.dims.world_size, **asdict(self.dims)},
             "device": asdict(self.device),
             "memory": {"total": self.memory.total, **asdict(self.memory)},
             "fits": self.fits,
@@ -178,15 +177,15 @@ def make_plan(
     _check_end(recipe)
     source = _config_source(recipe, config_folder)
     shape = _read_shape(source)
-    arranged = _arrange(recipe, processes, shape)
+    dims = _arrange(recipe, processes, shape)
     data, missing = _estimate(recipe, source)
     return Plan(
         recipe=recipe,
         shape=shape,
         shape_from=str(source),
-        layout=arranged,
+        dims=dims,
         device=device,
-        memory=memory_per_device(shape, recipe, arranged),
+        memory=memory_per_device(shape, recipe, dims),
         steps=_steps(recipe, data) if data and recipe.steps is None else recipe.steps,
         data=data,
         data_missing=missing,
@@ -205,7 +204,7 @@ def planned_steps(recipe: Recipe) -> int:
     _check_end(recipe)
     if recipe.steps is not None:
         return recipe.steps
-    return _steps(recipe, estimate_data(recipe, load_encoder(recipe.model_source())))
+    return _steps(recipe, estimate_data(recipe, load_encoder(recipe.mixture.model_source())))
 
 
 def _check_end(recipe: Recipe) -> None:
@@ -217,25 +216,25 @@ def _steps(recipe: Recipe, data: DataEstimate) -> int:
     return max(math.ceil(data.sequences / recipe.global_batch), 1)
 
 
-def _arrange(recipe: Recipe, processes: int, shape: ModelShape) -> Layout:
+def _arrange(recipe: Recipe, processes: int, shape: ModelShape) -> ParallelDims:
     """The layout, refused where it would split what cannot be split."""
-    arranged = layout(recipe, processes)
-    if not shape.splits(arranged.tensor):
+    dims = ParallelDims.from_recipe(recipe, processes)
+    if not shape.splits(dims.tp):
         raise SoloError(
-            f"parallel.tensor = {arranged.tensor} does not divide the heads ({shape.heads}, and "
+            f"parallel.tensor = {dims.tp} does not divide the heads ({shape.heads}, and "
             f"{shape.key_heads} of keys) and the MLP ({shape.mlp}) of the model: set it to a common divisor"
         )
-    if recipe.lora and arranged.tensor > 1:
+    if recipe.lora and dims.tp > 1:
         raise SoloError("lora: layers with adapters cannot be split; set parallel.tensor to 1")
-    return arranged
+    return dims
 
 
 def _config_source(recipe: Recipe, config_folder: Path | None) -> str | Path:
     """The model if it is there, else what is known of it, else a hub id."""
-    if config_folder is None or recipe.at(recipe.model).exists():
-        return recipe.model_source()
+    if config_folder is None or recipe.mixture.at(recipe.model).exists():
+        return recipe.mixture.model_source()
     known = config_folder / "config.json"
-    return known if known.is_file() else recipe.model_source()
+    return known if known.is_file() else recipe.mixture.model_source()
 
 
 def _read_shape(source: str | Path) -> ModelShape:
@@ -249,7 +248,7 @@ def _read_shape(source: str | Path) -> ModelShape:
 
 def _estimate(recipe: Recipe, source: str | Path) -> tuple[DataEstimate | None, str]:
     """The estimate; or none, and why there is none."""
-    if source != recipe.model_source():
+    if source != recipe.mixture.model_source():
         return None, f"{recipe.model}, whose tokenizer reads the data, is not there yet"
     try:
         return estimate_data(recipe, load_encoder(source)), ""
