@@ -22,14 +22,17 @@ def process(tmp_path_factory):
     """Run the quickstart as a process without a terminal: (output folder, stdout, lines of stderr, gaps)."""
     out = tmp_path_factory.mktemp("runs") / "quickstart"
     command = [sys.executable, "-m", "solo_vlm", "quickstart", "--out", out, "--fraction", "0.02", "--json"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert running.stdout is not None and running.stderr is not None
     lines, times = [], [time.monotonic()]
-    for line in running.stderr:
-        lines.append(line.rstrip())
-        times.append(time.monotonic())
-    stdout = running.stdout.read()
-    assert running.wait() == 0, lines
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            for line in running.stderr:
+                lines.append(line.rstrip())
+                times.append(time.monotonic())
+            stdout = running.stdout.read()
+        except BaseException:
+            running.kill()
+            raise
+    assert running.returncode == 0, lines
     times.append(time.monotonic())
     return out, stdout, lines, [later - earlier for earlier, later in itertools.pairwise(times)]
 
