@@ -47,8 +47,8 @@ def test_progress_without_a_terminal_is_plain_lines_at_least_every_15_seconds(pr
     for stage in STAGES:
         first, *_, last = [line for line in lines if line.startswith(f"{stage}: ")]
         steps = first.split(" of ")[1]
-        assert first == f"{stage}: 0 of {steps}"
-        assert re.fullmatch(rf"{stage}: {steps} of {steps}, loss \d\.\d{{4}}, done in 0:\d\d:\d\d", last)
+        assert first == f"{stage}: step 0 of {steps}"
+        assert re.fullmatch(rf"{stage}: step {steps} of {steps}, loss \d\.\d{{4}}, done in 0:\d\d:\d\d", last)
     assert not any("\x1b" in line for line in lines)
     assert max(gaps[1:]) < 15  # the first includes imports
 

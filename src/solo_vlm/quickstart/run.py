@@ -46,7 +46,7 @@ def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str,
     started = time.perf_counter()
     _prepare_output_dir(out)
     with progress_bar() as progress:
-        task = progress.add_task("data", total=1)
+        task = progress.add_task("data and tokenizer", total=1)
         write_toy_data(out / "data", seed)
         write_untrained_llm(out / "llm-untrained", training_texts(out / "data"), seed)
         progress.update(task, completed=1)
@@ -103,7 +103,7 @@ def _recipe(stage: str, out: Path, seed: int, fraction: float) -> Recipe:
 
 def _answers(path: Path, pipeline: GenerationPipeline, progress: Progress) -> list[HeldOutAnswer]:
     questions = read_questions(path)
-    task = progress.add_task(path.stem, total=len(questions))
+    task = progress.add_task(path.stem, total=len(questions), unit="question")
     answers: list[HeldOutAnswer] = []
     for batch in answer_questions(questions, pipeline):
         answers += batch

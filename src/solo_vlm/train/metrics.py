@@ -72,7 +72,9 @@ class MetricsLogger:
         self._file = (folder / "metrics.jsonl").open("a")
         self._trackers = trackers
         self._progress = progress
-        self._task = progress.add_task(folder.name, total=total_steps, completed=done, metrics={})
+        self._task = progress.add_task(
+            folder.name, total=total_steps, completed=done, unit="step", metrics={}
+        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of a step; steps count from 1."""
@@ -150,7 +152,8 @@ class ProgressLines(Progress):
 
     def _print(self, task: Task) -> None:
         total = "?" if task.total is None else f"{task.total:,.0f}"
-        parts = [f"{task.description}: {task.completed:,.0f} of {total}"]
+        count = f"{task.fields.get('unit', '')} {task.completed:,.0f} of {total}".lstrip()
+        parts = [f"{task.description}: {count}"]
         if "loss" in (metrics := task.fields.get("metrics") or {}):
             parts.append(f"loss {metrics['loss']:.4f}")
         if task.finished:
