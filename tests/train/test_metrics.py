@@ -1,18 +1,22 @@
-"""Metrics of a step, `metrics.jsonl`, and trackers (the hosted ones offline)."""
+"""Metrics of a step, `metrics.jsonl`, progress lines, and trackers (the hosted ones offline)."""
 
 from __future__ import annotations
 
+import io
 import sqlite3
 import sys
+import time
 from itertools import islice
 
 import pytest
 import torch
+from rich.console import Console
 from tests.factories import read_steps, run_settings
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.mixture import make_loader
 from solo_vlm.train import Recipe, train, trainer
+from solo_vlm.train.metrics import ProgressLines
 from solo_vlm.train.model import load_base_model
 from solo_vlm.utils.errors import SoloError
 
@@ -91,3 +95,20 @@ def test_trackio_logs_every_step(runs, tmp_path, monkeypatch):
     (database,) = (tmp_path / "trackio").glob("*.db")
     rows = sqlite3.connect(database).execute("select run_name, step from metrics order by step").fetchall()
     assert rows == [("out", 1), ("out", 2), ("out", 3)]
+
+
+def test_progress_lines_report_start_interval_and_end():
+    output = io.StringIO()
+    with ProgressLines(Console(file=output), interval=0.05) as progress:
+        task = progress.add_task("stage1", total=1200, unit="step", metrics={})
+        progress.update(task, completed=300, metrics={"loss": 2.5})
+        deadline = time.monotonic() + 30
+        while output.getvalue().count("\n") < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        progress.update(task, completed=1200)
+        progress.update(task, completed=1200)
+    first, *between, last = output.getvalue().splitlines()
+    assert first == "stage1: step 0 of 1,200"
+    assert len(between) >= 2
+    assert all(line.startswith("stage1: step 300 of 1,200, loss 2.5000") for line in between)
+    assert last.startswith("stage1: step 1,200 of 1,200, loss 2.5000, done in 0:00:")
