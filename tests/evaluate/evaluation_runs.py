@@ -57,7 +57,7 @@ def open_task(task: str, data_root: Path, cache: Path) -> Rows:
         datasets.config.HF_DATASETS_CACHE = before
 
 
-class Told:
+class ScriptedBackend:
     """Answers row by row what it was told, in batches of three, the last row first; remembers who asked."""
 
     def __init__(self, answers: list[str]) -> None:

@@ -16,8 +16,8 @@ from lmms_eval.models import get_model
 from PIL import Image
 from tests.factories import ask
 
-from solo_vlm.evaluate.adapter import DEFAULT_LONGEST, EngineModel, Solo
-from solo_vlm.evaluate.engines import ServedEngine
+from solo_vlm.evaluate.adapter import DEFAULT_LONGEST, BackendModel, Solo
+from solo_vlm.evaluate.backends import ServerBackend
 from solo_vlm.generate import BatchGenerator, GenerationOutput, GenerationPipeline, GenerationRequest
 from solo_vlm.utils.errors import SoloError
 
@@ -97,7 +97,7 @@ def request(row, settings, *images):
 
 def respond(text, settings, **options):
     engine = Parrot(text)
-    model = EngineModel(engine, **options)
+    model = BackendModel(engine, **options)
     model.task_dict = {"task": {"test": [{}]}}
     (response,) = model.generate_until([request(0, settings)])
     return response, engine.questions[0].max_new_tokens
@@ -197,7 +197,7 @@ def test_a_served_model_gets_chats_with_images_and_several_at_a_time(serve, pict
     server = serve(parallel=2)  # no request is answered before two are there
     images = [picture(64, 32), picture(32, 96, seed=1)]
     chats = [ask("none"), ask("one", images[0]), ask("two", *images), ask("again", images[1])]
-    found = answers_by_number(ServedEngine("m", server.url, "secret", concurrency=2), chats)
+    found = answers_by_number(ServerBackend("m", server.url, "secret", concurrency=2), chats)
     assert [found[n].text for n in range(4)] == [
         "none: []",
         "one: [(64, 32)]",
@@ -214,7 +214,7 @@ def test_a_served_model_gets_chats_with_images_and_several_at_a_time(serve, pict
 
 def test_a_chat_that_the_server_refuses_fails_alone(serve):
     found = answers_by_number(
-        ServedEngine("m", serve().url, "x", concurrency=1), [ask("refuse"), ask("hello")]
+        ServerBackend("m", serve().url, "x", concurrency=1), [ask("refuse"), ask("hello")]
     )
     assert found[0].text is None
     assert "too long" in found[0].error
@@ -225,7 +225,7 @@ def test_a_server_that_is_not_there_ends_the_run(serve):
     server = serve()
     server.shutdown()
     server.server_close()
-    engine = ServedEngine("m", server.url, "x", retries=0)
+    engine = ServerBackend("m", server.url, "x", retries=0)
     with pytest.raises(SoloError, match="no answer from http"):
         answers_by_number(engine, [ask("hello")])
 
@@ -233,4 +233,4 @@ def test_a_server_that_is_not_there_ends_the_run(serve):
 def test_without_a_key_the_error_says_how_to_give_one(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(SoloError, match="OPENAI_API_KEY"):
-        ServedEngine("m")
+        ServerBackend("m")

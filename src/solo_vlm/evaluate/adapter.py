@@ -13,7 +13,7 @@ from lmms_eval.protocol import ChatMessages
 from rich.progress import Progress
 
 from solo_vlm.evaluate.answers import AnswerFile, SavedAnswer
-from solo_vlm.evaluate.engines import Engine
+from solo_vlm.evaluate.backends import Backend
 from solo_vlm.generate import BatchGenerator, GenerationOutput, GenerationPipeline, GenerationRequest
 from solo_vlm.models.solo.image_loading_solo import ImageError
 
@@ -23,7 +23,7 @@ DEFAULT_LONGEST = 1024
 _BLANK_LINE = "\n\n"
 
 
-class EngineModel(lmms):
+class BackendModel(lmms):
     """An engine in lmms-eval's clothes.
 
     Args:
@@ -39,7 +39,7 @@ class EngineModel(lmms):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Backend,
         memory: AnswerFile | None = None,
         longest: int | None = None,
         stop_at_blank_line: bool = False,
@@ -130,7 +130,7 @@ class EngineModel(lmms):
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
-class Solo(EngineModel):
+class Solo(BackendModel):
     """The model `solo` of lmms-eval's own command line: `--model solo --model_args pretrained=DIR`.
 
     Args:
@@ -138,8 +138,8 @@ class Solo(EngineModel):
         batch_size: chats that are answered at once.
         dtype: "auto" (as stored) or a torch dtype's name.
         device: default: the accelerator if there is one.
-        longest: see `EngineModel`.
-        stop_at_blank_line: see `EngineModel`.
+        longest: see `BackendModel`.
+        stop_at_blank_line: see `BackendModel`.
         max_batch_size: lmms-eval passes it; without effect.
     """
 
@@ -158,7 +158,7 @@ class Solo(EngineModel):
         super().__init__(engine, longest=longest, stop_at_blank_line=stop_at_blank_line)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """As `EngineModel`, with a progress bar."""
+        """As `BackendModel`, with a progress bar."""
         with Progress() as progress:
             bar = progress.add_task("answering")
             self._on_progress = lambda done, total: progress.update(bar, completed=done, total=total)

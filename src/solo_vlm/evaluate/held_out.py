@@ -56,7 +56,7 @@ class HeldOutQuestion:
         return _text(self.sample.messages[-2])
 
     @property
-    def truth(self) -> str:
+    def reference(self) -> str:
         """The assistant's last turn."""
         return _text(self.sample.messages[-1])
 
@@ -72,9 +72,9 @@ class HeldOutAnswer(HeldOutQuestion):
     answer: str
 
     @property
-    def right(self) -> bool:
+    def correct(self) -> bool:
         """Equal to the truth up to case and white space."""
-        return " ".join(self.answer.lower().split()) == " ".join(self.truth.lower().split())
+        return " ".join(self.answer.lower().split()) == " ".join(self.reference.lower().split())
 
 
 def read_questions(path: str | Path) -> list[HeldOutQuestion]:
@@ -103,7 +103,7 @@ def answer_questions(
 
 def accuracy(answers: Sequence[HeldOutAnswer]) -> float:
     """The share of right answers."""
-    return sum(answer.right for answer in answers) / len(answers)
+    return sum(answer.correct for answer in answers) / len(answers)
 
 
 def _question(source: Source, unit: int, number: int, row: dict[str, Any]) -> HeldOutQuestion:
