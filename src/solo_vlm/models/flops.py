@@ -1,14 +1,14 @@
 """Parameters and floating-point operations of a model, counted on the meta device from its configuration.
 
-transformers builds the decoder without memory for its weights, and torch's `FlopCounterMode` counts one forward
-pass, so every family of decoders is counted by the code that runs it. What is counted:
+transformers builds the decoder without memory for its weights, and torch's `FlopCounterMode` counts one
+forward pass, so every family of decoders is counted by the code that runs it. What is counted:
 
-- Matrix products, a multiplication with an addition as two; lookups of embeddings, norms, activation functions,
-  softmax and rotary embeddings are left out, as is usual (Hoffmann et al. 2022, appendix F; Chowdhery et al. 2022,
-  appendix B). Of a mixture of experts, the experts that a token is routed to.
-- Attention only where it is needed: between the pairs of tokens that causality, document borders and the sliding
-  window of each layer leave. The count takes its heads, sizes and windows from the calls of transformers'
-  attention interface.
+- Matrix products, a multiplication with an addition as two; lookups of embeddings, norms, activation
+  functions, softmax and rotary embeddings are left out, as is usual (Hoffmann et al. 2022, appendix F;
+  Chowdhery et al. 2022, appendix B). Of a mixture of experts, the experts that a token is routed to.
+- Attention only where it is needed: between the pairs of tokens that causality, document borders and the
+  sliding window of each layer leave. The count takes its heads, sizes and windows from the calls of
+  transformers' attention interface.
 - No recomputation (see `Flops.hardware`).
 
 All but attention is linear in the number of tokens, so counts at two lengths give any length. What remains
@@ -24,7 +24,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -84,16 +84,16 @@ class ModelShape:
         patch: Values of an image patch; 0 in a plain LLM.
         tied: Whether the head is the embedding.
         heads, key_heads: Heads of queries, and of keys and values.
-        query, key: Width of the queries (mean of queries and attention output), and of the keys (mean of keys and
-            values), all heads together.
+        query, key: Width of the queries (mean of queries and attention output), and of the keys (mean of keys
+            and values), all heads together.
         mlp: Width inside the MLP; with experts, of those that a token is routed to, all together.
         norms, head_norms: Norms per layer as wide as the hidden states, and of other widths.
-        attention: (FLOPs per pair of tokens, window) of each attention layer; a window is the number of tokens that
-            a query attends to, itself included, None for all before it.
-        projection_flops, mlp_flops: FLOPs per token in all layers, of the projections around attention (with all
-            that is not MLP) and of the MLPs.
-        last_flops: Share of these that full activation checkpointing need not compute again: the last product of a
-            layer, where nothing but the residual sum follows.
+        attention: (FLOPs per pair of tokens, window) of each attention layer; a window is the number of
+            tokens that a query attends to, itself included, None for all before it.
+        projection_flops, mlp_flops: FLOPs per token in all layers, of the projections around attention (with
+            all that is not MLP) and of the MLPs.
+        last_flops: Share of these that full activation checkpointing need not compute again: the last product
+            of a layer, where nothing but the residual sum follows.
         linear_sizes: Sum of input and output features of all linear layers, by the last part of their names.
         active_parameters: Parameters that take part in the computation of one token.
         parameters: Parameters by part.
@@ -127,7 +127,8 @@ class ModelShape:
             config: `SoloConfig`, or the configuration of a causal language model.
 
         Raises:
-            SoloError: transformers has no such causal language model, or its code does not run on the meta device.
+            SoloError: transformers has no such causal language model, or its code does not run on the meta
+                device.
         """
         text = getattr(config, "text_config", config)
         return _count(text, patch=getattr(config, "patch_dim", 0))
@@ -137,9 +138,23 @@ class ModelShape:
         """Window of each attention layer."""
         return tuple(window for _, window in self.attention)
 
+    def with_patch(self, patch: int) -> ModelShape:
+        """Return the shape with a patch embedding for patches of so many values; 0 removes it."""
+        parameters = replace(self.parameters, patch_embedding=patch * self.hidden)
+        return replace(self, patch=patch, parameters=parameters)
+
     def splits(self, parts: int) -> bool:
         """Return whether tensor parallelism can split every layer into so many parts."""
         return not any(size % parts for size in (self.heads, self.key_heads, self.mlp))
+
+
+def count_parameters(config: Any) -> ParameterCounts:
+    """Return the parameters of a SOLO model or a plain LLM, from its configuration alone.
+
+    Raises:
+        SoloError: See `ModelShape.of`.
+    """
+    return ModelShape.of(config).parameters
 
 
 @dataclass(frozen=True)
@@ -182,9 +197,9 @@ class Flops:
     def training(self) -> int:
         """Forward and backward pass, the count that model FLOPs utilization (MFU) is defined by.
 
-        The backward pass takes twice the forward pass: one product for the gradient of the weights, one for that of
-        the inputs (Hoffmann et al. 2022, appendix F). Pixels need no gradient, so the patch embedding takes one.
-        Recomputation does not count (Chowdhery et al. 2022, appendix B).
+        The backward pass takes twice the forward pass: one product for the gradient of the weights, one for
+        that of the inputs (Hoffmann et al. 2022, appendix F). Pixels need no gradient, so the patch embedding
+        takes one. Recomputation does not count (Chowdhery et al. 2022, appendix B).
         """
         return 3 * (self.layers + self.attention + self.head) + 2 * self.patches
 
@@ -192,17 +207,18 @@ class Flops:
     def training_frozen(self) -> int:
         """Like `training`, where the decoder's weights and the head get no gradient, as under LoRA.
 
-        Their inputs still do, for the patch embedding and the adapters. The adapters' own computation, about 1% at
-        rank 16 in a 7B model, is left out.
+        Their inputs still do, for the patch embedding and the adapters. The adapters' own computation, about
+        1% at rank 16 in a 7B model, is left out.
         """
         return 2 * (self.layers + self.head + self.patches) + 3 * self.attention
 
     def hardware(self, recompute: Recompute = "none") -> int:
         """Like `training`, plus what is computed twice.
 
-        The chunked loss always computes the logits twice. With "selective" activation checkpointing, results of
-        matrix products and attention are kept, so nothing counted here is recomputed. With "full" checkpointing
-        everything is but the last product of each layer: PyTorch stops once all saved tensors are restored.
+        The chunked loss always computes the logits twice. With "selective" activation checkpointing, results
+        of matrix products and attention are kept, so nothing counted here is recomputed. With "full"
+        checkpointing everything is but the last product of each layer: PyTorch stops once all saved tensors
+        are restored.
         """
         again = self.layers + self.attention - self.last if recompute == "full" else 0
         return self.training + self.head + again
@@ -367,15 +383,17 @@ def _build(text: Any) -> Any:
     """Build the causal language model on the meta device; its weights take no memory."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
     if kind is None:
-        raise SoloError(f"cannot count {text.model_type}: transformers has no causal language model of that type")
+        raise SoloError(f"cannot count {text.model_type}: it is not a causal language model of transformers")
     if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
         raise SoloError(f"cannot count {text.model_type}: attention in chunks is not supported")
+    text = copy.deepcopy(text)
+    text.pad_token_id = None  # else some families look for padding among the values of the tokens
     attention = _COUNTING if kind._supports_attention_backend else "eager"
     try:
         # Initialization must not advance the random state of a run.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                copy.deepcopy(text), attn_implementation=attention, experts_implementation="batched_mm"
+                text, attn_implementation=attention, experts_implementation="batched_mm"
             ).eval()
     except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise SoloError(f"cannot count {text.model_type}: {str(error).splitlines()[0]}") from error
@@ -422,7 +440,9 @@ def _run(model: Any, layers: list[nn.Module], length: int) -> tuple[list[_Attent
         return sum(sum(counted.get(names[module], {}).values()) for module in modules)
 
     rotary = [module for module in names if "Rotary" in type(module).__name__]
-    mlp = flops(child for layer in layers for name, child in layer.named_children() if not _MIXER.search(name))
+    mlp = flops(
+        child for layer in layers for name, child in layer.named_children() if not _MIXER.search(name)
+    )
     head = flops([model.get_output_embeddings()])
     parts = {
         "projections": counter.get_total_flops() - mlp - head - flops(rotary),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import LoadedSequence
-from solo_vlm.models.flops import training_flops
+from solo_vlm.models.flops import ModelShape, training_flops
 from solo_vlm.train.estimate.devices import recognize_device
 from solo_vlm.train.parallel.processes import Processes
 from solo_vlm.train.step import supervised_tokens
@@ -40,7 +40,10 @@ class StepFigures:
     """
 
     def __init__(self, config: Any, encoder: Encoder, processes: Processes, frozen: bool = False) -> None:
-        self._config = config
+        try:
+            self._shape: ModelShape | None = ModelShape.of(config)
+        except SoloError:  # FLOPs and MFU are then unknown
+            self._shape = None
         self._frozen = frozen
         self._vision_ids = encoder.vision_ids
         self._processes = processes
@@ -111,10 +114,9 @@ class StepFigures:
         return figures
 
     def _flops(self, lengths: Any, patches: int, supervised: int) -> int:
-        try:
-            return training_flops(self._config, lengths, patches, supervised, frozen=self._frozen)
-        except SoloError:  # a family that is not counted has none, and no MFU
+        if self._shape is None:
             return 0
+        return training_flops(self._shape, lengths, patches, supervised, frozen=self._frozen)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
-from solo_vlm.models.shape import ModelShape
+from solo_vlm.models.flops import ModelShape
 from solo_vlm.models.solo.loss_solo import CHUNK_SIZE
 from solo_vlm.train.parallel.layout import Layout, layers_at_once
 from solo_vlm.train.recipe import LoraSettings, Recipe
@@ -92,36 +92,29 @@ def kept_activations(shape: ModelShape, recipe: Recipe, layout: Layout) -> int:
 
 def trained_parameters(shape: ModelShape, recipe: Recipe) -> int:
     """How many parameters the recipe trains, adapters included."""
-    counts = shape.parameters()
+    counts = shape.parameters
     if recipe.trainable == "all" and recipe.lora is None:
         return counts.total
     rows = _NEW_TOKENS * shape.hidden * (1 if shape.tied else 2) if recipe.trainable == "new_tokens" else 0
-    adapters = shape.layers * _adapter_weights(shape, recipe.lora) if recipe.lora else 0
+    adapters = _adapter_weights(shape, recipe.lora) if recipe.lora else 0
     return counts.patch_embedding + rows + adapters
 
 
 def _adapter_weights(shape: ModelShape, lora: LoraSettings) -> int:
-    sizes = {
-        "q_proj": shape.hidden + shape.query,
-        "k_proj": shape.hidden + shape.key,
-        "v_proj": shape.hidden + shape.key,
-        "o_proj": shape.query + shape.hidden,
-        "gate_proj": shape.hidden + shape.mlp,
-        "up_proj": shape.hidden + shape.mlp,
-        "down_proj": shape.mlp + shape.hidden,
-    }
+    sizes = shape.linear_sizes
     targets: Iterable[str] = sizes if lora.targets == "all-linear" else lora.targets
     return lora.rank * sum(sizes.get(target, 0) for target in targets)
 
 
 def _layer_weights(shape: ModelShape, tensor: int = 1) -> float:
     """Of one layer after tensor parallelism has split its matrices; its norms are whole everywhere."""
-    matrices = shape.projection_weights + shape.attention_bias + shape.mlp_weights + shape.mlp_bias
-    return matrices / tensor + shape.norm_weights
+    counts = shape.parameters
+    matrices, norms = counts.attention + counts.mlp, counts.norms - shape.hidden  # without the last norm
+    return (matrices / tensor + norms) / shape.layers
 
 
 def _outside_weights(shape: ModelShape) -> int:
-    counts = shape.parameters()
+    counts = shape.parameters
     return counts.embedding + counts.patch_embedding + counts.head + shape.hidden
 
 
