@@ -67,7 +67,7 @@ def main() -> None:
         if debug:
             raise
         # Processes that torchrun has started are stopped together: the first one says so for all.
-        if not error.is_common or os.environ.get("RANK", "0") == "0":
+        if not error.raised_by_all or os.environ.get("RANK", "0") == "0":
             print(f"solo: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

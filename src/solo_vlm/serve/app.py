@@ -25,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from solo_vlm.models.solo.processing_solo import ChatTemplateError
-from solo_vlm.serve.engine import Engine, Finish, Prompt, Request, SamplingParams
+from solo_vlm.serve.engine import Call, Engine, Finish, Prompt, Request, SamplingParams
 from solo_vlm.serve.images import EncodedImage, ImageReader, describe_image
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.metrics import Metrics
@@ -78,7 +78,9 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
     api = _Api(engine, model, limits, metrics)
     card = {
         **{"id": model, "object": "model", "created": 0, "owned_by": "solo-vlm"},
-        **engine.describe(),
+        "max_model_len": engine.pipeline.context_length,
+        "parameters": sum(weights.numel() for weights in engine.pipeline.model.parameters()),
+        "layers": engine.pipeline.model.config.text_config.num_hidden_layers,
         "limits": asdict(limits),
     }
 
@@ -141,7 +143,7 @@ class _Api:
         self._engine = engine
         self._model = model
         self._metrics = metrics
-        self._images = ImageReader(engine.image_processor, limits)
+        self._images = ImageReader(engine.pipeline.processor.image_processor, limits)
         self._attention = WordAttention()
         self._slots_taken = 0
         # A thread finishes what it has begun even when its client leaves, so their number is bounded.
@@ -197,17 +199,15 @@ class _Api:
     async def attention(self, body: bytes, _: EventStream) -> dict[str, Any]:
         """Return how much a word of an answer attended to each patch."""
         request = await self._in_thread(parse_attention, body, self.limits)
-        layers = self._engine.describe()["layers"]
+        layers = self._engine.pipeline.model.config.text_config.num_hidden_layers
         if request.layer is not None and request.layer >= layers:
             message = f"Layer {request.layer} does not exist. The model has layers 0 to {layers - 1}."
             raise ApiError(400, message, "layer")
         prompt = await self._encode(request, add_generation_prompt=False)
-        answer = request.messages[-1].text
-        span = (request.start, request.end)
-        call = self._engine.run(
-            lambda pipeline: self._attention(pipeline, prompt, answer, span, request.layer)
-        )
-        return await asyncio.wrap_future(call)
+        span = (request.messages[-1].text, request.start, request.end)
+        call = Call(lambda pipeline: self._attention(pipeline, prompt, *span, request.layer))
+        self._engine.submit(call)
+        return await asyncio.wrap_future(call.future)
 
     async def _encode(self, chat: Chat, add_generation_prompt: bool = True) -> Prompt:
         images = await self._read(chat.image_urls)
@@ -216,7 +216,7 @@ class _Api:
             prompt = await self._in_thread(self._engine.encode, messages, images, add_generation_prompt)
         except ChatTemplateError as error:
             raise ApiError(400, f"Invalid messages: {error}.", "messages") from error
-        context = self._engine.context_length
+        context = self._engine.pipeline.context_length
         if context and len(prompt) + add_generation_prompt > context:
             raise context_length_exceeded(context, len(prompt))
         return prompt
@@ -225,7 +225,7 @@ class _Api:
         return await self._in_thread(self._images.read, await self._images.fetch(urls))
 
     def _sampling_params(self, chat: ChatCompletionRequest, prompt_tokens: int) -> SamplingParams:
-        context = self._engine.context_length
+        context = self._engine.pipeline.context_length
         room = context - prompt_tokens if context else self.limits.max_tokens
         requested = chat.requested_tokens
         if context and requested and requested > room:

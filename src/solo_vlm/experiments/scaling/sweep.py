@@ -324,7 +324,7 @@ def _run(
         "root": settings.root,
         "model": f"models/{name}",
         "out": f"runs/{run}",
-        "log_every": 1,  # the table sums the tokens and FLOPs of every step
+        "log_interval": 1,  # the table sums the tokens and FLOPs of every step
     }
     probe = Recipe.parse(recipe, origin="recipe")
     steps = round(tokens / (probe.global_batch * probe.data.sequence_length))

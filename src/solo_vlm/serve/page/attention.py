@@ -32,7 +32,8 @@ class WordAttention:
         pipeline: GenerationPipeline,
         prompt: Prompt,
         answer: str,
-        span: tuple[int, int],
+        start: int,
+        end: int,
         layer: int | None,
     ) -> dict[str, Any]:
         """Return how the steps that generated a word attended to each patch.
@@ -41,7 +42,7 @@ class WordAttention:
             pipeline: model and processor.
             prompt: a chat that ends with the answer.
             answer: text of the answer.
-            span: start and end of the word, in characters of the answer.
+            start, end: Characters of the word in the answer.
             layer: a single layer; None averages over all.
 
         Returns:
@@ -51,7 +52,7 @@ class WordAttention:
         key = (prompt.input_ids.tobytes(), *(image.digest for image in prompt.images))
         if self._maps is None or key != self._key:
             self._key, self._maps = key, attention_maps(pipeline.model, prompt)
-        tokens = tokens_of_span(*span, answer, self._maps.token_ids, pipeline.processor.tokenizer)
+        tokens = tokens_of_span(start, end, answer, self._maps.token_ids, pipeline.processor.tokenizer)
         images: list[dict[str, Any]] = [
             {
                 "rows": len(weights),

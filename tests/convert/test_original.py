@@ -17,18 +17,18 @@ from tests.convert.original_files import (
     LOCATIONS,
     TEXT_TOKENS,
     VISION,
-    release_settings,
-    release_weights,
-    write_release,
+    original_settings,
+    original_weights,
+    write_original,
     write_sentencepiece,
 )
 from tests.factories import ROOT, ask
 
 from solo_vlm import SoloForConditionalGeneration
-from solo_vlm.convert.release import convert_release, convert_to_release
+from solo_vlm.convert.original import convert_original, convert_to_original
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model, load_processor
-from solo_vlm.train.start import load_start
+from solo_vlm.train.model import load_base_model
 from solo_vlm.utils.errors import SoloError
 
 GOLDEN = ROOT / "tests" / "golden" / "release_tiny"
@@ -65,15 +65,15 @@ def golden_logits(model: SoloForConditionalGeneration) -> np.ndarray:
 
 def golden_folder(folder: Path, suffix: str, shards: int) -> Path:
     settings = json.loads((GOLDEN / "config.json").read_text())
-    return write_release(folder, load_file(GOLDEN / "model.safetensors"), settings, suffix, shards)
+    return write_original(folder, load_file(GOLDEN / "model.safetensors"), settings, suffix, shards)
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
     """A folder like SOLO-7B's, bfloat16, with its tokenizer."""
     folder = tmp_path_factory.mktemp("release") / "SOLO-tiny"
-    settings = release_settings(ROWS)
-    write_release(folder, release_weights(settings), settings, shards=2)
+    settings = original_settings(ROWS)
+    write_original(folder, original_weights(settings), settings, shards=2)
     write_sentencepiece(folder, VISION + LOCATIONS + CHAT)
     return folder
 
@@ -81,7 +81,7 @@ def release(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("suffix", "shards"), FORMATS)
 def test_golden_logits_from_every_format_on_disk(suffix, shards, tmp_path):
     source = golden_folder(tmp_path / "source", suffix, shards)
-    convert_release(source, tmp_path / "solo")
+    convert_original(source, tmp_path / "solo")
     model = SoloForConditionalGeneration.from_pretrained(tmp_path / "solo").eval()
     expected = np.load(GOLDEN / "golden.npz")["logits"]
     np.testing.assert_allclose(golden_logits(model), expected, atol=1e-4)
@@ -101,40 +101,40 @@ def test_the_original_folder_loads_directly(suffix, shards, tmp_path):
 
 @pytest.mark.parametrize(("suffix", "shards"), FORMATS)
 def test_back_to_the_release_byte_by_byte(suffix, shards, tmp_path):
-    settings = release_settings(ROWS)
-    weights = release_weights(settings)
-    source = write_release(tmp_path / "source", weights, settings, suffix, shards)
+    settings = original_settings(ROWS)
+    weights = original_weights(settings)
+    source = write_original(tmp_path / "source", weights, settings, suffix, shards)
     write_sentencepiece(source, VISION + LOCATIONS + CHAT)
-    convert_release(source, tmp_path / "solo")
-    facts = convert_to_release(tmp_path / "solo", tmp_path / "back")
+    convert_original(source, tmp_path / "solo")
+    facts = convert_to_original(tmp_path / "solo", tmp_path / "back")
     assert facts["tensors"] == len(weights)
     assert_same_bytes(read_weights(tmp_path / "back"), weights)
     again = json.loads((tmp_path / "back" / "config.json").read_text())
     assert {name: again[name] for name in settings} == settings
     same = (tmp_path / "back" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
     assert same
-    convert_release(tmp_path / "back", tmp_path / "solo again")
+    convert_original(tmp_path / "back", tmp_path / "solo again")
     assert_same_bytes(read_weights(tmp_path / "solo again"), read_weights(tmp_path / "solo"))
 
 
 def test_shards_are_written_with_an_index(release, tmp_path, monkeypatch):
-    from solo_vlm.convert import project_folder, safetensors_files
+    from solo_vlm.convert import checkpoint_files, model_folder
 
     def in_small_shards(folder, tensors):
-        safetensors_files.write_checkpoint(folder, tensors, max_shard_bytes=50_000)
+        checkpoint_files.write_checkpoint(folder, tensors, max_shard_bytes=50_000)
 
-    monkeypatch.setattr(project_folder, "write_checkpoint", in_small_shards)
-    convert_release(release, tmp_path / "solo")
+    monkeypatch.setattr(model_folder, "write_checkpoint", in_small_shards)
+    convert_original(release, tmp_path / "solo")
     assert len(list((tmp_path / "solo").glob("model-*.safetensors"))) > 3
     model = load_model(tmp_path / "solo")
     expected = read_weights(release)["model.layers.3.mlp.up_proj.weight"]
     assert torch.equal(model.model.language_model.layers[3].mlp.up_proj.weight.cpu(), expected)
-    convert_to_release(tmp_path / "solo", tmp_path / "back")
+    convert_to_original(tmp_path / "solo", tmp_path / "back")
     assert_same_bytes(read_weights(tmp_path / "back"), read_weights(release))
 
 
 def test_converted_and_original_folder_answer_alike(release, tmp_path, picture):
-    converted = convert_release(release, tmp_path / "solo")
+    converted = convert_original(release, tmp_path / "solo")
     assert converted.vocabulary == converted.tokens == ROWS
     assert converted.dtype == "bfloat16"
     answers = []
@@ -150,8 +150,8 @@ def test_converted_and_original_folder_answer_alike(release, tmp_path, picture):
 
 
 def test_converted_folders_pad_on_the_left_and_stop_at_eos(release, tmp_path):
-    convert_release(release, tmp_path / "solo")
-    convert_to_release(tmp_path / "solo", tmp_path / "back")
+    convert_original(release, tmp_path / "solo")
+    convert_to_original(tmp_path / "solo", tmp_path / "back")
     for folder in ("solo", "back"):
         settings = json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
         assert settings["padding_side"] == "left"
@@ -175,10 +175,10 @@ def test_converted_folders_pad_on_the_left_and_stop_at_eos(release, tmp_path):
     ],
 )
 def test_rows_and_tokens(pieces, rows, tokens, dropped, tmp_path):
-    settings = release_settings(rows, num_hidden_layers=1)
-    source = write_release(tmp_path / "source", release_weights(settings), settings)
+    settings = original_settings(rows, num_hidden_layers=1)
+    source = write_original(tmp_path / "source", original_weights(settings), settings)
     write_sentencepiece(source, pieces)
-    converted = convert_release(source, tmp_path / "solo")
+    converted = convert_original(source, tmp_path / "solo")
     assert (converted.vocabulary, converted.tokens) == (rows, tokens)
     tokenizer = load_processor(tmp_path / "solo").tokenizer
     assert tokenizer.convert_tokens_to_ids(VISION) == list(range(TEXT_TOKENS, TEXT_TOKENS + 5))
@@ -191,34 +191,34 @@ def test_rows_and_tokens(pieces, rows, tokens, dropped, tmp_path):
 
 
 def test_rows_that_disagree_with_the_configuration_win(tmp_path):
-    settings = release_settings(ROWS, num_hidden_layers=1)
-    source = write_release(
-        tmp_path / "source", release_weights(settings), settings | {"vocab_size": ROWS - 2}
+    settings = original_settings(ROWS, num_hidden_layers=1)
+    source = write_original(
+        tmp_path / "source", original_weights(settings), settings | {"vocab_size": ROWS - 2}
     )
     write_sentencepiece(source, VISION + LOCATIONS)
-    assert convert_release(source, tmp_path / "solo").vocabulary == ROWS
+    assert convert_original(source, tmp_path / "solo").vocabulary == ROWS
 
 
 def test_a_tokenizer_that_does_not_belong_to_the_weights(tmp_path):
-    settings = release_settings(TEXT_TOKENS + 3, num_hidden_layers=1)
-    source = write_release(tmp_path / "source", release_weights(settings), settings)
+    settings = original_settings(TEXT_TOKENS + 3, num_hidden_layers=1)
+    source = write_original(tmp_path / "source", original_weights(settings), settings)
     write_sentencepiece(source, VISION)
     with pytest.raises(SoloError, match="do not belong together"):
-        convert_release(source, tmp_path / "solo")
+        convert_original(source, tmp_path / "solo")
 
 
 def test_a_broken_tokenizer(tmp_path):
-    settings = release_settings(ROWS, num_hidden_layers=1)
-    source = write_release(tmp_path / "source", release_weights(settings), settings)
+    settings = original_settings(ROWS, num_hidden_layers=1)
+    source = write_original(tmp_path / "source", original_weights(settings), settings)
     (source / "tokenizer.model").write_bytes(b"no protocol buffer")
     with pytest.raises(SoloError, match="cannot read the tokenizer of"):
-        convert_release(source, tmp_path / "solo")
+        convert_original(source, tmp_path / "solo")
     assert not (tmp_path / "solo").exists()
 
 
 def test_without_a_tokenizer_there_is_no_processor(tmp_path, caplog):
     source = golden_folder(tmp_path / "source", "safetensors", 1)
-    assert convert_release(source, tmp_path / "solo").tokens is None
+    assert convert_original(source, tmp_path / "solo").tokens is None
     assert "has no tokenizer" in caplog.text
     assert not (tmp_path / "solo" / "processor_config.json").exists()
 
@@ -242,7 +242,7 @@ def cut(file: Path) -> None:
 
 def refused(source: Path, tmp_path: Path, *mentioned: str) -> None:
     with pytest.raises(SoloError) as caught:
-        convert_release(source, tmp_path / "out" / "solo")
+        convert_original(source, tmp_path / "out" / "solo")
     for words in mentioned:
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -254,9 +254,9 @@ def source(tmp_path):
     """Makes a release folder to break."""
 
     def make(suffix: str, shards: int = 2, **changes) -> Path:
-        settings = release_settings(64, num_hidden_layers=1)
-        weights = release_weights(settings) | changes.pop("weights", {})
-        return write_release(tmp_path / "source", weights, settings | changes, suffix, shards)
+        settings = original_settings(64, num_hidden_layers=1)
+        weights = original_weights(settings) | changes.pop("weights", {})
+        return write_original(tmp_path / "source", weights, settings | changes, suffix, shards)
 
     return make
 
@@ -316,7 +316,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(source, tmp_path, protoc
         torch.save({"model.norm.weight": torch.zeros(2), "code": Code(trace)}, file)
     else:
         file.write_bytes(pickle.dumps({"code": Code(trace)}, protocol=protocol))
-    named = "something else than tensors" if protocol == 4 else "code (posix.mkdir)"
+    named = "objects other than tensors" if protocol == 4 else "code (posix.mkdir)"
     refused(folder, tmp_path, str(file), named, "nothing in it was run")
     assert not trace.exists()
 
@@ -332,28 +332,28 @@ def test_files_of_something_else(source, tmp_path, name, content):
 
 def test_no_weights_no_config_and_other_models(source, tmp_path, release):
     folder = source("safetensors", 1, architectures=["MistralForCausalLM"])
-    refused(folder, tmp_path, "no checkpoint of the release")
+    refused(folder, tmp_path, "no checkpoint of the original SOLO code")
     (folder / "config.json").write_text("{")
     refused(folder, tmp_path, "config.json cannot be read")
     folder = source("safetensors", 1)
     (folder / "model.safetensors").unlink()
     refused(folder, tmp_path, "has no weights")
     with pytest.raises(SoloError, match="is no SOLO model"):
-        convert_to_release(release, tmp_path / "back")
+        convert_to_original(release, tmp_path / "back")
 
 
 def test_a_destination_that_exists_is_left_alone(release, tmp_path):
     (tmp_path / "solo").mkdir()
     (tmp_path / "solo" / "mine.txt").write_text("keep")
     with pytest.raises(SoloError, match="exists already"):
-        convert_release(release, tmp_path / "solo")
+        convert_original(release, tmp_path / "solo")
     assert (tmp_path / "solo" / "mine.txt").read_text() == "keep"
 
 
 def test_only_models_over_mistral_go_back(solo, tmp_path):
     solo.save(tmp_path / "llama")
-    with pytest.raises(SoloError, match=r"over Mistral only.*llama"):
-        convert_to_release(tmp_path / "llama", tmp_path / "back")
+    with pytest.raises(SoloError, match=r"supports Mistral only.*llama"):
+        convert_to_original(tmp_path / "llama", tmp_path / "back")
     shutil.rmtree(tmp_path / "llama")
 
 
@@ -366,6 +366,6 @@ def test_the_original_folder_without_its_tokenizer_still_loads(tmp_path):
 
 def test_training_takes_the_release_for_what_it_is(release):
     """Its config says "mistral": read as a plain LLM, it would lose its eyes without a word."""
-    model, processor = load_start(release)
+    model, processor = load_base_model(release)
     assert isinstance(model, SoloForConditionalGeneration)
     assert processor.image_layout == "original"

@@ -1,4 +1,4 @@
-"""A published folder loads with transformers alone, and answers as the model does here."""
+"""A published folder loads with transformers alone and gives the same answers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from transformers import (
 )
 
 import solo_vlm
-from solo_vlm.hub.remote_code import code_files
+from solo_vlm.hub.folder import code_files
 from solo_vlm.models.load import load_model, load_processor
 
-# Runs without solo_vlm, and without OpenCV and simplejpeg, which transformers' users may lack. `-I -S` also
-# keeps out what an editable installation puts on the path. The card's own example comes first.
+# Runs without solo_vlm, OpenCV and simplejpeg, which users of transformers may lack; `-I -S` also keeps out
+# the path of an editable installation. The card's own example comes first.
 ELSEWHERE = """
 import json, sys
 folder, site, source, out = sys.argv[1:]
@@ -81,7 +81,7 @@ with open(out + ".json", "w") as file:
 
 @pytest.fixture(scope="module")
 def elsewhere(published, photo, tmp_path_factory):
-    """What a process without solo_vlm found: facts, arrays, printed text."""
+    """Facts, arrays and printed text from a process without solo_vlm."""
     example = re.search(r"```python\n(.*?)```", (published / "README.md").read_text(), re.S)[1]
     example = example.replace('"owner/tiny-solo"', "folder")
     assert example.count("(folder,") == 2
@@ -112,7 +112,7 @@ def test_transformers_alone_loads_every_class(elsewhere):
     assert facts["later"] == "SoloModel"
 
 
-def test_answers_and_logits_are_those_of_here(elsewhere, published, home, photo):
+def test_answers_and_logits_match_solo_vlm(elsewhere, published, home, photo):
     facts, found, printed = elsewhere
     model, processor = load_model(home / "sft/model", device="cpu"), load_processor(home / "sft/model")
     assert facts["tokens"] == processor.tokenizer.tokenize("hello world")
@@ -139,7 +139,7 @@ def test_answers_and_logits_are_those_of_here(elsewhere, published, home, photo)
 
 
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}, {"trust_remote_code": False}])
-def test_where_solo_vlm_is_installed_its_own_classes_load(options, published):
+def test_installed_solo_vlm_takes_precedence(options, published):
     classes = (AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor)
     for auto in classes:
         loaded = auto.from_pretrained(published, **options)
@@ -148,8 +148,8 @@ def test_where_solo_vlm_is_installed_its_own_classes_load(options, published):
     assert load_model(published).config.to_dict()["model_type"] == "solo"
 
 
-def test_the_code_in_the_folder_imports_nothing_of_ours(published):
-    """Relative imports stay within the folder."""
+def test_published_code_imports_nothing_of_solo_vlm(published):
+    """Relative imports must stay within the folder."""
     for file in published.glob("*.py"):
         code = file.read_text()
         assert not re.search(r"^\s*(from|import) solo_vlm", code, re.M), file.name

@@ -1,4 +1,4 @@
-"""`solo push` against a hub that speaks the real one's protocol on this machine."""
+"""`solo push` against a local server that speaks the hub's protocol."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKEN = "hf_secret"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name, each a dict of files, as huggingface_hub's requests leave them."""
+    """Local hub: repositories by name, each a dict of files."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Requests)
@@ -95,14 +95,14 @@ def hub(monkeypatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def options(home):
-    """Arguments of a push with everything."""
+    """Arguments of a push with every option."""
     runs = ["--run", home / "stage1", "--run", home / "sft"]
     evaluation = ["--eval", home / "evaluation", "--license", "apache-2.0", "--base-model", "owner/tiny-llm"]
     return [home / "sft/model", "owner/tiny-solo", *runs, *evaluation]
 
 
-def test_the_hub_gets_what_a_dry_run_writes(hub, options, published, run):
-    for _ in range(2):  # also where the repository is there already
+def test_upload_equals_dry_run(hub, options, published, run):
+    for _ in range(2):  # the second time into the existing repository
         code, out, error = run("push", *options, "--private", "--json")
         assert code == 0, error
         assert (code, json.loads(out)) == (0, {"url": f"{hub.url}/owner/tiny-solo"}), error
@@ -122,8 +122,8 @@ def test_dry_run_uploads_nothing(hub, options, published, run, tmp_path):
     assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize(("token", "owner"), [("wrong", "owner"), (TOKEN, "somebody-else")])
-def test_no_right_to_write(token, owner, hub, options, run, monkeypatch):
+@pytest.mark.parametrize(("token", "owner"), [("wrong", "owner"), (TOKEN, "another-owner")])
+def test_denied_write_access(token, owner, hub, options, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
     code, _, error = run("push", options[0], f"{owner}/tiny-solo")
     assert code == 2
@@ -132,15 +132,15 @@ def test_no_right_to_write(token, owner, hub, options, run, monkeypatch):
     assert len(error.splitlines()) == 1
 
 
-def test_a_card_that_the_hub_refuses(hub, options, run):
-    code, _, error = run("push", *options[:2], "--license", "none-of-yours")
+def test_card_that_the_hub_refuses(hub, options, run):
+    code, _, error = run("push", *options[:2], "--license", "unknown")
     assert code == 2
     assert '"license" must be one of the known ones' in error
     assert len(error.splitlines()) == 1
     assert hub.repositories["owner/tiny-solo"] == {}
 
 
-def test_no_network(hub, options, run, monkeypatch):
+def test_no_network_and_offline_mode(hub, options, run, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     code, _, error = run("push", *options[:2])
     assert code == 2
@@ -156,12 +156,12 @@ def test_no_network(hub, options, run, monkeypatch):
     ("arguments", "message"),
     [
         (["tiny-solo"], "owner/name"),
-        (["owner/tiny solo"], "no name on the hub"),
+        (["owner/tiny solo"], "no valid repository name"),
         (["owner/tiny-solo", "--dry-run"], "--out DIR"),
         (["owner/tiny-solo", "--out", "somewhere"], "--dry-run"),
     ],
 )
-def test_bad_arguments(arguments, message, options, run):
+def test_invalid_arguments_are_refused(arguments, message, options, run):
     code, _, error = run("push", options[0], *arguments)
     assert code == 2
     assert message in error

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from tests.convert.original_files import CHAT, LOCATIONS, TEXT_TOKENS, VISION, write_sentencepiece
 from tests.factories import ask
 
-from solo_vlm.convert.project_folder import release_processor
-from solo_vlm.convert.tokenizer import release_tokenizer
+from solo_vlm.models.original import original_processor, original_tokenizer
 from solo_vlm.models.solo.processing_solo import SoloProcessor
 
 START, PATCH, ROW, _, END = range(TEXT_TOKENS, TEXT_TOKENS + 5)
@@ -33,7 +32,7 @@ def pieces(folder):
 
 @pytest.fixture(scope="module")
 def processor(folder) -> SoloProcessor:
-    return release_processor(release_tokenizer(folder), patch_size=32, layout="original")
+    return original_processor(original_tokenizer(folder), patch_size=32, layout="original")
 
 
 def image(rows: int, columns: int, close: int = START) -> list[int]:

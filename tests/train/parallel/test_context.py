@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from solo_vlm.train.parallel.layout import Layout, layers_at_once, layout
+from solo_vlm.train.parallel.context import ParallelDims
+from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -16,7 +17,7 @@ def recipe(*overrides: str) -> Recipe:
 
 def test_the_paper_accumulates_32_sequences():
     """Tensor parallel 2 x data parallel 4, 128 sequences a step."""
-    assert layout(recipe("parallel.tensor=2"), 8) == Layout(data=4, tensor=2, accumulation=32)
+    assert ParallelDims.from_recipe(recipe("parallel.tensor=2"), 8) == ParallelDims(4, 2, 32)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_the_paper_accumulates_32_sequences():
 )
 def test_what_cannot_be_shared_is_refused_with_what_could(overrides, processes, message):
     with pytest.raises(SoloError, match=message):
-        layout(recipe(*overrides), processes)
+        ParallelDims.from_recipe(recipe(*overrides), processes)
 
 
 @pytest.mark.parametrize(
@@ -45,4 +46,4 @@ def test_what_cannot_be_shared_is_refused_with_what_could(overrides, processes, 
     ],
 )
 def test_small_layers_are_gathered_together(layers, parameters, together):
-    assert layers_at_once(layers, parameters) == together
+    assert layers_per_fsdp_unit(layers, parameters) == together
