@@ -253,7 +253,7 @@ def test_what_cannot_be_split_is_refused_and_not_advised(run):
     command = ("train", "smollm2-135m/stage1", "--dry-run", "--processes", "2")  # 9 heads, 3 of keys
     status, _, err = run(*command, "parallel.tensor=2")
     assert status == 2
-    assert "9, and 3 of keys" in err
+    assert "9 query heads, 3 key-value heads" in err
     facts = json.loads(run(*command, "--json", "data.sequence_length=262144")[1])
     assert set(facts["ways_to_fit"]) == {"activation_checkpointing=full"}
 
