@@ -42,7 +42,7 @@ def image(rows: int, columns: int, close: int = START) -> list[int]:
 
 
 def turns(pieces, *said: str) -> tuple[list[int], list[bool]]:
-    """Original fine-tuning format: turns tokenized one by one, questions stripped, answers closed with EOS."""
+    """Original fine-tuning format: turns tokenized singly, questions stripped, answers closed with EOS."""
     ids, supervised = [], []
     for number, text in enumerate(said):
         if number % 2 == 0:
