@@ -10,9 +10,8 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from solo_vlm.evaluate.benchmarks import get
-from solo_vlm.evaluate.run_folder import RunFolder
-from solo_vlm.evaluate.score import Score
-from solo_vlm.evaluate.weights import weights_hash
+from solo_vlm.evaluate.run_folder import RunFolder, weights_hash
+from solo_vlm.evaluate.scoring.score import Score
 from solo_vlm.utils.errors import SoloError
 
 
@@ -22,12 +21,12 @@ class Evaluation:
 
     Attributes:
         scores: of the run.
-        engine: what ran the model.
+        backend: what ran the model.
         versions: of the software, by name.
     """
 
     scores: Sequence[Score]
-    engine: str
+    backend: str
     versions: Mapping[str, str]
 
     @classmethod
@@ -38,17 +37,17 @@ class Evaluation:
             SoloError: no such run, or the run is of other weights.
         """
         run = RunFolder(folder)
-        scores, facts = run.read_scores(), run.read_facts()
+        scores, metadata = run.read_scores(), run.read_metadata()
         try:
-            about, versions = facts["model"], facts["versions"]
-            sha256, engine = about["sha256"], about["engine"]
+            about, versions = metadata["model"], metadata["versions"]
+            sha256, backend = about["sha256"], about["backend"]
         except (KeyError, TypeError) as error:
             raise SoloError(f"{folder / 'run.json'} does not say what was run: {error}") from error
         if sha256 is None:
             raise SoloError(f"{folder} is of a model behind an API: nobody can say that it is {model}")
         if sha256 != weights_hash(model):
             raise SoloError(f"{folder} is the evaluation of another model than {model}: their weights differ")
-        return cls(scores, engine, versions)
+        return cls(scores, backend, versions)
 
     def results(self) -> list[EvalResult]:
         """Metadata of a model card; partial scores, which it could not tell from whole ones, are left out."""
