@@ -17,10 +17,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, send_to_device
 from transformers import get_cosine_schedule_with_warmup
 
-from solo_vlm.data.mixture import Mixture
+from solo_vlm.data.mixture import Mixture, make_loader
 from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.train.attention import use_packed_attention
-from solo_vlm.train.start import make_loader
 
 
 def start(zero_stage: int, batch: int, precision: str) -> Accelerator:

@@ -17,10 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import get_last_checkpoint
 
 from solo_vlm.data.loader import PackedLoader
-from solo_vlm.data.mixture import Mixture
+from solo_vlm.data.mixture import Mixture, make_loader
 from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.train.attention import use_packed_attention
-from solo_vlm.train.start import make_loader
 
 
 class PackedTrainer(Trainer):

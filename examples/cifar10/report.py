@@ -22,8 +22,8 @@ from scipy.stats import binomtest
 
 from solo_vlm.evaluate.held_out import answer_questions, read_questions
 from solo_vlm.generate import GenerationPipeline
-from solo_vlm.train.manifest import read_recipe
 from solo_vlm.train.metrics import read_metrics
+from solo_vlm.train.run_folder import read_manifest_recipe
 from solo_vlm.utils.files import new_file
 from solo_vlm.utils.json_lines import LinesFile
 
@@ -61,7 +61,7 @@ def stages_of(root: Path) -> list[Path]:
     run = root / "sft"
     while (manifest := run / "manifest.json").exists():
         runs.insert(0, run)
-        run = root / Path(read_recipe(manifest).model).parent
+        run = root / Path(read_manifest_recipe(manifest).model).parent
     return runs
 
 

@@ -9,20 +9,20 @@ from tests.convert.original_files import (
     LOCATIONS,
     TEXT_TOKENS,
     VISION,
-    release_settings,
-    release_weights,
+    original_settings,
+    original_weights,
     write_megatron,
-    write_release,
+    write_original,
     write_sentencepiece,
 )
 
 ROWS = TEXT_TOKENS + len(VISION + LOCATIONS)
-SETTINGS = release_settings(ROWS, num_hidden_layers=2)
+SETTINGS = original_settings(ROWS, num_hidden_layers=2)
 
 
 @pytest.fixture
 def release(tmp_path):
-    write_release(tmp_path / "release", release_weights(SETTINGS), SETTINGS)
+    write_original(tmp_path / "release", original_weights(SETTINGS), SETTINGS)
     write_sentencepiece(tmp_path / "release", VISION + LOCATIONS)
     return tmp_path / "release"
 
@@ -43,7 +43,7 @@ def test_release_and_back(run, release, tmp_path, picture):
 
 
 def test_megatron(run, release, tmp_path):
-    source = write_megatron(tmp_path / "megatron", release_weights(SETTINGS), SETTINGS, 2, 2, 2048)
+    source = write_megatron(tmp_path / "megatron", original_weights(SETTINGS), SETTINGS, 2, 2, 2048)
     code, out, _ = run("convert", "megatron", source, tmp_path / "solo", "--tokenizer", release, "--json")
     assert code == 0
     assert json.loads(out)["vocabulary"] == ROWS

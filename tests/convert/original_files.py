@@ -58,7 +58,7 @@ def write_sentencepiece(folder: Path, new_tokens: list[str]) -> sentencepiece.Se
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
 
-def release_settings(rows: int, **changes) -> dict:
+def original_settings(rows: int, **changes) -> dict:
     """A `config.json` of the release."""
     settings = {
         "architectures": ["SoloForCausalLM"],
@@ -83,7 +83,7 @@ def release_settings(rows: int, **changes) -> dict:
     return settings | changes
 
 
-def release_weights(settings: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+def original_weights(settings: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights under the release's names."""
     generator = torch.Generator().manual_seed(seed)
     hidden, mlp, rows = settings["hidden_size"], settings["intermediate_size"], settings["vocab_size"]
@@ -115,7 +115,7 @@ def release_weights(settings: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def write_release(
+def write_original(
     folder: Path, weights: dict, settings: dict, suffix: str = "safetensors", shards: int = 1
 ) -> Path:
     """A folder of the release: `config.json` and weights, in one file or in shards with an index."""

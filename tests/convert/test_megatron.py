@@ -11,35 +11,35 @@ from tests.convert.original_files import (
     TEXT_TOKENS,
     VISION,
     megatron_arguments,
-    release_settings,
-    release_weights,
+    original_settings,
+    original_weights,
     write_megatron,
-    write_release,
+    write_original,
     write_sentencepiece,
 )
 from tests.factories import ask
 
+from solo_vlm.convert.checkpoint_files import open_safetensors
 from solo_vlm.convert.megatron import convert_megatron
-from solo_vlm.convert.release import convert_release
-from solo_vlm.convert.safetensors_files import open_safetensors
+from solo_vlm.convert.original import convert_original
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.utils.errors import SoloError
 
 ROWS = TEXT_TOKENS + len(VISION + LOCATIONS)
 PADDED = 2048  # the release pads to a multiple of 128 times the ranks
-SETTINGS = release_settings(ROWS)
+SETTINGS = original_settings(ROWS)
 
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    return release_weights(SETTINGS)
+    return original_weights(SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def expected(weights, tmp_path_factory) -> dict[str, torch.Tensor]:
     """The same weights by way of the release's format."""
     folder = tmp_path_factory.mktemp("expected")
-    convert_release(write_release(folder / "source", weights, SETTINGS), folder / "solo")
+    convert_original(write_original(folder / "source", weights, SETTINGS), folder / "solo")
     return read(folder / "solo")
 
 
@@ -77,8 +77,8 @@ def test_before_the_first_training_step_names_differ(weights, expected, tmp_path
 
 def test_heads_stored_as_halves(weights, expected, tmp_path):
     settings = SETTINGS | {"num_attention_heads": 4, "num_key_value_heads": 2}  # heads of 8 rows
-    weights = release_weights(settings)
-    convert_release(write_release(tmp_path / "source", weights, settings), tmp_path / "solo")
+    weights = original_weights(settings)
+    convert_original(write_original(tmp_path / "source", weights, settings), tmp_path / "solo")
     for number, interleaved in enumerate((True, False)):
         source = write_megatron(
             tmp_path / f"megatron{number}", weights, settings, 2, 1, PADDED, interleaved=interleaved
@@ -133,7 +133,7 @@ def test_an_iteration_by_number_or_folder(weights, expected, tmp_path):
     convert_megatron(source / "iter_0000300", tmp_path / "by folder", vocabulary=ROWS)
     assert_identical(read(tmp_path / "by number"), expected)
     assert_identical(read(tmp_path / "by folder"), expected)
-    with pytest.raises(SoloError, match="iter_0000100 is no checkpoint of Megatron"):
+    with pytest.raises(SoloError, match="iter_0000100 is no Megatron checkpoint"):
         convert_megatron(source, tmp_path / "latest")
     with pytest.raises(SoloError, match="iter_0000007 is missing"):
         convert_megatron(source, tmp_path / "other", iteration=7)
@@ -262,4 +262,4 @@ def test_no_arguments_no_model_and_interleaved_pipelines(weights, tmp_path):
     arguments = megatron_arguments(SETTINGS, 1, 1, PADDED)
     del arguments.ffn_hidden_size
     source = write_megatron(tmp_path / "less", weights, SETTINGS, 1, 1, PADDED, extra={"args": arguments})
-    refused(source, tmp_path, "do not say ffn_hidden_size")
+    refused(source, tmp_path, "lack ffn_hidden_size")

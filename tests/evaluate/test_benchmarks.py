@@ -261,7 +261,7 @@ def test_several_letters_are_unreadable_in_every_task(task, response):
         (
             "mathvista",
             [{"answer": "1", "question_type": "choice"}],
-            "question_type is 'choice'; expected one of",
+            "question_type is 'choice'; expected",
         ),
         (
             "mathvista",

@@ -1,4 +1,4 @@
-"""How an answer ends, and ways to compute it that must not change it."""
+"""GenerationPipeline: how answers end, and options that must not change them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def pipeline(family: str = "llama", **options) -> GenerationPipeline:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
-def test_a_cache_of_fixed_size_gives_the_same_answers(family, picture):
-    usual, fixed = pipeline(family), pipeline(family, compile=True)
+def test_static_cache_gives_the_same_answers(family, picture):
+    dynamic, static = pipeline(family), pipeline(family, compile=True)
     chats = [ask("what is this?", picture(96, 64)), ask("hello"), ask("a red circle?", picture(32, 64))]
     for max_new_tokens in (12, 5):
-        expected = usual.answer(chats, max_new_tokens)
-        assert fixed.answer(chats, max_new_tokens) == expected
-        assert fixed.stream(chats[0], lambda text: None, max_new_tokens).text == expected[0]
+        expected = dynamic.answer(chats, max_new_tokens)
+        assert static.answer(chats, max_new_tokens) == expected
+        assert static.stream(chats[0], lambda text: None, max_new_tokens).text == expected[0]
 
 
 def test_compile_and_prefix_cache_exclude_each_other():
@@ -30,7 +30,7 @@ def test_compile_and_prefix_cache_exclude_each_other():
 
 
 @pytest.mark.parametrize("cache", [None, PrefixCache()])
-def test_the_caller_ends_an_answer(cache, picture):
+def test_cancelled_answer_keeps_its_text(cache, picture):
     ours = pipeline(prefix_cache=cache)
     chat = ask("what is this?", picture(64, 64))
     whole = ours.stream(chat, lambda text: None, 9)
@@ -40,10 +40,10 @@ def test_the_caller_ends_an_answer(cache, picture):
     part = ours.stream(chat, pieces.append, 9, should_stop=lambda: next(calls))
     assert (part.completion_tokens, part.finish_reason) == (3, "cancelled")
     assert "".join(pieces).strip() == part.text
-    assert whole.text.startswith(part.text[:-1])  # the last letter may be half a one
+    assert whole.text.startswith(part.text[:-1])  # the last character may be incomplete
 
 
-def test_the_model_ends_an_answer():
+def test_answer_stops_at_eos():
     ours = pipeline()
     chat = ask("hello")
     tokens, _ = ours.generate(ours.encode([chat]), 5)
@@ -53,7 +53,7 @@ def test_the_model_ends_an_answer():
     assert reply.completion_tokens <= 3
 
 
-def test_an_answer_stays_within_the_context(picture):
+def test_answer_is_capped_at_the_context_length(picture):
     ours = pipeline(prefix_cache=PrefixCache())
     prompt = ours.stream(ask("what is this?", picture(64, 64)), lambda text: None, 1).prompt_tokens
     ours.model.config.text_config.max_position_embeddings = prompt + 4
@@ -64,21 +64,21 @@ def test_an_answer_stays_within_the_context(picture):
         ours.stream(ask("what is this?", picture(64, 64)), lambda text: None, 100)
 
 
-def test_the_lowest_temperature_is_the_likeliest_answer():
-    likeliest = pipeline().stream(ask("what?"), lambda text: None, max_new_tokens=4)
+def test_lowest_temperature_equals_greedy_decoding():
+    greedy = pipeline().stream(ask("what?"), lambda text: None, max_new_tokens=4)
     for temperature in (1e-45, 1e-9):
         reply = pipeline().stream(ask("what?"), lambda text: None, 4, temperature=temperature)
-        assert reply.text == likeliest.text
+        assert reply.text == greedy.text
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("chat",)])
-def test_a_temperature_beyond_any_use_is_refused(command, run):
+def test_infinite_temperature_is_refused(command, run):
     code, _, errors = run(*command, "--model", "none", "--temperature", "inf")
     assert code == 2
     assert "--temperature" in errors
 
 
-def test_a_plain_llm_is_refused_before_a_model_of_random_weights_is_made_of_it(tmp_path, run):
+def test_plain_llm_is_refused_instead_of_loaded_with_random_weights(tmp_path, run):
     llm, tokenizer = make_llm()
     llm.save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")

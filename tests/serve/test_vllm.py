@@ -19,7 +19,7 @@ from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.from_llm import compose
 from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.serve.limits import Limits
-from solo_vlm.serve.vllm_server import vllm_command
+from solo_vlm.serve.vllm import vllm_command
 from solo_vlm.utils.errors import SoloError
 
 from .conftest import question, served, wait_until
@@ -28,7 +28,7 @@ TOKENS = 16
 KEY = {"SOLO_API_KEY": "secret"}
 
 
-def test_the_command_has_the_limits_that_vllm_has():
+def test_command_has_the_limits_that_vllm_supports():
     limits = Limits(max_batch=3, max_images=2, max_tokens=77)
     command = vllm_command("folder", "name", "127.0.0.1", 8000, limits, "bfloat16", prefix_caching=False)
     *pairs, last = command[3:]
@@ -41,8 +41,8 @@ def test_the_command_has_the_limits_that_vllm_has():
 
 
 @pytest.mark.parametrize("limits", [Limits(allow_image_urls=True), Limits(max_seconds=1.0)])
-def test_a_limit_that_vllm_has_not_is_an_error(limits):
-    with pytest.raises(SoloError, match="--engine vllm has no --"):
+def test_limit_unsupported_by_vllm_is_refused(limits):
+    with pytest.raises(SoloError, match="--engine vllm does not support --"):
         vllm_command("folder", "name", "127.0.0.1", 8000, limits)
 
 
@@ -149,7 +149,7 @@ def test_all_engines_give_the_same_greedy_text(vllm, folder, picture, name):
 
 
 @pytest.mark.vllm
-def test_an_adapter_answers_as_under_peft(vllm, folder, adapter, picture):
+def test_adapter_answers_as_under_peft(vllm, folder, adapter, picture):
     from peft import PeftModel
 
     pipeline = GenerationPipeline.from_pretrained(folder)
@@ -171,7 +171,7 @@ def test_images_are_limited_and_never_fetched(vllm, picture):
 
 
 @pytest.mark.vllm
-def test_a_key_is_needed(vllm):
+def test_key_is_required(vllm):
     with pytest.raises(AuthenticationError):
         vllm.with_options(api_key="wrong").models.list()
     assert "my-model" in [model.id for model in vllm.models.list()]

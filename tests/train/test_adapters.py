@@ -19,7 +19,7 @@ from tests.factories import ask, make_llm, make_solo, turn, write_chats
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe, train
-from solo_vlm.train.start import load_start
+from solo_vlm.train.model import load_base_model
 
 LORA = {"rank": 4, "alpha": 8}
 
@@ -40,7 +40,7 @@ def recipe(folder, out, **changes) -> Recipe:
         "steps": 30,
         "global_batch": 2,
         "precision": "fp32",
-        "log_every": 1,
+        "log_interval": 1,
         "lora": LORA,
         "data": {
             "sources": [{"path": "chats.parquet"}],
@@ -73,10 +73,12 @@ def test_a_run_with_lora(folder, tmp_path, run, trainable):
     curve = losses(tmp_path / "out")
     assert curve[-1] < 0.3 * curve[0]
 
-    base, processor = load_start(folder / "base")
+    base, processor = load_base_model(folder / "base")
     before = base.state_dict()
     merged = load_model(trained.model)
-    with_adapter = PeftModel.from_pretrained(load_start(folder / "base")[0], tmp_path / "out" / "adapter")
+    with_adapter = PeftModel.from_pretrained(
+        load_base_model(folder / "base")[0], tmp_path / "out" / "adapter"
+    )
     expected = logits(with_adapter, processor)
     assert torch.allclose(logits(merged, processor), expected, atol=1e-4)
     assert not torch.allclose(logits(base, processor), expected, atol=1e-1)
@@ -123,7 +125,7 @@ def test_lora_on_a_plain_llm(folder, tmp_path):
 def test_qlora_trains_over_4_bits(folder, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'solo-vlm[quantize]'")
     settings = recipe(folder, tmp_path / "out", quantize="nf4")
-    held = load_start(settings.model_source(), settings)[0]
+    held = load_base_model(settings.mixture.model_source(), settings)[0]
     layer = held.model.language_model.layers[0].self_attn.q_proj
     assert isinstance(layer, bitsandbytes.nn.Linear4bit)
     assert layer.weight.dtype == torch.uint8

@@ -15,7 +15,7 @@ from tests.factories import LLM_CONFIGS, ask, make_solo, png
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.train.attention import _flash, _flash_can, packed_attention, use_packed_attention
+from solo_vlm.train.attention import _flash, _supports_flash, packed_attention, use_packed_attention
 
 ANSWER = [{"role": "assistant", "content": [{"type": "text", "text": "a blue square"}]}]
 
@@ -119,7 +119,7 @@ def test_a_batch_that_is_not_packed_is_refused():
 )
 def test_flash_attention_is_given_only_what_it_can(dtype, size, can):
     query = SimpleNamespace(dtype=dtype, device=torch.device("cuda"), shape=(7, 4, size))
-    assert _flash_can(query) == can
+    assert _supports_flash(query) == can
 
 
 def test_flash_attention_computes_in_the_type_of_autocast(monkeypatch):

@@ -6,8 +6,7 @@ import pytest
 import torch
 from tests.factories import make_llm
 
-from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
-from solo_vlm.train.compilation import compile_layers
+from solo_vlm.train.model import compile_layers, use_activation_checkpointing
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])

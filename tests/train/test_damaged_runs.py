@@ -10,8 +10,8 @@ import pytest
 from tests.factories import image_rows, make_solo, run_recipe, run_settings, text_rows, write_training_data
 
 from solo_vlm.train import trainer
-from solo_vlm.train.checkpoint import read_progress
-from solo_vlm.train.run_folder import lock
+from solo_vlm.train.checkpoint import load_train_state
+from solo_vlm.train.run_folder import lock_output_dir
 from solo_vlm.utils.errors import SoloError
 
 
@@ -29,8 +29,8 @@ def test_a_run_with_adapters_ends_though_its_export_was_killed_between_adapter_a
 def test_a_damaged_training_state_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "training_state.json").write_text(content)
-    with pytest.raises(SoloError, match=r"cannot go on from .*training_state.json"):
-        read_progress(tmp_path)
+    with pytest.raises(SoloError, match=r"cannot resume from .*training_state.json"):
+        load_train_state(tmp_path)
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def stopped(tmp_path, monkeypatch):
     write_training_data(tmp_path, image_rows(4), text_rows(30))
     make_solo().save(tmp_path / "llama")
     (tmp_path / "held_out.parquet").write_bytes((tmp_path / "text.parquet").read_bytes())
-    validation = {"sources": [{"path": "held_out.parquet"}], "every": 2, "sequences": 2}
+    validation = {"sources": [{"path": "held_out.parquet"}], "interval": 2, "sequences": 2}
     plain = run_settings(tmp_path, tmp_path / "out", steps=6, global_batch=1, validation=validation)
-    train_step = trainer.take_step
+    train_step = trainer.optimizer_step
 
     def interrupted(*arguments):
         if (tmp_path / "out" / "checkpoints" / "step-00000002").exists():
@@ -49,7 +49,7 @@ def stopped(tmp_path, monkeypatch):
         return train_step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "take_step", interrupted)
+        patch.setattr(trainer, "optimizer_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(plain)
     return plain
@@ -63,7 +63,7 @@ def test_resume_over_a_changed_model_or_validation_is_refused_by_name(tmp_path, 
         (tmp_path / file).write_bytes((tmp_path / "llama" / "text.parquet").read_bytes())
     else:
         (tmp_path / file).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
-    with pytest.raises(SoloError, match=rf"{file} changed since the run in .* started: put back"):
+    with pytest.raises(SoloError, match=rf"{file} changed since the run in .* started: restore"):
         run_recipe(stopped)
     (tmp_path / file).write_bytes(content)
     run_recipe(stopped)
@@ -71,13 +71,13 @@ def test_resume_over_a_changed_model_or_validation_is_refused_by_name(tmp_path, 
 
 
 def test_a_second_run_in_the_folder_of_a_running_one_is_refused(tmp_path):
-    holder = "import sys; from pathlib import Path; from solo_vlm.train.run_folder import lock\n"
-    holder += "held = lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    holder = "import sys; from pathlib import Path; from solo_vlm.train.run_folder import lock_output_dir\n"
+    holder += "held = lock_output_dir(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", holder, tmp_path / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(SoloError, match="another run is writing to"):
-            lock(tmp_path / "out")
+            lock_output_dir(tmp_path / "out")
         other.kill()
-    lock(tmp_path / "out").close()
+    lock_output_dir(tmp_path / "out").close()

@@ -19,13 +19,13 @@ from tests.factories import image_rows, make_solo, read_steps, run_settings, tex
 from torch.distributed.checkpoint.api import CheckpointException
 
 from solo_vlm.data.encode import Encoder
+from solo_vlm.data.mixture import make_loader
 from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe, train, trainer
-from solo_vlm.train.checkpoint import Checkpoints, Progress, load_checkpoint
-from solo_vlm.train.export import export_checkpoint
+from solo_vlm.train.checkpoint import Checkpointer, TrainState, export_checkpoint, load_checkpoint
+from solo_vlm.train.model import load_base_model
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.parallel.processes import start_processes
-from solo_vlm.train.start import load_start, make_loader
+from solo_vlm.train.parallel.context import init_distributed
 from solo_vlm.utils.errors import SoloError
 
 
@@ -36,20 +36,20 @@ def losses(out):
 def test_what_is_saved_is_what_was_there_when_it_was_saved(runs, tmp_path):
     """Training goes on while an asynchronous checkpoint is written."""
     recipe = Recipe.parse(run_settings(runs, tmp_path))
-    model, _ = load_start(runs / "llama")
+    model, _ = load_base_model(runs / "llama")
     optimizer = make_optimizer(model, recipe.optimizer)
     for state in optimizer.state.values():
         state["exp_avg"].normal_()
     expected = [p.clone() for p in model.parameters()]
     moments = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
-    with start_processes(recipe) as processes:
-        checkpoints = Checkpoints(tmp_path, 2, True, processes)
-        checkpoints.save(model, optimizer, Progress(step=3))
+    with init_distributed(recipe) as context:
+        checkpoints = Checkpointer(tmp_path, 2, True, context)
+        checkpoints.save(model, optimizer, TrainState(step=3))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1.0)
                 optimizer.state[parameter]["exp_avg"].zero_()
-        checkpoints.finish()
+        checkpoints.wait()
     load_checkpoint(tmp_path / "step-00000003", model, optimizer)
     assert all(torch.equal(p, e) for p, e in zip(model.parameters(), expected, strict=True))
     found = [optimizer.state[p]["exp_avg"] for p in model.parameters()]
@@ -59,25 +59,25 @@ def test_what_is_saved_is_what_was_there_when_it_was_saved(runs, tmp_path):
 def test_only_what_the_optimizer_holds_is_saved(runs, tmp_path):
     """Another parameter, as there is while FSDP has gathered it, would be saved without its moments."""
     recipe = Recipe.parse(run_settings(runs, tmp_path))
-    model, _ = load_start(runs / "llama")
+    model, _ = load_base_model(runs / "llama")
     optimizer = make_optimizer(model, recipe.optimizer)
     name, parameter = next(iter(model.named_parameters()))
     owner = model.get_submodule(name.rpartition(".")[0])
     setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(parameter.detach().bfloat16()))
-    with start_processes(recipe) as processes:
-        checkpoints = Checkpoints(tmp_path / "checkpoints", 2, True, processes)
+    with init_distributed(recipe) as context:
+        checkpoints = Checkpointer(tmp_path / "checkpoints", 2, True, context)
         with pytest.raises(RuntimeError, match=f"optimizer does not hold the model's {name}"):
-            checkpoints.save(model, optimizer, Progress(step=3))
+            checkpoints.save(model, optimizer, TrainState(step=3))
         parameter.requires_grad_(False)
         model.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]] = parameter
         with pytest.raises(RuntimeError, match="1 parameters are not the model's"):
-            checkpoints.save(model, optimizer, Progress(step=3))
+            checkpoints.save(model, optimizer, TrainState(step=3))
     assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_failed_save_is_raised_at_the_next_step(runs, tmp_path, monkeypatch):
     plain = run_settings(runs, tmp_path / "out", steps=300)
-    plain["checkpoint"] = {"every": 2}
+    plain["checkpoint"] = {"save_interval": 2}
 
     def disk_is_full(*arguments, **options):
         raise OSError("No space left on device")
@@ -97,20 +97,20 @@ def test_old_checkpoints_go_and_a_damaged_one_is_named(runs, tmp_path):
     for path in checkpoints.glob("step-00000006/*.distcp"):
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(SoloError, match="step-00000006"):
-        load_checkpoint(checkpoints / "step-00000006", load_start(runs / "llama")[0])
+        load_checkpoint(checkpoints / "step-00000006", load_base_model(runs / "llama")[0])
 
 
 def test_a_checkpoint_becomes_a_model_folder(runs, tmp_path, monkeypatch):
     plain = run_settings(runs, tmp_path / "out", steps=7)
     after_four = {}
-    take_step = trainer.take_step
+    optimizer_step = trainer.optimizer_step
 
     def watched(model, optimizer, *arguments):
         if optimizer.state[next(model.parameters())]["step"] == 4:
             after_four.update({name: p.detach().clone() for name, p in model.named_parameters()})
-        return take_step(model, optimizer, *arguments)
+        return optimizer_step(model, optimizer, *arguments)
 
-    monkeypatch.setattr(trainer, "take_step", watched)
+    monkeypatch.setattr(trainer, "optimizer_step", watched)
     train(Recipe.parse(plain))
     assert export_checkpoint(tmp_path / "out", tmp_path / "exported", 4) == 4
     exported = dict(load_model(tmp_path / "exported").named_parameters())
@@ -123,7 +123,7 @@ def test_a_checkpoint_becomes_a_model_folder(runs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(runs, tmp_path, number):
     plain = run_settings(runs, tmp_path / "stopped", steps=300)
-    plain["checkpoint"] = {"every": 1000}
+    plain["checkpoint"] = {"save_interval": 1000}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
     command = [sys.executable, "-m", "solo_vlm", "train", str(tmp_path / "recipe.yaml")]
     process = subprocess.Popen(
@@ -147,15 +147,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs, tmp_path, monkeypatch):
         Recipe.parse(run_settings(runs, tmp_path / name, steps=9)) for name in ("whole", "stopped")
     )
     train(whole)
-    take_step = trainer.take_step
+    optimizer_step = trainer.optimizer_step
 
     def asks_to_stop(model, optimizer, *arguments):
         if optimizer.state[next(model.parameters())]["step"] == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(model, optimizer, *arguments)
+        return optimizer_step(model, optimizer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "take_step", asks_to_stop)
+        patch.setattr(trainer, "optimizer_step", asks_to_stop)
         with pytest.raises(SoloError, match="saved after step 5"):
             train(stopped)
     train(stopped)
@@ -180,7 +180,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_named(poisoned
     plain = run_settings(poisoned, "out", model="poisoned", steps=None)
     plain["data"] |= {"epochs": 1, "sequence_length": 32}
     trained = train(Recipe.parse(plain))
-    assert trained.figures["skipped_steps"] == 1
+    assert trained.metrics["skipped_steps"] == 1
     assert "text.parquet, row group 4, row 5" in caplog.text
     curve = losses(poisoned / "out")
     assert sum(loss != loss for loss in curve) == 1
@@ -200,17 +200,17 @@ def test_steps_in_a_row_that_are_not_finite_stop_the_run(runs, tmp_path):
 
 def test_validation_is_the_mean_loss_of_the_first_held_out_sequences(runs, tmp_path):
     plain = run_settings(runs, tmp_path / "out", steps=5)
-    plain["validation"] = {"sources": [{"path": "images.parquet"}], "every": 2, "sequences": 3}
+    plain["validation"] = {"sources": [{"path": "images.parquet"}], "interval": 2, "sequences": 3}
     trained = train(Recipe.parse(plain))
     lines = {line["step"]: line for line in read_steps(tmp_path / "out")}
     assert [step for step, line in lines.items() if "validation_loss" in line] == [2, 4, 5]
 
     held_out = {**plain["data"], "sources": [{"path": "images.parquet"}], "epochs": 1, "streams": 1}
     recipe = Recipe.parse({**plain, "data": held_out})
-    model, processor = load_start(trained.model)
+    model, processor = load_base_model(trained.model)
     model.eval()
     total = count = 0
-    for batch in islice(make_loader(recipe, processor, recipe.open_sources()), 3):
+    for batch in islice(make_loader(recipe.mixture, processor, recipe.mixture.open_sources()), 3):
         labels = batch["labels"][0]
         with torch.no_grad():
             inputs = {name: batch[name] for name in ("input_ids", "position_ids", "pixel_values")}
@@ -224,8 +224,8 @@ def test_figures_of_a_step_are_counted_right(runs, tmp_path):
     plain = run_settings(runs, tmp_path / "out", steps=2)
     train(Recipe.parse(plain))
     recipe = Recipe.parse(plain)
-    _, processor = load_start(runs / "llama")
-    batches = list(islice(make_loader(recipe, processor, recipe.open_sources()), 4))
+    _, processor = load_base_model(runs / "llama")
+    batches = list(islice(make_loader(recipe.mixture, processor, recipe.mixture.open_sources()), 4))
     line = read_steps(tmp_path / "out")[0]
     ids = torch.cat([batch["input_ids"][0] for batch in batches])
     bos, vision = processor.tokenizer.bos_token_id, torch.tensor(Encoder(processor).vision_ids)
@@ -242,15 +242,15 @@ def test_a_curve_cut_in_the_middle_of_a_line_is_mended(runs, tmp_path, monkeypat
     plain = run_settings(runs, tmp_path / "out", steps=6)
     whole = run_settings(runs, tmp_path / "whole", steps=6)
     train(Recipe.parse(whole))
-    take_step = trainer.take_step
+    optimizer_step = trainer.optimizer_step
 
     def dies(model, optimizer, *arguments):
         if optimizer.state[next(model.parameters())]["step"] == 5:
             raise KeyboardInterrupt
-        return take_step(model, optimizer, *arguments)
+        return optimizer_step(model, optimizer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "take_step", dies)
+        patch.setattr(trainer, "optimizer_step", dies)
         with pytest.raises(KeyboardInterrupt):
             train(Recipe.parse(plain))
     with (tmp_path / "out" / "metrics.jsonl").open("a") as file:
@@ -268,7 +268,7 @@ def test_another_recipe_is_refused_but_another_layout_is_not(runs, tmp_path):
     changed = {
         **plain,
         "optimizer": {**plain["optimizer"], "learning_rate": 1e-3, "eps": 1e-6},
-        "log_every": 2,
+        "log_interval": 2,
     }
     changed["data"] = {**plain["data"], "sources": [plain["data"]["sources"][0], {"path": "text.parquet"}]}
     named = (
@@ -277,7 +277,7 @@ def test_another_recipe_is_refused_but_another_layout_is_not(runs, tmp_path):
     )
     with pytest.raises(SoloError, match=named):
         train(Recipe.parse(changed))
-    train(Recipe.parse({**plain, "activation_checkpointing": "full", "log_every": 2}))
+    train(Recipe.parse({**plain, "activation_checkpointing": "full", "log_interval": 2}))
     (tmp_path / "out" / "model").rename(tmp_path / "moved again")
     train(Recipe.parse({**plain, "data": {**plain["data"], "threads": 2}}))
 

@@ -17,7 +17,7 @@ from tests.factories import (
 from transformers import GenerationConfig
 
 from solo_vlm.train import Recipe, train
-from solo_vlm.train.export import export_checkpoint
+from solo_vlm.train.checkpoint import export_checkpoint
 
 
 def forget(folder):

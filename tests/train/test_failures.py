@@ -14,8 +14,7 @@ import torch.distributed as dist
 import yaml
 from tests.factories import read_steps, run_settings
 
-from solo_vlm.train.failures import Failure, fail_together
-from solo_vlm.train.stopping import Stopped, StopRequest
+from solo_vlm.train.failures import Failure, Stopped, StopRequest, fail_together
 from solo_vlm.utils.errors import SoloError
 
 # `solo train` in which one process behaves as told.
@@ -25,7 +24,7 @@ from solo_vlm.cli import main
 from solo_vlm.train import trainer
 
 victim, how = int(sys.argv.pop(1)), sys.argv.pop(1)
-take_step = trainer.take_step
+optimizer_step = trainer.optimizer_step
 taken = iter(range(3))
 
 def take(*arguments):
@@ -33,13 +32,13 @@ def take(*arguments):
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("the cause of all")
-    return take_step(*arguments)
+    return optimizer_step(*arguments)
 
 if int(os.environ["RANK"]) == victim:
     if how == "setting":
         sys.argv.append("optimizer.weight_decay=0.25")
     else:
-        trainer.take_step = take
+        trainer.optimizer_step = take
 main()
 """
 
@@ -153,7 +152,7 @@ def test_process_started_with_other_settings_is_refused(torchrun):
 @pytest.mark.distributed
 def test_sigterm_to_torchrun_saves_although_loaders_have_workers(torchrun, tmp_path, runs):
     data = {**run_settings(runs, tmp_path)["data"], "workers": 2}
-    changes = {"checkpoint": {"every": 1000}, "data": data}
+    changes = {"checkpoint": {"save_interval": 1000}, "data": data}
     process = torchrun(-1, "", "--standalone", "--nproc-per-node", "2", **changes)
     wait_for_steps(process, tmp_path / "out", 3)
     process.send_signal(signal.SIGTERM)
@@ -173,7 +172,7 @@ def test_error_without_other_processes_failing_is_raised_as_it_is():
 
 
 def test_failure_is_described_in_one_line():
-    assert Failure.of(SoloError("no such file"), 3).message == "no such file"
-    failure = Failure.of(ValueError("bad"), 3)
+    assert Failure.from_exception(SoloError("no such file"), 3).message == "no such file"
+    failure = Failure.from_exception(ValueError("bad"), 3)
     assert failure.message == f"process 3 on {socket.gethostname()}: ValueError: bad"
     assert failure.exit_code == 1

@@ -23,7 +23,7 @@ def trained(tmp_path):
         "steps": 60,
         "global_batch": 1,
         "precision": "fp32",
-        "log_every": 1,
+        "log_interval": 1,
         "data": {
             "sources": [{"path": "pictures.parquet", "weight": 2}, {"path": "texts.parquet", "weight": 1}],
             "weigh": "sequences",  # each of one source alone

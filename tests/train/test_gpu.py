@@ -33,7 +33,7 @@ from solo_vlm.generate import GenerationPipeline, PrefixCache, user_turn
 from solo_vlm.models.solo.loss_solo import supervised_cross_entropy
 from solo_vlm.train import attention
 from solo_vlm.train.attention import packed_attention, use_packed_attention
-from solo_vlm.train.step import model_inputs
+from solo_vlm.train.trainer import model_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,7 +65,7 @@ def trained(folder, name, kill_after=None, **changes):
     """The losses of a run in a process of its own; killed after so many steps, and started again."""
     out = folder / name
     plain = run_settings(
-        folder, out, **{"steps": STEPS, "precision": "bf16", "checkpoint": {"every": 10}, **changes}
+        folder, out, **{"steps": STEPS, "precision": "bf16", "checkpoint": {"save_interval": 10}, **changes}
     )
     plain["data"] |= {"sequence_length": 256, "workers": 2}
     group = ProcessGroup(1, run_recipe, plain)

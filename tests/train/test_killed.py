@@ -13,9 +13,9 @@ from tests.factories import read_steps, run_recipe, run_settings
 from torch.distributed.checkpoint import filesystem
 
 from solo_vlm.train import Recipe
-from solo_vlm.train.checkpoint import load_checkpoint, read_progress
+from solo_vlm.train.checkpoint import load_checkpoint, load_train_state
+from solo_vlm.train.model import load_base_model
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.start import load_start
 
 pytestmark = pytest.mark.distributed
 
@@ -79,9 +79,9 @@ def test_killed_and_gone_on(runs, tmp_path, start, whole, trial):
     group.kill()
     finished = (tmp_path / "out" / "model").exists()
     for path in (tmp_path / "out" / "checkpoints").glob("step-*"):
-        model, _ = load_start(runs / "llama")
+        model, _ = load_base_model(runs / "llama")
         load_checkpoint(path, model, make_optimizer(model, Recipe.parse(plain).optimizer))
-        assert read_progress(path).step == int(path.name.removeprefix("step-"))
+        assert load_train_state(path).step == int(path.name.removeprefix("step-"))
     if not finished:
         assert start(after, run_recipe, plain).wait() == [0] * after
     curve = [line["loss"] for line in read_steps(tmp_path / "out")]

@@ -12,11 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe
-from solo_vlm.train import start as start_module
-from solo_vlm.train.parallel.layout import layout
-from solo_vlm.train.parallel.processes import start_processes
-from solo_vlm.train.parallel.shard import shard
-from solo_vlm.train.start import load_start, make_model
+from solo_vlm.train import model as model_module
+from solo_vlm.train.model import load_base_model, make_model
+from solo_vlm.train.parallel.context import ParallelDims, init_distributed
+from solo_vlm.train.parallel.sharding import shard_model
 from solo_vlm.utils.errors import SoloError
 
 pytestmark = pytest.mark.distributed
@@ -24,23 +23,23 @@ pytestmark = pytest.mark.distributed
 
 def run_layer_by_layer(plain):
     """As if all layers were large."""
-    start_module.shard = partial(shard, unit=1)
+    model_module.shard_model = partial(shard_model, unit_size=1)
     run_recipe(plain)
 
 
 def describe_shards(plain, path):
     """Write what this process holds of each parameter: its class, its elements, and its mesh."""
     recipe = Recipe.parse(plain)
-    with start_processes(recipe) as processes:
-        model, _ = make_model(recipe, processes)
+    with init_distributed(recipe) as context:
+        model, _ = make_model(recipe, context)
         held = {
             name: [isinstance(p, DTensor), p.to_local().numel(), list(p.device_mesh.mesh_dim_names)]
             for name, p in model.named_parameters()
         }
         whole = {name: p.full_tensor() for name, p in model.named_parameters()}
-        source, _ = load_start(recipe.model_source())
+        source, _ = load_base_model(recipe.mixture.model_source())
         same = all(torch.equal(whole[name], p) for name, p in source.named_parameters())
-        path.with_name(f"{path.name}-{processes.rank}").write_text(json.dumps([held, same]))
+        path.with_name(f"{path.name}-{context.rank}").write_text(json.dumps([held, same]))
 
 
 @pytest.mark.parametrize(
@@ -72,13 +71,13 @@ def test_losses_are_those_of_one_process(runs, tmp_path, start, family, size, te
 def test_parameters_are_really_sharded(runs, tmp_path, start, size, tensor):
     plain = run_settings(runs, tmp_path / "out", parallel={"tensor": tensor})
     assert start(size, describe_shards, plain, tmp_path / "held").wait() == [0] * size
-    source, _ = load_start(runs / "llama")
+    source, _ = load_base_model(runs / "llama")
     held = [json.loads((tmp_path / f"held-{rank}").read_text()) for rank in range(size)]
     assert all(same for _, same in held)
     for name, parameter in source.named_parameters():
         shares = [parameters[name] for parameters, _ in held]
         assert all(is_sharded for is_sharded, _, _ in shares)
-        split = "tensor" in shares[0][2]
+        split = "tp" in shares[0][2]
         assert split == (tensor > 1 and name.endswith("proj.weight"))
         copies = 1 if split else tensor
         assert sum(elements for _, elements, _ in shares) == copies * parameter.numel()
@@ -146,5 +145,5 @@ def test_bf16_over_two_processes_learns(runs, tmp_path, start):
 
 
 def test_a_layout_that_does_not_fit_is_refused(runs, tmp_path):
-    with pytest.raises(SoloError, match="global_batch = 4 cannot be shared among 3"):
-        layout(Recipe.parse(run_settings(runs, tmp_path)), 3)
+    with pytest.raises(SoloError, match="global_batch = 4 is not divisible by 3"):
+        ParallelDims.from_recipe(Recipe.parse(run_settings(runs, tmp_path)), 3)

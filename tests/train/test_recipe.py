@@ -9,10 +9,10 @@ import pytest
 from tests.factories import ROOT
 
 from solo_vlm.data.catalog.registry import DATA_SETS
-from solo_vlm.train.estimate.devices import find_device
+from solo_vlm.train.estimate.memory import find_device
 from solo_vlm.train.estimate.plan import make_plan
 from solo_vlm.train.optimizer import learning_rate
-from solo_vlm.train.parallel.layout import Layout, layout
+from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -175,8 +175,8 @@ def test_pre_training_of_the_paper(stage):
     optimizer = recipe.optimizer
     assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps) == (5e-5, 5e-6, 200)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.1, 1.0)
-    arranged = layout(recipe, 8)
-    assert (arranged.data, arranged.accumulation) == (4, 32)
+    dims = ParallelDims.from_recipe(recipe, 8)
+    assert (dims.dp, dims.gradient_accumulation_steps) == (4, 32)
 
 
 def test_fine_tuning_of_the_paper():
@@ -186,7 +186,7 @@ def test_fine_tuning_of_the_paper():
     optimizer = recipe.optimizer
     assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.weight_decay) == (1e-5, 0.0, 0.1)
     assert optimizer.warmup_steps == 50
-    assert layout(recipe, 8).accumulation == 80
+    assert ParallelDims.from_recipe(recipe, 8).gradient_accumulation_steps == 80
     assert weights(recipe) == SAMPLES
 
 
@@ -205,7 +205,7 @@ def test_the_small_recipe_runs_on_one_gpu():
         recipe = Recipe.load(f"smollm2-135m/{stage}")
         plan = make_plan(recipe, 1, find_device("RTX-4090"), 0.4, RECIPES / "smollm2-135m")
         assert plan.fits
-        assert plan.layout == Layout(1, 1, 64)
+        assert plan.dims == ParallelDims(1, 1, 64)
         assert plan.parameters.total == 134_515_008 + 64 * 576 + 3072 * 576  # SmolLM2-135M's, and what is new
 
 

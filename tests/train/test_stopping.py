@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from solo_vlm.train.stopping import listen
+from solo_vlm.train.failures import catch_signals
 
 
 def send(*numbers):
@@ -17,19 +17,19 @@ def send(*numbers):
     "numbers", [(signal.SIGTERM, signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)], ids=str
 )
 def test_repeated_signals_are_noted_once(numbers):
-    with listen() as stop:
+    with catch_signals() as stop:
         send(*numbers)
         assert stop.signal == numbers[0]
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_second_sigint_stops_at_once(first):
-    with listen(), pytest.raises(KeyboardInterrupt):
+    with catch_signals(), pytest.raises(KeyboardInterrupt):
         send(first, signal.SIGINT)
 
 
 def test_nothing_interrupts_a_save():
-    with listen() as stop:
+    with catch_signals() as stop:
         with stop.uninterrupted():
             with stop.uninterrupted():
                 send(signal.SIGINT)
@@ -41,6 +41,6 @@ def test_nothing_interrupts_a_save():
 
 def test_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with listen():
+    with catch_signals():
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) != before
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

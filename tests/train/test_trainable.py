@@ -10,9 +10,8 @@ from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.train import Recipe
-from solo_vlm.train.adapters import adapter_weights, has_adapters, merge_adapter, save_adapter
+from solo_vlm.train.model import adapter_state_dict, has_adapters, merge_adapter, set_trainable
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.trainable import choose_trainable
 from solo_vlm.utils.errors import SoloError
 
 PATCHES = "model.embed_vision_patch.weight"
@@ -49,7 +48,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 def test_the_patch_embedding_alone():
     solo = make_solo()
     before = weights(solo.model)
-    choose_trainable(solo.model, settings := recipe(trainable="patch_embedding"))
+    set_trainable(solo.model, settings := recipe(trainable="patch_embedding"))
     take_steps(solo.model, solo.processor, settings)
     assert {name for name, value in weights(solo.model).items() if not torch.equal(value, before[name])} == {
         PATCHES
@@ -61,10 +60,10 @@ def test_the_patch_embedding_alone():
 def test_new_tokens_alone(family, tmp_path):
     solo = make_solo(family)
     before = weights(solo.model)
-    choose_trainable(solo.model, settings := recipe(trainable="new_tokens"))
+    set_trainable(solo.model, settings := recipe(trainable="new_tokens"))
     losses = take_steps(solo.model, solo.processor, settings)
     assert losses[-1] < losses[0]
-    save_adapter(solo.model, adapter_weights(solo.model), tmp_path)
+    solo.model.save_pretrained(tmp_path, state_dict=adapter_state_dict(solo.model))
     merged = merge_adapter(make_solo(family).model, tmp_path)
     after = weights(merged)
     assert after.keys() == before.keys()
@@ -81,7 +80,7 @@ def test_new_tokens_alone(family, tmp_path):
 
 def test_all_is_all():
     model = make_solo().model
-    choose_trainable(model, recipe())
+    set_trainable(model, recipe())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -90,14 +89,14 @@ def test_adapters_change_nothing_at_first(settings):
     solo = make_solo()
     ids = torch.tensor([[5, 6, 7, solo.model.config.vision_start_token_id, 8]])
     before = solo.model(input_ids=ids).logits
-    choose_trainable(solo.model, recipe(**settings))
+    set_trainable(solo.model, recipe(**settings))
     assert torch.equal(solo.model.eval()(input_ids=ids).logits, before)
 
 
 @pytest.mark.parametrize(
     ("settings", "processes", "said"),
     [
-        ({"quantize": "nf4"}, 1, "set lora, too"),
+        ({"quantize": "nf4"}, 1, "also set lora"),
         ({"quantize": "nf4", "lora": {}}, 2, "cannot be sharded"),
         ({"lora": {}, "parallel": {"tensor": 2}}, 2, "set parallel.tensor to 1"),
         ({"lora": {"targets": ["q_proj", "no_such"]}}, 1, "no linear layer no_such; it has down_proj, "),
@@ -105,10 +104,10 @@ def test_adapters_change_nothing_at_first(settings):
 )
 def test_what_does_not_go_together_is_said(settings, processes, said):
     with pytest.raises(SoloError, match=said):
-        choose_trainable(make_solo().model, recipe(**settings), processes)
+        set_trainable(make_solo().model, recipe(**settings), processes)
 
 
 @pytest.mark.parametrize("trainable", ["patch_embedding", "new_tokens"])
 def test_a_plain_llm_has_nothing_of_solo(trainable):
     with pytest.raises(SoloError, match="solo init"):
-        choose_trainable(make_llm()[0], recipe(trainable=trainable))
+        set_trainable(make_llm()[0], recipe(trainable=trainable))

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tests.factories import ask, make_llm, make_solo, png
 
-from solo_vlm.data.collate import collate
+from solo_vlm.data.collate import collate, num_supervised_tokens
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.data.sources import open_source
@@ -22,11 +22,11 @@ from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe, train, trainer
 from solo_vlm.train.attention import use_packed_attention
-from solo_vlm.train.manifest import read_recipe
+from solo_vlm.train.model import load_base_model
 from solo_vlm.train.optimizer import learning_rate, make_optimizer
 from solo_vlm.train.recipe import OptimizerSettings
-from solo_vlm.train.start import load_start
-from solo_vlm.train.step import forward_backward, supervised_tokens
+from solo_vlm.train.run_folder import read_manifest_recipe
+from solo_vlm.train.trainer import forward_backward
 from solo_vlm.utils.errors import SoloError
 
 
@@ -63,7 +63,7 @@ def recipe(folder, out, **changes):
         "steps": 12,
         "global_batch": 2,
         "precision": "fp32",
-        "log_every": 1,
+        "log_interval": 1,
         "data": {
             "sources": [{"path": "images.parquet", "weight": 4}, {"path": "text.parquet"}],
             "sequence_length": 64,
@@ -71,7 +71,7 @@ def recipe(folder, out, **changes):
             "packing_buffer": 4,
         },
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "min_learning_rate": 1e-4},
-        "checkpoint": {"every": 5, "keep": 1},
+        "checkpoint": {"save_interval": 5, "keep": 1},
     }
     return Recipe.parse({**settings, **changes})
 
@@ -92,15 +92,15 @@ def test_a_model_learns_to_name_what_it_sees(run_folder, tmp_path):
 
 def dies_after(steps, monkeypatch):
     """Let a run end by an exception after so many steps."""
-    take_step = trainer.take_step
+    optimizer_step = trainer.optimizer_step
     taken = iter(range(1, steps + 1))
 
     def take_or_die(*arguments):
         if next(taken, None) is None:
             raise KeyboardInterrupt
-        return take_step(*arguments)
+        return optimizer_step(*arguments)
 
-    monkeypatch.setattr(trainer, "take_step", take_or_die)
+    monkeypatch.setattr(trainer, "optimizer_step", take_or_die)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -124,7 +124,7 @@ def test_a_manifest_repeats_its_run(run_folder, tmp_path):
     assert manifest["packages"]["torch"] == torch.__version__
     assert len(manifest["data"]) == 2
     assert manifest["outcome"]["tokens"] == 3 * 2 * 64
-    again = read_recipe(tmp_path / "out" / "manifest.json").override([f"out={tmp_path / 'again'}"])
+    again = read_manifest_recipe(tmp_path / "out" / "manifest.json").override([f"out={tmp_path / 'again'}"])
     train(again)
     assert losses(tmp_path / "again") == losses(tmp_path / "out")
 
@@ -132,7 +132,7 @@ def test_a_manifest_repeats_its_run(run_folder, tmp_path):
 @pytest.fixture(scope="module")
 def documents(run_folder):
     """Sixteen documents with and without images, and the model that reads them."""
-    model, processor = load_start(run_folder / "start")
+    model, processor = load_base_model(run_folder / "start")
     encoder = Encoder(processor)
     rows = [
         row for name in ("images", "text") for row in open_source(str(run_folder / f"{name}.parquet")).read(0)
@@ -154,7 +154,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(documents):
             supervised += int((labels[1:] != -100).sum())
     use_packed_attention(model.train())
     batches = [collate(documents[:9], 512, 0), collate(documents[9:], 512, 0)]
-    assert supervised_tokens(batches) == supervised
+    assert num_supervised_tokens(batches) == supervised
     losses = forward_backward(model, batches, supervised, nullcontext())
     assert math.isclose(sum(losses), total / supervised, rel_tol=1e-5)
 
@@ -168,7 +168,7 @@ def test_the_split_of_a_global_batch_changes_neither_loss_nor_gradient(documents
         model.zero_grad()
         size = len(documents) // parts
         batches = [collate(documents[n : n + size], 512, 0) for n in range(0, len(documents), size)]
-        losses = forward_backward(model, batches, supervised_tokens(batches), nullcontext())
+        losses = forward_backward(model, batches, num_supervised_tokens(batches), nullcontext())
         return sum(losses), torch.cat([p.grad.flatten() for p in model.parameters()])
 
     loss, whole = gradient(1)

@@ -21,9 +21,8 @@ from solo_vlm.cli.inspect import inspect
 from solo_vlm.cli.push import push
 from solo_vlm.cli.quickstart import quickstart
 from solo_vlm.cli.scaling import app as scaling
-from solo_vlm.cli.serve import serve
+from solo_vlm.cli.serve import serve, web
 from solo_vlm.cli.train import train
-from solo_vlm.cli.web import web
 from solo_vlm.utils.errors import SoloError
 
 app = typer.Typer(
@@ -68,7 +67,7 @@ def main() -> None:
         if debug:
             raise
         # Processes that torchrun has started are stopped together: the first one says so for all.
-        if not error.is_common or os.environ.get("RANK", "0") == "0":
+        if not error.raised_by_all or os.environ.get("RANK", "0") == "0":
             print(f"solo: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 from solo_vlm.quickstart.report import write_examples, write_loss_curve, write_report
 from solo_vlm.train.metrics import progress_bar, read_metrics
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.trainer import Trained, train
+from solo_vlm.train.trainer import TrainResult, train
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
 
@@ -48,7 +48,7 @@ def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str,
     with progress_bar() as progress:
         _work(progress, "data", lambda: write_toy_data(out / "data", seed))
         write_untrained_llm(out / "llm-untrained", training_texts(out / "data"), seed)
-        trained: dict[str, Trained] = {}
+        trained: dict[str, TrainResult] = {}
         for stage in STAGES:
             if stage == "stage1":
                 from_llm(out / "llm" / "model", seed=seed).save(out / "init")
@@ -59,14 +59,14 @@ def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str,
             for name in ("digits", "captions", "qa")
         }
 
-    steps = sum(run.figures["steps"] for run in trained.values())
-    tokens = sum(run.figures["tokens"] for run in trained.values())
+    steps = sum(run.metrics["steps"] for run in trained.values())
+    tokens = sum(run.metrics["tokens"] for run in trained.values())
     metrics = {
         "digits_accuracy": accuracy(answers["digits"]),
         "caption_exact_match": accuracy(answers["captions"]),
         "qa_accuracy": accuracy(answers["qa"]),
         "seconds": round(time.perf_counter() - started, 1),
-        "tokens_per_second": round(tokens / sum(run.figures["seconds"] for run in trained.values())),
+        "tokens_per_second": round(tokens / sum(run.metrics["seconds"] for run in trained.values())),
         "steps": steps,
         "tokens": tokens,
         "parameters": pipeline.model.num_parameters(),
@@ -101,14 +101,14 @@ def _recipe(stage: str, out: Path, seed: int, fraction: float) -> Recipe:
 
 def _work(progress: Progress, name: str, work: Any) -> None:
     """Do something without steps, shown as one."""
-    task = progress.add_task(name, total=1, figures="")
+    task = progress.add_task(name, total=1, metrics="")
     work()
     progress.update(task, completed=1)
 
 
 def _answers(path: Path, pipeline: GenerationPipeline, progress: Progress) -> list[HeldOutAnswer]:
     questions = read_questions(path)
-    task = progress.add_task(path.stem, total=len(questions), figures="")
+    task = progress.add_task(path.stem, total=len(questions), metrics="")
     answers: list[HeldOutAnswer] = []
     for batch in answer_questions(questions, pipeline):
         answers += batch
@@ -116,12 +116,12 @@ def _answers(path: Path, pipeline: GenerationPipeline, progress: Progress) -> li
     return answers
 
 
-def _stage_figures(folder: Path, run: Trained) -> dict[str, Any]:
+def _stage_figures(folder: Path, run: TrainResult) -> dict[str, Any]:
     losses = [line["loss"] for line in read_metrics(folder)]
     return {
-        "steps": run.figures["steps"],
-        "tokens": run.figures["tokens"],
-        "seconds": round(run.figures["seconds"], 1),
+        "steps": run.metrics["steps"],
+        "tokens": run.metrics["tokens"],
+        "seconds": round(run.metrics["seconds"], 1),
         "loss_first": round(losses[0], 4),
         "loss_last": round(mean(losses[-10:]), 4),
     }

@@ -33,7 +33,7 @@ from solo_vlm.models.shape import ModelShape, parameters
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.processing_solo import num_image_tokens
-from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
+from solo_vlm.train.model import use_activation_checkpointing
 from solo_vlm.utils.errors import SoloError
 
 TOKENS = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -1,4 +1,4 @@
-"""The page in a real browser, before the real server, with a model that was trained to name colours.
+"""The page in a real browser, with the real server and a model trained to name colors.
 
 Screenshots are left in `test-artifacts/web`.
 """
@@ -11,6 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
+from urllib.request import urlopen
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,28 +54,35 @@ def trained(tmp_path_factory):
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "images.parquet", row_group_size=4)
     make_solo().save(folder / "start")
-    recipe = run_settings(folder, folder / "out", model="start", steps=60, checkpoint={"every": 60})
+    recipe = run_settings(folder, folder / "out", model="start", steps=60, checkpoint={"save_interval": 60})
     recipe["data"]["sources"] = [{"path": "images.parquet"}]
     return train(Recipe.parse(recipe)).model
+
+
+@contextmanager
+def running(model, folder, *options, **environment):
+    """Run `solo web` without opening the page; yields its address."""
+    command = [sys.executable, "-m", "solo_vlm", "web", "--model", str(model), "--port", "0", "--no-open"]
+    environment = {**os.environ, "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", **environment}
+    process = subprocess.Popen(
+        [*command, *options], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        address = re.search(r"http://\S+", process.stdout.readline())
+        assert address, "the server did not start"
+        yield address[0]
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 @pytest.fixture(scope="module")
 def server(trained, tmp_path_factory):
     """The address of a running `solo web`; what it may write to is empty, and stays so."""
     folder = tmp_path_factory.mktemp("server")
-    command = [sys.executable, "-m", "solo_vlm", "web", "--model", str(trained), "--port", "0"]
-    environment = {**os.environ, "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        [*command, "--max-image-mib", "1"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        address = re.search(r"http://\S+", process.stdout.readline())
-        assert address, "the server did not start"
-        yield address[0]
+    with running(trained, folder, "--max-image-mib", "1") as address:
+        yield address
         assert list(folder.iterdir()) == []
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +178,7 @@ def opaque(page, canvas):
     )
 
 
-def test_a_dropped_image_is_cut_into_patches(page, keep):
+def test_dropped_image_shows_its_patch_grid(page, keep):
     assert page.is_visible("#drop")
     keep("empty")
     drop(page, picture("red", 300, 100))
@@ -184,7 +194,7 @@ def test_a_dropped_image_is_cut_into_patches(page, keep):
     assert opaque(page, "lines") == []
 
 
-def test_an_answer_is_streamed_and_measured(page, keep):
+def test_answer_is_streamed_and_measured(page, keep):
     page.evaluate(
         """() => {
             window.seen = [];
@@ -208,7 +218,7 @@ def test_an_answer_is_streamed_and_measured(page, keep):
     keep("answer")
 
 
-def test_a_word_shows_where_it_looked(page, keep, size):
+def test_word_shows_its_attention(page, keep, size):
     drop(page, picture("red"))
     page.wait_for_selector("#pending img")
     ask(page)
@@ -260,11 +270,11 @@ def test_several_images_and_turns_and_a_new_chat(page, keep):
     assert "+ 0 vision tokens" in text_of(page, ".figures")
 
 
-def test_what_goes_wrong_is_said_on_the_page(page, keep):
+def test_errors_are_shown_on_the_page(page, keep):
     drop(page, b"<svg></svg>", "drawing.svg")
     page.wait_for_selector("#error:not([hidden])")
     assert "drawing.svg" in page.inner_text("#error")
-    assert "SVG is a drawing" in page.inner_text("#error")
+    assert "Unsupported image format. Use JPEG, PNG" in page.inner_text("#error")
     drop(page, b"x" * (2**20 + 1), "large.png")
     page.locator("#error", has_text="large.png: larger than the limit of 1 MiB").wait_for()
     drop(page, picture("red", 1024, 1024))
@@ -273,9 +283,78 @@ def test_what_goes_wrong_is_said_on_the_page(page, keep):
     page.fill("#prompt", QUESTION)
     page.click("#send")
     page.wait_for_selector("#error:not([hidden])")
-    assert "the model's context 512: shorten it" in page.inner_text("#error")
+    assert "maximum context length is 512 tokens" in page.inner_text("#error")
     assert page.input_value("#prompt") == QUESTION  # nothing that was typed is lost
     keep("error")
     page.click("#pending button")
     ask(page)
     assert not page.is_visible("#error")
+
+
+def test_page_works_by_keyboard(page):
+    """Send, select a word of the answer, and hide its attention, without a pointer."""
+    drop(page, picture("red"))
+    page.wait_for_selector("#pending img")
+    page.focus("#prompt")
+    page.keyboard.type(QUESTION)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".figures")
+    page.locator(".turn.user button").focus()
+    for key in ("Tab", "Enter"):
+        page.keyboard.press(key)
+    page.wait_for_selector(".word[aria-pressed=true]")
+    page.focus("#clear")
+    page.keyboard.press("Enter")
+    assert not page.is_visible("#attention")
+    assert page.evaluate("document.activeElement.className") == "word"
+
+
+def test_stop_ends_the_answer_on_the_server(page, server):
+    """What was written stays, and the model is free for the next request."""
+
+    def running():
+        lines = urlopen(f"{server}/metrics", timeout=60).read().decode().splitlines()
+        return next(line for line in lines if line.startswith("solo_running ")).endswith(" 1.0")
+
+    page.evaluate(
+        """() => {
+            const [log, stop] = ["transcript", "stop"].map((id) => document.getElementById(id));
+            const atFirstText = () => log.querySelector(".assistant:not(.waiting)") && stop.click();
+            new MutationObserver(atFirstText).observe(log, { childList: true, subtree: true });
+        }"""
+    )
+    page.fill("#prompt", QUESTION)
+    page.click("#send")
+    page.wait_for_selector(".figures")
+    assert page.locator(".figures").inner_text() == "stopped"
+    deadline = time.monotonic() + 30
+    while running():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"], indirect=True)
+def test_page_asks_for_the_api_key_once(browser, trained, tmp_path, size):
+    width, height = SIZES[size]
+    with running(trained, tmp_path, SOLO_API_KEY="secret") as address:
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.goto(address)
+        page.wait_for_selector("#locked[open]")
+        assert not page.is_visible("#refused")
+        ARTIFACTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=ARTIFACTS / f"key-{size}.png")
+        page.keyboard.type("wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#refused:visible")
+        page.keyboard.type("secret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#model:not(:empty)")
+        assert not page.is_visible("#locked") and not page.is_visible("#error")
+        drop(page, picture("red"))
+        page.wait_for_selector("#pending img")
+        ask(page)
+        page.locator(".word").first.click()
+        page.wait_for_selector(".word[aria-pressed=true]")
+        page.reload()
+        page.wait_for_selector("#model:not(:empty)")  # the key lives as long as the tab
+        page.close()

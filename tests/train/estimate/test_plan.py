@@ -20,17 +20,21 @@ from solo_vlm.models.shape import ModelShape, parameters
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.quickstart.data.samples import pretraining_sample
-from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
 from solo_vlm.train.estimate.data import estimate_data
-from solo_vlm.train.estimate.devices import find_device, recognize_device
-from solo_vlm.train.estimate.memory import kept_activations, memory_per_device, trained_parameters
+from solo_vlm.train.estimate.memory import (
+    find_device,
+    kept_activations,
+    memory_per_device,
+    recognize_device,
+    trained_parameters,
+)
 from solo_vlm.train.estimate.plan import make_plan, planned_steps
-from solo_vlm.train.parallel.layout import Layout
+from solo_vlm.train.model import set_trainable, use_activation_checkpointing
+from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.trainable import choose_trainable
 from solo_vlm.utils.errors import SoloError
 
-ALONE = Layout(data=1, tensor=1, accumulation=128)
+ALONE = ParallelDims(dp=1, tp=1, gradient_accumulation_steps=128)
 A100 = find_device("A100-80GB")
 TOKENS = 512
 SIZES = {
@@ -72,14 +76,14 @@ def test_weights_gradients_and_moments_are_exact():
     memory = memory_per_device(ModelShape.of(CONFIG), recipe(), ALONE)
     assert memory.weights == memory.gradients == size(model.parameters())
     assert memory.optimizer == size(moments)
-    shared = memory_per_device(ModelShape.of(CONFIG), recipe(), Layout(4, 1, 32))
+    shared = memory_per_device(ModelShape.of(CONFIG), recipe(), ParallelDims(4, 1, 32))
     assert shared.weights + shared.gradients + shared.optimizer == 16 * parameters(CONFIG).total / 4
 
 
 def test_tensor_parallelism_splits_the_matrices_of_layers():
     shape = ModelShape.of(CONFIG)
     counts = parameters(CONFIG)
-    split = memory_per_device(shape, recipe("parallel.tensor=2"), Layout(1, 2, 128))
+    split = memory_per_device(shape, recipe("parallel.tensor=2"), ParallelDims(1, 2, 128))
     assert split.weights == 4 * (counts.total - (counts.attention + counts.mlp) // 2)
 
 
@@ -147,7 +151,7 @@ def test_trained_parameters_are_those_that_get_a_gradient(family, changes):
     model = make_solo(family).model
     settings = recipe(**changes)
     expected = trained_parameters(ModelShape.of(model.config), settings)
-    choose_trainable(model, settings)
+    set_trainable(model, settings)
     assert expected == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -180,7 +184,7 @@ def test_steps_are_those_that_the_data_last(data, weigh):
     encoder = Encoder(make_solo().processor)
     items = [
         MixtureItem(open_source(path), source.weight)
-        for path, source in zip(settings.source_paths(), settings.data.sources, strict=True)
+        for path, source in zip(settings.mixture.source_paths(), settings.data.sources, strict=True)
     ]
     streams = [VirtualStream(index, 2, items, encoder, 256, epochs=2, weigh=weigh) for index in range(2)]
     sequences = sum(1 for stream in streams for _ in stream)
@@ -224,7 +228,7 @@ def test_a_dry_run_of_the_paper_needs_neither_weights_nor_data(run):
     assert facts["parameters"]["total"] == parameters(SoloConfig()).total
     assert facts["steps"] == 1525
     assert facts["tokens"] == 1525 * 128 * 32768
-    assert facts["layout"] == {"processes": 8, "data": 4, "tensor": 2, "accumulation": 32}
+    assert facts["parallel"] == {"world_size": 8, "dp": 4, "tp": 2, "gradient_accumulation_steps": 32}
     assert facts["fits"]
     assert sum(facts["memory"].values()) == 2 * facts["memory"]["total"]
 
@@ -232,7 +236,7 @@ def test_a_dry_run_of_the_paper_needs_neither_weights_nor_data(run):
 def test_a_dry_run_is_shown(run):
     status, out, _ = run("train", "solo-7b/sft", "--dry-run", "--processes", "8", "--device", "h100")
     assert status == 0
-    assert "H100" in out and "as many steps as the data last" in out
+    assert "H100" in out and "until the data end" in out
 
 
 def test_what_does_not_fit_comes_with_what_helps(run):
@@ -249,7 +253,7 @@ def test_what_cannot_be_split_is_refused_and_not_advised(run):
     command = ("train", "smollm2-135m/stage1", "--dry-run", "--processes", "2")  # 9 heads, 3 of keys
     status, _, err = run(*command, "parallel.tensor=2")
     assert status == 2
-    assert "9, and 3 of keys" in err
+    assert "9 query heads, 3 key-value heads" in err
     facts = json.loads(run(*command, "--json", "data.sequence_length=262144")[1])
     assert set(facts["ways_to_fit"]) == {"activation_checkpointing=full"}
 
@@ -293,7 +297,7 @@ def test_devices_are_known_by_torchs_names(name, known):
 
 
 def test_an_unknown_device_is_refused_with_those_that_are_known():
-    with pytest.raises(SoloError, match=r"no device abacus: known are .*H100"):
+    with pytest.raises(SoloError, match=r"unknown device abacus: known are .*H100"):
         find_device("abacus")
 
 
