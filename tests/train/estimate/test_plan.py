@@ -15,8 +15,7 @@ from solo_vlm.data.encode import Encoder
 from solo_vlm.data.samples_file import write_samples
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
-from solo_vlm.models.flops import training_flops
-from solo_vlm.models.shape import ModelShape, parameters
+from solo_vlm.models.flops import ModelShape, count_parameters, training_flops
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.quickstart.data.samples import pretraining_sample
@@ -77,12 +76,12 @@ def test_weights_gradients_and_moments_are_exact():
     assert memory.weights == memory.gradients == size(model.parameters())
     assert memory.optimizer == size(moments)
     shared = memory_per_device(ModelShape.of(CONFIG), recipe(), ParallelDims(4, 1, 32))
-    assert shared.weights + shared.gradients + shared.optimizer == 16 * parameters(CONFIG).total / 4
+    assert shared.weights + shared.gradients + shared.optimizer == 16 * count_parameters(CONFIG).total / 4
 
 
 def test_tensor_parallelism_splits_layer_matrices():
     shape = ModelShape.of(CONFIG)
-    counts = parameters(CONFIG)
+    counts = count_parameters(CONFIG)
     split = memory_per_device(shape, recipe("parallel.tensor=2"), ParallelDims(1, 2, 128))
     assert split.weights == 4 * (counts.total - (counts.attention + counts.mlp) // 2)
 
@@ -216,7 +215,7 @@ def test_plan_with_available_data(data):
     assert plan.documents == pytest.approx(2 * 1800, rel=0.1)
     config = make_solo().model.config
     length = plan.data.document_length
-    flops = training_flops(config, [round(length)] * round(256 / length), 0, 256)
+    flops = training_flops(ModelShape.of(config), [round(length)] * round(256 / length), 0, 256)
     assert plan.flops_per_step == pytest.approx(4 * flops, rel=0.1)
     assert plan.seconds_per_step == pytest.approx(plan.flops_per_step / (2 * 312e12 * 0.5))
 
@@ -225,7 +224,7 @@ def test_dry_run_of_paper_recipe_without_weights_or_data(run):
     status, out, _ = run("train", "solo-7b/stage1", "--dry-run", "--processes", "8", "--json")
     facts = json.loads(out)
     assert status == 0
-    assert facts["parameters"]["total"] == parameters(SoloConfig()).total
+    assert facts["parameters"]["total"] == count_parameters(SoloConfig()).total
     assert facts["steps"] == 1525
     assert facts["tokens"] == 1525 * 128 * 32768
     assert facts["parallel"] == {"world_size": 8, "dp": 4, "tp": 2, "gradient_accumulation_steps": 32}
