@@ -103,9 +103,7 @@ def set_trainable(model: PreTrainedModel, recipe: Recipe, world_size: int = 1) -
     if recipe.quantize and world_size > 1:
         raise SoloError("quantize: 4-bit weights cannot be sharded; start one process, or unset quantize")
     if recipe.lora and recipe.parallel.tensor > 1:
-        raise SoloError(
-            "lora: layers with adapters do not support tensor parallelism; set parallel.tensor to 1"
-        )
+        raise SoloError("lora: adapters do not support tensor parallelism; set parallel.tensor to 1")
     new_tokens = recipe.trainable == "new_tokens"
     if recipe.lora or new_tokens:
         add_adapters(model, recipe.lora, new_tokens)
