@@ -113,8 +113,8 @@ def test_the_page_needs_nothing_else_and_runs_nothing(finished):
 def test_answers_are_shown_with_exact_prompt_reading_and_truth(finished):
     html = (finished[0] / "report.html").read_text()
     assert "Wrong answers: 8 of 8" in html
-    assert "Right answers: 12 of 22" in html
-    assert "read as nothing, right is yes" in html
+    assert "Correct answers: 12 of 22" in html
+    assert "extracted nothing, reference yes" in html
     assert "Please answer yes or no" not in html  # lmms-eval replaces it
     assert "Answer the question using a single word or phrase." in html
 
