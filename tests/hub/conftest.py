@@ -13,9 +13,8 @@ from tests.factories import image_rows, make_solo, run_settings, text_rows
 
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.predictions import Prediction, without_images
-from solo_vlm.evaluate.run import ModelFacts
-from solo_vlm.evaluate.run_folder import RunFolder
-from solo_vlm.evaluate.weights import weights_hash
+from solo_vlm.evaluate.run import ModelInfo
+from solo_vlm.evaluate.run_folder import RunFolder, weights_hash
 from solo_vlm.hub.upload import Publication
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.trainer import train
@@ -35,8 +34,8 @@ def evaluate():
             scores.append(get(task).score(answers))
         run = RunFolder(folder)
         run.write_scores([replace(scores[0], n=scores[0].expected_n), scores[1]])
-        facts = ModelFacts(str(model), "transformers", weights_hash(model)).as_dict()
-        run.write_facts({"model": facts, "settings": {}, "versions": {"torch": "1.2.3"}, "tasks": {}})
+        facts = ModelInfo(str(model), "transformers", weights_hash(model)).as_dict()
+        run.write_metadata({"model": facts, "settings": {}, "versions": {"torch": "1.2.3"}, "tasks": {}})
 
     return evaluate
 

@@ -24,9 +24,8 @@ from solo_vlm.data.catalog.entry import DataSet
 from solo_vlm.data.catalog.registry import DATA_SETS
 from solo_vlm.data.mixture import LOADER_SETTINGS
 from solo_vlm.evaluate.benchmarks import get
-from solo_vlm.evaluate.run_folder import RunFolder
-from solo_vlm.evaluate.score import Score
-from solo_vlm.evaluate.weights import weights_hash
+from solo_vlm.evaluate.run_folder import RunFolder, weights_hash
+from solo_vlm.evaluate.scoring.score import Score
 from solo_vlm.hub.folder import weight_files
 from solo_vlm.models.load import load_config, load_processor
 from solo_vlm.models.solo.processing_solo import num_image_tokens
@@ -253,12 +252,12 @@ class Evaluation:
 
     Attributes:
         scores: Scores of the run.
-        engine: Backend that ran the model.
+        backend: Backend that ran the model.
         versions: Software versions by package.
     """
 
     scores: Sequence[Score]
-    engine: str
+    backend: str
     versions: Mapping[str, str]
 
     @classmethod
@@ -269,17 +268,17 @@ class Evaluation:
             SoloError: The folder is no evaluation, or evaluates other weights.
         """
         run = RunFolder(folder)
-        scores, facts = run.read_scores(), run.read_facts()
+        scores, metadata = run.read_scores(), run.read_metadata()
         try:
-            about, versions = facts["model"], facts["versions"]
-            sha256, engine = about["sha256"], about["engine"]
+            about, versions = metadata["model"], metadata["versions"]
+            sha256, backend = about["sha256"], about["backend"]
         except (KeyError, TypeError) as error:
             raise SoloError(f"{folder / 'run.json'} does not describe the model: {error}") from error
         if sha256 is None:
             raise SoloError(f"{folder} evaluates a model behind an API, which cannot be matched with {model}")
         if sha256 != weights_hash(model):
             raise SoloError(f"{folder} evaluates another model than {model}: their weights differ")
-        return cls(scores, engine, versions)
+        return cls(scores, backend, versions)
 
     def results(self) -> list[EvalResult]:
         """Return the card's metadata; partial scores are left out, because it cannot mark them."""

@@ -1,4 +1,4 @@
-"""Read the number that a response gives."""
+"""Extract a number from a response."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 import re
 import unicodedata
 
-from solo_vlm.evaluate.response_text import DECLARES, clean
+from solo_vlm.evaluate.scoring.extract import DECLARES, clean
 
 _DASHES = "-−–—‐‑‒﹣"
 _DIGIT_GAP = r"(?:\\[,;!: ]|['’\u00a0\u2009\u202f])"
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 
-# LaTeX and typography, in the spelling in which the tokens below are written.
+# LaTeX and typographic forms, rewritten to what _TOKEN matches.
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _VULGAR_FRACTION = re.compile(r"[¼-¾⅐-⅞]")
 _GAP_IN_THOUSANDS = re.compile(rf"(?<=\d){_DIGIT_GAP}(?=\d{{3}}(?!\d))")
@@ -24,12 +24,12 @@ _SIGN_APART = re.compile(rf"([=:(]\s*)[{_DASHES}]\s+(?=[\d.])")
 
 _DIGITS = r"\d+(?:[.,]\d+)*"
 _TOKEN = re.compile(
-    # Neither inside a word or number, nor an exponent or index.
+    # Not inside a word or number, and not an exponent or index.
     rf"(?<![\w.^])(?<![\^_]\{{)(?P<sign>[{_DASHES}+]?)"
     rf"(?:(?P<whole>\d{{1,6}})[ ]+(?=\d{{1,3}}\s*/\s*\d{{1,3}}(?![\d/])))?"
     rf"(?P<body>{_DIGITS}|\.\d+)(?P<exponent>[eE][-+]?\d+(?!\w))?"
     rf"(?:\s*/\s*(?P<below>{_DIGITS}))?"
-    # Parts of a range, ratio, date, power, a number in words, or an expression that is still to be computed.
+    # Part of a range, ratio, date, power, number in words, or unevaluated expression.
     rf"(?P<more>(?:[:/{_DASHES}]\d+)+|\s*(?:\^|[*×÷+·]\s*[\d.]|π|\\pi\b|√|\\sqrt|\\times|\\cdot)"
     r"|[kKM]\b|\s*(?:hundred|thousand|million|billion|trillion)s?\b)?"
 )
@@ -48,10 +48,11 @@ _CLAUSE_END = re.compile(r"[,;](?!\d)|\.(?!\d)")
 
 
 def read_number(response: str) -> str | None:
-    """Return the number that a response gives, as text that `float` takes, or None.
+    """Return the number that a response states, as text that `float` parses, or None.
 
-    It is the first number on the line after the last "the answer is" (behind the "=", if there is one), else
-    the last number of all. A fraction is computed. What could be two numbers is none: "3,5", "3-5", "2 x 4".
+    It is the first number on the line after the last "the answer is" (after the "=", if there is one), else
+    the last number of the response. Fractions are evaluated. Ambiguous numbers, such as "3,5", "3-5" and
+    "2 x 4", count as none.
     """
     text = _typed(clean(response))
     declared = DECLARES.split(text)[1:]
@@ -68,7 +69,7 @@ def read_number(response: str) -> str | None:
 
 
 def as_number(text: str) -> float | None:
-    """Return the finite number that a text is, None where it is anything else."""
+    """Return the value of a text that is a finite number, else None."""
     try:
         number = float(text)
     except ValueError:
@@ -81,7 +82,7 @@ def as_number(text: str) -> float | None:
 
 
 def _typed(text: str) -> str:
-    """Return a text with its numbers as one would type them: "-1/2" for "−½", "1,234" for "1{,}234"."""
+    """Return the text with plain numbers: "-1/2" for "−½", "1,234" for "1{,}234"."""
     text = _SIGN_IN_WORDS.sub(lambda found: f"{found[1]}- " if found[1] else "-", text)
     text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text.replace("{,}", ","))
     text = _FRACTION.sub(r"\1/\2", text)
@@ -92,7 +93,7 @@ def _typed(text: str) -> str:
 
 
 def _is_list(text: str) -> bool:
-    """Whether a text is nothing but several numbers."""
+    """Whether a text consists of several numbers and nothing else."""
     return len(set(_tokens(text))) > 1 and _BETWEEN_NUMBERS.fullmatch(_TOKEN.sub("", text)) is not None
 
 
@@ -103,7 +104,7 @@ def _as_exponent(power: re.Match[str]) -> str:
 
 
 def _tokens(text: str) -> list[str | None]:
-    """Return the numbers of a text, None for each that is ambiguous; "not 5" is none."""
+    """Return the numbers of a text, None for each ambiguous one; "not 5" is skipped."""
     return [
         _value(token) for token in _TOKEN.finditer(text) if not _REJECTED_BEFORE.search(_text_before(token))
     ]
@@ -127,7 +128,7 @@ def _text_before(token: re.Match[str]) -> str:
 
 
 def _digits(body: str) -> str | None:
-    """Return digits as `float` takes them, None where commas and points do not say which is which."""
+    """Return digits as `float` parses them, or None if commas and points are ambiguous."""
     if _WHOLE.fullmatch(body):
         return re.sub("[,.]", "", body)
     decimal = _DECIMAL.fullmatch(body)

@@ -1,4 +1,4 @@
-"""Read an option, yes or no, or a list out of what a model wrote."""
+"""Extract an option, yes or no, or a list from a response, after removing special tokens and markup."""
 
 from __future__ import annotations
 
@@ -8,21 +8,91 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from solo_vlm.evaluate.response_text import DECLARES, clean, plain
+# "The answer is", "**Answer:**", "the correct option should be": the answer follows, unless it is "the wrong
+# answer is".
+DECLARES = re.compile(
+    r"\b(?<!wrong )(?<!incorrect )(?<!false )(?:answer|option|choice)\b"
+    r"[*_`]*\s*(?:is|are|was|(?:should|must|would|will)\s+be|[:=])[*_`:\s]*",
+    re.IGNORECASE,
+)
 
-# Possessive, because a model that runs wild may write ten thousand asterisks.
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # "Ｂ", "：", "（", "１" and so on
+_INVISIBLE = dict.fromkeys((0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), 0x2060, 0xFEFF))
+_PLAIN_CHARACTERS = {
+    **_FULL_WIDTH,
+    **_INVISIBLE,
+    **str.maketrans("、【】「」『』", ',[]""""'),
+}
+_FULL_STOP = re.compile(r"[．。](?![\d０-９])")
+
+_START_OF_TURN = re.compile(
+    r"(?:\s|</?s>|<bos>|<\|(?:begin_of_text|endoftext|assistant)\|>|<\|im_start\|>(?:assistant\b)?"
+    r"|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>(?:model\b)?)*+"
+)
+_END_OF_TURN = re.compile(
+    r"</s>|<eos>|<end_of_turn>|<｜end▁of▁sentence｜>"
+    r"|<\|(?:im_end|im_start|endoftext|end_of_text|eot_id|eom_id|eot|eos|end|return|end_of_turn"
+    r"|END_OF_TURN_TOKEN|user)\|>"
+)
+# Two levels of braces: \boxed{\text{(B) } \frac{1}{2}}.
+_BOX = re.compile(
+    r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|<answer>([^<]*)</answer>", re.IGNORECASE
+)
+_SIDE_BY_SIDE = re.compile(r"[\s$.,;]*(?:(?:and|or|&)[\s$]*)?")
+_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|mathit|textbf|textit|boldsymbol|bm)\s*\{([^{}]*)\}")
+_LATEX_BRACKET = re.compile(r"\\([()\[\]])")
+
+
+def clean(response: str) -> str:
+    r"""Return the response up to the end of its turn, without reasoning blocks and markup.
+
+    "\boxed{\text{B}}" and "<answer>B</answer>" become "answer: B" on a separate line. Nothing follows a
+    reasoning block that is not closed.
+    """
+    text = response.rpartition("</think>")[2].partition("<think>")[0]
+    text = text[_START_OF_TURN.match(text).end() :]  # type: ignore[union-attr]
+    text = without_markup(_END_OF_TURN.split(text, maxsplit=1)[0])
+    return _unboxed(text).strip()
+
+
+def without_markup(text: str) -> str:
+    """Return the text with ASCII instead of full-width punctuation, and without LaTeX around words."""
+    text = _FULL_STOP.sub(". ", text).translate(_PLAIN_CHARACTERS)
+    return _LATEX_BRACKET.sub(r"\1", _LATEX_TEXT.sub(r"\1", text))
+
+
+def _unboxed(text: str) -> str:
+    """Return the text with boxes as "answer: ..."; adjacent boxes are one answer: "answer: A, B"."""
+    parts: list[str] = []
+    end = 0
+    for box in _BOX.finditer(text):
+        between = text[end : box.start()]
+        joined = parts and _SIDE_BY_SIDE.fullmatch(between)
+        parts += [", " if joined else f"{between}\nanswer: ", box.group(1) or box.group(2) or ""]
+        end = box.end()
+    return "".join([*parts, "\n" if parts else "", text[end:]])
+
+
+def plain(text: str) -> str:
+    """Return the text without case, redundant white space and surrounding punctuation."""
+    return " ".join(without_markup(text).casefold().split()).strip(" .,;:!*_`\"'“”‘’$")
+
+
+# ----------------------------------------------------------------------------------------------- options
+
+# Possessive: a degenerate response may hold ten thousand asterisks.
 _OPEN, _CLOSE = r"[(\[{*_`\"'$\s]*+", r"[)\]}*_`\"'$.:,;!\s]*+"
 _WORD = r"(?:(?:the\s+)?(?:option|choice|letter|answer)\s*+:?)?"
 _LETTER = rf"{_OPEN}{_WORD}{_OPEN}([A-Z])"
 _LETTER_ALONE = re.compile(_LETTER + _CLOSE, re.IGNORECASE)
-# A mark or the end of the line sets the letter apart: "B) cat", "B. cat", "B, since ...", "B - cat".
+# Punctuation or the end of the line sets the letter apart: "B) cat", "B. cat", "B, since ...", "B - cat".
 _LETTER_FIRST = re.compile(
     _LETTER + r"(?:[)\]}:*]|\.(?!\w)|,(?!\s*[A-Z]\b)|[ \t]*\n|\s+[-–—]"
     r"|\s+(?:because|since|is\s+(?:the\s+)?(?:right|correct|best))\b)"
     r"(?!\s*is\s+(?:not|wrong|incorrect|false)\b|\s*(?:or|and)\s*\()",
     re.IGNORECASE,
 )
-# Not "a cat" and not "A cat": between the letter and a further word stands a mark or a conjunction.
+# Not "a cat" nor "A cat": punctuation or a conjunction separates the letter from a further word.
 _LETTER_DECLARED = re.compile(
     _LETTER + r"(?![\w-]|['’]\w)(?![ \t]+(?!(?:because|since|as|for|which|and)\b)\w)", re.IGNORECASE
 )
@@ -31,7 +101,7 @@ _LETTER_NAMED = re.compile(r"\(([A-Za-z])\)|\b(?i:option|choice)\s+[(\[*_`\"']*(
 _LETTER_LAST = re.compile(
     r"\b(?i:it['’]s|is|so|thus|therefore|with|choose|pick|select)[,:]?\s+\(?([A-Z])\)?[.!]?$"
 )
-# Letters one after the other: "A, B", "A and B", "A. dog B. cat". A word behind a letter makes it an article.
+# A list of letters: "A, B", "A and B", "A. dog B. cat". A letter followed by a word is an article.
 _LISTED = re.compile(_LETTER + r"(?!\w|['’]\w|-\w\w)", re.IGNORECASE)
 _LISTED_FURTHER = re.compile(
     rf"{_OPEN}(?:(?:the\s+)?(?:option|choice|letter)\s*+:?)?{_OPEN}([A-Z])(?!\w|['’]\w|-\w\w)", re.IGNORECASE
@@ -52,25 +122,30 @@ _REJECTED_BEFORE = re.compile(
 _YES_NO = re.compile(
     r"\W*+(?:(?:the\s+)?(?:(?!wrong|incorrect|false)\w+\s+)?answer\b(?:\s+is)?\W*+)?(yes|no)\b", re.IGNORECASE
 )
-# Digits on both sides of these marks, or a sign, belong to one number: "2.5 cm" is not "5 cm".
+# A sign, or one of these marks between digits, belongs to the number: "2.5 cm" is not "5 cm".
 _NO_NUMBER_BEFORE = r"(?<![-+−–—‐‑‒±√^])(?<!\d[.,:/'’ ])"
 _NO_NUMBER_AFTER = r"(?![.,:/'’−–—‐‑‒-]\d|\s?\^| \d{3}(?!\d))"
 _OTHER_OF_YES_NO = re.compile(r"(?:[\s,;/|&.*_]|\b(?:and|or)\b)*+(yes|no)\b(?![ \t]+\w)", re.IGNORECASE)
 
 
 def read_choice(response: str, options: Sequence[str], anywhere: bool = True) -> str | None:
-    """The letter of the option that a response names, or None: nothing is guessed.
+    """Return the letter of the option that a response names, or None: nothing is guessed.
 
-    In this order: the response is a letter, or the text of an option; it begins with a letter set apart, as
-    in "B) cat"; it says "the answer is", and then a letter or an option's text, the last time counting; its
-    last line is a letter or an option's text; it names one "(B)" or "option B", or ends in "I choose B", and
-    names no other; the text of one option and of no other occurs in it. Where two different letters stand
-    side by side, as in "A, B", neither is read.
+    The first rule that applies decides:
+
+    1. The response is a letter, or the text of an option.
+    2. It begins with a letter set apart, as in "B) cat".
+    3. It says "the answer is" and a letter or an option's text; the last such statement counts.
+    4. Its last line is a letter or an option's text.
+    5. It names "(B)" or "option B", or ends in "I choose B", and names no other letter.
+    6. It contains the text of exactly one option.
+
+    Two different letters side by side, as in "A, B", are no answer.
 
     Args:
-        response: what the model wrote.
-        options: texts of the options A, B, C, ...; an empty one can be chosen by its letter only.
-        anywhere: whether the text of an option counts within a sentence, too.
+        response: Text generated by the model.
+        options: Texts of the options A, B, C, ...; one with an empty text can be named by its letter only.
+        anywhere: Whether rule 6 applies.
     """
     text = clean(response)
     letters = (
@@ -85,10 +160,9 @@ def read_choice(response: str, options: Sequence[str], anywhere: bool = True) ->
 
 
 def read_yes_no(response: str) -> str | None:
-    """Yes or no, where the response begins with the word (after "Answer:", if need be), else None.
+    """Return "yes" or "no" if the response begins with the word, optionally after "Answer:", else None.
 
-    A single y or n counts, too. Words that only begin so do not: "None" and "Nothing" are neither. Nor is
-    "yes or no" an answer.
+    A single y or n counts too. Neither "None" nor "Nothing" is a no, and "yes or no" is no answer.
     """
     text = clean(response)
     word = text.strip(".").lower()
@@ -103,39 +177,33 @@ def read_yes_no(response: str) -> str | None:
 
 
 def read_list(response: str) -> str | None:
-    """The last Python list in a response, in Python's own spelling, or None."""
+    """Return the last Python list in a response, normalized to its repr, or None."""
     lists = (parse_literal(found) for found in reversed(re.findall(r"\[[^\[\]]*\]", clean(response))))
     return next((str(found) for found in lists if found is not None), None)
 
 
 def parse_literal(text: str) -> Any:
-    """The value that a text spells as Python, or None where it spells none."""
+    """Return the value of a Python literal, or None if the text is none."""
     try:
         return ast.literal_eval(text)
-    except (
-        ValueError,
-        SyntaxError,
-        TypeError,
-        MemoryError,
-        RecursionError,
-    ):  # all that its documentation names
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as documented by ast
         return None
 
 
 def same_text(text: str, options: Sequence[str]) -> int | None:
-    """The place of the one option with this text, or None: to the letter, else up to case and marks.
+    """Return the index of the only option with this text: exactly, else ignoring case and punctuation.
 
     "mW" and "MW" are two options, and "mw" is neither.
     """
     for form in (str.strip, plain):
         wanted = form(text)
-        alike = [place for place, option in enumerate(options) if wanted and form(option) == wanted]
+        alike = [index for index, option in enumerate(options) if wanted and form(option) == wanted]
         if alike:
             return alike[0] if len(alike) == 1 else None
     return None
 
 
-# Each rule gives the letters that it finds: none where it does not apply, several where it is not clear.
+# Each rule returns a set of letters: empty if it does not apply, several if the response is ambiguous.
 
 
 def _whole(text: str, options: Sequence[str]) -> set[str]:
@@ -147,13 +215,13 @@ def _whole(text: str, options: Sequence[str]) -> set[str]:
 
 
 def _begins(text: str, options: Sequence[str]) -> set[str]:
-    """Letters at the beginning; where all options are repeated there, a declared answer comes first."""
+    """Return the letters at the beginning; if options are listed there, a declared answer wins."""
     listed, _ = _listed(text, options)
     letters = _letter(_LETTER_FIRST.match(text), options)
     if letters:
         first, *lines = [line for line in text.split("\n") if line.strip()]
         letters |= _marked_alike(first, options)
-        if not _LETTER_ALONE.fullmatch(first):  # else what follows is the explanation
+        if not _LETTER_ALONE.fullmatch(first):  # otherwise an explanation follows
             for line in lines:
                 further = _letter(_LETTER_FIRST.match(line + "\n"), options)
                 if not further:
@@ -165,7 +233,7 @@ def _begins(text: str, options: Sequence[str]) -> set[str]:
 
 
 def _marked_alike(line: str, options: Sequence[str]) -> set[str]:
-    """Letters "A) ... B) ..." of a line that begins with one; behind "A." comes "B.", not "vitamin C."."""
+    """Return the letters "A) ... B) ..." of a line; after "A." comes "B.", not "vitamin C."."""
     marked = [match.groups() for match in _MARKED.finditer(line) if _letter(match, options)]
     found: list[str] = []
     for letter, mark in marked:
@@ -187,7 +255,7 @@ def _declared(text: str, options: Sequence[str]) -> set[str]:
 
 
 def _last_line(text: str, options: Sequence[str]) -> set[str]:
-    """Letter or option on the last line; two last lines with a letter each give two."""
+    """Return the letter or option of the last line, or the letters of several last lines."""
     letters: set[str] = set()
     for line in reversed(text.split("\n")):
         if line.strip():
@@ -204,7 +272,7 @@ def _named(text: str, options: Sequence[str]) -> set[str]:
 
 
 def _occurring(text: str, options: Sequence[str]) -> set[str]:
-    """Options whose text stands in the response, other than within the text of a longer one that does."""
+    """Return the options whose text occurs in the response, but not inside a longer option's text."""
     words = plain(text)
     letters: dict[str, set[str]] = {}
     for letter, option in zip(ascii_uppercase, map(plain, options), strict=False):
@@ -216,19 +284,19 @@ def _occurring(text: str, options: Sequence[str]) -> set[str]:
         if len(option) > 1 and option in words and (matches := list(pattern.finditer(words))):
             found |= letters[option]
             rejected = rejected and all(map(_rejected, matches))
-            words = pattern.sub("\0" * len(option), words)  # a shorter one within it does not count
+            words = pattern.sub("\0" * len(option), words)  # hide it from shorter options
     return set() if len(found) == 1 and rejected else found
 
 
 def _as_words(option: str) -> re.Pattern[str]:
-    """Finds an option's text where no word and no number goes on."""
+    """Return a pattern for an option's text that is not part of a longer word or number."""
     before = _NO_NUMBER_BEFORE if option[:1].isdigit() else ""
     after = _NO_NUMBER_AFTER if option[-1:].isdigit() else ""
     return re.compile(rf"(?<!\w){before}{re.escape(option)}(?!\w){after}")
 
 
 def _rejected(match: re.Match[str]) -> bool:
-    """Whether a match is named as what the answer is not: "option B is wrong", "not a cat"."""
+    """Whether the response rejects the match: "option B is wrong", "not a cat"."""
     before = match.string[max(0, match.start() - 40) : match.start()]
     return bool(_REJECTED_BEFORE.search(before) or _REJECTED_AFTER.match(match.string, match.end()))
 
@@ -241,19 +309,19 @@ def _letter(match: re.Match[str] | None, options: Sequence[str]) -> set[str]:
 
 
 def _of_same_text(text: str, options: Sequence[str]) -> set[str]:
-    place = same_text(text, options)
-    return set() if place is None else {ascii_uppercase[place]}
+    index = same_text(text, options)
+    return set() if index is None else {ascii_uppercase[index]}
 
 
 def _listed(text: str, options: Sequence[str]) -> tuple[set[str], bool]:
-    """Letters that a text begins with, each maybe with its option's text; whether there is nothing else."""
+    """Return the letters listed at the start, with or without options' texts, and whether that is all."""
     letters: set[str] = set()
     place, first_is_alone = 0, False
     while (match := (_LISTED_FURTHER if letters else _LISTED).match(text, place)) and _letter(match, options):
         option = options[ascii_uppercase.index(match.group(1).upper())].strip()
         alone = _LINE_ENDS.match(text, match.end()) is not None
         if letters and first_is_alone and not alone and "\n" in text[place - 1 : match.start(1)]:
-            break  # a letter alone on the first line, explained on the next ones
+            break  # a letter alone on the first line, explained on the following ones
         end = _end(_MARKS, text, match.end())
         if option and _begins_with(text, end, option):
             end += len(option)
