@@ -31,7 +31,7 @@ def init(
     """Turn an LLM into a SOLO model: new tokens and one linear layer; its text logits stay the same."""
     quiet_libraries()
     from solo_vlm.models.from_llm import from_llm
-    from solo_vlm.models.saving import stop_ids
+    from solo_vlm.models.load import stop_ids
     from solo_vlm.utils.files import check_new
 
     check_new(out)

@@ -21,14 +21,14 @@ def inspect(
     """Draw the patch grid over the resized image, and tell how many tokens it takes."""
     quiet_libraries()
     from solo_vlm.generate import open_images
-    from solo_vlm.models.inspect_image import draw_patch_grid, image_layout
+    from solo_vlm.models.inspect import draw_patch_grid, summarize_image
     from solo_vlm.models.load import load_processor
     from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
     from solo_vlm.utils.files import new_file
 
     image_processor = load_processor(model).image_processor if model else SoloImageProcessor()
     picture = open_images([image])[0]
-    layout = image_layout(picture, image_processor)
+    layout = summarize_image(picture, image_processor)
     with new_file(out) as partial:
         draw_patch_grid(picture, image_processor).save(partial, format="PNG")
     if json:

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from solo_vlm.models.saving import pad_left, save_model, stop_ids
+from solo_vlm.models.load import pad_left, save_model, stop_ids
 from solo_vlm.models.solo.chat_template import (
     CHATML_TEMPLATE,
     CHATML_TOKENS,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from solo_vlm.models.original import (
     has_tokenizer,
@@ -20,6 +20,11 @@ from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.original_solo import is_original
 from solo_vlm.models.solo.processing_solo import SoloProcessor
 from solo_vlm.utils.errors import SoloError
+
+PATCH_EMBEDDING = "embed_vision_patch"
+HEAD = "lm_head"
+
+Quantization = Literal["int8", "nf4"]
 
 
 def load_model(
@@ -136,3 +141,72 @@ def _load(cls: Any, path: str | Path, **options: Any) -> Any:
 def _default_device() -> str:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"
+
+
+def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What transformers needs to hold the decoder's linear layers in few bits.
+
+    The patch embedding, through which all that is seen must go, and the head stay as they are.
+
+    Args:
+        kind: "int8" (LLM.int8: Dettmers et al. 2022), or "nf4" for 4-bit NormalFloat, twice quantised
+            (QLoRA: Dettmers et al. 2023, section 3).
+        dtype: what is computed in; int8 has its own arithmetic.
+
+    Raises:
+        SoloError: bitsandbytes or accelerate is not installed, or `kind` is neither.
+    """
+    from transformers.utils import is_accelerate_available, is_bitsandbytes_available
+
+    if not (is_bitsandbytes_available() and is_accelerate_available()):
+        raise SoloError("quantize: needs bitsandbytes; pip install 'solo-vlm[quantize]'")
+    untouched = [PATCH_EMBEDDING, HEAD]
+    match kind:
+        case "int8":
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=untouched)
+        case "nf4":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=untouched,
+            )
+        case _:
+            raise SoloError(f"quantize: int8 or nf4, not {kind}")
+
+
+def save_model(folder: Path, model: PreTrainedModel, processor: Any, **options: Any) -> None:
+    """Write a model and its processor, or an LLM and its tokenizer, into one folder.
+
+    Batches of prompts are padded on the left, as generation needs it; and generation stops where the chat
+    template ends a turn.
+
+    Args:
+        folder: an existing one.
+        model: SOLO, or a plain LLM.
+        processor: of the model; a plain LLM's tokenizer.
+        **options: of `PreTrainedModel.save_pretrained`.
+    """
+    if isinstance(processor, SoloProcessor):
+        model.generation_config.eos_token_id = stop_ids(model.generation_config, processor)
+    pad_left(getattr(processor, "tokenizer", processor))
+    model.save_pretrained(folder, **options)
+    processor.save_pretrained(folder)
+
+
+def pad_left(tokenizer: Any) -> None:
+    """Pad on the left, also once the tokenizer was saved and loaded: `init_kwargs` is what it saves."""
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+
+
+def stop_ids(settings: Any, processor: SoloProcessor | None = None) -> list[int]:
+    """Ids of all tokens that end an answer.
+
+    Args:
+        settings: has `eos_token_id`: a `GenerationConfig` or a model's configuration.
+        processor: adds the tokenizer's EOS and what the chat template ends a turn with.
+    """
+    ids = getattr(settings, "eos_token_id", None)
+    own = [ids] if isinstance(ids, int) else list(ids or [])
+    return list(dict.fromkeys([*own, *(processor.end_of_turn_ids if processor else [])]))

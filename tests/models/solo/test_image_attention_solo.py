@@ -11,7 +11,7 @@ from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate import GenerationPipeline
-from solo_vlm.models.solo.image_attention_solo import image_index
+from solo_vlm.models.solo.modeling_solo import image_index
 from solo_vlm.train.attention import packed_attention, use_packed_attention
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma3"]  # mistral has a sliding window, gemma3 two kinds of layers

@@ -7,22 +7,31 @@ Modeling" (TMLR 2024), section 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_solo import SoloConfig
-from .image_attention_solo import PACKED_ATTENTION, image_index, image_masks
-from .loss_solo import supervised_cross_entropy
 from .original_solo import ORIGINAL_KEYS
+
+PACKED_ATTENTION = "solo_packed"  # of training: it makes its masks itself, document by document
+_TAKE_MASKS = ("eager", "sdpa", "flex_attention")
+
+IGNORE_INDEX = -100
+CHUNK_SIZE = 1024  # supervised positions whose logits exist at a time
 
 
 @dataclass
@@ -330,6 +339,100 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+
+def image_index(input_ids: Tensor, image_token_id: int, vision_start_token_id: int) -> Tensor:
+    """Which image of its row a patch belongs to.
+
+    Args:
+        input_ids: (batch, length) int64.
+        image_token_id: of `<vpatch>`.
+        vision_start_token_id: of `<vision>`.
+
+    Returns:
+        (batch, length) int64, counted from 0; -1 for everything that is no patch.
+    """
+    return (input_ids == vision_start_token_id).cumsum(-1) * (input_ids == image_token_id) - 1
+
+
+def image_masks(
+    config: PreTrainedConfig,
+    index: Tensor,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+) -> Any:
+    """The decoder's own causal masks, opened between the patches of an image.
+
+    Args:
+        config: of the decoder.
+        index: (batch, length), see `image_index`.
+        inputs_embeds: (batch, length, hidden).
+        attention_mask: (batch, length) with what the cache holds, 0 at padding.
+        position_ids: (batch, length); where they restart, another document begins.
+        past_key_values: cache of what came before.
+
+    Returns:
+        (batch, 1, length, all keys), or a dict of such by kind of layer.
+
+    Raises:
+        ValueError: the attention in use takes no masks.
+    """
+    if config._attn_implementation not in _TAKE_MASKS:
+        raise ValueError(
+            f"attention in both directions inside images works with {', '.join(_TAKE_MASKS)}, not with "
+            f"{config._attn_implementation}"
+        )
+    past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+    return create_masks_for_generate(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+        block_sequence_ids=F.pad(index, (past, 0), value=-1),  # no image goes on from what is cached
+    )
+
+
+def supervised_cross_entropy(
+    hidden_states: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    num_items_in_batch: Tensor | int | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> Tensor:
+    """Cross entropy of the next token, at positions that carry a label.
+
+    The hidden states that predict a label are gathered first; the head then runs over chunks of them and
+    its logits are recomputed in the backward pass, so that memory holds `chunk_size * vocabulary` logits
+    whatever the sequence length. The value equals the usual loss over all logits.
+
+    Args:
+        hidden_states: (batch, length, hidden), the decoder's output.
+        labels: (batch, length) int64; `labels[:, t]` is the token at t, or -100 where none is supervised.
+        head: maps (n, hidden) to logits (n, vocabulary).
+        num_items_in_batch: supervised tokens of the whole (global) batch; the sum of losses is divided by
+            it. Default: those of this call, which makes the result a mean.
+        chunk_size: supervised positions a chunk.
+
+    Returns:
+        A scalar float32 tensor; zero, with a gradient of zero, where nothing is supervised.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE_INDEX
+    hidden = hidden_states[:, :-1][supervised]  # (n, hidden)
+    targets = targets[supervised]  # (n,)
+    total = hidden.sum().float() * 0.0
+    for chunk, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
+        total = total + checkpoint(_chunk_loss, chunk, target, head, use_reentrant=False)
+    if num_items_in_batch is None:
+        num_items_in_batch = max(targets.numel(), 1)
+    return total / num_items_in_batch
+
+
+def _chunk_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
 __all__ = ["SoloForConditionalGeneration", "SoloModel", "SoloPreTrainedModel"]

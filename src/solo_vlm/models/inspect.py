@@ -13,7 +13,7 @@ _LINE = (255, 64, 64)
 
 
 @dataclass(frozen=True)
-class ImageLayout:
+class ImageSummary:
     """Sizes in pixels (width, height), and the tokens of an image."""
 
     original: tuple[int, int]
@@ -42,16 +42,16 @@ class ImageLayout:
         return f"<vision> {row} ({self.rows - 1} x: <vrow_sep> {row}) </vision>"
 
 
-def image_layout(image: Image.Image, image_processor: SoloImageProcessor) -> ImageLayout:
+def summarize_image(image: Image.Image, image_processor: SoloImageProcessor) -> ImageSummary:
     """How an image enters the model."""
     rows, columns = image_processor.get_patch_grid(image.height, image.width)
     side = image_processor.patch_size
-    return ImageLayout(image.size, (columns * side, rows * side), rows, columns)
+    return ImageSummary(image.size, (columns * side, rows * side), rows, columns)
 
 
 def draw_patch_grid(image: Image.Image, image_processor: SoloImageProcessor) -> Image.Image:
     """The resized image with the borders of its patches; small ones are enlarged to be seen."""
-    layout = image_layout(image, image_processor)
+    layout = summarize_image(image, image_processor)
     seen = image.resize(layout.resized, Image.Resampling.BILINEAR)
     return draw_grid(seen, layout.rows, layout.columns)
 
