@@ -239,7 +239,7 @@ def _from_text(text: str, options: _Options) -> Image.Image | np.ndarray:
         if not options.allow_paths:
             raise ImageError(f"{name}: reading local files is not allowed here")
         return _from_file(_path_of_file_url(text, name), name, max_pixels)
-    if options.allow_paths and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a long base64 text
+    if options.allow_paths and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on long base64
         return _from_file(text, options.name, max_pixels)
     # The smallest image files have about 30 bytes: a shorter text is a mistyped path.
     data = _decode_base64(text.encode("ascii", "replace")) if len(text) > 40 else None
