@@ -239,7 +239,7 @@ def _require_count(count: Tensor, patches: int, things: str) -> None:
     if count.device.type == "cuda" or torch.compiler.is_compiling():
         torch._assert_async(count == patches, f"patches and {things} differ in number")
     elif count.device.type != "meta" and int(count) != patches:
-        raise ValueError(f"{patches} patches do not match {int(count)} {things}")
+        raise ValueError(f"{patches} patches for {int(count)} {things}: they must be equal")
 
 
 class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
