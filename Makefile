@@ -115,7 +115,7 @@ $(VENV)/.installed-examples: $(VENV)/.installed
 	@touch $@
 
 test-examples: $(VENV)/.installed-examples  ## the examples with Trainer, TRL and DeepSpeed; QLoRA; trackers
-	@$(TEST) tests/examples tests/train/test_adapters.py tests/train/test_trackers.py tests/generate/test_quantized.py -m "" --timeout 900 $(ARGS)
+	@$(TEST) tests/examples tests/train/test_model.py tests/train/test_metrics.py tests/generate/test_quantized.py -m "" --timeout 900 $(ARGS)
 
 test-distributed: venv  ## the tests that start several processes
 	@$(TEST) -m distributed --timeout 900 $(ARGS) $(OR_NONE)

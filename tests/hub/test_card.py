@@ -61,6 +61,7 @@ def test_training_facts_match_the_manifests(card, home):
     assert rows["learning rate"] == ["0.003 to 0.0001, cosine"] * 2
     assert rows["`gqa`"] == ["GQA", f"`{DATA_SETS['gqa'].source}`", DATA_SETS["gqa"].licence]
     assert rows["`notes`"][0] == "75.0%"
+    assert card.text.count("weights are shares of tokens") == 2
 
 
 def test_skipped_samples_are_listed_per_source(home):

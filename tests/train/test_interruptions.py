@@ -58,7 +58,7 @@ ROWS = [
 ]
 
 
-def test_every_pair_of_factors_occurs():
+def test_rows_cover_every_pair_of_factors():
     def pairs(layout, interruption, resumed, features):
         levels = [("layout", layout), ("interruption", interruption), ("resumed", resumed)]
         levels += [(feature, feature in features.split()) for feature in FEATURES]
@@ -206,7 +206,7 @@ def run_with_a_slow_file_system(plain):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_one_process_decides_whether_a_step_is_saved_already(folder, tmp_path, start, asynchronous):
+def test_rank_0_decides_whether_step_is_saved_already(folder, tmp_path, start, asynchronous):
     """The signal comes in a step that is saved anyway."""
     plain = plain_recipe(folder, tmp_path / "out", "sharded", "")
     plain["checkpoint"] |= {"asynchronous": asynchronous}
@@ -219,7 +219,7 @@ def test_one_process_decides_whether_a_step_is_saved_already(folder, tmp_path, s
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("keep_gathered", [False, True])
-def test_checkpoint_saved_after_validation_can_be_loaded_in_bf16(folder, tmp_path, start, keep_gathered):
+def test_checkpoint_saved_after_validation_loads_in_bf16(folder, tmp_path, start, keep_gathered):
     plain = plain_recipe(folder, tmp_path / "out", "sharded", "validation")
     plain |= {"precision": "bf16", "parallel": {"reshard": not keep_gathered}}
     whole = {**plain, "out": str(tmp_path / "whole")}

@@ -55,7 +55,7 @@ def run_and_die_in_a_save(plain, where):
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("where", ["before the name", "between two files"])
-def test_killed_in_the_middle_of_a_save(runs, tmp_path, start, whole, where, size):
+def test_resume_after_sigkill_during_save_matches_whole_run(runs, tmp_path, start, whole, where, size):
     plain = run_settings(runs, tmp_path / "out")
     group = start(size, run_and_die_in_a_save, plain, where)
     assert -signal.SIGKILL in group.wait(60)
@@ -68,7 +68,7 @@ def test_killed_in_the_middle_of_a_save(runs, tmp_path, start, whole, where, siz
 
 
 @pytest.mark.parametrize("trial", range(20))
-def test_killed_and_gone_on(runs, tmp_path, start, whole, trial):
+def test_resume_after_sigkill_matches_whole_run(runs, tmp_path, start, whole, trial):
     chance = random.Random(trial)
     before, after = chance.choice([1, 2]), chance.choice([1, 2, 4])
     if trial < 8:  # the same number again is to give the same bits

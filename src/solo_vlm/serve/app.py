@@ -69,10 +69,10 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
     """Build the server as an ASGI application.
 
     Args:
-        engine: generates; closed with the application.
-        model: name by which requests select the model.
-        limits: on each request, and on all together.
-        api_keys: one of them is required for requests to the API; empty: none is.
+        engine: Engine of the model; closed with the application.
+        model: Model name that requests must use, if they name one.
+        limits: Limits on each request and on all together.
+        api_keys: Keys of which API requests must send one; empty if none is required.
     """
     metrics = Metrics(engine)
     api = _Api(engine, model, limits, metrics)
@@ -155,11 +155,7 @@ class _Api:
 
     @contextmanager
     def slot(self) -> Iterator[None]:
-        """Count one in-flight request.
-
-        Raises:
-            ApiError: 429: there are as many as allowed.
-        """
+        """Hold one of the `max_concurrent` slots; raise 429 if all are taken."""
         if self._slots_taken >= self.limits.max_concurrent:
             message = f"Too many requests: {self._slots_taken} are in flight. Please retry later."
             raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "1"})
@@ -293,12 +289,7 @@ class _Endpoint:
                     await stream.send(known.body, last=True)
 
     async def _read_body(self, request: HttpRequest) -> bytes:
-        """Read a JSON body; refuse one as soon as it is known to be too large or too slow.
-
-        Raises:
-            ApiError: 408, 413 or 415.
-            ClientDisconnect: the client left before the end.
-        """
+        """Read a JSON body; raise 408, 413 or 415 as soon as it is too slow, too large or of another type."""
         # Browsers send JSON to other sites only after a preflight request, which this server does not grant.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "Unsupported content type. Send JSON as Content-Type: application/json.")
@@ -332,11 +323,11 @@ class _Endpoint:
 
 
 async def _unless_disconnected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Run a coroutine; cancel it when the client disconnects.
+    """Run a coroutine, raising its exceptions; cancel it when the client disconnects.
 
     Args:
-        work: responds to the client. Its exceptions are raised here.
-        receive: ASGI receive of the request, whose body was read.
+        work: Coroutine that responds to the client.
+        receive: ASGI receive of the request; the body must have been read.
     """
 
     async def disconnected() -> None:

@@ -37,11 +37,11 @@ class SamplingParams:
     """Sampling and stopping of one request.
 
     Attributes:
-        max_tokens: maximum number of generated tokens.
+        max_tokens: Maximum number of generated tokens.
         temperature: 0 selects greedy decoding.
-        top_p: sample from the smallest set of tokens with at least this total probability.
-        seed: seed of the sampling; None draws one.
-        stop: strings that end the answer and are not part of it.
+        top_p: Sample from the smallest set of tokens with at least this total probability.
+        seed: Seed of the sampling; None draws one.
+        stop: Strings that end the answer and are not part of it.
     """
 
     max_tokens: int
@@ -57,8 +57,8 @@ class Prompt:
 
     Attributes:
         input_ids: (length,) int64, images expanded to their layout.
-        supervised: (length,) bool: text of the assistant and the token that ends its turn.
-        images: in order of appearance.
+        supervised: (length,) bool, text of the assistant and the token that ends its turn.
+        images: Encoded images in order of appearance.
     """
 
     input_ids: NDArray[np.int64]
@@ -75,8 +75,8 @@ class Finish:
 
     Attributes:
         reason: "stop" (end token or stop string) or "length".
-        completion_tokens: generated tokens.
-        cached_tokens: prompt tokens found in the prefix cache.
+        completion_tokens: Generated tokens.
+        cached_tokens: Prompt tokens found in the prefix cache.
     """
 
     reason: FinishReason
@@ -88,11 +88,11 @@ class Request:
     """A prompt to answer, created in the event loop that reads the answer.
 
     Args:
-        prompt: from `Engine.encode`.
-        params: sampling and stopping.
+        prompt: Result of `Engine.encode`.
+        params: Sampling and stopping parameters.
 
     Attributes:
-        cancelled: the client is gone. Set by the engine.
+        cancelled: Whether the client is gone. Set by the engine.
     """
 
     def __init__(self, prompt: Prompt, params: SamplingParams) -> None:
@@ -107,11 +107,7 @@ class Request:
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def events(self) -> AsyncIterator[str | Finish]:
-        """Yield the pieces of the answer, then its finish.
-
-        Raises:
-            Exception: whatever made generation fail.
-        """
+        """Yield the pieces of the answer, then its finish. Raises whatever made generation fail."""
         while True:
             event = await self._events.get()
             if isinstance(event, Exception):
@@ -175,12 +171,12 @@ class Engine:
         """Tokenize a chat. Thread-safe.
 
         Args:
-            messages: with one image part per image.
-            images: in order of appearance.
-            add_generation_prompt: whether to end where the next answer begins.
+            messages: Chat with one image part per image.
+            images: Encoded images in order of appearance.
+            add_generation_prompt: Whether to end where the next answer begins.
 
         Raises:
-            ChatTemplateError: the chat template refuses the chat.
+            ChatTemplateError: The chat template refuses the chat.
         """
         grids = [image.image_grid_thw for image in images]
         with self._encoding:
@@ -259,9 +255,9 @@ def generate_batch(pipeline: GenerationPipeline, tokenizer: Any, requests: Seque
     """Answer requests in one batch, sending each its text as it grows and its finish when it ends.
 
     Args:
-        pipeline: model and processor.
-        tokenizer: decodes; no other thread may use it.
-        requests: longest prompt plus longest answer fit the model's context.
+        pipeline: Model and processor.
+        tokenizer: Tokenizer for decoding; no other thread may use it.
+        requests: Requests whose longest prompt plus longest answer fit the model's context.
     """
     # The size of a cached prefix is known when generation returns: a request that runs alone waits for it.
     alone = len(requests) == 1
@@ -392,11 +388,11 @@ class IncrementalDetokenizer:
     complete stop string. Leading white space is not part of the answer, so no stop string starts there.
 
     Args:
-        tokenizer: decodes; no other thread may use it.
-        stop: stop strings.
+        tokenizer: Tokenizer for decoding; no other thread may use it.
+        stop: Stop strings.
 
     Attributes:
-        stopped: a stop string was found.
+        stopped: Whether a stop string was found.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:

@@ -56,10 +56,10 @@ class ApiError(Exception):
 
     Args:
         status: HTTP status code.
-        message: what is wrong, and what to do.
-        param: the part of the request that is wrong.
-        code: machine-readable reason.
-        headers: of the response.
+        message: Explanation, and what to do.
+        param: Part of the request that is wrong.
+        code: Machine-readable reason.
+        headers: Headers of the response.
     """
 
     def __init__(
@@ -227,8 +227,8 @@ class AttentionRequest(Chat):
     """Body of POST /api/attention: a chat that ends with an answer, and a range of its characters.
 
     Attributes:
-        start, end: code points of the answer, end excluded.
-        layer: a single layer; None averages over all.
+        start, end: Code points of the answer, end excluded.
+        layer: Single layer; None averages over all.
     """
 
     start: int = Field(ge=0)
@@ -337,12 +337,7 @@ def _explain(error: ValidationError) -> ApiError:
 
 
 class ChatCompletion:
-    """Builds the response to one request: a whole object, or the chunks of a stream.
-
-    Args:
-        model: name of the model.
-        prompt_tokens: length of the prompt.
-    """
+    """Builds the response to one request: a whole object, or the chunks of a stream."""
 
     def __init__(self, model: str, prompt_tokens: int) -> None:
         self._model = model
@@ -379,14 +374,7 @@ class ChatCompletion:
 
 
 class EventStream:
-    """A response of server-sent events; the first event sends the headers.
-
-    Args:
-        send: ASGI send of the request.
-
-    Attributes:
-        begun: an event was sent.
-    """
+    """A response of server-sent events. The first event sends the headers and sets `begun`."""
 
     _HEADERS = (
         (b"content-type", b"text/event-stream; charset=utf-8"),

@@ -27,7 +27,7 @@ from solo_vlm.data.collate import PackedBatch, num_supervised_tokens
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import LoadedSequence, PackedLoader
 from solo_vlm.data.mixture import make_loader
-from solo_vlm.models.flops import training_flops
+from solo_vlm.models.flops import ModelShape, training_flops
 from solo_vlm.train.checkpoint import (
     Checkpointer,
     TrainState,
@@ -139,6 +139,10 @@ class Trainer:
         folder = self.out / "checkpoints"
         self.checkpointer = Checkpointer(folder, settings.keep, settings.asynchronous, context)
         self.validator = Validator(recipe, self.processor, context) if recipe.validation else None
+        try:
+            self.shape: ModelShape | None = ModelShape.of(self.model.config)
+        except SoloError:  # unsupported family: no FLOPs, no MFU
+            self.shape = None
         self.vision_ids = Encoder(self.processor).vision_ids
         device = recognize_device(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
         self.peak_flops = device.peak_flops * context.dims.world_size if device else None
@@ -280,12 +284,10 @@ class Trainer:
         batch = sequence.batch
         lengths = np.diff(batch["cu_seq_lens_q"].numpy())[: sequence.documents]
         supervised = num_supervised_tokens([batch])
-        is_frozen = self.recipe.is_decoder_frozen
-        try:
-            patches = len(batch["pixel_values"])
-            flops = training_flops(self.model.config, lengths, patches, supervised, frozen=is_frozen)
-        except SoloError:  # unsupported family: no FLOPs, no MFU
-            flops = 0
+        flops = 0
+        if self.shape is not None:
+            patches, is_frozen = len(batch["pixel_values"]), self.recipe.is_decoder_frozen
+            flops = training_flops(self.shape, lengths, patches, supervised, frozen=is_frozen)
         return Counter(
             documents=sequence.documents,
             tokens=sequence.tokens,

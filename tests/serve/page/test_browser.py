@@ -29,13 +29,13 @@ SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 QUESTION = "what is this?"
 
 
-def sentence(colour):
-    return f"hello {colour} world, a {colour} square"
+def sentence(color):
+    return f"hello {color} world, a {color} square"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model folder: it says of an image of two patches what colour it has."""
+    """Train a model that names the color of an image of two patches."""
     from solo_vlm.train import Recipe, train
 
     folder = tmp_path_factory.mktemp("model")
@@ -46,11 +46,11 @@ def trained(tmp_path_factory):
                     "role": "user",
                     "content": [{"type": "image", "text": None}, {"type": "text", "text": QUESTION}],
                 },
-                {"role": "assistant", "content": [{"type": "text", "text": sentence(colour)}]},
+                {"role": "assistant", "content": [{"type": "text", "text": sentence(color)}]},
             ],
-            "images": [{"bytes": png(Image.new("RGB", (64, 32), colour)), "path": None}],
+            "images": [{"bytes": png(Image.new("RGB", (64, 32), color)), "path": None}],
         }
-        for colour in ("red", "blue") * 16
+        for color in ("red", "blue") * 16
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "images.parquet", row_group_size=4)
     make_solo().save(folder / "start")
@@ -78,7 +78,7 @@ def running(model, folder, *options, **environment):
 
 @pytest.fixture(scope="module")
 def server(trained, tmp_path_factory):
-    """The address of a running `solo web`; what it may write to is empty, and stays so."""
+    """Address of a running `solo web` that writes no file."""
     folder = tmp_path_factory.mktemp("server")
     with running(trained, folder, "--max-image-mib", "1") as address:
         yield address
@@ -92,7 +92,7 @@ def browser():
     if not found:
         pytest.skip("no Chromium on the PATH: on Debian or Ubuntu, apt-get install chromium")
     with playwright.sync_playwright() as driver:
-        # In a container there is seldom what Chromium's own sandbox needs; the page is our own.
+        # Containers often lack what Chromium's sandbox needs; the page is our own.
         browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -105,25 +105,25 @@ def size(request):
 
 @pytest.fixture
 def page(browser, server, size):
-    """The page, just opened. No script fails on it, and it asks nobody but its server."""
+    """The page, just opened. No script may fail, and it may contact nobody but its server."""
     width, height = SIZES[size]
     phone = {"device_scale_factor": 2, "has_touch": True, "is_mobile": True} if size == "phone" else {}
     context = browser.new_context(viewport={"width": width, "height": height}, **phone)
     page = context.new_page()
-    failures, strangers = [], []
+    failures, requested = [], []
     page.on("pageerror", lambda error: failures.append(error))
-    page.on("request", lambda request: strangers.append(request.url))
+    page.on("request", lambda request: requested.append(request.url))
     page.goto(server)
     page.wait_for_selector("#model:not(:empty)")
     yield page
     context.close()
     assert not failures
-    assert not [url for url in strangers if not url.startswith((server, "data:"))]
+    assert not [url for url in requested if not url.startswith((server, "data:"))]
 
 
 @pytest.fixture
 def keep(page, size):
-    """Takes a screenshot, and makes sure that everything fits the width."""
+    """Take a screenshot and check that everything fits the width."""
     ARTIFACTS.mkdir(parents=True, exist_ok=True)
 
     def take(name):
@@ -137,7 +137,7 @@ def keep(page, size):
 
 
 def drop(page, data, name="image.png"):
-    """As a file manager does."""
+    """Drop a file on the page, as a file manager does."""
     page.evaluate(
         """([data, name]) => {
             const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
@@ -150,8 +150,8 @@ def drop(page, data, name="image.png"):
     )
 
 
-def picture(colour, width=64, height=32):
-    return png(Image.new("RGB", (width, height), colour))
+def picture(color, width=64, height=32):
+    return png(Image.new("RGB", (width, height), color))
 
 
 def ask(page, text=QUESTION):
@@ -166,7 +166,7 @@ def text_of(page, selector):
 
 
 def opaque(page, canvas):
-    """Columns of a canvas where something is drawn, as shares of its width."""
+    """Return the drawn columns of a canvas, as shares of its width."""
     return page.evaluate(
         """(id) => {
             const canvas = document.getElementById(id);
@@ -231,7 +231,7 @@ def test_word_shows_its_attention(page, keep, size):
     assert page.inner_text("#word") == "red"
     share = float(re.match(r"([\d.]+)%", page.inner_text("#share"))[1])
     assert share == pytest.approx(100 * (left + right), abs=0.5)
-    colours = page.evaluate(
+    colors = page.evaluate(
         """() => {
             const canvas = document.getElementById("heat");
             const at = (x) => [...canvas.getContext("2d").getImageData(x, 2, 1, 1).data].slice(0, 3);
@@ -239,7 +239,7 @@ def test_word_shows_its_attention(page, keep, size):
         }"""
     )
     brightest = [255, 236, 140]
-    assert (colours[0] == brightest, colours[1] == brightest) == (left >= right, right >= left)
+    assert (colors[0] == brightest, colors[1] == brightest) == (left >= right, right >= left)
     box = page.locator("#picture").bounding_box()
     assert box["y"] >= 0 and box["y"] + box["height"] <= SIZES[size][1]  # in sight, beside the word
     keep("attention")
@@ -252,8 +252,8 @@ def test_word_shows_its_attention(page, keep, size):
 
 
 def test_several_images_and_turns_and_a_new_chat(page, keep):
-    for colour in ("red", "blue"):
-        drop(page, picture(colour))
+    for color in ("red", "blue"):
+        drop(page, picture(color))
         page.wait_for_selector("#pending img")
         ask(page)
     assert page.locator(".assistant").count() == 2

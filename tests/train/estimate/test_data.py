@@ -117,19 +117,19 @@ def check(folder, run):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(runs())
-def test_every_row_is_read_once_an_epoch_in_as_many_steps_as_planned(folder, run):
+def test_epoch_reads_every_row_once_in_planned_number_of_steps(folder, run):
     check(folder, run)
 
 
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(runs())
-def test_any_run_reads_every_row_once_an_epoch_in_as_many_steps_as_planned(folder, run):
+def test_random_runs_read_every_row_once_in_planned_number_of_steps(folder, run):
     check(folder, run)
 
 
 @pytest.mark.parametrize(("batch", "streams"), [(1, 4), (6, 24), (8, 64)])
-def test_a_run_trains_on_all_its_rows(folder, tmp_path, batch, streams):
+def test_run_trains_on_all_rows(folder, tmp_path, batch, streams):
     write_source(folder / "all.jsonl", 900, np.random.default_rng(0), 0)
     recipe = recipe_of(
         folder,
@@ -159,7 +159,7 @@ def test_large_sources_are_estimated_from_a_sample(folder):
     assert abs(planned_steps(recipe) - math.ceil(sequences / 4)) <= 0.02 * sequences / 4
 
 
-def test_source_of_blank_lines_beside_others_is_refused(folder, tmp_path):
+def test_source_of_blank_lines_is_rejected(folder, tmp_path):
     write_source(tmp_path / "text.jsonl", 5, np.random.default_rng(0), 5)
     (tmp_path / "blank.jsonl").write_text("\n\n")
     recipe = recipe_of(folder, [tmp_path / "text.jsonl", tmp_path / "blank.jsonl"], epochs=1, out="out")

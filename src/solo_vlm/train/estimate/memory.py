@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
-from solo_vlm.models.shape import ModelShape
+from solo_vlm.models.flops import ModelShape
 from solo_vlm.models.solo.loss_solo import CHUNK_SIZE
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
@@ -155,36 +155,29 @@ def kept_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> i
 
 def trained_parameters(shape: ModelShape, recipe: Recipe) -> int:
     """Return the number of trainable parameters, including adapters."""
-    counts = shape.parameters()
+    counts = shape.parameters
     if recipe.trainable == "all" and recipe.lora is None:
         return counts.total
     rows = _NEW_TOKENS * shape.hidden * (1 if shape.tied else 2) if recipe.trainable == "new_tokens" else 0
-    adapters = shape.layers * _adapter_weights(shape, recipe.lora) if recipe.lora else 0
+    adapters = _adapter_weights(shape, recipe.lora) if recipe.lora else 0
     return counts.patch_embedding + rows + adapters
 
 
 def _adapter_weights(shape: ModelShape, lora: LoraSettings) -> int:
-    sizes = {
-        "q_proj": shape.hidden + shape.query,
-        "k_proj": shape.hidden + shape.key,
-        "v_proj": shape.hidden + shape.key,
-        "o_proj": shape.query + shape.hidden,
-        "gate_proj": shape.hidden + shape.mlp,
-        "up_proj": shape.hidden + shape.mlp,
-        "down_proj": shape.mlp + shape.hidden,
-    }
+    sizes = shape.linear_sizes
     targets: Iterable[str] = sizes if lora.targets == "all-linear" else lora.targets
     return lora.rank * sum(sizes.get(target, 0) for target in targets)
 
 
 def _layer_weights(shape: ModelShape, tensor: int = 1) -> float:
     """Return the parameters of one layer per tensor-parallel process; norms are replicated."""
-    matrices = shape.projection_weights + shape.attention_bias + shape.mlp_weights + shape.mlp_bias
-    return matrices / tensor + shape.norm_weights
+    counts = shape.parameters
+    matrices, norms = counts.attention + counts.mlp, counts.norms - shape.hidden  # without the last norm
+    return (matrices / tensor + norms) / shape.layers
 
 
 def _outside_weights(shape: ModelShape) -> int:
-    counts = shape.parameters()
+    counts = shape.parameters
     return counts.embedding + counts.patch_embedding + counts.head + shape.hidden
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from solo_vlm.data.encode import load_encoder
-from solo_vlm.models.flops import forward_flops
+from solo_vlm.models.flops import ModelShape, ParameterCounts, forward_flops
 from solo_vlm.models.load import load_config
-from solo_vlm.models.shape import ModelShape, ParameterCounts
 from solo_vlm.train.estimate.data import DataEstimate, estimate_data
 from solo_vlm.train.estimate.memory import Device, Memory, memory_per_device, trained_parameters
 from solo_vlm.train.parallel.context import ParallelDims
@@ -54,7 +53,7 @@ class Plan:
     @property
     def parameters(self) -> ParameterCounts:
         """Parameters by part, without adapters."""
-        return self.shape.parameters()
+        return self.shape.parameters
 
     @property
     def trained(self) -> int:

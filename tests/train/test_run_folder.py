@@ -1,36 +1,23 @@
-"""Runs whose folder a crash has left half done, or somebody has damaged."""
+"""Output directory: lock, changed recipes and inputs, manifest."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 
 import pytest
-from tests.factories import image_rows, make_solo, run_recipe, run_settings, text_rows, write_training_data
+from tests.factories import (
+    image_rows,
+    make_solo,
+    run_recipe,
+    run_settings,
+    text_rows,
+    write_training_data,
+)
 
-from solo_vlm.train import trainer
-from solo_vlm.train.checkpoint import load_train_state
+from solo_vlm.train import Recipe, train, trainer
 from solo_vlm.train.run_folder import lock_output_dir
 from solo_vlm.utils.errors import SoloError
-
-
-def test_a_run_with_adapters_ends_though_its_export_was_killed_between_adapter_and_model(tmp_path):
-    write_training_data(tmp_path, image_rows(4), text_rows(30))
-    make_solo().save(tmp_path / "llama")
-    plain = run_settings(tmp_path, tmp_path / "out", steps=3, global_batch=1, lora={"rank": 4, "alpha": 8})
-    run_recipe(plain)
-    shutil.rmtree(tmp_path / "out" / "model")
-    run_recipe(plain)
-    assert (tmp_path / "out" / "model" / "config.json").is_file()
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"steps": 3, "unknown": 1}', None])
-def test_a_damaged_training_state_is_refused(tmp_path, content):
-    if content is not None:
-        (tmp_path / "training_state.json").write_text(content)
-    with pytest.raises(SoloError, match=r"cannot resume from .*training_state.json"):
-        load_train_state(tmp_path)
 
 
 @pytest.fixture
@@ -56,7 +43,7 @@ def stopped(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["llama/model.safetensors", "llama/tokenizer.json", "held_out.parquet"])
-def test_resume_over_a_changed_model_or_validation_is_refused_by_name(tmp_path, stopped, file):
+def test_resume_with_changed_model_or_validation_data_is_rejected(tmp_path, stopped, file):
     content = (tmp_path / file).read_bytes()
     if file.endswith(".parquet"):
         write_training_data(tmp_path / "llama", image_rows(1), text_rows(9))
@@ -70,7 +57,7 @@ def test_resume_over_a_changed_model_or_validation_is_refused_by_name(tmp_path, 
     assert (tmp_path / "out" / "model" / "config.json").is_file()
 
 
-def test_a_second_run_in_the_folder_of_a_running_one_is_refused(tmp_path):
+def test_second_run_in_locked_output_dir_is_rejected(tmp_path):
     holder = "import sys; from pathlib import Path; from solo_vlm.train.run_folder import lock_output_dir\n"
     holder += "held = lock_output_dir(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
@@ -81,3 +68,26 @@ def test_a_second_run_in_the_folder_of_a_running_one_is_refused(tmp_path):
             lock_output_dir(tmp_path / "out")
         other.kill()
     lock_output_dir(tmp_path / "out").close()
+
+
+def test_resume_rejects_changed_recipe_but_allows_resumable_settings(runs, tmp_path):
+    plain = run_settings(runs, tmp_path / "out", steps=4)
+    train(Recipe.parse(plain))
+    (tmp_path / "out" / "model").rename(tmp_path / "moved")
+    with pytest.raises(SoloError, match=r"another recipe \(seed was 0, now 1\)"):
+        train(Recipe.parse({**plain, "seed": 1}))
+    changed = {
+        **plain,
+        "optimizer": {**plain["optimizer"], "learning_rate": 1e-3, "eps": 1e-6},
+        "log_interval": 2,
+    }
+    changed["data"] = {**plain["data"], "sources": [plain["data"]["sources"][0], {"path": "text.parquet"}]}
+    named = (
+        r"data.sources\[1\].weight was 3.0, now 1.0; optimizer.learning_rate was 0.003, now 0.001; "
+        r"optimizer.eps was 1e-08, now 1e-06\)"
+    )
+    with pytest.raises(SoloError, match=named):
+        train(Recipe.parse(changed))
+    train(Recipe.parse({**plain, "activation_checkpointing": "full", "log_interval": 2}))
+    (tmp_path / "out" / "model").rename(tmp_path / "moved again")
+    train(Recipe.parse({**plain, "data": {**plain["data"], "threads": 2}}))

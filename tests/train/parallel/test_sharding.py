@@ -1,4 +1,4 @@
-"""Several processes for real: parameters are sharded, and the losses are those of one process."""
+"""Sharded training: losses equal those of one process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe
 from solo_vlm.train import model as model_module
 from solo_vlm.train.model import load_base_model, make_model
-from solo_vlm.train.parallel.context import ParallelDims, init_distributed
-from solo_vlm.train.parallel.sharding import shard_model
-from solo_vlm.utils.errors import SoloError
-
-pytestmark = pytest.mark.distributed
+from solo_vlm.train.parallel.context import init_distributed
+from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit, shard_model
 
 
 def run_layer_by_layer(plain):
@@ -51,7 +48,8 @@ def describe_shards(plain, path):
         ("qwen3", 4, 2),
     ],
 )
-def test_losses_are_those_of_one_process(runs, tmp_path, start, family, size, tensor):
+@pytest.mark.distributed
+def test_losses_match_single_process(runs, tmp_path, start, family, size, tensor):
     alone = run_settings(runs, tmp_path / "alone", model=family)
     shared = run_settings(runs, tmp_path / "shared", model=family, parallel={"tensor": tensor})
     group = start(size, run_recipe, shared)
@@ -68,7 +66,8 @@ def test_losses_are_those_of_one_process(runs, tmp_path, start, family, size, te
 
 
 @pytest.mark.parametrize(("size", "tensor"), [(2, 1), (4, 1), (4, 2)])
-def test_parameters_are_really_sharded(runs, tmp_path, start, size, tensor):
+@pytest.mark.distributed
+def test_every_process_holds_its_shards_only(runs, tmp_path, start, size, tensor):
     plain = run_settings(runs, tmp_path / "out", parallel={"tensor": tensor})
     assert start(size, describe_shards, plain, tmp_path / "held").wait() == [0] * size
     source, _ = load_base_model(runs / "llama")
@@ -85,7 +84,8 @@ def test_parameters_are_really_sharded(runs, tmp_path, start, size, tensor):
             assert max(elements for _, elements, _ in shares) <= 1.1 * copies * parameter.numel() / size
 
 
-def test_a_process_without_images_keeps_no_other_waiting(runs, tmp_path, start):
+@pytest.mark.distributed
+def test_ranks_without_images_do_not_hang_others(runs, tmp_path, start):
     """In some steps no sequence has an image, in others only one of four has."""
     data = run_settings(runs, tmp_path)["data"]
     data["sources"] = [{"path": "images.parquet", "weight": 1}, {"path": "text.parquet", "weight": 8}]
@@ -98,7 +98,8 @@ def test_a_process_without_images_keeps_no_other_waiting(runs, tmp_path, start):
     assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], rel=1e-4)
 
 
-def test_an_epoch_ends_together(runs, tmp_path, start):
+@pytest.mark.distributed
+def test_epoch_ends_on_all_ranks_together(runs, tmp_path, start):
     """The last steps have empty slots; every sample is seen, and losses do not depend on the processes."""
     data = {**run_settings(runs, tmp_path)["data"], "epochs": 1}
     for name, size in (("alone", 1), ("shared", 4)):
@@ -115,7 +116,8 @@ def test_an_epoch_ends_together(runs, tmp_path, start):
     [{"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}, {"compile": True}],
     ids=str,
 )
-def test_what_saves_memory_or_time_changes_no_loss(runs, tmp_path, start, changes):
+@pytest.mark.distributed
+def test_memory_and_speed_settings_keep_losses(runs, tmp_path, start, changes):
     for name, more in (("plain", {}), ("changed", changes)):
         group = start(2, run_recipe, run_settings(runs, tmp_path / name, steps=6, **more))
         assert group.wait() == [0, 0]
@@ -126,7 +128,8 @@ def test_what_saves_memory_or_time_changes_no_loss(runs, tmp_path, start, change
 @pytest.mark.parametrize(
     "changes", [{}, {"precision": "bf16"}, {"activation_checkpointing": "full"}], ids=str
 )
-def test_layers_gathered_together_are_those_gathered_alone(runs, tmp_path, start, changes):
+@pytest.mark.distributed
+def test_fsdp_units_of_several_layers_keep_losses(runs, tmp_path, start, changes):
     for name, task in (("together", run_recipe), ("alone", run_layer_by_layer)):
         assert start(2, task, run_settings(runs, tmp_path / name, steps=6, **changes)).wait() == [0, 0]
     together, alone = (
@@ -135,7 +138,8 @@ def test_layers_gathered_together_are_those_gathered_alone(runs, tmp_path, start
     assert together == alone
 
 
-def test_bf16_over_two_processes_learns(runs, tmp_path, start):
+@pytest.mark.distributed
+def test_two_processes_learn_in_bf16(runs, tmp_path, start):
     assert start(2, run_recipe, run_settings(runs, tmp_path / "out", precision="bf16", steps=40)).wait() == [
         0,
         0,
@@ -144,6 +148,15 @@ def test_bf16_over_two_processes_learns(runs, tmp_path, start):
     assert curve[-1] < 0.5 * curve[0]
 
 
-def test_a_layout_that_does_not_fit_is_refused(runs, tmp_path):
-    with pytest.raises(SoloError, match="global_batch = 4 is not divisible by 3"):
-        ParallelDims.from_recipe(Recipe.parse(run_settings(runs, tmp_path)), 3)
+@pytest.mark.parametrize(
+    ("layers", "parameters", "together"),
+    [
+        (32, 218_112_000, 1),  # Mistral-7B
+        (24, 67_000_000, 2),  # SmolLM2-1.7B
+        (32, 9_840_000, 8),  # SmolLM2-360M
+        (30, 3_541_000, 15),  # SmolLM2-135M: two units
+        (2, 1_000, 2),
+    ],
+)
+def test_small_layers_share_an_fsdp_unit(layers, parameters, together):
+    assert layers_per_fsdp_unit(layers, parameters) == together

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 import torch
-from serving import one_by_one, served
+from serving import run_sequentially, served
 from tests import factories as tiny
 
 from solo_vlm.generate import GenerationPipeline, PrefixCache
@@ -59,7 +59,7 @@ def test_generate_command_accepts_quantize(run, folder):
 def test_serve_command_accepts_quantize(folder):
     request = {"messages": [{"role": "user", "content": "a red circle"}], "max_tokens": 12}
     with served(folder, "--quantize", "nf4") as server:
-        (answer,) = asyncio.run(one_by_one(server.url, [request])).answers
+        (answer,) = asyncio.run(run_sequentially(server.url, [request])).answers
     full, quantized = (
         GenerationPipeline.from_pretrained(folder, quantize=kind).answer([tiny.ask("a red circle")], 12)[0]
         for kind in (None, "nf4")
