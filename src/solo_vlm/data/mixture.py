@@ -123,11 +123,12 @@ class StreamFactory:
     sources: Sequence[Source]
     settings: DataSettings
     encoder: Encoder
+    stream_type: type[VirtualStream] = VirtualStream
 
     def __call__(self, index: int) -> VirtualStream:
         settings = self.settings
         weights = [source.weight for source in settings.sources]
-        return VirtualStream(
+        return self.stream_type(
             index,
             settings.streams,
             [MixtureItem(*item) for item in zip(self.sources, weights, strict=True)],

@@ -94,10 +94,7 @@ class Checkpointer:
         if not self._context.broadcast_from_rank0(lambda: _create_partial(path, partial, state)):
             return
         future: Any = async_save(
-            tensors,
-            checkpoint_id=partial,
-            process_group=self._group,
-            no_dist=self._group is None,
+            tensors, checkpoint_id=partial, process_group=self._group, no_dist=self._group is None
         )
         # Rank 0 finishes last, because it collects the metadata of all ranks.
         is_main = self._context.is_main_process
