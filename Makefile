@@ -39,19 +39,21 @@ venv: $(VENV)/.installed  ## the virtual environment, pinned by constraints.txt
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/solo_vlm/models/solo/enlarge.c
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with the venv module is needed; \
 	name yours: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 2; }
-	@echo "venv: $(VENV) ($$($(PYTHON) --version))"
+	@echo "venv: 1/4 environment in $(VENV), $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -qq -c constraints.txt --upgrade pip
 	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && \
 	    ! $(PIP) install -qq --dry-run --ignore-installed --no-deps --report - torch==$(TORCH) | grep -q '+cpu'; \
 	then echo "venv: no NVIDIA GPU seen, yet pip's torch for Linux may bring gigabytes of CUDA; to avoid them:" \
 	    "make TORCH_INDEX=https://download.pytorch.org/whl/cpu $(MAKECMDGOALS)"; fi
-	@echo "venv: torch $(TORCH) from $(or $(TORCH_INDEX),pip's default)"
+	@echo "venv: 2/4 torch $(TORCH) from $(or $(TORCH_INDEX),pip's default index)"
 	@$(PIP) install -qq --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
-	@echo "venv: solo-vlm and its dependencies"
+	@echo "venv: 3/4 solo-vlm and the packages of constraints.txt (takes minutes)"
 	@$(PIP) install -qq -c constraints.txt -e '.[train,eval,serve,science,dev]'
+	@echo "venv: 4/4 lmms-eval $(LMMS)"
 	@$(PIP) install -qq --no-deps lmms-eval==$(LMMS)
 	@touch $@
+	@echo "venv: ready"
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	@echo "venv: documentation tools"
@@ -113,21 +115,21 @@ $(VENV)/.installed-examples: $(VENV)/.installed
 	@touch $@
 
 test-examples: $(VENV)/.installed-examples  ## the examples with Trainer, TRL and DeepSpeed; QLoRA; trackers
-	@$(TEST) tests/examples tests/train/test_adapters.py tests/train/test_trackers.py tests/generate/test_quantized.py -m "" --timeout 900 $(ARGS)
+	@$(TEST) tests/examples tests/train/test_model.py tests/train/test_metrics.py tests/generate/test_quantized.py -m "" --timeout 900 $(ARGS)
 
 test-distributed: venv  ## the tests that start several processes
 	@$(TEST) -m distributed --timeout 900 $(ARGS) $(OR_NONE)
 
 # The browser is the system's: on Debian and Ubuntu, `apt-get install chromium`. Without one the tests skip.
 $(VENV)/.installed-browser: $(VENV)/.installed
-	@echo "venv: the server, playwright"
-	@$(PIP) install -qq -c constraints.txt -e '.[serve]' playwright
+	@echo "venv: playwright"
+	@$(PIP) install -qq -c constraints.txt playwright
 	@touch $@
 
 test-gpu: venv  ## the tests of what only a CUDA GPU computes; without one they skip
 	@$(TEST) tests/train/test_gpu.py -m gpu --timeout 600 $(ARGS) $(OR_NONE)
 
-test-browser: $(VENV)/.installed-browser  ## the web page in the system's Chromium; screenshots in test-artifacts/
+test-browser: $(VENV)/.installed-browser  ## the page in the system's Chromium; screenshots in test-artifacts/
 	@$(TEST) tests/serve/page -m browser $(ARGS) $(OR_NONE)
 
 test-vllm: .venv-vllm/.installed  ## the tests under vLLM, in an environment of its own

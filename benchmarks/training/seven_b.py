@@ -11,8 +11,7 @@ from training.workload import Workload
 
 from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.data.collate import collate, num_supervised_tokens
-from solo_vlm.models.flops import training_flops
-from solo_vlm.models.shape import ModelShape
+from solo_vlm.models.flops import ModelShape, training_flops
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.estimate.memory import memory_per_device
 from solo_vlm.train.metrics import memory_gb
@@ -96,11 +95,12 @@ def _train(
             step()
         taken = statistics.median(seconds(step, context.device) for _ in range(steps))
         lengths, patches = [len(document) for document in documents], len(batches[0]["pixel_values"])
-        flops = training_flops(config, lengths, patches, supervised)
+        shape = ModelShape.of(config)
+        flops = training_flops(shape, lengths, patches, supervised)
         peak = peak_flops(context.device)
         return {
             "layers": layers,
-            "parameters": ModelShape.of(config).parameters().total,
+            "parameters": shape.parameters.total,
             "step_seconds": taken,
             "tokens_per_second": workload.length / taken,
             "peak_memory_gb": memory_gb(context.device),

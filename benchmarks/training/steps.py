@@ -11,7 +11,7 @@ from training.machine import in_fresh_process, peak_flops, seconds
 from training.variants import FULL_LOGITS, LLAVA, NAMES, OURS, PADDED, SHAPE, make_variants
 from training.workload import Workload, supervised_share
 
-from solo_vlm.models.shape import ModelShape
+from solo_vlm.models.flops import ModelShape
 from solo_vlm.train.metrics import memory_gb
 from solo_vlm.train.parallel.context import init_distributed
 
@@ -45,7 +45,7 @@ def measure(workload: Workload, precision: str, warmup: int, rounds: int) -> dic
         "samples_per_second_over_llava": over(LLAVA),
         "variants": figures,
         "workload": {
-            "parameters": ModelShape.of(workload.config(SHAPE)).parameters().total,
+            "parameters": ModelShape.of(workload.config(SHAPE)).parameters.total,
             "precision": precision,
             "rounds": rounds,
             "samples": len(lengths),

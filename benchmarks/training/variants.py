@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.data.collate import collate, num_supervised_tokens
 from solo_vlm.data.encode import Document
-from solo_vlm.models.flops import training_flops
+from solo_vlm.models.flops import ModelShape, training_flops
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.parallel.context import DistributedContext
@@ -88,7 +88,7 @@ def make_variants(
         optimizer = make_optimizer(model, recipe.optimizer)
         packed = [collate(documents, sum(lengths), pad_token_id=0)]
         patches = sum(len(document.pixel_values) for document in documents)
-        flops = training_flops(config, lengths, patches, num_supervised_tokens(packed))
+        flops = training_flops(ModelShape.of(config), lengths, patches, num_supervised_tokens(packed))
 
         def use_sdpa() -> None:
             model.set_attn_implementation("sdpa")
@@ -126,7 +126,7 @@ def _padded_batch(documents: Sequence[Document]) -> dict[str, Tensor]:
     rows = [(document.input_ids, document.labels) for document in documents]
     return {
         **padded(rows),
-        "pixel_values": torch.from_numpy(np.concatenate([document.pixel_values for document in documents])),
+        "pixel_values": torch.from_numpy(np.concatenate([d.pixel_values for d in documents])),
         "image_grid_thw": torch.from_numpy(
             np.concatenate([document.image_grid_thw for document in documents])
         ),

@@ -1,4 +1,4 @@
-"""A checkpoint of 2 GB converts in less than 1 GB of memory."""
+"""Converting a 2 GB checkpoint takes less than 1 GB of memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BENCHMARK = ROOT / "benchmarks" / "convert_memory.py"
 
 
 @pytest.mark.slow
-def test_peak_memory():
+def test_peak_memory_of_a_conversion():
     result = subprocess.run(
         [sys.executable, BENCHMARK, "--gigabytes", "2"], check=True, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""SOLO-7B's folder here and back: same bytes, same logits, same chats, and clear errors for broken files."""
+"""Original folders to model folders and back: equal bytes, logits and chats, clear errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.train.model import load_base_model
 from solo_vlm.utils.errors import SoloError
 
-GOLDEN = ROOT / "tests" / "golden" / "release_tiny"
+GOLDEN = ROOT / "tests" / "golden" / "original_tiny"
 ROWS = TEXT_TOKENS + len(VISION + LOCATIONS + CHAT)
 FORMATS = [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 3)]
 
@@ -69,9 +69,9 @@ def golden_folder(folder: Path, suffix: str, shards: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    """A folder like SOLO-7B's, bfloat16, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("release") / "SOLO-tiny"
+def original(tmp_path_factory) -> Path:
+    """Folder like SOLO-7B's in bfloat16, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("original") / "SOLO-tiny"
     settings = original_settings(ROWS)
     write_original(folder, original_weights(settings), settings, shards=2)
     write_sentencepiece(folder, VISION + LOCATIONS + CHAT)
@@ -88,7 +88,7 @@ def test_golden_logits_from_every_format_on_disk(suffix, shards, tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "shards"), FORMATS)
-def test_the_original_folder_loads_directly(suffix, shards, tmp_path):
+def test_original_folder_loads_directly(suffix, shards, tmp_path):
     source = golden_folder(tmp_path / "source", suffix, shards)
     model, report = SoloForConditionalGeneration.from_pretrained(source, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -100,7 +100,7 @@ def test_the_original_folder_loads_directly(suffix, shards, tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "shards"), FORMATS)
-def test_back_to_the_release_byte_by_byte(suffix, shards, tmp_path):
+def test_round_trip_preserves_every_byte(suffix, shards, tmp_path):
     settings = original_settings(ROWS)
     weights = original_weights(settings)
     source = write_original(tmp_path / "source", weights, settings, suffix, shards)
@@ -117,40 +117,40 @@ def test_back_to_the_release_byte_by_byte(suffix, shards, tmp_path):
     assert_same_bytes(read_weights(tmp_path / "solo again"), read_weights(tmp_path / "solo"))
 
 
-def test_shards_are_written_with_an_index(release, tmp_path, monkeypatch):
+def test_shards_are_written_with_an_index(original, tmp_path, monkeypatch):
     from solo_vlm.convert import checkpoint_files, model_folder
 
     def in_small_shards(folder, tensors):
         checkpoint_files.write_checkpoint(folder, tensors, max_shard_bytes=50_000)
 
     monkeypatch.setattr(model_folder, "write_checkpoint", in_small_shards)
-    convert_original(release, tmp_path / "solo")
+    convert_original(original, tmp_path / "solo")
     assert len(list((tmp_path / "solo").glob("model-*.safetensors"))) > 3
     model = load_model(tmp_path / "solo")
-    expected = read_weights(release)["model.layers.3.mlp.up_proj.weight"]
+    expected = read_weights(original)["model.layers.3.mlp.up_proj.weight"]
     assert torch.equal(model.model.language_model.layers[3].mlp.up_proj.weight.cpu(), expected)
     convert_to_original(tmp_path / "solo", tmp_path / "back")
-    assert_same_bytes(read_weights(tmp_path / "back"), read_weights(release))
+    assert_same_bytes(read_weights(tmp_path / "back"), read_weights(original))
 
 
-def test_converted_and_original_folder_answer_alike(release, tmp_path, picture):
-    converted = convert_original(release, tmp_path / "solo")
+def test_converted_and_original_folder_give_equal_answers(original, tmp_path, picture):
+    converted = convert_original(original, tmp_path / "solo")
     assert converted.vocabulary == converted.tokens == ROWS
     assert converted.dtype == "bfloat16"
     answers = []
-    for folder in (release, tmp_path / "solo"):
+    for folder in (original, tmp_path / "solo"):
         pipeline = GenerationPipeline.from_pretrained(folder, dtype="float32", device="cpu")
         assert pipeline.processor.image_layout == "original"
         assert pipeline.model.config.vision_token_ids == converted.vision_token_ids
         inputs = pipeline.encode([ask("what is this?", picture(64, 40))])
         new = pipeline.generate(inputs, max_new_tokens=20)[0][:, inputs["input_ids"].shape[1] :]
-        assert new.max() < TEXT_TOKENS  # neither vision tokens, nor locations, nor padding are spoken
+        assert new.max() < TEXT_TOKENS  # vision tokens, locations and padding are suppressed
         answers.append(new.tolist())
     assert answers[0] == answers[1]
 
 
-def test_converted_folders_pad_on_the_left_and_stop_at_eos(release, tmp_path):
-    convert_original(release, tmp_path / "solo")
+def test_converted_folders_pad_left_and_stop_at_eos(original, tmp_path):
+    convert_original(original, tmp_path / "solo")
     convert_to_original(tmp_path / "solo", tmp_path / "back")
     for folder in ("solo", "back"):
         settings = json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
@@ -166,7 +166,7 @@ def test_converted_folders_pad_on_the_left_and_stop_at_eos(release, tmp_path):
     ("pieces", "rows", "tokens", "dropped"),
     [
         (VISION + LOCATIONS + CHAT, ROWS, ROWS, []),  # SOLO-7B, 33031 rows
-        (VISION + LOCATIONS, ROWS - 2, ROWS - 2, []),  # before the chat tokens came, 33029 rows
+        (VISION + LOCATIONS, ROWS - 2, ROWS - 2, []),  # before chat tokens were added, 33029 rows
         (VISION + LOCATIONS, ROWS, ROWS, []),  # rows for chat tokens that the tokenizer lacks
         (VISION + LOCATIONS + CHAT, ROWS - 2, ROWS - 2, CHAT),  # the reverse
         (VISION + LOCATIONS, 1536, ROWS - 2, []),  # padded to a multiple of 128
@@ -174,7 +174,7 @@ def test_converted_folders_pad_on_the_left_and_stop_at_eos(release, tmp_path):
         ([], ROWS - 2, ROWS - 2, []),  # the LLM's own tokenizer
     ],
 )
-def test_rows_and_tokens(pieces, rows, tokens, dropped, tmp_path):
+def test_vocabulary_for_any_rows_and_tokens(pieces, rows, tokens, dropped, tmp_path):
     settings = original_settings(rows, num_hidden_layers=1)
     source = write_original(tmp_path / "source", original_weights(settings), settings)
     write_sentencepiece(source, pieces)
@@ -190,7 +190,7 @@ def test_rows_and_tokens(pieces, rows, tokens, dropped, tmp_path):
     assert suppressed == list(range(TEXT_TOKENS, rows))
 
 
-def test_rows_that_disagree_with_the_configuration_win(tmp_path):
+def test_rows_of_the_weights_override_the_config(tmp_path):
     settings = original_settings(ROWS, num_hidden_layers=1)
     source = write_original(
         tmp_path / "source", original_weights(settings), settings | {"vocab_size": ROWS - 2}
@@ -199,7 +199,7 @@ def test_rows_that_disagree_with_the_configuration_win(tmp_path):
     assert convert_original(source, tmp_path / "solo").vocabulary == ROWS
 
 
-def test_a_tokenizer_that_does_not_belong_to_the_weights(tmp_path):
+def test_tokenizer_of_another_model_is_refused(tmp_path):
     settings = original_settings(TEXT_TOKENS + 3, num_hidden_layers=1)
     source = write_original(tmp_path / "source", original_weights(settings), settings)
     write_sentencepiece(source, VISION)
@@ -207,7 +207,7 @@ def test_a_tokenizer_that_does_not_belong_to_the_weights(tmp_path):
         convert_original(source, tmp_path / "solo")
 
 
-def test_a_broken_tokenizer(tmp_path):
+def test_broken_tokenizer_is_refused(tmp_path):
     settings = original_settings(ROWS, num_hidden_layers=1)
     source = write_original(tmp_path / "source", original_weights(settings), settings)
     (source / "tokenizer.model").write_bytes(b"no protocol buffer")
@@ -216,18 +216,18 @@ def test_a_broken_tokenizer(tmp_path):
     assert not (tmp_path / "solo").exists()
 
 
-def test_without_a_tokenizer_there_is_no_processor(tmp_path, caplog):
+def test_without_tokenizer_no_processor_is_written(tmp_path, caplog):
     source = golden_folder(tmp_path / "source", "safetensors", 1)
     assert convert_original(source, tmp_path / "solo").tokens is None
     assert "has no tokenizer" in caplog.text
     assert not (tmp_path / "solo" / "processor_config.json").exists()
 
 
-# --- broken and hostile files: a clear error, nothing left behind ----------------------------------------
+# --- broken and malicious files: a clear error, nothing left behind --------------------------------------
 
 
 class Code:
-    """Unpickled by careless code, it makes a folder."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -251,7 +251,7 @@ def refused(source: Path, tmp_path: Path, *mentioned: str) -> None:
 
 @pytest.fixture
 def source(tmp_path):
-    """Makes a release folder to break."""
+    """Return a function that writes an original folder to break."""
 
     def make(suffix: str, shards: int = 2, **changes) -> Path:
         settings = original_settings(64, num_hidden_layers=1)
@@ -262,21 +262,21 @@ def source(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_truncated_shard(source, tmp_path, suffix):
+def test_truncated_shard_is_refused(source, tmp_path, suffix):
     folder = source(suffix)
     file = next(folder.glob(f"*-00001-of-*.{suffix}"))
     cut(file)
     refused(folder, tmp_path, str(file), "truncated")
 
 
-def test_a_truncated_shard_names_the_first_key_that_is_cut(source, tmp_path):
+def test_truncation_error_names_the_first_affected_key(source, tmp_path):
     folder = source("safetensors", 1)
     cut(folder / "model.safetensors")
     refused(folder, tmp_path, "model.safetensors is truncated: ", "not all there")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_missing_shard(source, tmp_path, suffix):
+def test_missing_shard_is_refused(source, tmp_path, suffix):
     folder = source(suffix)
     file = next(folder.glob(f"*-00002-of-*.{suffix}"))
     file.unlink()
@@ -284,20 +284,20 @@ def test_a_missing_shard(source, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_wrong_shape(source, tmp_path, suffix):
+def test_wrong_shape_is_refused(source, tmp_path, suffix):
     key = "model.layers.0.mlp.up_proj.weight"
     folder = source(suffix, 1, weights={key: torch.zeros(48, 63)})
     refused(folder, tmp_path, f"model.{suffix}", key, "[48, 63]", "[48, 64]")
 
 
-def test_a_missing_and_an_unknown_key(source, tmp_path):
+def test_missing_and_unknown_keys_are_refused(source, tmp_path):
     folder = source("safetensors", 1, num_hidden_layers=2)
     refused(folder, tmp_path, "lacks", "layers.1.")
     folder = source("safetensors", 1, weights={"model.vision_tower.weight": torch.zeros(2)})
     refused(folder, tmp_path, "model.vision_tower.weight", "no weight of this model")
 
 
-def test_an_index_that_names_a_key_too_many(source, tmp_path):
+def test_index_with_an_extra_key_is_refused(source, tmp_path):
     folder = source("safetensors")
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -308,7 +308,7 @@ def test_an_index_that_names_a_key_too_many(source, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [None, 2, 4])
-def test_a_pickle_with_code_is_refused_and_does_not_run(source, tmp_path, protocol):
+def test_pickle_with_code_is_refused_and_not_run(source, tmp_path, protocol):
     trace = tmp_path / "trace"
     folder = source("bin", 1)
     file = folder / "pytorch_model.bin"
@@ -323,14 +323,14 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(source, tmp_path, protoc
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"PK\x03\x04 broken", b"\xff" * 9])
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_files_of_something_else(source, tmp_path, name, content):
+def test_other_file_formats_are_refused(source, tmp_path, name, content):
     folder = source("safetensors", 1)
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(content)
     refused(folder, tmp_path, name)
 
 
-def test_no_weights_no_config_and_other_models(source, tmp_path, release):
+def test_missing_weights_broken_config_and_other_models_are_refused(source, tmp_path, original):
     folder = source("safetensors", 1, architectures=["MistralForCausalLM"])
     refused(folder, tmp_path, "no checkpoint of the original SOLO code")
     (folder / "config.json").write_text("{")
@@ -339,33 +339,33 @@ def test_no_weights_no_config_and_other_models(source, tmp_path, release):
     (folder / "model.safetensors").unlink()
     refused(folder, tmp_path, "has no weights")
     with pytest.raises(SoloError, match="is no SOLO model"):
-        convert_to_original(release, tmp_path / "back")
+        convert_to_original(original, tmp_path / "back")
 
 
-def test_a_destination_that_exists_is_left_alone(release, tmp_path):
+def test_existing_destination_is_left_unchanged(original, tmp_path):
     (tmp_path / "solo").mkdir()
     (tmp_path / "solo" / "mine.txt").write_text("keep")
     with pytest.raises(SoloError, match="exists already"):
-        convert_original(release, tmp_path / "solo")
+        convert_original(original, tmp_path / "solo")
     assert (tmp_path / "solo" / "mine.txt").read_text() == "keep"
 
 
-def test_only_models_over_mistral_go_back(solo, tmp_path):
+def test_only_mistral_decoders_convert_back(solo, tmp_path):
     solo.save(tmp_path / "llama")
     with pytest.raises(SoloError, match=r"supports Mistral only.*llama"):
         convert_to_original(tmp_path / "llama", tmp_path / "back")
     shutil.rmtree(tmp_path / "llama")
 
 
-def test_the_original_folder_without_its_tokenizer_still_loads(tmp_path):
+def test_original_folder_without_tokenizer_loads(tmp_path):
     source = golden_folder(tmp_path / "source", "bin", 1)
     assert load_model(source, device="cpu").config.image_token_id == 32001
     with pytest.raises(SoloError, match="tokenizer"):
         load_processor(source)
 
 
-def test_training_takes_the_release_for_what_it_is(release):
-    """Its config says "mistral": read as a plain LLM, it would lose its eyes without a word."""
-    model, processor = load_base_model(release)
+def test_training_starts_from_an_original_folder(original):
+    """Its config says "mistral": read as a plain LLM, it would silently lose its patch embedding."""
+    model, processor = load_base_model(original)
     assert isinstance(model, SoloForConditionalGeneration)
     assert processor.image_layout == "original"

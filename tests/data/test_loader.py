@@ -71,7 +71,7 @@ def test_two_epochs_see_every_sample_twice(written, run):
     while not loader.ended:
         for sequence in loader.take(3):
             assert not is_empty(sequence.batch)
-            assert sequence.counts.documents == len(loader.names(sequence)) > 0
+            assert sequence.documents == len(loader.names(sequence)) > 0
             seen.update(loader.names(sequence))
     assert len(seen) == written[1]
     assert set(seen.values()) == {EPOCHS}

@@ -14,9 +14,8 @@ from tests.evaluate.benchmark_rows import correct_response
 from tests.evaluate.evaluation_runs import ScriptedBackend, open_task, write_data_root
 
 from solo_vlm.evaluate.benchmarks import get
-from solo_vlm.evaluate.published import PUBLISHED
-from solo_vlm.evaluate.report import category_plot
-from solo_vlm.evaluate.run import EvaluationRun, ModelFacts
+from solo_vlm.evaluate.report import PUBLISHED, category_plot
+from solo_vlm.evaluate.run import EvaluationRun, ModelInfo
 
 NASTY = "<script>alert(1)</script> | B"
 
@@ -57,7 +56,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     write_data_root(folder / "data", ["mmstar", "mme"])
     tasks = [(get(task), open_task(task, folder / "data", folder / "cache")) for task in ("mmstar", "mme")]
-    run = EvaluationRun(folder / "out", ModelFacts("my <model>", "test", "ab" * 32), longest=16)
+    run = EvaluationRun(folder / "out", ModelInfo("my <model>", "test", "ab" * 32), max_new_tokens=16)
 
     class ByTask(ScriptedBackend):
         def generate(self, requests):
@@ -72,7 +71,7 @@ def finished(tmp_path_factory):
     return folder / "out", scores
 
 
-def test_scores_stand_beside_published_ones(finished):
+def test_report_shows_published_scores(finished):
     out, scores = finished
     page = Page((out / "report.html").read_text())
     header, own, *others = page.rows[:6]
@@ -86,14 +85,14 @@ def test_scores_stand_beside_published_ones(finished):
     assert named["NEO-9B published"] == ["62.4", ""]
 
 
-def test_published_scores_are_of_benchmarks_that_there_are():
+def test_published_scores_belong_to_known_benchmarks():
     for model in PUBLISHED:
         for task, score in model.scores.items():
             assert 0 < score < get(task).maximum
         assert model.unverified <= model.scores.keys()
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing(finished):
+def test_report_is_self_contained_without_scripts(finished):
     html = (finished[0] / "report.html").read_text()
     page = Page(html)
     assert page.tags.isdisjoint({"script", "link", "iframe"})
@@ -110,26 +109,26 @@ def test_the_page_needs_nothing_else_and_runs_nothing(finished):
     assert kinds["image/jpeg"] >= 2 * 12
 
 
-def test_answers_are_shown_with_exact_prompt_reading_and_truth(finished):
+def test_report_shows_prompt_extracted_answer_and_reference(finished):
     html = (finished[0] / "report.html").read_text()
     assert "Wrong answers: 8 of 8" in html
-    assert "Right answers: 12 of 22" in html
-    assert "read as nothing, right is yes" in html
+    assert "Correct answers: 12 of 22" in html
+    assert "extracted nothing, reference yes" in html
     assert "Please answer yes or no" not in html  # lmms-eval replaces it
     assert "Answer the question using a single word or phrase." in html
 
 
-def test_what_was_run_is_on_record(finished):
+def test_report_shows_the_run_metadata(finished):
     out, _ = finished
     rows = dict(row for row in Page((out / "report.html").read_text()).rows if len(row) == 2)
     facts = json.loads((out / "run.json").read_text())
     assert rows["sha256"] == "ab" * 32
     for name, version in facts["versions"].items():
         assert rows[name] == version
-    assert rows["longest answer"] == "16"
+    assert rows["max_new_tokens"] == "16"
 
 
-def test_the_markdown_has_the_same_tables(finished):
+def test_markdown_has_the_same_tables(finished):
     out, scores = finished
     lines = (out / "report.md").read_text().splitlines()
     tables = [line for line in lines if line.startswith("|")]
@@ -142,7 +141,7 @@ def test_the_markdown_has_the_same_tables(finished):
             assert any(line.startswith(f"| {name} | {part.group} | {part.score:,.1f} |") for line in tables)
 
 
-def test_the_plot_has_a_bar_for_each_category(finished):
+def test_plot_grows_with_the_number_of_categories(finished):
     sizes = [tuple(category_plot(score).get_size_inches()) for score in finished[1]]
     parts = [len(score.breakdown) for score in finished[1]]
     assert sizes[0][0] == sizes[1][0]

@@ -42,7 +42,7 @@ def image(rows: int, columns: int, close: int = START) -> list[int]:
 
 
 def turns(pieces, *said: str) -> tuple[list[int], list[bool]]:
-    """The release's fine-tuning: every turn tokenized by itself, questions stripped, answers closed."""
+    """Original fine-tuning format: turns tokenized singly, questions stripped, answers closed with EOS."""
     ids, supervised = [], []
     for number, text in enumerate(said):
         if number % 2 == 0:
@@ -68,7 +68,7 @@ SAID = ["\nwhat is this? ", "a red circle", "  and  that", "two dogs\non a mat",
 
 
 @pytest.mark.parametrize("turns_said", [2, 4, 6])
-def test_chats_are_tokenized_as_the_release_did(processor, pieces, turns_said):
+def test_chats_are_tokenized_as_by_the_original_code(processor, pieces, turns_said):
     said = SAID[:turns_said]
     encoded = processor.encode_chat(chat(*said, image_in=0), [(1, 2, 3)])
     ids, supervised = turns(pieces, *said)
@@ -83,12 +83,12 @@ def test_text_only_chats(processor, pieces):
     assert (encoded.input_ids.tolist(), encoded.supervised.tolist()) == (ids, supervised)
 
 
-def test_a_prompt_ends_where_the_answer_begins(processor, pieces):
+def test_prompt_ends_where_the_answer_begins(processor, pieces):
     prompt = processor.encode_chat(chat("what is this?", image_in=0), [(1, 1, 1)], add_generation_prompt=True)
     assert prompt.input_ids.tolist() == image(1, 1) + turns(pieces, "what is this?")[0]
 
 
-def test_an_image_of_a_later_turn_stands_before_that_turn(processor, pieces):
+def test_image_of_a_later_turn_precedes_that_turn(processor, pieces):
     encoded = processor.encode_chat(chat(*SAID[:4], image_in=2), [(1, 1, 2)])
     first, second = turns(pieces, *SAID[:2])[0], turns(pieces, *SAID[:4])[0]
     assert encoded.input_ids.tolist() == first + image(1, 2) + second[len(first) :]
@@ -98,13 +98,13 @@ def test_an_image_of_a_later_turn_stands_before_that_turn(processor, pieces):
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\ue000\ue001"), max_size=30)
 )
-def test_any_text_splits_as_sentencepiece_splits_it(text, processor, pieces):
+def test_any_text_is_split_as_by_sentencepiece(text, processor, pieces):
     ids = processor.tokenizer.encode(text, add_special_tokens=False)
     assert ids == pieces.encode(text.replace("\x00", "\x00"))
 
 
 @pytest.mark.parametrize("spelled", ["</s>", "<vision>", "<vpatch>", "</vision>"])
-def test_text_that_spells_a_special_token_stays_text(processor, spelled):
+def test_text_that_spells_a_special_token_is_not_parsed(processor, spelled):
     encoded = processor.encode_chat(chat(f"say {spelled} now", "yes")).input_ids.tolist()
     assert encoded.count(EOS) == 1
     assert not {START, PATCH, ROW, END} & set(encoded)

@@ -1,4 +1,4 @@
-"""Attention document by document equals dense attention under a mask."""
+"""Packed attention against dense attention with a mask."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.factories import LLM_CONFIGS, ask, make_solo, png
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.train.attention import _flash, _flash_can, packed_attention, use_packed_attention
+from solo_vlm.train.attention import _flash, _supports_flash, packed_attention, use_packed_attention
 
 ANSWER = [{"role": "assistant", "content": [{"type": "text", "text": "a blue square"}]}]
 
 
 def dense(query, key, value, bounds, window):
-    """A boolean mask over all pairs of positions: same document, causal, inside the window."""
+    """Return a dense boolean mask: same document, causal, within the window."""
     length = query.shape[2]
     document = torch.bucketize(torch.arange(length), bounds[1:], right=True)
     position = torch.arange(length)
@@ -35,7 +35,7 @@ def dense(query, key, value, bounds, window):
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.sampled_from([None, 5]), st.booleans())
-def test_equals_dense_attention_and_so_do_gradients(lengths, window, with_long):
+def test_output_and_gradients_equal_dense_attention(lengths, window, with_long):
     lengths = lengths + [300, 280] * with_long
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     torch.manual_seed(0)
@@ -55,8 +55,8 @@ def test_equals_dense_attention_and_so_do_gradients(lengths, window, with_long):
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_bfloat16_rounds_and_nothing_else(window):
-    """On a CPU short documents take another way in bfloat16; long ones do not."""
+def test_bfloat16_differs_by_rounding_only(window):
+    """On CPU, short documents use another kernel in bfloat16 than long ones."""
     bounds = torch.tensor([0, 3, 20, 21, 60, 260, 600])
     torch.manual_seed(0)
     states = [torch.randn(1, heads, 600, 8, requires_grad=True) for heads in (4, 2, 2)]
@@ -76,8 +76,8 @@ def test_bfloat16_rounds_and_nothing_else(window):
 
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
-def test_training_attends_as_the_model_does_to_each_document_alone(family):
-    """Every family's own attention, eager and without packing, is the truth; Gemma 2 caps its scores."""
+def test_packed_attention_matches_each_document_alone(family):
+    """The reference is each family's eager attention without packing; Gemma 2 soft-caps its scores."""
     solo = make_solo(family)
     for module in solo.model.modules():
         if getattr(module, "attn_logit_softcapping", None):
@@ -102,7 +102,7 @@ def test_training_attends_as_the_model_does_to_each_document_alone(family):
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
-def test_a_batch_that_is_not_packed_is_refused():
+def test_unpacked_batch_is_rejected():
     states = torch.zeros(2, 1, 4, 8)
     with pytest.raises(ValueError, match="packed"):
         packed_attention(None, states, states, states, None)
@@ -119,13 +119,13 @@ def test_a_batch_that_is_not_packed_is_refused():
     ],
     ids=str,
 )
-def test_flash_attention_is_given_only_what_it_can(dtype, size, can):
+def test_flash_attention_is_used_only_where_supported(dtype, size, can):
     query = SimpleNamespace(dtype=dtype, device=torch.device("cuda"), shape=(7, 4, size))
-    assert _flash_can(query) == can
+    assert _supports_flash(query) == can
 
 
-def test_flash_attention_computes_in_the_type_of_autocast(monkeypatch):
-    """Rotary embeddings leave queries and keys in float32 there, values are in bfloat16."""
+def test_flash_attention_computes_in_autocast_dtype(monkeypatch):
+    """Under autocast, rotary embeddings leave queries and keys in float32, while values are in bfloat16."""
     seen = []
 
     def varlen_attn(query, key, value, *args, **options):

@@ -1,4 +1,4 @@
-"""A process that fails ends all of its run, under torchrun, and torchrun's last words are the cause."""
+"""Joint exit of all processes after a failure, under torchrun, and stop signals."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch.distributed as dist
 import yaml
 from tests.factories import read_steps, run_settings
 
-from solo_vlm.train.failures import Failure, Stopped, StopRequest, fail_together
+from solo_vlm.train.failures import Failure, Stopped, StopRequest, catch_signals, fail_together
 from solo_vlm.utils.errors import SoloError
 
-# `solo train` in which one process behaves as told.
+# `solo train` in which one process misbehaves on request.
 SCRIPT = """
 import os, signal, sys
 from solo_vlm.cli import main
@@ -45,7 +45,7 @@ main()
 
 @pytest.fixture
 def torchrun(runs, tmp_path):
-    """Starts torchruns of a small run, each with its own output; those that are left are killed."""
+    """Function that starts torchrun on a small run; processes left over are terminated."""
     (tmp_path / "script.py").write_text(SCRIPT)
     started = []
 
@@ -71,7 +71,7 @@ def torchrun(runs, tmp_path):
     yield start
     for process in started:
         if process.poll() is None:
-            process.terminate()  # torchrun passes it on
+            process.terminate()  # torchrun forwards it
 
 
 def wait_for_steps(process, out, count):
@@ -81,17 +81,17 @@ def wait_for_steps(process, out, count):
 
 
 def last_words(printed):
-    """What is left of torchrun's report of the first failure, which it prints at its end."""
+    """Return torchrun's final report of the root cause."""
     return printed.rpartition("Root Cause")[2]
 
 
 def tracebacks(printed):
-    """Tracebacks of the run's processes, which torch marks by their rank; torchrun prints its own."""
+    """Count tracebacks of the run's processes, which are prefixed with their rank, without torchrun's own."""
     return printed.count("]: Traceback (most recent call last)")
 
 
 @pytest.mark.distributed
-def test_all_end_when_one_process_fails(torchrun):
+def test_all_processes_exit_when_one_fails(torchrun):
     process = torchrun(1, "fail", "--standalone", "--nproc-per-node", "2")
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -102,7 +102,7 @@ def test_all_end_when_one_process_fails(torchrun):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("victim", [0, 1])
-def test_all_machines_end_when_one_process_fails(torchrun, victim):
+def test_all_machines_exit_when_one_process_fails(torchrun, victim):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
@@ -116,7 +116,7 @@ def test_all_machines_end_when_one_process_fails(torchrun, victim):
 
 
 @pytest.mark.distributed
-def test_survivors_of_a_killed_process_do_not_hide_it(torchrun):
+def test_killed_process_is_reported_as_root_cause(torchrun):
     process = torchrun(1, "kill", "--standalone", "--nproc-per-node", "2")
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -125,8 +125,8 @@ def test_survivors_of_a_killed_process_do_not_hide_it(torchrun):
 
 
 @pytest.mark.distributed
-def test_failure_of_the_first_process_alone_ends_all(torchrun, tmp_path):
-    """It alone writes logs, and its tracker finds a file where it needs a folder."""
+def test_failure_of_rank_0_ends_all_processes(torchrun, tmp_path):
+    """Only rank 0 writes logs; here its tracker finds a file in place of its folder."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tensorboard").write_text("not a folder")
     process = torchrun(-1, "", "--standalone", "--nproc-per-node", "2", trackers=["tensorboard"])
@@ -138,7 +138,7 @@ def test_failure_of_the_first_process_alone_ends_all(torchrun, tmp_path):
 
 
 @pytest.mark.distributed
-def test_process_started_with_other_settings_is_refused(torchrun):
+def test_process_with_other_settings_is_rejected(torchrun):
     process = torchrun(1, "setting", "--standalone", "--nproc-per-node", "2")
     _, printed = process.communicate(timeout=120)
     line = (
@@ -150,7 +150,7 @@ def test_process_started_with_other_settings_is_refused(torchrun):
 
 
 @pytest.mark.distributed
-def test_sigterm_to_torchrun_saves_although_loaders_have_workers(torchrun, tmp_path, runs):
+def test_sigterm_to_torchrun_saves_with_loader_workers(torchrun, tmp_path, runs):
     data = {**run_settings(runs, tmp_path)["data"], "workers": 2}
     changes = {"checkpoint": {"save_interval": 1000}, "data": data}
     process = torchrun(-1, "", "--standalone", "--nproc-per-node", "2", **changes)
@@ -163,7 +163,7 @@ def test_sigterm_to_torchrun_saves_although_loaders_have_workers(torchrun, tmp_p
     assert printed.count(f"solo: stopped by SIGTERM, saved after step {step}") == 1
 
 
-def test_error_without_other_processes_failing_is_raised_as_it_is():
+def test_sole_error_is_raised_unchanged():
     store = dist.HashStore()
     for error in (SoloError("the file is not there"), Stopped("stopped", 15)):
         with pytest.raises(type(error)) as caught, fail_together(store, 1, StopRequest()):
@@ -171,8 +171,46 @@ def test_error_without_other_processes_failing_is_raised_as_it_is():
         assert caught.value is error
 
 
-def test_failure_is_described_in_one_line():
+def test_failure_message_is_one_line():
     assert Failure.from_exception(SoloError("no such file"), 3).message == "no such file"
     failure = Failure.from_exception(ValueError("bad"), 3)
     assert failure.message == f"process 3 on {socket.gethostname()}: ValueError: bad"
     assert failure.exit_code == 1
+
+
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGTERM, signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)], ids=str
+)
+def test_only_first_signal_is_recorded(numbers):
+    with catch_signals() as stop:
+        send(*numbers)
+        assert stop.signal == numbers[0]
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_second_sigint_raises_immediately(first):
+    with catch_signals(), pytest.raises(KeyboardInterrupt):
+        send(first, signal.SIGINT)
+
+
+def test_uninterrupted_body_ignores_repeated_signals():
+    with catch_signals() as stop:
+        with stop.uninterrupted():
+            with stop.uninterrupted():
+                send(signal.SIGINT)
+            send(signal.SIGINT, signal.SIGINT, signal.SIGTERM)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_handlers_are_restored():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with catch_signals():
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) != before
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

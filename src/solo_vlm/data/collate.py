@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from solo_vlm.data.encode import IGNORE_INDEX, Document
-from solo_vlm.models.solo.processing_solo import num_image_tokens
 
 
 class PackedBatch(TypedDict):
@@ -29,42 +27,6 @@ class PackedBatch(TypedDict):
     cu_seq_lens_k: Tensor  # the same
     max_length_q: int  # length of the longest document
     max_length_k: int  # the same
-
-
-@dataclass(frozen=True)
-class BatchCounts:
-    """Contents of a packed batch, without its padding.
-
-    Attributes:
-        document_lengths: Tokens of each document.
-        supervised_tokens: Tokens with a label.
-        vision_tokens: Tokens of image layouts.
-        patches: Image patches.
-    """
-
-    document_lengths: tuple[int, ...]
-    supervised_tokens: int
-    vision_tokens: int
-    patches: int
-
-    @property
-    def documents(self) -> int:
-        return len(self.document_lengths)
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.document_lengths)
-
-
-def count(documents: Sequence[Document]) -> BatchCounts:
-    """Count what a batch of these documents holds."""
-    grids = [grid for document in documents for grid in document.image_grid_thw.tolist()]
-    return BatchCounts(
-        document_lengths=tuple(map(len, documents)),
-        supervised_tokens=sum(int((document.labels != IGNORE_INDEX).sum()) for document in documents),
-        vision_tokens=sum(num_image_tokens(rows, columns) for _, rows, columns in grids),
-        patches=sum(len(document.pixel_values) for document in documents),
-    )
 
 
 def num_supervised_tokens(batches: Sequence[PackedBatch]) -> int:

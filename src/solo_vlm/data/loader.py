@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from solo_vlm.data.collate import BatchCounts, PackedBatch, collate, count
+from solo_vlm.data.collate import PackedBatch, collate, num_supervised_tokens
 from solo_vlm.data.sources import Source, fingerprints
 from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
+from solo_vlm.models.solo.processing_solo import num_image_tokens
 from solo_vlm.utils.errors import SoloError
 
 MakeStream = Callable[[int], VirtualStream]
@@ -143,7 +144,7 @@ class PackedLoader:
             if slot.batch is None:
                 self._ended.add(slot.stream)
             else:
-                found.append(LoadedSequence(slot.batch, slot.keys, slot.counts))
+                found.append(LoadedSequence(slot.batch, slot.keys))
         if self.ended:
             self.close()
         return found
@@ -226,14 +227,37 @@ class PackedLoader:
 
 @dataclass(frozen=True)
 class LoadedSequence:
-    """Packed sequence as input of the model, with its documents' keys and its counts."""
+    """A packed sequence with its token counts and the keys of its documents."""
 
     batch: PackedBatch
     keys: Sequence[Key]
-    counts: BatchCounts
 
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.keys)
 
-_NOTHING = count([])
+    @property
+    def document_lengths(self) -> list[int]:
+        """Tokens per document, without padding."""
+        return self.batch["cu_seq_lens_q"].diff()[: self.documents].tolist()
+
+    @property
+    def vision_tokens(self) -> int:
+        """Tokens of all image layouts."""
+        return sum(
+            num_image_tokens(rows, columns) for _, rows, columns in self.batch["image_grid_thw"].tolist()
+        )
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens with a label."""
+        return num_supervised_tokens([self.batch])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the documents, without the padding behind them."""
+        return int(self.batch["cu_seq_lens_q"][self.documents])
 
 
 @dataclass(frozen=True)
@@ -244,7 +268,6 @@ class _Slot:
     state: State
     batch: PackedBatch | None = None
     keys: Sequence[Key] = ()
-    counts: BatchCounts = _NOTHING
 
     def pin_memory(self) -> _Slot:
         """Pin the tensors; called by DataLoader."""
@@ -309,8 +332,7 @@ class _Slots(IterableDataset[_Slot | SoloError]):
         if number in self._states:
             stream.load_state_dict(self._states[number])
         for packed in stream:
-            batch = collate(packed.documents, **self._form)
-            yield _Slot(number, packed.state, batch, packed.keys, count(packed.documents))
+            yield _Slot(number, packed.state, collate(packed.documents, **self._form), packed.keys)
         ended = _Slot(number, stream.state_dict())
         while True:
             yield ended

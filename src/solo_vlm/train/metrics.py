@@ -6,14 +6,24 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, Protocol
 from uuid import uuid4
 
 import torch
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from solo_vlm.train.recipe import Recipe
@@ -62,7 +72,9 @@ class MetricsLogger:
         self._file = (folder / "metrics.jsonl").open("a")
         self._trackers = trackers
         self._progress = progress
-        self._task = progress.add_task(folder.name, total=total_steps, completed=done, metrics={})
+        self._task = progress.add_task(
+            folder.name, total=total_steps, completed=done, unit="step", metrics={}
+        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of a step; steps count from 1."""
@@ -94,11 +106,74 @@ class LiveView(Progress):
                 yield _metrics_table(task.fields["metrics"])
 
 
+class ProgressLines(Progress):
+    """Progress as plain lines, for output that is not a terminal.
+
+    Prints a line when a task starts and finishes, and one per unfinished task at a fixed interval.
+
+    Args:
+        console: Console to print on.
+        interval: Seconds between two lines of a task.
+    """
+
+    def __init__(self, console: Console, interval: float = 10.0) -> None:
+        super().__init__(console=console, disable=True)
+        self._interval = interval
+        self._stopped = Event()
+        self._thread = Thread(target=self._print_at_intervals, daemon=True)
+
+    def start(self) -> None:
+        """Start printing."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop printing."""
+        self._stopped.set()
+        self._thread.join()
+
+    def add_task(self, *args: Any, **kwargs: Any) -> TaskID:
+        """Add a task and print its first line."""
+        task = super().add_task(*args, **kwargs)
+        self._print(self._tasks[task])
+        return task
+
+    def update(self, task_id: TaskID, **kwargs: Any) -> None:
+        """Update a task, and print its last line if that finishes it."""
+        was_finished = self._tasks[task_id].finished
+        super().update(task_id, **kwargs)
+        if self._tasks[task_id].finished and not was_finished:
+            self._print(self._tasks[task_id])
+
+    def _print_at_intervals(self) -> None:
+        while not self._stopped.wait(self._interval):
+            for task in self.tasks:
+                if not task.finished:
+                    self._print(task)
+
+    def _print(self, task: Task) -> None:
+        total = "?" if task.total is None else f"{task.total:,.0f}"
+        count = f"{task.fields.get('unit', '')} {task.completed:,.0f} of {total}".lstrip()
+        parts = [f"{task.description}: {count}"]
+        if "loss" in (metrics := task.fields.get("metrics") or {}):
+            parts.append(f"loss {metrics['loss']:.4f}")
+        if task.finished:
+            parts.append(f"done in {timedelta(seconds=round(task.elapsed or 0))}")
+        elif task.time_remaining is not None:
+            parts.append(f"{timedelta(seconds=round(task.time_remaining))} left")
+        self.console.print(", ".join(parts), highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def progress_bar(quiet: bool = False) -> Iterator[Progress]:
-    """Show the live view on stderr, unless `quiet`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with LiveView(*columns, console=Console(stderr=True), disable=quiet) as progress:
+    """Show progress on stderr, unless `quiet`: the live view on a terminal, plain lines elsewhere."""
+    console = Console(stderr=True)
+    progress: Progress
+    if quiet or console.is_interactive:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        progress = LiveView(*columns, console=console, disable=quiet)
+    else:
+        progress = ProgressLines(console)
+    with progress:
         yield progress
 
 

@@ -9,16 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from solo_vlm.data.encode import load_encoder
-from solo_vlm.models.load import load_model
-from solo_vlm.models.quantization import HEAD, PATCH_EMBEDDING, quantization_config
+from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_model, quantization_config
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.sharding import decoder_layers, load_full_state_dict, shard_model
@@ -103,9 +98,7 @@ def set_trainable(model: PreTrainedModel, recipe: Recipe, world_size: int = 1) -
     if recipe.quantize and world_size > 1:
         raise SoloError("quantize: 4-bit weights cannot be sharded; start one process, or unset quantize")
     if recipe.lora and recipe.parallel.tensor > 1:
-        raise SoloError(
-            "lora: layers with adapters do not support tensor parallelism; set parallel.tensor to 1"
-        )
+        raise SoloError("lora: adapters do not support tensor parallelism; set parallel.tensor to 1")
     new_tokens = recipe.trainable == "new_tokens"
     if recipe.lora or new_tokens:
         add_adapters(model, recipe.lora, new_tokens)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, set_seed
 from solo_vlm.data.collate import PackedBatch, num_supervised_tokens
 from solo_vlm.data.loader import LoadedSequence, PackedLoader
 from solo_vlm.data.mixture import make_loader
-from solo_vlm.models.flops import training_flops
+from solo_vlm.models.flops import ModelShape, training_flops
 from solo_vlm.train.checkpoint import (
     Checkpointer,
     TrainState,
@@ -40,12 +40,7 @@ from solo_vlm.train.failures import Stopped, StopRequest, catch_signals
 from solo_vlm.train.metrics import MetricsLogger, make_trackers, memory_gb, progress_bar
 from solo_vlm.train.model import make_model
 from solo_vlm.train.optimizer import learning_rate, make_optimizer, set_learning_rate
-from solo_vlm.train.parallel.context import (
-    LONG_TIMEOUT,
-    SHORT_TIMEOUT,
-    DistributedContext,
-    init_distributed,
-)
+from solo_vlm.train.parallel.context import LONG_TIMEOUT, SHORT_TIMEOUT, DistributedContext, init_distributed
 from solo_vlm.train.parallel.sharding import average_replicated_gradients, reshard
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import lock_output_dir, prepare_output_dir, write_manifest
@@ -138,6 +133,10 @@ class Trainer:
         folder = self.out / "checkpoints"
         self.checkpointer = Checkpointer(folder, settings.keep, settings.asynchronous, context)
         self.validator = Validator(recipe, self.processor, context) if recipe.validation else None
+        try:
+            self.shape: ModelShape | None = ModelShape.of(self.model.config)
+        except SoloError:  # unsupported family: no FLOPs, no MFU
+            self.shape = None
         device = recognize_device(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
         self.peak_flops = device.peak_flops * context.dims.world_size if device else None
         self.metrics_logger = None
@@ -275,17 +274,16 @@ class Trainer:
         return self.loader.take_together(self.recipe.global_batch, add_up), totals
 
     def _count(self, sequence: LoadedSequence) -> Counter[str]:
-        counts = sequence.counts
-        shape = (np.array(counts.document_lengths), counts.patches, counts.supervised_tokens)
-        try:
-            flops = training_flops(self.model.config, *shape, frozen=self.recipe.is_decoder_frozen)
-        except SoloError:  # unsupported family: no FLOPs, no MFU
-            flops = 0
+        supervised, flops = sequence.supervised_tokens, 0
+        if self.shape is not None:
+            lengths, patches = sequence.document_lengths, len(sequence.batch["pixel_values"])
+            is_frozen = self.recipe.is_decoder_frozen
+            flops = training_flops(self.shape, lengths, patches, supervised, frozen=is_frozen)
         return Counter(
-            documents=counts.documents,
-            tokens=counts.tokens,
-            vision=counts.vision_tokens,
-            supervised=counts.supervised_tokens,
+            documents=sequence.documents,
+            tokens=sequence.tokens,
+            vision=sequence.vision_tokens,
+            supervised=supervised,
             flops=flops,
         )
 

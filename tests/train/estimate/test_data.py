@@ -1,4 +1,4 @@
-"""What a run with `data.epochs` reads: every row as often as promised, in as many steps as were planned."""
+"""Runs with `data.epochs` read every row once per epoch, in the planned number of steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def write_source(path, rows, rng, per_shard):
-    """Texts of a random number of words; how long they are changes along the file."""
+    """Write texts of random lengths that change along the file."""
     counts = rng.integers(1, 12, rows) + np.arange(rows) * 12 // rows
     messages = [[{"role": "assistant", "content": "hello world " * int(count)}] for count in counts]
     if path.suffix == ".parquet":
@@ -46,7 +46,7 @@ def write_source(path, rows, rng, per_shard):
 
 def recipe_of(folder, sources, **changes):
     data = {"sequence_length": 128, "packing_buffer": 8, "sources": [{"path": str(path)} for path in sources]}
-    data |= {name: changes.pop(name) for name in ("streams", "epochs", "weigh") if name in changes}
+    data |= {name: changes.pop(name) for name in ("streams", "epochs", "weight_by") if name in changes}
     plain = {"root": str(folder), "model": "start", "precision": "fp32", "data": data, "trackers": []}
     return Recipe.parse({**plain, "log_interval": 1, **changes})
 
@@ -69,7 +69,7 @@ def runs(draw):
         "workers": draw(st.sampled_from([n for n in (0, 1, 2) if streams % (ranks * max(n, 1)) == 0])),
         "batch": ranks * draw(st.integers(1, 40)),
         "epochs": draw(st.integers(1, 3)),
-        "weigh": draw(st.sampled_from(["tokens", "samples", "sequences"])),
+        "weight_by": draw(st.sampled_from(["tokens", "samples", "sequences"])),
         "seed": draw(st.integers(0, 2**32)),
     }
 
@@ -79,7 +79,7 @@ def check(folder, run):
     paths = [folder / f"{number}.{run['suffix']}" for number in range(len(run["rows"]))]
     for path, rows in zip(paths, run["rows"], strict=True):
         write_source(path, rows, rng, run["per_shard"])
-    changes = {name: run[name] for name in ("streams", "epochs", "weigh")}
+    changes = {name: run[name] for name in ("streams", "epochs", "weight_by")}
     recipe = recipe_of(folder, paths, out="unused", global_batch=run["batch"], **changes)
     processor = processor_of(folder / "start")
 
@@ -101,7 +101,7 @@ def check(folder, run):
     assert abs(planned - len(taken)) <= max(1, 0.02 * len(taken))
     documents = estimate_data(recipe, Encoder(processor)).documents
     assert abs(documents - seen.total()) <= 0.02 * seen.total()
-    if run["workers"]:  # each process by itself, since threads and forks do not go together
+    if run["workers"]:  # one rank at a time, because threads and forks do not mix
         by_workers = Counter()
         for loader in loaders(run["workers"]):
             while not loader.ended:
@@ -117,19 +117,19 @@ def check(folder, run):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(runs())
-def test_every_row_is_read_once_an_epoch_in_as_many_steps_as_planned(folder, run):
+def test_epoch_reads_every_row_once_in_planned_number_of_steps(folder, run):
     check(folder, run)
 
 
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(runs())
-def test_any_run_reads_every_row_once_an_epoch_in_as_many_steps_as_planned(folder, run):
+def test_random_runs_read_every_row_once_in_planned_number_of_steps(folder, run):
     check(folder, run)
 
 
 @pytest.mark.parametrize(("batch", "streams"), [(1, 4), (6, 24), (8, 64)])
-def test_a_run_trains_on_all_its_rows(folder, tmp_path, batch, streams):
+def test_run_trains_on_all_rows(folder, tmp_path, batch, streams):
     write_source(folder / "all.jsonl", 900, np.random.default_rng(0), 0)
     recipe = recipe_of(
         folder,
@@ -150,7 +150,7 @@ def test_a_run_trains_on_all_its_rows(folder, tmp_path, batch, streams):
 
 
 def test_large_sources_are_estimated_from_a_sample(folder):
-    """Lengths vary a lot, and along the file: the truth lies within 2%."""
+    """Lengths vary a lot and along the file; the estimate is within 2%."""
     rng = np.random.default_rng(1)
     write_source(folder / "large.jsonl", 12_000, rng, 0)
     recipe = recipe_of(folder, [folder / "large.jsonl"], out="unused", global_batch=4, streams=8, epochs=1)
@@ -159,7 +159,7 @@ def test_large_sources_are_estimated_from_a_sample(folder):
     assert abs(planned_steps(recipe) - math.ceil(sequences / 4)) <= 0.02 * sequences / 4
 
 
-def test_source_of_blank_lines_beside_others_is_refused(folder, tmp_path):
+def test_source_of_blank_lines_is_rejected(folder, tmp_path):
     write_source(tmp_path / "text.jsonl", 5, np.random.default_rng(0), 5)
     (tmp_path / "blank.jsonl").write_text("\n\n")
     recipe = recipe_of(folder, [tmp_path / "text.jsonl", tmp_path / "blank.jsonl"], epochs=1, out="out")

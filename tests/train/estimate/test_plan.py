@@ -1,4 +1,4 @@
-"""The plan of a run: memory against what PyTorch holds, steps against what the streams give."""
+"""Plans: memory against PyTorch's, steps against the streams'."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from solo_vlm.data.encode import Encoder
 from solo_vlm.data.samples_file import write_samples
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
-from solo_vlm.models.flops import training_flops
-from solo_vlm.models.shape import ModelShape, parameters
+from solo_vlm.models.flops import ModelShape, count_parameters, training_flops
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.quickstart.data.samples import pretraining_sample
@@ -57,7 +56,7 @@ def recipe(*overrides: str, **settings) -> Recipe:
 
 
 def start(config: SoloConfig):
-    """A model in the precision that FSDP computes in, and a sequence of patches, all with a label."""
+    """Return a model in FSDP's compute precision and a sequence of supervised patches."""
     model = SoloForConditionalGeneration(config).to(torch.bfloat16).train()
     ids = torch.full((1, TOKENS), config.image_token_id)
     pixels = torch.randint(256, (TOKENS, config.patch_dim), dtype=torch.uint8)
@@ -77,18 +76,18 @@ def test_weights_gradients_and_moments_are_exact():
     assert memory.weights == memory.gradients == size(model.parameters())
     assert memory.optimizer == size(moments)
     shared = memory_per_device(ModelShape.of(CONFIG), recipe(), ParallelDims(4, 1, 32))
-    assert shared.weights + shared.gradients + shared.optimizer == 16 * parameters(CONFIG).total / 4
+    assert shared.weights + shared.gradients + shared.optimizer == 16 * count_parameters(CONFIG).total / 4
 
 
-def test_tensor_parallelism_splits_the_matrices_of_layers():
+def test_tensor_parallelism_splits_layer_matrices():
     shape = ModelShape.of(CONFIG)
-    counts = parameters(CONFIG)
+    counts = count_parameters(CONFIG)
     split = memory_per_device(shape, recipe("parallel.tensor=2"), ParallelDims(1, 2, 128))
     assert split.weights == 4 * (counts.total - (counts.attention + counts.mlp) // 2)
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_kept_activations_are_those_that_autograd_saves(mode):
+def test_kept_activations_match_autograd_saved_tensors(mode):
     model, batch = start(CONFIG)
     use_activation_checkpointing(model, mode)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -97,7 +96,7 @@ def test_kept_activations_are_those_that_autograd_saves(mode):
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage  # as long as it is here, its place is not used again
+            saved[storage.data_ptr()] = storage  # keeps the storage alive, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -113,12 +112,12 @@ def test_kept_activations_are_those_that_autograd_saves(mode):
         ("llama", "none", 64),
         ("llama", "selective", 64),
         ("llama", "full", 64),
-        ("llama", "full", 16384),  # here the loss needs more than a layer
+        ("llama", "full", 16384),  # the loss needs more than a layer
         ("qwen3", "none", 64),
         ("gemma3", "none", 64),
     ],
 )
-def test_activations_are_the_peak_of_a_step(family, mode, vocabulary):
+def test_activations_match_measured_peak_of_a_step(family, mode, vocabulary):
     text = LLM_CONFIGS[family](**{**SIZES, "vocab_size": vocabulary, "pad_token_id": 0})
     text.sliding_window = 4096
     config = SoloConfig(text_config=text, image_token_id=60, vision_patch_size=4)
@@ -136,7 +135,7 @@ def test_activations_are_the_peak_of_a_step(family, mode, vocabulary):
     assert planned == pytest.approx(peak + batch["pixel_values"].nbytes, rel=0.2)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])  # head tied to the embedding, and not
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # with tied and untied head
 @pytest.mark.parametrize(
     "changes",
     [
@@ -147,7 +146,7 @@ def test_activations_are_the_peak_of_a_step(family, mode, vocabulary):
         {"lora": {"rank": 3, "targets": ["q_proj", "v_proj", "down_proj"]}, "trainable": "new_tokens"},
     ],
 )
-def test_trained_parameters_are_those_that_get_a_gradient(family, changes):
+def test_trained_parameters_match_those_with_gradients(family, changes):
     model = make_solo(family).model
     settings = recipe(**changes)
     expected = trained_parameters(ModelShape.of(model.config), settings)
@@ -157,7 +156,7 @@ def test_trained_parameters_are_those_that_get_a_gradient(family, changes):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A model, many texts and few, in small row groups."""
+    """Folder with a model, a large and a small text source in small row groups."""
     folder = tmp_path_factory.mktemp("plan")
     make_solo().save(folder / "start")
     for name, count in (("many", 1500), ("few", 300)):
@@ -179,7 +178,7 @@ def of_data(folder, *overrides: str) -> Recipe:
 
 
 @pytest.mark.parametrize("weight_by", ["samples", "sequences"])
-def test_steps_are_those_that_the_data_last(data, weight_by):
+def test_planned_steps_match_packing_of_the_data(data, weight_by):
     settings = of_data(data, f"data.weight_by={weight_by}")
     encoder = Encoder(make_solo().processor)
     items = [
@@ -193,13 +192,13 @@ def test_steps_are_those_that_the_data_last(data, weight_by):
     assert planned_steps(settings) == pytest.approx(sequences / 4, rel=0.03)
 
 
-def test_a_run_without_an_end_is_refused(data):
+def test_recipe_without_steps_or_epochs_is_rejected(data):
     for find in (planned_steps, lambda settings: make_plan(settings, 1, A100, 0.4)):
         with pytest.raises(SoloError, match="never end: set one of them"):
             find(of_data(data, "data.epochs=null"))
 
 
-def test_what_is_read_follows_the_weights(data):
+def test_data_estimate_follows_source_weights(data):
     encoder = Encoder(make_solo().processor)
     settings = of_data(data, "steps=5")
     lengths = {
@@ -211,23 +210,23 @@ def test_what_is_read_follows_the_weights(data):
     assert estimate_data(settings, encoder).vision_share == 0
 
 
-def test_the_plan_of_a_run_whose_data_are_there(data):
+def test_plan_with_available_data(data):
     plan = make_plan(of_data(data), 2, A100, 0.5)
     assert plan.steps == planned_steps(of_data(data))
     assert plan.tokens == plan.steps * 4 * 256
     assert plan.documents == pytest.approx(2 * 1800, rel=0.1)
     config = make_solo().model.config
     length = plan.data.document_length
-    flops = training_flops(config, [round(length)] * round(256 / length), 0, 256)
+    flops = training_flops(ModelShape.of(config), [round(length)] * round(256 / length), 0, 256)
     assert plan.flops_per_step == pytest.approx(4 * flops, rel=0.1)
     assert plan.seconds_per_step == pytest.approx(plan.flops_per_step / (2 * 312e12 * 0.5))
 
 
-def test_a_dry_run_of_the_paper_needs_neither_weights_nor_data(run):
+def test_dry_run_of_paper_recipe_without_weights_or_data(run):
     status, out, _ = run("train", "solo-7b/stage1", "--dry-run", "--processes", "8", "--json")
     facts = json.loads(out)
     assert status == 0
-    assert facts["parameters"]["total"] == parameters(SoloConfig()).total
+    assert facts["parameters"]["total"] == count_parameters(SoloConfig()).total
     assert facts["steps"] == 1525
     assert facts["tokens"] == 1525 * 128 * 32768
     assert facts["parallel"] == {"world_size": 8, "dp": 4, "tp": 2, "gradient_accumulation_steps": 32}
@@ -235,13 +234,13 @@ def test_a_dry_run_of_the_paper_needs_neither_weights_nor_data(run):
     assert sum(facts["memory"].values()) == 2 * facts["memory"]["total"]
 
 
-def test_a_dry_run_is_shown(run):
+def test_dry_run_prints_plan(run):
     status, out, _ = run("train", "solo-7b/sft", "--dry-run", "--processes", "8", "--device", "h100")
     assert status == 0
     assert "H100" in out and "until the data end" in out
 
 
-def test_what_does_not_fit_comes_with_what_helps(run):
+def test_plan_that_does_not_fit_suggests_overrides(run):
     command = ("train", "solo-7b/stage1", "--dry-run", "--device", "rtx-4090", "--processes", "8")
     facts = json.loads(run(*command, "--json", "activation_checkpointing=none")[1])
     assert not facts["fits"]
@@ -251,16 +250,22 @@ def test_what_does_not_fit_comes_with_what_helps(run):
     assert "It does not fit" in run(*command, "activation_checkpointing=none")[1]
 
 
-def test_what_cannot_be_split_is_refused_and_not_advised(run):
-    command = ("train", "smollm2-135m/stage1", "--dry-run", "--processes", "2")  # 9 heads, 3 of keys
+def test_indivisible_tensor_parallel_degree_is_rejected_and_not_suggested(run):
+    command = (
+        "train",
+        "smollm2-135m/stage1",
+        "--dry-run",
+        "--processes",
+        "2",
+    )  # 9 query heads, 3 KV heads
     status, _, err = run(*command, "parallel.tensor=2")
     assert status == 2
-    assert "9, and 3 of keys" in err
+    assert "9 query heads, 3 key-value heads" in err
     facts = json.loads(run(*command, "--json", "data.sequence_length=262144")[1])
     assert set(facts["ways_to_fit"]) == {"activation_checkpointing=full"}
 
 
-def test_a_model_that_nothing_is_known_of_is_refused(run, tmp_path):
+def test_plan_of_unknown_model_is_rejected(run, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("model: nowhere\nout: o\nsteps: 1\ndata: {sources: [{path: x}]}\n")
     status, _, err = run("train", str(file), "--dry-run")
@@ -269,7 +274,7 @@ def test_a_model_that_nothing_is_known_of_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
-def test_the_model_of_a_stage_to_come_is_not_looked_up_on_the_hub(run, tmp_path, monkeypatch, more):
+def test_model_of_a_later_stage_is_not_looked_up_on_the_hub(run, tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)
     write_samples(tmp_path / "data.parquet", [pretraining_sample("red")])
     Path("next.yaml").write_text(
@@ -293,12 +298,12 @@ def test_the_model_of_a_stage_to_come_is_not_looked_up_on_the_hub(run, tmp_path,
         ("Tesla T4", None),
     ],
 )
-def test_devices_are_known_by_torchs_names(name, known):
+def test_devices_are_recognized_by_torch_names(name, known):
     device = recognize_device(name)
     assert (device.name if device else None) == known
 
 
-def test_an_unknown_device_is_refused_with_those_that_are_known():
+def test_unknown_device_error_lists_known_devices():
     with pytest.raises(SoloError, match=r"unknown device abacus: known are .*H100"):
         find_device("abacus")
 

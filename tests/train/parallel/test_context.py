@@ -1,11 +1,15 @@
-"""How processes share a global batch, and what is said where they cannot."""
+"""Parallel dimensions, and checks that all processes agree."""
 
 from __future__ import annotations
 
-import pytest
+import shutil
+from dataclasses import replace
 
-from solo_vlm.train.parallel.context import ParallelDims
-from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
+import pytest
+from tests.factories import run_settings
+
+from solo_vlm.data.sources import fingerprints
+from solo_vlm.train.parallel.context import DistributedContext, ParallelDims, init_distributed
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -15,8 +19,8 @@ def recipe(*overrides: str) -> Recipe:
     return Recipe.parse(settings).override(overrides)
 
 
-def test_the_paper_accumulates_32_sequences():
-    """Tensor parallel 2 x data parallel 4, 128 sequences a step."""
+def test_paper_recipe_accumulates_32_sequences():
+    """Tensor parallel 2 x data parallel 4, 128 sequences per step."""
     assert ParallelDims.from_recipe(recipe("parallel.tensor=2"), 8) == ParallelDims(4, 2, 32)
 
 
@@ -24,26 +28,33 @@ def test_the_paper_accumulates_32_sequences():
     ("overrides", "processes", "message"),
     [
         (["parallel.tensor=2"], 3, "a multiple of 2, or set parallel.tensor to one of 1 or 3"),
-        (["global_batch=10"], 4, "set it to 8 or 12, or start 1 or 2 processes"),
+        (
+            ["global_batch=10"],
+            4,
+            "global_batch = 10 is not divisible by 4 .*: set it to 8 or 12, or start 1 or 2 ",
+        ),
         (["global_batch=10", "parallel.tensor=2"], 8, "set it to 8 or 12, or start 2 or 4 processes"),
         (["global_batch=2"], 3, "set it to 3, or start 1 or 2 processes"),
         (["data.streams=10", "data.workers=3"], 2, "2 data-parallel groups x 3 workers: set it to 6 or 12"),
     ],
 )
-def test_what_cannot_be_shared_is_refused_with_what_could(overrides, processes, message):
+def test_indivisible_batch_is_rejected_with_suggestions(overrides, processes, message):
     with pytest.raises(SoloError, match=message):
         ParallelDims.from_recipe(recipe(*overrides), processes)
 
 
-@pytest.mark.parametrize(
-    ("layers", "parameters", "together"),
-    [
-        (32, 218_112_000, 1),  # Mistral-7B
-        (24, 67_000_000, 2),  # SmolLM2-1.7B
-        (32, 9_840_000, 8),  # SmolLM2-360M
-        (30, 3_541_000, 15),  # SmolLM2-135M: two units
-        (2, 1_000, 2),
-    ],
-)
-def test_small_layers_are_gathered_together(layers, parameters, together):
-    assert layers_per_fsdp_unit(layers, parameters) == together
+def test_process_with_other_data_files_is_rejected(runs, tmp_path, monkeypatch):
+    """A file is missing on one of several machines without a shared file system."""
+    for name in ("first", "other"):
+        (tmp_path / name).mkdir()
+        shutil.copy(runs / "text.parquet", tmp_path / name / "0.parquet")
+    shutil.copy(runs / "images.parquet", tmp_path / "first" / "1.parquet")
+    first, other = (
+        Recipe.parse(run_settings(tmp_path, "out", data={"sources": [{"path": name}]})).mixture.open_sources()
+        for name in ("first", "other")
+    )
+    with init_distributed(Recipe.parse(run_settings(runs, "out"))) as alone:
+        alone.check_same_data(first)
+        monkeypatch.setattr(DistributedContext, "broadcast_from_rank0", lambda *_: fingerprints(first))
+        with pytest.raises(SoloError, match=r"process 3 sees other files of source .* than process 0"):
+            replace(alone, rank=3).check_same_data(other)

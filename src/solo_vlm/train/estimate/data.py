@@ -1,28 +1,29 @@
-"""What a run will read, from a sample of its data; small data are counted."""
+"""Estimate of what a run reads, from a sample of its data; small sources are read completely."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from solo_vlm.data.encode import Document, Encoder
+from solo_vlm.data.mixture import StreamFactory
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources import Source
-from solo_vlm.data.streams import MixtureItem, VirtualStream
+from solo_vlm.data.streams import VirtualStream
 from solo_vlm.data.survey.reading import ReadRow, RowReader
-from solo_vlm.data.survey.sampling import Estimate, draw_rows, estimate_totals
+from solo_vlm.data.survey.sampling import DrawnRows, Estimate, draw_rows, estimate_totals
 from solo_vlm.data.survey.stats import estimate_instances
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
-_ROWS = 1000  # drawn from each source for a first look, as many as by `solo data stats`
-_MORE_ROWS = 8192  # drawn at most, where the first look is not exact enough; smaller sources are read whole
-_MARGIN = 0.01  # of a source's tokens, with a probability of 95%, is exact enough
-_SIMULATED = 50_000  # documents that are packed for the plan as the run will pack them, in a few seconds
+_ROWS = 1000  # rows drawn per source at first, as by `solo data stats`
+_MAX_ROWS = 8192  # rows drawn at most, if the first sample is too imprecise; smaller sources are read whole
+_MARGIN = 0.01  # sufficient margin of error of a source's tokens, at 95% confidence
+_MAX_SIMULATED = 50_000  # documents up to which the run's packing is simulated, in a few seconds
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,11 @@ class DataEstimate:
     """What a run reads.
 
     Attributes:
-        sequences: packed sequences in all passes over the data (`data.epochs`), or in one where that is not
-            set.
-        documents: in these sequences.
-        fill: share of a sequence that is not padding.
-        document_length: mean tokens of a document, sources weighted as the run reads them.
-        vision_share: of vision tokens among all.
+        sequences: packed sequences in all epochs (`data.epochs`), or in one if that is not set.
+        documents: documents in these sequences.
+        fill: share of non-padding tokens in a sequence.
+        document_length: mean tokens per document, with sources weighted as in the run.
+        vision_share: share of vision tokens.
     """
 
     sequences: int
@@ -46,36 +46,39 @@ class DataEstimate:
 
 
 def estimate_data(recipe: Recipe, encoder: Encoder) -> DataEstimate:
-    """Look at some rows of each source, the same ones whenever it is called.
+    """Estimate what a run reads from a deterministic sample of each source.
 
     Args:
-        recipe: for the sources and how they are packed.
-        encoder: of the model that shall read them.
+        recipe: sources and packing.
+        encoder: encoder of the model to train.
 
     Raises:
-        SoloError: a source is missing or unreadable, or no row that was looked at can be used.
+        SoloError: a source is missing or unreadable, or none of the sampled rows can be used.
     """
-    looks = [_look(recipe, encoder, source) for source in recipe.mixture.open_sources()]
-    if not sum(look.totals.tokens for look in looks):
-        raise SoloError("nothing in the data can be used; see solo data verify")
-    shares = _token_shares(recipe, looks)
-    documents, vision = (
+    samples = [_sample_source(recipe, encoder, source) for source in recipe.mixture.open_sources()]
+    if not sum(sample.totals.tokens for sample in samples):
+        raise SoloError("no row of the data can be used: see solo data verify")
+    shares = _token_shares(recipe, samples)
+    documents_per_token, vision_per_token = (
         sum(
-            share * getattr(look.totals, name) / max(look.totals.tokens, 1)
-            for share, look in zip(shares, looks, strict=True)
+            share * getattr(sample.totals, name) / max(sample.totals.tokens, 1)
+            for share, sample in zip(shares, samples, strict=True)
         )
         / sum(shares)
         for name in ("documents", "vision")
-    )  # a token
-    passes = recipe.data.epochs or 1
-    total = passes * sum(look.totals.documents for look in looks)
-    sequences = _sequences(recipe, encoder, looks, total)
-    fill = passes * sum(look.totals.tokens for look in looks) / (sequences * recipe.data.sequence_length)
-    return DataEstimate(sequences, round(total), min(fill, 1.0), 1 / documents, vision)
+    )
+    epochs = recipe.data.epochs or 1
+    documents = epochs * sum(sample.totals.documents for sample in samples)
+    sequences = _count_sequences(recipe, encoder, samples, documents)
+    tokens = epochs * sum(sample.totals.tokens for sample in samples)
+    fill = tokens / (sequences * recipe.data.sequence_length)
+    return DataEstimate(
+        sequences, round(documents), min(fill, 1.0), 1 / documents_per_token, vision_per_token
+    )
 
 
 class _Totals(NamedTuple):
-    """What a source holds."""
+    """Totals over all rows of a source."""
 
     samples: float
     documents: float
@@ -83,13 +86,13 @@ class _Totals(NamedTuple):
     vision: float
 
 
-class _Look(NamedTuple):
-    """What was seen of a source.
+class _SourceSample(NamedTuple):
+    """Sampled rows of a source.
 
     Attributes:
-        source: that was looked at.
-        totals: of all its rows, exact where all were read.
-        rows: by shard, how many it has, and the lengths of the documents of those that were read, by row.
+        source: the source.
+        totals: estimated totals; exact if all rows were read.
+        rows: per shard, its number of rows, and the document lengths of each row that was read.
     """
 
     source: Source
@@ -97,112 +100,102 @@ class _Look(NamedTuple):
     rows: dict[int, tuple[int, list[list[int]]]]
 
 
-def _look(recipe: Recipe, encoder: Encoder, source: Source) -> _Look:
-    """Draw rows until their tokens are known well enough; read all rows of a small source."""
+def _sample_source(recipe: Recipe, encoder: Encoder, source: Source) -> _SourceSample:
+    """Read all rows of a small source, or draw rows until the number of tokens is precise enough."""
     reader = RowReader(source, encoder, recipe.data.sequence_length)
-    seed = recipe.data.seed
-    look, estimate = _draw(reader, _ROWS, seed)
-    rows = len(source) * sum(count for count, _ in look.rows.values()) / len(look.rows)
-    all_shards = len(look.rows) == len(source)
-    if rows and all_shards and all(count == len(read) for count, read in look.rows.values()):
-        return look
-    if rows <= _MORE_ROWS:
-        return _read_all(reader)
+
+    def draw(num_rows: int) -> tuple[_SourceSample, Estimate]:
+        return _read(reader, draw_rows(source, num_rows, np.random.default_rng(recipe.data.seed)))
+
+    sample, estimate = draw(_ROWS)
+    counts = [count for count, _ in sample.rows.values()]
+    num_rows = len(source) * sum(counts) / len(counts)
+    is_complete = all(count == len(read) for count, read in sample.rows.values())
+    if num_rows and len(counts) == len(source) and is_complete:
+        return sample
+    if num_rows <= _MAX_ROWS:
+        shards = ((shard, source.read(shard)) for shard in range(len(source)))
+        sample, _ = _read(reader, (DrawnRows(shard, rows, list(range(len(rows)))) for shard, rows in shards))
+        if not any(count for count, _ in sample.rows.values()):
+            raise SoloError(f"{source.name} has no rows")
+        return sample
     margin = estimate.margins[2] / max(estimate.totals[2], 1)
     if margin > _MARGIN:
-        wanted = min(math.ceil(_ROWS * (margin / _MARGIN) ** 2), _MORE_ROWS)
-        look, _ = _draw(reader, wanted, seed)
-    return look
+        sample, _ = draw(min(math.ceil(_ROWS * (margin / _MARGIN) ** 2), _MAX_ROWS))
+    return sample
 
 
-def _draw(reader: RowReader, samples: int, seed: int) -> tuple[_Look, Estimate]:
+def _read(reader: RowReader, drawn: Iterable[DrawnRows]) -> tuple[_SourceSample, Estimate]:
+    """Read rows of some or all shards; totals are exact if these are all rows."""
     rows: dict[int, tuple[int, list[list[int]]]] = {}
-    figures = []
-    for shard, of_shard, chosen in draw_rows(reader.source, samples, np.random.default_rng(seed)):
-        read = list(reader.read(shard, of_shard, chosen))
-        rows[shard] = len(of_shard), [_lengths(row) for row in read]
-        figures.append(
-            (len(of_shard), np.array([_figures(row, reader.encoder) for row in read]).reshape(-1, 4))
-        )
-    estimate = estimate_totals(len(reader.source), figures)
-    return _Look(reader.source, _Totals(*estimate.totals), rows), estimate
+    counts = []
+    for shard, shard_rows, chosen in drawn:
+        lengths, counted = [], np.empty((len(chosen), len(_Totals._fields)))
+        for index, row in enumerate(reader.read(shard, shard_rows, chosen)):
+            lengths.append([len(document) for document in row.documents])
+            counted[index] = _count(row, reader.encoder)
+        rows[shard] = len(shard_rows), lengths
+        counts.append((len(shard_rows), counted))
+    estimate = estimate_totals(len(reader.source), counts)
+    return _SourceSample(reader.source, _Totals(*estimate.totals), rows), estimate
 
 
-def _read_all(reader: RowReader) -> _Look:
-    rows: dict[int, tuple[int, list[list[int]]]] = {}
-    totals = np.zeros(4)
-    for shard in range(len(reader.source)):
-        of_shard = reader.source.read(shard)
-        lengths = []
-        for row in reader.read(shard, of_shard, range(len(of_shard))):
-            lengths.append(_lengths(row))
-            totals += _figures(row, reader.encoder)
-        rows[shard] = len(of_shard), lengths
-    if not any(count for count, _ in rows.values()):
-        raise SoloError(f"{reader.source.name} has no rows")
-    return _Look(reader.source, _Totals(*totals), rows)
-
-
-def _lengths(row: ReadRow) -> list[int]:
-    return [len(document) for document in row.documents]
-
-
-def _figures(row: ReadRow, encoder: Encoder) -> tuple[float, ...]:
+def _count(row: ReadRow, encoder: Encoder) -> _Totals:
     vision = sum(int(np.isin(document.input_ids, encoder.vision_ids).sum()) for document in row.documents)
-    return _Totals(row.error is None, len(row.documents), sum(_lengths(row)), vision)
+    return _Totals(row.error is None, len(row.documents), sum(map(len, row.documents)), vision)
 
 
-def _token_shares(recipe: Recipe, looks: Sequence[_Look]) -> list[float]:
-    """In what proportions the sources' tokens are read: all of them, or as the weights say."""
+def _token_shares(recipe: Recipe, samples: Sequence[_SourceSample]) -> list[float]:
+    """Return the sources' relative shares of tokens: their sizes in full epochs, else their weights."""
     if recipe.steps is None:
-        return [look.totals.tokens for look in looks]
+        return [sample.totals.tokens for sample in samples]
     weights = [source.weight for source in recipe.data.sources]
     if recipe.data.weight_by != "samples":
         return weights
     return [
-        weight * look.totals.tokens / max(look.totals.samples, 1)
-        for weight, look in zip(weights, looks, strict=True)
+        weight * sample.totals.tokens / max(sample.totals.samples, 1)
+        for weight, sample in zip(weights, samples, strict=True)
     ]
 
 
-def _sequences(recipe: Recipe, encoder: Encoder, looks: Sequence[_Look], documents: float) -> int:
-    """Packed sequences of all passes; few documents are packed as the run will do it."""
+def _count_sequences(
+    recipe: Recipe, encoder: Encoder, samples: Sequence[_SourceSample], documents: float
+) -> int:
+    """Count the packed sequences of all epochs, by simulating the packing if there are few documents."""
     data = recipe.data
-    if documents <= _SIMULATED:
-        items = [
-            MixtureItem(_Lengths(look, data.seed), source.weight)
-            for look, source in zip(looks, data.sources, strict=True)
-        ]
-        return sum(1 for index in range(data.streams) for _ in _PlannedStream(index, recipe, encoder, items))
+    if documents <= _MAX_SIMULATED:
+        sources = [_SimulatedSource(sample, data.seed) for sample in samples]
+        settings = data.model_copy(update={"epochs": data.epochs or 1, "max_skipped": 1})
+        make_stream = StreamFactory(sources, settings, encoder, _SimulatedStream)
+        return sum(1 for index in range(data.streams) for _ in make_stream(index))
     generator = np.random.default_rng(data.seed)
     full = sum(
         estimate_instances(
-            round(look.totals.tokens * (data.epochs or 1)),
-            [length for _, rows in look.rows.values() for lengths in rows for length in lengths],
+            round(sample.totals.tokens * (data.epochs or 1)),
+            [length for _, rows in sample.rows.values() for lengths in rows for length in lengths],
             data.sequence_length,
             data.packing_buffer,
             generator,
         )
-        for look in looks
+        for sample in samples
     )
-    # Each stream has a last sequence, half full on average, and where sequences are weighed, each of its
-    # sources has one.
-    return full + data.streams * (len(looks) if data.weight_by == "sequences" else 1) // 2
+    # The last sequence of each stream (and source, if sequences are weighted) is half full on average.
+    return full + data.streams * (len(samples) if data.weight_by == "sequences" else 1) // 2
 
 
-class _Lengths:
-    """A source whose rows are lengths of documents: those that were read, others drawn from them."""
+class _SimulatedSource:
+    """Source whose rows are document lengths: sampled ones where read, else drawn from the sample."""
 
-    def __init__(self, look: _Look, seed: int) -> None:
-        self.name = look.source.name
-        self._shards = len(look.source)
-        self._rows = look.rows
+    def __init__(self, sample: _SourceSample, seed: int) -> None:
+        self.name = sample.source.name
+        self._num_shards = len(sample.source)
+        self._rows = sample.rows
         self._seed = seed
-        self._pool = [lengths for _, rows in look.rows.values() for lengths in rows]
-        self._counts = [count for count, _ in look.rows.values()]
+        self._pool = [lengths for _, rows in sample.rows.values() for lengths in rows]
+        self._counts = [count for count, _ in sample.rows.values()]
 
     def __len__(self) -> int:
-        return self._shards
+        return self._num_shards
 
     def read(self, shard: int) -> Sequence[Any]:
         count, known = self._rows.get(shard, (None, []))
@@ -219,27 +212,12 @@ class _Lengths:
         return ""
 
 
-class _PlannedStream(VirtualStream):
-    """A stream of the run that packs lengths instead of documents."""
-
-    def __init__(self, index: int, recipe: Recipe, encoder: Encoder, items: list[MixtureItem]) -> None:
-        data = recipe.data
-        super().__init__(
-            index,
-            data.streams,
-            items,
-            encoder,
-            data.sequence_length,
-            seed=data.seed,
-            epochs=data.epochs or 1,
-            weight_by=data.weight_by,
-            buffer_size=data.packing_buffer,
-            max_skipped=1,
-        )
+class _SimulatedStream(VirtualStream):
+    """Virtual stream that packs lengths instead of documents."""
 
     def documents_of(self, row: Any) -> list[Document]:
         if not row:
-            raise SampleError("planned", "a row like one that could not be used")
+            raise SampleError("planned", "stands for a row that could not be used")
         patches, grids = np.empty((0, 0), np.uint8), np.empty((0, 3), np.int64)
         ids = [np.broadcast_to(np.int64(0), length) for length in row]
         return [Document(of_document, of_document, patches, grids) for of_document in ids]

@@ -1,0 +1,106 @@
+"""Folders that plain transformers answers from as this project does: padding on the left, the right ends."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tests.factories import ask, make_llm, make_solo
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from solo_vlm.generate import GenerationPipeline
+from solo_vlm.models.from_llm import from_llm
+from solo_vlm.models.load import save_model, stop_ids
+
+CHATML_EOS_LAST = (  # like OLMo 3
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ eos_token }}{% else %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def padding_side(folder) -> str:
+    return json.loads((folder / "tokenizer_config.json").read_text())["padding_side"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_plain_transformers_answers_a_batch_of_unequal_prompts_like_each_alone(family, picture, tmp_path):
+    solo = make_solo(family)
+    solo.processor.tokenizer.padding_side = "right"  # as training tools set it
+    solo.save(tmp_path / "solo")
+    assert padding_side(tmp_path / "solo") == "left"
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "solo").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "solo")
+    prompts = [
+        "<vpatch>what is this?",
+        "<vpatch> hello",
+        "<vpatch>a red circle left of a blue square?",
+    ]
+    images = [picture(64, 64, seed=1), picture(32, 32, seed=2), picture(96, 32, seed=3)]
+
+    def answer(texts, pictures):
+        inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        new = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+        return processor.batch_decode(new, skip_special_tokens=True)
+
+    together = answer(prompts, images)
+    assert together == [answer([p], [i])[0] for p, i in zip(prompts, images, strict=True)]
+    assert len(set(together)) > 1
+
+
+def make_chatml_llm(folder):
+    llm, tokenizer = make_llm()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|stop|>"]})
+    tokenizer.chat_template = CHATML_EOS_LAST
+    llm.resize_token_embeddings(len(tokenizer))
+    llm.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|stop|>")
+    llm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {tokenizer.convert_tokens_to_ids(token) for token in ("</s>", "<|im_end|>", "<|stop|>")}
+
+
+def test_generation_stops_at_eos_at_the_turns_end_and_where_the_llm_did(tmp_path):
+    ends = make_chatml_llm(tmp_path / "llm")
+    from_llm(tmp_path / "llm").save(tmp_path / "solo")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "solo").eval()
+    assert set(model.generation_config.eos_token_id) == ends
+    inputs = AutoProcessor.from_pretrained(tmp_path / "solo").apply_chat_template(
+        ask("hello"), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    for end in ends:
+        forced = torch.full((model.config.text_config.vocab_size,), -1.0)
+        forced[end] = 1.0
+        output = model.generate(
+            **inputs, max_new_tokens=5, logits_processor=[lambda ids, scores, to=forced: to.expand_as(scores)]
+        )
+        assert output[0, inputs["input_ids"].shape[1] :].tolist() == [end]
+
+
+def test_a_folder_that_does_not_know_its_ends_is_answered_from_rightly(tmp_path):
+    ends = make_chatml_llm(tmp_path / "llm")
+    from_llm(tmp_path / "llm").save(tmp_path / "solo")
+    settings = json.loads((tmp_path / "solo/generation_config.json").read_text())
+    del settings["eos_token_id"]
+    (tmp_path / "solo/generation_config.json").write_text(json.dumps(settings))
+    pipeline = GenerationPipeline.from_pretrained(tmp_path / "solo", device="cpu")
+    assert set(pipeline.eos_token_ids) == ends - {
+        max(ends)
+    }  # <|stop|> was known to the generation config alone
+    assert set(pipeline.model.generation_config.eos_token_id) == set(pipeline.eos_token_ids)
+
+
+def test_a_plain_llm_is_saved_with_padding_on_the_left(tmp_path):
+    llm, tokenizer = make_llm()
+    tokenizer.padding_side = "right"
+    save_model(tmp_path, llm, tokenizer)
+    assert padding_side(tmp_path) == "left"
+
+
+def test_ids_of_the_ends_are_listed_once(solo):
+    eos = solo.processor.tokenizer.eos_token_id
+    settings = type("Settings", (), {"eos_token_id": eos})
+    assert stop_ids(settings) == [eos]
+    assert stop_ids(settings, solo.processor) == [eos]
+    assert stop_ids(type("Settings", (), {"eos_token_id": [7, eos]}), solo.processor) == [7, eos]
+    assert stop_ids(object()) == []
