@@ -222,7 +222,7 @@ def test_a_state_holds_what_was_yielded_not_what_workers_have_read_ahead(run, wh
 def test_states_that_do_not_fit_are_refused(run):
     one, other = run.loader(0, 2), run.loader(1, 2)
     one.take(2)
-    with pytest.raises(SoloError, match="same place"):
+    with pytest.raises(SoloError, match="same position"):
         PackedLoader.merge([one.state_dict(), other.state_dict()])
     other.take(2)
     merged = PackedLoader.merge([one.state_dict(), other.state_dict()])
