@@ -286,13 +286,13 @@ def test_data_without_anything_usable_stops_with_the_reasons(tmp_path):
     row = {"messages": [{"role": "assistant", "content": "bad"}]}
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     stream = VirtualStream(0, 1, [MixtureItem(open_source(tmp_path / "x.jsonl"))], encode, LENGTH)
-    with pytest.raises(SoloError, match="1 of 1 rows cannot be used") as error:
+    with pytest.raises(SoloError, match="1 of 1 rows are unusable") as error:
         next(iter(stream))
     assert "x.jsonl, block at byte 0, row 0: image: broken" in str(error.value)
 
 
 def test_layouts_that_cannot_work_are_refused(folder):
-    with pytest.raises(SoloError, match="4 streams cannot be shared by 3 ranks"):
+    with pytest.raises(SoloError, match="4 streams cannot be divided among 3 ranks"):
         PackedLoader(MakeStream(folder), 4, LENGTH, 0, ranks=3)
 
 
