@@ -1,4 +1,4 @@
-"""What SOLO costs in FLOPs, beside LLaVA with the same decoder."""
+"""FLOPs of a SOLO model, compared with LLaVA with the same decoder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ LENGTHS = (2048, 8192, 32768)
 
 @dataclass(frozen=True)
 class SequenceCost:
-    """A document of text, all of it supervised; the same for SOLO and LLaVA.
+    """Cost of a text document, all of it supervised; the same for SOLO and LLaVA.
 
     Attributes:
-        length: tokens.
-        flops: of the forward pass.
+        length: Number of tokens.
+        flops: FLOPs of the forward pass.
     """
 
     length: int
     flops: Flops
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return all values for JSON."""
         return {
             "length": self.length,
             "forward": self.flops.forward,
@@ -43,17 +43,17 @@ class SequenceCost:
 
 @dataclass(frozen=True)
 class ImageCost:
-    """An image, and the text after it.
+    """Cost of an image, alone and with text after it.
 
     Attributes:
-        width, height: of the image in pixels.
-        rows, columns: of its patches in SOLO.
-        tokens: of the image in SOLO.
-        solo: forward pass of the image alone.
-        solo_document: of the image and the text.
-        llava_tokens: of the image in LLaVA, which resizes it to its one size.
-        llava: forward pass of the image alone.
-        llava_document: of the image and the text.
+        width, height: Size of the image in pixels.
+        rows, columns: Size in patches in SOLO.
+        tokens: Image tokens in SOLO.
+        solo: Forward pass of the image alone.
+        solo_document: Forward pass of the image and the text.
+        llava_tokens: Image tokens in LLaVA, which resizes every image to one size.
+        llava: Forward pass of the image alone.
+        llava_document: Forward pass of the image and the text.
     """
 
     width: int
@@ -68,7 +68,7 @@ class ImageCost:
     llava_document: LlavaFlops
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return all values for JSON."""
         solo, llava = self.solo, self.llava
         return {
             "width": self.width,
@@ -97,14 +97,14 @@ class ImageCost:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A SOLO model beside LLaVA with CLIP-L/336 and the same decoder.
+    """Comparison of a SOLO model with LLaVA with CLIP-L/336 and the same decoder.
 
     Attributes:
-        solo: shape of the SOLO model.
-        llava: of LLaVA.
-        text_tokens: after each image, supervised.
-        sequences: of text alone.
-        images: of several sizes.
+        solo: Shape of the SOLO model.
+        llava: Shape of LLaVA.
+        text_tokens: Supervised text tokens after each image.
+        sequences: Costs of text documents.
+        images: Costs of images of several sizes.
     """
 
     solo: ModelShape
@@ -114,7 +114,7 @@ class Comparison:
     images: list[ImageCost]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return all values for JSON."""
         counts = self.solo.parameters
         return {
             "parameters": {
@@ -137,16 +137,16 @@ def compare(
     text_tokens: int = 256,
     lengths: Sequence[int] = LENGTHS,
 ) -> Comparison:
-    """FLOPs of a SOLO model, and of LLaVA with its decoder.
+    """Compare the FLOPs of a SOLO model with those of LLaVA with the same decoder.
 
     Args:
-        config: a `SoloConfig`, or a decoder's: that of the SOLO model made of it, but for its new tokens.
+        config: `SoloConfig`, or the configuration of an LLM, taken as the decoder without new tokens.
         image_sizes: (width, height) in pixels.
-        text_tokens: after each image, supervised.
-        lengths: of text sequences.
+        text_tokens: Supervised text tokens after each image.
+        lengths: Lengths of the text documents in tokens.
 
     Raises:
-        SoloError: the family of the decoder is not counted.
+        SoloError: The decoder cannot be counted; see `ModelShape.of`.
     """
     solo = ModelShape.of(config)
     side = getattr(config, "vision_patch_size", 32)
