@@ -122,14 +122,14 @@ test-distributed: venv  ## the tests that start several processes
 
 # The browser is the system's: on Debian and Ubuntu, `apt-get install chromium`. Without one the tests skip.
 $(VENV)/.installed-browser: $(VENV)/.installed
-	@echo "venv: the server, playwright"
-	@$(PIP) install -qq -c constraints.txt -e '.[serve]' playwright
+	@echo "venv: playwright"
+	@$(PIP) install -qq -c constraints.txt playwright
 	@touch $@
 
 test-gpu: venv  ## the tests of what only a CUDA GPU computes; without one they skip
 	@$(TEST) tests/train/test_gpu.py -m gpu --timeout 600 $(ARGS) $(OR_NONE)
 
-test-browser: $(VENV)/.installed-browser  ## the web page in the system's Chromium; screenshots in test-artifacts/
+test-browser: $(VENV)/.installed-browser  ## the page in the system's Chromium; screenshots in test-artifacts/
 	@$(TEST) tests/serve/page -m browser $(ARGS) $(OR_NONE)
 
 test-vllm: .venv-vllm/.installed  ## the tests under vLLM, in an environment of its own
