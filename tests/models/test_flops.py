@@ -1,4 +1,4 @@
-"""FLOPs and parameters, against torch's counter, brute force, and models on the meta device."""
+"""FLOPs and parameters against torch's counter, brute force, and models on the meta device."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ LENGTH = 256
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_parameters_equal_those_of_the_model(family):
+def test_parameter_counts_match_the_model(family):
     text = CONFIGS[family](**TOKENS, **SIZES)
     config = SoloConfig(text_config=text)
     with torch.device("meta"):
@@ -79,7 +79,7 @@ def test_encoder_decoder_is_rejected():
 
 
 @pytest.mark.parametrize("window", [None, 1, 8, 40])
-def test_attention_is_the_sum_of_visible_positions(window):
+def test_attention_flops_match_visible_positions(window):
     text = LLM_CONFIGS["mistral"](**TOKENS, **SIZES)
     text.sliding_window = window
     lengths = [1, 7, 8, 9, 40, 100]
@@ -88,12 +88,12 @@ def test_attention_is_the_sum_of_visible_positions(window):
     assert flops == visible * 2 * text.num_hidden_layers * 2 * text.num_attention_heads * text.head_dim
 
 
-def test_windows_are_per_layer():
+def test_windows_are_read_per_layer():
     text = LLM_CONFIGS["gemma2"](**TOKENS, **SIZES)
     assert ModelShape.of(text).windows == (8, None)
 
 
-def test_spans_add_up_to_the_document():
+def test_spans_sum_to_the_document():
     shape = ModelShape.of(SoloConfig(text_config=LLM_CONFIGS["mistral"](**TOKENS, **SIZES)))
     image = num_image_tokens(3, 4)
     assert image == len("<vision>" * 12) // 8 + 3 + 1  # 12 patches, 2 separators, the two ends
@@ -101,7 +101,7 @@ def test_spans_add_up_to_the_document():
     assert parts == forward_flops(shape, [15 + image], patches=12, predicted=15)
 
 
-def test_text_only_agrees_with_the_counter():
+def test_text_flops_match_the_counter():
     model = AutoModelForCausalLM.from_config(DECODER, attn_implementation="eager")
     ids = torch.randint(320, (1, LENGTH))
     expected = counted(lambda: model(input_ids=ids, use_cache=False).logits.sum())
@@ -109,7 +109,7 @@ def test_text_only_agrees_with_the_counter():
     assert not_causal(flops, LENGTH).training == pytest.approx(expected, rel=0.01)
 
 
-def test_with_image_agrees_with_the_counter():
+def test_image_flops_match_the_counter():
     config = SoloConfig(text_config=DECODER, image_token_id=300, vision_patch_size=16)
     model = SoloForConditionalGeneration(config)
     model.set_attn_implementation("eager")
@@ -130,7 +130,7 @@ def test_with_image_agrees_with_the_counter():
     assert flops.hardware("selective") == pytest.approx(expected, rel=0.01)
 
 
-def test_frozen_decoder_agrees_with_the_counter():
+def test_frozen_decoder_flops_match_the_counter():
     config = SoloConfig(text_config=DECODER, image_token_id=300, vision_patch_size=16)
     model = SoloForConditionalGeneration(config).eval()
     model.set_attn_implementation("eager")
@@ -142,7 +142,7 @@ def test_frozen_decoder_agrees_with_the_counter():
     assert flops.training_frozen == pytest.approx(expected, rel=0.01)
 
 
-def test_the_papers_model():
+def test_solo_7b_counts():
     """SOLO-7B: Mistral-7B (7,241,732,096 parameters), 64 more rows in and out, and the patch embedding."""
     config = SoloConfig()
     assert count_parameters(config).total == 7_241_732_096 + 2 * 64 * 4096 + 3072 * 4096
@@ -175,7 +175,7 @@ def test_qwen3_moe_counts_the_routed_experts():
     assert shape.parameters.total == meta_parameters(config)
 
 
-def test_deepseek_v3_has_wider_keys_than_values():
+def test_deepseek_v3_counts_wider_keys_than_values():
     config = DeepseekV3Config(
         num_hidden_layers=3,
         first_k_dense_replace=1,
@@ -205,7 +205,7 @@ def test_deepseek_v3_has_wider_keys_than_values():
     assert shape.parameters.total == meta_parameters(config)
 
 
-def test_hybrid_attends_in_some_layers_only():
+def test_hybrid_counts_attention_in_some_layers_only():
     config = Lfm2Config(
         num_hidden_layers=3,
         layer_types=["conv", "full_attention", "conv"],
@@ -225,7 +225,7 @@ def test_hybrid_attends_in_some_layers_only():
 
 
 @pytest.mark.parametrize("kind", [GPT2Config, FalconConfig, BloomConfig])
-def test_families_with_attention_of_their_own_agree_with_the_counter(kind):
+def test_families_with_their_own_attention_match_the_counter(kind):
     config = kind(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, **TOKENS)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     ids = torch.randint(320, (1, LENGTH))
@@ -238,7 +238,7 @@ def test_families_with_attention_of_their_own_agree_with_the_counter(kind):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral", "qwen3"])
-def test_full_recomputation_agrees_with_the_counter(family):
+def test_full_recomputation_flops_match_the_counter(family):
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 6}
     text = LLM_CONFIGS[family](**{**TOKENS, **SIZES, **sizes, "head_dim": 16})
     text.sliding_window = 4096
@@ -252,7 +252,7 @@ def test_full_recomputation_agrees_with_the_counter(family):
     assert flops.hardware("full") == pytest.approx(expected, rel=0.01)
 
 
-def test_counting_keeps_the_random_state():
+def test_counting_preserves_the_random_state():
     before = torch.random.get_rng_state()
     ModelShape.of(DECODER)
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -278,7 +278,7 @@ def _set_template(processor: SoloProcessor, own: str | None) -> TemplateSource:
         name = _TEMPLATE_NAMES[source]
         logger.warning("the LLM's chat template is replaced by %s: %s", name, own_fault)
     elif has_date(template):
-        logger.warning("the LLM's chat template writes the current date; fixing it to 1 January 2025")
+        logger.warning("the LLM's chat template writes the current date, which is fixed to 1 January 2025")
     try:
         processor.encode_chat([_SYSTEM, *[_USER, _ASSISTANT] * 2])
     except ChatTemplateError as error:

@@ -1,13 +1,24 @@
-"""`solo scaling flops` for the paper's model and for other decoders."""
+"""FLOPs next to LLaVA: `solo scaling flops` for the paper's model and other decoders, and LLaVA's count."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
+from tests.models.test_flops import DECODER, LENGTH, counted, not_causal
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
-from solo_vlm.models.flops import count_parameters
+from solo_vlm.experiments.scaling.flops import ClipShape, LlavaShape
+from solo_vlm.models.flops import ModelShape, count_parameters
 
 
 def test_solo_7b_and_llava_counts(run):
@@ -62,3 +73,33 @@ def test_invalid_image_size_is_rejected(run):
     status, _, err = run("scaling", "flops", "--image", "1024")
     assert status == 2
     assert "WIDTHxHEIGHT" in err
+
+
+def test_llava_flops_match_the_counter():
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=112,
+        patch_size=14,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=DECODER, image_token_index=300, vision_feature_layer=-2
+    )
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    model.model.vision_tower.requires_grad_(False)
+    shape = LlavaShape(ClipShape(112, 14, 64, 192, 4), ModelShape.of(DECODER))
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+    ids = torch.randint(299, (1, LENGTH))
+    ids[0, 4:68] = ids[0, 100:164] = 300
+    pixels = torch.rand(2, 3, 112, 112)
+    inputs = {"input_ids": ids, "pixel_values": pixels, "use_cache": False}
+    flops = shape.flops([LENGTH], images=2, predicted=LENGTH)
+    flops = replace(flops, decoder=not_causal(flops.decoder, LENGTH))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    assert flops.forward == pytest.approx(counter.get_total_flops(), rel=0.01)
+    expected = counted(lambda: model(**inputs).logits.sum())
+    assert flops.training == pytest.approx(expected, rel=0.01)
