@@ -120,8 +120,8 @@ test-distributed: venv  ## the tests that start several processes
 
 # The browser is the system's: on Debian and Ubuntu, `apt-get install chromium`. Without one the tests skip.
 $(VENV)/.installed-browser: $(VENV)/.installed
-	@echo "venv: the web page's server, playwright"
-	@$(PIP) install -qq -c constraints.txt -e '.[web]' playwright
+	@echo "venv: the server, playwright"
+	@$(PIP) install -qq -c constraints.txt -e '.[serve]' playwright
 	@touch $@
 
 test-gpu: venv  ## the tests of what only a CUDA GPU computes; without one they skip

@@ -1,10 +1,10 @@
-"""Every ablation of the package, one after the other in one folder, where they share what is trained alike.
+"""Run every ablation of the package in one root folder, where they share identical runs.
 
     python benchmarks/ablations.py [NAME ...] [--root runs/ablations] [--seeds 3] [--processes 2] [--out FILE]
     python benchmarks/ablations.py --out FILE --markdown
 
-Started again it goes on where it stopped; times are then those of the rest. Names choose some of them: FILE
-keeps the reports of the others that it has. The second command prints the documentation's tables, without
+A repeated command resumes, and its times cover the remaining work only. With names, only those ablations run,
+and FILE keeps its reports of the others. The second command prints the tables of the documentation without
 running anything.
 """
 
@@ -22,10 +22,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from environment import environment
 
-from solo_vlm.experiments.ablations.plots import write_plots
-from solo_vlm.experiments.ablations.run import run_ablation
+from solo_vlm.experiments.ablations.pipeline import run_ablation
+from solo_vlm.experiments.ablations.report import COLUMNS, result_lines, write_report
 from solo_vlm.experiments.ablations.settings import Ablation, list_ablations
-from solo_vlm.experiments.ablations.table import COLUMNS, lines
 from solo_vlm.models.inspect_image import image_layout
 from solo_vlm.models.solo.image_loading_solo import load_image
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
@@ -69,28 +68,28 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     ablation = Ablation.load(name, root=arguments.root, seeds=arguments.seeds)
     with progress_bar() as progress:
         report, folder = run_ablation(ablation, progress, processes=arguments.processes)
-    write_plots(report, folder)
+    write_report(report, folder)
     if arguments.plots:
         shutil.copyfile(folder / "plot.png", arguments.plots / f"ablation-{name}.png")
     return report.as_dict()
 
 
 def image_tokens(root: Path, stage: str) -> float:
-    """Mean tokens of an image at native resolution, with the separators."""
+    """Return the mean number of tokens per image at native resolution, with separators."""
     rows = pq.read_table(root / "data" / f"{stage}.parquet", columns=["images"])["images"].to_pylist()
     images = [load_image(image["bytes"]) for row in rows for image in row]
     return mean(image_layout(image, SoloImageProcessor()).tokens for image in images)
 
 
 def training_seconds(root: Path) -> int:
-    """Of all runs together, also those that were there before."""
+    """Return the training time of all runs, including those of earlier invocations."""
     manifests = [json.loads(path.read_text()) for path in root.glob("runs/*/manifest.json")]
     return round(sum(manifest["outcome"]["seconds"] for manifest in manifests))
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of an ablation."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *lines(report)]
+    """Format the results of an ablation as a Markdown table."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *result_lines(report)]
     return "\n".join([f"{report['ablation']}\n", *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 

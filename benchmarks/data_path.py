@@ -51,9 +51,8 @@ from solo_vlm.data.samples_file import SCHEMA, write_samples
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
 from solo_vlm.models.from_llm import compose
-from solo_vlm.models.solo.enlarge_solo import LIBRARY
 from solo_vlm.models.solo.image_loading_solo import load_pixels
-from solo_vlm.models.solo.image_processing_solo import image_to_patches, resize
+from solo_vlm.models.solo.image_processing_solo import LIBRARY, image_to_patches, resize
 from solo_vlm.quickstart.llm import train_tokenizer
 
 TURN = 10  # images: short, so that what disturbs one variant disturbs the others alike
@@ -142,7 +141,7 @@ def one_core(images: Sequence[bytes], rounds: int, quality: int) -> dict[str, fl
     large = [enlarged(data, 4, quality) for data in images[:TURN]]
     taken_large = take_turns({name: variants[name] for name in ("whole", "pillow")}, large, rounds)
 
-    pairs = [(processor.encode(data)[0], path_by_pillow(data, processor)) for data in images]
+    pairs = [(processor.encode_image(data)[0], path_by_pillow(data, processor)) for data in images]
     differences = [np.abs(whole.astype(np.int16) - pillow) for whole, pillow in pairs]
     rates = {f"{name}_images_per_second": 1 / statistics.median(each) for name, each in taken.items()}
     return {

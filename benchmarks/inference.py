@@ -5,7 +5,7 @@
 Models have random weights, and a decoder of SmolLM2-135M's shape on a CPU (float32), of the paper's 7B model
 on a GPU (bfloat16).
 
-- prefix: ten questions about one image of 1024 x 1024 pixels, each answered by two answerers of the same
+- prefix: ten questions about one image of 1024 x 1024 pixels, each answered by two pipelines of the same
   model, with a prefix cache and without, in turns. `prefix_speedup` is the ratio of their times for short
   answers (8 tokens), reading the image included; longer ones stand beside it. `prefix_same_answers` says
   whether all answers agree.

@@ -1,10 +1,10 @@
-"""Whether fits of a scaling law find the law that the data come from, and how long they take.
+"""Fit scaling laws to data drawn from published laws: coverage of the 95% intervals, and time per fit.
 
     python benchmarks/scaling_fit.py [--draws 100] [--out FILE]
 
-Each draw is 250 runs that spend 6e18 to 3e21 FLOPs, as in Hoffmann et al. 2022, on models of 0.2 to 5 times
-the optimal size. Their losses follow a published law with log-normal noise. A parameter is covered where its
-95% interval holds the true value.
+Each draw has 250 runs of 6e18 to 3e21 FLOPs, as in Hoffmann et al. 2022, with models of 0.2 to 5 times the
+optimal size. Their losses follow a published law with log-normal noise. A parameter is covered if its 95%
+interval contains the true value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAWS = {
 
 
 def runs(law: ScalingLaw, seed: int, points: int = 250, noise: float = 0.01) -> tuple[np.ndarray, ...]:
-    """Parameters, tokens and losses of runs, (points,) each."""
+    """Draw runs from a law: parameters, tokens and losses, (points,) each."""
     rng = np.random.default_rng(seed)
     flops = np.exp(rng.uniform(np.log(6e18), np.log(3e21), points))
     best = np.array([law.optimum(c).n for c in flops])
@@ -37,7 +37,7 @@ def runs(law: ScalingLaw, seed: int, points: int = 250, noise: float = 0.01) -> 
 
 
 def coverage(law: ScalingLaw, draws: int, noise: float) -> dict[str, Any]:
-    """Share of draws whose intervals hold each parameter, and all of them; seconds of a fit."""
+    """Count the draws whose intervals cover each parameter, and all five; time the fits."""
     names = ("E", "A", "B", "alpha", "beta", "a", "b")
     covered, seconds = [], []
     for seed in range(draws):

@@ -1,8 +1,8 @@
-"""The toy sweep from data to law: what it takes, what law it finds, and how it predicts a larger run.
+"""Run the toy sweep from data to law: its time, the fitted law, and the prediction of a larger run.
 
     python benchmarks/scaling_sweep.py [--root runs/sweep-toy] [--processes 2] [--out FILE]
 
-With a root that holds a part of the sweep the rest is run; times are then those of the rest.
+A root with finished runs is resumed, and the times cover the remaining runs only.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from environment import environment
 
-from solo_vlm.cli.scaling._laws import fit_and_draw
-from solo_vlm.experiments.scaling.sweep import run_sweep
-from solo_vlm.experiments.scaling.sweep_settings import SweepSettings
+from solo_vlm.cli.scaling import fit_and_plot
+from solo_vlm.experiments.scaling.sweep import SweepSettings, run_sweep
 
 
 def main() -> None:
@@ -32,7 +31,7 @@ def main() -> None:
     table = run_sweep(
         settings, arguments.processes, progress=lambda name, done, total: print(name, done, total, flush=True)
     )
-    facts = fit_and_draw(table, arguments.root / "fit.json", arguments.root / "plots").as_dict()
+    facts = fit_and_plot(table, arguments.root / "fit.json", arguments.root / "plots").as_dict()
     rows = [{k: v for k, v in row.items() if k != "recipe"} for row in pq.read_table(table).to_pylist()]
     results = {
         "seconds": round(time.perf_counter() - started, 1),

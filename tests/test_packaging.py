@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from solo_vlm.models.solo.enlarge_solo import LIBRARY
+from solo_vlm.models.solo.image_processing_solo import LIBRARY
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -9,8 +9,9 @@ from training.llava import CLIP_L
 from training.workload import Workload
 
 from solo_vlm.experiments.scaling.llava import LlavaShape
-from solo_vlm.models.flops import forward_flops, image_tokens
+from solo_vlm.models.flops import forward_flops
 from solo_vlm.models.shape import ModelShape
+from solo_vlm.models.solo.processing_solo import num_image_tokens
 
 SHAPES = ("smollm2-135m", "solo-7b")
 _TEXT = 20  # tokens beside the image
@@ -30,7 +31,7 @@ def _by_size(shape: str, sizes: tuple[int, ...]) -> dict[str, float]:
     ratios = {}
     for size in sizes:
         rows, columns = workload.processor.image_processor.get_patch_grid(size, size)
-        length = _TEXT + image_tokens(rows, columns)
+        length = _TEXT + num_image_tokens(rows, columns)
         ours = forward_flops(solo, [length], patches=rows * columns, predicted=1).forward
         ratios[str(size)] = theirs / ours
     return ratios

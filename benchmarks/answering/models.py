@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.experiments.scaling.llava import ClipShape
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Setting:
     def workload(self) -> Workload:
         return Workload.of_tiny() if self.tiny else Workload(samples=1)
 
-    def solo(self) -> Answerer:
+    def solo(self) -> GenerationPipeline:
         model = self._random(SoloForConditionalGeneration, self.workload.config(self.shape))
         model.generation_config.eos_token_id = None  # every answer is as long as every other
-        return Answerer(model, self.workload.processor)
+        return GenerationPipeline(model, self.workload.processor)
 
     def llava(self) -> PreTrainedModel:
         config = llava_config(self.workload.config(self.shape), self.clip)

@@ -13,7 +13,7 @@ from PIL import Image
 from training.machine import seconds
 from training.workload import photograph
 
-from solo_vlm.generate import Answerer, PrefixCache, user_turn
+from solo_vlm.generate import GenerationPipeline, PrefixCache, user_turn
 
 QUESTIONS = [
     *(
@@ -50,18 +50,18 @@ def measure(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _take_turns(setting: Setting, solo: Answerer, tokens: int) -> dict[str, Any]:
+def _take_turns(setting: Setting, solo: GenerationPipeline, tokens: int) -> dict[str, Any]:
     """Figures of answers of one length; with a prefix cache and without take turns at each question."""
     image = photograph(*[max(setting.sizes)] * 2)
     rounds, same = [], True
     for turn in range(1 + setting.rounds):  # the first warms up
-        answerers = {"without": solo, "with": Answerer(solo.model, solo.processor, PrefixCache())}
-        taken = dict.fromkeys(answerers, 0.0)
-        answers: dict[str, list[str]] = {name: [] for name in answerers}
+        pipelines = {"without": solo, "with": GenerationPipeline(solo.model, solo.processor, PrefixCache())}
+        taken = dict.fromkeys(pipelines, 0.0)
+        answers: dict[str, list[str]] = {name: [] for name in pipelines}
         # A GPU loads kernels for every length of a prompt that it has not met.
         for question in QUESTIONS if turn or setting.device.type != "cpu" else QUESTIONS[:2]:
-            for name, answerer in answerers.items():
-                ask = partial(_ask, answerer, question, image, tokens, answers[name])
+            for name, pipeline in pipelines.items():
+                ask = partial(_ask, pipeline, question, image, tokens, answers[name])
                 taken[name] += seconds(ask, setting.device)
         print(f"answers of {tokens} tokens, round {turn}: {taken}", file=sys.stderr)
         same &= answers["without"] == answers["with"]
@@ -73,6 +73,8 @@ def _take_turns(setting: Setting, solo: Answerer, tokens: int) -> dict[str, Any]
     }
 
 
-def _ask(answerer: Answerer, question: str, image: Image.Image, tokens: int, answers: list[str]) -> None:
-    reply = answerer.stream([user_turn(question, [image])], lambda text: None, tokens)
-    answers.append(reply["answer"])
+def _ask(
+    pipeline: GenerationPipeline, question: str, image: Image.Image, tokens: int, answers: list[str]
+) -> None:
+    output = pipeline.stream([user_turn(question, [image])], lambda text: None, tokens)
+    answers.append(output.text or "")

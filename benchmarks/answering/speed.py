@@ -15,7 +15,7 @@ from training.machine import seconds
 from training.workload import photograph
 from transformers import PreTrainedModel
 
-from solo_vlm.generate import Answerer, user_turn
+from solo_vlm.generate import GenerationPipeline, user_turn
 
 LLAVA = "llava"
 QUESTION = "two people and their dog by the river"
@@ -87,7 +87,7 @@ def _answer(setting: Setting, model: PreTrainedModel, inputs: Mapping[str, Tenso
     return seconds(lambda: take(**inputs), setting.device), seconds(go_on, setting.device)
 
 
-def _for_llava(setting: Setting, solo: Answerer, chats: dict[str, Any]) -> dict[str, Tensor]:
+def _for_llava(setting: Setting, solo: GenerationPipeline, chats: dict[str, Any]) -> dict[str, Tensor]:
     """The same question about an image of LLaVA's own size."""
     ids = next(iter(chats.values()))["input_ids"].cpu().numpy()
     text = ~np.isin(ids[0], solo.model.config.vision_token_ids)

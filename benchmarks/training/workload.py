@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from solo_vlm import SoloConfig, SoloProcessor
 from solo_vlm.data.encode import IGNORE_INDEX, Document, Encoder
 from solo_vlm.data.sample import Sample
-from solo_vlm.models.flops import image_tokens
 from solo_vlm.models.from_llm import SoloModelAndProcessor, compose
+from solo_vlm.models.solo.processing_solo import num_image_tokens
 from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.train.recipe import Recipe
 
@@ -124,7 +124,7 @@ class Workload:
         rng = np.random.default_rng(self.seed)
         processor = _small().processor.image_processor
         sizes = self.sizes(rng, batches * self.rows)
-        images = [image_tokens(*processor.get_patch_grid(height, width)) for width, height in sizes]
+        images = [num_image_tokens(*processor.get_patch_grid(height, width)) for width, height in sizes]
         lengths = np.array([image + self.words(rng) + 2 for image in images])
         longest = lengths.reshape(-1, self.rows).max(axis=1)
         return {

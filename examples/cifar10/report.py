@@ -21,7 +21,7 @@ from rich.progress import Progress
 from scipy.stats import binomtest
 
 from solo_vlm.evaluate.held_out import answer_questions, read_questions
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.train.manifest import read_recipe
 from solo_vlm.train.metrics import read_metrics
 from solo_vlm.utils.files import new_file
@@ -32,14 +32,16 @@ SHOWN = 24
 Record = dict[str, Any]
 
 
-def ask(answerer: Answerer, data: Path, answers: Path, progress: Progress) -> list[Record]:
+def ask(pipeline: GenerationPipeline, data: Path, answers: Path, progress: Progress) -> list[Record]:
     """Every held-out question of a file with its answer."""
     questions = read_questions(data)
     with LinesFile(answers) as file:
         records = file.records
         task = progress.add_task(data.stem, total=len(questions), completed=len(records))
-        for batch in answer_questions(questions[len(records) :], answerer):
-            new = [{"truth": a.truth, "answer": a.answer.strip(), "right": a.right} for a in batch]
+        for batch in answer_questions(questions[len(records) :], pipeline):
+            new = [
+                {"reference": a.reference, "answer": a.answer.strip(), "correct": a.correct} for a in batch
+            ]
             file.append(new)
             records += new
             progress.update(task, completed=len(records))
@@ -48,9 +50,9 @@ def ask(answerer: Answerer, data: Path, answers: Path, progress: Progress) -> li
 
 def score(records: Sequence[Record]) -> Record:
     """Share of right answers, its interval, and how many there were."""
-    right = sum(record["right"] for record in records)
-    interval = binomtest(right, len(records)).proportion_ci(method="wilson")
-    return {"accuracy": right / len(records), "interval": [interval.low, interval.high], "n": len(records)}
+    correct = sum(record["correct"] for record in records)
+    interval = binomtest(correct, len(records)).proportion_ci(method="wilson")
+    return {"accuracy": correct / len(records), "interval": [interval.low, interval.high], "n": len(records)}
 
 
 def stages_of(root: Path) -> list[Path]:
@@ -77,12 +79,12 @@ def held_out_losses(lines: Sequence[Record]) -> dict[int, float]:
 
 def draw_confusion(records: Sequence[Record]) -> Figure:
     """Rows are classes, columns answers; shares of a row. Answers that are no class are "other"."""
-    classes = sorted({record["truth"] for record in records})
+    classes = sorted({record["reference"] for record in records})
     columns = [*classes, "other"]
     counts = np.zeros((len(classes), len(columns)))
     for record in records:
         answer = record["answer"] if record["answer"] in classes else "other"
-        counts[classes.index(record["truth"]), columns.index(answer)] += 1
+        counts[classes.index(record["reference"]), columns.index(answer)] += 1
     shares = counts / counts.sum(1, keepdims=True)
     figure = Figure(figsize=(7.5, 6), layout="constrained")
     axes = figure.subplots()
@@ -118,8 +120,8 @@ def draw_answers(data: Path, records: Sequence[Record]) -> Figure:
     for axes, question, record in shown:
         axes.imshow(question.image)
         axes.set_axis_off()
-        colour = "black" if record["right"] else "firebrick"
-        axes.set_title(f"{record['truth']}: {record['answer']}", fontsize=7, color=colour)
+        colour = "black" if record["correct"] else "firebrick"
+        axes.set_title(f"{record['reference']}: {record['answer']}", fontsize=7, color=colour)
     return figure
 
 
@@ -129,10 +131,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: ROOT/report")
     arguments = parser.parse_args()
     root, out = arguments.root, arguments.out or arguments.root / "report"
-    answerer = Answerer.load(root / "sft" / "model")
+    pipeline = GenerationPipeline.from_pretrained(root / "sft" / "model")
     files = {kind: root / "data" / f"heldout_{kind}.parquet" for kind in KINDS}
     with Progress() as progress:
-        answers = {kind: ask(answerer, file, out / f"{kind}.jsonl", progress) for kind, file in files.items()}
+        answers = {kind: ask(pipeline, file, out / f"{kind}.jsonl", progress) for kind, file in files.items()}
     report = {
         "scores": {kind: score(records) for kind, records in answers.items()},
         "training": {run.name: training(run) for run in stages_of(root)},

@@ -1,4 +1,4 @@
-"""`solo chat` as people use it: typed at a terminal, or piped."""
+"""`solo chat`: conversations, at a terminal and piped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.generate import Answerer, PrefixCache
+from solo_vlm.generate import GenerationPipeline, PrefixCache
 from solo_vlm.generate.conversation import Conversation
 from solo_vlm.utils.errors import SoloError
 
@@ -25,24 +25,24 @@ SOLO = Path(sys.executable).with_name("solo")
 
 @pytest.fixture
 def conversation(solo_folder):
-    return Conversation(Answerer.load(solo_folder, prefix_cache=PrefixCache()))
+    return Conversation(GenerationPipeline.from_pretrained(solo_folder, prefix_cache=PrefixCache()))
 
 
 def ask(conversation, question: str) -> dict:
     return conversation.ask(question, lambda text: None, max_new_tokens=4)
 
 
-def test_images_go_with_the_next_question_only(conversation, tmp_path, picture):
+def test_images_belong_to_the_next_question_only(conversation, tmp_path, picture):
     picture(64, 64).save(tmp_path / "a.png")
     conversation.add_images([str(tmp_path / "a.png")] * 2)
     first = ask(conversation, "what is this?")
     second = ask(conversation, "and now?")
-    assert (first["image_tokens"], second["image_tokens"]) == (8, 8)
-    assert second["cached_tokens"] >= first["prompt_tokens"] - 1
+    assert (first.num_patches, second.num_patches) == (8, 8)
+    assert second.cached_tokens >= first.prompt_tokens - 1
     assert len(conversation.turns) == 4
 
 
-def test_what_fails_leaves_the_conversation_as_it_was(conversation, tmp_path, picture):
+def test_failure_leaves_conversation_unchanged(conversation, tmp_path, picture):
     picture(64, 64).save(tmp_path / "a.png")
     conversation.add_images([str(tmp_path / "a.png")])
     with pytest.raises(SoloError, match=r"missing\.png"):
@@ -52,19 +52,19 @@ def test_what_fails_leaves_the_conversation_as_it_was(conversation, tmp_path, pi
     with pytest.raises(SoloError, match="cannot read"):
         conversation.load(tmp_path / "none.json")
     assert conversation.turns == []
-    assert ask(conversation, "what is this?")["image_tokens"] == 4  # the image waited
+    assert ask(conversation, "what is this?").num_patches == 4  # the image was still pending
 
 
-def test_a_saved_conversation_goes_on(conversation, solo_folder, tmp_path, picture):
+def test_saved_conversation_resumes(conversation, solo_folder, tmp_path, picture):
     picture(64, 64).save(tmp_path / "a.png")
     conversation.add_images([str(tmp_path / "a.png")])
     ask(conversation, "what is this?")
     conversation.save(tmp_path / "new" / "chat.json")
-    other = Conversation(Answerer.load(solo_folder))
+    other = Conversation(GenerationPipeline.from_pretrained(solo_folder))
     other.load(tmp_path / "new" / "chat.json")
-    assert ask(other, "and now?")["answer"] == ask(conversation, "and now?")["answer"]
+    assert ask(other, "and now?").text == ask(conversation, "and now?").text
     other.reset()
-    assert ask(other, "and now?")["image_tokens"] == 0
+    assert ask(other, "and now?").num_patches == 0
     for text in ("", "{", "[]", '{"messages": []}', '{"messages": [{"role": "user", "content": 3}]}'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(SoloError, match="holds no conversation"):
@@ -73,7 +73,7 @@ def test_a_saved_conversation_goes_on(conversation, solo_folder, tmp_path, pictu
         other.save(tmp_path / "a.png" / "chat.json")
 
 
-def test_piped_lines(run, monkeypatch, solo_folder, tmp_path, picture):
+def test_commands_and_messages_from_a_pipe(run, monkeypatch, solo_folder, tmp_path, picture):
     spaced = tmp_path / "a b's.png"
     picture(64, 64).save(spaced)
     lines = [
@@ -88,11 +88,18 @@ def test_piped_lines(run, monkeypatch, solo_folder, tmp_path, picture):
         f"/save {tmp_path}/chat.json",
         "/reset",
         f"/load {tmp_path}/chat.json",
-    ]  # and no /quit: the end of the input is one
+    ]  # no /quit: the end of input quits
     monkeypatch.setattr(sys, "stdin", StringIO("\n".join(lines) + "\n"))
     code, out, error = run("chat", "--model", solo_folder, "--max-new-tokens", 4)
     assert code == 0
-    for said in ("say which", "no closing quotation", "none.png", "say where", "saved to", "2 turns"):
+    for said in (
+        "/image needs a path",
+        "no closing quotation",
+        "none.png",
+        "/save needs a file",
+        "saved to",
+        "2 turns",
+    ):
         assert said in out
     assert "Traceback" not in out + error
     sample = parse_sample(json.loads((tmp_path / "chat.json").read_text()))
@@ -100,7 +107,7 @@ def test_piped_lines(run, monkeypatch, solo_folder, tmp_path, picture):
     assert sample.messages[0]["content"][-1]["text"] == "what is [/bold] this?"
 
 
-def test_bytes_that_are_no_text_lose_nothing(solo_folder, tmp_path, picture):
+def test_invalid_utf8_is_refused_without_losing_the_conversation(solo_folder, tmp_path, picture):
     odd = str(tmp_path / "caf\udce9.png")
     picture(64, 64).save(odd)
     lines = [
@@ -128,7 +135,7 @@ def test_bytes_that_are_no_text_lose_nothing(solo_folder, tmp_path, picture):
     assert [m["content"][-1]["text"] for m in sample.messages[::2]] == ["what is this?", "and this?"]
 
 
-def test_saved_conversation_names_images_wherever_it_is_read(
+def test_saved_conversation_finds_its_images_from_any_folder(
     conversation, solo_folder, tmp_path, picture, monkeypatch
 ):
     for folder in ("here", "there"):
@@ -139,7 +146,7 @@ def test_saved_conversation_names_images_wherever_it_is_read(
     ask(conversation, "what is this?")
     conversation.save(tmp_path / "there" / "chat.json")
     monkeypatch.chdir(tmp_path)
-    other = Conversation(Answerer.load(solo_folder))
+    other = Conversation(GenerationPipeline.from_pretrained(solo_folder))
     other.load(tmp_path / "there" / "chat.json")
     assert other.turns[0]["content"][0]["path"] == str(tmp_path / "here" / "a.png")
     saved = json.loads((tmp_path / "there" / "chat.json").read_text())
@@ -151,7 +158,7 @@ def test_saved_conversation_names_images_wherever_it_is_read(
         other.load(tmp_path / "deep.json")
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_program(solo_folder):
+def test_ctrl_c_ends_the_answer_but_not_the_program(solo_folder):
     with Terminal(SOLO, "chat", "--model", solo_folder, "--max-new-tokens", "400") as terminal:
         terminal.wait_for("you:")
         terminal.type("hello\n")
@@ -159,10 +166,10 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(solo_folder):
         terminal.press_ctrl_c()
         terminal.wait_for("(stopped)")
         terminal.wait_for("you:")
-        # At the prompt. Just before input() waits for keys, Python notices a signal with the next key only.
+        # Just before input() waits for keys, Python notices a signal only with the next key.
         for _ in range(10):
             terminal.press_ctrl_c()
-            if terminal.says("/quit leaves", within=2):
+            if terminal.says("/quit or press", within=2):
                 break
         else:
             pytest.fail(f"Ctrl-C at the prompt does nothing: {terminal.seen!r}")
@@ -173,16 +180,16 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(solo_folder):
 
 
 class Terminal:
-    """A program that believes that somebody sits at its keyboard."""
+    """Program that runs in a pseudo-terminal."""
 
     def __init__(self, *command) -> None:
         self.seen = ""
         self._place = 0
         self._pid, self._keyboard = pty.fork()
         if self._pid == 0:
-            # Ignored where these tests run in the background of a script, and so handed on.
+            # A background job inherits SIGINT as ignored.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            plain = {**os.environ, "TERM": "dumb"}  # no colours between the words
+            plain = {**os.environ, "TERM": "dumb"}  # no color codes between the words
             os.execve(command[0], [str(word) for word in command], plain)
 
     def __enter__(self) -> Terminal:
@@ -198,12 +205,12 @@ class Terminal:
         self.type("\x03")
 
     def wait_for(self, text: str) -> None:
-        """Until the program has said this."""
+        """Read until the program prints the text."""
         if not self.says(text, within=60):
             raise TimeoutError(f"no {text!r} in {self.seen!r}")
 
     def says(self, text: str, within: float) -> bool:
-        """Whether the program says this before it is silent for so many seconds."""
+        """Return whether the program prints the text before it is silent for this many seconds."""
         while (at := self.seen.find(text, self._place)) < 0:
             if not select.select([self._keyboard], [], [], within)[0]:
                 return False
@@ -212,7 +219,7 @@ class Terminal:
         return True
 
     def ended(self, seconds: float = 60) -> int:
-        """Its exit code."""
+        """Return the exit code."""
         for _ in range(int(10 * seconds)):
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             if pid:

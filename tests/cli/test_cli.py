@@ -122,7 +122,7 @@ def test_generate_answers_and_tells_its_figures(run, solo_folder, tmp_path, pict
     code, out, _ = run(*arguments, "--max-new-tokens", 8, "--json")
     result = json.loads(out)
     assert result["answer"] == streamed.strip()
-    assert result["image_tokens"] == 6
+    assert result["num_patches"] == 6
     assert 0 < result["answer_tokens"] <= 8
     assert 0 < result["seconds"]["first_token"] <= result["seconds"]["all"]
 

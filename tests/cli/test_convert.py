@@ -32,7 +32,7 @@ def test_release_and_back(run, release, tmp_path, picture):
     facts = json.loads(out)
     assert code == 0
     assert facts["vocabulary"] == facts["tokens"] == ROWS
-    assert facts["layout"] == "release"
+    assert facts["layout"] == "original"
     assert facts["vision_token_ids"] == [TEXT_TOKENS + 1, TEXT_TOKENS, TEXT_TOKENS + 2, TEXT_TOKENS + 4]
     code, out, _ = run("convert", "to-release", tmp_path / "solo", tmp_path / "back", "--json")
     assert code == 0
@@ -47,7 +47,7 @@ def test_megatron(run, release, tmp_path):
     code, out, _ = run("convert", "megatron", source, tmp_path / "solo", "--tokenizer", release, "--json")
     assert code == 0
     assert json.loads(out)["vocabulary"] == ROWS
-    assert json.loads(out)["layout"] == "clean"
+    assert json.loads(out)["layout"] == "paper"
 
 
 def test_generate_with_the_original_folder(run, release, tmp_path, picture):
@@ -55,7 +55,7 @@ def test_generate_with_the_original_folder(run, release, tmp_path, picture):
     arguments = ["--image", tmp_path / "photo.png", "--prompt", "what is this?", "--max-new-tokens", 3]
     code, out, error = run("generate", "--model", release, *arguments, "--json")
     assert code == 0, error
-    assert json.loads(out)["image_tokens"] == 2
+    assert json.loads(out)["num_patches"] == 2
     run("convert", "release", release, tmp_path / "solo")
     _, converted, _ = run("generate", "--model", tmp_path / "solo", *arguments, "--json")
     assert json.loads(converted)["answer"] == json.loads(out)["answer"]

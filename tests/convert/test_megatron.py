@@ -22,7 +22,7 @@ from tests.factories import ask
 from solo_vlm.convert.megatron import convert_megatron
 from solo_vlm.convert.release import convert_release
 from solo_vlm.convert.safetensors_files import open_safetensors
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.utils.errors import SoloError
 
 ROWS = TEXT_TOKENS + len(VISION + LOCATIONS)
@@ -109,8 +109,8 @@ def test_the_llms_own_tokenizer_gets_the_releases_tokens(weights, expected, tmp_
 def test_the_configuration_is_the_arguments_and_the_model_answers(weights, tokenizer, tmp_path, picture):
     source = write_megatron(tmp_path / "megatron", weights, SETTINGS, 2, 1, PADDED)
     convert_megatron(source, tmp_path / "solo", tokenizer_folder=tokenizer)
-    answerer = Answerer.load(tmp_path / "solo", device="cpu")
-    text = answerer.model.config.text_config
+    pipeline = GenerationPipeline.from_pretrained(tmp_path / "solo", device="cpu")
+    text = pipeline.model.config.text_config
     for name in (
         "hidden_size",
         "num_hidden_layers",
@@ -120,9 +120,9 @@ def test_the_configuration_is_the_arguments_and_the_model_answers(weights, token
     ):
         assert getattr(text, name) == SETTINGS[name]
     assert text.rope_parameters["rope_theta"] == 10000.0
-    assert answerer.model.dtype == torch.bfloat16
-    assert answerer.processor.layout == "clean"
-    answerer.answer([ask("what is this?", picture(64, 32))], max_new_tokens=3)
+    assert pipeline.model.dtype == torch.bfloat16
+    assert pipeline.processor.image_layout == "paper"
+    pipeline.answer([ask("what is this?", picture(64, 32))], max_new_tokens=3)
 
 
 def test_an_iteration_by_number_or_folder(weights, expected, tmp_path):

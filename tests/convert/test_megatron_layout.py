@@ -1,4 +1,4 @@
-"""The layout "release": the very tokens that SOLO-7B was fine-tuned on, from SentencePiece itself."""
+"""The layout "original": the very tokens that SOLO-7B was fine-tuned on, from SentencePiece itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pieces(folder):
 
 @pytest.fixture(scope="module")
 def processor(folder) -> SoloProcessor:
-    return release_processor(release_tokenizer(folder), patch_size=32, layout="release")
+    return release_processor(release_tokenizer(folder), patch_size=32, layout="original")
 
 
 def image(rows: int, columns: int, close: int = START) -> list[int]:
@@ -71,7 +71,7 @@ SAID = ["\nwhat is this? ", "a red circle", "  and  that", "two dogs\non a mat",
 @pytest.mark.parametrize("turns_said", [2, 4, 6])
 def test_chats_are_tokenized_as_the_release_did(processor, pieces, turns_said):
     said = SAID[:turns_said]
-    encoded = processor.encode_chat(chat(*said, image_in=0), [(2, 3)])
+    encoded = processor.encode_chat(chat(*said, image_in=0), [(1, 2, 3)])
     ids, supervised = turns(pieces, *said)
     layout = image(2, 3)
     assert encoded.input_ids.tolist() == layout + ids
@@ -85,12 +85,12 @@ def test_text_only_chats(processor, pieces):
 
 
 def test_a_prompt_ends_where_the_answer_begins(processor, pieces):
-    prompt = processor.encode_chat(chat("what is this?", image_in=0), [(1, 1)], add_generation_prompt=True)
+    prompt = processor.encode_chat(chat("what is this?", image_in=0), [(1, 1, 1)], add_generation_prompt=True)
     assert prompt.input_ids.tolist() == image(1, 1) + turns(pieces, "what is this?")[0]
 
 
 def test_an_image_of_a_later_turn_stands_before_that_turn(processor, pieces):
-    encoded = processor.encode_chat(chat(*SAID[:4], image_in=2), [(1, 2)])
+    encoded = processor.encode_chat(chat(*SAID[:4], image_in=2), [(1, 1, 2)])
     first, second = turns(pieces, *SAID[:2])[0], turns(pieces, *SAID[:4])[0]
     assert encoded.input_ids.tolist() == first + image(1, 2) + second[len(first) :]
 
@@ -127,17 +127,17 @@ def test_prompt_string_and_chat_give_the_same_tokens(processor, picture):
 def test_the_layout_is_saved_and_can_be_chosen_on_loading(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     question = chat("what is this?", image_in=0)
-    for layout, close in ((None, START), ("release", START), ("clean", END)):
-        again = SoloProcessor.from_pretrained(tmp_path, **({"layout": layout} if layout else {}))
-        assert again.layout == (layout or "release")
-        ids = again.encode_chat(question, [(1, 2)], add_generation_prompt=True).input_ids.tolist()
+    for layout, close in ((None, START), ("original", START), ("paper", END)):
+        again = SoloProcessor.from_pretrained(tmp_path, **({"image_layout": layout} if layout else {}))
+        assert again.image_layout == (layout or "original")
+        ids = again.encode_chat(question, [(1, 1, 2)], add_generation_prompt=True).input_ids.tolist()
         assert ids.index(BOS) == (4 if close == START else 0)
-        assert again.image_layout(1, 2).tolist() == image(1, 2, close)
+        assert again.image_input_ids(1, 2).tolist() == image(1, 2, close)
         again.save_pretrained(tmp_path / f"{layout}")
-        assert SoloProcessor.from_pretrained(tmp_path / f"{layout}").layout == again.layout
+        assert SoloProcessor.from_pretrained(tmp_path / f"{layout}").image_layout == again.image_layout
 
 
-def test_new_models_have_the_clean_layout(solo, processor):
-    assert solo.processor.layout == "clean"
-    with pytest.raises(ValueError, match='"clean" or "release"'):
-        SoloProcessor(processor.image_processor, processor.tokenizer, layout="neat")
+def test_new_models_have_the_paper_layout(solo, processor):
+    assert solo.processor.image_layout == "paper"
+    with pytest.raises(ValueError, match='"paper" or "original"'):
+        SoloProcessor(processor.image_processor, processor.tokenizer, image_layout="neat")

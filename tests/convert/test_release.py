@@ -26,7 +26,7 @@ from tests.factories import ROOT, ask
 
 from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.convert.release import convert_release, convert_to_release
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.train.start import load_start
 from solo_vlm.utils.errors import SoloError
@@ -139,11 +139,11 @@ def test_converted_and_original_folder_answer_alike(release, tmp_path, picture):
     assert converted.dtype == "bfloat16"
     answers = []
     for folder in (release, tmp_path / "solo"):
-        answerer = Answerer.load(folder, dtype="float32", device="cpu")
-        assert answerer.processor.layout == "release"
-        assert answerer.model.config.vision_token_ids == converted.vision_token_ids
-        inputs = answerer.encode([ask("what is this?", picture(64, 40))])
-        new = answerer._generate(inputs, max_new_tokens=20)[:, inputs["input_ids"].shape[1] :]
+        pipeline = GenerationPipeline.from_pretrained(folder, dtype="float32", device="cpu")
+        assert pipeline.processor.image_layout == "original"
+        assert pipeline.model.config.vision_token_ids == converted.vision_token_ids
+        inputs = pipeline.encode([ask("what is this?", picture(64, 40))])
+        new = pipeline.generate(inputs, max_new_tokens=20)[0][:, inputs["input_ids"].shape[1] :]
         assert new.max() < TEXT_TOKENS  # neither vision tokens, nor locations, nor padding are spoken
         answers.append(new.tolist())
     assert answers[0] == answers[1]
@@ -368,4 +368,4 @@ def test_training_takes_the_release_for_what_it_is(release):
     """Its config says "mistral": read as a plain LLM, it would lose its eyes without a word."""
     model, processor = load_start(release)
     assert isinstance(model, SoloForConditionalGeneration)
-    assert processor.layout == "release"
+    assert processor.image_layout == "original"

@@ -69,7 +69,7 @@ def make_rows(task: str, full: bool = False, image: Any = None) -> list[Row]:
     return _MAKERS[task](full, "image" if image is None else image)
 
 
-def right_response(task: str, row: Row) -> str:
+def correct_response(task: str, row: Row) -> str:
     """The right answer to a row, as a model would give it."""
     if task in ("ai2d", "ai2d_no_mask", "scienceqa", "scienceqa_full"):
         return LETTERS[int(row["answer"])]

@@ -15,8 +15,8 @@ from tests.factories import png
 
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.data_root import load_benchmark
-from solo_vlm.evaluate.engines import Answer, Question
 from solo_vlm.evaluate.rows import Rows
+from solo_vlm.generate import GenerationOutput, GenerationRequest
 
 
 def noise(seed: int, width: int = 64, height: int = 64) -> Image.Image:
@@ -57,16 +57,18 @@ def open_task(task: str, data_root: Path, cache: Path) -> Rows:
         datasets.config.HF_DATASETS_CACHE = before
 
 
-class Told:
+class ScriptedBackend:
     """Answers row by row what it was told, in batches of three, the last row first; remembers who asked."""
 
     def __init__(self, answers: list[str]) -> None:
         self.answers = answers
         self.asked: list[int] = []
 
-    def answer(self, questions: Iterable[Question]) -> Iterator[list[Answer]]:
-        questions = sorted(questions, key=lambda question: -question.number)
+    def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
+        questions = sorted(requests, key=lambda question: -question.request_id)
         for start in range(0, len(questions), 3):
             batch = questions[start : start + 3]
-            self.asked += [question.number for question in batch]
-            yield [Answer(question.number, self.answers[question.number]) for question in batch]
+            self.asked += [question.request_id for question in batch]
+            yield [
+                GenerationOutput(question.request_id, self.answers[question.request_id]) for question in batch
+            ]

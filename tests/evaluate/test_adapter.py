@@ -16,15 +16,15 @@ from lmms_eval.models import get_model
 from PIL import Image
 from tests.factories import ask
 
-from solo_vlm.evaluate.adapter import DEFAULT_LONGEST, EngineModel, Solo
-from solo_vlm.evaluate.engines import Answer, ModelEngine, Question, ServedEngine
-from solo_vlm.generate import Answerer
+from solo_vlm.evaluate.adapter import DEFAULT_LONGEST, BackendModel, Solo
+from solo_vlm.evaluate.backends import ServerBackend
+from solo_vlm.generate import BatchGenerator, GenerationOutput, GenerationPipeline, GenerationRequest
 from solo_vlm.utils.errors import SoloError
 
 
 @pytest.fixture(scope="module")
-def answerer(solo):
-    return Answerer(solo.model, solo.processor)
+def pipeline(solo):
+    return GenerationPipeline(solo.model, solo.processor)
 
 
 @pytest.fixture
@@ -35,42 +35,42 @@ def chats(picture):
     return [ask(prompts[n % 3], *images[n : n + n % 3]) for n in range(18)]
 
 
-def answers_by_number(engine, chats, longest=6) -> dict[int, Answer]:
-    questions = (Question(number, chat, longest) for number, chat in enumerate(chats))
-    return {answer.number: answer for batch in engine.answer(questions) for answer in batch}
+def answers_by_number(engine, chats, longest=6) -> dict[int, GenerationOutput]:
+    questions = (GenerationRequest(number, chat, longest) for number, chat in enumerate(chats))
+    return {answer.request_id: answer for batch in engine.generate(questions) for answer in batch}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
-def test_batches_answer_as_one_by_one(answerer, chats, batch_size):
-    found = answers_by_number(ModelEngine(answerer, batch_size), chats)
-    assert [found[n].text for n in range(len(chats))] == [answerer.answer([chat], 6)[0] for chat in chats]
+def test_batches_answer_as_one_by_one(pipeline, chats, batch_size):
+    found = answers_by_number(BatchGenerator(pipeline, batch_size), chats)
+    assert [found[n].text for n in range(len(chats))] == [pipeline.answer([chat], 6)[0] for chat in chats]
     assert len({answer.text for answer in found.values()}) > 3  # the model tells the chats apart
 
 
-def test_batches_hold_chats_of_similar_length(answerer, chats, monkeypatch):
+def test_batches_hold_chats_of_similar_length(pipeline, chats, monkeypatch):
     widths = []
-    encode = answerer.encode
+    encode = pipeline.encode
 
     def encode_and_measure(batch):
         inputs = encode(batch)
         widths.append((inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).min().item()))
         return inputs
 
-    monkeypatch.setattr(answerer, "encode", encode_and_measure)
-    answers_by_number(ModelEngine(answerer, 3), chats)
+    monkeypatch.setattr(pipeline, "encode", encode_and_measure)
+    answers_by_number(BatchGenerator(pipeline, 3), chats)
     padding = sum(longest - shortest for longest, shortest in widths)
     widths.clear()
     for start in range(0, len(chats), 3):
-        answerer.encode(chats[start : start + 3])
+        pipeline.encode(chats[start : start + 3])
     assert padding < sum(longest - shortest for longest, shortest in widths) / 3
 
 
-def test_a_chat_that_is_too_long_fails_alone(answerer, chats, picture):
+def test_a_chat_that_is_too_long_fails_alone(pipeline, chats, picture):
     too_long = ask("what?", picture(1024, 1024))  # 1,057 tokens; the context is 512
-    found = answers_by_number(ModelEngine(answerer, 4), [*chats[:3], too_long])
+    found = answers_by_number(BatchGenerator(pipeline, 4), [*chats[:3], too_long])
     assert found[3].text is None
     assert "512" in found[3].error
-    assert [found[n].text for n in range(3)] == [answerer.answer([chat], 6)[0] for chat in chats[:3]]
+    assert [found[n].text for n in range(3)] == [pipeline.answer([chat], 6)[0] for chat in chats[:3]]
 
 
 class Parrot:
@@ -78,12 +78,12 @@ class Parrot:
 
     def __init__(self, text):
         self.text = text
-        self.questions: list[Question] = []
+        self.questions: list[GenerationRequest] = []
 
-    def answer(self, questions):
-        for question in questions:
+    def generate(self, requests):
+        for question in requests:
             self.questions.append(question)
-            yield [Answer(question.number, self.text)]
+            yield [GenerationOutput(question.request_id, self.text)]
 
 
 def request(row, settings, *images):
@@ -97,7 +97,7 @@ def request(row, settings, *images):
 
 def respond(text, settings, **options):
     engine = Parrot(text)
-    model = EngineModel(engine, **options)
+    model = BackendModel(engine, **options)
     model.task_dict = {"task": {"test": [{}]}}
     (response,) = model.generate_until([request(0, settings)])
     return response, engine.questions[0].max_new_tokens
@@ -124,8 +124,8 @@ def test_lmms_eval_knows_the_model_and_runs_it(solo, tmp_path, picture):
     model.task_dict = {"task": {"test": [{}] * 3}}
     images = [[], [picture(64, 32)], [picture(64, 64), picture(32, 96, seed=1)]]
     responses = model.generate_until([request(row, {}, *images[row]) for row in range(3)])
-    answerer = Answerer(solo.model, solo.processor)
-    alone = [answerer.answer([ask(f"question {row}", *images[row])], 6)[0] for row in range(3)]
+    pipeline = GenerationPipeline(solo.model, solo.processor)
+    alone = [pipeline.answer([ask(f"question {row}", *images[row])], 6)[0] for row in range(3)]
     assert responses == alone
 
 
@@ -197,7 +197,7 @@ def test_a_served_model_gets_chats_with_images_and_several_at_a_time(serve, pict
     server = serve(parallel=2)  # no request is answered before two are there
     images = [picture(64, 32), picture(32, 96, seed=1)]
     chats = [ask("none"), ask("one", images[0]), ask("two", *images), ask("again", images[1])]
-    found = answers_by_number(ServedEngine("m", server.url, "secret", concurrency=2), chats)
+    found = answers_by_number(ServerBackend("m", server.url, "secret", concurrency=2), chats)
     assert [found[n].text for n in range(4)] == [
         "none: []",
         "one: [(64, 32)]",
@@ -214,7 +214,7 @@ def test_a_served_model_gets_chats_with_images_and_several_at_a_time(serve, pict
 
 def test_a_chat_that_the_server_refuses_fails_alone(serve):
     found = answers_by_number(
-        ServedEngine("m", serve().url, "x", concurrency=1), [ask("refuse"), ask("hello")]
+        ServerBackend("m", serve().url, "x", concurrency=1), [ask("refuse"), ask("hello")]
     )
     assert found[0].text is None
     assert "too long" in found[0].error
@@ -225,7 +225,7 @@ def test_a_server_that_is_not_there_ends_the_run(serve):
     server = serve()
     server.shutdown()
     server.server_close()
-    engine = ServedEngine("m", server.url, "x", retries=0)
+    engine = ServerBackend("m", server.url, "x", retries=0)
     with pytest.raises(SoloError, match="no answer from http"):
         answers_by_number(engine, [ask("hello")])
 
@@ -233,4 +233,4 @@ def test_a_server_that_is_not_there_ends_the_run(serve):
 def test_without_a_key_the_error_says_how_to_give_one(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(SoloError, match="OPENAI_API_KEY"):
-        ServedEngine("m")
+        ServerBackend("m")

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from tests.evaluate.benchmark_rows import FLOATS, MATHVISTA_TASKS, MME_IMAGES, make_rows, right_response
+from tests.evaluate.benchmark_rows import FLOATS, MATHVISTA_TASKS, MME_IMAGES, correct_response, make_rows
 
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.predictions import Prediction, without_images
@@ -22,7 +22,7 @@ def predictions(task, answer, full=False):
 
 
 def oracle(task):
-    return lambda row: right_response(task, row)
+    return lambda row: correct_response(task, row)
 
 
 @pytest.mark.parametrize("task", BENCHMARKS)
@@ -42,7 +42,7 @@ def test_an_oracle_is_perfect_on_the_whole_benchmark(task):
 def test_a_constant_answer_scores_its_share(task):
     answered = predictions(task, lambda row: "B", full=task != "seedbench")
     chosen = [p.row for p in answered if p.row.get("data_type") != "video"]
-    truths = Counter(right_response(task, row) for row in chosen)
+    truths = Counter(correct_response(task, row) for row in chosen)
     score = get(task).score(answered)
     assert score.score == pytest.approx(100 * truths["B"] / len(chosen))
     low, high = score.interval
@@ -65,7 +65,7 @@ def test_a_constant_answer_to_mme(constant):
 def test_a_constant_answer_to_mathvista():
     rows = make_rows("mathvista", full=True)
     score = get("mathvista").score(predictions("mathvista", lambda row: "B", full=True))
-    assert score.score == pytest.approx(sum(right_response("mathvista", row) == "B" for row in rows) / 10)
+    assert score.score == pytest.approx(sum(correct_response("mathvista", row) == "B" for row in rows) / 10)
     assert score.unreadable == sum(row["question_type"] == "free_form" for row in rows)
 
 
@@ -75,7 +75,7 @@ def test_a_constant_answer_to_mathvista():
 )
 def test_every_multiple_choice_task_reads_the_usual_forms(task, form):
     def answer(row):
-        letter = right_response(task, row)
+        letter = correct_response(task, row)
         text = ("dog", "cat", "bird", "fish")["ABCD".index(letter)]
         return form.format(low=letter.lower(), up=letter, text=text)
 
@@ -98,7 +98,7 @@ def test_a_failed_row_counts_as_wrong_and_is_named(task):
 
 def test_mmstar_is_a_mean_over_questions_and_names_the_mean_over_axes():
     answered = predictions(
-        "mmstar", lambda row: right_response("mmstar", row) if row["l2_category"] == "geometry" else "none"
+        "mmstar", lambda row: correct_response("mmstar", row) if row["l2_category"] == "geometry" else "none"
     )
     right = sum(p.row["l2_category"] == "geometry" for p in answered)
     score = get("mmstar").score(answered)
@@ -141,7 +141,7 @@ def test_seed_counts_images_only_and_by_dimension():
 
     score = get("seedbench").score(predictions("seedbench", answer))
     assert score.score == pytest.approx(100 * 16 / 18)
-    assert (score.n, score.set_aside) == (18, 3)
+    assert (score.n, score.filtered) == (18, 3)
     assert score.breakdown["instance location"].score == 0
     assert score.breakdown["instance attributes"].score == 100
     assert len([part for part in score.breakdown.values() if part.group == "image dimension"]) == 9
@@ -155,7 +155,7 @@ def test_scienceqa_parts():
     assert parts["grades 1-6"].n + parts["grades 7-12"].n == 4241
     assert parts["natural science"].n == 1414
     image_only = get("scienceqa").score(predictions("scienceqa_full", oracle("scienceqa")))
-    assert (image_only.n, image_only.set_aside) == (6, 4)
+    assert (image_only.n, image_only.filtered) == (6, 4)
 
 
 def test_all_float_questions_of_mathvista_score():

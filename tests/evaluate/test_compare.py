@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.evaluate.benchmark_rows import make_rows, right_response
+from tests.evaluate.benchmark_rows import correct_response, make_rows
 
 from solo_vlm.evaluate.predictions import Prediction, without_images
 from solo_vlm.evaluate.run_folder import RunFolder
@@ -15,7 +15,7 @@ from solo_vlm.evaluate.run_folder import RunFolder
 def make_run(tmp_path):
     def make(name, task, wrong=(), rows=None):
         answered = [
-            Prediction(str(n), "?" if n in wrong else right_response(task, row), without_images(row))
+            Prediction(str(n), "?" if n in wrong else correct_response(task, row), without_images(row))
             for n, row in enumerate(rows or make_rows(task))
         ]
         RunFolder(tmp_path / name).write_predictions(task, answered)

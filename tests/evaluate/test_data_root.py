@@ -12,7 +12,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.evaluate.benchmark_rows import ANIMALS, make_rows, right_response
+from tests.evaluate.benchmark_rows import ANIMALS, correct_response, make_rows
 
 from solo_vlm.evaluate import data_root
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
@@ -55,7 +55,7 @@ def first_image(data, task):
 def oracle_score(task, data):
     plain = data.with_format(None)
     answered = [
-        Prediction(str(n), right_response(task, row), without_images(row)) for n, row in enumerate(plain)
+        Prediction(str(n), correct_response(task, row), without_images(row)) for n, row in enumerate(plain)
     ]
     return get(task).score(answered)
 
@@ -125,8 +125,8 @@ def test_vlmevalkits_tsv_becomes_the_hubs_schema(task, png, tmp_path):
     write_tsv(tmp_path / task / "Some_Name.tsv", rows)
     data = load_benchmark(get(task), tmp_path)
     wanted = make_rows(task)
-    answers = [right_response(task, row) for row in wanted]
-    assert [right_response(task, row) for row in data] == answers
+    answers = [correct_response(task, row) for row in wanted]
+    assert [correct_response(task, row) for row in data] == answers
     assert oracle_score(task, data).score == get(task).maximum
     assert first_image(data.select([1]), task).size == (32, 32)
     schema_wide = {"mmstar": "category", "mme": "question_id", "ai2d": "options", "scienceqa": "choices"}

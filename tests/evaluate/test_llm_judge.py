@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from tests.evaluate.benchmark_rows import make_rows, right_response
+from tests.evaluate.benchmark_rows import correct_response, make_rows
 from tests.evaluate.evaluation_runs import write_data_root
 from tests.factories import make_solo
 
@@ -49,7 +49,7 @@ def server(answer):
 
 
 @pytest.fixture
-def judged(run, tmp_path):
+def answer(run, tmp_path):
     def score(rows, url):
         path = tmp_path / "x.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -59,9 +59,9 @@ def judged(run, tmp_path):
     return score
 
 
-def test_the_model_extracts_what_rules_cannot_read(judged):
+def test_the_model_extracts_what_rules_cannot_read(answer):
     rows = make_rows("mathvista")
-    answers = {row["query"]: right_response("mathvista", row) for row in rows}
+    answers = {row["query"]: correct_response("mathvista", row) for row in rows}
     rows = [{**row, "response": f"Let us see. {answers[row['query']]}, or is it 99?"} for row in rows]
 
     def extract(prompt):
@@ -69,7 +69,7 @@ def test_the_model_extracts_what_rules_cannot_read(judged):
         return answers[query]
 
     with server(extract) as (url, requests):
-        code, out, _ = judged(rows, url)
+        code, out, _ = answer(rows, url)
     assert code == 0
     score = json.loads(out)
     assert score["score"] == 100
@@ -78,7 +78,7 @@ def test_the_model_extracts_what_rules_cannot_read(judged):
     assert all(request["model"] == "judge-1" and request["temperature"] == 0 for request in requests)
 
 
-def test_plain_answers_are_not_sent_and_the_nearest_option_is_taken(judged):
+def test_plain_answers_are_not_sent_and_the_nearest_option_is_taken(answer):
     row = {
         "question_type": "multi_choice",
         "answer_type": "text",
@@ -91,7 +91,7 @@ def test_plain_answers_are_not_sent_and_the_nearest_option_is_taken(judged):
         {**row, "answer": "osaka", "response": "no idea"},
     ]
     with server(lambda prompt: "" if "no idea" in prompt else "oosaka") as (url, requests):
-        code, out, _ = judged(rows, url)
+        code, out, _ = answer(rows, url)
     score = json.loads(out)
     assert code == 0
     assert score["score"] == pytest.approx(200 / 3)
@@ -99,10 +99,10 @@ def test_plain_answers_are_not_sent_and_the_nearest_option_is_taken(judged):
     assert len(requests) == 2
 
 
-def test_an_endpoint_that_fails_is_one_line(judged):
+def test_an_endpoint_that_fails_is_one_line(answer):
     rows = [{**make_rows("mathvista")[1], "response": "well"}]
     with server(lambda prompt: None) as (url, _):
-        code, out, error = judged(rows, url)
+        code, out, error = answer(rows, url)
     assert (code, out) == (2, "")
     assert "the judge judge-1 at http://127.0.0.1" in error
     assert "no such model" in error
@@ -119,7 +119,7 @@ def test_a_run_is_judged(run, tmp_path, monkeypatch):
 
     def right(prompt):
         (row,) = [row for query, row in rows.items() if query.strip() in prompt]
-        return right_response("mathvista", row)
+        return correct_response("mathvista", row)
 
     with server(right) as (url, requests):
         command = [

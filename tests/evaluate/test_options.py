@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from solo_vlm.evaluate.options import as_list, options_of, right_letter, with_option_texts
+from solo_vlm.evaluate.options import as_list, options_of, reference_letter, with_option_texts
 from solo_vlm.evaluate.predictions import Prediction
 from solo_vlm.utils.errors import SoloError
 
@@ -132,17 +132,20 @@ def test_empty_options_at_the_end_count_only_where_one_is_the_answer():
     ],
 )
 def test_the_right_letter(answer, letter):
-    assert right_letter(Prediction("1", "x", {"answer": answer}), WITH_GAP, answers_are_places=True) == letter
+    assert (
+        reference_letter(Prediction("1", "x", {"answer": answer}), WITH_GAP, answers_are_places=True)
+        == letter
+    )
 
 
 def test_an_empty_answer_is_not_the_option_none():
-    assert right_letter(Prediction("1", "x", {"answer": None}), ["Some", "None"], False) is None
-    assert right_letter(Prediction("1", "x", {"answer": NAN}), ["Some", "nan"], False) is None
+    assert reference_letter(Prediction("1", "x", {"answer": None}), ["Some", "None"], False) is None
+    assert reference_letter(Prediction("1", "x", {"answer": NAN}), ["Some", "nan"], False) is None
 
 
 def test_an_answer_that_two_options_spell_names_neither():
-    assert right_letter(Prediction("1", "x", {"answer": "cat"}), ["cat", "cat", "dog"], False) is None
-    assert right_letter(Prediction("1", "x", {"answer": "MW"}), ["mW", "MW"], False) == "B"
+    assert reference_letter(Prediction("1", "x", {"answer": "cat"}), ["cat", "cat", "dog"], False) is None
+    assert reference_letter(Prediction("1", "x", {"answer": "MW"}), ["mW", "MW"], False) == "B"
 
 
 def test_prompts_show_an_empty_option_as_empty():

@@ -10,8 +10,8 @@ from io import BytesIO
 
 import pytest
 from PIL import Image
-from tests.evaluate.benchmark_rows import right_response
-from tests.evaluate.evaluation_runs import Told, open_task, write_data_root
+from tests.evaluate.benchmark_rows import correct_response
+from tests.evaluate.evaluation_runs import ScriptedBackend, open_task, write_data_root
 
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.published import PUBLISHED
@@ -59,14 +59,14 @@ def finished(tmp_path_factory):
     tasks = [(get(task), open_task(task, folder / "data", folder / "cache")) for task in ("mmstar", "mme")]
     run = EvaluationRun(folder / "out", ModelFacts("my <model>", "test", "ab" * 32), longest=16)
 
-    class ByTask(Told):
-        def answer(self, questions):
-            questions = list(questions)
-            text = questions[0].chat[0]["content"][-1]["text"]
+    class ByTask(ScriptedBackend):
+        def generate(self, requests):
+            requests = list(requests)
+            text = requests[0].messages[0]["content"][-1]["text"]
             benchmark, rows = tasks[0] if "option's letter" in text else tasks[1]
-            right = [right_response(benchmark.name, row) for row in rows.columns]
+            right = [correct_response(benchmark.name, row) for row in rows.columns]
             self.answers = [NASTY if n % 4 == 0 else response for n, response in enumerate(right)]
-            return super().answer(questions)
+            return super().generate(requests)
 
     scores = run.evaluate(ByTask([]), tasks)
     return folder / "out", scores

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from openpyxl import Workbook
-from tests.evaluate.benchmark_rows import TASKS, make_rows, right_response
+from tests.evaluate.benchmark_rows import TASKS, correct_response, make_rows
 
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.predictions import Prediction, without_images
@@ -16,7 +16,7 @@ from solo_vlm.evaluate.run_folder import RunFolder
 
 
 def answered_rows(task):
-    return [{**row, "prediction": right_response(task, row)} for row in make_rows(task)]
+    return [{**row, "prediction": correct_response(task, row)} for row in make_rows(task)]
 
 
 def write_delimited(path, rows, delimiter=","):
@@ -54,7 +54,7 @@ def test_every_task_in_every_kind_of_file(task, kind, tmp_path):
     rows = answered_rows(task)
     score = rescore(get(task), write(tmp_path / f"predictions.{kind}", rows))
     assert score.score == score.maximum
-    assert score.n + score.set_aside == len(rows)
+    assert score.n + score.filtered == len(rows)
     assert all(part.score == part.maximum for part in score.breakdown.values())
 
 
@@ -213,7 +213,7 @@ def test_lines_end_where_json_says(tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_predictions_of_a_run(task, tmp_path):
     answered = [
-        Prediction(f"row {n}", right_response(task, row), without_images(row))
+        Prediction(f"row {n}", correct_response(task, row), without_images(row))
         for n, row in enumerate(make_rows(task))
     ]
     folder = RunFolder(tmp_path)

@@ -12,15 +12,15 @@ import time
 from collections import Counter
 
 import pytest
-from tests.evaluate.benchmark_rows import TASKS, right_response
-from tests.evaluate.evaluation_runs import Told, open_task, write_data_root
+from tests.evaluate.benchmark_rows import TASKS, correct_response
+from tests.evaluate.evaluation_runs import ScriptedBackend, open_task, write_data_root
 from tests.factories import make_solo
 
 from solo_vlm.evaluate.benchmarks import get
-from solo_vlm.evaluate.engines import Answer
 from solo_vlm.evaluate.run import EvaluationRun, ModelFacts
 from solo_vlm.evaluate.run_folder import RunFolder
 from solo_vlm.evaluate.weights import weights_hash
+from solo_vlm.generate import GenerationOutput
 from solo_vlm.utils.errors import SoloError
 
 FACTS = ModelFacts("told", "test", "0" * 64)
@@ -46,7 +46,7 @@ def opened(data_root, tmp_path_factory):
 
 
 def right_answers(task, rows):
-    return [right_response(task, row) for row in rows.columns]
+    return [correct_response(task, row) for row in rows.columns]
 
 
 def evaluate(task, rows, engine, out, **settings):
@@ -57,7 +57,7 @@ def evaluate(task, rows, engine, out, **settings):
 @pytest.mark.parametrize("task", TASKS)
 def test_an_oracle_is_perfect_and_the_harness_says_so_too(task, opened, tmp_path):
     rows = opened[task]
-    score = evaluate(task, rows, Told(right_answers(task, rows)), tmp_path)
+    score = evaluate(task, rows, ScriptedBackend(right_answers(task, rows)), tmp_path)
     assert score.score == score.maximum
     assert (score.n, score.unreadable, score.bad_rows) == (len(rows), 0, ())
     for metric, value in HARNESS_PERFECT[task].items():
@@ -70,7 +70,7 @@ def test_an_oracle_is_perfect_and_the_harness_says_so_too(task, opened, tmp_path
 def test_a_constant_answer_scores_exactly_its_share(task, opened, tmp_path):
     rows = opened[task]
     constant = "Yes" if task == "mme" else "B"
-    score = evaluate(task, rows, Told([constant] * len(rows)), tmp_path)
+    score = evaluate(task, rows, ScriptedBackend([constant] * len(rows)), tmp_path)
     share = Counter(right_answers(task, rows))[constant] / len(rows)
     assert 0 < share < 1
     # Each image of MME has one question of either answer: acc is 50 in all 14 subtasks, acc+ is 0.
@@ -79,10 +79,10 @@ def test_a_constant_answer_scores_exactly_its_share(task, opened, tmp_path):
 
 def test_videos_of_seedbench_are_not_asked_and_say_so(opened, tmp_path):
     rows = opened["seedbench"]
-    engine = Told(["A"] * len(rows))
+    engine = ScriptedBackend(["A"] * len(rows))
     score = evaluate("seedbench", rows, engine, tmp_path)
     assert sorted(engine.asked) == list(range(18))
-    assert (score.n, score.set_aside) == (18, 3)
+    assert (score.n, score.filtered) == (18, 3)
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +147,11 @@ def test_missing_data_says_what_to_download(whole_run, run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-class Endless(Told):
+class Endless(ScriptedBackend):
     """Stands still after four batches, as a model that is about to be killed."""
 
-    def answer(self, questions):
-        for number, batch in enumerate(super().answer(questions)):
+    def generate(self, requests):
+        for number, batch in enumerate(super().generate(requests)):
             if number == 4:
                 time.sleep(600)
             yield batch
@@ -180,28 +180,28 @@ def test_a_run_that_is_killed_goes_on_where_it_stood(opened, tmp_path):
     with kept.open("a") as lines:
         lines.write('{"row": 3, "request": "')  # killed in the middle of a line
 
-    engine = Told(answers)
+    engine = ScriptedBackend(answers)
     score = evaluate("mmstar", rows, engine, out)
     assert set(engine.asked).isdisjoint(there)
     assert sorted({*engine.asked, *there}) == list(range(len(rows)))
-    assert score == evaluate("mmstar", rows, Told(answers), tmp_path / "in one go")
+    assert score == evaluate("mmstar", rows, ScriptedBackend(answers), tmp_path / "in one go")
 
-    engine = Told(answers)
+    engine = ScriptedBackend(answers)
     assert evaluate("mmstar", rows, engine, out) == score
     assert engine.asked == []
 
 
 def test_a_file_of_answers_that_is_none_says_so(opened, tmp_path):
-    evaluate("ai2d", opened["ai2d"], Told(["A"] * 6), tmp_path)
+    evaluate("ai2d", opened["ai2d"], ScriptedBackend(["A"] * 6), tmp_path)
     (tmp_path / "answers" / "ai2d.jsonl").write_text("[1, 2]\n")
     with pytest.raises(SoloError, match="remove it"):
-        evaluate("ai2d", opened["ai2d"], Told(["A"] * 6), tmp_path)
+        evaluate("ai2d", opened["ai2d"], ScriptedBackend(["A"] * 6), tmp_path)
 
 
 def test_other_settings_ask_again(opened, tmp_path):
     rows = opened["ai2d"]
-    evaluate("ai2d", rows, Told(["A"] * 6), tmp_path, longest=4)
-    engine = Told(["A"] * 6)
+    evaluate("ai2d", rows, ScriptedBackend(["A"] * 6), tmp_path, longest=4)
+    engine = ScriptedBackend(["A"] * 6)
     evaluate("ai2d", rows, engine, tmp_path, longest=8)
     assert sorted(engine.asked) == list(range(6))
 
@@ -214,10 +214,10 @@ def test_a_row_whose_image_was_replaced_is_asked_again(tmp_path):
     rows = make_rows("ai2d", image={"bytes": png(noise(0)), "path": None})
     write_rows(tmp_path / "data", "ai2d", rows)
     opened = open_task("ai2d", tmp_path / "data", tmp_path / "cache")
-    evaluate("ai2d", opened, Told(["A"] * 6), tmp_path / "out")
+    evaluate("ai2d", opened, ScriptedBackend(["A"] * 6), tmp_path / "out")
     rows[2]["image"] = {"bytes": png(noise(1)), "path": None}
     write_rows(tmp_path / "mended", "ai2d", rows)
-    engine = Told(["A"] * 6)
+    engine = ScriptedBackend(["A"] * 6)
     mended = open_task("ai2d", tmp_path / "mended", tmp_path / "cache")
     evaluate("ai2d", mended, engine, tmp_path / "out")
     assert len(engine.asked) == 1
@@ -225,14 +225,14 @@ def test_a_row_whose_image_was_replaced_is_asked_again(tmp_path):
 
 def test_a_folder_takes_one_model_only(opened, tmp_path):
     rows = opened["ai2d"]
-    evaluate("ai2d", rows, Told(["A"] * 6), tmp_path)
+    evaluate("ai2d", rows, ScriptedBackend(["A"] * 6), tmp_path)
     other = EvaluationRun(tmp_path, ModelFacts("told", "test", "1" * 64))
     with pytest.raises(SoloError, match="another model"):
-        other.evaluate(Told(["A"] * 6), [(get("ai2d"), rows)])
+        other.evaluate(ScriptedBackend(["A"] * 6), [(get("ai2d"), rows)])
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("keep me")
     with pytest.raises(SoloError, match="exists already"):
-        EvaluationRun(tmp_path / "precious", FACTS).evaluate(Told([]), [(get("ai2d"), rows)])
+        EvaluationRun(tmp_path / "precious", FACTS).evaluate(ScriptedBackend([]), [(get("ai2d"), rows)])
 
 
 def test_a_bad_row_is_counted_and_wrong(tmp_path):
@@ -245,7 +245,7 @@ def test_a_bad_row_is_counted_and_wrong(tmp_path):
     rows[5]["image"] = None
     write_rows(tmp_path / "data", "mmstar", rows)
     opened = open_task("mmstar", tmp_path / "data", tmp_path / "cache")
-    engine = Told(right_answers("mmstar", opened))
+    engine = ScriptedBackend(right_answers("mmstar", opened))
     score = evaluate("mmstar", opened, engine, tmp_path / "out")
     assert sorted(engine.asked) == [0, 1, 2, 4, 6, 7, 8, 9]
     assert (score.n, score.score, score.bad_rows) == (10, 80.0, ("4", "6"))
@@ -274,7 +274,7 @@ def test_an_empty_option_is_asked_and_scored_with_those_behind_it(task, changed,
     rows[1] |= changed
     write_rows(tmp_path / "data", task, rows)
     opened = open_task(task, tmp_path / "data", tmp_path / "cache")
-    engine = Told([right_response(task, rows[0]), answer])
+    engine = ScriptedBackend([correct_response(task, rows[0]), answer])
     score = evaluate(task, opened, engine, tmp_path / "out")
     assert (score.score, score.bad_rows, score.unreadable) == (100, (), 0)
     assert sorted(engine.asked) == [0, 1]
@@ -300,26 +300,26 @@ def test_a_first_row_that_makes_no_prompt_is_one_line(change, message, tmp_path)
     write_rows(tmp_path / "data", "ai2d", rows)
     opened = open_task("ai2d", tmp_path / "data", tmp_path / "cache")
     with pytest.raises(SoloError, match=f"lmms-eval cannot use the first row .{message}"):
-        evaluate("ai2d", opened, Told([]), tmp_path / "out")
+        evaluate("ai2d", opened, ScriptedBackend([]), tmp_path / "out")
 
 
 def test_a_limit_that_the_harness_cannot_score_is_no_failure(opened, tmp_path):
     rows = opened["mme"]
-    score = evaluate("mme", rows, Told(right_answers("mme", rows)), tmp_path, limit=3)
+    score = evaluate("mme", rows, ScriptedBackend(right_answers("mme", rows)), tmp_path, limit=3)
     assert score.n == 3
     assert not any("lmms-eval" in name for name in score.raw)
     assert "lmms-eval could not score this" in (tmp_path / "report.md").read_text()
 
 
 def test_an_engine_that_gives_up_keeps_what_there_is(opened, tmp_path):
-    class Broken(Told):
-        def answer(self, questions):
-            yield [Answer(next(iter(questions)).number, "A")]
+    class Broken(ScriptedBackend):
+        def generate(self, requests):
+            yield [GenerationOutput(next(iter(requests)).request_id, "A")]
             raise SoloError("the server is gone")
 
     with pytest.raises(SoloError, match="the server is gone"):
         evaluate("ai2d", opened["ai2d"], Broken([]), tmp_path)
-    engine = Told(["A"] * 6)
+    engine = ScriptedBackend(["A"] * 6)
     evaluate("ai2d", opened["ai2d"], engine, tmp_path)
     assert sorted(engine.asked) == [1, 2, 3, 4, 5]
 
@@ -328,7 +328,7 @@ def test_without_lmms_eval_the_error_says_how_to_get_it(opened, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", None)
     monkeypatch.delitem(sys.modules, "solo_vlm.evaluate.harness")
     with pytest.raises(SoloError, match="pip install --no-deps lmms-eval=="):
-        evaluate("ai2d", opened["ai2d"], Told(["A"] * 6), tmp_path)
+        evaluate("ai2d", opened["ai2d"], ScriptedBackend(["A"] * 6), tmp_path)
 
 
 def test_the_address_of_a_server_needs_the_engine(run, tmp_path):

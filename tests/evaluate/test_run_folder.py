@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.evaluate.benchmark_rows import make_rows, right_response
+from tests.evaluate.benchmark_rows import correct_response, make_rows
 
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.predictions import Prediction, without_images
@@ -15,7 +15,7 @@ def test_what_is_written_is_read(tmp_path):
     folder = RunFolder(tmp_path / "run")
     rows = make_rows("mme")
     answered = [
-        Prediction(str(n), right_response("mme", row), without_images(row)) for n, row in enumerate(rows)
+        Prediction(str(n), correct_response("mme", row), without_images(row)) for n, row in enumerate(rows)
     ]
     scores = [get("mme").score(answered)]
     folder.write_predictions("mme", answered)

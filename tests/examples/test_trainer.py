@@ -14,7 +14,7 @@ import yaml
 from tests.factories import ROOT, ask
 from transformers import TrainingArguments
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.optimizer import make_optimizer
@@ -105,7 +105,8 @@ def test_the_example_runs_and_goes_on(folder, tmp_path):
         main(folder / "model", str(folder / "mixture.yaml"), tmp_path / "out", steps, batch=1)
     state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
-    assert len(Answerer.load(tmp_path / "out" / "model").answer([ask("hello")], max_new_tokens=3)) == 1
+    pipeline = GenerationPipeline.from_pretrained(tmp_path / "out" / "model")
+    assert len(pipeline.answer([ask("hello")], max_new_tokens=3)) == 1
 
 
 @pytest.mark.distributed

@@ -12,7 +12,7 @@ from tests.factories import ask
 
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model, load_processor
 
 pytest.importorskip("trl", reason="pip install 'solo-vlm[examples]' (make test-examples)")
@@ -46,7 +46,8 @@ def test_it_trains_on_what_the_assistant_says(folder, tmp_path, lora):
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert losses[0] == pytest.approx(total / supervised, rel=1e-4)
     assert losses[-1] < 0.95 * losses[0]
-    assert len(Answerer.load(tmp_path / "out" / "model").answer([ask("hello")], max_new_tokens=3)) == 1
+    pipeline = GenerationPipeline.from_pretrained(tmp_path / "out" / "model")
+    assert len(pipeline.answer([ask("hello")], max_new_tokens=3)) == 1
 
     batch = PackedCollator(processor)(rows[:3])
     assert batch["input_ids"][0].tolist() == list(chain(*(d.input_ids.tolist() for d in documents[:3])))

@@ -1,4 +1,4 @@
-"""Answers about a folder of images: complete, in order, and no image twice, however often a run is killed."""
+"""Answers about a folder of images: complete, ordered, resumable after a kill."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from solo_vlm.generate import Answerer, open_images, user_turn
+from solo_vlm.generate import GenerationPipeline, open_images, user_turn
 from solo_vlm.generate.folder import answer_folder, find_images
 from solo_vlm.utils.errors import SoloError
 
@@ -21,7 +21,7 @@ REQUEST = {"prompt": "what is this?", "max_new_tokens": 4}
 
 @pytest.fixture
 def photos(tmp_path, picture):
-    """Images of many sizes in two folders; one is broken, one a text, one hidden."""
+    """Images of several sizes in two folders, with a broken, a hidden and a text file."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     (folder / ".hidden").mkdir()
@@ -52,12 +52,12 @@ def test_images_are_found_in_natural_order(photos, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_every_image_is_answered_about(solo_folder, photos, tmp_path, batch_size):
-    answerer = Answerer.load(solo_folder)
+def test_every_image_is_answered(solo_folder, photos, tmp_path, batch_size):
+    pipeline = GenerationPipeline.from_pretrained(solo_folder)
     done = []
     out = tmp_path / "answers.jsonl"
     counts = answer_folder(
-        answerer, ORDER, photos, REQUEST, out, batch_size, lambda *state: done.append(state)
+        pipeline, ORDER, photos, REQUEST, out, batch_size, lambda *state: done.append(state)
     )
     assert vars(counts) == {"answers": 6, "errors": 1, "new": 7}
     assert done[-1] == (7, 7)
@@ -69,48 +69,49 @@ def test_every_image_is_answered_about(solo_folder, photos, tmp_path, batch_size
             assert "img3.png" in line["error"] and "answer" not in line
         else:
             chat = [user_turn("what is this?", open_images([str(photos / line["image"])]))]
-            assert line["answer"] == answerer.answer([chat], 4)[0]
+            assert line["answer"] == pipeline.answer([chat], 4)[0]
 
 
-def test_a_run_goes_on_where_it_was_killed(solo_folder, photos, tmp_path):
-    answerer = Answerer.load(solo_folder)
+def test_killed_run_resumes(solo_folder, photos, tmp_path):
+    pipeline = GenerationPipeline.from_pretrained(solo_folder)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
-    answer_folder(answerer, ORDER, photos, REQUEST, whole)
+    answer_folder(pipeline, ORDER, photos, REQUEST, whole)
     text = whole.read_bytes().splitlines(keepends=True)
-    asked = []
-    encode = answerer.encode
-    answerer.encode = lambda chats: asked.extend(chats) or encode(chats)
-    for kept, begun in ((0, 0), (2, 30), (6, 1), (7, 0)):
-        out.write_bytes(b"".join(text[:kept]) + (text[kept][:begun] if begun else b""))
-        asked.clear()
-        counts = answer_folder(answerer, ORDER, photos, REQUEST, out)
+    encoded = []
+    encode = pipeline.encode
+    pipeline.encode = lambda chats: encoded.extend(chats) or encode(chats)
+    for kept, partial in ((0, 0), (2, 30), (6, 1), (7, 0)):
+        out.write_bytes(b"".join(text[:kept]) + (text[kept][:partial] if partial else b""))
+        encoded.clear()
+        counts = answer_folder(pipeline, ORDER, photos, REQUEST, out)
         assert out.read_bytes() == whole.read_bytes()
         assert counts.new == 7 - kept
-        assert len(asked) == counts.new - (kept < 3)  # the broken one is not asked about
+        assert len(encoded) == counts.new - (kept < 3)  # the broken one is not encoded about
 
 
-def test_another_request_is_not_mixed_in(solo_folder, photos, tmp_path):
+def test_file_of_another_request_is_refused(solo_folder, photos, tmp_path):
     out = tmp_path / "answers.jsonl"
-    answerer = Answerer.load(solo_folder)
-    answer_folder(answerer, ORDER, photos, REQUEST, out)
+    pipeline = GenerationPipeline.from_pretrained(solo_folder)
+    answer_folder(pipeline, ORDER, photos, REQUEST, out)
     before = out.read_bytes()
     with pytest.raises(SoloError, match=r"prompt 'what is this\?', now 'and this\?'"):
-        answer_folder(answerer, ORDER, photos, {**REQUEST, "prompt": "and this?"}, out)
+        answer_folder(pipeline, ORDER, photos, {**REQUEST, "prompt": "and this?"}, out)
     assert out.read_bytes() == before
     out.write_text("[1]\n")
     with pytest.raises(SoloError, match=r"answers\.jsonl"):
-        answer_folder(answerer, ORDER, photos, REQUEST, out)
+        answer_folder(pipeline, ORDER, photos, REQUEST, out)
 
 
-def test_an_image_too_large_for_the_context_is_an_error(solo_folder, photos, tmp_path, picture):
+def test_image_beyond_the_context_is_recorded_as_error(solo_folder, photos, tmp_path, picture):
     picture(960, 960).save(photos / "img2.png")  # 900 patches for a context of 512
-    answer_folder(Answerer.load(solo_folder), ORDER, photos, REQUEST, tmp_path / "answers.jsonl")
+    pipeline = GenerationPipeline.from_pretrained(solo_folder)
+    answer_folder(pipeline, ORDER, photos, REQUEST, tmp_path / "answers.jsonl")
     errors = {line["image"]: line["error"] for line in lines(tmp_path / "answers.jsonl") if "error" in line}
     assert errors.keys() == {"img2.png", "img3.png"}
     assert "context" in errors["img2.png"]
 
 
-def test_the_command(run, solo_folder, photos, tmp_path):
+def test_generate_command_for_a_folder(run, solo_folder, photos, tmp_path):
     arguments = ["generate", "--model", solo_folder, "--images", photos, "--prompt", "what?"]
     code, out, error = run(*arguments, "--out", tmp_path / "a.jsonl", "--max-new-tokens", 2)
     assert code == 0
@@ -127,7 +128,7 @@ def test_the_command(run, solo_folder, photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_survives_being_killed(solo_folder, tmp_path, picture):
+def test_command_resumes_after_sigkill(solo_folder, tmp_path, picture):
     folder, out = tmp_path / "photos", tmp_path / "answers.jsonl"
     folder.mkdir()
     for number in range(30):

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tests.evaluate.benchmark_rows import make_rows, right_response
+from tests.evaluate.benchmark_rows import correct_response, make_rows
 from tests.factories import image_rows, make_solo, run_settings, text_rows
 
 from solo_vlm.evaluate.benchmarks import get
@@ -30,7 +30,7 @@ def evaluate():
         for task in ("mme", "mmstar"):
             rows = make_rows(task)
             answers = [
-                Prediction(str(n), right_response(task, r), without_images(r)) for n, r in enumerate(rows)
+                Prediction(str(n), correct_response(task, r), without_images(r)) for n, r in enumerate(rows)
             ]
             scores.append(get(task).score(answers))
         run = RunFolder(folder)

@@ -11,7 +11,7 @@ import torch
 from tests.factories import LLM_CONFIGS, ask, make_llm
 
 from solo_vlm.data.encode import load_encoder
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.from_llm import compose, from_llm
 from solo_vlm.utils.errors import SoloError
 
@@ -41,7 +41,7 @@ def test_text_logits_stay_the_llms_own(family, tmp_path):
     expected = logits(llm, ids)
     solo = from_llm(tmp_path / "llm")
     solo.save(tmp_path / "solo")
-    again = Answerer.load(tmp_path / "solo")
+    again = GenerationPipeline.from_pretrained(tmp_path / "solo")
     actual = logits(again.model, ids)[..., : expected.shape[-1]]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     assert again.model.config.text_config.vocab_size % 64 == 0
@@ -70,7 +70,7 @@ def test_an_llms_own_chat_template_takes_images(picture):
     turns = [*ask("what?", picture(32, 32)), {"role": "assistant", "content": "seven"}]
     rendered = solo.processor.apply_chat_template(turns)
     assert rendered == "<|im_start|>user\n<vpatch>what?</s>\n<|im_start|>assistant\nseven</s>\n"
-    encoded = solo.processor.encode_chat(turns, [(1, 1)])
+    encoded = solo.processor.encode_chat(turns, [(1, 1, 1)])
     said = solo.processor.tokenizer.decode(encoded.input_ids[encoded.supervised])
     assert said.strip() == "seven</s>"
     assert encoded.input_ids[-1] == tokenizer.eos_token_id
@@ -194,7 +194,7 @@ def test_a_template_that_rewrites_or_repeats_images_is_replaced(change, picture,
     solo = compose(llm, tokenizer)
     assert solo.chat_template == "solo"
     assert "leaves out, repeats or rewrites an image" in caplog.text
-    assert Answerer(solo.model, solo.processor).answer([ask("what?", picture())], max_new_tokens=1)
+    assert GenerationPipeline(solo.model, solo.processor).answer([ask("what?", picture())], max_new_tokens=1)
 
 
 @pytest.mark.parametrize("content", [{}, {"config.json": "{}"}, {"config.json": "not json"}])
@@ -226,11 +226,11 @@ def test_a_real_llm_from_gguf(tmp_path, picture):
     expected = logits(llm, ids)
     solo = from_llm(folder, gguf_file=gguf_file)
     solo.save(tmp_path / "solo")
-    answerer = Answerer.load(tmp_path / "solo")
-    actual = logits(answerer.model, ids)[..., : expected.shape[-1]]
+    pipeline = GenerationPipeline.from_pretrained(tmp_path / "solo")
+    actual = logits(pipeline.model, ids)[..., : expected.shape[-1]]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
-    answer = answerer.answer([ask("What is the capital of France? Answer in one word.")], max_new_tokens=12)[
+    answer = pipeline.answer([ask("What is the capital of France? Answer in one word.")], max_new_tokens=12)[
         0
     ]
     assert "Paris" in answer
-    assert answerer.answer([ask("What is this?", picture(64, 64))], max_new_tokens=4)
+    assert pipeline.answer([ask("What is this?", picture(64, 64))], max_new_tokens=4)

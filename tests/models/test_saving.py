@@ -9,7 +9,7 @@ import torch
 from tests.factories import ask, make_llm, make_solo
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.from_llm import from_llm
 from solo_vlm.models.saving import save_model, stop_ids
 
@@ -83,9 +83,11 @@ def test_a_folder_that_does_not_know_its_ends_is_answered_from_rightly(tmp_path)
     settings = json.loads((tmp_path / "solo/generation_config.json").read_text())
     del settings["eos_token_id"]
     (tmp_path / "solo/generation_config.json").write_text(json.dumps(settings))
-    answerer = Answerer.load(tmp_path / "solo", device="cpu")
-    assert set(answerer.end_ids) == ends - {max(ends)}  # <|stop|> was known to the generation config alone
-    assert set(answerer.model.generation_config.eos_token_id) == set(answerer.end_ids)
+    pipeline = GenerationPipeline.from_pretrained(tmp_path / "solo", device="cpu")
+    assert set(pipeline.eos_token_ids) == ends - {
+        max(ends)
+    }  # <|stop|> was known to the generation config alone
+    assert set(pipeline.model.generation_config.eos_token_id) == set(pipeline.eos_token_ids)
 
 
 def test_a_plain_llm_is_saved_with_padding_on_the_left(tmp_path):

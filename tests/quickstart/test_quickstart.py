@@ -39,7 +39,7 @@ def test_the_report_stands_alone_and_shows_truth_beside_answers(quickstart):
     html = (out / "report.html").read_text()
     assert html.count("data:image/png;base64,") > 60
     assert "http" not in html
-    assert "truth:" in html
+    assert "reference:" in html
     assert Image.open(out / "loss.png").size == (1080, 420)
 
 

@@ -41,11 +41,16 @@ class Served:
         return response.status, response.headers, answer
 
     def get(self, path: str) -> str:
+        return self.fetch(path)[2]
+
+    def fetch(self, path: str, **headers: str) -> tuple[int, http.client.HTTPMessage, str]:
+        """Status, headers and text of a GET."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("GET", path)
-        text = connection.getresponse().read().decode()
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        text = response.read().decode()
         connection.close()
-        return text
+        return response.status, response.headers, text
 
     def metric(self, name: str) -> float:
         """The value of one line of /metrics."""
@@ -54,15 +59,16 @@ class Served:
 
 
 @contextmanager
-def served(solo, limits, api_keys=(), name="tiny"):
+def served(solo, limits, api_keys=(), name="tiny", prefix_cache=None):
     """The server over a model, while the context lasts."""
     import uvicorn
 
-    from solo_vlm.generate import Answerer
+    from solo_vlm.generate import GenerationPipeline
     from solo_vlm.serve.app import make_app
     from solo_vlm.serve.engine import Engine
 
-    engine = Engine(Answerer(solo.model, solo.processor), limits.max_batch, limits.max_batch_tokens)
+    pipeline = GenerationPipeline(solo.model, solo.processor, prefix_cache)
+    engine = Engine(pipeline, limits.max_batch, limits.max_batch_tokens)
     app = make_app(engine, name, limits, api_keys)
     config = uvicorn.Config(app, port=0, http="h11", ws="none", log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)

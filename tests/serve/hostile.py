@@ -1,4 +1,4 @@
-"""Requests that mean harm, or that nobody has thought through: name -> bytes on the wire."""
+"""Malicious and malformed requests: name -> bytes on the wire."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def image_files() -> dict[str, bytes]:
 
 
 def bodies() -> dict[str, Any]:
-    """JSON values that are no proper request, or none that may be answered."""
+    """JSON values that are not a valid request, or one that must be refused."""
     user = {"role": "user", "content": "x"}
     image = data_url(Image.new("RGB", (8, 8)))
 
@@ -195,7 +195,7 @@ def bodies() -> dict[str, Any]:
 
 
 def texts() -> dict[str, bytes]:
-    """Bodies that are no JSON."""
+    """Bodies that are not JSON."""
     ok = json.dumps(question("x")).encode()
     return {
         "empty": b"",
@@ -220,11 +220,16 @@ def texts() -> dict[str, bytes]:
 
 
 def requests(limit: int) -> dict[str, bytes]:
-    """Whole HTTP requests; `limit`: bytes of a body that the server takes."""
+    """Whole HTTP requests.
+
+    Args:
+        limit: maximum body size of the server, in bytes.
+    """
     path = "/v1/chat/completions"
     ok = json.dumps(question("x", max_tokens=1)).encode()
     made = {f"body: {name}": http(body) for name, body in texts().items()}
     made |= {f"JSON: {name}": http(json.dumps(body).encode()) for name, body in bodies().items()}
+    made |= page_requests()
     return made | {
         "too large, by its own word": http(b"{", length=str(limit + 1)),
         "too large by far": http(b"{", length="9" * 15),
@@ -262,6 +267,25 @@ def requests(limit: int) -> dict[str, bytes]:
     }
 
 
+def page_requests() -> dict[str, bytes]:
+    """Requests to the page's own endpoints."""
+    made = {}
+    for path in ("/api/image", "/api/attention"):
+        made |= {f"{path}: {name}": http(body, path=path) for name, body in texts().items()}
+        made[f"{path}: plain text"] = http(b"{}", path=path, kind="text/plain")
+        made[f"{path}: PUT"] = http(b"{}", path=path, method="PUT")
+    files = {name: base64.b64encode(file).decode() for name, file in image_files().items()}
+    urls = {name: f"data:image/png;base64,{file}" for name, file in files.items()} | OTHER_URLS
+    for name, url in {**urls, "loopback": PRIVATE_URLS["loopback"]}.items():
+        body = json.dumps({"image_url": {"url": url}}).encode()
+        made[f"/api/image: {name}"] = http(body, path="/api/image")
+    answered = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    for name, value in {"start": -1, "end": 10**30, "layer": 10**9, "messages": answered * 5000}.items():
+        body = json.dumps({"messages": answered, "start": 0, "end": 1, name: value}).encode()
+        made[f"/api/attention: {name}"] = http(body, path="/api/attention")
+    return made
+
+
 def http(
     body: bytes | None,
     path: str = "/v1/chat/completions",
@@ -270,7 +294,7 @@ def http(
     length: str | None = None,
     extra: str = "",
 ) -> bytes:
-    """A request; without a body, the head of one in chunks."""
+    """A request; without a body, the head of a chunked one."""
     head = [f"{method} {path} HTTP/1.1", "Host: x"]
     head += [f"Content-Type: {kind}"] if kind else []
     head += ["Transfer-Encoding: chunked"] if body is None else [f"Content-Length: {length or len(body)}"]

@@ -1,4 +1,4 @@
-"""Every hostile request gets a 4xx with a message, and the server goes on serving."""
+"""Every hostile request gets a 4xx with a message, and the server keeps serving."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def server(solo):
     resolve = socket.getaddrinfo
 
     def with_names(host, *arguments, **options):
-        """Names of others, as their owners might resolve them; nothing leaves this machine."""
+        """Resolve foreign names as their owners might; nothing leaves this machine."""
         names = {"loopback.test": "127.0.0.1", "metadata.google.internal": "169.254.169.254"}
         return resolve(names.get(host, host), *arguments, **options)
 
@@ -37,9 +37,9 @@ def server(solo):
 
 
 def exchange(port: int, request: bytes) -> tuple[int, str]:
-    """Status and body of the answer to some bytes. Like a good client, it stops when the server answers."""
+    """Send bytes; return status and body. Stops sending when the server answers, as a good client does."""
     for patience in (0.002, 0.02, 0.2):
-        # What comes after a server has closed the connection makes TCP throw the answer away.
+        # Data that arrives after the server has closed the connection makes TCP drop the response.
         with (
             suppress(ConnectionError),
             socket.create_connection(("127.0.0.1", port), timeout=30) as connection,
@@ -54,19 +54,19 @@ def exchange(port: int, request: bytes) -> tuple[int, str]:
     raise AssertionError("no answer before the connection was closed")
 
 
-def test_the_corpus_is_large_enough():
+def test_corpus_is_large_enough():
     assert len(REQUESTS) >= 60
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_it_is_refused_with_a_message(server, name):
+def test_hostile_request_is_refused_with_a_message(server, name):
     status, body = exchange(server.port, REQUESTS[name])
     assert 400 <= status < 500, body
     if body.startswith("{"):
         error = json.loads(body)["error"]
         assert error.keys() == {"message", "type", "param", "code"}
         assert 5 < len(error["message"]) < 500
-    else:  # what is no HTTP never reaches the application
+    else:  # invalid HTTP never reaches the application
         assert body == "Invalid HTTP request received."
     assert "Traceback" not in body and "root:" not in body
     assert server.ask(question("hello", max_tokens=1))[0] == 200
@@ -74,7 +74,7 @@ def test_it_is_refused_with_a_message(server, name):
 
 @pytest.mark.slow
 def test_every_refusal_comes_within_two_seconds(server):
-    """The one place that asserts a time: it is what the server promises."""
+    """The one test that asserts a time: the server promises it."""
     seconds = {}
     for name, request in REQUESTS.items():
         started = time.perf_counter()

@@ -1,22 +1,31 @@
-"""Images in requests: the server reads every data URL that the library reads, and the same pixels."""
+"""Images in requests: every data URL that the library reads; downloads from public addresses only."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import gzip
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 from openai import OpenAI
 from PIL import Image
-from tests.factories import png
+from tests.factories import ask, png
 
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
-from solo_vlm.serve.errors import ApiError
-from solo_vlm.serve.images import decode_images
+from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
+from solo_vlm.serve import images
+from solo_vlm.serve.images import ImageReader, describe_image, is_public
 from solo_vlm.serve.limits import Limits
+from solo_vlm.serve.protocol import ApiError
 
-from .conftest import question
+from .conftest import question, served
 
 
 def _file() -> bytes:
@@ -73,24 +82,30 @@ UNREADABLE = {
 }
 
 
+def read(*urls, **limits):
+    """Encoded images of a new reader."""
+    return ImageReader(SoloImageProcessor(), Limits(**limits)).read([("x", url) for url in urls])
+
+
 @pytest.mark.parametrize("name", READABLE)
-def test_the_server_reads_what_the_library_reads(name):
+def test_server_reads_what_the_library_reads(name):
     expected = np.asarray(load_image(FILE))
     assert np.array_equal(np.asarray(load_image(READABLE[name])), expected)
-    (image,) = decode_images([("x", READABLE[name])], Limits())
-    assert np.array_equal(np.asarray(image), expected)
+    (image,) = read(READABLE[name])
+    assert np.array_equal(image.pixel_values, SoloImageProcessor()([expected])["pixel_values"])
+    assert image.size == (7, 9)
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_neither_reads_what_is_no_data_url_of_an_image(name):
+def test_neither_reads_an_invalid_data_url(name):
     with pytest.raises(ImageError):
         load_image(UNREADABLE[name])
     with pytest.raises(ApiError) as error:
-        decode_images([("x", UNREADABLE[name])], Limits())
+        read(UNREADABLE[name])
     assert (error.value.status, error.value.param, error.value.code) == (400, "x", "invalid_image")
 
 
-def test_answers_do_not_depend_on_how_the_image_is_written(server):
+def test_answers_do_not_depend_on_the_form_of_the_data_url(server):
     client = OpenAI(base_url=server.url, api_key="none", max_retries=0)
     body = question("what is this?", load_image(FILE), max_tokens=8)
     expected = client.chat.completions.create(model="tiny", **body)
@@ -102,15 +117,258 @@ def test_answers_do_not_depend_on_how_the_image_is_written(server):
 
 
 @pytest.mark.parametrize("name", ["plain", "line breaks", "percent-encoded base64", "percent-encoded bytes"])
-def test_the_limit_counts_the_bytes_of_the_file_however_it_is_written(name):
-    assert decode_images([("x", READABLE[name])], Limits(max_image_bytes=len(FILE)))
+def test_limit_counts_bytes_of_the_decoded_file(name):
+    assert read(READABLE[name], max_image_bytes=len(FILE))
     with pytest.raises(ApiError) as error:
-        decode_images([("x", READABLE[name])], Limits(max_image_bytes=len(FILE) - 1))
+        read(READABLE[name], max_image_bytes=len(FILE) - 1)
     assert error.value.code == "image_too_large"
 
 
-def test_percent_encoding_of_all_images_together_is_limited():
+def test_percent_encoding_is_limited_per_request():
     url = "data:image/png;base64," + TEXT + "%0A" * 600_000
-    assert decode_images([("x", url)], Limits())
-    with pytest.raises(ApiError, match="too much percent-encoding"):
-        decode_images([("x", url), ("y", url)], Limits())
+    assert read(url)
+    with pytest.raises(ApiError, match="Too much percent-encoding"):
+        read(url, url)
+
+
+class CountingProcessor(SoloImageProcessor):
+    """Counts the images that it encodes."""
+
+    encoded = 0
+
+    def encode_image(self, *arguments):
+        self.encoded += 1
+        return super().encode_image(*arguments)
+
+
+def test_image_seen_before_is_encoded_once():
+    reader = ImageReader(processor := CountingProcessor(), Limits())
+    (first,), (again,) = (reader.read([("x", READABLE[name])]) for name in ("plain", "URL-safe"))
+    assert again is first and processor.encoded == 1
+
+
+def test_image_cache_drops_least_recently_used_and_stays_within_its_bytes():
+    files = [png(Image.new("RGB", (32, 32), color)) for color in ("red", "green", "blue")]
+    reader = ImageReader(processor := CountingProcessor(), Limits(max_cached_image_bytes=2 * 3072))
+    for index in (0, 1, 0, 2, 0):
+        reader.read([("x", files[index])])
+    assert processor.encoded == 3
+    reader.read([("x", files[1])])
+    assert processor.encoded == 4
+    uncached = ImageReader(processor := CountingProcessor(), Limits(max_cached_image_bytes=0))
+    for _ in range(2):
+        uncached.read([("x", files[0])])
+    assert processor.encoded == 2
+
+
+def test_pixels_of_cached_images_count_towards_the_limit():
+    file = png(Image.new("RGB", (10, 10)))
+    reader = ImageReader(SoloImageProcessor(), Limits(max_pixels=250))
+    assert len(reader.read([("x", file), ("y", file)])) == 2
+    with pytest.raises(ApiError, match="limit of 50 pixels") as error:
+        reader.read([("x", file), ("y", file), ("z", file)])
+    assert error.value.param == "z"
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (b"", "Unsupported image format"),
+        (b"<svg/>", "Unsupported image format"),
+        (png(Image.new("RGB", (64, 64)))[:-40], "truncated or damaged"),
+        (png(Image.new("L", (101, 100))), "more than the limit of 10,000 pixels"),
+        (png(Image.new("L", (2000, 1))), "2000 x 1|2,000 x 1"),
+    ],
+)
+def test_unusable_image_is_refused(file, message):
+    with pytest.raises(ApiError, match=message) as error:
+        ImageReader(SoloImageProcessor(), Limits(max_pixels=10_000)).read([("x", file)])
+    assert (error.value.status, error.value.code) == (400, "invalid_image")
+
+
+def test_description_shows_the_pixels_that_the_model_gets(picture):
+    original = picture(90, 50)
+    (image,) = read(f"data:image/png;base64,{base64.b64encode(png(original)).decode()}")
+    described = describe_image(image)
+    assert (described["original"], described["resized"]) == ((90, 50), (96, 64))
+    assert [described[name] for name in ("rows", "columns", "patches", "tokens")] == [2, 3, 6, 9]
+    seen = np.asarray(load_image(described["picture"]))
+    patches = SoloImageProcessor()([original])["pixel_values"]
+    assert np.array_equal(seen[32:64, 64:96].transpose(2, 0, 1).ravel(), patches[5])  # the last of six
+
+
+# ------------------------------------------------------------------------------------------ downloads
+
+PUBLIC = "127.0.0.2"  # stands for a public address in these tests
+# fmt: off
+NOT_PUBLIC = [
+    "127.0.0.1", "127.255.0.3", "10.1.2.3", "172.31.255.255", "192.168.0.1", "100.64.0.1", "0.0.0.0",
+    "169.254.169.254", "168.63.129.16", "224.0.0.251", "240.0.0.1", "255.255.255.255",
+    "192.0.2.1", "198.18.0.1", "203.0.113.9", "2001:db8::1",
+    "::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254", "fec0::1", "ff02::1",
+    "::ffff:127.0.0.1", "::ffff:8.8.8.8", "::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
+    "2001:0:4136:e378:8000:63bf:3fff:fdd2",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "93.184.215.14", "2606:4700::6810:84e5", "2a00:1450:4001:82a::200e", "172.32.0.1"]
+)
+def test_internet_addresses_are_public(address):
+    assert is_public(address)
+
+
+@pytest.mark.parametrize("address", NOT_PUBLIC)
+def test_other_addresses_are_not_public(address):
+    assert not is_public(address)
+
+
+class Host(ThreadingHTTPServer):
+    """A web server that knows who asked what."""
+
+    daemon_threads = True
+
+    def __init__(self, address: str, image: bytes) -> None:
+        self.image, self.seen = image, []
+        super().__init__((address, 0), Pages)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Pages(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.seen.append(self.path)
+        body, headers, status = self.server.image, {}, 200
+        if self.path.startswith("/to/"):
+            status, headers = 302, {"Location": self.path.removeprefix("/to/")}
+        elif self.path == "/missing":
+            status = 404
+        elif self.path == "/large":
+            body = body + bytes(10_000_000)
+        elif self.path == "/bomb":
+            body, headers = gzip.compress(bytes(10_000_000)), {"Content-Encoding": "gzip"}
+        elif self.path == "/slow":
+            time.sleep(3)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):  # the client has seen enough
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def image():
+    return Image.effect_noise((64, 96), 60).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def hosts(image):
+    pair = Host(PUBLIC, png(image)), Host("127.0.0.1", png(image))
+    yield pair
+    for host in pair:
+        host.shutdown()
+        host.server_close()
+
+
+@pytest.fixture
+def public(hosts):
+    return hosts[0]
+
+
+@pytest.fixture
+def private(hosts):
+    yield hosts[1]
+    assert hosts[1].seen == []
+
+
+@pytest.fixture(scope="module")
+def server(solo):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "is_public", lambda address: address == PUBLIC or is_public(address))
+        limits = Limits(allow_image_urls=True, max_fetch_seconds=1.0, max_image_bytes=1_000_000)
+        with served(solo, limits) as running:
+            yield running
+
+
+def about(url: str) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is this?"}]
+    return {"messages": [{"role": "user", "content": parts}], "max_tokens": 8}
+
+
+def address(host: Host, name: str | None = None) -> str:
+    return f"http://{name or host.server_address[0]}:{host.server_port}"
+
+
+def test_image_at_a_public_address_is_read(server, public, solo, image):
+    expected = GenerationPipeline(solo.model, solo.processor).answer([ask("what is this?", image)], 8)[0]
+    for url in (f"{address(public)}/x.png", f"{address(public)}/to/{address(public)}/x.png"):
+        status, body = server.ask(about(url))
+        assert status == 200 and body["choices"][0]["message"]["content"] == expected
+
+
+def test_redirect_to_a_private_address_is_refused(server, public, private):
+    status, body = server.ask(about(f"{address(public)}/to/{address(private)}/x.png"))
+    assert status == 400 and "public address" in body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "target", ["file:///etc/passwd", "ftp://127.0.0.2/x", "/to/" * 9 + "x", "http://[", "//"]
+)
+def test_redirect_to_another_scheme_is_refused(server, public, target):
+    assert server.ask(about(f"{address(public)}/to/{target}"))[0] == 400
+
+
+def test_dns_rebinding_is_refused(server, public, private, monkeypatch):
+    resolve, answers = socket.getaddrinfo, iter([PUBLIC, *["127.0.0.1"] * 5])
+
+    def rebinding(host, port, *arguments, **options):
+        host, port = (next(answers), port) if host == "rebind.test" else (host, port)
+        return resolve(host, port, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    assert server.ask(about(f"{address(public, 'rebind.test')}/x.png"))[0] == 200
+    assert server.ask(about(f"{address(private, 'rebind.test')}/x.png"))[0] == 400
+
+
+def test_name_with_private_and_public_addresses_connects_to_the_public_one(
+    server, public, private, monkeypatch
+):
+    resolve = socket.getaddrinfo
+
+    def both(host, *arguments, **options):
+        names = ["127.0.0.1", PUBLIC] if host == "both.test" else [host]
+        return [found for name in names for found in resolve(name, *arguments, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    assert server.ask(about(f"{address(public, 'both.test')}/x.png"))[0] == 200
+    assert server.ask(about(f"{address(private, 'both.test')}/x.png"))[0] == 400
+
+
+def test_downloads_together_are_limited_to_the_size_of_a_request(solo, public, monkeypatch, image):
+    monkeypatch.setattr(images, "is_public", lambda address: address == PUBLIC)
+    size = len(png(image))
+    part = {"type": "image_url", "image_url": {"url": f"{address(public)}/x.png"}}
+    with served(solo, Limits(allow_image_urls=True, max_request_bytes=3 * size - 1)) as server:
+        for count, expected in ((2, 200), (3, 400)):
+            content = [*[part] * count, {"type": "text", "text": "what is this?"}]
+            status, body = server.ask({"messages": [{"role": "user", "content": content}], "max_tokens": 1})
+            assert status == expected, body
+        assert body["error"]["param"] == "messages.0.content.2.image_url.url"
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("missing", "HTTP 404"),
+        ("large", "1,000,000 bytes"),
+        ("bomb", "Unsupported image format"),  # it stays compressed
+        ("slow", "timed out after 1 s"),
+    ],
+)
+def test_missing_large_packed_or_slow_download_is_refused(server, public, page, message):
+    status, body = server.ask(about(f"{address(public)}/{page}"))
+    assert status == 400 and message in body["error"]["message"]

@@ -15,11 +15,11 @@ from openai import AuthenticationError, BadRequestError, OpenAI
 from tests.factories import TEXTS, ask
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.from_llm import compose
 from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.serve.limits import Limits
-from solo_vlm.serve.vllm_server import vllm_command
+from solo_vlm.serve.vllm import vllm_command
 from solo_vlm.utils.errors import SoloError
 
 from .conftest import question, served, wait_until
@@ -28,7 +28,7 @@ TOKENS = 16
 KEY = {"SOLO_API_KEY": "secret"}
 
 
-def test_the_command_has_the_limits_that_vllm_has():
+def test_command_has_the_limits_that_vllm_supports():
     limits = Limits(max_batch=3, max_images=2, max_tokens=77)
     command = vllm_command("folder", "name", "127.0.0.1", 8000, limits, "bfloat16", prefix_caching=False)
     *pairs, last = command[3:]
@@ -41,8 +41,8 @@ def test_the_command_has_the_limits_that_vllm_has():
 
 
 @pytest.mark.parametrize("limits", [Limits(allow_image_urls=True), Limits(max_seconds=1.0)])
-def test_a_limit_that_vllm_has_not_is_an_error(limits):
-    with pytest.raises(SoloError, match="--engine vllm has no --"):
+def test_limit_unsupported_by_vllm_is_refused(limits):
+    with pytest.raises(SoloError, match="--engine vllm does not support --"):
         vllm_command("folder", "name", "127.0.0.1", 8000, limits)
 
 
@@ -84,7 +84,7 @@ def adapter(folder, tmp_path_factory):
     lora = LoraConfig(
         r=8, target_modules=r".*language_model.*\.(q_proj|v_proj|up_proj)", init_lora_weights=False
     )
-    model = get_peft_model(Answerer.load(folder).model, lora)
+    model = get_peft_model(GenerationPipeline.from_pretrained(folder).model, lora)
     path = tmp_path_factory.mktemp("adapter") / "lora"
     model.save_pretrained(path)
     return path
@@ -140,23 +140,23 @@ def complete(text: str) -> str:
 def test_all_engines_give_the_same_greedy_text(vllm, folder, picture, name):
     text, sizes = CHATS[name]
     images = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
-    answerer = Answerer.load(folder)
-    with served(answerer, Limits()) as server:
+    pipeline = GenerationPipeline.from_pretrained(folder)
+    with served(pipeline, Limits()) as server:
         ours = OpenAI(base_url=server.url, api_key="none", max_retries=0)
         of_transformers = answer_of(ours, "tiny", text, images)
     of_vllm = answer_of(vllm, "my-model", text, images)
-    assert of_vllm == of_transformers == complete(answerer.answer([ask(text, *images)], TOKENS)[0])
+    assert of_vllm == of_transformers == complete(pipeline.answer([ask(text, *images)], TOKENS)[0])
 
 
 @pytest.mark.vllm
-def test_an_adapter_answers_as_under_peft(vllm, folder, adapter, picture):
+def test_adapter_answers_as_under_peft(vllm, folder, adapter, picture):
     from peft import PeftModel
 
-    answerer = Answerer.load(folder)
+    pipeline = GenerationPipeline.from_pretrained(folder)
     chat = ask("what is this?", picture(64, 96))
-    plain = answerer.answer([chat], TOKENS)[0]
-    merged = PeftModel.from_pretrained(answerer.model, adapter).merge_and_unload()
-    expected = Answerer(merged, answerer.processor).answer([chat], TOKENS)[0]
+    plain = pipeline.answer([chat], TOKENS)[0]
+    merged = PeftModel.from_pretrained(pipeline.model, adapter).merge_and_unload()
+    expected = GenerationPipeline(merged, pipeline.processor).answer([chat], TOKENS)[0]
     ours = answer_of(vllm, "my-lora", "what is this?", [picture(64, 96)])
     assert ours == complete(expected) != complete(plain)
 
@@ -171,7 +171,7 @@ def test_images_are_limited_and_never_fetched(vllm, picture):
 
 
 @pytest.mark.vllm
-def test_a_key_is_needed(vllm):
+def test_key_is_required(vllm):
     with pytest.raises(AuthenticationError):
         vllm.with_options(api_key="wrong").models.list()
     assert "my-model" in [model.id for model in vllm.models.list()]

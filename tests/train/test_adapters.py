@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests.factories import ask, make_llm, make_solo, turn, write_chats
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.start import load_start
@@ -58,7 +58,7 @@ def losses(out: Path) -> list[float]:
 
 
 def logits(model, processor) -> torch.Tensor:
-    inputs = Answerer(model.eval(), processor).encode(
+    inputs = GenerationPipeline(model.eval(), processor).encode(
         [ask("what is this?", Image.new("RGB", (64, 32), "red"))]
     )
     with torch.no_grad():
@@ -136,7 +136,9 @@ def test_qlora_trains_over_4_bits(folder, tmp_path):
     before = load_model(folder / "base").state_dict()
     assert torch.equal(merged.lm_head.weight, before["lm_head.weight"])
     assert merged.model.language_model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
-    answers = Answerer.load(trained.model).answer([ask("what is this?", Image.new("RGB", (64, 32), "blue"))])
+    answers = GenerationPipeline.from_pretrained(trained.model).answer(
+        [ask("what is this?", Image.new("RGB", (64, 32), "blue"))]
+    )
     assert answers[0].startswith("blue")
 
 

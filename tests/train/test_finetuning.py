@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tests.factories import CHAT_COLOURS, ask, make_solo, write_chats
 
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.train import Recipe, train
 
 
@@ -42,7 +42,7 @@ def test_images_and_text_alone_are_learned_together(trained):
     assert 10 <= seen.count(0) <= 30  # a third of the steps saw no image
     assert max(seen) > 0
 
-    answerer = Answerer.load(trained.model)
+    pipeline = GenerationPipeline.from_pretrained(trained.model)
     pictures = [ask("what is this?", Image.new("RGB", (64, 32), colour)) for colour in CHAT_COLOURS]
     later = [
         [
@@ -52,5 +52,5 @@ def test_images_and_text_alone_are_learned_together(trained):
         ]
         for picture, colour in zip(pictures, CHAT_COLOURS, strict=True)
     ]
-    answers = answerer.answer([*pictures, *later, ask("what is seven?")], max_new_tokens=5)
+    answers = pipeline.answer([*pictures, *later, ask("what is seven?")], max_new_tokens=5)
     assert answers == ["red", "blue", "world", "world", "seven"]

@@ -29,7 +29,7 @@ from tests.factories import (
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.generate import Answerer, PrefixCache, user_turn
+from solo_vlm.generate import GenerationPipeline, PrefixCache, user_turn
 from solo_vlm.models.solo.loss_solo import supervised_cross_entropy
 from solo_vlm.train import attention
 from solo_vlm.train.attention import packed_attention, use_packed_attention
@@ -215,16 +215,22 @@ def test_what_saves_memory_or_time_changes_no_loss(folder, whole, changes):
 def test_answers_agree(folder, whole):
     """In a batch, alone, from the prefix cache, compiled, and on the CPU."""
     chats = [[user_turn("what is this?", [Image.new("RGB", (64, 32), colour)])] for colour in ("red", "blue")]
-    answerer = Answerer.load(folder / "whole" / "model")
-    assert answerer.model.device.type == DEVICE
-    cached = Answerer(answerer.model, answerer.processor, PrefixCache())
-    compiled = Answerer(answerer.model, answerer.processor, compile=True)
+    pipeline = GenerationPipeline.from_pretrained(folder / "whole" / "model")
+    assert pipeline.model.device.type == DEVICE
+    cached = GenerationPipeline(pipeline.model, pipeline.processor, PrefixCache())
+    compiled = GenerationPipeline(pipeline.model, pipeline.processor, compile=True)
 
     def alone(one):
-        return [one.stream(chat, lambda text: None, 8)["answer"] for chat in chats]
+        return [one.stream(chat, lambda text: None, 8).text for chat in chats]
 
-    assert answerer.answer(chats, 8) == ["red", "blue"]
-    for one in (answerer, cached, cached, compiled, Answerer.load(folder / "whole" / "model", device="cpu")):
+    assert pipeline.answer(chats, 8) == ["red", "blue"]
+    for one in (
+        pipeline,
+        cached,
+        cached,
+        compiled,
+        GenerationPipeline.from_pretrained(folder / "whole" / "model", device="cpu"),
+    ):
         assert alone(one) == ["red", "blue"]
 
 

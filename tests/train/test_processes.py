@@ -10,7 +10,7 @@ import torch
 from tests.factories import read_steps, run_recipe, run_settings
 from torch.distributed.tensor import DTensor
 
-from solo_vlm.generate import Answerer
+from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe
 from solo_vlm.train import start as start_module
 from solo_vlm.train.parallel.layout import layout
@@ -63,7 +63,7 @@ def test_losses_are_those_of_one_process(runs, tmp_path, start, family, size, te
         ours, theirs = ([line[key] for line in curve] for curve in curves)
         assert len(ours) == len(theirs) == 20
         assert ours == pytest.approx(theirs, rel=1e-4)
-    weights = [Answerer.load(tmp_path / name / "model").model.state_dict() for name in ("alone", "shared")]
+    weights = [load_model(tmp_path / name / "model").state_dict() for name in ("alone", "shared")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
 

@@ -18,7 +18,8 @@ from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.data.sources import open_source
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
+from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe, train, trainer
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.manifest import read_recipe
@@ -83,9 +84,9 @@ def test_a_model_learns_to_name_what_it_sees(run_folder, tmp_path):
     trained = train(recipe(run_folder, tmp_path / "out", steps=60))
     curve = losses(tmp_path / "out")
     assert curve[-1] < 0.2 * curve[0]
-    answerer = Answerer.load(trained.model)
+    pipeline = GenerationPipeline.from_pretrained(trained.model)
     chats = [ask("what is this?", Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue")]
-    assert answerer.answer(chats, max_new_tokens=5) == ["red", "blue"]
+    assert pipeline.answer(chats, max_new_tokens=5) == ["red", "blue"]
     assert list((tmp_path / "out" / "tensorboard").iterdir())
 
 
@@ -113,7 +114,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run_folder, tmp_path, monkeypatc
     assert not (tmp_path / "cut" / "model").exists()
     train(cut, resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    models = [Answerer.load(tmp_path / name / "model").model.state_dict() for name in ("whole", "cut")]
+    models = [load_model(tmp_path / name / "model").state_dict() for name in ("whole", "cut")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 

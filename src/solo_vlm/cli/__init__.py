@@ -21,9 +21,8 @@ from solo_vlm.cli.inspect import inspect
 from solo_vlm.cli.push import push
 from solo_vlm.cli.quickstart import quickstart
 from solo_vlm.cli.scaling import app as scaling
-from solo_vlm.cli.serve import serve
+from solo_vlm.cli.serve import serve, web
 from solo_vlm.cli.train import train
-from solo_vlm.cli.web import web
 from solo_vlm.utils.errors import SoloError
 
 app = typer.Typer(

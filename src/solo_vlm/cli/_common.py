@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated, Any, Literal
@@ -41,6 +41,29 @@ QuantizeOption = Annotated[
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout. Bytes of a file name that are not Unicode are escaped."""
     print(json_line(value).decode(), end="")
+
+
+def print_table(
+    title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
+) -> None:
+    """Print a table on stdout.
+
+    Args:
+        title: Title above the table.
+        columns: Headers.
+        rows: Cells. With `left` > 1, a row with an empty first cell continues the section above it.
+        left: Number of left-aligned columns; the others are right-aligned and never wrap.
+    """
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left else "right", no_wrap=number >= left)
+    for row in rows:
+        if left > 1 and row[0]:
+            table.add_section()
+        table.add_row(*row)
+    STDOUT.print(table)
 
 
 def quiet_libraries() -> None:

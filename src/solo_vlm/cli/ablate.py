@@ -1,4 +1,4 @@
-"""`solo ablate`: train variants of a chain of stages over several seeds, and compare them."""
+"""`solo ablate`: train variants of a pipeline of stages over several seeds, and compare them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from solo_vlm.cli._common import (
     ExecutorOption,
     ProcessesOption,
     print_json,
+    print_table,
     quiet_libraries,
 )
 from solo_vlm.utils.errors import SoloError
@@ -22,24 +23,24 @@ if TYPE_CHECKING:
 
 
 def ablate(
-    name: Annotated[str | None, typer.Argument(help="A name of --list, or a YAML file.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name from --list, or path of a YAML file.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
-    list_all: Annotated[bool, typer.Option("--list", help="Show the ablations of the package.")] = False,
+    list_all: Annotated[bool, typer.Option("--list", help="List the package's ablations and exit.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what will be trained, and what is there already.")
+        bool, typer.Option("--dry-run", help="Show what would be trained and what is finished, and exit.")
     ] = False,
-    seeds: Annotated[int | None, typer.Option(min=2, help="Repetitions of every arm.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Number of seeds per variant.")] = None,
     fraction: Annotated[
-        float, typer.Option(min=0.001, max=1.0, help="Share of the training steps, for a first look.")
+        float, typer.Option(min=0.001, max=1.0, help="Share of the training steps to run, for a first look.")
     ] = 1.0,
-    out: Annotated[Path | None, typer.Option(help="Folder for data, models and results.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Root folder for data, models and results.")] = None,
     processes: ProcessesOption = 1,
     executor: ExecutorOption = Executor.LOCAL,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train a base and its variants, and report the differences with their intervals.
+    """Train a base pipeline and its variants, and report the differences with 95% intervals.
 
-    Started again, it goes on where it stopped. Ablations in the same folder share what is trained alike.
+    Run the same command again to resume. Ablations with the same root folder share identical runs.
     """
     quiet_libraries()
     from solo_vlm.experiments.ablations.settings import Ablation
@@ -47,7 +48,7 @@ def ablate(
     if list_all:
         return _list(json)
     if name is None:
-        raise SoloError("name an ablation (solo ablate --list shows them), or a YAML file")
+        raise SoloError("give the name of an ablation (solo ablate --list), or the path of a YAML file")
     given = {"seeds": seeds, "root": out and str(out)}
     ablation = Ablation.load(name, overrides or [], **{key: value for key, value in given.items() if value})
     if dry_run:
@@ -56,45 +57,47 @@ def ablate(
 
 
 def _list(json: bool) -> None:
-    from rich.table import Table
-
     from solo_vlm.experiments.ablations.settings import list_ablations
 
     if json:
         return print_json(list_ablations())
-    table = Table("ablation", "question", show_edge=False)
-    for name, question in list_ablations().items():
-        table.add_row(name, question)
-    STDOUT.print(table)
+    print_table(None, ("ablation", "question"), list_ablations().items())
 
 
 def _plan(ablation: Ablation, fraction: float, json: bool) -> None:
-    from solo_vlm.experiments.ablations.plan import make_plan, plan_table
+    from solo_vlm.experiments.ablations.pipeline import make_plan
 
     plan = make_plan(ablation, fraction)
     if json:
         return print_json(plan)
-    STDOUT.print(plan_table(plan))
+    rows = []
+    for variant, planned in plan["variants"].items():
+        first = (variant, "; ".join(planned["changes"]))
+        for stage, found in planned["stages"].items():
+            steps = "" if found["steps"] is None else f"{found['steps']:,}"
+            rows.append((*first, stage, steps, f"{sum(found['runs'].values())} of {len(found['runs'])}"))
+            first = ("", "")
+    print_table(plan["question"], ("variant", "changes", "stage", "steps", "finished"), rows, left=3)
     missing = plan["missing"]
     STDOUT.print(f"to be trained: {missing['runs']} runs, {missing['steps']:,} steps", highlight=False)
 
 
 def _run(ablation: Ablation, fraction: float, processes: int, executor: Executor, json: bool) -> None:
-    from solo_vlm.experiments.ablations.plots import write_plots
-    from solo_vlm.experiments.ablations.run import run_ablation
-    from solo_vlm.experiments.ablations.table import results_table
     from solo_vlm.train.metrics import progress_bar
 
     try:
+        from solo_vlm.experiments.ablations.pipeline import run_ablation
+        from solo_vlm.experiments.ablations.report import COLUMNS, result_lines, write_report
+
         with progress_bar() as progress:
             report, folder = run_ablation(ablation, progress, fraction, processes, executor.value)
-        write_plots(report, folder)
+        write_report(report, folder)
     except ImportError as error:
         raise SoloError(f"{error.name} is not installed: pip install 'solo-vlm[science]'") from error
     facts = report.as_dict()
     if json:
         return print_json({**facts, "folder": str(folder)})
-    STDOUT.print(results_table(facts))
+    print_table(facts["question"], COLUMNS, result_lines(facts), left=2)
     for note in facts["notes"]:
         STDOUT.print(note, style="dim", highlight=False)
     STDOUT.print(f"report: {folder / 'report.html'}", highlight=False)

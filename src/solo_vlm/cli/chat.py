@@ -1,4 +1,4 @@
-"""`solo chat`: a conversation in the terminal, with images."""
+"""`solo chat`: multi-turn conversation about images in the terminal."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ if TYPE_CHECKING:
 _HELP = """/image PATH|URL   show the model an image with your next message
 /reset            forget the conversation
 /save FILE        write the conversation as JSON
-/load FILE        go on with one that was saved
-/quit             leave (so does Ctrl-D); Ctrl-C ends an answer"""
+/load FILE        resume a saved conversation
+/quit             quit (or Ctrl-D); Ctrl-C ends an answer"""
 
 
 def chat(
     model: Annotated[str, typer.Option(help="Folder or hub id of a SOLO model.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: the likeliest answer.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=2.0, help="Sampling temperature; 0 decodes greedily.")
+    ] = 0.0,
     quantize: QuantizeOption = None,
 ) -> None:
-    """Talk with a model about images."""
+    """Chat with a model about images."""
     quiet_libraries()
     _accept_any_bytes()
-    from solo_vlm.generate import Answerer, PrefixCache
+    from solo_vlm.generate import GenerationPipeline, PrefixCache
     from solo_vlm.generate.conversation import Conversation
 
-    answerer = Answerer.load(model, quantize=quantize, prefix_cache=PrefixCache())
-    conversation = Conversation(answerer)
+    pipeline = GenerationPipeline.from_pretrained(model, quantize=quantize, prefix_cache=PrefixCache())
+    conversation = Conversation(pipeline)
     STDOUT.print(_HELP, highlight=False, markup=False)
     while True:
         try:
@@ -48,27 +50,27 @@ def chat(
         except EOFError:
             return
         except KeyboardInterrupt:
-            STDOUT.print("\n/quit leaves, and so does Ctrl-D", style="dim")
+            STDOUT.print("\ntype /quit or press Ctrl-D to quit", style="dim")
             continue
         if line == "/quit":
             return
         try:
-            _take(conversation, line, {"max_new_tokens": max_new_tokens, "temperature": temperature})
+            _handle(conversation, line, {"max_new_tokens": max_new_tokens, "temperature": temperature})
         except SoloError as error:
             STDOUT.print(str(error), style="red", markup=False, highlight=False)
         except KeyboardInterrupt:
-            STDOUT.print("\nstopped; the question is forgotten", style="dim")
+            STDOUT.print("\nstopped; the question was dropped", style="dim")
 
 
 def _accept_any_bytes() -> None:
-    """Let bytes that are no text reach the code that refuses them, rather than end the program."""
+    """Let invalid UTF-8 reach the code that refuses it with a message, instead of crashing the input loop."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=errors)
 
 
-def _take(conversation: Conversation, line: str, options: dict[str, Any]) -> None:
-    """Obey a command, or answer a message."""
+def _handle(conversation: Conversation, line: str, options: dict[str, Any]) -> None:
+    """Run a command, or answer a message."""
     command, _, rest = line.partition(" ")
     match command:
         case "":
@@ -92,40 +94,40 @@ def _take(conversation: Conversation, line: str, options: dict[str, Any]) -> Non
 def _answer(conversation: Conversation, message: str, options: dict[str, Any]) -> None:
     from solo_vlm.generate import check_prompt
 
-    check_prompt(message)  # before the answer is announced
-    with _interrupts() as interrupted:
+    check_prompt(message)  # before the prefix "solo:" is printed
+    with _catch_interrupt() as interrupted:
         STDOUT.print("[bold]solo[/bold]: ", end="")
-        reply = conversation.ask(
+        output = conversation.ask(
             message,
             lambda text: STDOUT.print(text, end="", markup=False, highlight=False),
             should_stop=interrupted,
             **options,
         )
-    STDOUT.print(" (stopped)" if reply["finish"] == "stopped" else "", style="dim")
+    STDOUT.print(" (stopped)" if output.finish_reason == "cancelled" else "", style="dim")
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Yield what tells whether Ctrl-C was pressed; pressed again, it interrupts at once."""
+def _catch_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether Ctrl-C was pressed; the second press raises KeyboardInterrupt."""
     pressed = False
 
-    def note(number: int, frame: Any) -> None:
+    def on_sigint(number: int, frame: Any) -> None:
         nonlocal pressed
         if pressed:
             raise KeyboardInterrupt
         pressed = True
 
-    usual = signal.signal(signal.SIGINT, note)
+    previous = signal.signal(signal.SIGINT, on_sigint)
     try:
         yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, previous)
 
 
 def _sources(text: str) -> list[str]:
-    """Paths and URLs as a shell would take them; one path may have blanks without quotes."""
+    """Split paths and URLs as a shell does; a single path may contain unquoted spaces."""
     if not text:
-        raise SoloError("say which: /image PATH or URL")
+        raise SoloError("/image needs a path or URL")
     try:
         words = [text] if Path(text).expanduser().is_file() else shlex.split(text)
     except ValueError as error:
@@ -135,5 +137,5 @@ def _sources(text: str) -> list[str]:
 
 def _path(text: str, command: str) -> Path:
     if not text.strip() or "\0" in text:
-        raise SoloError(f"say where: {command} FILE")
+        raise SoloError(f"{command} needs a file name")
     return Path(text.strip()).expanduser()

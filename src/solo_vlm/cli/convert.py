@@ -21,8 +21,8 @@ app = typer.Typer(
 
 
 class _Layout(StrEnum):
-    clean = "clean"
-    release = "release"
+    paper = "paper"
+    original = "original"
 
 
 class _Rotary(StrEnum):
@@ -40,11 +40,11 @@ def release(
     src: Source,
     dst: Destination,
     layout: Annotated[
-        _Layout, typer.Option(help="Of images in chats; SOLO-7B knows 'release'.")
-    ] = _Layout.release,
+        _Layout, typer.Option(help="Token layout of images in chats; SOLO-7B was fine-tuned with 'original'.")
+    ] = _Layout.original,
     json: Json = False,
 ) -> None:
-    """Convert the folder of SOLO-7B, or of a model fine-tuned from it by the release's code."""
+    """Convert the folder of SOLO-7B, or of a model fine-tuned from it with the original SOLO code."""
     quiet_libraries()
     from solo_vlm.convert.release import convert_release
 
@@ -60,7 +60,7 @@ def megatron(
         int | None, typer.Option(help="Tokens, without padding; else the tokenizer's.")
     ] = None,
     iteration: Annotated[int | None, typer.Option(help="Which; else the latest.")] = None,
-    layout: Annotated[_Layout, typer.Option(help="Of images in chats.")] = _Layout.clean,
+    layout: Annotated[_Layout, typer.Option(help="Token layout of images in chats.")] = _Layout.paper,
     rotary: Annotated[
         _Rotary, typer.Option(help="How queries and keys are stored; Megatron-LLM's are interleaved.")
     ] = _Rotary.interleaved,

@@ -1,105 +1,81 @@
-"""`solo generate`: one answer about a prompt and images, or one about every image of a folder."""
+"""`solo generate`: one answer about a prompt and images, or one per image of a folder."""
 
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from solo_vlm.cli._common import STDOUT, QuantizeOption, print_json, progress_bar, quiet_libraries
 from solo_vlm.utils.errors import SoloError
 
-if TYPE_CHECKING:
-    from solo_vlm.generate import Answerer
-
 
 def generate(
     model: Annotated[str, typer.Option(help="Folder or hub id of a SOLO model.")],
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[list[str] | None, typer.Option(help="Path or URL; may be repeated.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder: ask about each of its images.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With --images: the answers, as JSON lines.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --images: images answered at once.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: the likeliest answer.")] = 0.0,
+    prompt: Annotated[str, typer.Option(help="Question or instruction.")],
+    image: Annotated[list[str] | None, typer.Option(help="Path or URL of an image; repeatable.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder: answer about each of its images.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --images: JSON-lines file of the answers.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --images: images per batch.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=2.0, help="Sampling temperature; 0 decodes greedily.")
+    ] = 0.0,
     quantize: QuantizeOption = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the decoding (on a GPU).")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the decoding step (on a GPU).")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a prompt about images; the text streams as it is generated.
 
-    With --images, ask it about each image of a folder, and write the answers to --out. A run that was stopped
-    goes on where it stood.
+    With --images, answer about each image of a folder and write the answers to --out. A run that was
+    interrupted resumes where it stopped.
     """
     quiet_libraries()
-    from solo_vlm.generate import Answerer, check_prompt, open_images
+    from solo_vlm.generate import GenerationPipeline, check_prompt, open_images, user_turn
+    from solo_vlm.generate.folder import answer_folder, find_images
 
     check_prompt(prompt)
-    if images is None:
-        if out is not None:
-            raise SoloError("--out goes with --images FOLDER")
-        opened = open_images(image or [])
-        answerer = Answerer.load(model, quantize=quantize, compile=compile)
-        _one(answerer, prompt, image or [], opened, max_new_tokens, temperature, json)
+    if images is not None:
+        if image or temperature or out is None:
+            raise SoloError("--images FOLDER needs --out FILE and excludes --image and --temperature")
+        names = find_images(images)
+        pipeline = GenerationPipeline.from_pretrained(model, quantize=quantize, compile=compile)
+        request = {"prompt": prompt, "model": model, "max_new_tokens": max_new_tokens}
+        with progress_bar("images") as on_progress:
+            counts = answer_folder(pipeline, names, images, request, out, batch_size, on_progress)
+        if json:
+            print_json({"out": str(out), **vars(counts)})
+        else:
+            failed = f", {counts.errors} could not be answered (see error)" if counts.errors else ""
+            STDOUT.print(f"{counts.answers} answers in {out}{failed}", markup=False, highlight=False)
         return
-    if image or temperature or out is None:
-        raise SoloError("--images FOLDER needs --out FILE, and goes with neither --image nor --temperature")
-    from solo_vlm.generate.folder import find_images
 
-    names = find_images(images)
-    answerer = Answerer.load(model, quantize=quantize, compile=compile)
-    request = {"prompt": prompt, "model": model, "max_new_tokens": max_new_tokens}
-    _folder(answerer, names, images, request, out, batch_size, json)
-
-
-def _one(
-    answerer: Answerer,
-    prompt: str,
-    names: list[str],
-    images: list[Any],
-    max_new_tokens: int,
-    temperature: float,
-    json: bool,
-) -> None:
-    from solo_vlm.generate import user_turn
-
-    times = [time.perf_counter()]
+    if out is not None:
+        raise SoloError("--out needs --images FOLDER")
+    opened = open_images(image or [])
+    pipeline = GenerationPipeline.from_pretrained(model, quantize=quantize, compile=compile)
 
     def on_text(text: str) -> None:
-        times.append(time.perf_counter())
         if not json:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    result = answerer.stream([user_turn(prompt, images)], on_text, max_new_tokens, temperature)
-    if json:
-        seconds = {
-            "first_token": times[min(1, len(times) - 1)] - times[0],
-            "all": time.perf_counter() - times[0],
-        }
-        print_json({"prompt": prompt, "images": names, **result, "seconds": seconds})
-    else:
+    output = pipeline.stream([user_turn(prompt, opened)], on_text, max_new_tokens, temperature)
+    if not json:
         print()
-
-
-def _folder(
-    answerer: Answerer,
-    names: list[str],
-    folder: Path,
-    request: dict[str, Any],
-    out: Path,
-    batch_size: int,
-    json: bool,
-) -> None:
-    from solo_vlm.generate.folder import answer_folder
-
-    with progress_bar("images") as on_progress:
-        counts = answer_folder(answerer, names, folder, request, out, batch_size, on_progress)
-    if json:
-        print_json({"out": str(out), **vars(counts)})
-    else:
-        faults = f", {counts.errors} could not be answered about (see error)" if counts.errors else ""
-        STDOUT.print(f"{counts.answers} answers in {out}{faults}", markup=False, highlight=False)
+        return
+    print_json(
+        {
+            "prompt": prompt,
+            "images": image or [],
+            "answer": output.text,
+            "prompt_tokens": output.prompt_tokens,
+            "cached_tokens": output.cached_tokens,
+            "num_patches": output.num_patches,
+            "answer_tokens": output.completion_tokens,
+            "finish": output.finish_reason,
+            "seconds": {"first_token": output.time_to_first_token, "all": output.total_time},
+        }
+    )

@@ -1,23 +1,33 @@
-"""`solo serve`: a model behind OpenAI's chat API."""
+"""`solo serve`: OpenAI's chat API and a page for one model; `solo web`: the same, opened in the browser."""
 
 from __future__ import annotations
 
+import inspect
 import os
+import webbrowser
+from collections.abc import Callable
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from threading import Thread
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from solo_vlm.cli._common import STDERR, QuantizeOption, quiet_libraries
+from solo_vlm.cli._common import STDERR, STDOUT, QuantizeOption, quiet_libraries
 from solo_vlm.serve.limits import Limits
 from solo_vlm.utils.errors import SoloError
 
-_DEFAULT = Limits()
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _KEY_VARIABLE = "SOLO_API_KEY"
-_PREFIX_CACHE = 1.0  # GB
+_PREFIX_CACHE_GB = 1.0
+
+ModelOption = Annotated[str, typer.Option(help="Folder or hub id of a SOLO model.")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
+HostOption = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")]
+KeysOption = Annotated[
+    Path | None, typer.Option(help=f"File of accepted API keys, one per line; default: ${_KEY_VARIABLE}.")
+]
 
 
 class Engine(StrEnum):
@@ -27,117 +37,134 @@ class Engine(StrEnum):
     vllm = "vllm"
 
 
+def _with_limits(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the parameter `**limits` of a command into one option per field of `Limits`."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter for parameter in signature.parameters.values() if parameter.name != "limits"]
+    hints = get_type_hints(Limits, include_extras=True)
+    options = [
+        inspect.Parameter(field.name, own[0].kind, default=field.default, annotation=hints[field.name])
+        for field in fields(Limits)
+    ]
+    command.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    command.__annotations__ = {option.name: option.annotation for option in [*own, *options]}
+    return command
+
+
+@_with_limits
 def serve(
-    model: Annotated[str, typer.Option(help="Folder or hub id of a SOLO model.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
-    engine: Annotated[Engine, typer.Option(help="vllm: vLLM's own server.")] = Engine.transformers,
+    model: ModelOption,
+    port: PortOption = 8000,
+    host: HostOption = "127.0.0.1",
+    engine: Annotated[
+        Engine, typer.Option(help="Use vLLM's own server instead, which has no page (vllm).")
+    ] = Engine.transformers,
     name: Annotated[
-        str | None, typer.Option(help="What requests call the model; default: the folder's name.")
+        str | None, typer.Option(help="Model name in requests; default: the folder's name.")
     ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help=f"Keys that requests need, one a line; default: ${_KEY_VARIABLE}.")
-    ] = None,
+    api_key_file: KeysOption = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="Of the weights; auto: as stored."),
+        typer.Option(help="Type of the weights; auto: as stored."),
     ] = "auto",
     quantize: QuantizeOption = None,
     device: Annotated[str | None, typer.Option(help="Default: the accelerator, if there is one.")] = None,
     prefix_cache: Annotated[
-        float, typer.Option(min=0, help="GB of keys and values of earlier prompts to keep.")
-    ] = _PREFIX_CACHE,
-    max_concurrent: Annotated[
-        int, typer.Option(min=1, help="Requests in work; further ones get 429.")
-    ] = _DEFAULT.max_concurrent,
-    max_batch: Annotated[int, typer.Option(min=1, help="Requests answered together.")] = _DEFAULT.max_batch,
-    max_batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a batch of several, padding and answers included.")
-    ] = _DEFAULT.max_batch_tokens,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = _DEFAULT.max_tokens,
-    max_text_chars: Annotated[
-        int, typer.Option(min=1, help="Characters of a request's texts.")
-    ] = _DEFAULT.max_text_chars,
-    max_messages: Annotated[int, typer.Option(min=1, help="Messages of a chat.")] = _DEFAULT.max_messages,
-    max_images: Annotated[int, typer.Option(min=0, help="Images of a request.")] = _DEFAULT.max_images,
-    max_image_bytes: Annotated[
-        int, typer.Option(min=1, help="Bytes of an image file.")
-    ] = _DEFAULT.max_image_bytes,
-    max_pixels: Annotated[
-        int, typer.Option(min=1, help="Pixels of a request's images together.")
-    ] = _DEFAULT.max_pixels,
-    max_request_bytes: Annotated[
-        int, typer.Option(min=1, help="Bytes of a request.")
-    ] = _DEFAULT.max_request_bytes,
-    max_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Time for a request, once it is read.")
-    ] = _DEFAULT.max_seconds,
-    max_body_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Time for a client to send a request.")
-    ] = _DEFAULT.max_body_seconds,
-    max_fetch_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Time to fetch an image.")
-    ] = _DEFAULT.max_fetch_seconds,
-    max_drain_seconds: Annotated[
-        float, typer.Option(min=0, help="Time to finish what has begun, when asked to stop.")
-    ] = _DEFAULT.max_drain_seconds,
-    allow_image_urls: Annotated[
-        bool, typer.Option("--allow-image-urls", help="Fetch images from public http(s) addresses.")
-    ] = _DEFAULT.allow_image_urls,
+        float, typer.Option(min=0, help="Memory for keys and values of earlier prompts, in GB.")
+    ] = _PREFIX_CACHE_GB,
     vllm: Annotated[
         list[str] | None,
-        typer.Argument(metavar="-- VLLM_OPTIONS", help="With --engine vllm: options of its own."),
+        typer.Argument(metavar="-- VLLM_OPTIONS", help="With --engine vllm: options of vLLM's server."),
     ] = None,
+    **limits: Any,
 ) -> None:
-    """Serve a model behind OpenAI's chat API, within limits."""
-    options = locals()
-    limits = Limits(**{field.name: options[field.name] for field in fields(Limits)})
+    """Serve a model behind OpenAI's chat API, with a page for the browser at /."""
     name = name or Path(model).resolve().name
-    api_keys = _api_keys(api_key_file)
-    if not api_keys and host not in _LOOPBACK:
-        STDERR.print(
-            f"anybody who reaches {host} may ask: set {_KEY_VARIABLE} or --api-key-file", style="yellow"
-        )
+    api_keys = _api_keys(api_key_file, host)
     if engine == Engine.vllm:
-        from solo_vlm.serve.vllm_server import become_vllm, vllm_command
+        from solo_vlm.serve.vllm import exec_vllm, vllm_command
 
-        if device or quantize or prefix_cache not in (0, _PREFIX_CACHE):
+        if device or quantize or prefix_cache not in (0, _PREFIX_CACHE_GB):
             raise SoloError(
-                "--engine vllm takes neither --device nor --quantize, and no --prefix-cache but 0"
+                "--engine vllm supports neither --device nor --quantize, and --prefix-cache only as 0"
             )
-        command = vllm_command(model, name, host, port, limits, dtype, prefix_caching=prefix_cache > 0)
-        become_vllm([*command, *(vllm or [])], api_keys)
+        command = vllm_command(model, name, host, port, Limits(**limits), dtype, prefix_cache > 0)
+        exec_vllm([*command, *(vllm or [])], api_keys)
     if vllm:
-        raise SoloError(f"options after -- are for --engine vllm: {' '.join(vllm)}")
+        raise SoloError(f"options after -- require --engine vllm: {' '.join(vllm)}")
+
+    def on_ready(url: str) -> None:
+        STDERR.print(f"{name}: API at {url}/v1 and page at {url}", highlight=False)
+
+    options = {"dtype": dtype, "device": device, "quantize": quantize}
+    _serve(model, options, prefix_cache, name, host, port, Limits(**limits), api_keys, on_ready)
+
+
+def web(
+    model: ModelOption,
+    port: PortOption = 7860,
+    host: HostOption = "127.0.0.1",
+    max_image_mib: Annotated[int, typer.Option(min=1, help="Maximum MiB per image file.")] = 20,
+    max_megapixels: Annotated[
+        int, typer.Option(min=1, help="Maximum megapixels of a chat's images together.")
+    ] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 1024,
+    api_key_file: KeysOption = None,
+    quantize: QuantizeOption = None,
+    open_browser: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the page in the browser.")
+    ] = True,
+) -> None:
+    """Serve a model and open its page in the browser: drop an image, see its patches, talk about it."""
+    limits = Limits(
+        max_image_bytes=max_image_mib * 2**20,
+        max_request_bytes=max(Limits.max_request_bytes, 4 * max_image_mib * 2**20),  # three such in base64
+        max_pixels=max_megapixels * 10**6,
+        max_tokens=max_new_tokens,
+        max_drain_seconds=5.0,
+    )
+
+    def on_ready(url: str) -> None:
+        STDOUT.print(f"solo web: {url}  (press Ctrl-C to stop)", highlight=False)
+        if open_browser:  # in a thread: a text browser returns when it is closed
+            Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+    name, api_keys = "/".join(Path(model).parts[-2:]), _api_keys(api_key_file, host)
+    _serve(model, {"quantize": quantize}, _PREFIX_CACHE_GB, name, host, port, limits, api_keys, on_ready)
+
+
+def _serve(model: str, options: dict[str, Any], prefix_cache: float, *arguments: Any) -> None:
+    """Load the model with some options and pass the rest on to `serve_model`."""
     quiet_libraries()
     try:
         from solo_vlm.serve.server import serve_model
     except ModuleNotFoundError as error:
         raise SoloError(f"the server needs {error.name}: pip install 'solo-vlm[serve]'") from error
-    from solo_vlm.generate import Answerer, PrefixCache
+    from solo_vlm.generate import GenerationPipeline, PrefixCache
 
-    def load() -> Answerer:
-        known = PrefixCache(int(prefix_cache * 1e9)) if prefix_cache else None
-        return Answerer.load(model, dtype, device, quantize, known)
+    def load() -> GenerationPipeline:
+        cache = PrefixCache(int(prefix_cache * 1e9)) if prefix_cache else None
+        return GenerationPipeline.from_pretrained(model, prefix_cache=cache, **options)
 
-    def on_ready(url: str) -> None:
-        STDERR.print(f"{name} at {url}/v1", highlight=False)
-
-    serve_model(load, name, host, port, limits, api_keys, on_ready)
+    serve_model(load, *arguments)
 
 
-def _api_keys(file: Path | None) -> list[str]:
-    """Those of the file, else of the environment.
+def _api_keys(file: Path | None, host: str) -> list[str]:
+    """Read the API keys from the file, or else from the environment. Warn about an open server.
 
     Raises:
-        SoloError: the file cannot be read, or has none.
+        SoloError: the file cannot be read, or is empty.
     """
     if file is None:
-        return [key] if (key := os.environ.get(_KEY_VARIABLE, "").strip()) else []
-    try:
-        keys = file.read_text(encoding="utf-8-sig").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SoloError(f"cannot read API keys from {file}: {error}") from error
-    if not keys:
-        raise SoloError(f"{file} has no API key: write one a line")
+        keys = [key] if (key := os.environ.get(_KEY_VARIABLE, "").strip()) else []
+    else:
+        try:
+            keys = file.read_text(encoding="utf-8-sig").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SoloError(f"cannot read API keys from {file}: {error}") from error
+        if not keys:
+            raise SoloError(f"{file} has no API key: write one per line")
+    if not keys and host not in _LOOPBACK:
+        message = f"anyone who can reach {host} may use this server: set {_KEY_VARIABLE} or --api-key-file"
+        STDERR.print(message, style="yellow")
     return keys

@@ -19,8 +19,8 @@ from solo_vlm.convert.tokenizer import (
     warn_without_tokenizer,
 )
 from solo_vlm.models.solo.configuration_solo import SoloConfig
-from solo_vlm.models.solo.processing_solo import Layout
-from solo_vlm.models.solo.release_solo import config_from_release
+from solo_vlm.models.solo.original_solo import config_from_original
+from solo_vlm.models.solo.processing_solo import ImageLayout
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import check_new
 
@@ -35,7 +35,7 @@ def convert_megatron(
     tokenizer_folder: Path | None = None,
     vocabulary: int | None = None,
     iteration: int | None = None,
-    layout: Layout = "clean",
+    layout: ImageLayout = "paper",
     rotary: Rotary = "interleaved",
 ) -> Converted:
     """Convert a checkpoint of any tensor- and pipeline-parallel size, one tensor in memory at a time.
@@ -47,7 +47,7 @@ def convert_megatron(
         vocabulary: tokens without the rows that Megatron pads with. Default: as many as the tokenizer has,
             or without one, all rows.
         iteration: which, where `source` has several. Default: the latest.
-        layout: of images in chats; Megatron checkpoints come from pre-training, hence "clean".
+        layout: of images in chats; Megatron checkpoints come from pre-training, hence "paper".
         rotary: "interleaved" as Megatron-LLM rotates queries and keys, or "halves" as transformers does.
 
     Raises:
@@ -90,7 +90,7 @@ def _config(
         return default if value is None else value
 
     heads = argument("num_attention_heads")
-    settings = config_from_release(
+    settings = config_from_original(
         {
             "vocab_size": rows,
             "hidden_size": argument("hidden_size"),

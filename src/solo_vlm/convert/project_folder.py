@@ -17,7 +17,7 @@ from solo_vlm.models.solo.chat_template import SOLO_CHAT_TEMPLATE, with_images
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
-from solo_vlm.models.solo.processing_solo import Layout, SoloProcessor
+from solo_vlm.models.solo.processing_solo import ImageLayout, SoloProcessor
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_folder
 
@@ -46,7 +46,7 @@ class Converted:
     vocabulary: int
     tokens: int | None
     vision_token_ids: tuple[int, ...]
-    layout: Layout | None
+    layout: ImageLayout | None
 
 
 def expected_shapes(config: SoloConfig) -> dict[str, tuple[int, ...]]:
@@ -88,14 +88,16 @@ def _folder_of(found: Mapping[str, StoredTensor]) -> str:
     return ", ".join(sorted({str(tensor.file.parent) for tensor in found.values()}))
 
 
-def release_processor(tokenizer: PreTrainedTokenizerFast, patch_size: int, layout: Layout) -> SoloProcessor:
+def release_processor(
+    tokenizer: PreTrainedTokenizerFast, patch_size: int, layout: ImageLayout
+) -> SoloProcessor:
     """The processor of a model in the release's vocabulary."""
     return SoloProcessor(
         image_processor=SoloImageProcessor(patch_size=patch_size),
         tokenizer=tokenizer,
         chat_template=with_images(SOLO_CHAT_TEMPLATE, "<vpatch>"),
         image_token="<vpatch>",
-        layout=layout,
+        image_layout=layout,
     )
 
 
@@ -114,7 +116,7 @@ def write_project_folder(
     config: SoloConfig,
     weights: Mapping[str, PlannedTensor],
     tokenizer: PreTrainedTokenizerFast | None,
-    layout: Layout,
+    layout: ImageLayout,
     tokenizer_folder: Path,
 ) -> Converted:
     """Write everything; the folder appears under its name only when it is complete.

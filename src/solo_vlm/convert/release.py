@@ -20,14 +20,14 @@ from solo_vlm.convert.tokenizer import (
     warn_without_tokenizer,
 )
 from solo_vlm.models.solo.configuration_solo import SoloConfig
-from solo_vlm.models.solo.processing_solo import Layout
-from solo_vlm.models.solo.release_solo import (
-    RELEASE_ARCHITECTURE,
-    RELEASE_KEYS,
-    config_from_release,
-    config_to_release,
-    is_release,
+from solo_vlm.models.solo.original_solo import (
+    ORIGINAL_ARCHITECTURE,
+    ORIGINAL_KEYS,
+    config_from_original,
+    config_to_original,
+    is_original,
 )
+from solo_vlm.models.solo.processing_solo import ImageLayout
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import check_new, new_folder
 
@@ -43,13 +43,13 @@ _RELEASE_TOKENIZER_CONFIG = {
 }
 
 
-def convert_release(source: Path, out: Path, layout: Layout = "release") -> Converted:
+def convert_release(source: Path, out: Path, layout: ImageLayout = "original") -> Converted:
     """Convert a folder of the release, one tensor in memory at a time.
 
     Args:
         source: `config.json`, weights (safetensors or `.bin`, one file or shards), and the tokenizer.
         out: new folder; tensors keep their bytes and get this project's names.
-        layout: what SOLO-7B was fine-tuned with ("release"), or what it was pre-trained with ("clean").
+        layout: what SOLO-7B was fine-tuned with ("original"), or what it was pre-trained with ("paper").
 
     Raises:
         SoloError: naming the file, and the key in it, that is missing, truncated, unsafe or of the wrong
@@ -57,14 +57,14 @@ def convert_release(source: Path, out: Path, layout: Layout = "release") -> Conv
     """
     check_new(out)
     settings = read_json(source / "config.json")
-    if not is_release(settings):
+    if not is_original(settings):
         raise SoloError(
-            f"{source} is no checkpoint of the release: its architecture is not {RELEASE_ARCHITECTURE}"
+            f"{source} is no checkpoint of the release: its architecture is not {ORIGINAL_ARCHITECTURE}"
         )
     found = {_own_name(key): tensor for key, tensor in open_checkpoint(source).items()}
     embedding = _embedding(found, source)
     rows = embedding.shape[0]
-    config_settings = config_from_release({**settings, "vocab_size": rows})
+    config_settings = config_from_original({**settings, "vocab_size": rows})
     config_settings["dtype"] = str(embedding.dtype).removeprefix("torch.")
     tokenizer = None
     if has_tokenizer(source):
@@ -106,13 +106,13 @@ def convert_to_release(source: Path, out: Path) -> dict[str, Any]:
     dtype = str(weights[0].dtype).removeprefix("torch.")
     with new_folder(out) as folder:
         write_checkpoint(folder, weights)
-        _write_json(folder / "config.json", config_to_release(config, dtype))
+        _write_json(folder / "config.json", config_to_original(config, dtype))
         _write_tokenizer(source, folder)
     return {"out": str(out), "tensors": len(weights), "bytes": sum(weight.nbytes for weight in weights)}
 
 
 def _own_name(release_name: str) -> str:
-    for pattern, name in RELEASE_KEYS.items():
+    for pattern, name in ORIGINAL_KEYS.items():
         release_name = re.sub(pattern, name, release_name)
     return release_name
 

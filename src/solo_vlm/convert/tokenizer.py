@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from solo_vlm.models.solo.release_solo import CHAT_TOKENS, LOCATION_TOKENS, VISION_TOKENS, vision_token_ids
+from solo_vlm.models.solo.original_solo import CHAT_TOKENS, LOCATION_TOKENS, VISION_TOKENS, vision_token_ids
 from solo_vlm.utils.errors import SoloError
 
 logger = logging.getLogger(__name__)

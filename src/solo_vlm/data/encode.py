@@ -80,14 +80,14 @@ def encode(
     patches, grids = _encode_images(sample, processor)
     try:
         with tokenizing or nullcontext():
-            chat = processor.encode_chat(sample.messages, [(int(r), int(c)) for _, r, c in grids])
+            chat = processor.encode_chat(sample.messages, grids)
     except ChatTemplateError as error:
         raise SampleError("chat-template", str(error)) from error
     if (places := np.count_nonzero(chat.input_ids == processor.image_token_id)) != len(patches):
         raise SampleError("image", f"{len(patches)} patches for {places} <vpatch> tokens")
     supervised = chat.supervised.copy()
     if vision_loss:
-        supervised |= np.isin(chat.input_ids, processor.image_layout(2, 1))
+        supervised |= np.isin(chat.input_ids, processor.image_input_ids(2, 1))
     supervised[0] = False
     labels = np.where(supervised, chat.input_ids, IGNORE_INDEX)
     return Document(chat.input_ids, labels, patches, grids)
@@ -96,18 +96,20 @@ def encode(
 def _encode_images(sample: Sample, processor: SoloProcessor) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     encoded = [_encode_image(image, processor) for image in sample.images]
     patches = [patches for patches, _ in encoded] or [np.empty((0, _patch_dim(processor)), np.uint8)]
-    grids = np.array([(1, *grid) for _, grid in encoded], np.int64).reshape(-1, 3)
+    grids = np.array([grid for _, grid in encoded], np.int64).reshape(-1, 3)
     # One image is the usual case: nothing to concatenate, so nothing to copy.
     return patches[0] if len(patches) == 1 else np.concatenate(patches), grids
 
 
 @retried
-def _encode_image(image: ImageSource, processor: SoloProcessor) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+def _encode_image(
+    image: ImageSource, processor: SoloProcessor
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     from solo_vlm.models.solo.image_loading_solo import ImageFetchError, ImageMissingError
 
     source = _fetch(image) if isinstance(image, str) and _FSSPEC_URL.match(image) else image
     try:
-        return processor.image_processor.encode(source, _MAX_ASPECT_RATIO)
+        return processor.image_processor.encode_image(source, _MAX_ASPECT_RATIO)
     except ValueError as error:  # an ImageError, usually
         if isinstance(error, ImageFetchError) and not isinstance(error, ImageMissingError):
             raise OSError(errno.EIO, str(error)) from error
@@ -209,7 +211,7 @@ class Encoder:
     @property
     def vision_ids(self) -> NDArray[np.int64]:
         """All ids that the layout of an image is made of."""
-        layout = self.processor.image_layout(2, 1) if self.sees_images else ()
+        layout = self.processor.image_input_ids(2, 1) if self.sees_images else ()
         return np.unique(np.asarray(layout, np.int64))
 
 

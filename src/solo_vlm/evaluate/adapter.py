@@ -13,8 +13,8 @@ from lmms_eval.protocol import ChatMessages
 from rich.progress import Progress
 
 from solo_vlm.evaluate.answers import AnswerFile, SavedAnswer
-from solo_vlm.evaluate.engines import Answer, Engine, ModelEngine, Question
-from solo_vlm.generate import Answerer
+from solo_vlm.evaluate.backends import Backend
+from solo_vlm.generate import BatchGenerator, GenerationOutput, GenerationPipeline, GenerationRequest
 from solo_vlm.models.solo.image_loading_solo import ImageError
 
 DEFAULT_LONGEST = 1024
@@ -23,7 +23,7 @@ DEFAULT_LONGEST = 1024
 _BLANK_LINE = "\n\n"
 
 
-class EngineModel(lmms):
+class BackendModel(lmms):
     """An engine in lmms-eval's clothes.
 
     Args:
@@ -39,7 +39,7 @@ class EngineModel(lmms):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Backend,
         memory: AnswerFile | None = None,
         longest: int | None = None,
         stop_at_blank_line: bool = False,
@@ -62,7 +62,7 @@ class EngineModel(lmms):
         saved = self._remembered(requests)
         self._on_progress(len(saved), len(requests))
         for answers in self._ask({n: request for n, request in enumerate(requests) if n not in saved}):
-            fresh = {answer.number: self._save(answer, requests[answer.number]) for answer in answers}
+            fresh = {answer.request_id: self._save(answer, requests[answer.request_id]) for answer in answers}
             if self._memory is not None:
                 self._memory.append(fresh.values())
             saved |= fresh
@@ -86,26 +86,26 @@ class EngineModel(lmms):
         found = (self._memory.get(_row(request), self._fingerprint(request)) for request in requests)
         return {number: saved for number, saved in enumerate(found) if saved}
 
-    def _ask(self, requests: Mapping[int, Instance]) -> Iterator[list[Answer]]:
-        unreadable: list[Answer] = []
+    def _ask(self, requests: Mapping[int, Instance]) -> Iterator[list[GenerationOutput]]:
+        unreadable: list[GenerationOutput] = []
 
-        def questions() -> Iterator[Question]:
+        def questions() -> Iterator[GenerationRequest]:
             for number, request in requests.items():
                 try:
                     yield self._question(number, request)
                 except ImageError as error:
-                    unreadable.append(Answer(number, None, str(error)))
+                    unreadable.append(GenerationOutput(number, None, str(error)))
 
         if requests:
-            yield from self._engine.answer(questions())
+            yield from self._engine.generate(questions())
             yield unreadable
 
-    def _question(self, number: int, request: Instance) -> Question:
+    def _question(self, number: int, request: Instance) -> GenerationRequest:
         _, to_messages, settings, row, task, split = request.args
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][row]))
-        return Question(number, messages.to_hf_messages(), self.limit(settings))
+        return GenerationRequest(number, messages.to_hf_messages(), self.limit(settings))
 
-    def _save(self, answer: Answer, request: Instance) -> SavedAnswer:
+    def _save(self, answer: GenerationOutput, request: Instance) -> SavedAnswer:
         text = answer.text
         if text is not None:
             text = _cut(text, self._ends(_settings(request))).strip()
@@ -130,7 +130,7 @@ class EngineModel(lmms):
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
-class Solo(EngineModel):
+class Solo(BackendModel):
     """The model `solo` of lmms-eval's own command line: `--model solo --model_args pretrained=DIR`.
 
     Args:
@@ -138,8 +138,8 @@ class Solo(EngineModel):
         batch_size: chats that are answered at once.
         dtype: "auto" (as stored) or a torch dtype's name.
         device: default: the accelerator if there is one.
-        longest: see `EngineModel`.
-        stop_at_blank_line: see `EngineModel`.
+        longest: see `BackendModel`.
+        stop_at_blank_line: see `BackendModel`.
         max_batch_size: lmms-eval passes it; without effect.
     """
 
@@ -153,11 +153,12 @@ class Solo(EngineModel):
         stop_at_blank_line: bool = False,
         max_batch_size: int | None = None,
     ) -> None:
-        engine = ModelEngine(Answerer.load(pretrained, dtype, device), int(batch_size))
+        pipeline = GenerationPipeline.from_pretrained(pretrained, dtype, device)
+        engine = BatchGenerator(pipeline, int(batch_size))
         super().__init__(engine, longest=longest, stop_at_blank_line=stop_at_blank_line)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """As `EngineModel`, with a progress bar."""
+        """As `BackendModel`, with a progress bar."""
         with Progress() as progress:
             bar = progress.add_task("answering")
             self._on_progress = lambda done, total: progress.update(bar, completed=done, total=total)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from solo_vlm.evaluate.benchmarks import Benchmark, get
 from solo_vlm.evaluate.run_folder import RunFolder
-from solo_vlm.evaluate.score import Judgement
+from solo_vlm.evaluate.score import ScoredAnswer
 from solo_vlm.evaluate.statistics import paired_difference, score_of
 from solo_vlm.utils.errors import SoloError
 
@@ -58,8 +58,8 @@ def compare_runs(first: RunFolder, second: RunFolder) -> list[Comparison]:
 def _compare(benchmark: Benchmark, first: RunFolder, second: RunFolder) -> Comparison:
     runs = [
         {
-            judged.prediction.id: judged
-            for judged in benchmark.scored(benchmark.judge(run.read_predictions(benchmark.name)))
+            answer.prediction.id: answer
+            for answer in benchmark.counted(benchmark.scorer(run.read_predictions(benchmark.name)))
         }
         for run in (first, second)
     ]
@@ -86,14 +86,16 @@ def _compare(benchmark: Benchmark, first: RunFolder, second: RunFolder) -> Compa
     )
 
 
-def _check_same_questions(benchmark: Benchmark, one: Sequence[Judgement], other: Sequence[Judgement]) -> None:
+def _check_same_questions(
+    benchmark: Benchmark, one: Sequence[ScoredAnswer], other: Sequence[ScoredAnswer]
+) -> None:
     for mine, theirs in zip(one, other, strict=True):
-        if mine.truth != theirs.truth or _question(mine) != _question(theirs):
+        if mine.reference != theirs.reference or _question(mine) != _question(theirs):
             raise SoloError(
                 f"{benchmark.name}: row {mine.prediction.id} is another question in the second run; "
                 "runs are compared on the same data only"
             )
 
 
-def _question(judgement: Judgement) -> object:
-    return judgement.prediction.row.get("question")
+def _question(answer: ScoredAnswer) -> object:
+    return answer.prediction.row.get("question")

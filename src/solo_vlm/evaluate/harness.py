@@ -17,7 +17,7 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 from PIL import ImageFile
 
-from solo_vlm.evaluate.adapter import EngineModel
+from solo_vlm.evaluate.adapter import BackendModel
 from solo_vlm.evaluate.benchmarks import Benchmark
 from solo_vlm.evaluate.rows import EncodedRows, decoded
 from solo_vlm.models.solo.image_loading_solo import ImageError
@@ -82,7 +82,7 @@ class LocalTask(ConfigurableMessagesTask):
 
 
 def ask_all(
-    task: LocalTask, benchmark: Benchmark, model: EngineModel, limit: int | None = None
+    task: LocalTask, benchmark: Benchmark, model: BackendModel, limit: int | None = None
 ) -> HarnessScores:
     """Put every row of a task to a model, through lmms-eval.
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from solo_vlm.data.sample import Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source, open_source
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.solo.image_loading_solo import load_image
 from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.utils.errors import SoloError
@@ -56,7 +56,7 @@ class HeldOutQuestion:
         return _text(self.sample.messages[-2])
 
     @property
-    def truth(self) -> str:
+    def reference(self) -> str:
         """The assistant's last turn."""
         return _text(self.sample.messages[-1])
 
@@ -72,9 +72,9 @@ class HeldOutAnswer(HeldOutQuestion):
     answer: str
 
     @property
-    def right(self) -> bool:
+    def correct(self) -> bool:
         """Equal to the truth up to case and white space."""
-        return " ".join(self.answer.lower().split()) == " ".join(self.truth.lower().split())
+        return " ".join(self.answer.lower().split()) == " ".join(self.reference.lower().split())
 
 
 def read_questions(path: str | Path) -> list[HeldOutQuestion]:
@@ -92,18 +92,18 @@ def read_questions(path: str | Path) -> list[HeldOutQuestion]:
 
 
 def answer_questions(
-    questions: Sequence[HeldOutQuestion], answerer: Answerer
+    questions: Sequence[HeldOutQuestion], pipeline: GenerationPipeline
 ) -> Iterator[list[HeldOutAnswer]]:
     """Ask a model; yield the answers in order, a batch at a time."""
     for start in range(0, len(questions), _BATCH):
         batch = questions[start : start + _BATCH]
-        texts = answerer.answer([question.chat for question in batch], _MAX_NEW_TOKENS)
+        texts = pipeline.answer([question.chat for question in batch], _MAX_NEW_TOKENS)
         yield [HeldOutAnswer(question.sample, text) for question, text in zip(batch, texts, strict=True)]
 
 
 def accuracy(answers: Sequence[HeldOutAnswer]) -> float:
     """The share of right answers."""
-    return sum(answer.right for answer in answers) / len(answers)
+    return sum(answer.correct for answer in answers) / len(answers)
 
 
 def _question(source: Source, unit: int, number: int, row: dict[str, Any]) -> HeldOutQuestion:

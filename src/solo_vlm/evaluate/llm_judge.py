@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from solo_vlm.evaluate.mathvista_answers import Problem
-from solo_vlm.evaluate.multiple_choice import judgement
+from solo_vlm.evaluate.multiple_choice import score_answer
 from solo_vlm.evaluate.predictions import Prediction
-from solo_vlm.evaluate.score import Judgement
+from solo_vlm.evaluate.score import ScoredAnswer
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
@@ -67,14 +67,14 @@ class LlmJudge:
     base_url: str | None = None
     parallel: int = 8
 
-    def __call__(self, predictions: Sequence[Prediction]) -> list[Judgement]:
+    def __call__(self, predictions: Sequence[Prediction]) -> list[ScoredAnswer]:
         """Judge answers; one request each, except where the response already is a plain answer.
 
         Raises:
             SoloError: the endpoint fails, or a column is missing.
         """
         with ThreadPoolExecutor(self.parallel) as threads:
-            return list(threads.map(self._judge, predictions))
+            return list(threads.map(self._score, predictions))
 
     @cached_property
     def _client(self) -> OpenAI:
@@ -84,14 +84,14 @@ class LlmJudge:
         key = os.environ.get("OPENAI_API_KEY") or ("none" if self.base_url else None)
         return OpenAI(base_url=self.base_url, api_key=key, max_retries=5)
 
-    def _judge(self, prediction: Prediction) -> Judgement:
+    def _score(self, prediction: Prediction) -> ScoredAnswer:
         problem = Problem.of(prediction)
-        truth = problem.normalise(prediction.column("answer"))
+        reference = problem.normalise(prediction.column("answer"))
         response = (prediction.response or "").strip()
-        reading = problem.normalise(response)
-        if reading is None and response:
-            reading = problem.read_extraction(self._extract(prediction, response))
-        return judgement(prediction, reading, truth)
+        extracted = problem.normalise(response)
+        if extracted is None and response:
+            extracted = problem.read_extraction(self._extract(prediction, response))
+        return score_answer(prediction, extracted, reference)
 
     def _extract(self, prediction: Prediction, response: str) -> str:
         from openai import OpenAIError

@@ -59,7 +59,7 @@ def with_option_texts(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **lists, **choices}
 
 
-def right_letter(prediction: Prediction, options: Sequence[str], answers_are_places: bool) -> str | None:
+def reference_letter(prediction: Prediction, options: Sequence[str], answers_are_places: bool) -> str | None:
     """The letter of the right option, or None where the row's answer names no option, or not only one.
 
     The answer (`answer` or `gt_answer`) is a letter, the text of an option, or, with `answers_are_places` and

@@ -12,7 +12,7 @@ import numpy as np
 from solo_vlm.evaluate.benchmarks import Benchmark
 from solo_vlm.evaluate.published import PUBLISHED
 from solo_vlm.evaluate.rows import Rows
-from solo_vlm.evaluate.score import Judgement, Part, Score
+from solo_vlm.evaluate.score import Part, Score, ScoredAnswer
 from solo_vlm.models.solo.image_loading_solo import ImageError
 from solo_vlm.utils.files import new_file
 from solo_vlm.utils.pages import figure_url, render, thumbnail_url
@@ -27,7 +27,7 @@ class TaskReport:
     Attributes:
         benchmark: the task.
         score: of the run.
-        judgements: one a row, in the order of the rows.
+        answers: one a row, in the order of the rows.
         rows: of the benchmark; the run may have asked the first of them only.
         prompt: the exact text of the prompt of a row, by its number.
         facts: what was run, for the record.
@@ -35,7 +35,7 @@ class TaskReport:
 
     benchmark: Benchmark
     score: Score
-    judgements: Sequence[Judgement]
+    answers: Sequence[ScoredAnswer]
     rows: Rows
     prompt: Callable[[int], str]
     facts: Mapping[str, Any]
@@ -48,7 +48,7 @@ class Card:
     id: str
     images: Sequence[str]
     prompt: str
-    judgement: Judgement
+    answer: ScoredAnswer
 
 
 def write_reports(folder: Path, facts: Mapping[str, Any], reports: Sequence[TaskReport]) -> None:
@@ -117,7 +117,7 @@ def _error(part: Part) -> tuple[float, float]:
 
 def _cards(report: TaskReport, correct: bool) -> list[Card]:
     """A sample of the right or the wrong answers, spread evenly over the rows."""
-    numbers = [number for number, judged in enumerate(report.judgements) if judged.correct == correct]
+    numbers = [number for number, answer in enumerate(report.answers) if answer.correct == correct]
     places = np.linspace(0, len(numbers) - 1, min(_SHOWN, len(numbers))).round().astype(int)
     return [_card(report, numbers[place]) for place in places]
 
@@ -127,4 +127,4 @@ def _card(report: TaskReport, number: int) -> Card:
         images = [thumbnail_url(image) for image in report.rows.images(number)]
     except ImageError:  # the card says so: the row has no response
         images = []
-    return Card(report.rows.ids[number], images, report.prompt(number), report.judgements[number])
+    return Card(report.rows.ids[number], images, report.prompt(number), report.answers[number])

@@ -63,13 +63,13 @@ class Rows:
         encoded: the rows as they are in the data set.
         columns: the same rows as predictions have them, without images.
         ids: names of the rows: MathVista's own, else the place in the split, counted from 1.
-        set_aside: rows of the split that are not here, because they do not belong to the score.
+        filtered: rows of the split that are not here, because they do not belong to the score.
     """
 
     encoded: EncodedRows
     columns: Sequence[Mapping[str, Any]]
     ids: Sequence[str]
-    set_aside: int
+    filtered: int
 
     @classmethod
     def of(cls, benchmark: Benchmark, data: Dataset) -> Rows:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from solo_vlm import __version__
 from solo_vlm.evaluate.answers import AnswerFile
+from solo_vlm.evaluate.backends import Backend
 from solo_vlm.evaluate.benchmarks import Benchmark
-from solo_vlm.evaluate.engines import Engine
 from solo_vlm.evaluate.predictions import Prediction
 from solo_vlm.evaluate.report import TaskReport, write_reports
 from solo_vlm.evaluate.rows import Rows
@@ -24,7 +24,7 @@ from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import check_new
 
 if TYPE_CHECKING:
-    from solo_vlm.evaluate.adapter import EngineModel
+    from solo_vlm.evaluate.adapter import BackendModel
     from solo_vlm.evaluate.harness import HarnessScores, LocalTask
 
 _PACKAGES = ("lmms_eval", "torch", "transformers", "tokenizers", "datasets", "pillow", "numpy")
@@ -80,7 +80,7 @@ class EvaluationRun:
 
     def evaluate(
         self,
-        engine: Engine,
+        engine: Backend,
         tasks: Sequence[tuple[Benchmark, Rows]],
         progress_bar: ProgressBar = lambda title: nullcontext(lambda done, total: None),
     ) -> list[Score]:
@@ -130,12 +130,12 @@ class EvaluationRun:
     def _evaluate(
         self,
         folder: RunFolder,
-        engine: Engine,
+        engine: Backend,
         benchmark: Benchmark,
         rows: Rows,
         on_progress: Callable[[int, int], None],
     ) -> TaskReport:
-        from solo_vlm.evaluate.adapter import EngineModel
+        from solo_vlm.evaluate.adapter import BackendModel
         from solo_vlm.evaluate.harness import LocalTask, ask_all
 
         started = time.perf_counter()
@@ -146,18 +146,18 @@ class EvaluationRun:
             what = f"{type(error).__name__}: {error}; its columns are: {', '.join(rows.columns[0])}"
             raise SoloError(f"{benchmark.name}: lmms-eval cannot use the first row ({what})") from error
         with AnswerFile(self.out / "answers" / f"{benchmark.name}.jsonl") as memory:
-            model = EngineModel(engine, memory, self.longest, on_progress=on_progress)
+            model = BackendModel(engine, memory, self.longest, on_progress=on_progress)
             harness = ask_all(task, benchmark, model, self.limit)
         predictions = [
             Prediction(rows.ids[row], answer.response, rows.columns[row])
             for row, answer in sorted(model.answers.items())
         ]
         folder.write_predictions(benchmark.name, predictions)
-        judgements = benchmark.judge(predictions)
+        answers = benchmark.scorer(predictions)
         return TaskReport(
             benchmark,
-            _with_harness(benchmark.summarise(judgements), harness, rows),
-            judgements,
+            _with_harness(benchmark.summarise(answers), harness, rows),
+            answers,
             rows,
             task.prompt,
             _facts(task, prompt, model, rows, harness, time.perf_counter() - started),
@@ -166,11 +166,11 @@ class EvaluationRun:
 
 def _with_harness(score: Score, harness: HarnessScores, rows: Rows) -> Score:
     raw = {f"lmms-eval: {metric}": value for metric, value in harness.scores.items()}
-    return replace(score, raw={**score.raw, **raw}, set_aside=score.set_aside + rows.set_aside)
+    return replace(score, raw={**score.raw, **raw}, filtered=score.filtered + rows.filtered)
 
 
 def _facts(
-    task: LocalTask, prompt: str, model: EngineModel, rows: Rows, harness: HarnessScores, seconds: float
+    task: LocalTask, prompt: str, model: BackendModel, rows: Rows, harness: HarnessScores, seconds: float
 ) -> dict[str, Any]:
     failures = {rows.ids[row]: answer.error for row, answer in sorted(model.answers.items()) if answer.error}
     return {

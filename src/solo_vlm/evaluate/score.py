@@ -10,20 +10,20 @@ from solo_vlm.evaluate.predictions import Prediction
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ScoredAnswer:
     """One answer, read and compared with the truth.
 
     Attributes:
-        prediction: what was judged.
+        prediction: what was answer.
         reading: what was read of the response (a letter, yes or no, a value); None where nothing was.
-        truth: the right answer, in the same form.
+        reference: the right answer, in the same form.
         correct: whether the two agree.
         problem: why the row could not be scored at all: no response, or no usable truth.
     """
 
     prediction: Prediction
-    reading: str | None
-    truth: str | None
+    extracted: str | None
+    reference: str | None
     correct: bool
     problem: str | None = None
 
@@ -40,9 +40,9 @@ class Unit:
     stratum: str = ""
 
 
-def question_units(judgements: Sequence[Judgement]) -> list[Unit]:
+def question_units(answers: Sequence[ScoredAnswer]) -> list[Unit]:
     """Each question by itself: 100 where the answer is right, else 0. Their mean is the accuracy."""
-    return [Unit(judgement.prediction.id, 100.0 * judgement.correct) for judgement in judgements]
+    return [Unit(answer.prediction.id, 100.0 * answer.correct) for answer in answers]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Score:
         raw: other figures for the same answers, by name, such as the harness's own average.
         unreadable: answers that could not be read; they count as wrong.
         bad_rows: ids of rows that failed or cannot be scored; they count as wrong.
-        set_aside: rows that do not belong to the score (video questions in an image score).
+        filtered: rows that do not belong to the score (video questions in an image score).
         maximum: the score of a perfect model.
     """
 
@@ -101,7 +101,7 @@ class Score:
     raw: Mapping[str, float] = field(default_factory=dict)
     unreadable: int = 0
     bad_rows: tuple[str, ...] = ()
-    set_aside: int = 0
+    filtered: int = 0
     maximum: float = 100.0
 
     @property

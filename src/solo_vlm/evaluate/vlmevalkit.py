@@ -9,7 +9,7 @@ from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 from solo_vlm.evaluate.benchmarks.seedbench import DIMENSIONS
-from solo_vlm.evaluate.options import as_list, options_in_columns, right_letter
+from solo_vlm.evaluate.options import as_list, options_in_columns, reference_letter
 from solo_vlm.evaluate.predictions import Prediction, present
 from solo_vlm.utils.errors import SoloError
 
@@ -93,7 +93,7 @@ def _listed(row: Mapping[str, Any]) -> tuple[list[str], int]:
     options = options_in_columns(row)
     if not options:
         raise SoloError(f"row {_name(row)} has no options; its columns are: {', '.join(row)}")
-    letter = right_letter(Prediction(_name(row), None, row), options, answers_are_places=True)
+    letter = reference_letter(Prediction(_name(row), None, row), options, answers_are_places=True)
     if letter is None:
         raise SoloError(
             f"row {_name(row)}: the answer {row.get('answer')!r} is none of its options {options}"

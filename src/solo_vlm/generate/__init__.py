@@ -1,7 +1,28 @@
-"""Answers of a SOLO model: as a stream, in batches, or about every image of a folder."""
+"""Chat with a model: streamed or batched answers, and a cache of shared prompt prefixes.
 
-from solo_vlm.generate.answerer import Answerer, ContextError, Reply
-from solo_vlm.generate.chats import check_prompt, open_images, user_turn
-from solo_vlm.generate.prefix_cache import PrefixCache
+May import `models`, `data` and `utils`.
+"""
 
-__all__ = ["Answerer", "ContextError", "PrefixCache", "Reply", "check_prompt", "open_images", "user_turn"]
+from solo_vlm.generate.cache import PrefixCache
+from solo_vlm.generate.pipeline import (
+    BatchGenerator,
+    ContextError,
+    GenerationOutput,
+    GenerationPipeline,
+    GenerationRequest,
+    check_prompt,
+    open_images,
+    user_turn,
+)
+
+__all__ = [
+    "BatchGenerator",
+    "ContextError",
+    "GenerationOutput",
+    "GenerationPipeline",
+    "GenerationRequest",
+    "PrefixCache",
+    "check_prompt",
+    "open_images",
+    "user_turn",
+]

@@ -1,4 +1,4 @@
-"""A conversation about images: the turns so far, and how they lie on disk."""
+"""Multi-turn conversation about images, with saving and loading."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 from solo_vlm.data.image_values import locate_images
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.text_values import load_json
-from solo_vlm.generate.answerer import Answerer, Reply
-from solo_vlm.generate.chats import open_images, user_turn
+from solo_vlm.generate.pipeline import GenerationOutput, GenerationPipeline, open_images, user_turn
 from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
@@ -18,66 +17,67 @@ from solo_vlm.utils.json_lines import json_line
 
 
 class Conversation:
-    """Turns between a user and a model, and images that wait for the next question.
+    """Turns between a user and a model, and images pending for the next question.
 
-    What fails leaves the conversation as it was.
+    A failed call leaves the conversation unchanged.
 
     Args:
-        answerer: with a prefix cache, so that each question takes only its own tokens.
+        pipeline: Model with its processor; with a prefix cache, a question costs only its own tokens.
     """
 
-    def __init__(self, answerer: Answerer) -> None:
+    def __init__(self, pipeline: GenerationPipeline) -> None:
         self.turns: list[Message] = []
-        self._answerer = answerer
-        self._waiting: list[dict[str, Any]] = []
+        self._pipeline = pipeline
+        self._pending_images: list[dict[str, Any]] = []
 
     def add_images(self, sources: Sequence[str]) -> None:
-        """Images for the next question, by path or URL.
+        """Add images to the next question, by path or URL.
 
         Raises:
-            SoloError: naming the one that cannot be read; then none is added.
+            SoloError: An image cannot be read; none is added.
         """
-        self._waiting += _image_parts(sources)
+        self._pending_images += _image_parts(sources)
 
-    def ask(self, question: str, on_text: Callable[[str], None], **options: Any) -> Reply:
-        """Answer a question about the images that wait, and all before.
+    def ask(self, question: str, on_text: Callable[[str], None], **options: Any) -> GenerationOutput:
+        """Answer a question about the pending images and all earlier turns.
 
         Args:
-            question: the user's.
-            on_text: see `Answerer.stream`, as for `options`.
+            question: The user's question.
+            on_text: Callback for pieces of the answer, see `GenerationPipeline.stream`.
+            **options: Further arguments of `GenerationPipeline.stream`.
 
         Raises:
-            SoloError: the conversation is too long.
+            SoloError: The conversation exceeds the context length.
         """
         turn = user_turn(question, [])
-        turn["content"] = [*self._waiting, *turn["content"]]
-        reply = self._answerer.stream([*self.turns, turn], on_text, **options)
-        self.turns += [turn, {"role": "assistant", "content": reply["answer"]}]
-        self._waiting = []
-        return reply
+        turn["content"] = [*self._pending_images, *turn["content"]]
+        output = self._pipeline.stream([*self.turns, turn], on_text, **options)
+        self.turns += [turn, {"role": "assistant", "content": output.text}]
+        self._pending_images = []
+        return output
 
     def reset(self) -> None:
-        """Forget all turns and images."""
-        self.turns, self._waiting = [], []
+        """Drop all turns and pending images."""
+        self.turns, self._pending_images = [], []
 
     def save(self, path: Path) -> None:
-        """Write the turns as JSON, with the images' paths: a sample that training can read, too.
+        """Write the turns as JSON with the paths of the images: a sample that training can read, too.
 
         Raises:
-            SoloError: the file cannot be written.
+            SoloError: The file cannot be written.
         """
-        plain = [{**turn, "content": _without_pixels(turn["content"])} for turn in self.turns]
+        turns = [{**turn, "content": _without_pixels(turn["content"])} for turn in self.turns]
         try:
             with new_file(path) as partial:
-                partial.write_bytes(json_line({"messages": plain}))
+                partial.write_bytes(json_line({"messages": turns}))
         except OSError as error:
             raise SoloError(f"cannot write {path}: {error.strerror}") from error
 
     def load(self, path: Path) -> None:
-        """Go on with a conversation that was saved; the present one is forgotten.
+        """Replace the conversation by a saved one.
 
         Raises:
-            SoloError: there is none in the file, or an image is no longer where it was.
+            SoloError: The file holds no conversation, or an image has moved.
         """
         try:
             row = load_json(path.read_bytes())
@@ -94,7 +94,7 @@ class Conversation:
             }
             for message in sample.messages
         ]
-        self.turns, self._waiting = turns, []
+        self.turns, self._pending_images = turns, []
 
 
 def _image_parts(sources: Sequence[str]) -> list[dict[str, Any]]:
@@ -106,7 +106,6 @@ def _image_parts(sources: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _absolute(source: str) -> str:
-    """A path as one that a file in any folder can hold."""
     is_url = "://" in source or source.lower().startswith(("data:", "file:"))
     return source if is_url else str(Path(source).absolute())
 

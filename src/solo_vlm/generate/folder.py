@@ -1,4 +1,4 @@
-"""One prompt about every image of a folder, answered into a file that a later run completes."""
+"""Answer one prompt about every image of a folder; an interrupted run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from solo_vlm.data.text_values import natural_key
-from solo_vlm.generate.answerer import Answerer
-from solo_vlm.generate.batches import ModelEngine, Question
-from solo_vlm.generate.chats import user_turn
+from solo_vlm.generate.pipeline import BatchGenerator, GenerationPipeline, GenerationRequest, user_turn
 from solo_vlm.models.solo.image_loading_solo import ImageError, image_suffixes, load_image
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
@@ -20,12 +18,12 @@ from solo_vlm.utils.json_lines import LinesFile, json_line
 
 @dataclass(frozen=True)
 class FolderCounts:
-    """What the file of answers holds in the end.
+    """Number of records in the finished output file.
 
     Attributes:
-        answers: images that were answered about, in earlier runs too.
-        errors: images that could not be.
-        new: of both, those of this run.
+        answers: Answered images, earlier runs included.
+        errors: Images that could not be read or answered.
+        new: Records added by this run.
     """
 
     answers: int
@@ -34,7 +32,7 @@ class FolderCounts:
 
 
 def answer_folder(
-    answerer: Answerer,
+    pipeline: GenerationPipeline,
     images: list[str],
     folder: Path,
     request: dict[str, Any],
@@ -42,57 +40,56 @@ def answer_folder(
     batch_size: int = 8,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FolderCounts:
-    """Ask the same about every image, and write `{"image": ..., "answer": ..., **request}` a line.
+    """Answer the same prompt about every image; write one line `{"image", "answer", **request}` per image.
 
-    An image that cannot be read, or does not fit into the model's context, has "error" in place of "answer".
-    Lines are added batch by batch; once all are there, they are put in the order of `images`. Images that the
-    file has already, from a run that was killed, are not asked about again.
+    A line has "error" instead of "answer" if the image cannot be read or exceeds the model's context. Lines
+    are appended batch by batch and put in the order of `images` at the end. Images that the file already
+    lists are skipped.
 
     Args:
-        answerer: the model.
-        images: names in the folder, see `find_images`.
-        folder: where they lie.
-        request: `prompt`, `max_new_tokens`, and whatever else a line shall tell.
-        out: JSON lines.
-        batch_size: images that are answered about together.
-        on_progress: called with the images done and all.
+        pipeline: Model with its processor.
+        images: Names relative to the folder, see `find_images`.
+        folder: Folder of the images.
+        request: `prompt`, `max_new_tokens`, and any other values to repeat on each line.
+        out: JSON-lines file to create or complete.
+        batch_size: Maximum number of images per batch.
+        on_progress: Callback for the number of finished images and their total.
 
     Raises:
-        SoloError: `out` holds something else, or answers to another request.
+        SoloError: `out` is another kind of file, or answers a different request.
     """
     with LinesFile(out) as file:
         records = {record.get("image"): record for record in file.records}
         before = len(records)
-        _check_same(request, records, out)
-        waiting = [name for name in images if name not in records]
-        faults: deque[tuple[str, str]] = deque()
+        _check_same_request(request, records, out)
+        pending = [name for name in images if name not in records]
+        unreadable: deque[dict[str, Any]] = deque()
 
-        def questions() -> Iterator[Question]:
-            for number, name in enumerate(waiting):
+        def requests() -> Iterator[GenerationRequest]:
+            for number, name in enumerate(pending):
                 try:
-                    chat = [user_turn(request["prompt"], [load_image(folder / name, name=name)])]
+                    messages = [user_turn(request["prompt"], [load_image(folder / name, name=name)])]
                 except ImageError as error:
-                    faults.append((name, str(error)))
+                    unreadable.append({"image": name, "error": str(error), **request})
                 else:
-                    yield Question(number, chat, request["max_new_tokens"])
+                    yield GenerationRequest(number, messages, request["max_new_tokens"])
 
         def save(new: list[dict[str, Any]]) -> None:
-            while faults:
-                name, error = faults.popleft()
-                new.append({"image": name, "error": error, **request})
+            while unreadable:  # another thread may append meanwhile
+                new.append(unreadable.popleft())
             file.append(new)
             records.update({record["image"]: record for record in new})
             on_progress(len(records), len(images))
 
-        for answers in ModelEngine(answerer, batch_size).answer(questions()):
+        for outputs in BatchGenerator(pipeline, batch_size).generate(requests()):
             save(
                 [
                     {
-                        "image": waiting[answer.number],
-                        **({"error": answer.error} if answer.error else {"answer": answer.text}),
+                        "image": pending[output.request_id],
+                        **({"error": output.error} if output.error else {"answer": output.text}),
                         **request,
                     }
-                    for answer in answers
+                    for output in outputs
                 ]
             )
         save([])
@@ -104,30 +101,30 @@ def answer_folder(
 
 
 def find_images(folder: Path) -> list[str]:
-    """Names of the image files in a folder and those below it, in natural order (img2 before img10).
+    """Return the relative names of all image files below a folder, in natural order (img2 before img10).
 
-    What is hidden is left out, and so is what has no ending of an image format.
+    Hidden files and folders are skipped; an image is recognized by its suffix.
 
     Raises:
-        SoloError: there is none.
+        SoloError: The folder has no images.
     """
-    endings = image_suffixes()
+    suffixes = image_suffixes()
     names = [
         path.relative_to(folder)
         for path in folder.rglob("*")
-        if path.suffix.lower() in endings and path.is_file()
+        if path.suffix.lower() in suffixes and path.is_file()
     ]
-    shown = [name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)]
-    if not shown:
+    visible = [name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)]
+    if not visible:
         raise SoloError(f"there are no images in {folder}")
-    return sorted(shown, key=natural_key)
+    return sorted(visible, key=natural_key)
 
 
-def _check_same(request: dict[str, Any], records: dict[Any, dict[str, Any]], out: Path) -> None:
+def _check_same_request(request: dict[str, Any], records: dict[Any, dict[str, Any]], out: Path) -> None:
     for record in records.values():
         for name, value in request.items():
             if record.get(name) != value:
                 raise SoloError(
-                    f"{out} holds answers of another request ({name} {record.get(name)!r}, now {value!r}): "
-                    "choose another name or remove it"
+                    f"{out} holds answers to another request ({name} {record.get(name)!r}, now {value!r}): "
+                    "choose another name or remove the file"
                 )

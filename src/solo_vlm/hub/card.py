@@ -15,8 +15,8 @@ from solo_vlm.data.catalog.entry import DataSet
 from solo_vlm.hub.evaluation import Evaluation
 from solo_vlm.hub.folder import weights
 from solo_vlm.hub.stage import Stage
-from solo_vlm.models.flops import image_tokens
 from solo_vlm.models.load import load_config, load_processor
+from solo_vlm.models.solo.processing_solo import num_image_tokens
 from solo_vlm.utils.pages import render
 
 _SIZES = ((336, 336), (640, 480), (1024, 768), (1920, 1080))  # (width, height) in pixels
@@ -34,7 +34,7 @@ class Grid:
     @property
     def tokens(self) -> int:
         """Patches and what separates them."""
-        return image_tokens(self.rows, self.columns)
+        return num_image_tokens(self.rows, self.columns)
 
 
 def model_card(

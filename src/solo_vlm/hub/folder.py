@@ -14,7 +14,7 @@ from solo_vlm.hub.remote_code import add_remote_code, edit_json
 from solo_vlm.models.load import load_processor
 from solo_vlm.models.saving import stop_ids
 from solo_vlm.models.solo.configuration_solo import SoloConfig
-from solo_vlm.models.solo.release_solo import is_release
+from solo_vlm.models.solo.original_solo import is_original
 from solo_vlm.utils.errors import SoloError
 
 # What else lies in a model's folder (optimizer states, logs, notes) does not leave this machine.
@@ -52,7 +52,7 @@ def check_publishable(model: Path) -> None:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SoloError(f"{config} is not JSON: {error}") from error
-    if is_release(settings):
+    if is_original(settings):
         raise SoloError(f"{model} is in the release's format: first solo convert release {model} NEW_FOLDER")
     if settings.get("model_type") != SoloConfig.model_type:
         raise SoloError(f"{model} holds a {settings.get('model_type')}, not a SOLO model")

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solo_vlm.models.shape import ModelShape
+from solo_vlm.models.solo.processing_solo import num_image_tokens
 
 Lengths = Sequence[int] | NDArray[np.integer[Any]]
 Recompute = Literal["none", "selective", "full"]
@@ -130,11 +131,6 @@ def training_flops(
     return flops.training_frozen if frozen else flops.training
 
 
-def image_tokens(rows: int, columns: int) -> int:
-    """Tokens of an image: its patches, a separator between rows, one token before and one after it."""
-    return rows * columns + rows + 1
-
-
 def image_flops(shape: ModelShape, rows: int, columns: int, before: int = 0) -> Flops:
     """FLOPs that an image adds to a document; the head is not run on it.
 
@@ -144,7 +140,7 @@ def image_flops(shape: ModelShape, rows: int, columns: int, before: int = 0) -> 
         columns: of patches.
         before: tokens of the document before the image.
     """
-    return _span(shape, image_tokens(rows, columns), before, patches=rows * columns)
+    return _span(shape, num_image_tokens(rows, columns), before, patches=rows * columns)
 
 
 def text_flops(shape: ModelShape, tokens: int, before: int = 0) -> Flops:

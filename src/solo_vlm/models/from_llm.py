@@ -292,7 +292,7 @@ def _use_template(processor: SoloProcessor, template: str) -> str | None:
     try:
         for turns in (1, 2, 3):
             processor.encode_chat([_USER, _ASSISTANT] * turns)
-        processor.encode_chat([_USER_WITH_IMAGE, _ASSISTANT], [(1, 1)])
+        processor.encode_chat([_USER_WITH_IMAGE, _ASSISTANT], [(1, 1, 1)])
     except ChatTemplateError as error:
         return str(error)
     return None

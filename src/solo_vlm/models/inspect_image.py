@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from PIL import Image, ImageDraw
 
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
+from solo_vlm.models.solo.processing_solo import num_image_tokens
 
 _LINE = (255, 64, 64)
 
@@ -27,7 +28,7 @@ class ImageLayout:
     @property
     def tokens(self) -> int:
         """`<vision>`, patches, `<vrow_sep>` between rows, `</vision>`."""
-        return self.patches + self.rows + 1
+        return num_image_tokens(self.rows, self.columns)
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""

@@ -10,8 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+from solo_vlm.models.solo.original_solo import is_original
 from solo_vlm.models.solo.processing_solo import SoloProcessor
-from solo_vlm.models.solo.release_solo import is_release
 from solo_vlm.utils.errors import SoloError
 
 
@@ -52,7 +52,7 @@ def load_processor(path: str | Path) -> SoloProcessor:
         from solo_vlm.convert.tokenizer import release_tokenizer
 
         tokenizer = release_tokenizer(path, rows=settings["vocab_size"])
-        return release_processor(tokenizer, settings.get("vision_patch_size", 32), layout="release")
+        return release_processor(tokenizer, settings.get("vision_patch_size", 32), layout="original")
     return _load(SoloProcessor, path)
 
 
@@ -68,7 +68,7 @@ def is_solo(path: str | Path) -> bool:
         settings = PreTrainedConfig.get_config_dict(str(path))[0]
     except (OSError, ValueError) as error:
         raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
-    return settings.get("model_type") == SoloConfig.model_type or is_release(settings)
+    return settings.get("model_type") == SoloConfig.model_type or is_original(settings)
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
@@ -105,7 +105,7 @@ def _release_settings(path: str | Path) -> dict[str, Any] | None:
         settings = PreTrainedConfig.get_config_dict(str(path))[0]
     except (OSError, ValueError):  # the loaders say what is wrong with it
         return None
-    return settings if is_release(settings) else None
+    return settings if is_original(settings) else None
 
 
 def _refuse_others(path: str | Path) -> None:
@@ -115,7 +115,7 @@ def _refuse_others(path: str | Path) -> None:
     except (OSError, ValueError):  # the loaders say what is wrong with it
         return
     kind = settings.get("model_type")
-    if settings and kind != SoloConfig.model_type and not is_release(settings):
+    if settings and kind != SoloConfig.model_type and not is_original(settings):
         raise SoloError(
             f"{path} is no SOLO model, but {kind or 'of no model_type'}: "
             f"solo init --llm {path} makes one of an LLM"

@@ -63,7 +63,7 @@ def write_report(path: Path, metrics: Mapping[str, Any], answers: Answers, loss_
         metrics=metrics,
         loss_curve=png_url(loss_curve.read_bytes()),
         kinds={name: given[:_SHOWN] for name, given in answers.items()},
-        wrong=[answer for given in answers.values() for answer in given if not answer.right][:_SHOWN],
+        wrong=[answer for given in answers.values() for answer in given if not answer.correct][:_SHOWN],
         picture=image_url,
     )
     with new_file(path) as partial:

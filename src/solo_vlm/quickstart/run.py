@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import Progress
 
 from solo_vlm.evaluate.held_out import HeldOutAnswer, accuracy, answer_questions, read_questions
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.from_llm import from_llm
 from solo_vlm.quickstart.data import write_toy_data
 from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
@@ -53,9 +53,9 @@ def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str,
             if stage == "stage1":
                 from_llm(out / "llm" / "model", seed=seed).save(out / "init")
             trained[stage] = train(_recipe(stage, out, seed, fraction), progress=progress)
-        answerer = Answerer.load(trained["sft"].model)
+        pipeline = GenerationPipeline.from_pretrained(trained["sft"].model)
         answers = {
-            name: _answers(out / "data" / f"heldout_{name}.parquet", answerer, progress)
+            name: _answers(out / "data" / f"heldout_{name}.parquet", pipeline, progress)
             for name in ("digits", "captions", "qa")
         }
 
@@ -69,7 +69,7 @@ def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str,
         "tokens_per_second": round(tokens / sum(run.figures["seconds"] for run in trained.values())),
         "steps": steps,
         "tokens": tokens,
-        "parameters": answerer.model.num_parameters(),
+        "parameters": pipeline.model.num_parameters(),
         "held_out": {name: len(given) for name, given in answers.items()},
         "stages": {stage: _stage_figures(out / stage, run) for stage, run in trained.items()},
         "seed": seed,
@@ -106,11 +106,11 @@ def _work(progress: Progress, name: str, work: Any) -> None:
     progress.update(task, completed=1)
 
 
-def _answers(path: Path, answerer: Answerer, progress: Progress) -> list[HeldOutAnswer]:
+def _answers(path: Path, pipeline: GenerationPipeline, progress: Progress) -> list[HeldOutAnswer]:
     questions = read_questions(path)
     task = progress.add_task(path.stem, total=len(questions), figures="")
     answers: list[HeldOutAnswer] = []
-    for batch in answer_questions(questions, answerer):
+    for batch in answer_questions(questions, pipeline):
         answers += batch
         progress.update(task, completed=len(answers))
     return answers

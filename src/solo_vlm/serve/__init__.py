@@ -1,1 +1,4 @@
-"""A SOLO model behind OpenAI's chat API, with limits on what a stranger may ask of it."""
+"""One server: OpenAI's chat API and the page in front of one engine; and the plug-in for vLLM.
+
+May import models, generate and utils.
+"""

@@ -1,87 +1,362 @@
-"""The server's pages, who may ask for them, and its errors in one form."""
+"""The application: OpenAI's chat API, the page, and the page's two endpoints of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from solo_vlm.serve.chat import ChatCompletions
-from solo_vlm.serve.engine import Engine
-from solo_vlm.serve.errors import ApiError, no_such_model
+from solo_vlm.models.solo.processing_solo import ChatTemplateError
+from solo_vlm.serve.engine import Engine, Finish, Prompt, Request, SamplingParams
+from solo_vlm.serve.images import EncodedImage, ImageReader, describe_image
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.metrics import Metrics
+from solo_vlm.serve.page.attention import WordAttention
+from solo_vlm.serve.protocol import (
+    ApiError,
+    Chat,
+    ChatCompletion,
+    ChatCompletionRequest,
+    EventStream,
+    ImageRequest,
+    context_length_exceeded,
+    model_not_found,
+    parse_attention,
+    parse_body,
+    parse_chat_completion,
+)
 
+logger = logging.getLogger(__name__)
+
+_STATIC = Path(__file__).parent / "page" / "static"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 _MODELS = "/v1/models/"
-_CLIENT_LEFT = 499  # nginx's number; HTTP has none
+_API = ("/v1", "/api")  # what keys protect, and what pages of other sites may not request
+_CLIENT_LEFT = 499  # nginx's status code; HTTP has none
+_PREPARING_THREADS = 4
+_LAST_EVENT_SECONDS = 5.0
+
+Result = TypeVar("Result")
+Handler = Callable[[bytes, EventStream], Awaitable[dict[str, Any] | None]]
+"""Takes a request body; returns a JSON object, or sends a stream and returns nothing."""
 
 
 def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str] = ()) -> Starlette:
-    """The server as an ASGI application.
+    """Build the server as an ASGI application.
 
     Args:
-        engine: answers; closed with the application.
-        model: the name that requests give.
-        limits: of each request, and of all together.
-        api_keys: one of these must come with every request under /v1; none: nobody is asked for one.
+        engine: generates; closed with the application.
+        model: name by which requests select the model.
+        limits: on each request, and on all together.
+        api_keys: one of them is required for requests to the API; empty: none is.
     """
     metrics = Metrics(engine)
-    chat = ChatCompletions(engine, model, limits, metrics)
-    card = {"id": model, "object": "model", "created": 0, "owned_by": "solo-vlm"}
+    api = _Api(engine, model, limits, metrics)
+    card = {
+        **{"id": model, "object": "model", "created": 0, "owned_by": "solo-vlm"},
+        **engine.describe(),
+        "limits": asdict(limits),
+    }
 
-    async def models(_: Request) -> Response:
+    async def list_models(_: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
 
-    async def one_model(request: Request) -> Response:
+    async def retrieve_model(request: HttpRequest) -> Response:
         name = request.path_params["name"]
         if not name:
-            return await models(request)
+            return await list_models(request)
         if name != model:
-            raise no_such_model(name, model)
+            raise model_not_found(name, model)
         return JSONResponse(card)
 
-    async def health(_: Request) -> Response:
+    async def health(_: HttpRequest) -> Response:
         return JSONResponse({"status": "ok", "model": model})
 
-    async def exposition(_: Request) -> Response:
+    async def exposition(_: HttpRequest) -> Response:
         return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    async def page(request: HttpRequest) -> Response:
+        path = _STATIC / request.path_params.get("name", "index.html")
+        if path not in _STATIC.iterdir():
+            raise HTTPException(404)
+        return FileResponse(path, headers=_PAGE_HEADERS)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(chat.close)
+        await asyncio.to_thread(api.close)
         await asyncio.to_thread(engine.close)
 
     routes = [
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/models", models),
-        Route(f"{_MODELS}{{name:path}}", one_model),
+        Route("/v1/chat/completions", _Endpoint(api, api.chat_completion), methods=["POST"]),
+        Route("/v1/models", list_models),
+        Route(f"{_MODELS}{{name:path}}", retrieve_model),
+        Route("/api/image", _Endpoint(api, api.image), methods=["POST"]),
+        Route("/api/attention", _Endpoint(api, api.attention), methods=["POST"]),
         Route("/health", health),
         Route("/metrics", exposition),
+        Route("/", page),
+        Route("/page/{name}", page),
     ]
     return Starlette(
         routes=routes,
         lifespan=lifespan,
         middleware=[
             Middleware(_CountRequests, metrics, {route.path for route in routes}),
-            Middleware(_RequireKey, api_keys),
+            Middleware(_ProtectApi, api_keys),
         ],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error},
     )
 
 
+class _Api:
+    """Handlers of the requests that need the model."""
+
+    def __init__(self, engine: Engine, model: str, limits: Limits, metrics: Metrics) -> None:
+        self.limits = limits
+        self._engine = engine
+        self._model = model
+        self._metrics = metrics
+        self._images = ImageReader(engine.image_processor, limits)
+        self._attention = WordAttention()
+        self._slots_taken = 0
+        # A thread finishes what it has begun even when its client leaves, so their number is bounded.
+        self._threads = ThreadPoolExecutor(_PREPARING_THREADS, "prepare")
+
+    def close(self) -> None:
+        """Drop the requests that are not prepared yet."""
+        self._threads.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """Count one in-flight request.
+
+        Raises:
+            ApiError: 429: there are as many as allowed.
+        """
+        if self._slots_taken >= self.limits.max_concurrent:
+            message = f"Too many requests: {self._slots_taken} are in flight. Please retry later."
+            raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "1"})
+        self._slots_taken += 1
+        try:
+            yield
+        finally:
+            self._slots_taken -= 1
+
+    async def chat_completion(self, body: bytes, stream: EventStream) -> dict[str, Any] | None:
+        """Answer a chat, as one object or as a stream."""
+        arrived = time.monotonic()
+        chat = await self._in_thread(parse_chat_completion, body, self.limits)
+        if chat.model not in (None, self._model):
+            raise model_not_found(chat.model, self._model)
+        prompt = await self._encode(chat)
+        request = Request(prompt, self._sampling_params(chat, len(prompt)))
+        self._metrics.count_prompt(len(prompt), len(prompt.images))
+        completion = ChatCompletion(self._model, len(prompt))
+        self._engine.submit(request)
+        try:
+            events = self._metrics.observe(request.events(), arrived)
+            if not chat.stream:
+                return completion.whole([event async for event in events])
+            include_usage = chat.stream_options and chat.stream_options.include_usage
+            await _stream(events, completion, stream, bool(include_usage))
+            return None
+        finally:
+            self._engine.cancel(request)
+
+    async def image(self, body: bytes, _: EventStream) -> dict[str, Any]:
+        """Describe what the model sees of an image."""
+        request = await self._in_thread(parse_body, ImageRequest, body, self.limits)
+        (image,) = await self._read([("image_url.url", request.image_url.url)])
+        return await self._in_thread(describe_image, image)
+
+    async def attention(self, body: bytes, _: EventStream) -> dict[str, Any]:
+        """Return how much a word of an answer attended to each patch."""
+        request = await self._in_thread(parse_attention, body, self.limits)
+        layers = self._engine.describe()["layers"]
+        if request.layer is not None and request.layer >= layers:
+            message = f"Layer {request.layer} does not exist. The model has layers 0 to {layers - 1}."
+            raise ApiError(400, message, "layer")
+        prompt = await self._encode(request, add_generation_prompt=False)
+        answer = request.messages[-1].text
+        span = (request.start, request.end)
+        call = self._engine.run(
+            lambda pipeline: self._attention(pipeline, prompt, answer, span, request.layer)
+        )
+        return await asyncio.wrap_future(call)
+
+    async def _encode(self, chat: Chat, add_generation_prompt: bool = True) -> Prompt:
+        images = await self._read(chat.image_urls)
+        messages = [message.for_processor() for message in chat.messages]
+        try:
+            prompt = await self._in_thread(self._engine.encode, messages, images, add_generation_prompt)
+        except ChatTemplateError as error:
+            raise ApiError(400, f"Invalid messages: {error}.", "messages") from error
+        context = self._engine.context_length
+        if context and len(prompt) + add_generation_prompt > context:
+            raise context_length_exceeded(context, len(prompt))
+        return prompt
+
+    async def _read(self, urls: Any) -> list[EncodedImage]:
+        return await self._in_thread(self._images.read, await self._images.fetch(urls))
+
+    def _sampling_params(self, chat: ChatCompletionRequest, prompt_tokens: int) -> SamplingParams:
+        context = self._engine.context_length
+        room = context - prompt_tokens if context else self.limits.max_tokens
+        requested = chat.requested_tokens
+        if context and requested and requested > room:
+            raise context_length_exceeded(context, prompt_tokens, requested)
+        return SamplingParams(
+            max_tokens=requested or min(self.limits.max_tokens, room),
+            temperature=chat.temperature or 0.0,
+            top_p=1.0 if chat.top_p is None else chat.top_p,
+            seed=chat.seed,
+            stop=tuple(chat.stop or ()),
+        )
+
+    async def _in_thread(self, task: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, task, *arguments)
+
+
+async def _stream(
+    events: AsyncIterator[str | Finish], completion: ChatCompletion, stream: EventStream, include_usage: bool
+) -> None:
+    async for event in events:
+        if not stream.begun:
+            await stream.send(completion.chunk({"role": "assistant", "content": ""}))
+        if isinstance(event, str):
+            await stream.send(completion.chunk({"content": event}))
+        else:
+            await stream.send(completion.chunk({}, event))
+            if include_usage:
+                await stream.send(completion.usage_chunk(event))
+            await stream.send("[DONE]", last=True)
+
+
+class _Endpoint:
+    """ASGI application around a handler: one slot, a bounded body, a time limit, errors as JSON.
+
+    A client that disconnects cancels its request at any moment.
+    """
+
+    def __init__(self, api: _Api, handler: Handler) -> None:
+        self._api = api
+        self._limits = api.limits
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._api.slot():
+            try:
+                body = await self._read_body(HttpRequest(scope, receive))
+            except ClientDisconnect:
+                return
+            await _unless_disconnected(self._respond(body, scope, receive, send), receive)
+
+    async def _respond(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the handler's result or error; an error within a stream becomes its last event."""
+        stream = EventStream(send)
+        try:
+            async with asyncio.timeout(self._limits.max_seconds):
+                result = await self._handler(body, stream)
+                if result is not None:
+                    await JSONResponse(result)(scope, receive, send)
+        except Exception as error:
+            known = self._as_api_error(error)
+            if not stream.begun:
+                raise known from error
+            with suppress(TimeoutError):  # the client may have stopped reading
+                async with asyncio.timeout(_LAST_EVENT_SECONDS):
+                    await stream.send(known.body, last=True)
+
+    async def _read_body(self, request: HttpRequest) -> bytes:
+        """Read a JSON body; refuse one as soon as it is known to be too large or too slow.
+
+        Raises:
+            ApiError: 408, 413 or 415.
+            ClientDisconnect: the client left before the end.
+        """
+        # Browsers send JSON to other sites only after a preflight request, which this server does not grant.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "Unsupported content type. Send JSON as Content-Type: application/json.")
+        limit, seconds = self._limits.max_request_bytes, self._limits.max_body_seconds
+        too_large = ApiError(
+            413, f"Request body too large: the maximum is {limit:,} bytes.", code="request_too_large"
+        )
+        if int(request.headers.get("content-length", 0)) > limit:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError as error:
+            message = f"The request body did not arrive within {seconds:g} s."
+            raise ApiError(408, message, code="timeout") from error
+        return bytes(body)
+
+    def _as_api_error(self, error: Exception) -> ApiError:
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, TimeoutError):
+            message = f"The request timed out after {self._limits.max_seconds:g} s."
+            return ApiError(504, message, code="timeout")
+        logger.error("a request failed", exc_info=error)
+        message = "The server had an error while processing the request. Its log has the details."
+        return ApiError(500, message, code="internal_error")
+
+
+async def _unless_disconnected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Run a coroutine; cancel it when the client disconnects.
+
+    Args:
+        work: responds to the client. Its exceptions are raised here.
+        receive: ASGI receive of the request, whose body was read.
+    """
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.create_task(work)
+    tasks = (working, asyncio.create_task(disconnected()))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class _CountRequests:
-    """Counts every request by its status."""
+    """Middleware that counts requests by path and status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: set[str]) -> None:
         self._app = app
@@ -93,51 +368,63 @@ class _CountRequests:
             return await self._app(scope, receive, send)
         status = _CLIENT_LEFT
 
-        async def noting(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, record_status)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
-            if scope["path"].startswith(_MODELS):  # one label, whatever names are asked for
+            if scope["path"].startswith(_MODELS):  # one label, whatever names clients request
                 path = f"{_MODELS}{{name}}"
             self._metrics.count_request(path, status)
 
 
-class _RequireKey:
-    """Lets nobody to /v1 without a key."""
+class _ProtectApi:
+    """Middleware that refuses API requests without a key, and those that a page of another site made."""
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
         self._app = app
         self._expected = [f"Bearer {key}".encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        protected = scope["type"] == "http" and scope["path"].startswith("/v1")
-        if not protected or not self._expected or self._is_allowed(dict(scope["headers"])):
-            return await self._app(scope, receive, send)
-        error = ApiError(401, "send the API key: Authorization: Bearer KEY", code="invalid_api_key")
-        await _response(error)(scope, receive, send)
+        if scope["type"] == "http" and scope["path"].startswith(_API):
+            headers = Headers(scope=scope)
+            if _is_cross_site(headers):
+                error = ApiError(403, "Requests from pages of other sites are not allowed.")
+                return await _response(error)(scope, receive, send)
+            if self._expected and not self._is_allowed(headers):
+                message = "Missing or incorrect API key. Send it in the header Authorization: Bearer KEY."
+                return await _response(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
+        await self._app(scope, receive, send)
 
-    def _is_allowed(self, headers: dict[bytes, bytes]) -> bool:
-        given = headers.get(b"authorization", b"")
-        # In constant time, each of them: how long it takes tells nothing.
+    def _is_allowed(self, headers: Headers) -> bool:
+        given = headers.get("authorization", "").encode("latin-1")
+        # Constant time over all keys, so that the duration reveals nothing.
         return sum(hmac.compare_digest(given, expected) for expected in self._expected) > 0
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+def _is_cross_site(headers: Headers) -> bool:
+    """Whether a browser says that another site's page made a request. Other clients send neither header."""
+    if site := headers.get("sec-fetch-site"):
+        return site not in ("same-origin", "none")
+    origin = headers.get("origin")  # from browsers without Sec-Fetch-Site, and over plain HTTP
+    return origin is not None and origin.partition("://")[2] != headers.get("host")
+
+
+async def _api_error(_: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _response(error)
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own: there is no such page, or not with this method."""
+async def _http_error(request: HttpRequest, error: Exception) -> Response:
+    """Respond to starlette's own errors: unknown path or wrong method."""
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}: {error.detail.lower()}"
-    return _response(ApiError(error.status_code, what, headers=dict(error.headers or {})))
+    message = f"{error.detail}: {request.method} {request.url.path}."
+    return _response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
 
 def _response(error: ApiError) -> Response:

@@ -1,114 +1,476 @@
-"""One thread that answers the requests that wait, as many together as fit."""
+"""Generation for concurrent requests: a queue, batches, and each answer's text as it grows."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import logging
 from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from threading import Condition, Lock, Thread
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
-from solo_vlm.generate import Answerer
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessor, StoppingCriteria, TopPLogitsWarper
+
+from solo_vlm.generate import GenerationPipeline
+from solo_vlm.generate.pipeline import MIN_TEMPERATURE
+from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.models.solo.processing_solo import Message
-from solo_vlm.serve.batch import answer_together
-from solo_vlm.serve.job import Job
+from solo_vlm.serve.images import EncodedImage
 
 logger = logging.getLogger(__name__)
 
+FinishReason = Literal["stop", "length"]
+Result = TypeVar("Result")
 
-class Engine:
-    """Answers jobs in the order in which they come.
+_INCOMPLETE = "\ufffd"  # what the first bytes of a multi-byte character decode to
 
-    Args:
-        answerer: the model. Nobody else may use it from now on.
-        max_batch: jobs answered together.
-        max_batch_tokens: rows times longest prompt and answer of a batch of several.
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling and stopping of one request.
+
+    Attributes:
+        max_tokens: maximum number of generated tokens.
+        temperature: 0 selects greedy decoding.
+        top_p: sample from the smallest set of tokens with at least this total probability.
+        seed: seed of the sampling; None draws one.
+        stop: strings that end the answer and are not part of it.
     """
 
-    def __init__(self, answerer: Answerer, max_batch: int, max_batch_tokens: int) -> None:
-        self._running: list[Job] = []
-        self._answerer = answerer
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized chat with its encoded images.
+
+    Attributes:
+        input_ids: (length,) int64, images expanded to their layout.
+        supervised: (length,) bool: text of the assistant and the token that ends its turn.
+        images: in order of appearance.
+    """
+
+    input_ids: NDArray[np.int64]
+    supervised: NDArray[np.bool_]
+    images: tuple[EncodedImage, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """End of an answer: why it ended, and its token counts.
+
+    Attributes:
+        reason: "stop" (end token or stop string) or "length".
+        completion_tokens: generated tokens.
+        cached_tokens: prompt tokens found in the prefix cache.
+    """
+
+    reason: FinishReason
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+class Request:
+    """A prompt to answer, created in the event loop that reads the answer.
+
+    Args:
+        prompt: from `Engine.encode`.
+        params: sampling and stopping.
+
+    Attributes:
+        cancelled: the client is gone. Set by the engine.
+    """
+
+    def __init__(self, prompt: Prompt, params: SamplingParams) -> None:
+        self.prompt = prompt
+        self.params = params
+        self.cancelled = False
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[str | Finish | Exception] = asyncio.Queue()
+
+    def put(self, event: str | Finish | Exception) -> None:
+        """Hand text, the finish, or an error to the reader. Called from the engine's thread."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def events(self) -> AsyncIterator[str | Finish]:
+        """Yield the pieces of the answer, then its finish.
+
+        Raises:
+            Exception: whatever made generation fail.
+        """
+        while True:
+            event = await self._events.get()
+            if isinstance(event, Exception):
+                raise event
+            yield event
+            if isinstance(event, Finish):
+                return
+
+
+class Engine:
+    """One thread that owns the model and serves queued requests in order of arrival, in batches.
+
+    Args:
+        pipeline: model and processor; nothing else may use them from now on.
+        max_batch: maximum requests per batch.
+        max_batch_tokens: maximum of rows times (longest prompt + longest answer) in a batch of several.
+    """
+
+    def __init__(self, pipeline: GenerationPipeline, max_batch: int, max_batch_tokens: int) -> None:
+        self._pipeline = pipeline
         self._max_batch = max_batch
         self._max_batch_tokens = max_batch_tokens
-        self._jobs: deque[Job] = deque()
+        self._running: Sequence[Request | _Call[Any]] = ()
+        self._queue: deque[Request | _Call[Any]] = deque()
         self._changed = Condition()
         self._closed = False
-        # A fast tokenizer changes while it encodes: no two threads may use one.
+        # A fast tokenizer mutates its own state while encoding, so every thread needs a lock or a copy.
         self._encoding = Lock()
-        self._tokenizer = copy.deepcopy(answerer.processor.tokenizer)
+        self._tokenizer = copy.deepcopy(pipeline.processor.tokenizer)
         self._thread = Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     @property
-    def context(self) -> int | None:
-        """Tokens of prompt and answer together, where the model has a limit."""
-        return self._answerer.context
+    def context_length(self) -> int | None:
+        """Maximum tokens of prompt and answer together, if the model has a limit."""
+        return self._pipeline.context_length
+
+    @property
+    def image_processor(self) -> SoloImageProcessor:
+        """Encodes images; any thread may use it."""
+        return self._pipeline.processor.image_processor
 
     @property
     def running(self) -> int:
-        """Jobs that are being answered."""
+        """Number of requests in the current batch."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Jobs that are not begun."""
-        return len(self._jobs)
+        """Number of queued requests."""
+        return len(self._queue)
 
-    def encode(self, chat: list[Message]) -> Any:
-        """Model inputs of a chat; any thread may ask.
+    def describe(self) -> dict[str, Any]:
+        """Return the model's size, for clients: `max_model_len`, `parameters` and `layers`."""
+        model = self._pipeline.model
+        return {
+            "max_model_len": self.context_length,
+            "parameters": sum(weights.numel() for weights in model.parameters()),
+            "layers": model.config.text_config.num_hidden_layers,
+        }
+
+    def encode(
+        self, messages: Sequence[Message], images: Sequence[EncodedImage], add_generation_prompt: bool = True
+    ) -> Prompt:
+        """Tokenize a chat. Thread-safe.
+
+        Args:
+            messages: with one image part per image.
+            images: in order of appearance.
+            add_generation_prompt: whether to end where the next answer begins.
 
         Raises:
-            SoloError: a chat that the template refuses, or longer than the model's context.
+            ChatTemplateError: the chat template refuses the chat.
         """
+        grids = [image.image_grid_thw for image in images]
         with self._encoding:
-            return self._answerer.encode([chat])
+            chat = self._pipeline.processor.encode_chat(messages, grids, add_generation_prompt)
+        return Prompt(chat.input_ids, chat.supervised, tuple(images))
 
-    def submit(self, job: Job) -> None:
-        """Put a job in the queue."""
-        with self._changed:
-            self._jobs.append(job)
-            self._changed.notify()
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+        self._append(request)
 
-    def cancel(self, job: Job) -> None:
-        """Drop a job that is not done: at once while it waits, with its next token while it runs."""
+    def run(self, function: Callable[[GenerationPipeline], Result]) -> Future[Result]:
+        """Queue a call that needs the model. It runs by itself, between two batches."""
+        call = _Call(function)
+        self._append(call)
+        return call.future
+
+    def cancel(self, request: Request) -> None:
+        """Drop an unfinished request: at once while it is queued, at its next token while it runs."""
         with self._changed:
-            job.cancelled = True
-            if job in self._jobs:
-                self._jobs.remove(job)
+            request.cancelled = True
+            if request in self._queue:
+                self._queue.remove(request)
 
     def close(self) -> None:
-        """Drop every job, and end."""
+        """Drop all requests and stop the thread."""
         with self._changed:
             self._closed = True
-            for job in self._running:
-                job.cancelled = True
+            for item in (*self._running, *self._queue):
+                if isinstance(item, Request):
+                    item.cancelled = True
+                else:
+                    item.future.cancel()
             self._changed.notify()
         self._thread.join()
+
+    def _append(self, item: Request | _Call[Any]) -> None:
+        with self._changed:
+            self._queue.append(item)
+            self._changed.notify()
 
     def _work(self) -> None:
         while not self._closed:
             batch = self._next_batch()
-            try:
-                if batch:
-                    answer_together(self._answerer, self._tokenizer, batch)
-            except Exception as error:
-                logger.exception("a batch of %d requests failed", len(batch))
-                for job in batch:
-                    job.put(error)
-            self._running = []
+            if isinstance(batch, _Call):
+                batch(self._pipeline)
+            elif batch:
+                try:
+                    generate_batch(self._pipeline, self._tokenizer, batch)
+                except Exception as error:
+                    logger.exception("generation failed for a batch of %d requests", len(batch))
+                    for request in batch:
+                        request.put(error)
+            self._running = ()
 
-    def _next_batch(self) -> list[Job]:
-        """Jobs that fit together, the longest waiting first; none once the engine is closed."""
+    def _next_batch(self) -> list[Request] | _Call[Any]:
+        """Wait for work; return a call, or as many requests as fit together (none once closed)."""
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._closed)
-            batch: list[Job] = []
-            while self._jobs and not self._closed and self._fits([*batch, self._jobs[0]]):
-                batch.append(self._jobs.popleft())
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            batch: list[Request] = []
+            while self._queue and not self._closed:
+                item = self._queue[0]
+                if isinstance(item, _Call):
+                    if batch:
+                        break
+                    self._running = (self._queue.popleft(),)
+                    return item
+                if not self._fits([*batch, item]):
+                    break
+                self._queue.popleft()
+                batch.append(item)
             self._running = batch
             return batch
 
-    def _fits(self, batch: list[Job]) -> bool:
-        """Whether jobs can be one batch: a padded row is as long as the longest prompt and answer."""
-        length = max(job.prompt_tokens for job in batch) + max(job.sampling.max_tokens for job in batch)
+    def _fits(self, batch: list[Request]) -> bool:
+        """Whether requests fit in one batch: every row is padded to the longest prompt and answer."""
+        length = max(len(r.prompt) for r in batch) + max(r.params.max_tokens for r in batch)
         small = len(batch) <= self._max_batch and len(batch) * length <= self._max_batch_tokens
-        return len(batch) == 1 or (small and length <= (self.context or length))
+        return len(batch) == 1 or (small and length <= (self.context_length or length))
+
+
+class _Call(Generic[Result]):
+    """A queued function of the model, and the future of its result."""
+
+    def __init__(self, function: Callable[[GenerationPipeline], Result]) -> None:
+        self.future: Future[Result] = Future()
+        self._function = function
+
+    def __call__(self, pipeline: GenerationPipeline) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self._function(pipeline))
+        except Exception as error:
+            self.future.set_exception(error)
+
+
+# ---------------------------------------------------------------------------------------- one batch
+
+
+def generate_batch(pipeline: GenerationPipeline, tokenizer: Any, requests: Sequence[Request]) -> None:
+    """Answer requests in one batch, sending each its text as it grows and its finish when it ends.
+
+    Args:
+        pipeline: model and processor.
+        tokenizer: decodes; no other thread may use it.
+        requests: longest prompt plus longest answer fit the model's context.
+    """
+    # The size of a cached prefix is known when generation returns: a request that runs alone waits for it.
+    alone = len(requests) == 1
+    outputs = [_Output(request, tokenizer, pipeline.eos_token_ids, hold_finish=alone) for request in requests]
+    inputs = merge_prompts([request.prompt for request in requests], tokenizer.pad_token_id)
+    _, cached_tokens = pipeline.generate(
+        {name: value.to(pipeline.model.device) for name, value in inputs.items()},
+        max(request.params.max_tokens for request in requests),
+        logits_processor=[RowSampler([request.params for request in requests], pipeline.model.device)],
+        stopping_criteria=[_OutputListener(outputs)],
+    )
+    if alone:
+        outputs[0].send_finish(cached_tokens)
+
+
+def merge_prompts(prompts: Sequence[Prompt], pad_id: int) -> dict[str, Tensor]:
+    """Return the model inputs of a batch of prompts, padded on the left."""
+    ids = [torch.from_numpy(prompt.input_ids) for prompt in prompts]
+    inputs = {
+        name: pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+        for name, rows, value in (
+            ("input_ids", ids, pad_id),
+            ("attention_mask", [torch.ones_like(row) for row in ids], 0),
+        )
+    }  # (prompts, longest)
+    if images := [image for prompt in prompts for image in prompt.images]:
+        inputs["pixel_values"] = torch.from_numpy(np.concatenate([image.pixel_values for image in images]))
+        inputs["image_grid_thw"] = torch.from_numpy(np.stack([image.image_grid_thw for image in images]))
+    return inputs
+
+
+class _Output:
+    """Answer to one request while it is generated."""
+
+    def __init__(
+        self, request: Request, tokenizer: Any, eos_token_ids: Sequence[int], hold_finish: bool = False
+    ) -> None:
+        self.done = False
+        self._request = request
+        self._eos_token_ids = eos_token_ids
+        self._hold_finish = hold_finish
+        self._detokenizer = IncrementalDetokenizer(tokenizer, request.params.stop)
+        self._tokens = 0
+        self._reason: FinishReason | None = None
+
+    def append(self, token: int) -> bool:
+        """Take the next token; return whether the answer is complete."""
+        if self.done:
+            return True
+        self._tokens += 1
+        if self._request.cancelled:
+            self.done = True
+        elif token in self._eos_token_ids:
+            self._finish("stop")
+        else:
+            self._send(self._detokenizer.append(token))
+            if self._detokenizer.stopped:
+                self._finish("stop")
+            elif self._tokens == self._request.params.max_tokens:
+                self._finish("length")
+        return self.done
+
+    def send_finish(self, cached_tokens: int = 0) -> None:
+        """Send the finish, unless the request was cancelled before."""
+        if self._reason:
+            self._request.put(Finish(self._reason, self._tokens, cached_tokens))
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.done = True
+        self._send(self._detokenizer.flush())
+        # The flushed text may complete a stop string.
+        self._reason = "stop" if self._detokenizer.stopped else reason
+        if not self._hold_finish:
+            self.send_finish()
+
+    def _send(self, text: str) -> None:
+        if text:
+            self._request.put(text)
+
+
+class _OutputListener(StoppingCriteria):
+    """Passes each new token to its output and reports which rows are done."""
+
+    def __init__(self, outputs: Sequence[_Output]) -> None:
+        self._outputs = outputs
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        newest = input_ids[:, -1].tolist()
+        done = [output.append(token) for output, token in zip(self._outputs, newest, strict=True)]
+        return torch.tensor(done, device=input_ids.device)  # (rows,)
+
+
+class RowSampler(LogitsProcessor):
+    """Samples each row with its own parameters, under greedy search.
+
+    The argmax of logits plus Gumbel noise is a sample of their softmax (Gumbel 1954). Each row draws its
+    noise from its own generator, so a seed gives the same answer whatever else is in the batch.
+    """
+
+    def __init__(self, params: Sequence[SamplingParams], device: torch.device) -> None:
+        self._rows = [
+            (row, own.temperature, _generator(own.seed, device), TopPLogitsWarper(own.top_p))
+            for row, own in enumerate(params)
+            if own.temperature
+        ]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # both (rows, vocabulary)
+        for row, temperature, generator, top_p in self._rows:
+            logits = top_p(input_ids[row], scores[row : row + 1] / max(temperature, MIN_TEMPERATURE))
+            noise = torch.empty_like(logits).exponential_(generator=generator).log_()
+            scores[row] = (logits - noise)[0]
+        return scores
+
+
+def _generator(seed: int | None, device: torch.device) -> torch.Generator:
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+class IncrementalDetokenizer:
+    """Turns tokens into text that later tokens cannot change.
+
+    The pieces concatenate to the decoded answer, stripped of surrounding white space, up to the first
+    complete stop string. Leading white space is not part of the answer, so no stop string starts there.
+
+    Args:
+        tokenizer: decodes; no other thread may use it.
+        stop: stop strings.
+
+    Attributes:
+        stopped: a stop string was found.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._held = max(map(len, stop), default=1) - 1  # characters that may begin a stop string
+        self._ids: list[int] = []
+        self._decoded = 0  # tokens whose text is final
+        self._context = 0  # start of decoding: a few tokens earlier, to keep spaces between words
+        self._pending = ""
+        self._begun = False
+
+    def append(self, token: int) -> str:
+        """Return the text that one more token makes final; may be empty."""
+        self._ids.append(token)
+        return self._emit(self._decode(last=False), last=False)
+
+    def flush(self) -> str:
+        """Return the text held back, once there are no more tokens."""
+        return "" if self.stopped else self._emit(self._decode(last=True), last=True)
+
+    def _decode(self, last: bool) -> str:
+        """Return the text of the tokens not yet decoded; empty while a character is incomplete."""
+        known = self._text(self._ids[self._context : self._decoded])
+        text = self._text(self._ids[self._context :])
+        if len(text) <= len(known) or (text.endswith(_INCOMPLETE) and not last):
+            return ""
+        self._context, self._decoded = self._decoded, len(self._ids)
+        return text[len(known) :]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _emit(self, text: str, last: bool) -> str:
+        self._pending += text
+        if not self._begun:
+            self._pending = self._pending.lstrip()
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._pending.find(stop)) >= 0]
+        if found:  # the first one to be complete, however many characters arrived at once
+            self.stopped = last = True
+            self._pending = self._pending[: min(found)[1]]
+        final = len(self._pending) if last else len(self._pending) - self._held
+        ready = self._pending[: max(final, 0)].rstrip()  # white space waits for the next word
+        self._pending = self._pending[len(ready) :]
+        self._begun = self._begun or bool(ready)
+        return ready

@@ -1,83 +1,237 @@
-"""Images of a request: from data URLs, and from the web where that is allowed. Never from a file."""
+"""Images of requests: from data URLs, and from the public web where allowed; never from a file.
+
+Addresses are checked where the connection is made, on the very address that is connected to. So no spelling
+of an address, no DNS answer, no later DNS answer and no redirect leads to a private network.
+"""
 
 from __future__ import annotations
 
 import re
+import socket
+from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from io import BytesIO
+from ipaddress import IPv6Address, ip_address, ip_network
+from threading import Lock
+from typing import Any
 
-from PIL import Image
+import aiohttp
+import numpy as np
+from aiohttp.connector import AddrInfoType
+from numpy.typing import NDArray
 
+from solo_vlm.models.inspect_image import ImageLayout
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image, read_data_url
-from solo_vlm.serve.errors import ApiError
+from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor, patches_to_image
 from solo_vlm.serve.limits import Limits
-from solo_vlm.serve.web_images import fetch_image
+from solo_vlm.serve.protocol import ApiError
+from solo_vlm.utils.pages import png_url
 
-Source = tuple[str, str | bytes]  # an image's place in the request, and its data URL or file
+Source = tuple[str, str | bytes]
+"""An image's place in the request, and its data URL or downloaded file."""
 
-_MAX_ESCAPES = 1_000_000  # of percent-encoding in a request: decoding them takes far longer than base64
+MAX_ASPECT_RATIO = 200  # as in training
+
+_MAX_ESCAPES = 1_000_000  # percent escapes per request: decoding them is far slower than base64
 _FORMATS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
 
+_GLOBAL_UNICAST = ip_network("2000::/3")  # all assigned addresses of the public internet (RFC 4291)
+_AZURE_METADATA = ip_address("168.63.129.16")  # the one cloud with its metadata at a public address
+_MAX_REDIRECTS = 3
 
-async def fetch_web_images(urls: Iterable[tuple[str, str]], limits: Limits) -> list[Source]:
-    """The images of a request, those on the web fetched.
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as the model reads it.
+
+    Attributes:
+        pixel_values: (num_patches, 3072) uint8.
+        image_grid_thw: (3,) int64: 1, rows, columns.
+        size: width and height of the original, in pixels.
+        digest: of the original file.
+    """
+
+    pixel_values: NDArray[np.uint8]
+    image_grid_thw: NDArray[np.int64]
+    size: tuple[int, int]
+    digest: bytes
+
+
+def describe_image(image: EncodedImage) -> dict[str, Any]:
+    """Return what the model sees of an image: sizes, grid, token counts, and the picture as a data URL."""
+    _, rows, columns = image.image_grid_thw.tolist()
+    picture, file = patches_to_image(image.pixel_values, rows, columns), BytesIO()
+    picture.save(file, format="PNG", compress_level=1)
+    layout = ImageLayout(image.size, picture.size, rows, columns)
+    return {**layout.as_dict(), "picture": png_url(file.getvalue())}
+
+
+class ImageReader:
+    """Reads the images of requests within limits. An image seen before is not encoded again. Thread-safe.
 
     Args:
-        urls: each image's place in the request, and its URL.
-        limits: whether to fetch at all, and how much: all files together may be as large as a request.
-
-    Raises:
-        ApiError: 400: a URL of another kind, one that may not be fetched, or a file that is too large.
+        image_processor: of the model.
+        limits: on images, and on the memory for encoded ones.
     """
-    sources: list[Source] = []
-    bytes_left = limits.max_request_bytes
-    for param, url in urls:
-        source = await _fetch(url, param, limits, min(bytes_left, limits.max_image_bytes))
-        bytes_left -= len(source) if isinstance(source, bytes) else 0
-        sources.append((param, source))
-    return sources
 
+    def __init__(self, image_processor: SoloImageProcessor, limits: Limits) -> None:
+        self._image_processor = image_processor
+        self._limits = limits
+        self._cache: OrderedDict[bytes, EncodedImage] = OrderedDict()
+        self._cached_bytes = 0
+        self._lock = Lock()
 
-def decode_images(sources: Iterable[Source], limits: Limits) -> list[Image.Image]:
-    """RGB images of what `fetch_web_images` returns.
+    async def fetch(self, urls: Iterable[tuple[str, str]]) -> list[Source]:
+        """Download the images that are given by http(s) URLs; pass data URLs through.
 
-    Raises:
-        ApiError: 400: not an image, damaged, or over a limit; the pixels of all images count together.
-    """
-    images: list[Image.Image] = []
-    escapes = 0
-    for param, source in sources:
-        if isinstance(source, str) and (escapes := escapes + source.count("%")) > _MAX_ESCAPES:
-            raise ApiError(400, "too much percent-encoding: send base64", param, "invalid_image")
-        file = _from_data_url(source, param, limits.max_image_bytes) if isinstance(source, str) else source
-        if not _FORMATS.match(file):
-            raise ApiError(400, "not a JPEG, PNG, WebP, GIF or BMP image", param, "invalid_image")
-        pixels_left = limits.max_pixels - sum(image.width * image.height for image in images)
+        Args:
+            urls: each image's place in the request, and its URL.
+
+        Raises:
+            ApiError: 400: unsupported or forbidden URL, or too many bytes. All downloads together may be as
+                large as a request.
+        """
+        sources: list[Source] = []
+        bytes_left = self._limits.max_request_bytes
+        for param, url in urls:
+            source = await self._fetch(url, param, min(bytes_left, self._limits.max_image_bytes))
+            bytes_left -= len(source) if isinstance(source, bytes) else 0
+            sources.append((param, source))
+        return sources
+
+    def read(self, sources: Iterable[Source]) -> list[EncodedImage]:
+        """Decode and encode what `fetch` returned.
+
+        Raises:
+            ApiError: 400: not an image, damaged, or over a limit. The pixels of all images count together.
+        """
+        images: list[EncodedImage] = []
+        escapes = 0
+        pixels_left = self._limits.max_pixels
+        for param, source in sources:
+            if isinstance(source, str) and (escapes := escapes + source.count("%")) > _MAX_ESCAPES:
+                raise _invalid(param, "Too much percent-encoding in data URLs. Use base64.")
+            file = self._from_data_url(source, param) if isinstance(source, str) else source
+            if not _FORMATS.match(file):
+                raise _invalid(param, "Unsupported image format. Use JPEG, PNG, WebP, GIF or BMP.")
+            try:
+                image = self._encode(file, pixels_left)
+            except ImageError as error:
+                raise _invalid(param, f"Invalid image: {error}.") from error
+            pixels_left -= image.size[0] * image.size[1]
+            images.append(image)
+        return images
+
+    async def _fetch(self, url: str, param: str, max_bytes: int) -> str | bytes:
+        scheme = url[:8].lower()
+        if scheme.startswith("data:"):
+            return url
+        if not scheme.startswith(("http://", "https://")):
+            raise _invalid(param, "Unsupported image URL. Use a data URL: data:image/png;base64,...")
+        if not self._limits.allow_image_urls:
+            raise _invalid(param, "This server does not download images. Use a data URL with base64.")
+        return await fetch_image(url, param, max_bytes, self._limits.max_fetch_seconds)
+
+    def _from_data_url(self, url: str, param: str) -> bytes:
         try:
-            images.append(load_image(file, max_pixels=pixels_left, name="image"))
+            file = read_data_url(url, "image")
         except ImageError as error:
-            raise ApiError(400, str(error), param, "invalid_image") from error
-    return images
+            raise _invalid(param, f"Invalid image: {error}.") from error
+        if len(file) > self._limits.max_image_bytes:
+            raise _too_large(param, self._limits.max_image_bytes)
+        return file
+
+    def _encode(self, file: bytes, max_pixels: int) -> EncodedImage:
+        """Encode an image file, unless it is cached and within the limit."""
+        digest = blake2b(file, digest_size=16).digest()
+        with self._lock:
+            if (image := self._cache.get(digest)) and image.size[0] * image.size[1] <= max_pixels:
+                self._cache.move_to_end(digest)
+                return image
+        picture = load_image(file, max_pixels=max_pixels, name="image")
+        pixel_values, grid = self._image_processor.encode_image(picture, MAX_ASPECT_RATIO)
+        image = EncodedImage(pixel_values, grid, picture.size, digest)
+        with self._lock:
+            if digest not in self._cache:
+                self._cache[digest] = image
+                self._cached_bytes += image.pixel_values.nbytes
+            while self._cached_bytes > self._limits.max_cached_image_bytes:
+                _, dropped = self._cache.popitem(last=False)
+                self._cached_bytes -= dropped.pixel_values.nbytes
+        return image
 
 
-async def _fetch(url: str, param: str, limits: Limits, max_bytes: int) -> str | bytes:
-    scheme = url[:8].lower()
-    if scheme.startswith("data:"):
-        return url
-    if not scheme.startswith(("http://", "https://")):
-        raise ApiError(400, "an image is a data URL: data:image/png;base64,...", param, "invalid_image")
-    if not limits.allow_image_urls:
-        raise ApiError(
-            400, "this server fetches no images: send a data URL with base64", param, "invalid_image"
-        )
-    return await fetch_image(url, param, max_bytes, limits.max_fetch_seconds)
+# ------------------------------------------------------------------------------------------ downloads
 
 
-def _from_data_url(url: str, param: str, max_bytes: int) -> bytes:
-    """The file in a data URL, as the library reads it."""
+def is_public(address: str) -> bool:
+    """Return whether an IP address belongs to the public internet.
+
+    Private, loopback, link-local, shared, multicast and reserved addresses do not, nor do those of cloud
+    metadata services and IPv6 addresses that stand for IPv4 ones (mapped, 6to4, Teredo, NAT64).
+    """
+    ip = ip_address(address)
+    if isinstance(ip, IPv6Address) and (ip not in _GLOBAL_UNICAST or ip.sixtofour or ip.teredo):
+        return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip == _AZURE_METADATA)
+
+
+async def fetch_image(url: str, param: str, max_bytes: int, max_seconds: float) -> bytes:
+    """Download a file from a public address.
+
+    Args:
+        url: http(s) URL.
+        param: its place in the request, for errors.
+        max_bytes: maximum size of the response body.
+        max_seconds: time limit in seconds, redirects included.
+
+    Raises:
+        ApiError: 400. A forbidden address and one where nothing answers give the same error, so that clients
+            cannot map a private network.
+    """
     try:
-        file = read_data_url(url, "image")
-    except ImageError as error:
-        raise ApiError(400, str(error), param, "invalid_image") from error
-    if len(file) > max_bytes:
-        raise ApiError(400, f"an image file may have {max_bytes:,} bytes", param, "image_too_large")
-    return file
+        async with (
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(socket_factory=_public_socket, use_dns_cache=False),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "solo-vlm"},
+                timeout=aiohttp.ClientTimeout(total=max_seconds),
+            ) as session,
+            session.get(url, max_redirects=_MAX_REDIRECTS) as response,
+        ):
+            if response.status != 200:
+                raise _fetch_failed(param, f"the server answered HTTP {response.status}")
+            body = bytearray()
+            async for chunk in response.content.iter_chunked(2**16):
+                body += chunk
+                if len(body) > max_bytes:
+                    raise _too_large(param, max_bytes)
+            return bytes(body)
+    except TimeoutError as error:
+        raise _fetch_failed(param, f"timed out after {max_seconds:g} s") from error
+    except (aiohttp.ClientError, ValueError, OSError) as error:
+        raise _fetch_failed(param, "nothing answers at a public address") from error
+
+
+def _public_socket(address: AddrInfoType) -> socket.socket:
+    family, kind, protocol, _, where = address
+    if not is_public(where[0]):
+        raise PermissionError(f"{where[0]} is not a public address")
+    return socket.socket(family, kind, protocol)
+
+
+def _invalid(param: str, message: str) -> ApiError:
+    return ApiError(400, message, param, "invalid_image")
+
+
+def _too_large(param: str, max_bytes: int) -> ApiError:
+    return ApiError(
+        400, f"Image too large: the maximum file size is {max_bytes:,} bytes.", param, "image_too_large"
+    )
+
+
+def _fetch_failed(param: str, reason: str) -> ApiError:
+    return ApiError(400, f"Failed to download the image: {reason}.", param, "image_fetch_failed")

@@ -1,44 +1,48 @@
-"""What one request, and all of them together, may take."""
+"""Limits of the server, and their options on the command line. Loads nothing heavy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+Option = typer.Option
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the server; each is an option of `solo serve`.
+    """Limits on each request and on all of them together; each field is an option of `solo serve`."""
 
-    Attributes:
-        max_concurrent: requests in the house, whether they are read, wait or are answered.
-        max_batch: requests that are answered together.
-        max_batch_tokens: rows times longest prompt and answer of such a batch.
-        max_tokens: of one answer.
-        max_text_chars: characters of all texts of a request.
-        max_messages: of a chat.
-        max_images: of a request.
-        max_image_bytes: of one image file.
-        max_pixels: width * height, of all images of a request together.
-        max_request_bytes: of the body.
-        max_seconds: from a request's last byte to its answer's.
-        max_body_seconds: from a request's first byte to its last.
-        max_fetch_seconds: for an image from a URL.
-        max_drain_seconds: for what is unfinished when the server is asked to stop.
-        allow_image_urls: whether images may be fetched from http(s) URLs.
-    """
-
-    max_concurrent: int = 64
-    max_batch: int = 8
-    max_batch_tokens: int = 32_768
-    max_tokens: int = 1024
-    max_text_chars: int = 200_000
-    max_messages: int = 200
-    max_images: int = 16
-    max_image_bytes: int = 10 * 2**20
-    max_pixels: int = 50_000_000
-    max_request_bytes: int = 32 * 2**20
-    max_seconds: float = 300.0
-    max_body_seconds: float = 30.0
-    max_fetch_seconds: float = 10.0
-    max_drain_seconds: float = 30.0
-    allow_image_urls: bool = False
+    max_concurrent: Annotated[
+        int, Option(min=1, help="Maximum in-flight requests (reading, queued or generating); more get 429.")
+    ] = 64
+    max_batch: Annotated[int, Option(min=1, help="Maximum requests generated together.")] = 8
+    max_batch_tokens: Annotated[
+        int, Option(min=1, help="Maximum tokens of a batch of several, padding and answers included.")
+    ] = 32_768
+    max_tokens: Annotated[int, Option(min=1, help="Maximum tokens per answer.")] = 1024
+    max_text_chars: Annotated[int, Option(min=1, help="Maximum characters of text per request.")] = 200_000
+    max_messages: Annotated[int, Option(min=1, help="Maximum messages per request.")] = 200
+    max_images: Annotated[int, Option(min=0, help="Maximum images per request.")] = 16
+    max_image_bytes: Annotated[int, Option(min=1, help="Maximum bytes per image file.")] = 10 * 2**20
+    max_pixels: Annotated[
+        int, Option(min=1, help="Maximum width * height, summed over a request's images.")
+    ] = 50_000_000
+    max_request_bytes: Annotated[int, Option(min=1, help="Maximum bytes per request body.")] = 32 * 2**20
+    max_seconds: Annotated[float, Option(min=0.1, help="Time limit per request, once its body is read.")] = (
+        300.0
+    )
+    max_body_seconds: Annotated[float, Option(min=0.1, help="Time limit for sending a request's body.")] = (
+        30.0
+    )
+    max_fetch_seconds: Annotated[float, Option(min=0.1, help="Time limit for downloading an image.")] = 10.0
+    max_drain_seconds: Annotated[
+        float, Option(min=0, help="Time limit for in-flight requests at shutdown.")
+    ] = 30.0
+    max_cached_image_bytes: Annotated[
+        int, Option(min=0, help="Memory for encoded images in bytes; 0 encodes every image anew.")
+    ] = 128 * 2**20
+    allow_image_urls: Annotated[
+        bool, Option("--allow-image-urls", help="Download images from public http(s) addresses.")
+    ] = False

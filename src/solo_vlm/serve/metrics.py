@@ -1,4 +1,4 @@
-"""What the server tells Prometheus."""
+"""Prometheus metrics of the server."""
 
 from __future__ import annotations
 
@@ -7,79 +7,73 @@ from collections.abc import AsyncIterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from solo_vlm.serve.engine import Engine
-from solo_vlm.serve.job import Finish
+from solo_vlm.serve.engine import Engine, Finish
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)  # seconds
 
 
 class Metrics:
     """Counters, histograms and gauges of one server, in a registry of its own.
 
     Args:
-        engine: whose jobs are counted.
+        engine: its queue is measured.
     """
 
     def __init__(self, engine: Engine) -> None:
         registry = self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "solo_requests", "Requests by path and HTTP status.", ["path", "status"], registry=registry
+
+        def counter(name: str, help: str, *labels: str) -> Counter:
+            return Counter(name, help, labels, registry=registry)
+
+        def histogram(name: str, help: str) -> Histogram:
+            return Histogram(name, help, buckets=_BUCKETS, registry=registry)
+
+        self._requests = counter("solo_requests", "Requests by path and HTTP status.", "path", "status")
+        self._answers = counter("solo_answers", "Complete answers by finish reason.", "finish_reason")
+        self._images = counter("solo_images", "Images in prompts.")
+        self._prompt_tokens = counter("solo_prompt_tokens", "Tokens in prompts, images included.")
+        self._answer_tokens = counter("solo_answer_tokens", "Tokens in complete answers.")
+        self._first_text = histogram(
+            "solo_first_text_seconds", "Time from a request's last byte to the first text of its answer."
         )
-        self._answers = Counter(
-            "solo_answers", "Complete answers, by their end.", ["finish_reason"], registry=registry
+        self._answer = histogram(
+            "solo_answer_seconds", "Time from a request's last byte to the end of its answer."
         )
-        self._images = Counter("solo_images", "Images of prompts.", registry=registry)
-        self._prompt_tokens = Counter(
-            "solo_prompt_tokens", "Tokens of prompts, images included.", registry=registry
-        )
-        self._answer_tokens = Counter("solo_answer_tokens", "Tokens of complete answers.", registry=registry)
-        self._first_text = Histogram(
-            "solo_first_text_seconds",
-            "From a request's last byte to the first text of its answer.",
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self._answer = Histogram(
-            "solo_answer_seconds",
-            "From a request's last byte to the end of its answer.",
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        running = Gauge("solo_running", "Requests that are being answered.", registry=registry)
+        running = Gauge("solo_running", "Requests in the current batch.", registry=registry)
         running.set_function(lambda: engine.running)
-        waiting = Gauge("solo_waiting", "Requests that wait for the model.", registry=registry)
+        waiting = Gauge("solo_waiting", "Requests queued for the model.", registry=registry)
         waiting.set_function(lambda: engine.waiting)
 
     def count_request(self, path: str, status: int) -> None:
-        """A request that has its answer; 499 stands for a client that has left without one."""
+        """Count a finished request; status 499 means that the client left before the response."""
         self._requests.labels(path, status).inc()
 
     def count_prompt(self, tokens: int, images: int) -> None:
-        """A prompt that will be answered."""
+        """Count a prompt that is about to be answered."""
         self._prompt_tokens.inc(tokens)
         self._images.inc(images)
 
     async def observe(
-        self, pieces: AsyncIterator[str | Finish], arrived: float
+        self, events: AsyncIterator[str | Finish], arrived: float
     ) -> AsyncIterator[str | Finish]:
-        """The pieces of an answer as they are, with their times taken.
+        """Pass the events of an answer through, recording their times.
 
         Args:
-            pieces: of `Job.events`.
-            arrived: when the request was read, by `time.monotonic`.
+            events: from `Request.events`.
+            arrived: `time.monotonic` when the request was read.
         """
         begun = False
-        async for piece in pieces:
+        async for event in events:
             seconds = time.monotonic() - arrived
             if not begun:
                 self._first_text.observe(seconds)
                 begun = True
-            if isinstance(piece, Finish):
+            if isinstance(event, Finish):
                 self._answer.observe(seconds)
-                self._answers.labels(piece.reason).inc()
-                self._answer_tokens.inc(piece.answer_tokens)
-            yield piece
+                self._answers.labels(event.reason).inc()
+                self._answer_tokens.inc(event.completion_tokens)
+            yield event
 
     def exposition(self) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,22 +1,26 @@
-"""Runs the server: on a socket, until it is asked to stop."""
+"""The server's socket and its life: from binding the address to a graceful shutdown."""
 
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import uvicorn
 
-from solo_vlm.generate import Answerer
-from solo_vlm.serve.address import take_address
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.serve.app import make_app
 from solo_vlm.serve.engine import Engine
 from solo_vlm.serve.limits import Limits
+from solo_vlm.utils.errors import SoloError
+
+_BACKLOG = 2048  # connections waiting to be accepted
 
 
 def serve_model(
-    load: Callable[[], Answerer],
+    load: Callable[[], GenerationPipeline],
     name: str,
     host: str,
     port: int,
@@ -24,21 +28,21 @@ def serve_model(
     api_keys: Sequence[str],
     on_ready: Callable[[str], None],
 ) -> None:
-    """Serve a model until SIGTERM or SIGINT; then finish what has begun, and return.
+    """Serve a model until SIGTERM or SIGINT, then finish in-flight requests and return.
 
     Args:
-        load: makes the model. Called when the address is known to be free.
-        name: that requests call the model.
-        host: address to listen on.
-        port: to listen on; 0: any that is free.
-        limits: of each request, and of all together.
+        load: loads the model. Called once the address is known to be free.
+        name: name by which requests select the model.
+        host: name or address to listen on.
+        port: port to listen on; 0 picks a free one.
+        limits: on each request, and on all together.
         api_keys: see `make_app`.
-        on_ready: told the server's URL.
+        on_ready: called with the server's URL.
 
     Raises:
-        SoloError: the address cannot be had, or the model cannot be loaded.
+        SoloError: the address is not available, or the model cannot be loaded.
     """
-    with take_address(host, port) as address:
+    with bind(host, port) as address:
         engine = Engine(load(), limits.max_batch, limits.max_batch_tokens)
         config = uvicorn.Config(
             make_app(engine, name, limits, api_keys),
@@ -55,9 +59,57 @@ def serve_model(
             uvicorn.Server(config).run(sockets=[address.socket])
 
 
+@dataclass(frozen=True)
+class Address:
+    """A bound socket, and its URL for clients on this machine."""
+
+    socket: socket.socket
+    url: str
+
+    def listen(self) -> None:
+        """Queue connections until they are accepted; before, they are refused.
+
+        Raises:
+            SoloError: another process started to listen here first.
+        """
+        with _advise(*self.socket.getsockname()[:2]):
+            self.socket.listen(_BACKLOG)
+
+
+@contextmanager
+def bind(host: str, port: int) -> Iterator[Address]:
+    """Bind an address, so that a conflict shows before a model is loaded.
+
+    Args:
+        host: name or address; 0.0.0.0 and :: stand for all interfaces.
+        port: 0 picks a free one.
+
+    Raises:
+        SoloError: the address is not available.
+    """
+    with _advise(host, port):
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with _advise(host, port):
+            bound.bind(address)
+        name = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        yield Address(bound, f"http://{name}:{bound.getsockname()[1]}")
+
+
+@contextmanager
+def _advise(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SoloError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port"
+        ) from error
+
+
 @contextmanager
 def _signals_only_for_uvicorn() -> Iterator[None]:
-    """Once it has stopped, uvicorn sends itself the signal again, which would kill a process that is done."""
+    """Ignore the signal that uvicorn raises again once it has stopped: it would kill a finished process."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:

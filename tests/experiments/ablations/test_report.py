@@ -1,4 +1,4 @@
-"""Intervals, and what the files say."""
+"""Comparison of variants: intervals, tables, and files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from solo_vlm.experiments.ablations.chain import make_chains
-from solo_vlm.experiments.ablations.plots import write_plots
-from solo_vlm.experiments.ablations.report import Report, Row, write_rows
-from solo_vlm.experiments.ablations.statistics import estimate
-from solo_vlm.experiments.ablations.table import COLUMNS, lines
+from solo_vlm.experiments.ablations.pipeline import build_pipelines
+from solo_vlm.experiments.ablations.report import (
+    COLUMNS,
+    Report,
+    Row,
+    estimate,
+    result_lines,
+    write_report,
+    write_rows,
+)
 
 NAMES = {"base": (0.50, 0.56, 0.58), "from-scratch": (0.40, 0.43, 0.52), "no-stage1": (0.55, 0.61, 0.66)}
 LOSS = {"base": (1.0, 1.2, 1.3), "from-scratch": (1.5, 1.4, 1.9), "no-stage1": (1.1, 1.2, 1.5)}
@@ -25,49 +30,49 @@ LOSS = {"base": (1.0, 1.2, 1.3), "from-scratch": (1.5, 1.4, 1.9), "no-stage1": (
 def report(load):
     ablation = load("seeds=3")
     rows = [
-        Row(arm, seed, metric, kind, value, 7)
+        Row(variant, seed, metric, kind, value, 7)
         for metric, kind, table in (("names", "accuracy", NAMES), ("names loss", "loss", LOSS))
-        for arm, values in table.items()
+        for variant, values in table.items()
         for seed, value in reversed(list(enumerate(values)))
     ]
-    return Report.make(ablation, 1.0, make_chains(ablation), rows)
+    return Report.make(ablation, 1.0, build_pipelines(ablation), rows)
 
 
-def test_an_interval_is_students(report):
-    """Against the textbook's formula; 4.303 is the 97.5% quantile of t with two degrees of freedom."""
+def test_interval_matches_students_t(report):
+    """4.303 is the 97.5% quantile of t with two degrees of freedom."""
     mean, low, high, _ = report.comparisons[0].means["base"]
     values = np.array(NAMES["base"])
     reach = 4.302653 * values.std(ddof=1) / 3**0.5
     assert (mean, low, high) == pytest.approx((values.mean(), values.mean() - reach, values.mean() + reach))
 
 
-@pytest.mark.parametrize("arm", ["from-scratch", "no-stage1"])
-def test_differences_are_paired_by_seed(report, arm):
+@pytest.mark.parametrize("variant", ["from-scratch", "no-stage1"])
+def test_differences_are_paired_by_seed(report, variant):
     for comparison, table in zip(report.comparisons, (NAMES, LOSS), strict=True):
-        test = stats.ttest_rel(table[arm], table["base"])
-        difference = comparison.differences[arm]
-        assert difference.mean == pytest.approx(np.mean(table[arm]) - np.mean(table["base"]))
+        test = stats.ttest_rel(table[variant], table["base"])
+        difference = comparison.differences[variant]
+        assert difference.mean == pytest.approx(np.mean(table[variant]) - np.mean(table["base"]))
         assert (difference.low, difference.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
         assert difference.p_value == pytest.approx(test.pvalue)
 
 
-def test_intervals_hold_the_truth_in_95_of_100_draws():
+def test_intervals_cover_the_true_mean_95_percent_of_the_time():
     rng = np.random.default_rng(0)
     held = [low <= 2.0 <= high for _, low, high, _ in map(estimate, rng.normal(2.0, 0.3, (2000, 3)))]
     assert 0.935 < np.mean(held) < 0.965  # three standard errors of the share are 0.015
 
 
-def test_values_that_are_all_the_same_have_no_p_value():
-    """Also where they are so up to rounding."""
+def test_equal_values_have_no_p_value():
+    """Values that differ only by rounding count as equal."""
     same = estimate([0.55 - 0.5, 0.61 - 0.56, 0.63 - 0.58])
     assert same.p_value is None
     assert same[:3] == pytest.approx((0.05, 0.05, 0.05))
 
 
-def test_files_hold_what_was_found(report, tmp_path):
+def test_files_contain_the_results(report, tmp_path):
     report.write(tmp_path / "report.json")
     facts = json.loads((tmp_path / "report.json").read_text())
-    assert facts["arms"]["no-stage1"] == {
+    assert facts["variants"]["no-stage1"] == {
         "changes": ["without stage1", "sft.steps = 7"],
         "steps": {"sft": 7},
     }
@@ -80,8 +85,8 @@ def test_files_hold_what_was_found(report, tmp_path):
     assert pq.read_table(tmp_path / "results.parquet").to_pylist() == [row._asdict()]
 
 
-def test_the_table_gives_differences_of_accuracies_in_points(report):
-    table = list(lines(report.as_dict()))
+def test_accuracy_differences_are_in_percentage_points(report):
+    table = list(result_lines(report.as_dict()))
     assert table[1][:5] == ("", "from-scratch", "45.0%", "-9.7 pp", "-18.4 to -0.9")
     assert table[3] == ("names loss", "base", "1.167", "", "", "")
     assert table[5][2:4] == ("1.267", "+0.100")
@@ -89,9 +94,9 @@ def test_the_table_gives_differences_of_accuracies_in_points(report):
 
 
 @pytest.mark.parametrize("axis", ["null", "{label: start, values: {base: 2, from-scratch: 0, no-stage1: 1}}"])
-def test_plots_show_every_seed_and_arm(load, report, tmp_path, axis):
+def test_report_shows_every_seed_and_variant(load, report, tmp_path, axis):
     ablation = load("seeds=3", f"axis={axis}", "question=Is 1 < 2?")
-    write_plots(replace(report, ablation=ablation), tmp_path)
+    write_report(replace(report, ablation=ablation), tmp_path)
     assert Image.open(tmp_path / "plot.png").width > 500
     page = (tmp_path / "report.html").read_text()
     assert "Is 1 &lt; 2?" in page

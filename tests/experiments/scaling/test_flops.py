@@ -26,13 +26,13 @@ from solo_vlm.models.flops import (
     Flops,
     forward_flops,
     image_flops,
-    image_tokens,
     text_flops,
     training_flops,
 )
 from solo_vlm.models.shape import ModelShape, parameters
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+from solo_vlm.models.solo.processing_solo import num_image_tokens
 from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
 from solo_vlm.utils.errors import SoloError
 
@@ -92,7 +92,7 @@ def test_layers_have_windows_of_their_own():
 
 def test_spans_make_up_the_document():
     shape = ModelShape.of(SoloConfig(text_config=LLM_CONFIGS["mistral"](**TOKENS, **SIZES)))
-    image = image_tokens(3, 4)
+    image = num_image_tokens(3, 4)
     assert image == len("<vision>" * 12) // 8 + 3 + 1  # 12 patches, 2 separators, the two ends
     parts = text_flops(shape, 10) + image_flops(shape, 3, 4, before=10) + text_flops(shape, 5, 10 + image)
     assert parts == forward_flops(shape, [15 + image], patches=12, predicted=15)

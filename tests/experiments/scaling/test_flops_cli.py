@@ -1,4 +1,4 @@
-"""`solo scaling flops`: what it prints for the paper's model and for another."""
+"""`solo scaling flops` for the paper's model and for other decoders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 from solo_vlm.models.shape import parameters
 
 
-def test_the_papers_model_beside_llava(run):
+def test_solo_7b_and_llava_counts(run):
     status, out, _ = run("scaling", "flops", "--image", "1024x768", "--text-tokens", "100", "--json")
     assert status == 0
     facts = json.loads(out)
@@ -41,7 +41,7 @@ def test_the_papers_model_beside_llava(run):
     assert llava["forward"] == llava["encoder"] + llava["connector"] + llava["decoder"]
 
 
-def test_a_plain_llm_is_taken_for_the_decoder(run, tmp_path):
+def test_plain_llm_is_used_as_the_decoder(run, tmp_path):
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
     )
@@ -52,13 +52,13 @@ def test_a_plain_llm_is_taken_for_the_decoder(run, tmp_path):
         assert facts["parameters"]["patch_embedding"] == 3072 * 64
 
 
-def test_tables_are_shown(run):
+def test_tables_are_printed(run):
     status, out, _ = run("scaling", "flops")
     assert status == 0
     assert "32,768" in out and "1024x1024" in out and "LLaVA" in out
 
 
-def test_what_is_no_size_is_refused(run):
+def test_invalid_image_size_is_rejected(run):
     status, _, err = run("scaling", "flops", "--image", "1024")
     assert status == 2
-    assert "width x height" in err
+    assert "WIDTHxHEIGHT" in err

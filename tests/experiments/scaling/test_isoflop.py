@@ -1,4 +1,4 @@
-"""IsoFLOP profiles: minima and how they grow, on data whose minima are known."""
+"""IsoFLOP profiles: minima and their growth, on data with known minima."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def profiles(optimal, loss, factors, budgets=(1e18, 1e19, 1e20)):
     return flops, n, loss(flops, n)
 
 
-def test_parabolas_give_their_minima_back():
+def test_parabolas_recover_their_minima():
     data = profiles(
         lambda flops: 0.1 * flops**0.45,
         lambda flops, n: 2 + 0.1 * np.log(n / (0.1 * flops**0.45)) ** 2,
@@ -30,7 +30,7 @@ def test_parabolas_give_their_minima_back():
     assert fit.intervals["a"] == pytest.approx((0.45, 0.45))
 
 
-def test_profiles_of_a_law_grow_as_it_says_and_the_interval_holds_it():
+def test_interval_covers_the_exponent_of_the_law():
     law = LAWS["besiroglu_2024"]
     generator = np.random.default_rng(0)
     data = profiles(
@@ -45,7 +45,7 @@ def test_profiles_of_a_law_grow_as_it_says_and_the_interval_holds_it():
     assert high - low < 0.2
 
 
-def test_budgets_without_a_minimum_among_their_sizes_are_left_out_or_refused():
+def test_budgets_without_a_minimum_are_excluded_or_rejected():
     def data(offset):
         return profiles(
             lambda flops: flops**0.5,

@@ -1,4 +1,4 @@
-"""Sweeps: which runs they are, and one from data to law."""
+"""Sweeps: their runs and models, and one from data to law."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import pytest
 from tests.factories import make_llm
 from transformers import AutoModel
 
-from solo_vlm.experiments.scaling.models import write_sized_model
-from solo_vlm.experiments.scaling.sweep import prepare, scaled_rates
-from solo_vlm.experiments.scaling.sweep_settings import SweepSettings
+from solo_vlm.experiments.scaling.sweep import SweepSettings, prepare, scaled_rates, write_sized_model
 from solo_vlm.models.load import load_config
 from solo_vlm.utils.errors import SoloError
 
@@ -30,7 +28,7 @@ def llm(tmp_path_factory):
 
 @pytest.fixture
 def settings(llm, tmp_path):
-    """Makes settings of a sweep of two sizes without data."""
+    """Make settings of a sweep of two sizes without data."""
 
     def make(**changes):
         source = [{"path": "train.parquet"}]
@@ -56,7 +54,7 @@ def settings(llm, tmp_path):
     return make
 
 
-def test_every_size_is_run_at_every_budget(settings):
+def test_sweep_runs_every_size_at_every_budget(settings):
     held_out = {"name": "next", "size": {"hidden_size": 192, "head_dim": 6}, "tokens": 6400}
     runs = prepare(settings(holdout=[held_out]))
     assert [(run.size, run.recipe.steps, run.holdout) for run in runs] == [
@@ -77,8 +75,8 @@ def test_every_size_is_run_at_every_budget(settings):
     assert {rate.patch_learning_rate for rate in rates.values()} == {1e-3}
 
 
-def test_budgets_in_flops_are_shared_out_by_size(settings):
-    """D = C / (6 N), N without embeddings counted here on the model itself."""
+def test_flops_budget_sets_tokens_per_size(settings):
+    """D = C / (6 N), with N counted on the model without its embeddings."""
     sweep = settings(tokens=[], flops=[1e9])
     for run in prepare(sweep):
         model = AutoModel.from_pretrained(run.recipe.at(run.recipe.model))
@@ -88,7 +86,7 @@ def test_budgets_in_flops_are_shared_out_by_size(settings):
         prepare(settings(tokens=[], flops=[1e6]))
 
 
-def test_sizes_start_with_a_spread_that_follows_the_width(llm, tmp_path):
+def test_initial_standard_deviation_follows_the_width(llm, tmp_path):
     spreads = {}
     for width in (24, 96):
         write_sized_model(tmp_path / str(width), llm, {"hidden_size": width, "head_dim": 6}, base_width=48)
@@ -98,7 +96,7 @@ def test_sizes_start_with_a_spread_that_follows_the_width(llm, tmp_path):
     assert spreads[24] / spreads[96] == pytest.approx(2, rel=0.1)
 
 
-def test_a_model_of_another_size_is_not_taken_for_it(settings):
+def test_existing_model_of_another_size_is_rejected(settings):
     prepare(settings())
     with pytest.raises(SoloError, match="hidden_size 24, the sweep 36"):
         prepare(settings(sizes={"small": {"hidden_size": 36, "head_dim": 6}}))
@@ -119,12 +117,12 @@ def test_a_model_of_another_size_is_not_taken_for_it(settings):
         ({"token": [640]}, "did you mean tokens"),
     ],
 )
-def test_settings_that_make_no_sweep_are_refused(settings, changes, says):
+def test_invalid_settings_are_rejected(settings, changes, says):
     with pytest.raises(SoloError, match=says):
         prepare(settings(**changes))
 
 
-def test_a_recipe_without_rates_gets_the_default_ones_scaled():
+def test_default_learning_rates_are_scaled():
     optimizer = scaled_rates({}, width=128, base_width=64)["optimizer"]
     assert optimizer["learning_rate"] == pytest.approx(2.5e-5)
     assert optimizer["patch_learning_rate"] == 5e-5
@@ -132,7 +130,7 @@ def test_a_recipe_without_rates_gets_the_default_ones_scaled():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_sweep_goes_on_where_it_was_stopped_and_ends_in_a_law(run, tmp_path):
+def test_sweep_resumes_after_sigterm_and_fits_a_law(run, tmp_path):
     root = tmp_path / "sweep"
     command = ["scaling", "sweep", "sweeps/toy", *toy_sweep(root), "--processes", "2"]
     first = subprocess.Popen([sys.executable, "-m", "solo_vlm", *command], stderr=subprocess.PIPE, text=True)
@@ -170,7 +168,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_ends_in_a_law(run, tmp_path):
 
 
 def toy_sweep(root):
-    """Overrides: three sizes at three budgets of a few steps, and one held-out run."""
+    """Return overrides: three sizes at three short budgets, and one held-out run."""
     sizes = ", ".join(
         f"w{width}: {{hidden_size: {width}, intermediate_size: {2 * width}, num_hidden_layers: {layers}, "
         f"num_attention_heads: {width // 16}, num_key_value_heads: {width // 16}}}"

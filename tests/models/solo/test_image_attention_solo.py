@@ -10,7 +10,7 @@ from tests.factories import ask, make_solo, png
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.solo.image_attention_solo import image_index
 from solo_vlm.train.attention import packed_attention, use_packed_attention
 
@@ -130,9 +130,9 @@ def test_answers_in_batches_and_from_a_prefix_are_those_given_alone(family, pict
         ask("a red circle and a blue square"),
         ask("why?", picture()),
     ]
-    alone = [Answerer(solo.model, solo.processor).answer([chat], 8)[0] for chat in chats]
-    assert Answerer(solo.model, solo.processor).answer(chats, 8) == alone
-    warm = Answerer(solo.model, solo.processor)
+    alone = [GenerationPipeline(solo.model, solo.processor).answer([chat], 8)[0] for chat in chats]
+    assert GenerationPipeline(solo.model, solo.processor).answer(chats, 8) == alone
+    warm = GenerationPipeline(solo.model, solo.processor)
     again = [warm.answer([chat], 8)[0] for chat in chats + chats]
     assert again == alone + alone
 

@@ -6,11 +6,15 @@ import http.server
 import io
 import json
 import pickle
+import platform
+import shutil
 import struct
+import sys
 import threading
 import time
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -21,7 +25,7 @@ from tests.factories import ROOT
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 wants torchvision else
 
 from solo_vlm import SoloImageProcessor
-from solo_vlm.models.solo import enlarge_solo, image_loading_solo, image_processing_solo
+from solo_vlm.models.solo import image_loading_solo, image_processing_solo
 from solo_vlm.models.solo.image_loading_solo import (
     ImageError,
     ImageFetchError,
@@ -29,7 +33,14 @@ from solo_vlm.models.solo.image_loading_solo import (
     load_image,
     load_pixels,
 )
-from solo_vlm.models.solo.image_processing_solo import image_to_patches, patch_grid, resize
+from solo_vlm.models.solo.image_processing_solo import (
+    LIBRARY,
+    enlarge_to_patches,
+    image_to_patches,
+    patch_grid,
+    patches_to_image,
+    resize,
+)
 
 GOLDEN = ROOT / "tests" / "golden" / "preprocess"
 GRIDS = json.loads((GOLDEN / "grids.json").read_text())
@@ -85,7 +96,7 @@ def pixels(source, **options) -> np.ndarray:
     return np.asarray(image)
 
 
-# --- golden: the release's own code ---------------------------------------------------------------
+# --- golden: the original SOLO code ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -116,8 +127,8 @@ def test_golden_resize_table():
 # --- the resize rule ------------------------------------------------------------------------------
 
 
-def release_size(width: int, height: int) -> tuple[int, int]:
-    """The release's rule as it stands in solo-facts, floats and all."""
+def original_size(width: int, height: int) -> tuple[int, int]:
+    """The resize rule of the original code, in floating point."""
     short, long = min(width, height), max(width, height)
     new_long = min(int(np.ceil(long / 32)) * 32, 1024)
     new_short = int(np.ceil(int(new_long * short / long) / 32)) * 32
@@ -125,9 +136,9 @@ def release_size(width: int, height: int) -> tuple[int, int]:
 
 
 @given(sides, sides)
-def test_integer_arithmetic_equals_the_release(width, height):
+def test_integer_arithmetic_equals_the_original_code(width, height):
     rows, columns = patch_grid(height, width)
-    new_width, new_height = release_size(width, height)
+    new_width, new_height = original_size(width, height)
     assert (columns * 32, rows * 32) == (max(new_width, 32), max(new_height, 32))
 
 
@@ -162,14 +173,14 @@ def test_an_enlarged_square_never_gets_fewer_patches(side, extra):
 def test_figure2_differs_only_at_exact_multiples(width, height):
     """It adds a patch to a long side of 32, 64, ... 992, and to a short side scaled to a multiple of 32."""
     short, long = sorted((width, height))
-    release = patch_grid(short, long)
+    original = patch_grid(short, long)
     figure2 = patch_grid(short, long, rule="figure2")
     if long % 32 == 0 and long < 1024:
-        assert figure2[1] == release[1] + 1
+        assert figure2[1] == original[1] + 1
     else:
-        scaled = release[1] * 32 * short // long
-        assert figure2[1] == release[1]
-        assert figure2[0] == release[0] + (scaled > 0 and scaled % 32 == 0)
+        scaled = original[1] * 32 * short // long
+        assert figure2[1] == original[1]
+        assert figure2[0] == original[0] + (scaled > 0 and scaled % 32 == 0)
 
 
 def test_figure2_exceeds_its_own_maximum():
@@ -206,9 +217,9 @@ def test_a_fixed_size_stretches_every_image(tmp_path, width, height):
     resized = np.asarray(image.resize((64, 96), Image.Resampling.BILINEAR)).astype(int)
     patches = output["pixel_values"].reshape(3, 2, 3, 32, 32).transpose(0, 3, 1, 4, 2).reshape(96, 64, 3)
     assert np.abs(patches - resized).max() <= 2
-    encoded, grid = processor.encode(image)
-    assert grid == (3, 2)
-    np.testing.assert_array_equal(encoded, output["pixel_values"])
+    pixel_values, image_grid_thw = processor.encode_image(image)
+    assert image_grid_thw.tolist() == [1, 3, 2]
+    np.testing.assert_array_equal(pixel_values, output["pixel_values"])
 
 
 # --- patches --------------------------------------------------------------------------------------
@@ -300,7 +311,7 @@ def test_number_of_patches_without_an_image(width, height, settings):
         width,
         settings.get("patch_size", 32),
         settings.get("size", {}).get("longest_edge", 1024),
-        settings.get("resize_rule", "release"),
+        settings.get("resize_rule", "original"),
     )
     assert processor.get_number_of_image_patches(height, width, settings) == rows * columns
 
@@ -331,7 +342,7 @@ def test_exported_code_runs_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(SoloImageProcessor, "_auto_class", "AutoImageProcessor")
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     SoloImageProcessor().save_pretrained(tmp_path / "model")
-    assert {"image_processing_solo.py", "image_loading_solo.py", "enlarge_solo.py"} <= {
+    assert {"image_processing_solo.py", "image_loading_solo.py"} <= {
         p.name for p in (tmp_path / "model").iterdir()
     }
     exported = dynamic.get_class_from_dynamic_module(
@@ -351,7 +362,7 @@ def test_exported_code_runs_without_the_package(tmp_path, monkeypatch):
 def engine(request, monkeypatch):
     """With what is compiled, simplejpeg and OpenCV, and as a checkpoint's copy of the code does without."""
     if request.param == "fallback":
-        monkeypatch.setattr(enlarge_solo, "_library", None)
+        monkeypatch.setattr(image_processing_solo, "_library", None)
         monkeypatch.setattr(image_loading_solo, "simplejpeg", None)
         monkeypatch.setattr(image_processing_solo, "cv2", None)
 
@@ -449,6 +460,7 @@ def test_patches_reassemble_to_the_image(side, order):
         [np.concatenate([patches[r, c].transpose(1, 2, 0) for c in range(3)], axis=1) for r in range(2)]
     )
     np.testing.assert_array_equal(joined, image)
+    np.testing.assert_array_equal(patches_to_image(image_to_patches(image, side), 2, 3), image)
 
 
 short_sides = st.integers(1, 150)
@@ -474,6 +486,74 @@ def test_other_filters_are_pillows(filter_):
     image = photo(50, 40)
     output = SoloImageProcessor(resample=filter_)(image)["pixel_values"]
     np.testing.assert_array_equal(output, image_to_patches(image.resize((64, 64), filter_), 32))
+
+
+# --- enlarge.c ------------------------------------------------------------------------------------
+
+needs_library = pytest.mark.skipif(
+    platform.machine() != "x86_64" or sys.platform == "win32" or not shutil.which("cc"),
+    reason="enlarge.c is compiled on x86-64 with a C compiler",
+)
+
+
+def by_opencv(pixels: np.ndarray, rows: int, columns: int, patch_size: int) -> np.ndarray:
+    """Resize with OpenCV, then cut by the definition of a patch."""
+    size = (columns * patch_size, rows * patch_size)
+    resized = cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
+    patches = resized.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 4, 1, 3)
+    return patches.reshape(rows * columns, -1)
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@needs_library
+def test_library_is_compiled() -> None:
+    assert LIBRARY.exists(), "enlarge.c is not compiled: run `make venv` again"
+
+
+@needs_library
+@settings(max_examples=300, deadline=None)
+@given(
+    height=st.integers(1, 400),
+    width=st.integers(6, 400),
+    larger=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    patch_size=st.sampled_from([32, 64, 96]),
+    extremes=st.booleans(),
+)
+def test_enlarged_patches_equal_opencv(height, width, larger, patch_size, extremes) -> None:
+    pixels = noise(height, width)
+    if extremes:
+        pixels = (pixels >> 7) * np.uint8(255)
+    rows, columns = -(-height // patch_size) + larger[0], -(-width // patch_size) + larger[1]
+    patches = enlarge_to_patches(pixels, rows, columns, patch_size)
+    np.testing.assert_array_equal(patches, by_opencv(pixels, rows, columns, patch_size))
+
+
+@needs_library
+def test_enlarge_accepts_strided_pixels() -> None:
+    pixels = noise(90, 100)[::2, 10:60]
+    np.testing.assert_array_equal(enlarge_to_patches(pixels, 2, 2, 32), by_opencv(pixels, 2, 2, 32))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("height", "width", "patch_size"),
+    [(65, 20, 32), (20, 65, 32), (20, 5, 32), (20, 20, 16), (20, 20, 48)],
+    ids=["lower", "narrower", "five-pixels-wide", "half-lines", "lines-and-a-half"],
+)
+def test_unsupported_sizes_are_left_to_resize(height, width, patch_size) -> None:
+    assert enlarge_to_patches(noise(height, width), 2, 2, patch_size) is None
+
+
+@needs_library
+def test_patches_are_the_same_without_the_library(monkeypatch) -> None:
+    images = [noise(*size) for size in ((375, 500), (64, 96), (33, 65), (1, 1), (700, 1100))]
+    compiled = [SoloImageProcessor().encode_image(image)[0] for image in images]
+    monkeypatch.setattr(image_processing_solo, "_library", None)
+    for image, patches in zip(images, compiled, strict=True):
+        np.testing.assert_array_equal(SoloImageProcessor().encode_image(image)[0], patches)
 
 
 # --- sources --------------------------------------------------------------------------------------
@@ -838,7 +918,7 @@ def test_names_and_closed_doors(tmp_path):
     with pytest.raises(ImageError, match=r"shard-3\.tar/7\.jpg: empty file"):
         load_image(b"", name="shard-3.tar/7.jpg")
     for source in (path, str(path)):
-        with pytest.raises(ImageError, match="no file may be read here"):
+        with pytest.raises(ImageError, match="reading local files is not allowed"):
             load_image(source, allow_paths=False)
     with pytest.raises(ImageError, match="fetching URLs is not allowed"):
         load_image("http://127.0.0.1:1/a.png", allow_urls=False)

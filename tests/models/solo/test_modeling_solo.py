@@ -15,7 +15,7 @@ from solo_vlm import SoloConfig, SoloForConditionalGeneration
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import Sample
-from solo_vlm.generate import Answerer
+from solo_vlm.generate import GenerationPipeline
 
 GOLDEN = ROOT / "tests" / "golden" / "release_tiny"
 
@@ -129,7 +129,7 @@ def test_patches_change_what_the_model_says_and_their_order_matters(solo, pictur
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3"])
 def test_batched_generation_equals_single_generation(family, picture):
     solo = make_solo(family)
-    answerer = Answerer(solo.model, solo.processor)
+    pipeline = GenerationPipeline(solo.model, solo.processor)
     chats = [
         ask("what is this?", picture(96, 64, seed=1)),
         ask("hello"),
@@ -143,8 +143,8 @@ def test_batched_generation_equals_single_generation(family, picture):
             },
         ],
     ]
-    together = answerer.answer(chats, max_new_tokens=12)
-    assert together == [answerer.answer([chat], max_new_tokens=12)[0] for chat in chats]
+    together = pipeline.answer(chats, max_new_tokens=12)
+    assert together == [pipeline.answer([chat], max_new_tokens=12)[0] for chat in chats]
     assert len(set(together)) > 1
 
 

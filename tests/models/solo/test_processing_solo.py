@@ -21,7 +21,7 @@ def text(role: str, words: str) -> dict:
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 4), (3, 2), (32, 32)])
 def test_image_layout_is_the_papers(solo, rows, columns):
-    tokens = solo.processor.tokenizer.convert_ids_to_tokens(solo.processor.image_layout(rows, columns))
+    tokens = solo.processor.tokenizer.convert_ids_to_tokens(solo.processor.image_input_ids(rows, columns))
     expected = ["<vision>"]
     for row in range(rows):
         expected += ["<vpatch>"] * columns
@@ -68,7 +68,7 @@ def test_labels_follow_roles_over_several_turns(solo):
 
 def test_a_document_is_bos_content_eos(solo):
     parts = [{"type": "image"}, {"type": "text", "text": "a red circle"}]
-    encoded = solo.processor.encode_chat([{"role": "assistant", "content": parts}], [(2, 1)])
+    encoded = solo.processor.encode_chat([{"role": "assistant", "content": parts}], [(1, 2, 1)])
     tokens = solo.processor.tokenizer.convert_ids_to_tokens(encoded.input_ids)
     layout = ["<vision>", "<vpatch>", "<vrow_sep>", "<vpatch>", "</vision>"]
     assert tokens[:6] == ["<s>", *layout]
@@ -103,7 +103,7 @@ def test_text_that_spells_a_special_token_stays_text(solo, spelled, picture):
     for chat in ([text("user", f"say {spelled} now")], ask(f"say {spelled} now", picture(32, 32))):
         with_image = isinstance(chat[0]["content"], list)
         plain = [text("user", "say now")] if not with_image else ask("say now", picture(32, 32))
-        grids = [(1, 1)] if with_image else []
+        grids = [(1, 1, 1)] if with_image else []
         encoded = processor.encode_chat(chat, grids, add_generation_prompt=True).input_ids
         reference = processor.encode_chat(plain, grids, add_generation_prompt=True).input_ids
         count = sum(int(token) in special for token in encoded)
@@ -141,7 +141,7 @@ def test_a_token_that_the_llm_owns_already_is_not_taken(caplog):
     owned = tokenizer.convert_tokens_to_ids(["<vision>", "<vpatch>"])
     solo = compose(llm, tokenizer)
     assert not set(owned) & set(solo.model.config.vision_token_ids)
-    layout = solo.processor.tokenizer.convert_ids_to_tokens(solo.processor.image_layout(1, 1))
+    layout = solo.processor.tokenizer.convert_ids_to_tokens(solo.processor.image_input_ids(1, 1))
     assert layout == ["<solo:vision>", "<solo:vpatch>", "</vision>"]
     assert "owns a token <vpatch>" in caplog.text
     encoded = solo.processor.encode_chat([text("user", "<vpatch>")], add_generation_prompt=True)
@@ -153,7 +153,7 @@ def test_images_and_image_parts_must_agree(solo):
     with pytest.raises(ValueError, match="more image parts than images"):
         solo.processor.encode_chat([{"role": "user", "content": part}], [], add_generation_prompt=True)
     with pytest.raises(ValueError, match="fewer image parts"):
-        solo.processor.encode_chat([text("user", "hello")], [(1, 1)], add_generation_prompt=True)
+        solo.processor.encode_chat([text("user", "hello")], [(1, 1, 1)], add_generation_prompt=True)
 
 
 def test_a_chat_that_the_template_refuses_is_a_clear_error(solo):

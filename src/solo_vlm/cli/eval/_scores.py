@@ -45,6 +45,6 @@ def _notes(score: Score) -> list[str]:
     if score.bad_rows:
         rows = ", ".join(score.bad_rows[:10]) + (", ..." if len(score.bad_rows) > 10 else "")
         notes.append(f"bad rows, which count as wrong: {len(score.bad_rows):,} (rows {rows})")
-    if score.set_aside:
-        notes.append(f"rows that do not belong to this score, and are set aside: {score.set_aside:,}")
+    if score.filtered:
+        notes.append(f"rows that do not belong to this score, and are set aside: {score.filtered:,}")
     return notes

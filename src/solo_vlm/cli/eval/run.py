@@ -15,7 +15,7 @@ from solo_vlm.cli.eval._tasks import DataRoot, Tasks, task_names
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
-    from solo_vlm.evaluate.engines import Engine
+    from solo_vlm.evaluate.backends import Backend
     from solo_vlm.evaluate.run import ModelFacts
 
 _VLLM_URL = "http://localhost:8000/v1"
@@ -78,33 +78,32 @@ def run(
     STDOUT.print(f"report: {out / 'report.html'}", highlight=False)
 
 
-def _local(model: str, dtype: str, batch_size: int) -> tuple[Engine, ModelFacts]:
-    from solo_vlm.evaluate.engines import ModelEngine
+def _local(model: str, dtype: str, batch_size: int) -> tuple[Backend, ModelFacts]:
     from solo_vlm.evaluate.run import ModelFacts
     from solo_vlm.evaluate.weights import weights_hash
-    from solo_vlm.generate import Answerer
+    from solo_vlm.generate import BatchGenerator, GenerationPipeline
 
-    answerer = Answerer.load(model, dtype)
+    pipeline = GenerationPipeline.from_pretrained(model, dtype)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "PROMPT"}]}]
     more = {
-        "dtype": str(answerer.model.dtype).removeprefix("torch."),
-        "chat": answerer.processor.apply_chat_template(chat, add_generation_prompt=True),
+        "dtype": str(pipeline.model.dtype).removeprefix("torch."),
+        "chat": pipeline.processor.apply_chat_template(chat, add_generation_prompt=True),
     }
     facts = ModelFacts(model, "transformers", weights_hash(model), more)
-    return ModelEngine(answerer, batch_size), facts
+    return BatchGenerator(pipeline, batch_size), facts
 
 
 def _served(
     model: str, engine: str, base_url: str | None, api_key: str | None, concurrency: int
-) -> tuple[Engine, ModelFacts]:
-    from solo_vlm.evaluate.engines import ServedEngine
+) -> tuple[Backend, ModelFacts]:
+    from solo_vlm.evaluate.backends import ServerBackend
     from solo_vlm.evaluate.run import ModelFacts
 
     if engine == "vllm":
         base_url = base_url or _VLLM_URL
         api_key = api_key or os.environ.get("OPENAI_API_KEY", "none")  # it asks for a key only where told to
     facts = ModelFacts(model, engine, more={"base_url": base_url} if base_url else {})
-    return ServedEngine(model, base_url, api_key, concurrency), facts
+    return ServerBackend(model, base_url, api_key, concurrency), facts
 
 
 def _quiet_harness() -> None:

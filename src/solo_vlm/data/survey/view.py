@@ -17,6 +17,8 @@ from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.survey.reading import ReadRow, RowReader
 from solo_vlm.data.survey.sampling import draw_rows
 from solo_vlm.models.inspect_image import draw_grid
+from solo_vlm.models.solo.image_processing_solo import patches_to_image
+from solo_vlm.models.solo.processing_solo import num_image_tokens
 from solo_vlm.utils.files import new_file
 from solo_vlm.utils.pages import image_url, render
 
@@ -72,7 +74,10 @@ def _card(source: str, row: ReadRow, encoder: Encoder) -> dict[str, Any]:
         "tokens": len(document),
         "vision_tokens": int(vision.sum()),
         "supervised": int((document.labels != IGNORE_INDEX).sum()),
-        "images": [(draw_grid(*image), *image[1:]) for image in seen_images(document)],
+        "images": [
+            (draw_grid(image, rows, columns), rows, columns, num_image_tokens(rows, columns))
+            for image, rows, columns in seen_images(document)
+        ],
         "shown": list(islice(shown_tokens(document, vision, encoder.tokenizer), _TOKENS_SHOWN)),
     }
 
@@ -83,11 +88,7 @@ def seen_images(document: Document) -> Iterator[tuple[Image.Image, int, int]]:
     for _, rows, columns in document.grids.tolist():
         patches = document.patches[start : start + rows * columns]
         start += rows * columns
-        side = round((patches.shape[1] // 3) ** 0.5)
-        grid = patches.reshape(rows, columns, 3, side, side).transpose(
-            0, 3, 1, 4, 2
-        )  # rows, y, columns, x, 3
-        yield Image.fromarray(grid.reshape(rows * side, columns * side, 3)), rows, columns
+        yield patches_to_image(patches, rows, columns), rows, columns
 
 
 def shown_tokens(document: Document, vision: NDArray[np.bool_], tokenizer: Any) -> Iterator[Token]:

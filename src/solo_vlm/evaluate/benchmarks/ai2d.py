@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
-from solo_vlm.evaluate.multiple_choice import by_column, judge_listed_choices
+from solo_vlm.evaluate.multiple_choice import by_column, score_listed_choices
 
 AI2D = Benchmark(
     name="ai2d",
@@ -20,7 +20,7 @@ AI2D = Benchmark(
     size_source="data set card of lmms-lab/ai2d",
     metric="right answers / questions, in per cent; labels in the diagram are replaced by letters",
     source="Kembhavi et al. 2016, arXiv 1603.07396",
-    judge=judge_listed_choices,
+    scorer=score_listed_choices,
     breakdown=by_column("category", "category"),
     note="The right answer is the option's place, counted from 0.",
 )

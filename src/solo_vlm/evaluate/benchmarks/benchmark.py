@@ -1,4 +1,4 @@
-"""What a benchmark is: where its data are, how large it is, how its answers are judged and summed up."""
+"""What a benchmark is: where its data are, how large it is, how its answers are answer and summed up."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from solo_vlm.evaluate.predictions import Prediction
-from solo_vlm.evaluate.score import Judgement, Part, Score, Unit, question_units
+from solo_vlm.evaluate.score import Part, Score, ScoredAnswer, Unit, question_units
 from solo_vlm.evaluate.statistics import proportion_interval, score_of
 from solo_vlm.utils.errors import SoloError
 
-Judge = Callable[[Sequence[Prediction]], list[Judgement]]
-Units = Callable[[Sequence[Judgement]], list[Unit]]
-Breakdown = Callable[[Sequence[Judgement]], dict[str, Part]]
+Scorer = Callable[[Sequence[Prediction]], list[ScoredAnswer]]
+Units = Callable[[Sequence[ScoredAnswer]], list[Unit]]
+Breakdown = Callable[[Sequence[ScoredAnswer]], dict[str, Part]]
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Benchmark:
     size_source: str
     metric: str
     source: str
-    judge: Judge
+    scorer: Scorer
     breakdown: Breakdown
     hub_config: str | None = None
     belongs: Callable[[Mapping[str, Any]], bool] = lambda row: True
     units: Units = question_units
     interval: Callable[[Sequence[Unit]], tuple[float, float]] = proportion_interval
-    raw: Callable[[Sequence[Judgement]], dict[str, float]] = lambda judgements: {}
+    raw: Callable[[Sequence[ScoredAnswer]], dict[str, float]] = lambda answers: {}
     maximum: float = 100.0
     note: str = ""
 
@@ -72,15 +72,15 @@ class Benchmark:
         Raises:
             SoloError: there are none, two have the same id, or a column is missing.
         """
-        return self.summarise(self.judge(predictions))
+        return self.summarise(self.scorer(predictions))
 
-    def summarise(self, judgements: Sequence[Judgement]) -> Score:
-        """The score of answers that are judged already.
+    def summarise(self, answers: Sequence[ScoredAnswer]) -> Score:
+        """The score of answers that are answer already.
 
         Raises:
             SoloError: there are none, or two have the same id.
         """
-        scored = self.scored(judgements)
+        scored = self.counted(answers)
         units = self.units(scored)
         return Score(
             task=self.name,
@@ -91,30 +91,30 @@ class Benchmark:
             expected_n=self.size,
             metric=self.metric,
             source=self.source,
-            breakdown=self.breakdown(judgements),
-            raw=self.raw(judgements),
-            unreadable=sum(judgement.reading is None and not judgement.problem for judgement in scored),
-            bad_rows=tuple(judgement.prediction.id for judgement in scored if judgement.problem),
-            set_aside=len(judgements) - len(scored),
+            breakdown=self.breakdown(answers),
+            raw=self.raw(answers),
+            unreadable=sum(answer.extracted is None and not answer.problem for answer in scored),
+            bad_rows=tuple(answer.prediction.id for answer in scored if answer.problem),
+            filtered=len(answers) - len(scored),
             maximum=self.maximum,
         )
 
-    def scored(self, judgements: Sequence[Judgement]) -> list[Judgement]:
-        """The judgements that belong to the score.
+    def counted(self, answers: Sequence[ScoredAnswer]) -> list[ScoredAnswer]:
+        """The answers that belong to the score.
 
         Raises:
             SoloError: there are none, or two have the same id.
         """
-        _check_ids(judgements)
-        scored = [judgement for judgement in judgements if self.belongs(judgement.prediction.row)]
+        _check_ids(answers)
+        scored = [answer for answer in answers if self.belongs(answer.prediction.row)]
         if not scored:
-            raise SoloError(f"{self.name}: no rows to score among {len(judgements)}")
+            raise SoloError(f"{self.name}: no rows to score among {len(answers)}")
         return scored
 
 
-def _check_ids(judgements: Sequence[Judgement]) -> None:
+def _check_ids(answers: Sequence[ScoredAnswer]) -> None:
     seen = set()
-    for judgement in judgements:
-        if judgement.prediction.id in seen:
-            raise SoloError(f"two predictions have the id {judgement.prediction.id}")
-        seen.add(judgement.prediction.id)
+    for answer in answers:
+        if answer.prediction.id in seen:
+            raise SoloError(f"two predictions have the id {answer.prediction.id}")
+        seen.add(answer.prediction.id)

@@ -9,10 +9,10 @@ from typing import Any
 from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
 from solo_vlm.evaluate.llm_judge import LlmJudge
 from solo_vlm.evaluate.mathvista_answers import Problem
-from solo_vlm.evaluate.multiple_choice import by_category, by_column, judgement
+from solo_vlm.evaluate.multiple_choice import by_category, by_column, score_answer
 from solo_vlm.evaluate.options import as_list, parsed
 from solo_vlm.evaluate.predictions import Prediction, present
-from solo_vlm.evaluate.score import Judgement, Part
+from solo_vlm.evaluate.score import Part, ScoredAnswer
 
 _TASKS = {
     "figure question answering": 269,
@@ -37,33 +37,33 @@ def with_llm_judge(judge: LlmJudge) -> Benchmark:
     """MathVista as its paper scores it: a language model extracts the answers."""
     return replace(
         MATHVISTA,
-        judge=judge,
+        scorer=judge,
         metric="right answers / questions, in per cent; answers extracted by the language model "
         f"{judge.model}, the nearest option taken where none is spelled exactly",
         source="Lu et al. 2023, arXiv 2310.02255, with its calculate_score.py; the prompt is this project's",
     )
 
 
-def _judge_by_rules(predictions: Sequence[Prediction]) -> list[Judgement]:
-    return [_judge(prediction) for prediction in predictions]
+def _score_by_rules(predictions: Sequence[Prediction]) -> list[ScoredAnswer]:
+    return [_score(prediction) for prediction in predictions]
 
 
-def _judge(prediction: Prediction) -> Judgement:
+def _score(prediction: Prediction) -> ScoredAnswer:
     problem = Problem.of(prediction)
-    truth = problem.normalise(prediction.column("answer"))
+    reference = problem.normalise(prediction.column("answer"))
     extraction = prediction.row.get("extraction")
     if present(extraction):
-        reading = problem.read_extraction(str(extraction))
+        extracted = problem.read_extraction(str(extraction))
     else:
-        reading = problem.read(prediction.response or "")
-    return judgement(prediction, reading, truth)
+        extracted = problem.read(prediction.response or "")
+    return score_answer(prediction, extracted, reference)
 
 
-def _breakdown(judgements: Sequence[Judgement]) -> dict[str, Part]:
+def _breakdown(answers: Sequence[ScoredAnswer]) -> dict[str, Part]:
     return {
-        **by_category(judgements, "task", _task, _TASKS),
-        **by_category(judgements, "skill", _skills, _SKILLS),
-        **_by_answer_type(judgements),
+        **by_category(answers, "task", _task, _TASKS),
+        **by_category(answers, "skill", _skills, _SKILLS),
+        **_by_answer_type(answers),
     }
 
 
@@ -99,6 +99,6 @@ MATHVISTA = Benchmark(
     "a number, and nothing is guessed (an `extraction` that a file brings along is taken as it is)",
     source="Lu et al. 2023, arXiv 2310.02255, with the normalisation of its calculate_score.py; the paper "
     "extracts answers with GPT-4",
-    judge=_judge_by_rules,
+    scorer=_score_by_rules,
     breakdown=_breakdown,
 )

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
 from solo_vlm.evaluate.extract import read_yes_no
-from solo_vlm.evaluate.multiple_choice import judgement
+from solo_vlm.evaluate.multiple_choice import score_answer
 from solo_vlm.evaluate.predictions import Prediction
-from solo_vlm.evaluate.score import Judgement, Part, Unit
+from solo_vlm.evaluate.score import Part, ScoredAnswer, Unit
 from solo_vlm.evaluate.statistics import bootstrap_interval, score_of
 from solo_vlm.utils.errors import SoloError
 
@@ -35,21 +35,21 @@ _SUBTASKS = (*_PERCEPTION, *_COGNITION)
 _QUESTIONS_OF_IMAGE = 2
 _PERFECT = 200.0  # acc 100 and acc+ 100
 
-_Images = dict[tuple[str, str], list[Judgement]]  # answers by subtask and image
+_Images = dict[tuple[str, str], list[ScoredAnswer]]  # answers by subtask and image
 
 
-def _judge(predictions: Sequence[Prediction]) -> list[Judgement]:
+def _score(predictions: Sequence[Prediction]) -> list[ScoredAnswer]:
     return [
-        judgement(
+        score_answer(
             prediction, read_yes_no(prediction.response or ""), read_yes_no(str(prediction.column("answer")))
         )
         for prediction in predictions
     ]
 
 
-def _image_units(judgements: Sequence[Judgement]) -> list[Unit]:
+def _image_units(answers: Sequence[ScoredAnswer]) -> list[Unit]:
     """Each image: 100 times the share of right answers, and 100 more where both are right."""
-    return _units(_by_image(judgements))
+    return _units(_by_image(answers))
 
 
 def _units(images: _Images) -> list[Unit]:
@@ -59,8 +59,8 @@ def _units(images: _Images) -> list[Unit]:
     ]
 
 
-def _breakdown(judgements: Sequence[Judgement]) -> dict[str, Part]:
-    images = _by_image(judgements)
+def _breakdown(answers: Sequence[ScoredAnswer]) -> dict[str, Part]:
+    images = _by_image(answers)
     sums = {group: _part(images, sizes, "sum") for group, sizes in _GROUPS.items()}
     subtasks = {
         subtask: _part(images, {subtask: size}, group)
@@ -91,12 +91,12 @@ def _part(images: _Images, sizes: Mapping[str, int], group: str) -> Part:
     )
 
 
-def _by_image(judgements: Sequence[Judgement]) -> _Images:
+def _by_image(answers: Sequence[ScoredAnswer]) -> _Images:
     images: _Images = {}
-    for judged in judgements:
-        image = str(judged.prediction.column("question_id", "image_path", "image"))
-        answers = images.setdefault((_subtask(judged.prediction), image), [])
-        answers.append(judged)
+    for answer in answers:
+        image = str(answer.prediction.column("question_id", "image_path", "image"))
+        answers = images.setdefault((_subtask(answer.prediction), image), [])
+        answers.append(answer)
         if len(answers) > _QUESTIONS_OF_IMAGE:
             rows = ", ".join(answer.prediction.id for answer in answers)
             raise SoloError(f"MME asks two questions about an image, but {image} has rows {rows}")
@@ -111,11 +111,11 @@ def _subtask(prediction: Prediction) -> str:
     return known[category.lower()]
 
 
-def _acc(answers: Sequence[Judgement]) -> float:
+def _acc(answers: Sequence[ScoredAnswer]) -> float:
     return 100 * sum(answer.correct for answer in answers) / len(answers)
 
 
-def _acc_plus(answers: Sequence[Judgement]) -> float:
+def _acc_plus(answers: Sequence[ScoredAnswer]) -> float:
     return 100.0 * (len(answers) == _QUESTIONS_OF_IMAGE and all(answer.correct for answer in answers))
 
 
@@ -133,7 +133,7 @@ MME = Benchmark(
     metric="perception + cognition: over 14 subtasks, the sum of acc (per cent of questions) and acc+ "
     "(per cent of images with both answers right)",
     source="Fu et al. 2023, arXiv 2306.13394, with its calculation.py",
-    judge=_judge,
+    scorer=_score,
     breakdown=_breakdown,
     units=_image_units,
     interval=bootstrap_interval,

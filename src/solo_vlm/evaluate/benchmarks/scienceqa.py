@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
-from solo_vlm.evaluate.multiple_choice import by_category, by_column, judge_listed_choices
+from solo_vlm.evaluate.multiple_choice import by_category, by_column, score_listed_choices
 from solo_vlm.evaluate.predictions import present
-from solo_vlm.evaluate.score import Judgement, Part
+from solo_vlm.evaluate.score import Part, ScoredAnswer
 
 _NO = ("", "false", "0", "0.0", "no", "none", "nan")
 _by_subject = by_column("subject", "subject")
@@ -30,11 +30,11 @@ def _context(row: Mapping[str, Any]) -> list[str]:
     return contexts or ["no context"]
 
 
-def _breakdown(judgements: Sequence[Judgement]) -> dict[str, Part]:
+def _breakdown(answers: Sequence[ScoredAnswer]) -> dict[str, Part]:
     return {
-        **_by_subject(judgements),
-        **by_category(judgements, "context", _context),
-        **by_category(judgements, "grade", _grade),
+        **_by_subject(answers),
+        **by_category(answers, "context", _context),
+        **by_category(answers, "grade", _grade),
     }
 
 
@@ -56,7 +56,7 @@ SCIENCEQA = Benchmark(
     size_source="data set card of lmms-lab/ScienceQA",
     metric="right answers / questions with an image, in per cent",
     source="Lu et al. 2022, arXiv 2209.09513; LLaVA's papers print the image split",
-    judge=judge_listed_choices,
+    scorer=score_listed_choices,
     breakdown=_breakdown,
     belongs=_may_have_image,
     note="lmms-eval calls this split scienceqa_img, and the full one scienceqa.",

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
-from solo_vlm.evaluate.multiple_choice import accuracy, by_category, judge_choices
+from solo_vlm.evaluate.multiple_choice import accuracy, by_category, score_choices
 from solo_vlm.evaluate.predictions import present
-from solo_vlm.evaluate.score import Judgement, Part
+from solo_vlm.evaluate.score import Part, ScoredAnswer
 
 # Ids as in the corrected SEED-Bench.json (its issue 28): older copies name 3 and 4 the other way round.
 _IMAGE_DIMENSIONS = (
@@ -42,17 +42,17 @@ def _is_image(row: Mapping[str, Any]) -> bool:
     return not set(_dimension(row)) & set(_VIDEO_DIMENSIONS)
 
 
-def _breakdown(judgements: Sequence[Judgement]) -> dict[str, Part]:
-    images = [judged for judged in judgements if _is_image(judged.prediction.row)]
-    videos = [judged for judged in judgements if not _is_image(judged.prediction.row)]
+def _breakdown(answers: Sequence[ScoredAnswer]) -> dict[str, Part]:
+    images = [answer for answer in answers if _is_image(answer.prediction.row)]
+    videos = [answer for answer in answers if not _is_image(answer.prediction.row)]
     return {
         **by_category(images, "image dimension", _dimension),
         **by_category(videos, "video dimension", _dimension),
     }
 
 
-def _all_questions(judgements: Sequence[Judgement]) -> dict[str, float]:
-    return {"images and videos": accuracy(judgements, "").score}
+def _all_questions(answers: Sequence[ScoredAnswer]) -> dict[str, float]:
+    return {"images and videos": accuracy(answers, "").score}
 
 
 SEEDBENCH = Benchmark(
@@ -68,7 +68,7 @@ SEEDBENCH = Benchmark(
     size_source="SEED-Bench v1: 14,233 image questions; the hub's split has 17,990 rows with videos",
     metric="right answers / image questions, in per cent",
     source="Li et al. 2023, arXiv 2307.16125; papers print the image split",
-    judge=judge_choices,
+    scorer=score_choices,
     breakdown=_breakdown,
     belongs=_is_image,
     raw=_all_questions,

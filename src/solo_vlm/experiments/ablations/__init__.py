@@ -1,1 +1,1 @@
-"""Ablations: chains of training stages that differ in one or two settings, over several seeds."""
+"""Ablations: pipelines of training stages that differ in one or two settings, over several seeds."""

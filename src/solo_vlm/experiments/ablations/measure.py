@@ -1,4 +1,7 @@
-"""What is to be measured: models of chains on held-out data, a job for each model."""
+"""Measure models on held-out data: accuracy of generated answers, and loss.
+
+One job per model runs `python -m solo_vlm.experiments.ablations.measure RUN TASK`.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,33 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from solo_vlm.data.sources import open_source
-from solo_vlm.experiments.ablations.chain import Chain, Link
+from solo_vlm.experiments.ablations.pipeline import Pipeline, Stage
 from solo_vlm.experiments.ablations.settings import AblationSettings, HeldOutSettings
-from solo_vlm.experiments.launcher.job import Job
+from solo_vlm.experiments.launcher import Job
+from solo_vlm.train.recipe import Recipe, SourceSettings, ValidationSettings
 from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file
+from solo_vlm.utils.json_lines import LinesFile
+
+if TYPE_CHECKING:
+    from solo_vlm.generate import GenerationPipeline
 
 Kind = Literal["accuracy", "loss"]
 
+_ALL = 10**9  # sequences
+
 
 class Result(NamedTuple):
-    """What came of a measurement.
+    """Result of a measurement.
 
     Attributes:
-        value: share of right answers, or nats a supervised token.
-        n: held-out samples.
+        value: Share of correct answers, or nats per supervised token.
+        n: Number of held-out samples.
     """
 
     value: float
@@ -33,77 +45,153 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model on held-out data.
+    """A model to measure on held-out data.
 
     Attributes:
-        kind: "accuracy", the share of generated answers that are right; "loss", nats a supervised token.
-        link: the model.
-        data: path of the samples.
-        file: of the result, beside the model; its name has a digest of the data.
+        kind: "accuracy" (share of correct generated answers) or "loss" (nats per supervised token).
+        stage: Stage that writes the model.
+        data: Path of the samples.
+        file: Result file, in the folder of the stage; its name contains a digest of the data.
     """
 
     kind: Kind
-    link: Link
+    stage: Stage
     data: Path
     file: Path
 
     @property
     def answers(self) -> Path:
-        """What the model says, as it comes: JSON lines."""
+        """JSON lines that receive the generated answers."""
         return answers_file(self.file)
 
     def result(self) -> Result | None:
-        """None where it has not been measured."""
+        """Return the result, or None if it has not been measured."""
         return Result(**json.loads(self.file.read_text())) if self.file.is_file() else None
 
 
-def measurements(settings: AblationSettings, chains: Iterable[Chain]) -> list[dict[str, Measurement]]:
-    """What is measured of each chain, by metric.
+def plan_measurements(
+    settings: AblationSettings, pipelines: Iterable[Pipeline]
+) -> list[dict[str, Measurement]]:
+    """Return the measurements of each pipeline, by metric.
 
     Raises:
-        SoloError: the data are not there, or the chain has trained nothing where it is to be measured.
+        SoloError: Data are missing, or no stage has trained before a metric is to be measured.
     """
     root = Path(settings.root).resolve()
     files = {held_out.data for held_out in settings.metrics.values()}
     digests = {data: _digest(root, data) for data in files}
 
-    def measurement(chain: Chain, metric: str, held_out: HeldOutSettings) -> Measurement:
-        link = chain.after(held_out.after)
-        if link is None or link.run is None:
-            raise SoloError(f"{chain.arm}: no stage has trained anything where {metric} is to be measured")
+    def measurement(pipeline: Pipeline, metric: str, held_out: HeldOutSettings) -> Measurement:
+        stage = pipeline.after(held_out.after)
+        if stage is None or stage.run is None:
+            raise SoloError(
+                f"{pipeline.variant}: no stage trains before {metric} is measured; set its `after` to a "
+                "later stage"
+            )
         path = root / held_out.data
         kind: Kind = "accuracy" if metric in settings.scores else "loss"
-        file = link.folder / "held_out" / f"{path.stem}-{kind}-{digests[held_out.data]}.json"
-        return Measurement(kind, link, path, file)
+        file = stage.folder / "held_out" / f"{path.stem}-{kind}-{digests[held_out.data]}.json"
+        return Measurement(kind, stage, path, file)
 
     return [
-        {metric: measurement(chain, metric, held_out) for metric, held_out in settings.metrics.items()}
-        for chain in chains
+        {metric: measurement(pipeline, metric, held_out) for metric, held_out in settings.metrics.items()}
+        for pipeline in pipelines
     ]
 
 
 def measuring_jobs(missing: Iterable[Measurement]) -> Iterator[Job]:
-    """One a model, for whatever of it is to be measured."""
+    """Yield one job per model, which makes all of its missing measurements."""
     by_model: dict[str, list[Measurement]] = {}
     for measurement in missing:
-        by_model.setdefault(measurement.link.name, []).append(measurement)
+        by_model.setdefault(measurement.stage.run_name, []).append(measurement)
     for name, wanted in by_model.items():
-        link = wanted[0].link
+        stage = wanted[0].stage
         task = json.dumps([[m.kind, str(m.data), str(m.file)] for m in wanted])
-        command = [sys.executable, "-m", "solo_vlm.experiments.ablations.worker", str(link.folder), task]
-        yield Job(name, command, link.root / "logs" / f"{name}-held-out.log")
+        command = [sys.executable, "-m", "solo_vlm.experiments.ablations.measure", str(stage.folder), task]
+        yield Job(name, command, stage.root / "logs" / f"{name}-held-out.log")
 
 
 def answers_file(result: Path) -> Path:
-    """Where the answers are that a result is about."""
+    """Return the path of the answers that belong to a result file."""
     return result.with_suffix(".jsonl")
 
 
 def count_samples(path: str | Path) -> int:
-    """Rows of a file or folder."""
+    """Count the rows of a file or folder."""
     source = open_source(path)
     return sum(len(source.read(unit)) for unit in range(len(source)))
 
 
+def measure(run: Path, task: str) -> None:
+    """Measure the model of a run, and write each result to its file.
+
+    Args:
+        run: Folder of the run.
+        task: JSON list of (kind, data, result file).
+
+    Raises:
+        SoloError: The data cannot be read, or are not questions although accuracy is to be measured.
+    """
+    from solo_vlm.generate import GenerationPipeline
+
+    generator = cache(lambda: GenerationPipeline.from_pretrained(run / "model"))
+    for kind, data, file in json.loads(task):
+        if kind == "accuracy":
+            result = measure_accuracy(generator(), data, answers_file(Path(file)))
+        else:
+            result = measure_loss(run, data)
+        with new_file(Path(file)) as partial:
+            partial.write_text(json.dumps(result._asdict()) + "\n")
+
+
+def measure_accuracy(generator: GenerationPipeline, data: str | Path, answers: Path) -> Result:
+    """Return the share of correct answers to held-out questions.
+
+    Args:
+        generator: Model to ask.
+        data: Path of the questions.
+        answers: File that receives the answers; questions that it already answers are skipped.
+    """
+    from solo_vlm.evaluate.held_out import answer_questions, read_questions
+
+    questions = read_questions(data)
+    with LinesFile(answers) as file:
+        correct = [record["correct"] for record in file.records]
+        for batch in answer_questions(questions[len(correct) :], generator):
+            file.append(
+                {name: getattr(answer, name) for name in ("question", "reference", "answer", "correct")}
+                for answer in batch
+            )
+            correct += [answer.correct for answer in batch]
+    return Result(sum(correct) / len(correct), len(correct))
+
+
+def measure_loss(run: Path, data: str | Path) -> Result:
+    """Return the loss of a run's model on the supervised text tokens of held-out samples.
+
+    Vision tokens are never supervised, even if the recipe has `vision_loss`.
+
+    Args:
+        run: Folder of the run, whose recipe sets how samples are packed.
+        data: Path of the samples.
+    """
+    from solo_vlm.train.parallel.processes import start_processes
+    from solo_vlm.train.start import make_model
+    from solo_vlm.train.validation import Validation
+
+    recipe = Recipe.load(run / "recipe.yaml")
+    validation = ValidationSettings(sources=[SourceSettings(path=str(data))], sequences=_ALL)
+    model_settings = {"model": str(run / "model"), "lora": None, "quantize": None, "trainable": "all"}
+    packing = recipe.data.model_copy(update={"vision_loss": False})
+    recipe = recipe.model_copy(update={**model_settings, "validation": validation, "data": packing})
+    with start_processes(recipe) as processes:
+        model, processor = make_model(recipe, processes)
+        return Result(Validation(recipe, processor, processes).loss(model), count_samples(data))
+
+
 def _digest(root: Path, data: str) -> str:
     return hashlib.sha256(f"{data} {open_source(root / data).fingerprint()}".encode()).hexdigest()[:10]
+
+
+if __name__ == "__main__":
+    measure(Path(sys.argv[1]), sys.argv[2])

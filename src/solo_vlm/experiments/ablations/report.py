@@ -1,28 +1,34 @@
-"""What came of an ablation: every arm on every metric, and how the variants differ from the base."""
+"""Compare the variants of an ablation: means over seeds, paired differences, tables, plot, HTML report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from solo_vlm.experiments.ablations.chain import Chain
 from solo_vlm.experiments.ablations.measure import Kind
-from solo_vlm.experiments.ablations.settings import BASE, Ablation, describe
-from solo_vlm.experiments.ablations.statistics import Estimate, estimate, standard_errors
+from solo_vlm.experiments.ablations.pipeline import Pipeline
+from solo_vlm.experiments.ablations.settings import BASE, Ablation, describe_changes
 from solo_vlm.utils.files import new_file
+from solo_vlm.utils.pages import png_url, render, save_figure
 
+COLUMNS = ("metric", "variant", "mean", "difference", "95% interval", "p")
+
+_CONFIDENCE = 0.95
 _FEW_SEEDS = 5
+_DECIMALS = 12  # equates values that differ by rounding, such as 0.55 - 0.5 and 0.61 - 0.56
+_SEED_COLOR, _BASE_COLOR, _VARIANT_COLOR = "#999999", "#000000", "#0072B2"
 
 _SCHEMA = pa.schema(
     [
-        ("arm", pa.string()),
+        ("variant", pa.string()),
         ("seed", pa.int64()),
         ("metric", pa.string()),
         ("kind", pa.string()),  # accuracy or loss
@@ -33,9 +39,9 @@ _SCHEMA = pa.schema(
 
 
 class Row(NamedTuple):
-    """A value of an arm under a seed, as in the table of results."""
+    """Result of one variant under one seed: a row of `results.parquet`."""
 
-    arm: str
+    variant: str
     seed: int
     metric: str
     kind: Kind
@@ -43,15 +49,50 @@ class Row(NamedTuple):
     n: int
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The arms on one metric.
+class Estimate(NamedTuple):
+    """Mean over seeds, with its 95% interval.
 
     Attributes:
-        metric: its name.
-        kind: "accuracy", of which more is better, or "loss".
-        n: held-out samples.
-        values: of each arm, one a seed.
+        mean: Mean of the values.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        p_value: Two-sided p-value of a true mean of zero; None if all values are equal.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float | None
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Estimate the mean of independent values, with an interval from Student's t distribution.
+
+    Applied to the differences of a variant from the base under the same seeds, this is the paired t-test.
+
+    Args:
+        values: One value per seed, at least two. Equal values give an interval of zero width, which says
+            more about the resolution of the metric than about the true mean.
+    """
+    from scipy.stats import ttest_1samp
+
+    mean = float(np.mean(values))
+    if np.ptp(np.round(values, _DECIMALS)) == 0:
+        return Estimate(mean, mean, mean, None)
+    test: Any = ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(_CONFIDENCE)
+    return Estimate(mean, float(low), float(high), float(test.pvalue))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All variants on one metric.
+
+    Attributes:
+        metric: Name of the metric.
+        kind: "accuracy" (higher is better) or "loss".
+        n: Number of held-out samples.
+        values: One value per seed, by variant.
     """
 
     metric: str
@@ -61,29 +102,29 @@ class Comparison:
 
     @cached_property
     def means(self) -> dict[str, Estimate]:
-        """Of each arm, over the seeds."""
-        return {arm: estimate(values) for arm, values in self.values.items()}
+        """Mean over seeds, by variant."""
+        return {variant: estimate(values) for variant, values in self.values.items()}
 
     @cached_property
     def differences(self) -> dict[str, Estimate]:
-        """Of each variant from the base, over the seeds, paired."""
+        """Mean difference from the base, paired by seed, by variant."""
         base = self.values[BASE]
         return {
-            arm: estimate([value - other for value, other in zip(values, base, strict=True)])
-            for arm, values in self.values.items()
-            if arm != BASE
+            variant: estimate([value - other for value, other in zip(values, base, strict=True)])
+            for variant, values in self.values.items()
+            if variant != BASE
         }
 
 
 @dataclass(frozen=True)
 class Report:
-    """An ablation's results.
+    """Results of an ablation.
 
     Attributes:
-        ablation: as it was run.
-        fraction: of all steps that were trained.
-        steps: of each arm, stage by stage; None where the data's end decides.
-        comparisons: one a metric.
+        ablation: Ablation that was run.
+        fraction: Share of the steps that was trained.
+        steps: Steps by variant and stage; None if the stage trains until its data end.
+        comparisons: One per metric.
     """
 
     ablation: Ablation
@@ -93,19 +134,21 @@ class Report:
 
     @classmethod
     def make(
-        cls, ablation: Ablation, fraction: float, chains: Sequence[Chain], rows: Sequence[Row]
+        cls, ablation: Ablation, fraction: float, pipelines: Sequence[Pipeline], rows: Sequence[Row]
     ) -> Report:
-        """Compare the arms.
+        """Compare the variants.
 
         Args:
-            ablation: as it was run, with at least two seeds.
-            fraction: of all steps that were trained.
-            chains: that were trained.
-            rows: all that was measured of them.
+            ablation: Ablation that was run.
+            fraction: Share of the steps that was trained.
+            pipelines: Pipelines that were trained.
+            rows: All measured results.
         """
         steps = {
-            chain.arm: {stage: link.run.recipe.steps for stage, link in chain.stages.items() if link.run}
-            for chain in chains
+            pipeline.variant: {
+                name: stage.run.recipe.steps for name, stage in pipeline.stages.items() if stage.run
+            }
+            for pipeline in pipelines
         }
         by_metric: dict[str, list[Row]] = {}
         for row in rows:
@@ -114,32 +157,36 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """What to know of the figures."""
+        """How to read the intervals and p-values."""
+        from scipy.stats import t
+
         settings = self.ablation.settings
-        errors = standard_errors(settings.seeds)
+        errors = float(t.ppf((1 + _CONFIDENCE) / 2, settings.seeds - 1))
         notes = [
-            f"Intervals are 95%, by Student's t distribution over {settings.seeds} seeds: {errors:.2f} "
-            "standard errors to either side"
-            + (", which is wide; more seeds narrow them." if settings.seeds < _FEW_SEEDS else "."),
-            "Differences (pp: percentage points) are paired: arms share a seed's first weights and, of the "
-            "same data, the order. Held-out samples are the same throughout: intervals do not cover others.",
+            f"95% intervals by Student's t distribution over {settings.seeds} seeds: mean ± {errors:.2f} "
+            "standard errors" + (" (wide; more seeds narrow it)." if settings.seeds < _FEW_SEEDS else "."),
+            "Differences (pp: percentage points) are paired by seed: all variants share a seed's initial "
+            "weights and, on the same data, its order. They do not cover the choice of held-out samples.",
         ]
         if (tests := len(settings.variants) * len(self.comparisons)) > 1:
-            notes.append(f"Each p-value is of one comparison by itself, and there are {tests}.")
+            notes.append(f"p-values are not corrected for multiple comparisons; there are {tests}.")
         if self.fraction != 1:
-            notes.append(f"Only {self.fraction:.3g} of all steps were trained: a first look.")
+            notes.append(f"Only {self.fraction:.3g} of the steps were trained.")
         return notes
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         settings = self.ablation.settings
-        changes = {BASE: [], **{arm: describe(stages) for arm, stages in settings.variants.items()}}
+        changes = {BASE: {}, **settings.variants}
         return {
             "ablation": self.ablation.name,
             "question": settings.question,
             "seeds": settings.seeds,
             "fraction": self.fraction,
-            "arms": {arm: {"changes": changes[arm], "steps": self.steps[arm]} for arm in settings.arms},
+            "variants": {
+                variant: {"changes": describe_changes(changes[variant]), "steps": self.steps[variant]}
+                for variant in settings.variant_names
+            },
             "axis": settings.axis and settings.axis.model_dump(),
             "metrics": {
                 comparison.metric: {
@@ -147,10 +194,10 @@ class Report:
                     "n": comparison.n,
                     "values": comparison.values,
                     "means": {
-                        arm: {"mean": m.mean, "low": m.low, "high": m.high}
-                        for arm, m in comparison.means.items()
+                        variant: {"mean": m.mean, "low": m.low, "high": m.high}
+                        for variant, m in comparison.means.items()
                     },
-                    "differences": {arm: d._asdict() for arm, d in comparison.differences.items()},
+                    "differences": {variant: d._asdict() for variant, d in comparison.differences.items()},
                 }
                 for comparison in self.comparisons
             },
@@ -164,13 +211,108 @@ class Report:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write the table of results, a parquet file."""
+    """Write results as a parquet file."""
     with new_file(path) as partial:
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in rows], _SCHEMA), partial)
+
+
+def result_lines(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Format one line per metric and variant, with the cells of `COLUMNS`.
+
+    The metric is named on its first line only.
+
+    Args:
+        facts: Values from `Report.as_dict`.
+    """
+    for metric, found in facts["metrics"].items():
+        share = found["kind"] == "accuracy"
+        for number, (variant, mean) in enumerate(found["means"].items()):
+            difference = found["differences"].get(variant)
+            compared = _format_difference(difference, share) if difference else ("", "", "")
+            yield ("" if number else metric, variant, format_value(mean["mean"], share), *compared)
+
+
+def format_value(value: float, share: bool) -> str:
+    """Format an accuracy (a share) or a loss."""
+    return f"{value:.1%}" if share else f"{value:.3f}"
+
+
+def write_report(report: Report, out: Path) -> None:
+    """Write `out/plot.png` and the self-contained page `out/report.html`.
+
+    The plot has one panel per metric: a dot per seed and the means with their 95% intervals. Dots of one
+    seed are joined, as differences are paired by seed. If the ablation has an axis, variants are placed
+    along it and the means are joined.
+    """
+    facts = report.as_dict()
+    save_figure(_draw(report), out / "plot.png")
+    page = render(
+        "solo_vlm.experiments.ablations",
+        "report.html.jinja",
+        facts=facts,
+        columns=COLUMNS,
+        lines=list(result_lines(facts)),
+        format_value=format_value,
+        plot=png_url((out / "plot.png").read_bytes()),
+    )
+    with new_file(out / "report.html") as partial:
+        partial.write_text(page, encoding="utf-8")
 
 
 def _compare(rows: Sequence[Row]) -> Comparison:
     values: dict[str, list[float]] = {}
     for row in sorted(rows, key=lambda row: row.seed):
-        values.setdefault(row.arm, []).append(row.value)
+        values.setdefault(row.variant, []).append(row.value)
     return Comparison(rows[0].metric, rows[0].kind, rows[0].n, values)
+
+
+def _format_difference(difference: dict[str, Any], share: bool) -> tuple[str, str, str]:
+    """Format a difference, its interval and its p-value; differences of shares in percentage points."""
+    mean, low, high = (difference[key] * (100 if share else 1) for key in ("mean", "low", "high"))
+    p = "-" if difference["p_value"] is None else f"{difference['p_value']:.3f}"
+    if share:
+        return f"{mean:+.1f} pp", f"{low:+.1f} to {high:+.1f}", p
+    return f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}", p
+
+
+def _draw(report: Report) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(report.comparisons), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(report.comparisons), squeeze=False)[0]
+    for axes, comparison in zip(panels, report.comparisons, strict=True):
+        _draw_panel(axes, comparison, report)
+    return figure
+
+
+def _draw_panel(axes: Any, comparison: Comparison, report: Report) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis, positions = report.ablation.settings.axis, _positions(report)
+    by_seed = np.array([comparison.values[variant] for variant in positions]).T  # (seeds, variants)
+    for values in by_seed:
+        axes.plot(positions.values(), values, "o-", color=_SEED_COLOR, markersize=3, linewidth=0.6)
+    for variant, position in positions.items():
+        mean, low, high, _ = comparison.means[variant]
+        color = _BASE_COLOR if variant == BASE else _VARIANT_COLOR
+        axes.errorbar(position, mean, [[mean - low], [high - mean]], fmt="o", color=color, capsize=4)
+    if axis:
+        means = [comparison.means[variant].mean for variant in positions]
+        axes.plot(positions.values(), means, color=_VARIANT_COLOR)
+        axes.set_xlabel(axis.label)
+    else:
+        axes.set_xticks(list(positions.values()), list(positions), rotation=20, ha="right")
+        axes.margins(x=0.25)
+    if comparison.kind == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title(comparison.metric, fontsize="medium")
+    axes.grid(axis="y", alpha=0.2)
+
+
+def _positions(report: Report) -> dict[str, float]:
+    """Return the x position of each variant, from left to right."""
+    settings = report.ablation.settings
+    if settings.axis is None:
+        return {variant: float(index) for index, variant in enumerate(settings.variant_names)}
+    values = settings.axis.values
+    return {variant: values[variant] for variant in sorted(settings.variant_names, key=values.__getitem__)}

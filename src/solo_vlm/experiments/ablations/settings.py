@@ -1,4 +1,4 @@
-"""An ablation as typed settings: a chain of stages, and variants that change one or two fields of it."""
+"""Settings of an ablation: a pipeline of stages, and variants that change one or two fields of it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from solo_vlm.quickstart.data.drawn import ToySettings
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import Settings, find_settings, list_settings, override, read_settings
 
-BASE = "base"  # the arm that the variants are compared with
-INIT = "init"  # the stage that makes a SOLO model of an LLM
+BASE = "base"  # the variant without changes, which the others are compared with
+INIT = "init"  # the stage that turns an LLM into a SOLO model
 
-Stages = dict[str, dict[str, Any] | None]
+StageSettings = dict[str, dict[str, Any] | None]
 
-_FOLDER = "ablations"  # of the package's recipes
-_SET_BY_CHAIN = ("root", "model", "out", "seed")
+_FOLDER = "ablations"  # among the package's recipes
+_SET_BY_PIPELINE = ("root", "model", "out", "seed")
 
 
 class InitSettings(Settings):
-    """The stage `init`: an LLM becomes a SOLO model.
+    """The stage `init`: turn an LLM into a SOLO model.
 
     Attributes:
-        image_size: `{longest_edge: pixels}`, or `{height: pixels, width: pixels}` for one size of all images;
-            default: native resolution up to 1024 pixels.
-        bidirectional_images: the patches of an image see each other in both directions.
-        from_scratch: random weights in place of the LLM's.
+        image_size: `{longest_edge: pixels}`, or `{height: pixels, width: pixels}` to resize every image to
+            one size. Default: native resolution up to 1024 pixels.
+        bidirectional_images: Let the patches of an image attend to each other in both directions.
+        from_scratch: Replace the LLM's weights by random ones.
     """
 
     image_size: dict[Literal["longest_edge", "height", "width"], PositiveInt] | None = None
@@ -40,11 +40,11 @@ class InitSettings(Settings):
 
 
 class HeldOutSettings(Settings):
-    """Held-out samples, and where in the chain a model is measured on them. A path alone is `data`.
+    """Held-out samples, and the stage after which models are measured on them. A plain path sets `data`.
 
     Attributes:
-        data: file or folder.
-        after: stage, whether an arm has it or leaves it out; default: the last one.
+        data: File or folder.
+        after: Name of the stage; a variant that skips it is measured at the same point. Default: the last.
     """
 
     data: str
@@ -52,16 +52,16 @@ class HeldOutSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _path_alone(cls, value: Any) -> Any:
+    def _accept_path(cls, value: Any) -> Any:
         return {"data": value} if isinstance(value, str) else value
 
 
 class AxisSettings(Settings):
-    """For variants in an order: what to draw them over.
+    """The x axis of the plots, for variants that can be ordered.
 
     Attributes:
-        label: of the axis, with the unit.
-        values: where each arm lies, the base too.
+        label: Label with the unit.
+        values: Position of each variant, including the base.
     """
 
     label: str
@@ -69,25 +69,25 @@ class AxisSettings(Settings):
 
 
 class AblationSettings(Settings):
-    """A chain of stages (the base), variants of it, and what they are measured on. Paths count from `root`.
+    """A pipeline of stages (the base), its variants, and the metrics. Paths are relative to `root`.
 
     Attributes:
-        root: folder of everything; ablations with the same root share what is trained alike.
-        question: that the ablation is to answer.
-        toy_data: draw the embedded toy data into `data/` first.
-        shuffle_images: files to derive: a new path, and the file whose images are dealt out anew among its
-            samples.
-        llm: folder or hub id of the LLM to start from (a SOLO model, where no stage is `init`); default: the
+        root: Folder for data, models and results. Ablations with the same root share identical runs.
+        question: The question that the ablation answers.
+        toy_data: Draw the embedded toy data into `data/` first.
+        shuffle_images: Files to derive, by path: each is a copy of the named file with its images permuted
+            at random among the samples.
+        llm: Folder or hub id of the LLM to start from (a SOLO model, if no stage is `init`). Default: the
             quickstart's decoder with random weights.
-        stages: in order. `init` has `InitSettings`. Every other one is a recipe of the training engine
-            without `root`, `model`, `out` and `seed`, or what it changes in the recipe that its key `recipe`
-            names: a file beside the ablation's, or a recipe of the package. One that is null is left out.
-        variants: by name, what each changes in the stages.
-        scores: held-out chats by name; measured is the share of generated answers that are right.
-        losses: held-out samples by name; measured is the loss on what they say.
-        axis: for variants in an order.
-        seeds: how often everything is repeated, at least twice. A seed changes the first weights, the order
-            of the data and the training; it is added to the seeds of the recipes.
+        stages: Stages in order. `init` takes `InitSettings`. Every other stage is a training recipe without
+            `root`, `model`, `out` and `seed`, or a set of changes to the recipe named by its key `recipe`:
+            a file next to the ablation's, or a recipe of the package. A stage set to null is skipped.
+        variants: Changes to the stages, by name of the variant.
+        scores: Held-out chats by name, measured by the share of correct generated answers.
+        losses: Held-out samples by name, measured by the loss on their supervised tokens.
+        axis: The x axis, for variants that can be ordered.
+        seeds: Number of repetitions, at least 2. A seed changes initial weights, data order and training; it
+            is added to the seeds of the recipes.
     """
 
     root: str
@@ -95,8 +95,8 @@ class AblationSettings(Settings):
     toy_data: ToySettings | None = None
     shuffle_images: dict[str, str] = Field(default_factory=dict)
     llm: str | None = None
-    stages: Stages = Field(min_length=1)
-    variants: dict[str, Stages] = Field(min_length=1)
+    stages: StageSettings = Field(min_length=1)
+    variants: dict[str, StageSettings] = Field(min_length=1)
     scores: dict[str, HeldOutSettings] = Field(default_factory=dict)
     losses: dict[str, HeldOutSettings] = Field(default_factory=dict)
     axis: AxisSettings | None = None
@@ -104,44 +104,44 @@ class AblationSettings(Settings):
 
     @property
     def metrics(self) -> dict[str, HeldOutSettings]:
-        """Scores and losses, by names that tell them apart."""
+        """Scores and losses by metric name; a loss is named `NAME loss`."""
         return self.scores | {f"{name} loss": held_out for name, held_out in self.losses.items()}
 
     @property
-    def arms(self) -> tuple[str, ...]:
+    def variant_names(self) -> tuple[str, ...]:
         """The base, then the variants."""
         return (BASE, *self.variants)
 
     @model_validator(mode="after")
     def _check(self) -> AblationSettings:
         if BASE in self.variants:
-            raise ValueError(f"no variant can be called {BASE}")
+            raise ValueError(f"no variant can be called {BASE}: the name stands for the unchanged pipeline")
         if not self.metrics:
-            raise ValueError("give scores or losses: something must be measured")
+            raise ValueError("there is nothing to measure: give scores or losses")
         if self.llm is None and self.toy_data is None:
-            raise ValueError("give an llm, or toy_data for the quickstart's")
+            raise ValueError("give an llm, or toy_data to train the quickstart's decoder")
         for where, stages in (("stages", self.stages), *self.variants.items()):
             for stage, changes in stages.items():
                 _check_known(where, "stage", stage, self.stages)
-                if taken := set(_SET_BY_CHAIN) & (changes or {}).keys():
-                    raise ValueError(f"{where}.{stage}.{min(taken)} is set by the chain: remove it")
+                if taken := set(_SET_BY_PIPELINE) & (changes or {}).keys():
+                    raise ValueError(f"{where}.{stage}.{min(taken)} is set by the pipeline: remove it")
         for name, held_out in self.metrics.items():
             if held_out.after is not None:
                 _check_known(name, "stage", held_out.after, self.stages)
         if self.axis:
-            for arm in self.arms:
-                _check_known("axis.values", "value for", arm, self.axis.values)
+            for variant in self.variant_names:
+                _check_known("axis.values", "value for", variant, self.axis.values)
         return self
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """An ablation that was read.
+    """An ablation as loaded from its file.
 
     Attributes:
-        name: of its file.
-        folder: of its file; recipes that it names are looked for there first.
-        settings: as resolved.
+        name: Stem of the file name.
+        folder: Folder of the file, searched first for the recipes that the ablation names.
+        settings: Resolved settings.
     """
 
     name: str
@@ -150,15 +150,15 @@ class Ablation:
 
     @classmethod
     def load(cls, name: str, overrides: Sequence[str] = (), **given: Any) -> Ablation:
-        """Read a file, or an ablation of the package.
+        """Load an ablation from a file, or one of the package's.
 
         Args:
-            name: path of the file, or a name such as `no-stage1`.
-            overrides: of the form `a.b=value`.
-            **given: settings in place of the file's.
+            name: Path of the file, or a name such as `no-stage1`.
+            overrides: Settings as `a.b=value`.
+            **given: Top-level settings that replace the file's.
 
         Raises:
-            SoloError: no such file, or a key or value that does not belong there.
+            SoloError: The file does not exist, or has an unknown key or an invalid value.
         """
         path = _find(name)
         settings = override(read_settings(path, "ablation"), overrides) | given
@@ -166,13 +166,13 @@ class Ablation:
 
 
 def list_ablations() -> dict[str, str]:
-    """The ablations of the package: names and questions."""
+    """Return the questions of the package's ablations, by name."""
     read = {path.stem: read_settings(path, "ablation") for path in list_settings(_FOLDER)}
     return {name: settings["question"] for name, settings in read.items() if "variants" in settings}
 
 
-def describe(changes: Stages) -> list[str]:
-    """What a variant changes, as `stage2.steps = 500` and `without stage1`."""
+def describe_changes(changes: StageSettings) -> list[str]:
+    """Describe the changes of a variant, such as `stage2.steps = 500` or `without stage1`."""
     return [line for stage, settings in changes.items() for line in _describe(stage, settings)]
 
 

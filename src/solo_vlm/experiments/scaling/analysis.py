@@ -1,7 +1,8 @@
-"""Everything that points allow to be fitted, and how well runs that were held out are predicted."""
+"""Read a table of points, fit every law that it determines, and predict the held-out runs."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,61 @@ from typing import Any
 
 import numpy as np
 
+from solo_vlm.experiments.scaling.fitting import Array
 from solo_vlm.experiments.scaling.isoflop import IsoFlopFit, fit_isoflop
-from solo_vlm.experiments.scaling.laws import ScalingFit, fit_scaling_law
-from solo_vlm.experiments.scaling.mixture_law import MixtureFit, fit_mixture_law
-from solo_vlm.experiments.scaling.points import Points, Table, read_points
+from solo_vlm.experiments.scaling.laws import (
+    FLOPS_PER_PARAMETER_AND_TOKEN,
+    MixtureFit,
+    ScalingFit,
+    fit_mixture_law,
+    fit_scaling_law,
+)
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
+
+_BY_MODALITY = {"d_text", "d_vision"}
+_TRUE = ("true", "1", "yes")
+
+
+@dataclass(frozen=True)
+class Points:
+    """Runs of different model and data sizes.
+
+    Attributes:
+        n: Parameters, (points,).
+        d: Tokens, (points,).
+        loss: Nats per token, (points,).
+        d_text: Text tokens, (points,), if the file has the column.
+        d_vision: Vision tokens, (points,), if the file has the column.
+        d_from_flops: Whether d = flops / (6 n), because the file has no tokens.
+        names: Names of the runs.
+    """
+
+    n: Array
+    d: Array
+    loss: Array
+    d_text: Array | None
+    d_vision: Array | None
+    d_from_flops: bool
+    names: Sequence[str]
+
+    @property
+    def flops(self) -> Array:
+        """Budgets C = 6 N D, (points,)."""
+        return FLOPS_PER_PARAMETER_AND_TOKEN * self.n * self.d
+
+
+@dataclass(frozen=True)
+class Table:
+    """Points of a file.
+
+    Attributes:
+        fitted: Points to fit laws to.
+        holdout: Points to predict (column `holdout`); None if the file has none.
+    """
+
+    fitted: Points
+    holdout: Points | None
 
 
 @dataclass(frozen=True)
@@ -24,11 +74,11 @@ class Analysis:
     """Laws fitted to a table of points.
 
     Attributes:
-        table: the points.
-        fit: of L(N, D).
-        mixture: of text and vision tokens apart; none without them.
-        isoflop: of the profiles; none where there are too few.
-        notes: why one of these is missing, and what else to know.
+        table: Points.
+        fit: Fit of L(N, D).
+        mixture: Fit of the mixture law; None if text and vision tokens are not given separately.
+        isoflop: Fit of the IsoFLOP profiles; None if there are too few.
+        notes: Why a fit is missing, and other remarks.
     """
 
     table: Table
@@ -39,14 +89,15 @@ class Analysis:
 
     @property
     def predictions(self) -> list[dict[str, Any]]:
-        """Of the runs that were held out: loss, the law's prediction and its interval, relative error."""
-        held = self.table.holdout
-        if held is None:
+        """Held-out runs: measured loss, predicted loss with its interval, relative error."""
+        held_out = self.table.holdout
+        if held_out is None:
             return []
-        return [self._predict(*run) for run in zip(held.names, held.n, held.d, held.loss, strict=True)]
+        runs = zip(held_out.names, held_out.n, held_out.d, held_out.loss, strict=True)
+        return [self._predict(*run) for run in runs]
 
     def as_dict(self, budgets: Sequence[float] = ()) -> dict[str, Any]:
-        """Plain values, for JSON; null where a figure is not a number. Budgets are in FLOPs."""
+        """Return plain values, for JSON, with null for NaN; `budgets` are in FLOPs."""
         return _plain(
             {
                 **self.fit.as_dict(budgets),
@@ -75,32 +126,103 @@ class Analysis:
         }
 
 
-def analyse(path: Path) -> Analysis:
-    """Read a table and fit whatever it allows.
+def analyze(path: Path) -> Analysis:
+    """Read a table and fit every law that its points determine.
 
     Raises:
-        SoloError: as `points.read_points`, or its points do not determine a law.
+        SoloError: As `read_points`, or the points do not determine L(N, D).
     """
     table = read_points(path)
     points = table.fitted
-    notes = ["d = flops / (6 n), for want of a column d"] if points.d_from_flops else []
+    notes = ["d = flops / (6 n), as the table has no column d"] if points.d_from_flops else []
     fit = fit_scaling_law(points.n, points.d, points.loss)
     mixture = isoflop = None
     try:
         isoflop = fit_isoflop(points.flops, points.n, points.loss)
     except SoloError as error:
         notes.append(str(error))
-    try:
-        mixture = _mixture(points)
-    except SoloError as error:
-        notes.append(str(error))
+    if points.d_text is not None and points.d_vision is not None:
+        try:
+            mixture = fit_mixture_law(points.n, points.d_text, points.d_vision, points.loss)
+        except SoloError as error:
+            notes.append(str(error))
     return Analysis(table, fit, mixture, isoflop, notes)
 
 
-def _mixture(points: Points) -> MixtureFit | None:
-    if points.d_text is None or points.d_vision is None:
-        return None
-    return fit_mixture_law(points.n, points.d_text, points.d_vision, points.loss)
+def read_points(path: Path) -> Table:
+    """Read `n`, `loss`, `d` (or `flops`), and optionally `d_text`, `d_vision`, `run` and `holdout`.
+
+    Args:
+        path: CSV or parquet file; other columns are ignored.
+
+    Raises:
+        SoloError: The file cannot be read, lacks a column, or has a value that is not a positive number.
+    """
+    rows = _read_rows(path)
+    if not rows:
+        raise SoloError(f"{path} has no rows")
+    columns = rows[0].keys()
+    if not {"n", "loss"} <= columns or not ("d" in columns or "flops" in columns or columns >= _BY_MODALITY):
+        raise SoloError(
+            f"{path} has the columns {', '.join(columns)}: expected n and loss, and d "
+            "(or d_text and d_vision, or flops)"
+        )
+    fitted: list[tuple[int, dict[str, Any]]] = []
+    holdout: list[tuple[int, dict[str, Any]]] = []
+    for number, row in enumerate(rows, start=1):
+        is_held_out = str(row.get("holdout", "")).strip().lower() in _TRUE
+        (holdout if is_held_out else fitted).append((number, row))
+    return Table(_points(path, fitted), _points(path, holdout) if holdout else None)
+
+
+def _points(path: Path, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Points:
+    def column(name: str, zero: bool = False) -> Array:
+        return np.array([_number(path, row, name, values.get(name), zero) for row, values in rows])
+
+    columns = rows[0][1].keys() if rows else set()
+    n, text, vision = column("n"), None, None
+    if columns >= _BY_MODALITY:
+        text, vision = column("d_text"), column("d_vision", zero=True)
+    if "d" in columns:
+        d = column("d")
+    elif text is not None and vision is not None:
+        d = text + vision
+    else:
+        d = column("flops") / (FLOPS_PER_PARAMETER_AND_TOKEN * n)
+    return Points(
+        n=n,
+        d=d,
+        loss=column("loss"),
+        d_text=text,
+        d_vision=vision,
+        d_from_flops="d" not in columns and text is None,
+        names=[str(values.get("run", row)) for row, values in rows],
+    )
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return list(pq.read_table(path).to_pylist())
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return [
+                {name.strip(): value for name, value in row.items() if isinstance(name, str)}
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError, csv.Error) as error:
+        raise SoloError(f"cannot read {path}: {error}") from error
+
+
+def _number(path: Path, row: int, column: str, value: Any, zero: bool) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isfinite(number) and (number > 0 or (zero and number == 0)):
+        return number
+    raise SoloError(f"{path}, row {row}, column {column}: {value!r} is not a positive number")
 
 
 def _plain(value: Any) -> Any:

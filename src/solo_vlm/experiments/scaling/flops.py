@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from solo_vlm.experiments.scaling.llava import ClipShape, LlavaFlops, LlavaShape
-from solo_vlm.models.flops import Flops, forward_flops, image_flops, image_tokens, text_flops
+from solo_vlm.models.flops import Flops, forward_flops, image_flops, text_flops
 from solo_vlm.models.shape import ModelShape
 from solo_vlm.models.solo.image_processing_solo import patch_grid
+from solo_vlm.models.solo.processing_solo import num_image_tokens
 
 IMAGE_SIZES = ((336, 336), (512, 384), (1024, 768), (1024, 1024))
 LENGTHS = (2048, 8192, 32768)
@@ -164,7 +165,7 @@ def compare(
 def _image(solo: ModelShape, llava: LlavaShape, side: int, size: tuple[int, int], text: int) -> ImageCost:
     width, height = size
     rows, columns = patch_grid(height, width, patch_size=side)
-    tokens, llava_tokens = image_tokens(rows, columns), llava.encoder.patches
+    tokens, llava_tokens = num_image_tokens(rows, columns), llava.encoder.patches
     return ImageCost(
         width=width,
         height=height,

@@ -1,4 +1,4 @@
-"""IsoFLOP profiles: at each budget the size of least loss, and how it grows with the budget.
+"""IsoFLOP profiles: the model size of lowest loss at each budget, and its growth with the budget.
 
 Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", approach 2.
 """
@@ -12,23 +12,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from solo_vlm.experiments.scaling.huber import Array, interval
+from solo_vlm.experiments.scaling.fitting import Array, interval
 from solo_vlm.experiments.scaling.laws import FLOPS_PER_PARAMETER_AND_TOKEN, RESAMPLES, Interval
 from solo_vlm.utils.errors import SoloError
 
-_SAME_BUDGET = 0.02  # in log FLOPs: runs take whole steps
-_LEAST = 4  # sizes of a budget: a parabola takes three
+_SAME_BUDGET = 0.02  # in log FLOPs; budgets are rounded to whole steps
+_MIN_SIZES = 4  # per budget; a parabola has three coefficients
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The runs of one budget.
+    """All runs of one budget.
 
     Attributes:
-        flops: the budget C.
-        n: (runs,) parameters.
-        loss: (runs,) nats a token.
-        parabola: loss = p0 x^2 + p1 x + p2 with x = log N.
+        flops: Budget C.
+        n: Parameters, (runs,).
+        loss: Nats per token, (runs,).
+        parabola: Coefficients of loss = p0 x^2 + p1 x + p2 with x = log N.
     """
 
     flops: float
@@ -38,29 +38,29 @@ class Profile:
 
     @property
     def n_optimal(self) -> float:
-        """Parameters at the lowest point of the parabola."""
+        """Parameters at the minimum of the parabola."""
         return float(np.exp(-self.parabola[1] / (2 * self.parabola[0])))
 
     @property
     def d_optimal(self) -> float:
-        """Tokens there, C / (6 N)."""
+        """Tokens at the minimum of the parabola, C / (6 N)."""
         return self.flops / (FLOPS_PER_PARAMETER_AND_TOKEN * self.n_optimal)
 
     @property
     def has_minimum(self) -> bool:
-        """Whether the parabola opens upwards and is lowest among the sizes that were run."""
+        """Whether the parabola has its minimum within the range of sizes."""
         return bool(self.parabola[0] > 0 and self.n.min() <= self.n_optimal <= self.n.max())
 
 
 @dataclass(frozen=True)
 class IsoFlopFit:
-    """N ~ C^a and D ~ C^b through the minima of the profiles.
+    """Power laws N ~ C^a and D ~ C^b through the minima of the profiles.
 
     Attributes:
-        profiles: all, by budget.
-        a: exponent of parameters.
-        b: of tokens; b = 1 - a, as D = C / (6 N).
-        intervals: 95% of both.
+        profiles: All profiles, ordered by budget.
+        a: Exponent of parameters.
+        b: Exponent of tokens; b = 1 - a, as D = C / (6 N).
+        intervals: 95% intervals of a and b.
     """
 
     profiles: Sequence[Profile]
@@ -69,7 +69,7 @@ class IsoFlopFit:
     intervals: dict[str, Interval]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {
             "a": self.a,
             "b": self.b,
@@ -92,30 +92,30 @@ def fit_isoflop(
 ) -> IsoFlopFit:
     """Fit a parabola in log N to the losses of each budget, and a power law to the minima.
 
-    A parabola is only near the minimum a good likeness of the law: sizes far from it bias the exponents. For
-    the intervals, the runs of every budget are weighted at random (as in `huber.resampled_minima`).
+    A parabola approximates the law only near the minimum: sizes far from it bias the exponents. The intervals
+    come from random weights of the runs of every budget (as in `fitting.bootstrap_minima`).
 
     Args:
-        flops: (points,) budgets; those within 2% of each other are one.
-        n: (points,) parameters.
-        loss: (points,) nats a token.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        flops: Budgets, (points,); values within 2% of each other count as one budget.
+        n: Parameters, (points,).
+        loss: Nats per token, (points,).
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
 
     Raises:
-        SoloError: fewer than two budgets have their minimum among at least four sizes.
+        SoloError: Fewer than two budgets have their minimum within at least four sizes.
     """
     flops, n, loss = (np.asarray(values, float) for values in (flops, n, loss))
     profiles = [
         _profile(float(np.exp(np.log(flops[runs]).mean())), n[runs], loss[runs])
         for runs in _budgets(flops)
-        if len(np.unique(n[runs])) >= _LEAST
+        if len(np.unique(n[runs])) >= _MIN_SIZES
     ]
     used = [profile for profile in profiles if profile.has_minimum]
     if len(used) < 2:
         raise SoloError(
-            f"no IsoFLOP profiles: {len(used)} budgets have their minimum among at least {_LEAST} sizes, "
-            "and a power law needs two: give sizes on both sides of the minimum the same FLOPs"
+            f"no IsoFLOP profiles: {len(used)} budgets have a minimum within at least {_MIN_SIZES} sizes, "
+            "and a power law needs two; run sizes on both sides of the minimum with the same FLOPs"
         )
     generator = np.random.default_rng(seed)
     resampled = [_exponent([_reweighted(profile, generator) for profile in used]) for _ in range(resamples)]
@@ -127,7 +127,7 @@ def fit_isoflop(
 
 
 def _budgets(flops: Array) -> list[NDArray[np.intp]]:
-    """The points of each budget."""
+    """Return the indices of the points of each budget."""
     order = np.argsort(flops)
     borders = np.flatnonzero(np.diff(np.log(flops[order])) > _SAME_BUDGET) + 1
     return np.split(order, borders)
@@ -144,7 +144,7 @@ def _reweighted(profile: Profile, generator: np.random.Generator) -> Profile:
 
 
 def _exponent(profiles: Sequence[Profile]) -> float | None:
-    """Slope of log N over log C; none where a parabola has no lowest point."""
+    """Return the slope of log N over log C, or None if a parabola has no minimum."""
     if any(profile.parabola[0] <= 0 for profile in profiles):
         return None
     budgets, sizes = ([getattr(profile, name) for profile in profiles] for name in ("flops", "n_optimal"))

@@ -1,82 +1,209 @@
-"""A sweep: every size at every budget, trained by the engine, in one table of results."""
+"""Run a sweep: train decoders of several sizes at several budgets, and collect one row per run in a table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-from solo_vlm.experiments.launcher.job import Engine
-from solo_vlm.experiments.launcher.training import train_runs
-from solo_vlm.experiments.scaling.models import write_sized_model
-from solo_vlm.experiments.scaling.results import RESULTS, count_parameters, run_results, write_results
-from solo_vlm.experiments.scaling.sweep_run import SweepRun
-from solo_vlm.experiments.scaling.sweep_settings import Size, SweepSettings
-from solo_vlm.experiments.scaling.toy import prepare_toy
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from solo_vlm.experiments.launcher import Executor, TrainingRun, train_runs
+from solo_vlm.models.from_llm import compose
+from solo_vlm.models.load import load_config
+from solo_vlm.models.shape import parameters
+from solo_vlm.quickstart.data.drawn import ToySettings, draw_toy_data
+from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
+from solo_vlm.train.metrics import read_metrics
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file
+from solo_vlm.utils.settings import Settings, find_settings, override, read_settings
+
+RESULTS = "results.parquet"
+
+Size = dict[str, PositiveInt]
+
+_SCHEMA = pa.schema(
+    [
+        ("run", pa.string()),
+        ("size", pa.string()),
+        ("holdout", pa.bool_()),
+        ("n", pa.int64()),  # parameters, as `SweepSettings.count` defines them
+        ("d", pa.int64()),  # text and vision tokens
+        ("loss", pa.float64()),  # final validation loss
+        ("n_non_embedding", pa.int64()),
+        ("n_total", pa.int64()),
+        ("d_text", pa.int64()),
+        ("d_vision", pa.int64()),
+        ("d_supervised", pa.int64()),
+        ("flops", pa.float64()),  # training FLOPs
+        ("steps", pa.int64()),
+        ("seconds", pa.float64()),
+        ("learning_rate", pa.float64()),
+        ("recipe", pa.string()),
+    ]
+)
+
+
+class HoldoutSettings(Settings):
+    """A run that laws are not fitted to and have to predict.
+
+    Attributes:
+        name: Name of the size.
+        size: Changes to the configuration of the decoder.
+        tokens: Training tokens.
+    """
+
+    name: str
+    size: Size
+    tokens: PositiveInt
+
+
+class SweepSettings(Settings):
+    """Sizes x budgets, one training run each.
+
+    The decoders start from random weights. Learning rates follow the width as in muP for Adam (Yang et al.
+    2022, "Tensor Programs V", table 3): rates of matrices scale with 1 / width, their initial standard
+    deviation with width^-1/2; the patch embedding, whose 3,072 inputs do not depend on the size, keeps its
+    own rate. Keep the head size constant, too. Unlike in muP, the token embedding scales like the matrices.
+
+    Attributes:
+        root: Folder of the sweep; data paths and `llm` are relative to it.
+        llm: Folder or hub id of an LLM that provides the architecture and the tokenizer of all sizes.
+        toy_data: Draw the embedded toy data first, and write `llm` from them if it is missing.
+        recipe: Recipe of every run without `root`, `model`, `out` and `steps`; needs validation data.
+        base_width: Hidden size that the learning rates of the recipe refer to.
+        sizes: Changes to the configuration of the LLM (`hidden_size`, `num_hidden_layers`, ...), by name.
+        tokens: Budgets in tokens, the same for every size. Alternative to `flops`.
+        flops: Budgets C in FLOPs, for IsoFLOP profiles: N parameters are trained on D = C / (6 N) tokens.
+        count: Which parameters N counts.
+        holdout: Runs to predict.
+    """
+
+    root: str
+    llm: str
+    toy_data: ToySettings | None = None
+    recipe: dict[str, Any]
+    base_width: PositiveInt
+    sizes: dict[str, Size] = Field(min_length=1)
+    tokens: tuple[PositiveInt, ...] = ()
+    flops: tuple[PositiveFloat, ...] = ()
+    count: Literal["non_embedding", "total"] = "non_embedding"
+    holdout: tuple[HoldoutSettings, ...] = ()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Load a file, or a sweep of the package by name (`sweeps/toy`), with `a.b=value` overrides.
+
+        Raises:
+            SoloError: The file does not exist, or has an unknown key or an invalid value.
+        """
+        settings = read_settings(find_settings(path, "sweep"), "sweep")
+        return cls.parse(override(settings, overrides), origin=str(path))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.tokens) == bool(self.flops):
+            raise ValueError("give budgets either as tokens or as flops")
+        if not self.recipe.get("validation"):
+            raise ValueError("recipe.validation is missing: laws are fitted to losses on held-out data")
+        if taken := {"root", "model", "out", "steps"} & self.recipe.keys():
+            raise ValueError(f"recipe.{min(taken)} is set by the sweep: remove it")
+        sizes = [*self.sizes.values(), *(holdout.size for holdout in self.holdout)]
+        if not all("hidden_size" in size for size in sizes):
+            raise ValueError("every size needs a hidden_size: the learning rate depends on it")
+        names = [*self.sizes, *(holdout.name for holdout in self.holdout)]
+        if len(set(names)) < len(names):
+            raise ValueError("a holdout has the name of another size")
+        return self
+
+
+@dataclass(frozen=True)
+class SweepRun(TrainingRun):
+    """One training run of a sweep.
+
+    Attributes:
+        size: Name of the size.
+        holdout: Whether the run is held out from fits.
+    """
+
+    size: str
+    holdout: bool
 
 
 def run_sweep(
     settings: SweepSettings,
     processes: int = 1,
-    engine: Engine = "local",
+    executor: Executor = "local",
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Path:
-    """Train whatever is not trained yet; return the path of the table, `root/results.parquet`.
+    """Train all unfinished runs and return the path of the table, `root/results.parquet`.
 
-    Started again, it keeps finished runs; interrupted ones go on from their newest checkpoints.
+    A repeated call keeps finished runs; interrupted ones resume from their newest checkpoints.
 
     Args:
-        settings: the sweep.
-        processes: runs side by side.
-        engine: see `jobs.job.run_jobs`.
-        progress: called with the name of each finished run, how many are finished, and of how many.
+        settings: Settings of the sweep.
+        processes: Maximum number of concurrent runs.
+        executor: See `launcher.run_jobs`.
+        progress: Called with the name of each finished run, the number of finished runs, and of all runs.
 
     Raises:
-        SoloError: the settings do not fit the LLM or what is in the root already, or a run has failed.
-        Stopped: by a signal; what ran is saved.
+        SoloError: The settings fit neither the LLM nor earlier runs in the root, or a run failed.
+        Stopped: A signal arrived; progress is saved.
     """
     runs = prepare(settings)
     done = sum(run.finished for run in runs)
-    for run in train_runs(runs, processes, engine):
+    for run in train_runs(runs, processes, executor):
         done += 1
         progress(run.name, done, len(runs))
     table = Path(settings.root) / RESULTS
-    write_results(table, [run_results(run, settings.count) for run in runs])
+    with new_file(table) as partial:
+        rows = [run_results(run, settings.count) for run in runs]
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), partial)
     return table
 
 
 def prepare(settings: SweepSettings) -> list[SweepRun]:
-    """Data, untrained models, and all runs of a sweep.
+    """Write data and untrained models, and return all runs of a sweep.
 
     Raises:
-        SoloError: as `run_sweep`.
+        SoloError: As `run_sweep`.
     """
     root = Path(settings.root)
+    llm = root / settings.llm
     if settings.toy_data:
-        prepare_toy(root, root / settings.llm, settings.toy_data)
-    llm = root / settings.llm if (root / settings.llm).exists() else settings.llm
+        draw_toy_data(root / "data", settings.toy_data)
+        if not llm.exists():
+            texts = training_texts(root / "data", ("text", "stage2"))
+            write_untrained_llm(llm, texts, settings.toy_data.seed)
     sizes = settings.sizes | {holdout.name: holdout.size for holdout in settings.holdout}
     seed = settings.recipe.get("seed", 0)
     for name, size in sizes.items():
-        write_sized_model(root / "models" / name, llm, size, settings.base_width, seed)
+        source = llm if llm.exists() else settings.llm
+        write_sized_model(root / "models" / name, source, size, settings.base_width, seed)
     grid = [
         _run(settings, name, size, tokens, label)
         for name, size in settings.sizes.items()
         for label, tokens in _budgets(settings, root / "models" / name)
     ]
-    held = [
+    held_out = [
         _run(settings, holdout.name, holdout.size, holdout.tokens, f"d{holdout.tokens}", holdout=True)
         for holdout in settings.holdout
     ]
-    return grid + held
+    return grid + held_out
 
 
 def scaled_rates(recipe: dict[str, Any], width: int, base_width: int) -> dict[str, Any]:
-    """The recipe with the learning rates of a width (see `SweepSettings`).
+    """Return the recipe with learning rates for a width (see `SweepSettings`).
 
-    The patch embedding keeps its rate: without one of its own it keeps the one at `base_width`.
+    The patch embedding keeps its rate; if the recipe sets none, that is the learning rate at `base_width`.
     """
     defaults = Recipe.model_fields["optimizer"].default
     optimizer = defaults.model_dump(mode="json") | recipe.get("optimizer", {})
@@ -89,8 +216,100 @@ def scaled_rates(recipe: dict[str, Any], width: int, base_width: int) -> dict[st
     return {**recipe, "optimizer": {**optimizer, **scaled}}
 
 
+def run_results(run: SweepRun, count: str) -> dict[str, Any]:
+    """Return the table row of a finished run.
+
+    Args:
+        run: Finished run.
+        count: Which parameters N counts, "non_embedding" or "total".
+    """
+    n = count_parameters(run.folder / "model")
+    steps = read_metrics(run.folder)
+    d = {
+        kind: int(sum(step[f"{kind}_tokens"] for step in steps)) for kind in ("text", "vision", "supervised")
+    }
+    return {
+        "run": run.name,
+        "size": run.size,
+        "holdout": run.holdout,
+        "n": n[count],
+        "d": d["text"] + d["vision"],
+        "loss": steps[-1]["validation_loss"],
+        **{f"n_{kind}": value for kind, value in n.items()},
+        **{f"d_{kind}": value for kind, value in d.items()},
+        "flops": float(sum(step["flops"] for step in steps)),
+        "steps": len(steps),
+        "seconds": sum(step["step_seconds"] for step in steps),
+        "learning_rate": run.recipe.optimizer.learning_rate,
+        "recipe": json.dumps(run.recipe.model_dump(mode="json")),
+    }
+
+
+def count_parameters(model: Path) -> dict[str, int]:
+    """Count the parameters of a model: "non_embedding" (layers and norms of the decoder) and "total"."""
+    counts = parameters(load_config(model))
+    return {"non_embedding": counts.attention + counts.mlp + counts.norms, "total": counts.total}
+
+
+def write_sized_model(
+    out: Path, llm: str | Path, size: Mapping[str, int], base_width: int, seed: int = 0
+) -> None:
+    """Write an untrained SOLO model, unless it exists.
+
+    Args:
+        out: Folder of the model.
+        llm: Folder or hub id of the LLM that provides configuration and tokenizer.
+        size: Changes to that configuration.
+        base_width: Hidden size at which weights have the configured initial standard deviation; it scales
+            with width^-1/2 (Yang et al. 2022, "Tensor Programs V", table 3).
+        seed: Seed of the weights.
+
+    Raises:
+        SoloError: The LLM cannot be read or lacks a setting, the sizes do not fit together, or `out` holds a
+            model of another size.
+    """
+    config = _sized_config(llm, size)
+    config.initializer_range *= (base_width / config.hidden_size) ** 0.5
+    if out.exists():
+        return _check_same(out, config, [*size, "initializer_range"])
+    set_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(llm)
+    except (OSError, ValueError) as error:
+        raise SoloError(f"cannot make a model of {llm} with {dict(size)}: {error}") from error
+    compose(model.eval(), tokenizer, seed=seed).save(out)
+
+
+def _check_same(model: Path, config: Any, settings: Sequence[str]) -> None:
+    existing = load_config(model).text_config
+    for name in settings:
+        found, wanted = getattr(existing, name), getattr(config, name)
+        if found != wanted:
+            raise SoloError(
+                f"{model} has {name} {found}, the sweep {wanted}: remove it and its runs, or choose another "
+                "root"
+            )
+
+
+def _sized_config(llm: str | Path, size: Mapping[str, int]) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(llm)
+    except (OSError, ValueError) as error:
+        raise SoloError(f"cannot read the configuration of {llm}: {str(error).splitlines()[0]}") from error
+    settings = config.to_dict()
+    for key in size.keys() - settings.keys():
+        near = difflib.get_close_matches(key, settings, n=1)
+        raise SoloError(f"{llm} has no setting {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    derived = ["layer_types"]
+    if settings.get("head_dim") == config.hidden_size // config.num_attention_heads:
+        derived.append("head_dim")
+    kept = {key: value for key, value in settings.items() if key not in derived}
+    return AutoConfig.for_model(**{**kept, **size})
+
+
 def _budgets(settings: SweepSettings, model: Path) -> list[tuple[str, float]]:
-    """Names and tokens of the budgets of a size."""
+    """Return label and tokens of each budget of a size."""
     n = count_parameters(model)[settings.count]
     tokens = [(f"d{tokens}", float(tokens)) for tokens in settings.tokens]
     return tokens + [(f"c{flops:g}".replace("+", ""), flops / (6 * n)) for flops in settings.flops]
@@ -105,13 +324,10 @@ def _run(
         "root": settings.root,
         "model": f"models/{name}",
         "out": f"runs/{run}",
-        "log_every": 1,  # the table adds up what the steps have read
+        "log_every": 1,  # the table sums the tokens and FLOPs of every step
     }
     probe = Recipe.parse(recipe, origin="recipe")
     steps = round(tokens / (probe.global_batch * probe.data.sequence_length))
     if steps < 1:
         raise SoloError(f"{run}: {tokens:,.0f} tokens are less than one step; raise the budget")
     return SweepRun(run, probe.model_copy(update={"steps": steps}), name, holdout)
-
-
-__all__ = ["SweepRun", "prepare", "run_sweep", "scaled_rates"]

@@ -23,7 +23,7 @@ SOLO_CHAT_TEMPLATE = """\
 
 # What SOLO-7B was fine-tuned with: the same, but a turn's images stand before it (the first turn's before
 # <s>), and white space around a question is cut.
-_RELEASE_CHAT_TEMPLATE = """\
+_ORIGINAL_CHAT_TEMPLATE = """\
 {%- set ns = namespace(system='', bos=bos_token or '') -%}
 {%- for message in messages -%}
   {%- if message['role'] == 'system' -%}
@@ -114,11 +114,11 @@ def with_fixed_date(chat_template: str) -> str:
     return _FIXED_DATE + chat_template if has_date(chat_template) else chat_template
 
 
-def is_release_template(chat_template: str | None) -> bool:
+def is_original_template(chat_template: str | None) -> bool:
     """Return whether a chat template is that of the layout "release", maybe of an older version."""
-    return _RELEASE_CHAT_TEMPLATE.splitlines()[0] in (chat_template or "")
+    return _ORIGINAL_CHAT_TEMPLATE.splitlines()[0] in (chat_template or "")
 
 
-def release_chat_template(image_token: str) -> str:
+def original_chat_template(image_token: str) -> str:
     """The chat template of the layout "release"; see `SoloProcessor`."""
-    return with_images(_RELEASE_CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token), image_token)
+    return with_images(_ORIGINAL_CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token), image_token)

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
-from .release_solo import config_from_release, is_release
+from .original_solo import config_from_original, is_original
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -64,7 +64,7 @@ class SoloConfig(PreTrainedConfig):
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """As transformers' method; the release's own `config.json` is understood, too."""
         settings, kwargs = super().get_config_dict(*args, **kwargs)
-        return config_from_release(settings) if is_release(settings) else settings, kwargs
+        return config_from_original(settings) if is_original(settings) else settings, kwargs
 
     @property
     def patch_dim(self) -> int:

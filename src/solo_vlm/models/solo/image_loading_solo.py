@@ -11,11 +11,12 @@ import errno
 import os
 import re
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 from http.client import InvalidURL
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypedDict, Unpack
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 from urllib.request import (
@@ -31,6 +32,7 @@ from urllib.request import (
 )
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 try:
@@ -104,17 +106,32 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(opened | _OTHER_SUFFIXES)
 
 
-def load_image(
-    source: Any,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    name: str | None = None,
-    input_data_format: ChannelOrder | None = None,
-    allow_paths: bool = True,
-    allow_urls: bool = True,
-    timeout: float = 30.0,
-    max_bytes: int = MAX_DOWNLOAD_BYTES,
-) -> Image.Image:
+class LoadOptions(TypedDict, total=False):
+    """Keyword arguments of `load_image`, which describes them."""
+
+    max_pixels: int
+    name: str | None
+    input_data_format: ChannelOrder | None
+    allow_paths: bool
+    allow_urls: bool
+    timeout: float
+    max_bytes: int
+
+
+@dataclass(frozen=True)
+class _Options:
+    """`LoadOptions` with their defaults."""
+
+    max_pixels: int = MAX_PIXELS
+    name: str | None = None
+    input_data_format: ChannelOrder | None = None
+    allow_paths: bool = True
+    allow_urls: bool = True
+    timeout: float = 30.0
+    max_bytes: int = MAX_DOWNLOAD_BYTES
+
+
+def load_image(source: Any, **options: Unpack[LoadOptions]) -> Image.Image:
     """Read an image from any source into an upright 8-bit RGB `PIL.Image`.
 
     Sources:
@@ -138,56 +155,49 @@ def load_image(
     Pillow's formula. TIFFs of signed samples have no agreed black and white and are refused.
 
     Args:
-        source: where the image is, see above.
-        max_pixels: refuse a file whose header declares more pixels (width * height), before decoding it.
-            Pillow's own limit of twice `PIL.Image.MAX_IMAGE_PIXELS` holds as well.
-        name: what error messages call the image. Default: the path, URL or kind of source.
-        input_data_format: axis order of an array, where guessing it is not wanted.
-        allow_paths: whether a string may name a local file. A server turns this off for its users' input.
-        allow_urls: whether `http(s)://` is fetched. A server turns this off, or checks the address first.
-        timeout: seconds that a download may take, and that a server may stay silent.
-        max_bytes: largest download accepted.
+        source: See above.
+        max_pixels: Refuse a file whose header declares more pixels (width * height) before decoding it.
+            Default: `MAX_PIXELS`. Pillow's own limit of twice `PIL.Image.MAX_IMAGE_PIXELS` applies as well.
+        name: Name of the image in error messages. Default: the path, URL or kind of source.
+        input_data_format: Axis order of an array, where it must not be guessed.
+        allow_paths: Whether a string may name a local file. Servers turn this off for user input.
+        allow_urls: Whether `http(s)://` is fetched. Servers turn this off, or check the address first.
+        timeout: Maximum duration of a download, and maximum silence of the server, in seconds (default: 30).
+        max_bytes: Maximum size of a download. Default: `MAX_DOWNLOAD_BYTES`.
 
     Raises:
-        ImageError: not an image, truncated, damaged, empty, or over a limit.
-        ImageFetchError: the file or URL could not be read.
-        ImageMissingError: there is no such file or page.
-        TypeError: `source` is of a type that cannot hold an image.
+        ImageError: Not an image, truncated, damaged, empty, or over a limit.
+        ImageFetchError: The file or URL could not be read.
+        ImageMissingError: There is no such file or page.
+        TypeError: `source` has a type that cannot hold an image.
     """
-    loaded = _load(source, max_pixels, name, input_data_format, allow_paths, allow_urls, timeout, max_bytes)
+    loaded = _load(source, _Options(**options))
     return Image.fromarray(loaded) if isinstance(loaded, np.ndarray) else loaded
 
 
-def load_pixels(source: Any, *, input_data_format: ChannelOrder | None = None) -> np.ndarray:
-    """Read an image from any source into an array of its pixels: `load_image` for those who compute.
+def load_pixels(source: Any, **options: Unpack[LoadOptions]) -> NDArray[np.uint8]:
+    """Read an image from any source into an array of its pixels.
 
-    simplejpeg decodes plain JPEGs, straight into the array: faster, and the same pixels, since Pillow uses
-    libjpeg-turbo, too. Where it is not installed, and for any other file, Pillow decodes.
+    simplejpeg decodes plain JPEGs straight into the array, which is faster and gives the same pixels as
+    Pillow, since both use libjpeg-turbo. Pillow decodes all other files, and all where simplejpeg is not
+    installed.
 
     Args:
-        source, input_data_format: see `load_image`.
+        source, **options: See `load_image`.
 
     Returns:
-        uint8 (height, width, 3), the caller's own to write to.
+        (height, width, 3) uint8, writable.
 
     Raises:
-        ImageError, ImageFetchError, ImageMissingError, TypeError: see `load_image`.
+        ImageError, ImageFetchError, ImageMissingError, TypeError: See `load_image`.
     """
-    loaded = _load(source, input_data_format=input_data_format)
+    loaded = _load(source, _Options(**options))
     return loaded if isinstance(loaded, np.ndarray) else np.array(loaded)
 
 
-def _load(
-    source: Any,
-    max_pixels: int = MAX_PIXELS,
-    name: str | None = None,
-    input_data_format: ChannelOrder | None = None,
-    allow_paths: bool = True,
-    allow_urls: bool = True,
-    timeout: float = 30.0,
-    max_bytes: int = MAX_DOWNLOAD_BYTES,
-) -> Image.Image | np.ndarray:
-    """The image, or the pixels where they were decoded without Pillow."""
+def _load(source: Any, options: _Options) -> Image.Image | np.ndarray:
+    """Return the image, or its pixels where they were decoded without Pillow."""
+    name, max_pixels, order = options.name, options.max_pixels, options.input_data_format
     if isinstance(source, Image.Image):
         name = name or f"{source.mode} image in memory"
         _check(source, name, max_pixels)
@@ -195,57 +205,52 @@ def _load(
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(BytesIO(source), name or f"image of {len(source)} bytes", max_pixels)
     if isinstance(source, np.ndarray):
-        return _from_array(source, name or f"array {source.shape} {source.dtype}", input_data_format)
+        return _from_array(source, name or f"array {source.shape} {source.dtype}", order)
     if type(source).__module__.partition(".")[0] == "torch" and hasattr(source, "detach"):
         tensor = source.detach().cpu()
         array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bfloat16
-        return _from_array(array, name or f"tensor {array.shape} {tensor.dtype}", input_data_format)
+        return _from_array(array, name or f"tensor {array.shape} {tensor.dtype}", order)
     if isinstance(source, str):
-        return _from_text(source, name, max_pixels, allow_paths, allow_urls, timeout, max_bytes)
+        return _from_text(source, options)
     if isinstance(source, os.PathLike):
         path = os.fsdecode(source)
-        if not allow_paths:
-            raise ImageError(f"{name or _shorten(path)}: no file may be read here")
+        if not options.allow_paths:
+            raise ImageError(f"{name or _shorten(path)}: reading local files is not allowed here")
         return _from_file(path, name, max_pixels)
     raise TypeError(
-        "an image is a PIL image, array, tensor, path, URL, base64 string or bytes, "
+        "an image must be a PIL image, array, tensor, path, URL, base64 string or bytes, "
         f"not {type(source).__module__}.{type(source).__qualname__}"
     )
 
 
-def _from_text(
-    text: str,
-    name: str | None,
-    max_pixels: int,
-    allow_paths: bool,
-    allow_urls: bool,
-    timeout: float,
-    max_bytes: int,
-) -> Image.Image | np.ndarray:
-    """Load from a URL, data URL, file URL, path or bare base64, told apart in this order."""
-    scheme = text[:8].lower()
+def _from_text(text: str, options: _Options) -> Image.Image | np.ndarray:
+    """Load from a URL, data URL, file URL, path or bare base64, tried in this order."""
+    scheme, max_pixels = text[:8].lower(), options.max_pixels
     if scheme.startswith(("http://", "https://")):
-        name = name or _shorten(text)
-        if not allow_urls:
+        name = options.name or _shorten(text)
+        if not options.allow_urls:
             raise ImageError(f"{name}: fetching URLs is not allowed here")
-        return _decode(BytesIO(_download(text, name, timeout, max_bytes)), name, max_pixels)
+        return _decode(BytesIO(_download(text, name, options.timeout, options.max_bytes)), name, max_pixels)
     if scheme.startswith("data:"):
-        name = name or f"data URL ({_shorten(text.partition(',')[0])})"
+        name = options.name or f"data URL ({_shorten(text.partition(',')[0])})"
         return _decode(BytesIO(read_data_url(text, name)), name, max_pixels)
     if scheme.startswith("file:"):
-        name = name or _shorten(text)
-        if not allow_paths:
-            raise ImageError(f"{name}: no file may be read here")
+        name = options.name or _shorten(text)
+        if not options.allow_paths:
+            raise ImageError(f"{name}: reading local files is not allowed here")
         return _from_file(_path_of_file_url(text, name), name, max_pixels)
-    if allow_paths and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a long base64 text
-        return _from_file(text, name, max_pixels)
-    # The smallest images take about 30 bytes: a shorter text is a mistyped path.
+    if options.allow_paths and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a long base64 text
+        return _from_file(text, options.name, max_pixels)
+    # The smallest image files have about 30 bytes: a shorter text is a mistyped path.
     data = _decode_base64(text.encode("ascii", "replace")) if len(text) > 40 else None
     if data is not None:
-        return _decode(BytesIO(data), name or "base64 image", max_pixels)
-    if not allow_paths:
-        raise ImageError(f"{name or _shorten(text)}: neither a URL nor base64, and no file may be read here")
-    return _from_file(text, name, max_pixels)  # says why it cannot be read
+        return _decode(BytesIO(data), options.name or "base64 image", max_pixels)
+    if not options.allow_paths:
+        raise ImageError(
+            f"{options.name or _shorten(text)}: neither a URL nor base64, and reading local files is not "
+            "allowed here"
+        )
+    return _from_file(text, options.name, max_pixels)  # raises with the reason
 
 
 def _path_of_file_url(url: str, name: str) -> str:

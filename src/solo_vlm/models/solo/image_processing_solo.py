@@ -1,15 +1,18 @@
 """SOLO's image processor: an image becomes rows of raw pixel patches.
 
-No crop, and no fixed square unless asked for: the aspect ratio stays, both sides become multiples of the
-patch size, and the patches of all images of a batch are concatenated, so nothing is ever padded.
+Images keep their aspect ratio (unless a fixed size is asked for): both sides are resized to multiples of the
+patch size, nothing is cropped, and the patches of all images are concatenated, so nothing is padded.
 """
 
+import ctypes
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
@@ -23,16 +26,18 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
-from .enlarge_solo import enlarge_to_patches
-from .image_loading_solo import ChannelOrder, ImageError, load_image, load_pixels
+from .image_loading_solo import ChannelOrder, ImageError, LoadOptions, load_image, load_pixels
 
 try:
     import cv2
-except ImportError:  # a checkpoint's copy of this file runs without it, see `resize`
+except ImportError:  # optional in a published folder; `resize` falls back to torch
     cv2 = None  # type: ignore[assignment]
 
-ResizeRule = Literal["release", "figure2"]
+ResizeRule = Literal["original", "figure2"]
 _BILINEAR = (None, PILImageResampling.BILINEAR)
+
+LIBRARY = Path(__file__).with_name("enlarge.so")
+"""Compiled from `enlarge.c` at installation, on x86-64 with a C compiler."""
 
 
 def patch_grid(
@@ -40,42 +45,42 @@ def patch_grid(
     width: int,
     patch_size: int = 32,
     longest_edge: int = 1024,
-    rule: ResizeRule = "release",
+    rule: ResizeRule = "original",
 ) -> tuple[int, int]:
-    """How many patches an image is resized to: (rows, columns).
+    """Return the size in patches, (rows, columns), that an image is resized to.
 
-    "release" is what SOLO-7B was trained with: the long side is rounded up to a multiple of `patch_size`, at
-    most `longest_edge`; the short side follows in proportion and is rounded up too, so neither exceeds
-    `longest_edge`. "figure2" is the code printed in the paper's Figure 2, which adds a patch where a side is
-    already a multiple: there the short side can exceed `longest_edge` by one patch (1024 x 1024 pixels give
-    33 rows of 32). Of a square, the height counts as the short side.
+    The rule "original" is the one SOLO-7B was trained with: the long side is rounded up to a multiple of
+    `patch_size`, at most `longest_edge`; the short side is scaled in proportion and rounded up too, so
+    neither exceeds `longest_edge`. The rule "figure2" is the code printed in the paper's Figure 2, which adds
+    a patch where a side is already a multiple, so the short side can exceed `longest_edge` by one patch
+    (1024 x 1024 pixels give 33 rows of 32). For a square image, the height is the short side.
 
-    The release gives a side of 0 beyond an aspect ratio of `longest_edge`:1; here one patch is the least.
+    Beyond an aspect ratio of `longest_edge`:1, the original code computes a side of 0; here the minimum is
+    one patch.
 
     Args:
-        height, width: the image's size in pixels.
-        patch_size: side of a square patch in pixels.
-        longest_edge: largest long side in pixels, a multiple of `patch_size`.
-        rule: "release" or "figure2".
+        height, width: Size of the image in pixels.
+        patch_size: Side of a square patch in pixels.
+        longest_edge: Maximum length of the long side in pixels, a multiple of `patch_size`.
+        rule: "original" or "figure2".
 
     Raises:
-        ValueError: a size is not positive, `longest_edge` is no multiple of `patch_size`, unknown rule.
+        ValueError: A size is not positive, `longest_edge` is not a multiple of `patch_size`, or the rule is
+            unknown.
     """
     if height < 1 or width < 1:
-        raise ValueError(f"an image has at least one pixel, not {height} x {width}")
+        raise ValueError(f"image size {height} x {width} is not positive")
     if patch_size < 1 or longest_edge < patch_size or longest_edge % patch_size:
-        raise ValueError(
-            f"the longest edge must be a multiple of the patch size, not {longest_edge} of {patch_size}"
-        )
-    if rule not in ("release", "figure2"):
-        raise ValueError(f'the resize rule is "release" or "figure2", not {rule!r}')
+        raise ValueError(f"longest_edge={longest_edge} is not a multiple of patch_size={patch_size}")
+    if rule not in ("original", "figure2"):
+        raise ValueError(f'resize_rule must be "original" or "figure2", not {rule!r}')
 
     def to_patches(pixels: int) -> int:
         return pixels // patch_size + 1 if rule == "figure2" else -(-pixels // patch_size)
 
     short, long = sorted((height, width))
     long_patches = min(to_patches(long), longest_edge // patch_size)
-    # The release's int(new_long * short / long), in integers.
+    # The original code's int(new_long * short / long), in integer arithmetic.
     short_patches = max(1, to_patches(long_patches * patch_size * short // long))
     return (long_patches, short_patches) if height > width else (short_patches, long_patches)
 
@@ -83,20 +88,20 @@ def patch_grid(
 def resize(
     pixels: np.ndarray, height: int, width: int, resample: int | None = PILImageResampling.BILINEAR
 ) -> np.ndarray:
-    """Resize as Pillow does, several times faster where bilinear.
+    """Resize like Pillow; bilinear resizing is several times faster.
 
-    OpenCV enlarges bilinearly. Where a side shrinks it would leave pixels out, so torch does that, with
-    antialias; and both where OpenCV is not installed. Their rounding differs from Pillow's by one level of
-    255 in places (torch: in few places, but by two where a few pixels become many). Other filters are
-    Pillow's own.
+    OpenCV computes bilinear enlargement. It would skip pixels when a side shrinks, so torch computes that
+    case with antialiasing, and every bilinear case where OpenCV is not installed. Results differ from
+    Pillow's by rounding: at most one level of 255 in places (torch: in few places, but by two at extreme
+    enlargement). Pillow itself computes the other filters.
 
     Args:
-        pixels: uint8 (rows, columns, 3).
-        height, width: the new size in pixels.
-        resample: Pillow's filter; None: bilinear.
+        pixels: (rows, columns, 3) uint8.
+        height, width: New size in pixels.
+        resample: Pillow filter; None means bilinear.
 
     Returns:
-        uint8 (height, width, 3).
+        (height, width, 3) uint8.
     """
     old_height, old_width = pixels.shape[:2]
     if (old_height, old_width) == (height, width):
@@ -105,60 +110,115 @@ def resize(
         return np.asarray(Image.fromarray(pixels).resize((width, height), resample))
     if cv2 is not None and old_height <= height and old_width <= width:
         return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
-    # By its strides this batch of one is "channels last", for which torch has its fastest kernel.
+    # By its strides this batch of one is in channels_last layout, for which torch has its fastest kernel.
     batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, rows, columns)
     batch = F.interpolate(batch, (height, width), mode="bilinear", antialias=True)
     return batch[0].permute(1, 2, 0).numpy()
 
 
-def image_to_patches(image: Image.Image | np.ndarray, patch_size: int) -> np.ndarray:
-    """Cut an RGB image, both sides multiples of `patch_size`, into patches.
+def image_to_patches(image: Image.Image | np.ndarray, patch_size: int) -> NDArray[np.uint8]:
+    """Cut an RGB image whose sides are multiples of `patch_size` into patches.
 
     Args:
-        image: `PIL.Image`, or uint8 (height, width, 3).
-        patch_size: side of a patch in pixels.
+        image: `PIL.Image`, or (height, width, 3) uint8.
+        patch_size: Side of a patch in pixels.
 
     Returns:
-        uint8 (rows * columns, 3 * patch_size * patch_size): patches in raster order, each flattened channel
-        first (all red values, row by row, then green, then blue).
+        (num_patches, 3 * patch_size**2) uint8: patches in raster order, each flattened channel first (all red
+        values row by row, then green, then blue).
     """
     pixels = np.asarray(image)
     rows, columns = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size
-    # What lies between has no name, so that its memory is used again while the cache still holds it.
+    # The intermediate array has no name, so its memory is freed and reused while still in the cache.
     planes = _planes(_by_patch(pixels, rows, columns, patch_size))
     return planes.reshape(3, rows * columns, -1).swapaxes(0, 1).reshape(rows * columns, -1)
 
 
+def patches_to_image(pixel_values: NDArray[np.uint8], rows: int, columns: int) -> Image.Image:
+    """Reassemble the resized image from its (rows * columns, 3 * patch_size**2) uint8 patches."""
+    side = round((pixel_values.shape[1] // 3) ** 0.5)
+    grid = pixel_values.reshape(rows, columns, 3, side, side)
+    pixels = grid.transpose(0, 3, 1, 4, 2)  # (rows, side, columns, side, 3)
+    return Image.fromarray(pixels.reshape(rows * side, columns * side, 3))
+
+
 def _by_patch(pixels: np.ndarray, rows: int, columns: int, patch_size: int) -> np.ndarray:
-    """The pixels of (height, width, 3) patch after patch: (pixels, 3)."""
-    line = np.dtype((np.void, 3 * patch_size))  # gathered a line of a patch at a time
+    """Reorder (height, width, 3) pixels patch by patch: (height * width, 3)."""
+    line = np.dtype((np.void, 3 * patch_size))  # copies one patch row at a time
     patches = np.empty((rows, columns, patch_size), line)
     patches[:] = pixels.reshape(rows, patch_size, -1).view(line).swapaxes(1, 2)
     return patches.view(np.uint8).reshape(-1, 3)
 
 
 def _planes(pixels: np.ndarray) -> np.ndarray:
-    """(3, pixels) of (pixels, 3)."""
+    """Split (n, 3) pixels into (3, n) color planes."""
     if cv2 is None:
         return pixels.T
-    # The odd length sets the planes apart: OpenCV writes planes that lie alike past the processor's cache.
+    # Odd plane stride: OpenCV bypasses the cache when it writes to planes of equal alignment.
     planes = np.empty((3, len(pixels) | 1), np.uint8)[:, : len(pixels)]
     cv2.split(pixels[None], list(planes[:, None]))
     return planes
 
 
-def _cut(
+def _load_library() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        return None
+    library.solo_can_enlarge.argtypes = [ctypes.c_int] * 5
+    library.solo_enlarge.argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 5, ctypes.c_void_p]
+    return library
+
+
+_library = _load_library()
+
+
+def enlarge_to_patches(
+    pixels: np.ndarray, rows: int, columns: int, patch_size: int
+) -> NDArray[np.uint8] | None:
+    """Enlarge an image bilinearly and cut it into patches in one pass (`enlarge.c`).
+
+    The result equals OpenCV's to the bit and takes a third of its time.
+
+    Args:
+        pixels: (height, width, 3) uint8.
+        rows, columns: New size in patches.
+        patch_size: Side of a patch in pixels.
+
+    Returns:
+        (rows * columns, 3 * patch_size**2) uint8, each patch channel first; None for unsupported sizes (image
+        at most five pixels wide, a side that shrinks, patches not a multiple of 32 pixels wide) and where the
+        library is not compiled or the processor lacks AVX2: the caller falls back to `resize`.
+
+    Raises:
+        MemoryError: Out of memory for the lookup tables.
+    """
+    height, width = pixels.shape[:2]
+    if _library is None or not _library.solo_can_enlarge(height, width, rows, columns, patch_size):
+        return None
+    pixels = np.ascontiguousarray(pixels)
+    patches = np.empty((rows * columns, 3 * patch_size**2), np.uint8)
+    sizes = (height, width, rows, columns, patch_size)
+    if _library.solo_enlarge(pixels.ctypes.data, *sizes, patches.ctypes.data):
+        raise MemoryError(f"out of memory while enlarging an image of {height} x {width} pixels")
+    return patches
+
+
+def _resize_to_patches(
     pixels: np.ndarray,
     rows: int,
     columns: int,
     patch_size: int,
     resample: int | None,
     max_aspect_ratio: int | None,
-) -> np.ndarray:
-    """(rows * columns, 3 * patch_size**2) patches of an image of any size."""
+) -> NDArray[np.uint8]:
+    """Resize an image of any size and cut it: (rows * columns, 3 * patch_size**2) uint8."""
     short, long = sorted(pixels.shape[:2])
     if max_aspect_ratio is not None and long > max_aspect_ratio * short:
-        raise ImageError(f"an image of {long} x {short} pixels is more of a line than a picture")
+        raise ImageError(
+            f"aspect ratio {long / short:g} ({long} x {short} pixels) exceeds "
+            f"max_aspect_ratio={max_aspect_ratio}"
+        )
     size = rows * patch_size, columns * patch_size
     if resample in _BILINEAR and pixels.shape[:2] != size:
         patches = enlarge_to_patches(pixels, rows, columns, patch_size)
@@ -167,16 +227,29 @@ def _cut(
     return image_to_patches(resize(pixels, *size, resample), patch_size)
 
 
+def _normalize(
+    pixel_values: NDArray[np.uint8],
+    factor: float,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+) -> NDArray[np.float32]:
+    """Return (pixel * factor - mean) / std of (num_patches, dim) uint8 patches, by channel."""
+    levels = (np.arange(256)[None] * factor - np.reshape(mean, (-1, 1))) / np.reshape(std, (-1, 1))
+    table = np.broadcast_to(levels, (3, 256)).astype(np.float32)
+    channels = pixel_values.reshape(len(pixel_values), 3, pixel_values.shape[1] // 3)
+    return np.stack([table[c][channels[:, c]] for c in range(3)], axis=1).reshape(pixel_values.shape)
+
+
 class SoloImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """What `SoloImageProcessor` takes beside the usual arguments of image processors.
+    """Arguments of `SoloImageProcessor` beyond those of every image processor.
 
     patch_size (`int`, *optional*, defaults to 32):
         Side of a square patch in pixels.
-    resize_rule (`str`, *optional*, defaults to `"release"`):
-        How the size in patches is found, `"release"` or `"figure2"`, see `patch_grid`.
+    resize_rule (`str`, *optional*, defaults to `"original"`):
+        Rule for the size in patches, `"original"` or `"figure2"`; see `patch_grid`.
     max_aspect_ratio (`int`, *optional*):
-        Refuse images with a side longer than this many times the other. By default a strip of pixels is
-        stretched to one patch.
+        Reject images whose long side exceeds the short one by more than this factor. By default, a strip of
+        pixels is stretched to one patch.
     """
 
     patch_size: int
@@ -185,28 +258,29 @@ class SoloImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
 
 
 class SoloImageProcessor(PilBackend):
-    """Turns images into the raw pixel patches that SOLO reads.
+    """Image processor that returns raw pixel patches, SOLO's only visual input.
 
-    Patches are uint8 unless asked otherwise: a quarter of float32's memory, and the model normalises them on
-    its own device. `do_rescale=True, do_normalize=True` gives them in float32, normalised with ImageNet's
-    mean and standard deviation, as the release does.
+    Patches are uint8 by default: a quarter of float32's memory; the model normalizes them on its device.
+    With `do_rescale=True, do_normalize=True` they are float32, normalized with ImageNet's mean and standard
+    deviation, as in the original SOLO code.
 
-    Args (all can also be given in a call):
-        patch_size: side of a square patch in pixels.
-        size: `{"longest_edge": pixels}`, a multiple of `patch_size`: native resolution, the paper's way; or
-            `{"height": pixels, "width": pixels}`, to which every image is stretched, as encoders do it.
-        resize_rule: "release" or "figure2", see `patch_grid`.
-        max_aspect_ratio: of images that are not refused; None: whatever their shape.
-        do_resize: if False, both sides of every image must be multiples of `patch_size` already.
-        resample: Pillow's filter. The release was trained with bilinear, which antialiases when it shrinks;
-            see `resize` for who computes it.
-        do_rescale, rescale_factor, do_normalize, image_mean, image_std: as everywhere in transformers.
+    Args (each can be overridden per call):
+        patch_size: Side of a square patch in pixels.
+        size: `{"longest_edge": pixels}`, a multiple of `patch_size`, for native resolution as in the paper;
+            or `{"height": pixels, "width": pixels}`, to which every image is stretched, as vision encoders
+            do.
+        resize_rule: "original" or "figure2"; see `patch_grid`.
+        max_aspect_ratio: Maximum aspect ratio of an accepted image; None accepts any.
+        do_resize: If False, both sides of every image must already be multiples of `patch_size`.
+        resample: Pillow filter. SOLO-7B was trained with bilinear, which antialiases when it shrinks; see
+            `resize` for the implementation.
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std: As in all of transformers.
 
-    Images always become RGB (`load_image` says how), whatever `do_convert_rgb` says.
+    Images are always converted to RGB (see `load_image`), whatever `do_convert_rgb` says.
     """
 
     patch_size = 32
-    resize_rule: ResizeRule = "release"
+    resize_rule: ResizeRule = "original"
     max_aspect_ratio: int | None = None
     size = {"longest_edge": 1024}
     default_to_square = False
@@ -222,56 +296,74 @@ class SoloImageProcessor(PilBackend):
 
     def __init__(self, **kwargs: Unpack[SoloImageProcessorKwargs]):
         super().__init__(**kwargs)
-        self.get_patch_grid(self.patch_size, self.patch_size)  # a setting that makes no sense fails here
+        self.get_patch_grid(self.patch_size, self.patch_size)  # rejects invalid settings here
 
     def preprocess(self, images: ImageInput, **kwargs: Unpack[SoloImageProcessorKwargs]) -> BatchFeature:
-        """Turn images into patches.
+        """Convert images to patches.
 
         Args:
-            images: one image or a list (of lists) of images, each anything that `load_image` reads. An array
-                of four dimensions is a batch.
-            kwargs: override the processor's settings for this call. `input_data_format`
-                ("channels_first" or "channels_last") settles the axis order of arrays.
+            images: One image or a (nested) list of images, each in any form that `load_image` reads. A
+                four-dimensional array is a batch.
+            kwargs: Overrides of the processor's settings for this call. `input_data_format`
+                ("channels_first" or "channels_last") fixes the axis order of arrays.
 
         Returns:
-            `pixel_values`: (patches, 3 * patch_size**2), uint8, or float32 if rescaled or normalised; the
-            patches of all images one after the other. `image_grid_thw`: int64 (images, 3), each
-            (1, rows, columns).
+            `pixel_values`, (num_patches, 3 * patch_size**2), uint8, or float32 if rescaled or normalized: the
+            concatenated patches of all images. `image_grid_thw`, (num_images, 3) int64: (1, rows, columns)
+            per image.
 
         Raises:
-            ImageError: an image cannot be read or used (a `ValueError`).
-            ValueError: a setting makes no sense.
+            ImageError: An image cannot be read or used (a `ValueError`).
+            ValueError: A setting is invalid.
         """
         return super().preprocess(images, **kwargs)
 
-    def encode(self, image: Any, max_aspect_ratio: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
-        """One image by the processor's own settings: `preprocess` without its checks, which take time.
+    def encode_image(
+        self, source: Any, max_aspect_ratio: int | None = None, **options: Unpack[LoadOptions]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Read one image and convert it to model inputs, by the processor's own settings.
+
+        Training, evaluation, serving and the page all encode images here. The result equals `preprocess`
+        without rescaling, minus the overhead of validating the settings of every call.
 
         Args:
-            image: anything that `load_image` reads.
-            max_aspect_ratio: see the class.
+            source: Bytes of an image file, path, URL, base64, `PIL.Image`, array or tensor; see `load_image`.
+            max_aspect_ratio: Maximum aspect ratio of an accepted image. Default: the processor's own.
+            **options: Limits on what may be read, as for `load_image`.
 
         Returns:
-            uint8 (rows * columns, 3 * patch_size**2), and (rows, columns).
+            `pixel_values`, (num_patches, 3 * patch_size**2) uint8, and `image_grid_thw`, (3,) int64:
+            (1, rows, columns).
 
         Raises:
-            ImageError: the image cannot be read or used.
+            ImageError: The image cannot be read or used.
         """
-        pixels = load_pixels(image)
+        pixels = load_pixels(source, **options)
         rows, columns = self.get_patch_grid(*pixels.shape[:2])
-        return _cut(pixels, rows, columns, self.patch_size, self.resample, max_aspect_ratio), (rows, columns)
+        ratio = self.max_aspect_ratio if max_aspect_ratio is None else max_aspect_ratio
+        patches = _resize_to_patches(pixels, rows, columns, self.patch_size, self.resample, ratio)
+        return patches, np.array([1, rows, columns], np.int64)
+
+    def normalize_patches(self, pixel_values: NDArray[np.uint8]) -> NDArray[Any]:
+        """Apply the processor's `do_rescale` and `do_normalize` to (num_patches, dim) uint8 patches."""
+        if not (self.do_rescale or self.do_normalize):
+            return pixel_values
+        factor = self.rescale_factor if self.do_rescale else 1
+        mean, std = (self.image_mean, self.image_std) if self.do_normalize else (0, 1)
+        return _normalize(pixel_values, factor, mean, std)
 
     def get_patch_grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of patches that an image of `height` x `width` pixels becomes."""
+        """Return (rows, columns) of the patches of an image of `height` x `width` pixels."""
         return self._grid(height, width, self.patch_size, self.size, self.resize_rule, self.do_resize)
 
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: dict[str, Any] | None = None
     ) -> int:
-        """How many patches an image of `height` x `width` pixels becomes (vLLM asks this without an image).
+        """Return the number of patches of an image of `height` x `width` pixels (part of vLLM's interface).
 
         Args:
-            images_kwargs: settings that override the processor's own.
+            height, width: Size of the image in pixels.
+            images_kwargs: Overrides of the processor's settings.
         """
         settings = {name: getattr(self, name) for name in ("patch_size", "size", "resize_rule", "do_resize")}
         settings |= {key: value for key, value in (images_kwargs or {}).items() if key in settings}
@@ -279,7 +371,7 @@ class SoloImageProcessor(PilBackend):
         return rows * columns
 
     def fetch_images(self, image_url_or_urls: Any, input_data_format: ChannelOrder | None = None) -> Any:
-        """Load an image, or a list (of lists) of images, into RGB `PIL.Image`s, nested as given."""
+        """Load an image or a nested list of images as RGB `PIL.Image`s, with the same nesting."""
         source = image_url_or_urls
         if _is_batch(source):
             return [self.fetch_images(item, input_data_format) for item in source]
@@ -288,7 +380,7 @@ class SoloImageProcessor(PilBackend):
     def process_image(
         self, image: Any, input_data_format: ChannelOrder | None = None, **kwargs: Any
     ) -> Image.Image:
-        """Load one image into an RGB `PIL.Image`, which Pillow can resize (arrays come after)."""
+        """Load one image as an RGB `PIL.Image`."""
         return load_image(image, input_data_format=input_data_format)
 
     def _prepare_image_like_inputs(
@@ -317,19 +409,15 @@ class SoloImageProcessor(PilBackend):
         for image in images:
             height, width = image.shape[:2]
             rows, columns = self._grid(height, width, patch_size, size, resize_rule, do_resize)
-            patches.append(_cut(image, rows, columns, patch_size, resample, max_aspect_ratio))
+            patches.append(_resize_to_patches(image, rows, columns, patch_size, resample, max_aspect_ratio))
             grids.append((1, rows, columns))
 
-        # One image is the usual case of a data loader: nothing to concatenate, so nothing to copy.
-        pixel_values = patches[1] if len(images) == 1 else np.concatenate(patches)
+        # A single image, the common case, needs no copy.
+        pixel_values: NDArray[Any] = patches[1] if len(images) == 1 else np.concatenate(patches)
         if do_rescale or do_normalize:
-            levels = np.arange(256)[None] * (rescale_factor if do_rescale else 1)  # (1, 256)
-            if do_normalize:
-                levels = (levels - np.reshape(image_mean, (-1, 1))) / np.reshape(image_std, (-1, 1))
-            table = np.broadcast_to(levels, (3, 256)).astype(np.float32)
-            by_channel = pixel_values.reshape(-1, 3, patch_size**2)
-            pixel_values = np.stack([table[c][by_channel[:, c]] for c in range(3)], axis=1)
-            pixel_values = pixel_values.reshape(-1, 3 * patch_size**2)  # (patches, 3 * patch_size**2)
+            factor = rescale_factor if do_rescale else 1
+            mean, std = (image_mean, image_std) if do_normalize else (0, 1)
+            pixel_values = _normalize(pixel_values, factor, mean, std)
         image_grid_thw = np.array(grids, dtype=np.int64).reshape(-1, 3)
         return BatchFeature(
             data={"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}, tensor_type=return_tensors
@@ -347,14 +435,14 @@ class SoloImageProcessor(PilBackend):
         if not do_resize:
             if height % patch_size or width % patch_size or not height or not width:
                 raise ValueError(
-                    f"without do_resize, sides must be multiples of {patch_size} pixels, "
+                    f"with do_resize=False, sides must be multiples of {patch_size} pixels, "
                     f"not {height} x {width}"
                 )
             return height // patch_size, width // patch_size
         given = {side: pixels for side, pixels in dict(size).items() if pixels is not None}
         if set(given) == {"height", "width"}:
             if any(pixels < patch_size or pixels % patch_size for pixels in given.values()):
-                raise ValueError(f"a fixed size must be multiples of {patch_size} pixels, not {given}")
+                raise ValueError(f"size must be multiples of {patch_size} pixels, not {given}")
             return given["height"] // patch_size, given["width"] // patch_size
         if set(given) != {"longest_edge"}:
             raise ValueError(
@@ -376,4 +464,10 @@ def _flatten(images: Any) -> Iterator[Any]:
         yield images
 
 
-__all__ = ["SoloImageProcessor", "SoloImageProcessorKwargs", "image_to_patches", "patch_grid"]
+__all__ = [
+    "SoloImageProcessor",
+    "SoloImageProcessorKwargs",
+    "image_to_patches",
+    "patch_grid",
+    "patches_to_image",
+]

@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_solo import SoloConfig
 from .image_attention_solo import PACKED_ATTENTION, image_index, image_masks
 from .loss_solo import supervised_cross_entropy
-from .release_solo import RELEASE_KEYS
+from .original_solo import ORIGINAL_KEYS
 
 
 @dataclass
@@ -74,14 +74,14 @@ class SoloPreTrainedModel(PreTrainedModel):
 
         The vision ids are then SOLO-7B's; `solo_vlm.models.load.load_model` asks the folder's tokenizer.
         """
-        kwargs.setdefault("key_mapping", RELEASE_KEYS)
+        kwargs.setdefault("key_mapping", ORIGINAL_KEYS)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # transformers would save under the names that it has read.
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or []
-            if not RELEASE_KEYS.keys() & set(conversion.source_patterns)
+            if not ORIGINAL_KEYS.keys() & set(conversion.source_patterns)
         ]
         return loaded
 

@@ -13,25 +13,29 @@ from numpy.typing import NDArray
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .chat_template import SOLO_CHAT_TEMPLATE, is_release_template, release_chat_template, with_images
+from .chat_template import SOLO_CHAT_TEMPLATE, is_original_template, original_chat_template, with_images
 from .chat_turns import ChatTemplateError, Message, check_roles, cut_turns, end_tokens
 
-Grid = tuple[int, int]
-Layout = Literal["clean", "release"]
+ImageLayout = Literal["paper", "original"]
 
 _PADDING = ("padding", "padding_side", "max_length", "pad_to_multiple_of")
 _STAND_IN = "\ue000{index}\ue001"
 _STAND_IN_PATTERN = re.compile("\ue000(\\d+)\ue001")
 
 
+def num_image_tokens(rows: int, columns: int) -> int:
+    """Return the number of tokens of an image: patches, row separators, one token before and one after."""
+    return rows * columns + rows + 1
+
+
 @dataclass(frozen=True)
 class EncodedChat:
-    """A chat as tokens.
+    """A tokenized chat.
 
     Attributes:
-        input_ids: (length,) int64, images expanded to their layout.
-        supervised: (length,) bool: what the assistant says, and the one token that ends its turn. Never a
-            vision token.
+        input_ids: (length,) int64, with the tokens of every image.
+        supervised: (length,) bool: True at the assistant's text and at the one token that ends each of its
+            turns; never at a vision token.
     """
 
     input_ids: NDArray[np.int64]
@@ -39,24 +43,25 @@ class EncodedChat:
 
 
 class SoloProcessor(ProcessorMixin):
-    """Tokenizer and image processor in one, with the token layout of an image (SOLO paper, section 2).
+    """Tokenizer and image processor with the token layout of images (SOLO paper, section 2).
 
-    An image of R rows and C columns becomes `<vision>`, then C x `<vpatch>` a row with `<vrow_sep>`
-    between rows, then `</vision>`: R * C + R + 1 tokens. In a prompt string one `<vpatch>` stands for an
-    image; in a chat, an image part does, and text that spells a special token stays text.
+    An image of R rows and C columns becomes `<vision>`, then C x `<vpatch>` per row with `<vrow_sep>` between
+    rows, then `</vision>`: `num_image_tokens(R, C)` tokens. In a prompt string one `<vpatch>` marks an image;
+    in a chat, an image part does, and text that spells a special token stays text.
 
-    The release fine-tuned SOLO-7B with another layout, on which its answers depend: an image ends with a
-    second `<vision>`, and the images of a turn stand before it, those of the first turn before `<s>`.
+    The original SOLO code fine-tuned SOLO-7B with another layout, which that checkpoint needs: an image ends
+    with a second `<vision>`, and the images of a turn precede it, those of the first turn even `<s>`.
 
     Args:
-        image_processor: a `SoloImageProcessor`.
-        tokenizer: the LLM's tokenizer with the four vision tokens added.
+        image_processor: A `SoloImageProcessor`.
+        tokenizer: The LLM's tokenizer with the four vision tokens added.
         chat_template: Jinja source.
-        image_token: spelling of `<vpatch>`; it differs where the LLM owned that token already.
-        vision_start_token: likewise for `<vision>`.
-        vision_row_token: likewise for `<vrow_sep>`.
-        vision_end_token: likewise for `</vision>`.
-        layout: "clean" (the chat template says where images stand), or "release" (its own chat template).
+        image_token: Spelling of `<vpatch>`, which differs where the LLM already had such a token.
+        vision_start_token: Spelling of `<vision>`, likewise.
+        vision_row_token: Spelling of `<vrow_sep>`, likewise.
+        vision_end_token: Spelling of `</vision>`, likewise.
+        image_layout: "paper" (the chat template places images), or "original" (the layout of SOLO-7B, with a
+            chat template of its own).
     """
 
     def __init__(
@@ -68,21 +73,21 @@ class SoloProcessor(ProcessorMixin):
         vision_start_token: str = "<vision>",
         vision_row_token: str = "<vrow_sep>",
         vision_end_token: str = "</vision>",
-        layout: str = "clean",
+        image_layout: str = "paper",
         **kwargs: Any,
     ) -> None:
-        if layout not in ("clean", "release"):
-            raise ValueError(f'the layout is "clean" or "release", not {layout!r}')
+        if image_layout not in ("paper", "original"):
+            raise ValueError(f'image_layout must be "paper" or "original", not {image_layout!r}')
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
-        self.layout = layout
+        self.image_layout = image_layout
         self.image_token = image_token
         self.vision_start_token = vision_start_token
         self.vision_row_token = vision_row_token
         self.vision_end_token = vision_end_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         vision_tokens = (vision_start_token, vision_row_token, vision_end_token)
-        self._closing_token = vision_start_token if layout == "release" else vision_end_token
+        self._closing_token = vision_start_token if image_layout == "original" else vision_end_token
         self._start_id, self._row_id, self._closing_id = tokenizer.convert_tokens_to_ids(
             [vision_start_token, vision_row_token, self._closing_token]
         )
@@ -96,19 +101,19 @@ class SoloProcessor(ProcessorMixin):
         }
         self._ends: dict[str | None, set[str]] = {}
         self._checked_roles: set[tuple[str | None, tuple[str, ...]]] = set()
-        chat_template = _template_for(layout, chat_template, image_token)
+        chat_template = _template_for(image_layout, chat_template, image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     # --- the layout of an image ---------------------------------------------------------------------
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """Layout of one image as a string; transformers puts it where the prompt has `<vpatch>`."""
+        """Return the tokens of one image as a string, which transformers substitutes for `<vpatch>`."""
         rows, columns = (int(n) for n in image_inputs["image_grid_thw"][image_idx][1:])
         body = self.vision_row_token.join([self.image_token * columns] * rows)
         return f"{self.vision_start_token}{body}{self._closing_token}"
 
-    def image_layout(self, rows: int, columns: int) -> NDArray[np.int64]:
-        """Layout of one image as ids, (rows * columns + rows + 1,) int64."""
+    def image_input_ids(self, rows: int, columns: int) -> NDArray[np.int64]:
+        """Return the token ids of one image, (num_image_tokens,) int64."""
         ids = np.full((rows, columns + 1), self.image_token_id, dtype=np.int64)
         ids[:, -1] = self._row_id
         ids[-1, -1] = self._closing_id
@@ -117,37 +122,39 @@ class SoloProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Tokens and patches of images of these (height, width); vLLM asks."""
+        """Return tokens and patches per image of the given (height, width); part of vLLM's interface."""
         if image_sizes is None:
             return MultiModalData()
         grids = [self.image_processor.get_patch_grid(height, width) for height, width in image_sizes]
         return MultiModalData(
-            num_image_tokens=[rows * columns + rows + 1 for rows, columns in grids],
+            num_image_tokens=[num_image_tokens(rows, columns) for rows, columns in grids],
             num_image_patches=[rows * columns for rows, columns in grids],
         )
 
     # --- chats --------------------------------------------------------------------------------------
 
     def encode_chat(
-        self, messages: Sequence[Message], grids: Sequence[Grid] = (), add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        image_grid_thw: Sequence[Sequence[int] | NDArray[np.int64]] | NDArray[np.int64] = (),
+        add_generation_prompt: bool = False,
     ) -> EncodedChat:
-        """Encode a chat, or a document (assistant turns alone), with what the assistant says marked.
+        """Tokenize a chat, or a document (assistant turns only), and mark the assistant's tokens.
 
-        A document is BOS, its content, EOS. A chat is what the chat template makes of it; each assistant
-        turn is tokenized apart from the prompt before it, so that training sees exactly the prompt tokens
-        that inference will. What the assistant says is found and checked in the rendered chat, see
-        `cut_turns`.
+        A document becomes BOS, its content, EOS. A chat is rendered by the chat template; each assistant turn
+        is tokenized apart from the prompt before it, so training sees exactly the prompt tokens of inference.
+        `cut_turns` locates and checks the assistant's text in the rendered chat.
 
         Args:
             messages: `{"role": ..., "content": str or parts}`; a part is `{"type": "text", "text": ...}` or
                 `{"type": "image", ...}`.
-            grids: (rows, columns) of each image, in order of the image parts.
-            add_generation_prompt: end where the assistant's next answer would begin.
+            image_grid_thw: (num_images, 3): (1, rows, columns) per image, in the order of the image parts.
+            add_generation_prompt: End with the prompt for the assistant's next answer.
 
         Raises:
-            ChatTemplateError: the template refuses the chat, leaves out a message, or does not render it turn
+            ChatTemplateError: The template refuses the chat, leaves out a message, or does not render it turn
                 by turn.
-            ValueError: image parts and grids differ in number.
+            ValueError: The number of image parts and of grids differs.
         """
         protected: list[str] = []
         flat = [{**message, "content": self._flatten(message["content"], protected)} for message in messages]
@@ -160,7 +167,7 @@ class SoloProcessor(ProcessorMixin):
         if sum(text.count(self.image_token) for text, _ in segments) != images:
             raise ChatTemplateError("the chat template leaves out, repeats or rewrites an image")
 
-        layouts = iter([self.image_layout(*grid) for grid in grids])
+        layouts = iter([self.image_input_ids(int(rows), int(columns)) for _, rows, columns in image_grid_thw])
         pieces: list[NDArray[np.int64]] = []
         marks: list[NDArray[np.bool_]] = []
         for text, supervised in segments:
@@ -168,7 +175,7 @@ class SoloProcessor(ProcessorMixin):
             pieces.append(ids)
             marks.append(is_text & supervised)
         if next(layouts, None) is not None:
-            raise ValueError(f"{len(grids)} images given, but the chat has fewer image parts")
+            raise ValueError(f"{len(image_grid_thw)} images were given, but the chat has fewer image parts")
         return EncodedChat(np.concatenate(pieces), np.concatenate(marks))
 
     def _flatten(self, content: str | Sequence[dict[str, Any]], protected: list[str]) -> str:
@@ -282,13 +289,14 @@ class SoloProcessor(ProcessorMixin):
         return_tensors: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' method; a tokenized chat goes the way of `encode_chat`, images included.
+        """Render a chat like transformers' method; with `tokenize=True`, encode it like `encode_chat`.
 
         With `tokenize=True`: a chat or a list of chats, padded on the tokenizer's padding side, with
-        `input_ids`, `attention_mask`, and `pixel_values` (patches, 3072) and `image_grid_thw` (images, 3)
-        where there are images. A chat's images are its image parts' `image`, `url`, `path` or `base64`.
-        Arguments other than those of padding are left to transformers, so that none is dropped; text spelled
-        like a special token is then one, as in all of its processors.
+        `input_ids`, `attention_mask`, and `pixel_values` (num_patches, 3072) and `image_grid_thw`
+        (num_images, 3) if there are images. An image part holds its image under `image`, `url`, `path` or
+        `base64`; `image` may also be the pair that `SoloImageProcessor.encode_image` returns. Calls with
+        arguments other than those of padding are left to transformers, so that no argument is ignored; text
+        spelled like a special token is then that token, as in all processors of transformers.
         """
         given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
         padding = {name: given[name] for name in _PADDING if name in given}
@@ -304,13 +312,16 @@ class SoloProcessor(ProcessorMixin):
             )
         batched = isinstance(conversation[0], (list, tuple))
         chats: list[Any] = conversation if batched else [conversation]
-        images = [[_image_source(part) for part in _image_parts(chat)] for chat in chats]
-        vision = self.image_processor([i for own in images for i in own]) if any(images) else {}
-        grids = iter([(int(r), int(c)) for _, r, c in vision.get("image_grid_thw", ())])
+        images = [[self._encode_part(part) for part in _image_parts(chat)] for chat in chats]
         encoded = [
-            self.encode_chat(chat, [next(grids) for _ in own], add_generation_prompt)
+            self.encode_chat(chat, [grid for _, grid in own], add_generation_prompt)
             for chat, own in zip(chats, images, strict=True)
         ]
+        vision = {}
+        if pairs := [pair for own in images for pair in own]:
+            patches = np.concatenate([patches for patches, _ in pairs])
+            vision["pixel_values"] = self.image_processor.normalize_patches(patches)
+            vision["image_grid_thw"] = np.stack([grid for _, grid in pairs])
         ids = [chat.input_ids.tolist() for chat in encoded]
         if not return_dict:
             return ids if batched else ids[0]
@@ -320,13 +331,17 @@ class SoloProcessor(ProcessorMixin):
             text = self.tokenizer.pad({"input_ids": ids}, **{"padding": True, **padding})
         return BatchFeature({**text, **vision}, tensor_type=return_tensors)
 
+    def _encode_part(self, part: dict[str, Any]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        source = _image_source(part)
+        return source if isinstance(source, tuple) else self.image_processor.encode_image(source)
 
-def _template_for(layout: str, chat_template: str | None, image_token: str) -> str | None:
-    """The chat template that goes with a layout: a saved processor may be loaded with the other one."""
-    if layout == "release":
-        return release_chat_template(image_token)
+
+def _template_for(image_layout: str, chat_template: str | None, image_token: str) -> str | None:
+    """Return the chat template of a layout, since a saved processor may be loaded with the other layout."""
+    if image_layout == "original":
+        return original_chat_template(image_token)
     paper = with_images(SOLO_CHAT_TEMPLATE, image_token)
-    return paper if is_release_template(chat_template) else chat_template
+    return paper if is_original_template(chat_template) else chat_template
 
 
 def _image_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -340,11 +355,11 @@ def _image_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _image_source(part: dict[str, Any]) -> Any:
-    """What an image part holds: an image, or where to find one."""
+    """Return the image of an image part, or its location."""
     for key in ("image", "url", "path", "base64", "image_url"):
         if (source := part.get(key)) is not None:
             return source["url"] if isinstance(source, dict) else source
     raise ValueError(f"an image part needs an 'image', 'url', 'path' or 'base64', but has {sorted(part)}")
 
 
-__all__ = ["ChatTemplateError", "EncodedChat", "Message", "SoloProcessor"]
+__all__ = ["ChatTemplateError", "EncodedChat", "Message", "SoloProcessor", "num_image_tokens"]

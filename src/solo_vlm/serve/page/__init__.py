@@ -1,1 +1,1 @@
-"""A page for the browser: show a model an image, talk about it, see which patches a word looked at."""
+"""The page: its static files, and attention over image patches. Otherwise it is a client of the API."""

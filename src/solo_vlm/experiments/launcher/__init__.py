@@ -1,1 +1,0 @@
-"""Many commands side by side, such as training runs: on this machine, or on a Ray cluster."""

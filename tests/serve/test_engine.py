@@ -1,0 +1,133 @@
+"""Sampling and padding against brute force; streamed text against the tokenizer's decoding of the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tests.factories import TEXTS, ask
+
+from solo_vlm.serve.engine import IncrementalDetokenizer, Prompt, RowSampler, SamplingParams, merge_prompts
+from solo_vlm.serve.images import EncodedImage
+
+
+def encode(processor, chat) -> Prompt:
+    """As the server does: text and images apart."""
+    images = []
+    for part in chat[0]["content"]:
+        if part["type"] == "image":
+            encoded = processor.image_processor.encode_image(part["image"])
+            images.append(EncodedImage(*encoded, part["image"].size, b""))
+    tokens = processor.encode_chat(
+        chat, [image.image_grid_thw for image in images], add_generation_prompt=True
+    )
+    return Prompt(tokens.input_ids, tokens.supervised, tuple(images))
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -3.0])
+
+
+def frequencies(params: SamplingParams, draws: int = 4000) -> torch.Tensor:
+    sampler = RowSampler([params], torch.device("cpu"))
+    chosen = [int(sampler(torch.zeros(1, 1), LOGITS[None].clone()).argmax()) for _ in range(draws)]
+    return torch.bincount(torch.tensor(chosen), minlength=4) / draws
+
+
+def test_samples_follow_softmax_at_temperature():
+    expected = (LOGITS / 0.7).softmax(0)
+    assert torch.allclose(frequencies(SamplingParams(1, temperature=0.7, seed=0)), expected, atol=0.03)
+
+
+def test_tiny_temperature_is_greedy():
+    assert frequencies(SamplingParams(1, temperature=1e-300, top_p=0.5, seed=0), draws=10)[0] == 1
+
+
+def test_top_p_drops_the_tail():
+    expected = torch.tensor([*LOGITS[:2].softmax(0), 0, 0])  # these two have 0.9 of the probability
+    assert torch.allclose(
+        frequencies(SamplingParams(1, temperature=1.0, top_p=0.85, seed=0)), expected, atol=0.03
+    )
+
+
+def test_greedy_row_keeps_its_scores_beside_a_sampled_one():
+    sampler = RowSampler([SamplingParams(1), SamplingParams(1, temperature=1.0, seed=3)], torch.device("cpu"))
+    scores = sampler(torch.zeros(2, 1), LOGITS.repeat(2, 1))
+    assert torch.equal(scores[0], LOGITS)
+    alone = RowSampler([SamplingParams(1, temperature=1.0, seed=3)], torch.device("cpu"))
+    assert torch.equal(scores[1:], alone(torch.zeros(1, 1), LOGITS[None].clone()))
+
+
+def test_merged_prompts_equal_a_padded_batch(solo, picture):
+    processor = solo.processor
+    chats = [ask("hello"), ask("what is this? a red circle", picture(64, 96)), ask("and", picture(32, 32))]
+    merged = merge_prompts([encode(processor, chat) for chat in chats], processor.tokenizer.pad_token_id)
+    processor.tokenizer.padding_side = "left"
+    batch = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert merged.keys() == batch.keys()
+    assert all(torch.equal(merged[name], batch[name]) for name in batch)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(solo):
+    return solo.processor.tokenizer
+
+
+def pieces(tokenizer, ids, stop=()):
+    text = IncrementalDetokenizer(tokenizer, stop)
+    for token in ids:
+        yield text.append(token)
+        if text.stopped:
+            return
+    yield text.flush()
+
+
+@given(st.lists(st.integers(0, 319), max_size=40))
+@settings(deadline=None)
+def test_pieces_concatenate_to_decoded_text(tokenizer, ids):
+    whole = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert "".join(pieces(tokenizer, ids)) == whole
+
+
+@given(st.text(max_size=30), st.lists(st.text("ab \né", min_size=1, max_size=4), max_size=3))
+@settings(deadline=None)
+def test_text_ends_before_first_stop_string(tokenizer, text, stop):
+    # A stop string inside another one is complete first and ends the stream before the longer one.
+    assume(not any(one != other and one in other for one in stop for other in stop))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    whole = tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+    # Character by character, as a reader of the stream would see it.
+    until = next((n for n in range(len(whole) + 1) if any(one in whole[:n] for one in stop)), len(whole))
+    end = min((whole[:until].find(one) for one in stop if one in whole[:until]), default=until)
+    assert "".join(pieces(tokenizer, ids, stop)) == whole[:end].strip()
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "answer"),
+    [
+        ("a red triangle", " ", "a"),
+        ("  a red triangle", " ", "a"),
+        ("\n\na red triangle", "\n", "a red triangle"),
+        ("\n\na red\n\ntriangle", "\n\n", "a red"),
+        (" \n a red\ntriangle", "\n", "a red"),
+        ("   ", " ", ""),
+        (" red red", " red", "red"),
+    ],
+)
+def test_leading_white_space_is_not_a_stop_string(tokenizer, said, stop, answer):
+    ids = tokenizer.encode(said, add_special_tokens=False)
+    assert "".join(pieces(tokenizer, ids, [stop])) == answer
+
+
+def test_words_are_emitted_as_soon_as_final(tokenizer):
+    ids = tokenizer.encode(TEXTS[0], add_special_tokens=False)
+    early = list(pieces(tokenizer, ids))[: len(ids) // 2]
+    assert "".join(early).startswith("a red circle")
+
+
+def test_multi_token_character_is_emitted_whole(tokenizer):
+    ids = tokenizer.encode("🙂", add_special_tokens=False)
+    assert len(ids) > 1
+    assert [piece for piece in pieces(tokenizer, ids) if piece] == ["🙂"]
