@@ -39,19 +39,21 @@ venv: $(VENV)/.installed  ## virtual environment, pinned by constraints.txt
 $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/solo_vlm/models/solo/enlarge.c
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with the venv module is required; \
 	select one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 2; }
-	@echo "venv: $(VENV) ($$($(PYTHON) --version))"
+	@echo "venv: 1/4 environment in $(VENV), $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -qq -c constraints.txt --upgrade pip
 	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && \
 	    ! $(PIP) install -qq --dry-run --ignore-installed --no-deps --report - torch==$(TORCH) | grep -q '+cpu'; \
 	then echo "venv: no NVIDIA GPU found, but pip's torch for Linux may include gigabytes of CUDA; to skip them:" \
 	    "make TORCH_INDEX=https://download.pytorch.org/whl/cpu $(MAKECMDGOALS)"; fi
-	@echo "venv: torch $(TORCH) from $(or $(TORCH_INDEX),pip's default)"
+	@echo "venv: 2/4 torch $(TORCH) from $(or $(TORCH_INDEX),pip's default index)"
 	@$(PIP) install -qq --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
-	@echo "venv: solo-vlm and its dependencies"
+	@echo "venv: 3/4 solo-vlm and the packages of constraints.txt (takes minutes)"
 	@$(PIP) install -qq -c constraints.txt -e '.[train,eval,serve,science,dev]'
+	@echo "venv: 4/4 lmms-eval $(LMMS)"
 	@$(PIP) install -qq --no-deps lmms-eval==$(LMMS)
 	@touch $@
+	@echo "venv: ready"
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	@echo "venv: documentation tools"
@@ -113,7 +115,7 @@ $(VENV)/.installed-examples: $(VENV)/.installed
 	@touch $@
 
 test-examples: $(VENV)/.installed-examples  ## examples with Trainer, TRL and DeepSpeed; QLoRA; trackers
-	@$(TEST) tests/examples tests/train/test_adapters.py tests/train/test_trackers.py tests/generate/test_quantized.py -m "" --timeout 900 $(ARGS)
+	@$(TEST) tests/examples tests/train/test_model.py tests/train/test_metrics.py tests/generate/test_quantized.py -m "" --timeout 900 $(ARGS)
 
 test-distributed: venv  ## tests of several CPU processes
 	@$(TEST) -m distributed --timeout 900 $(ARGS) $(OR_NONE)

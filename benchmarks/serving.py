@@ -2,8 +2,8 @@
 
     python benchmarks/serving.py [--model DIR] [--seconds 15] [--max-batch 8] [--json] [--out FILE]
 
-Each client asks again as soon as it has its answer, of 32 tokens, as a stream; half of the questions have an
-image. Without --model, the model has two million random weights. Clients and server share the machine.
+Each client streams one answer of 32 tokens after another; half of the requests have an image. Without
+--model, the model has two million random weights. Clients and server share the machine.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Server:
 
 @dataclass
 class Load:
-    """What clients met with.
+    """Answers and errors of a load test.
 
     Attributes:
-        answers: (question's number, text, seconds to the first text, seconds to the end, tokens).
-        errors: HTTP status, or the message in a stream.
-        seconds: that the load lasted.
+        answers: (request number, text, seconds to the first text, seconds to the end, tokens).
+        errors: HTTP status, or the error message within a stream.
+        seconds: Duration of the test.
     """
 
     answers: list[tuple[int, str, float, float, int]] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Load:
 
 @contextmanager
 def served(model: Path | str, *options: str) -> Iterator[Server]:
-    """Start `solo serve` in a process of its own, on a free port; stop it at the end."""
+    """Run `solo serve` in its own process on a free port."""
     command = [sys.executable, "-m", "solo_vlm", "serve", "--model", str(model), "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -79,8 +79,8 @@ def served(model: Path | str, *options: str) -> Iterator[Server]:
         process.communicate()
 
 
-def questions(number: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
-    """Requests, every second with an image, all different."""
+def make_requests(number: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
+    """Make different requests, every second one with an image."""
     rng = np.random.default_rng(0)
     made = []
     for index in range(number):
@@ -94,14 +94,14 @@ def questions(number: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
     return made
 
 
-async def load(url: str, asked: Sequence[dict[str, Any]], clients: int, seconds: float) -> Load:
-    """Let so many clients ask, one question after the other, for so long. A 429 is waited out."""
+async def run_load(url: str, requests: Sequence[dict[str, Any]], clients: int, seconds: float) -> Load:
+    """Send requests from concurrent clients for some seconds. Clients wait after a 429."""
     numbers, started = count(), time.perf_counter()
     result = Load()
 
     async def client(session: aiohttp.ClientSession) -> None:
         while time.perf_counter() - started < seconds:
-            await _ask(session, url, asked, next(numbers) % len(asked), result)
+            await _send(session, url, requests, next(numbers) % len(requests), result)
 
     async with _session() as session:
         await asyncio.gather(*(client(session) for _ in range(clients)))
@@ -109,12 +109,12 @@ async def load(url: str, asked: Sequence[dict[str, Any]], clients: int, seconds:
     return result
 
 
-async def one_by_one(url: str, asked: Sequence[dict[str, Any]]) -> Load:
-    """Let one client ask every question once."""
+async def run_sequentially(url: str, requests: Sequence[dict[str, Any]]) -> Load:
+    """Send every request once, from one client."""
     result = Load()
     async with _session() as session:
-        for number in range(len(asked)):
-            await _ask(session, url, asked, number, result)
+        for number in range(len(requests)):
+            await _send(session, url, requests, number, result)
     return result
 
 
@@ -122,10 +122,10 @@ def _session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
 
-async def _ask(
-    session: aiohttp.ClientSession, url: str, asked: Sequence[dict[str, Any]], number: int, result: Load
+async def _send(
+    session: aiohttp.ClientSession, url: str, requests: Sequence[dict[str, Any]], number: int, result: Load
 ) -> None:
-    body = {**asked[number], "stream": True, "stream_options": {"include_usage": True}}
+    body = {**requests[number], "stream": True, "stream_options": {"include_usage": True}}
     started, first, text, tokens = time.perf_counter(), 0.0, "", 0
     async with session.post(f"{url}/v1/chat/completions", json=body) as response:
         if response.status != 200:
@@ -145,8 +145,8 @@ async def _ask(
     result.answers.append((number, text, first, time.perf_counter() - started, tokens))
 
 
-def figures(result: Load) -> dict[str, float]:
-    """Throughput, and percentiles of the times, of one load."""
+def summarize(result: Load) -> dict[str, float]:
+    """Return throughput and latency percentiles."""
     _, _, first, whole, tokens = zip(*result.answers, strict=True)
     return {
         "requests_per_second": len(whole) / result.seconds,
@@ -158,7 +158,7 @@ def figures(result: Load) -> dict[str, float]:
 
 
 def make_model(folder: Path) -> Path:
-    """A SOLO model of two million random weights."""
+    """Write a SOLO model of two million random weights."""
     from solo_vlm.models.from_llm import from_llm
     from solo_vlm.quickstart.llm import write_untrained_llm
 
@@ -177,23 +177,23 @@ def _data_url(rng: np.random.Generator) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder or hub id")
-    parser.add_argument("--seconds", type=float, default=15.0, help="for each number of clients")
+    parser.add_argument("--seconds", type=float, default=15.0, help="duration per number of clients")
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the same, as a file")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write it to a file")
     arguments = parser.parse_args()
     results: dict[str, Any] = {
         "environment": {**environment(), "load_average": psutil.getloadavg()[0]},
         "max_batch": arguments.max_batch,
         "seconds": arguments.seconds,
     }
-    asked = questions(16)
+    requests = make_requests(16)
     with tempfile.TemporaryDirectory() as temporary:
         model = arguments.model or make_model(Path(temporary))
         with served(model, "--max-batch", str(arguments.max_batch)) as server:
-            asyncio.run(one_by_one(server.url, asked))  # warm-up
+            asyncio.run(run_sequentially(server.url, requests))  # warm-up
             for clients in CLIENTS:
-                result = figures(asyncio.run(load(server.url, asked, clients, arguments.seconds)))
+                result = summarize(asyncio.run(run_load(server.url, requests, clients, arguments.seconds)))
                 results[f"clients_{clients}"] = result
                 if not arguments.json:
                     print(f"{clients:2} clients", *(f"{name} {value:.1f}" for name, value in result.items()))

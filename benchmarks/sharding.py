@@ -5,8 +5,8 @@
 Whole steps of the engine with a decoder of SmolLM2-135M's 30 layers on one packed sequence. On a CPU its
 matrices are so small, and the sequence so short, that Python and torch's bookkeeping take most of the time,
 on one thread; on a CUDA GPU it has its own size and 8,192 tokens. "units" is what the engine does: layers are
-gathered together up to `solo_vlm.train.parallel.layout.UNIT` parameters. "whole" is a model that is not
-sharded, under autocast.
+gathered together up to `FSDP_UNIT_SIZE` parameters (solo_vlm.train.parallel.sharding). "whole" is a model
+that is not sharded, under autocast.
 
 The variants take turns; figures are medians of the rounds, ratios those within a round.
 """
@@ -28,14 +28,14 @@ from training.workload import Workload
 from transformers.utils import logging
 
 from solo_vlm import SoloForConditionalGeneration
-from solo_vlm.data.collate import collate
+from solo_vlm.data.collate import collate, num_supervised_tokens
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.parallel.layout import UNIT
-from solo_vlm.train.step import supervised_tokens, take_step
+from solo_vlm.train.parallel.sharding import FSDP_UNIT_SIZE
+from solo_vlm.train.trainer import optimizer_step
 from solo_vlm.utils.files import new_file
 
-UNITS = {"layer by layer": 1, "units": UNIT, "whole": None}  # parameters gathered at once
+UNITS = {"layer by layer": 1, "units": FSDP_UNIT_SIZE, "whole": None}  # parameters gathered at once
 NARROW = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -53,12 +53,14 @@ def measure(rounds: int, warmup: int) -> dict[str, Any]:
     with one_sharded_process(recipe) as sharded:
         steps = {}
         for name, unit in UNITS.items():
-            processes = sharded if unit else replace(sharded, mesh=None)
-            model = random_model(SoloForConditionalGeneration, config, recipe, processes, unit=unit or UNIT)
+            context = sharded if unit else replace(sharded, mesh=None)
+            model = random_model(
+                SoloForConditionalGeneration, config, recipe, context, unit=unit or FSDP_UNIT_SIZE
+            )
             use_packed_attention(model)
             optimizer = make_optimizer(model, recipe.optimizer)
-            supervised = supervised_tokens(batches)
-            steps[name] = partial(take_step, model, optimizer, batches, supervised, recipe, processes)
+            supervised = num_supervised_tokens(batches)
+            steps[name] = partial(optimizer_step, model, optimizer, batches, supervised, recipe, context)
         for turn in range(warmup + rounds):
             for name, step in steps.items():
                 took = seconds(step, device)

@@ -1,4 +1,4 @@
-"""Fine-tune a SOLO model with transformers' Trainer, on packed sequences; started again, it goes on.
+"""Fine-tune a SOLO model with transformers' Trainer on packed sequences; a restarted run resumes.
 
     python examples/trainer.py --model MODEL --data MIXTURE.yaml --out runs/trainer --steps 1000
 
@@ -17,24 +17,21 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import get_last_checkpoint
 
 from solo_vlm.data.loader import PackedLoader
-from solo_vlm.data.mixture import Mixture
+from solo_vlm.data.mixture import Mixture, make_loader
 from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.train.attention import use_packed_attention
-from solo_vlm.train.start import make_loader
 
 
 class PackedTrainer(Trainer):
-    """Trains on the packed sequences of a loader, which has shared them out among the processes itself."""
+    """Trainer for a loader that packs sequences and splits them among processes itself."""
 
     def __init__(self, loader: PackedLoader, **options: Any) -> None:
         super().__init__(**options)
         self.loader = loader
         self.add_callback(SaveLoader(loader))
 
-    def get_train_dataloader(
-        self,
-    ) -> PackedLoader:  # not prepared by Accelerate, which would share it out again
-        return self.loader
+    def get_train_dataloader(self) -> PackedLoader:
+        return self.loader  # not prepared by Accelerate, which would split it again
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -43,7 +40,7 @@ class PackedTrainer(Trainer):
 
 
 class SaveLoader(TrainerCallback):
-    """Keeps the place in the data beside the weights, for each process its own."""
+    """Save the loader state of each process with the checkpoint."""
 
     def __init__(self, loader: PackedLoader) -> None:
         self.loader = loader
@@ -61,10 +58,10 @@ def _loader_file(args: TrainingArguments) -> str:
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of a SOLO model.")],
-    data: Annotated[str, typer.Option(help="Mixture or recipe, a YAML file.")],
+    data: Annotated[str, typer.Option(help="YAML file of a mixture or recipe.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the trained model.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Packed sequences a step and process.")] = 8,
+    batch: Annotated[int, typer.Option(help="Packed sequences per step and process.")] = 8,
     learning_rate: float = 1e-5,
 ) -> None:
     """Fine-tune a SOLO model with transformers' Trainer."""
@@ -75,21 +72,21 @@ def main(
         gradient_accumulation_steps=batch,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=0.03,  # of the steps
+        warmup_steps=0.03,  # fraction of the steps
         weight_decay=0.1,
         bf16=torch.cuda.is_available(),
-        use_cpu=not torch.accelerator.is_available(),  # else processes on a CPU would not find each other
+        use_cpu=not torch.accelerator.is_available(),  # otherwise CPU processes form no group
         logging_steps=1,
         save_steps=max(1, steps // 10),
-        ignore_data_skip=True,  # the loader goes on by itself
+        ignore_data_skip=True,  # the loader resumes by itself
         report_to="none",
     )
     processor = load_processor(model)
     mixture = Mixture.load(data, [f"model={model}"])
-    if mixture.data.epochs:  # the loaders of several processes would not end together
-        raise typer.BadParameter(f"{data}: remove data.epochs; --steps says when the run ends")
+    if mixture.data.epochs:  # the loaders of the processes would end at different steps
+        raise typer.BadParameter(f"{data}: remove data.epochs; --steps sets the length of the run")
     solo = load_model(model, dtype="float32")
-    use_packed_attention(solo)  # without a length x length mask
+    use_packed_attention(solo)  # no (length, length) mask
     loader = make_loader(mixture, processor, mixture.open_sources(), args.process_index, args.world_size)
     trainer = PackedTrainer(loader, model=solo, args=args)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)

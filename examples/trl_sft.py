@@ -1,8 +1,8 @@
-"""Fine-tune a SOLO model with TRL's SFTTrainer, on chats in parquet files; optionally by LoRA.
+"""Fine-tune a SOLO model with TRL's SFTTrainer on chats in parquet files, optionally with LoRA.
 
     python examples/trl_sft.py --model MODEL --data "chats/*.parquet" --out runs/trl --steps 1000 --lora
 
-A row holds `messages` in OpenAI's style and `images`, none or several; see docs/data.md.
+A row holds OpenAI-style `messages` and any number of `images`; see docs/data.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from solo_vlm.train.attention import use_packed_attention
 
 
 class PackedCollator:
-    """Encodes rows and puts them one after the other: no padding, and documents do not see each other."""
+    """Encode rows and concatenate them: no padding, and no attention between documents."""
 
     def __init__(self, processor: SoloProcessor) -> None:
         self.processor = processor
@@ -37,12 +37,12 @@ class PackedCollator:
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of a SOLO model.")],
-    data: Annotated[str, typer.Option(help="Parquet files of chats, a path or pattern.")],
+    data: Annotated[str, typer.Option(help="Path or pattern of parquet files.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the trained model.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Packs of eight chats a step and process.")] = 2,
+    batch: Annotated[int, typer.Option(help="Packs of eight chats per step and process.")] = 2,
     learning_rate: float = 1e-5,
-    lora: Annotated[bool, typer.Option("--lora", help="Train adapters instead of the decoder.")] = False,
+    lora: Annotated[bool, typer.Option("--lora", help="Train LoRA adapters instead of the decoder.")] = False,
 ) -> None:
     """Fine-tune a SOLO model with TRL's SFTTrainer."""
     args = SFTConfig(
@@ -52,13 +52,13 @@ def main(
         gradient_accumulation_steps=batch,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=0.03,  # of the steps
+        warmup_steps=0.03,  # fraction of the steps
         weight_decay=0.1,
         bf16=torch.cuda.is_available(),
         logging_steps=1,
         save_steps=max(1, steps // 10),
         max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},  # the collator reads rows as they are
+        dataset_kwargs={"skip_prepare_dataset": True},  # the collator reads raw rows
         remove_unused_columns=False,
         report_to="none",
     )

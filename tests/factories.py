@@ -168,7 +168,7 @@ def run_settings(folder, out, **changes):
         "steps": 20,
         "global_batch": 4,
         "precision": "fp32",
-        "log_every": 1,
+        "log_interval": 1,
         "data": {
             "sources": [{"path": "images.parquet"}, {"path": "text.parquet", "weight": 3}],
             "sequence_length": 64,
@@ -176,7 +176,7 @@ def run_settings(folder, out, **changes):
             "packing_buffer": 4,
         },
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "min_learning_rate": 1e-4},
-        "checkpoint": {"every": 2, "keep": 2},
+        "checkpoint": {"save_interval": 2, "keep": 2},
         "trackers": [],
         **changes,
     }

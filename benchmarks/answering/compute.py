@@ -9,8 +9,7 @@ from training.llava import CLIP_L
 from training.workload import Workload
 
 from solo_vlm.experiments.scaling.llava import LlavaShape
-from solo_vlm.models.flops import forward_flops
-from solo_vlm.models.shape import ModelShape
+from solo_vlm.models.flops import ModelShape, forward_flops
 from solo_vlm.models.solo.processing_solo import num_image_tokens
 
 SHAPES = ("smollm2-135m", "solo-7b")

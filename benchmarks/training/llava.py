@@ -22,8 +22,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from solo_vlm import SoloConfig
 from solo_vlm.data.encode import IGNORE_INDEX, Document
 from solo_vlm.experiments.scaling.llava import ClipShape, LlavaShape
-from solo_vlm.models.shape import ModelShape
-from solo_vlm.train.parallel.processes import Processes
+from solo_vlm.models.flops import ModelShape
+from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.recipe import Recipe
 
 CLIP_L = ClipShape()
@@ -33,12 +33,14 @@ TINY_CLIP = ClipShape(image=56, patch=14, hidden=32, mlp=64, layers=2)
 class LlavaBaseline:
     """A LLaVA model that stands in for a SOLO model in the engine's step."""
 
-    def __init__(self, config: SoloConfig, clip: ClipShape, recipe: Recipe, processes: Processes) -> None:
+    def __init__(
+        self, config: SoloConfig, clip: ClipShape, recipe: Recipe, context: DistributedContext
+    ) -> None:
         self.clip = clip
         self.shape = LlavaShape(clip, ModelShape.of(config.text_config))
         self.config = llava_config(config, clip)
         self.model = random_model(
-            LlavaForConditionalGeneration, self.config, recipe, processes, _freeze_encoder
+            LlavaForConditionalGeneration, self.config, recipe, context, _freeze_encoder
         )
 
     @property

@@ -18,11 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from solo_vlm.train.estimate.devices import recognize_device
-from solo_vlm.train.figures import memory_gb
-from solo_vlm.train.parallel.layout import UNIT
-from solo_vlm.train.parallel.processes import DATA, TENSOR, Processes, start_processes
-from solo_vlm.train.parallel.shard import shard
+from solo_vlm.train.estimate.memory import recognize_device
+from solo_vlm.train.metrics import memory_gb
+from solo_vlm.train.parallel.context import DP, TP, DistributedContext, init_distributed
+from solo_vlm.train.parallel.sharding import FSDP_UNIT_SIZE, shard_model
 from solo_vlm.train.recipe import Recipe
 
 Result = TypeVar("Result")
@@ -50,15 +49,15 @@ def seconds(task: Callable[[], Any], device: torch.device) -> float:
 
 
 @contextmanager
-def one_sharded_process(recipe: Recipe) -> Iterator[Processes]:
+def one_sharded_process(recipe: Recipe) -> Iterator[DistributedContext]:
     """This process as one on a GPU is, with parameters that FSDP2 holds and casts; on a CPU, too."""
-    with start_processes(recipe) as alone:
+    with init_distributed(recipe) as alone:
         if alone.mesh is not None:
             yield alone
             return
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
-            yield replace(alone, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=(DATA, TENSOR)))
+            yield replace(alone, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=(DP, TP)))
         finally:
             dist.destroy_process_group()
 
@@ -87,26 +86,26 @@ def random_model(
     kind: type[PreTrainedModel],
     config: Any,
     recipe: Recipe,
-    processes: Processes,
+    context: DistributedContext,
     freeze: Callable[[PreTrainedModel], None] = lambda model: None,
-    unit: int = UNIT,
+    unit: int = FSDP_UNIT_SIZE,
 ) -> PreTrainedModel:
     """A model of random weights, held and cast as the engine does it on these processes.
 
     Args:
         kind: its class, made of `config`.
         config: of the model.
-        recipe: see `shard`, as for `processes` and `unit`.
-        processes: without a mesh the model is not sharded.
+        recipe: see `shard`, as for `context` and `unit`.
+        context: without a mesh the model is not sharded.
         freeze: what is not to be trained.
         unit: parameters that are gathered at once.
     """
     torch.manual_seed(0)
-    with processes.device:
+    with context.device:
         model = kind(config)
     freeze(model)
-    if processes.mesh is not None:
-        shard(model, recipe, processes, unit)
+    if context.mesh is not None:
+        shard_model(model, recipe, context, unit)
     return model.train()
 
 

@@ -10,19 +10,16 @@ from training.machine import in_fresh_process, peak_flops, random_model, seconds
 from training.workload import Workload
 
 from solo_vlm import SoloForConditionalGeneration
-from solo_vlm.data.collate import collate
-from solo_vlm.models.flops import training_flops
-from solo_vlm.models.shape import ModelShape
-from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
+from solo_vlm.data.collate import collate, num_supervised_tokens
+from solo_vlm.models.flops import ModelShape, training_flops
 from solo_vlm.train.attention import use_packed_attention
-from solo_vlm.train.compilation import compile_layers
 from solo_vlm.train.estimate.memory import memory_per_device
-from solo_vlm.train.figures import memory_gb
+from solo_vlm.train.metrics import memory_gb
+from solo_vlm.train.model import compile_layers, use_activation_checkpointing
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.parallel.layout import layout
-from solo_vlm.train.parallel.processes import start_processes
+from solo_vlm.train.parallel.context import ParallelDims, init_distributed
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.step import supervised_tokens, take_step
+from solo_vlm.train.trainer import optimizer_step
 
 SHAPE = "solo-7b"
 # Activation checkpointing, and whether layers are compiled; what is expected to be fastest comes first.
@@ -72,7 +69,7 @@ def _layers_that_fit(workload: Workload, settings: dict[str, Any]) -> int:
 
 def _planned(config: Any, recipe: Recipe) -> int:
     """Bytes that a run is foretold to need."""
-    return memory_per_device(ModelShape.of(config), recipe, layout(recipe, 1)).total
+    return memory_per_device(ModelShape.of(config), recipe, ParallelDims.from_recipe(recipe, 1)).total
 
 
 def _train(
@@ -82,9 +79,9 @@ def _train(
     config = workload.config(SHAPE, num_hidden_layers=layers)
     documents = workload.sequence()
     batches = [collate(documents, workload.length, pad_token_id=0)]
-    supervised = supervised_tokens(batches)
-    with start_processes(recipe) as processes:
-        model = random_model(SoloForConditionalGeneration, config, recipe, processes)
+    supervised = num_supervised_tokens(batches)
+    with init_distributed(recipe) as context:
+        model = random_model(SoloForConditionalGeneration, config, recipe, context)
         use_activation_checkpointing(model, recipe.activation_checkpointing)
         use_packed_attention(model)
         if recipe.compile:
@@ -92,22 +89,23 @@ def _train(
         optimizer = make_optimizer(model, recipe.optimizer)
 
         def step() -> None:
-            take_step(model, optimizer, batches, supervised, recipe, processes)
+            optimizer_step(model, optimizer, batches, supervised, recipe, context)
 
         for _ in range(warmup):
             step()
-        taken = statistics.median(seconds(step, processes.device) for _ in range(steps))
+        taken = statistics.median(seconds(step, context.device) for _ in range(steps))
         lengths, patches = [len(document) for document in documents], len(batches[0]["pixel_values"])
-        flops = training_flops(config, lengths, patches, supervised)
-        peak = peak_flops(processes.device)
+        shape = ModelShape.of(config)
+        flops = training_flops(shape, lengths, patches, supervised)
+        peak = peak_flops(context.device)
         return {
             "layers": layers,
-            "parameters": ModelShape.of(config).parameters().total,
+            "parameters": shape.parameters.total,
             "step_seconds": taken,
             "tokens_per_second": workload.length / taken,
-            "peak_memory_gb": memory_gb(processes.device),
+            "peak_memory_gb": memory_gb(context.device),
             "planned_memory_gb": _planned(config, recipe) / 1e9,
             "documents": len(documents),
-            "supervised_tokens": supervised,
+            "num_supervised_tokens": supervised,
             **({"mfu": flops / taken / peak} if peak else {}),
         }

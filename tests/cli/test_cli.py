@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real files, exit codes, one line for an error, nothing left behind."""
+"""The command line: exit codes, one-line errors, JSON output, and no leftover files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from solo_vlm import SoloConfig, SoloImageProcessor
 
 
 def bomb(path: Path) -> Path:
-    """A PNG that claims 30,000 x 30,000 pixels."""
+    """Write a PNG that claims 30,000 x 30,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -32,7 +32,7 @@ def bomb(path: Path) -> Path:
 
 @pytest.fixture
 def bad_image(tmp_path, picture):
-    """Makes a file that is no usable image."""
+    """Make an unusable image file."""
 
     def make(kind: str) -> Path:
         path = tmp_path / {"text": "text.png", "truncated": "cut.jpg"}.get(kind, f"{kind}.png")
@@ -54,7 +54,7 @@ BAD_IMAGES = ["truncated", "empty", "missing", "text", "bomb"]
 
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)
-def test_a_bad_image_is_one_line_and_exit_code_2(run, solo_folder, bad_image, tmp_path, kind):
+def test_bad_image_is_a_one_line_error_with_exit_code_2(run, solo_folder, bad_image, tmp_path, kind):
     path = bad_image(kind)
     for arguments in (
         ["generate", "--model", solo_folder, "--image", path, "--prompt", "what?"],
@@ -70,7 +70,7 @@ def test_a_bad_image_is_one_line_and_exit_code_2(run, solo_folder, bad_image, tm
     assert not list(tmp_path.glob(".partial*"))
 
 
-def test_a_very_thin_image_works(run, solo_folder, tmp_path):
+def test_very_thin_image_is_accepted(run, solo_folder, tmp_path):
     Image.new("RGB", (1, 5000), "red").save(tmp_path / "thin.png")
     code, out, _ = run("inspect", "--image", tmp_path / "thin.png", "--out", tmp_path / "grid.png", "--json")
     facts = json.loads(out)
@@ -93,7 +93,7 @@ def test_a_very_thin_image_works(run, solo_folder, tmp_path):
 @pytest.mark.parametrize(
     "content", [None, {}, {"config.json": "{"}, {"config.json": '{"model_type": "bert"}'}]
 )
-def test_an_unreadable_model_folder_is_one_line(run, tmp_path, content):
+def test_unreadable_model_folder_is_a_one_line_error(run, tmp_path, content):
     folder = tmp_path / "model"
     if content is not None:
         folder.mkdir()
@@ -105,7 +105,7 @@ def test_an_unreadable_model_folder_is_one_line(run, tmp_path, content):
     assert str(folder) in error
 
 
-def test_a_truncated_weights_file_is_one_line(run, tmp_path):
+def test_truncated_weights_are_a_one_line_error(run, tmp_path):
     make_solo("qwen3").save(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -114,7 +114,7 @@ def test_a_truncated_weights_file_is_one_line(run, tmp_path):
     assert len(error.strip().splitlines()) == 1
 
 
-def test_generate_answers_and_tells_its_figures(run, solo_folder, tmp_path, picture):
+def test_generate_prints_answer_and_json_metrics(run, solo_folder, tmp_path, picture):
     picture(96, 64).save(tmp_path / "x.jpg")
     arguments = ["generate", "--model", solo_folder, "--image", tmp_path / "x.jpg", "--prompt", "what?"]
     code, streamed, _ = run(*arguments, "--max-new-tokens", 8)
@@ -127,7 +127,7 @@ def test_generate_answers_and_tells_its_figures(run, solo_folder, tmp_path, pict
     assert 0 < result["seconds"]["first_token"] <= result["seconds"]["all"]
 
 
-def test_a_prompt_that_is_no_text_is_one_line(run, solo_folder, tmp_path, picture):
+def test_prompt_with_a_surrogate_is_a_one_line_error(run, solo_folder, tmp_path, picture):
     (tmp_path / "images").mkdir()
     picture().save(tmp_path / "images" / "a.png")
     arguments = ["generate", "--model", solo_folder, "--prompt", "cut \ud83d"]
@@ -139,8 +139,8 @@ def test_a_prompt_that_is_no_text_is_one_line(run, solo_folder, tmp_path, pictur
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_json_output_names_files_of_any_bytes(solo_folder, tmp_path, picture):
-    """As a process: only there stdout refuses what is no text."""
+def test_json_output_escapes_non_utf8_file_names(solo_folder, tmp_path, picture):
+    """Runs as a process, whose stdout rejects surrogates."""
     name = str(tmp_path / "caf\udce9.png")  # é in Latin-1
     picture().save(name)
     arguments = ["generate", "--model", str(solo_folder), "--image", name, "--prompt", "hi", "--json"]
@@ -168,7 +168,7 @@ def test_init_from_a_folder(run, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_train_with_a_wrong_recipe(run, tmp_path):
+def test_train_rejects_an_invalid_recipe(run, tmp_path):
     (tmp_path / "r.yaml").write_text(
         "model: a\nout: b\nsteps: 1\ndata: {sources: [{path: x}], sequence_lenght: 4}\n"
     )
@@ -179,7 +179,7 @@ def test_train_with_a_wrong_recipe(run, tmp_path):
     assert code == 2
 
 
-def test_quickstart_does_not_touch_a_folder_of_something_else(run, tmp_path):
+def test_quickstart_refuses_a_foreign_folder(run, tmp_path):
     (tmp_path / "precious.txt").write_text("keep me")
     code, _, error = run("quickstart", "--out", tmp_path)
     assert code == 2
@@ -198,7 +198,7 @@ def test_debug_shows_the_traceback():
 
 
 @pytest.mark.parametrize(("size", "grid"), [("64", (1, 2)), ("96x64", (2, 3))])
-def test_init_with_other_images(run, tmp_path, size, grid):
+def test_init_sets_image_options(run, tmp_path, size, grid):
     llm, tokenizer = make_llm()
     llm.save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
@@ -211,7 +211,7 @@ def test_init_with_other_images(run, tmp_path, size, grid):
 
 
 @pytest.mark.parametrize("size", ["1000", "0", "64x", "64x50", "wide"])
-def test_init_refuses_sizes_that_are_no_patches(run, tmp_path, size):
+def test_init_rejects_sizes_that_are_not_multiples_of_the_patch(run, tmp_path, size):
     code, _, error = run("init", "--llm", tmp_path, "--out", tmp_path / "solo", "--image-size", size)
     assert code == 2
     assert "--image-size" in error

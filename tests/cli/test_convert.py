@@ -1,4 +1,4 @@
-"""`solo convert`: what it prints, and how it fails."""
+"""`solo convert`: output and errors."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from tests.convert.original_files import (
     LOCATIONS,
     TEXT_TOKENS,
     VISION,
-    release_settings,
-    release_weights,
+    original_settings,
+    original_weights,
     write_megatron,
-    write_release,
+    write_original,
     write_sentencepiece,
 )
 
 ROWS = TEXT_TOKENS + len(VISION + LOCATIONS)
-SETTINGS = release_settings(ROWS, num_hidden_layers=2)
+SETTINGS = original_settings(ROWS, num_hidden_layers=2)
 
 
 @pytest.fixture
-def release(tmp_path):
-    write_release(tmp_path / "release", release_weights(SETTINGS), SETTINGS)
-    write_sentencepiece(tmp_path / "release", VISION + LOCATIONS)
-    return tmp_path / "release"
+def original(tmp_path):
+    write_original(tmp_path / "original", original_weights(SETTINGS), SETTINGS)
+    write_sentencepiece(tmp_path / "original", VISION + LOCATIONS)
+    return tmp_path / "original"
 
 
-def test_release_and_back(run, release, tmp_path, picture):
-    code, out, _ = run("convert", "release", release, tmp_path / "solo", "--json")
+def test_original_folder_and_back(run, original, tmp_path, picture):
+    code, out, _ = run("convert", "release", original, tmp_path / "solo", "--json")
     facts = json.loads(out)
     assert code == 0
     assert facts["vocabulary"] == facts["tokens"] == ROWS
@@ -42,29 +42,29 @@ def test_release_and_back(run, release, tmp_path, picture):
     assert "solo generate --model" in out
 
 
-def test_megatron(run, release, tmp_path):
-    source = write_megatron(tmp_path / "megatron", release_weights(SETTINGS), SETTINGS, 2, 2, 2048)
-    code, out, _ = run("convert", "megatron", source, tmp_path / "solo", "--tokenizer", release, "--json")
+def test_megatron_checkpoint(run, original, tmp_path):
+    source = write_megatron(tmp_path / "megatron", original_weights(SETTINGS), SETTINGS, 2, 2, 2048)
+    code, out, _ = run("convert", "megatron", source, tmp_path / "solo", "--tokenizer", original, "--json")
     assert code == 0
     assert json.loads(out)["vocabulary"] == ROWS
     assert json.loads(out)["layout"] == "paper"
 
 
-def test_generate_with_the_original_folder(run, release, tmp_path, picture):
+def test_generate_from_the_original_folder(run, original, tmp_path, picture):
     picture(64, 32).save(tmp_path / "photo.png")
     arguments = ["--image", tmp_path / "photo.png", "--prompt", "what is this?", "--max-new-tokens", 3]
-    code, out, error = run("generate", "--model", release, *arguments, "--json")
+    code, out, error = run("generate", "--model", original, *arguments, "--json")
     assert code == 0, error
     assert json.loads(out)["num_patches"] == 2
-    run("convert", "release", release, tmp_path / "solo")
+    run("convert", "release", original, tmp_path / "solo")
     _, converted, _ = run("generate", "--model", tmp_path / "solo", *arguments, "--json")
     assert json.loads(converted)["answer"] == json.loads(out)["answer"]
 
 
-def test_errors_are_one_line_and_leave_nothing(run, release, tmp_path):
-    file = release / "model.safetensors"
+def test_errors_are_one_line_and_leave_no_files(run, original, tmp_path):
+    file = original / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    code, out, error = run("convert", "release", release, tmp_path / "new" / "solo", "--json")
+    code, out, error = run("convert", "release", original, tmp_path / "new" / "solo", "--json")
     assert (code, out) == (2, "")
     assert error.startswith("solo: ") and error.count("\n") == 1
     assert str(file) in error and "truncated" in error

@@ -1,6 +1,6 @@
-"""Files in the release's formats, made small: folders like SOLO-7B's, checkpoints like Megatron-LLM's.
+"""Tiny checkpoints in the formats of the original SOLO code (SOLO-7B) and of Megatron-LLM.
 
-Written from the formats' descriptions and not with the code under test.
+Written from descriptions of the formats, independently of the code under test.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORDS = (
 
 
 def write_sentencepiece(folder: Path, new_tokens: list[str]) -> sentencepiece.SentencePieceProcessor:
-    """A real SentencePiece model trained like Mistral's, new pieces appended as the release did."""
+    """Train a SentencePiece model like Mistral's and append new pieces as the original code did."""
     lines = [" ".join(WORDS.split()[i % 7 :: 1 + i % 5]) + " .?!,"[i % 5] for i in range(120)]
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -58,8 +58,8 @@ def write_sentencepiece(folder: Path, new_tokens: list[str]) -> sentencepiece.Se
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
 
-def release_settings(rows: int, **changes) -> dict:
-    """A `config.json` of the release."""
+def original_settings(rows: int, **changes) -> dict:
+    """Return an original `config.json`."""
     settings = {
         "architectures": ["SoloForCausalLM"],
         "model_type": "mistral",
@@ -83,8 +83,8 @@ def release_settings(rows: int, **changes) -> dict:
     return settings | changes
 
 
-def release_weights(settings: dict, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights under the release's names."""
+def original_weights(settings: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return random weights under the original names."""
     generator = torch.Generator().manual_seed(seed)
     hidden, mlp, rows = settings["hidden_size"], settings["intermediate_size"], settings["vocab_size"]
     head = hidden // settings["num_attention_heads"]
@@ -115,10 +115,10 @@ def release_weights(settings: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def write_release(
+def write_original(
     folder: Path, weights: dict, settings: dict, suffix: str = "safetensors", shards: int = 1
 ) -> Path:
-    """A folder of the release: `config.json` and weights, in one file or in shards with an index."""
+    """Write an original folder: `config.json` and weights, in one file or in shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings))
     stem = "model" if suffix == "safetensors" else "pytorch_model"
@@ -149,19 +149,19 @@ def write_megatron(
     of_training: bool = True,
     extra: dict | None = None,
 ) -> Path:
-    """Split the release's weights as Megatron-LLM does, into `tensor` x `pipeline` pickles.
+    """Split original weights as Megatron-LLM does, into `tensor` x `pipeline` pickles.
 
-    Loops over heads and rows, on purpose: the code under test works with shapes.
+    Deliberately loops over heads and rows, where the code under test works with shapes.
 
     Args:
-        of_training: spelling of a checkpoint saved in training (`encoder`, nested); else of one that was
+        of_training: Use the names of a checkpoint saved in training (`encoder`, nested), not of one that was
             converted and not yet trained (`transformer`, flat).
-        extra: more members of every pickle.
+        extra: Further members of every pickle.
     """
     iteration = folder / "iter_0000300"
     heads, groups = settings["num_attention_heads"], settings["num_key_value_heads"]
     size = settings["hidden_size"] // heads
-    layers_a_stage = settings["num_hidden_layers"] // pipeline
+    layers_per_stage = settings["num_hidden_layers"] // pipeline
     body, attention = ("encoder", "self_attention") if of_training else ("transformer", "attention")
 
     def rows(whole: torch.Tensor, rank: int) -> torch.Tensor:
@@ -174,8 +174,8 @@ def write_megatron(
     def padded(whole: torch.Tensor) -> torch.Tensor:
         return torch.cat([whole, *[whole[-1:]] * (padded_rows - len(whole))])
 
-    def neighbours(head: torch.Tensor) -> torch.Tensor:
-        """Row i of the first half beside row i of the second."""
+    def interleave(head: torch.Tensor) -> torch.Tensor:
+        """Put row i of the second half after row i of the first."""
         if not interleaved:
             return head
         return torch.stack([head[half * (size // 2) + i] for i in range(size // 2) for half in (0, 1)])
@@ -184,15 +184,15 @@ def write_megatron(
         q, k, v = (weights[f"{layer}.self_attn.{name}_proj.weight"].split(size) for name in "qkv")
         pieces = []
         for group in range(groups):
-            pieces += [neighbours(q[group * (heads // groups) + i]) for i in range(heads // groups)]
-            pieces += [neighbours(k[group]), v[group]]
+            pieces += [interleave(q[group * (heads // groups) + i]) for i in range(heads // groups)]
+            pieces += [interleave(k[group]), v[group]]
         return torch.cat(pieces)
 
     for rank in range(tensor):
         for stage in range(pipeline):
             decoder = {}
-            for number in range(layers_a_stage):
-                layer = f"model.layers.{stage * layers_a_stage + number}"
+            for number in range(layers_per_stage):
+                layer = f"model.layers.{stage * layers_per_stage + number}"
                 own = {
                     "input_layernorm": weights[f"{layer}.input_layernorm.weight"],
                     f"{attention}.query_key_value": rows(query_key_value(layer), rank),
@@ -207,7 +207,7 @@ def write_megatron(
             model = {body: decoder}
             patches = rows(weights["model.embed_vision_patch.weight"], rank)
             words = rows(padded(weights["model.embed_tokens.weight"]), rank)
-            if of_training:  # every stage makes a patch embedding; only the first one's is trained
+            if of_training:  # every stage has a patch embedding; only the first one is trained
                 model["embed_vision_patch"] = {"weight": patches if stage == 0 else torch.zeros_like(patches)}
             elif stage == 0:
                 model["embed_vision_patch"] = patches
@@ -235,7 +235,7 @@ def write_megatron(
 
 
 def megatron_arguments(settings: dict, tensor: int, pipeline: int, padded_rows: int) -> Namespace:
-    """The command line that Megatron saves with the weights."""
+    """Return the training arguments that Megatron saves with the weights."""
     return Namespace(
         num_layers=settings["num_hidden_layers"],
         hidden_size=settings["hidden_size"],

@@ -1,4 +1,4 @@
-"""Megatron-LLM's checkpoints, split by an independent splitter, give back the tensors that were split."""
+"""Megatron-LLM checkpoints, split by independent code, convert to the tensors that were split."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from tests.convert.original_files import (
     TEXT_TOKENS,
     VISION,
     megatron_arguments,
-    release_settings,
-    release_weights,
+    original_settings,
+    original_weights,
     write_megatron,
-    write_release,
+    write_original,
     write_sentencepiece,
 )
 from tests.factories import ask
 
+from solo_vlm.convert.checkpoint_files import open_safetensors
 from solo_vlm.convert.megatron import convert_megatron
-from solo_vlm.convert.release import convert_release
-from solo_vlm.convert.safetensors_files import open_safetensors
+from solo_vlm.convert.original import convert_original
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.utils.errors import SoloError
 
 ROWS = TEXT_TOKENS + len(VISION + LOCATIONS)
-PADDED = 2048  # the release pads to a multiple of 128 times the ranks
-SETTINGS = release_settings(ROWS)
+PADDED = 2048  # padded to a multiple of 128 times the ranks
+SETTINGS = original_settings(ROWS)
 
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    return release_weights(SETTINGS)
+    return original_weights(SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def expected(weights, tmp_path_factory) -> dict[str, torch.Tensor]:
-    """The same weights by way of the release's format."""
+    """The same weights, converted from the original format."""
     folder = tmp_path_factory.mktemp("expected")
-    convert_release(write_release(folder / "source", weights, SETTINGS), folder / "solo")
+    convert_original(write_original(folder / "source", weights, SETTINGS), folder / "solo")
     return read(folder / "solo")
 
 
@@ -69,16 +69,16 @@ def test_identical_tensors_from_any_split(tensor, pipeline, weights, expected, t
     assert_identical(read(tmp_path / "solo"), expected)
 
 
-def test_before_the_first_training_step_names_differ(weights, expected, tmp_path):
+def test_names_from_before_the_first_training_step(weights, expected, tmp_path):
     source = write_megatron(tmp_path / "megatron", weights, SETTINGS, 2, 1, PADDED, of_training=False)
     convert_megatron(source, tmp_path / "solo", vocabulary=ROWS)
     assert_identical(read(tmp_path / "solo"), expected)
 
 
-def test_heads_stored_as_halves(weights, expected, tmp_path):
+def test_heads_in_halves_order(weights, expected, tmp_path):
     settings = SETTINGS | {"num_attention_heads": 4, "num_key_value_heads": 2}  # heads of 8 rows
-    weights = release_weights(settings)
-    convert_release(write_release(tmp_path / "source", weights, settings), tmp_path / "solo")
+    weights = original_weights(settings)
+    convert_original(write_original(tmp_path / "source", weights, settings), tmp_path / "solo")
     for number, interleaved in enumerate((True, False)):
         source = write_megatron(
             tmp_path / f"megatron{number}", weights, settings, 2, 1, PADDED, interleaved=interleaved
@@ -88,7 +88,7 @@ def test_heads_stored_as_halves(weights, expected, tmp_path):
         assert_identical(read(tmp_path / f"solo{number}"), read(tmp_path / "solo"))
 
 
-def test_without_tokenizer_or_size_the_padding_stays(weights, expected, tmp_path):
+def test_without_tokenizer_and_vocabulary_padding_is_kept(weights, expected, tmp_path):
     source = write_megatron(tmp_path / "megatron", weights, SETTINGS, 2, 1, PADDED)
     assert convert_megatron(source, tmp_path / "solo").vocabulary == PADDED
     head = read(tmp_path / "solo")["lm_head.weight"]
@@ -99,14 +99,14 @@ def test_without_tokenizer_or_size_the_padding_stays(weights, expected, tmp_path
         convert_megatron(source, tmp_path / "other", tokenizer_folder=tmp_path)
 
 
-def test_the_llms_own_tokenizer_gets_the_releases_tokens(weights, expected, tmp_path):
+def test_tokens_are_added_to_the_tokenizer_of_the_llm(weights, expected, tmp_path):
     source = write_megatron(tmp_path / "megatron", weights, SETTINGS, 2, 1, PADDED)
     write_sentencepiece(source, [])
     assert convert_megatron(source, tmp_path / "solo").vocabulary == ROWS
     assert_identical(read(tmp_path / "solo"), expected)
 
 
-def test_the_configuration_is_the_arguments_and_the_model_answers(weights, tokenizer, tmp_path, picture):
+def test_config_matches_the_arguments_and_the_model_answers(weights, tokenizer, tmp_path, picture):
     source = write_megatron(tmp_path / "megatron", weights, SETTINGS, 2, 1, PADDED)
     convert_megatron(source, tmp_path / "solo", tokenizer_folder=tokenizer)
     pipeline = GenerationPipeline.from_pretrained(tmp_path / "solo", device="cpu")
@@ -125,7 +125,7 @@ def test_the_configuration_is_the_arguments_and_the_model_answers(weights, token
     pipeline.answer([ask("what is this?", picture(64, 32))], max_new_tokens=3)
 
 
-def test_an_iteration_by_number_or_folder(weights, expected, tmp_path):
+def test_iteration_by_number_or_folder(weights, expected, tmp_path):
     source = write_megatron(tmp_path / "megatron", weights, SETTINGS, 1, 1, PADDED)
     (source / "iter_0000100").mkdir()
     (source / "latest_checkpointed_iteration.txt").write_text("100")
@@ -133,13 +133,13 @@ def test_an_iteration_by_number_or_folder(weights, expected, tmp_path):
     convert_megatron(source / "iter_0000300", tmp_path / "by folder", vocabulary=ROWS)
     assert_identical(read(tmp_path / "by number"), expected)
     assert_identical(read(tmp_path / "by folder"), expected)
-    with pytest.raises(SoloError, match="iter_0000100 is no checkpoint of Megatron"):
+    with pytest.raises(SoloError, match="iter_0000100 is no Megatron checkpoint"):
         convert_megatron(source, tmp_path / "latest")
     with pytest.raises(SoloError, match="iter_0000007 is missing"):
         convert_megatron(source, tmp_path / "other", iteration=7)
 
 
-def test_a_distributed_optimizer_beside_the_model(weights, expected, tmp_path):
+def test_checkpoint_with_a_distributed_optimizer(weights, expected, tmp_path):
     source = write_megatron(tmp_path / "megatron", weights, SETTINGS, 2, 1, PADDED)
     for rank in range(2):
         folder = source / "iter_0000300" / f"mp_rank_{rank:02d}"
@@ -151,11 +151,11 @@ def test_a_distributed_optimizer_beside_the_model(weights, expected, tmp_path):
     assert_identical(read(tmp_path / "solo"), expected)
 
 
-# --- what else a pickle holds ---------------------------------------------------------------------------
+# --- other objects in the pickles -----------------------------------------------------------------------
 
 
 def with_foreign_objects() -> dict:
-    """Pickles of classes that are not installed: Megatron's enumerations and numpy's generator states."""
+    """Objects of classes that are not installed: Megatron's enums and numpy's RNG states."""
     import sys
     from enum import Enum
     from types import ModuleType
@@ -171,7 +171,7 @@ def with_foreign_objects() -> dict:
     return {"args": arguments, "rng_state": [{"np_rng_state": np.random.RandomState(0).get_state()}]}
 
 
-def test_megatrons_own_objects_are_stood_in_for(weights, expected, tmp_path, monkeypatch):
+def test_objects_of_megatron_become_placeholders(weights, expected, tmp_path, monkeypatch):
     import sys
 
     before = dict(sys.modules)
@@ -186,7 +186,7 @@ def test_megatrons_own_objects_are_stood_in_for(weights, expected, tmp_path, mon
 
 
 class Code:
-    """Unpickled by careless code, it makes a folder."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -206,7 +206,7 @@ def refused(source: Path, tmp_path: Path, *mentioned: str) -> None:
     assert not list((tmp_path / "out").glob("**/*"))
 
 
-def test_code_is_refused_and_does_not_run(weights, tmp_path):
+def test_code_is_refused_and_not_run(weights, tmp_path):
     trace = tmp_path / "trace"
     source = write_megatron(
         tmp_path / "megatron", weights, SETTINGS, 1, 1, PADDED, extra={"hook": Code(trace)}
@@ -217,7 +217,7 @@ def test_code_is_refused_and_does_not_run(weights, tmp_path):
 
 @pytest.fixture
 def broken(weights, tmp_path):
-    """Makes a checkpoint of two ranks and two stages; `change` is given the content of one pickle."""
+    """Return a function that writes a 2 x 2 checkpoint and applies `change` to the content of one pickle."""
 
     def make(change) -> tuple[Path, Path]:
         source = write_megatron(tmp_path / "megatron", weights, SETTINGS, 2, 2, PADDED)
@@ -230,7 +230,7 @@ def broken(weights, tmp_path):
     return make
 
 
-def test_a_missing_and_a_truncated_rank(broken, tmp_path):
+def test_missing_and_truncated_ranks_are_refused(broken, tmp_path):
     source, file = broken(lambda content: None)
     file.write_bytes(file.read_bytes()[:5000])
     refused(source, tmp_path, str(file), "truncated")
@@ -238,7 +238,7 @@ def test_a_missing_and_a_truncated_rank(broken, tmp_path):
     refused(source, tmp_path, f"{file} is missing")
 
 
-def test_a_part_of_the_wrong_shape(broken, tmp_path):
+def test_part_of_the_wrong_shape_is_refused(broken, tmp_path):
     key = "layers.1.mlp.dense_4h_to_h.weight"
 
     def change(content):
@@ -248,12 +248,12 @@ def test_a_part_of_the_wrong_shape(broken, tmp_path):
     refused(source, tmp_path, str(file), key, "[64, 23]", "down_proj")
 
 
-def test_a_missing_part_and_a_missing_tensor(broken, tmp_path):
+def test_missing_part_is_refused(broken, tmp_path):
     source, _ = broken(lambda content: content["model"]["language_model"].pop("embed_vision_patch"))
     refused(source, tmp_path, "embed_vision_patch is in 1 of 2 parts only")
 
 
-def test_no_arguments_no_model_and_interleaved_pipelines(weights, tmp_path):
+def test_missing_arguments_missing_model_and_interleaved_pipelines_are_refused(weights, tmp_path):
     for member, said in (("args", "args"), ("model", "no language model")):
         source = write_megatron(tmp_path / member, weights, SETTINGS, 1, 1, PADDED, extra={member: None})
         refused(source, tmp_path, said)
@@ -262,4 +262,4 @@ def test_no_arguments_no_model_and_interleaved_pipelines(weights, tmp_path):
     arguments = megatron_arguments(SETTINGS, 1, 1, PADDED)
     del arguments.ffn_hidden_size
     source = write_megatron(tmp_path / "less", weights, SETTINGS, 1, 1, PADDED, extra={"args": arguments})
-    refused(source, tmp_path, "do not say ffn_hidden_size")
+    refused(source, tmp_path, "lack ffn_hidden_size")

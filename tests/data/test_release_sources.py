@@ -15,11 +15,10 @@ from PIL import Image
 from tests.convert.original_files import CHAT, LOCATIONS, TEXT_TOKENS, VISION, write_sentencepiece
 from tests.factories import png
 
-from solo_vlm.convert.project_folder import release_processor
-from solo_vlm.convert.tokenizer import release_tokenizer
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources import open_source
+from solo_vlm.models.original import original_processor, original_tokenizer
 from solo_vlm.utils.errors import SoloError
 
 START, PATCH, ROW, _, END = range(TEXT_TOKENS, TEXT_TOKENS + 5)
@@ -209,7 +208,7 @@ def test_packs_come_back_as_the_documents_that_went_in(packer, photos, tmp_path)
 def test_encoded_again_the_release_s_tokens_and_patches_come_out(packer, photos, tmp_path):
     packer.pack([(ASSISTANT, photos[0]), (ASSISTANT, "a red circle")], [(ASSISTANT, "hello world")])
     folder = packer.write(tmp_path / "data")
-    processor = release_processor(release_tokenizer(folder), patch_size=32, layout="clean")
+    processor = original_processor(original_tokenizer(folder), patch_size=32, layout="clean")
     tokens, roles, _, patches = packer.packs[0]
     cut = roles.index(PACK_SEPARATOR)
     first, second = (encode(parse_sample(row), processor) for row in read_all(open_source(folder)))
@@ -272,7 +271,7 @@ def test_a_mixture_streams_them(packer, photos, tmp_path):
     for number in range(4):
         packer.pack([(ASSISTANT, photos[number % 3]), (ASSISTANT, "a red circle")], [(ASSISTANT, "hello")])
     folder = packer.write(tmp_path / "data")
-    processor = release_processor(release_tokenizer(folder), patch_size=32, layout="clean")
+    processor = original_processor(original_tokenizer(folder), patch_size=32, layout="clean")
     mixture = [MixtureItem(open_source(folder))]
     stream = VirtualStream(0, 1, mixture, lambda sample: encode(sample, processor), length=128, epochs=1)
     assert sum(len(packed.documents) for packed in stream) == 8

@@ -7,7 +7,11 @@ lmms-lab/ai2d, lmms-lab/ScienceQA and AI4Math/MathVista.
 from __future__ import annotations
 
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
+
+from solo_vlm.evaluate.predictions import load_predictions
+from solo_vlm.evaluate.scoring.score import Benchmark, Score
 
 Row = dict[str, Any]
 
@@ -67,6 +71,11 @@ def make_rows(task: str, full: bool = False, image: Any = None) -> list[Row]:
         image: what stands in the image column of every row that has an image; "image" where None.
     """
     return _MAKERS[task](full, "image" if image is None else image)
+
+
+def rescore(benchmark: Benchmark, path: Path) -> Score:
+    """Score saved predictions."""
+    return benchmark.score(load_predictions(path))
 
 
 def correct_response(task: str, row: Row) -> str:

@@ -14,8 +14,7 @@ from tests.evaluate.benchmark_rows import TASKS, make_rows
 from tests.factories import png
 
 from solo_vlm.evaluate.benchmarks import get
-from solo_vlm.evaluate.data_root import load_benchmark
-from solo_vlm.evaluate.rows import Rows
+from solo_vlm.evaluate.data import Rows, load_benchmark
 from solo_vlm.generate import GenerationOutput, GenerationRequest
 
 

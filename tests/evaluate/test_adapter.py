@@ -16,8 +16,8 @@ from lmms_eval.models import get_model
 from PIL import Image
 from tests.factories import ask
 
-from solo_vlm.evaluate.adapter import DEFAULT_LONGEST, BackendModel, Solo
 from solo_vlm.evaluate.backends import ServerBackend
+from solo_vlm.evaluate.lmms_eval import DEFAULT_MAX_NEW_TOKENS, BackendModel, Solo
 from solo_vlm.generate import BatchGenerator, GenerationOutput, GenerationPipeline, GenerationRequest
 from solo_vlm.utils.errors import SoloError
 
@@ -35,8 +35,8 @@ def chats(picture):
     return [ask(prompts[n % 3], *images[n : n + n % 3]) for n in range(18)]
 
 
-def answers_by_number(engine, chats, longest=6) -> dict[int, GenerationOutput]:
-    questions = (GenerationRequest(number, chat, longest) for number, chat in enumerate(chats))
+def answers_by_number(engine, chats, max_new_tokens=6) -> dict[int, GenerationOutput]:
+    questions = (GenerationRequest(number, chat, max_new_tokens) for number, chat in enumerate(chats))
     return {answer.request_id: answer for batch in engine.generate(questions) for answer in batch}
 
 
@@ -113,14 +113,14 @@ def test_answers_are_stripped_and_cut_where_the_task_says():
 
 def test_the_longest_answer():
     assert respond("B", {"max_new_tokens": 16, "image_aspect_ratio": "original"})[1] == 16
-    assert respond("B", {"until": ["\n\n"]})[1] == DEFAULT_LONGEST
-    assert respond("B", {"max_new_tokens": 16}, longest=4)[1] == 4
+    assert respond("B", {"until": ["\n\n"]})[1] == DEFAULT_MAX_NEW_TOKENS
+    assert respond("B", {"max_new_tokens": 16}, max_new_tokens=4)[1] == 4
 
 
 def test_lmms_eval_knows_the_model_and_runs_it(solo, tmp_path, picture):
     solo.save(tmp_path)
     assert get_model("solo") is Solo
-    model = Solo.create_from_arg_string(f"pretrained={tmp_path},longest=6", {"batch_size": 2})
+    model = Solo.create_from_arg_string(f"pretrained={tmp_path},max_new_tokens=6", {"batch_size": 2})
     model.task_dict = {"task": {"test": [{}] * 3}}
     images = [[], [picture(64, 32)], [picture(64, 64), picture(32, 96, seed=1)]]
     responses = model.generate_until([request(row, {}, *images[row]) for row in range(3)])

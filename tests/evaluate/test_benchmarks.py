@@ -10,7 +10,7 @@ from tests.evaluate.benchmark_rows import FLOATS, MATHVISTA_TASKS, MME_IMAGES, c
 
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.predictions import Prediction, without_images
-from solo_vlm.evaluate.score import Score
+from solo_vlm.evaluate.scoring.score import Score
 from solo_vlm.utils.errors import SoloError
 
 CHOICE_TASKS = [name for name in BENCHMARKS if BENCHMARKS[name].kind == "multiple choice"]
@@ -258,18 +258,22 @@ def test_several_letters_are_unreadable_in_every_task(task, response):
         ("mmstar", [{"question": "?"}], "no column answer or gt_answer; its columns are: question"),
         ("mme", [{"answer": "yes", "question_id": "1", "category": "colour"}], "no subtask colour"),
         ("mathvista", [{"answer": "1"}], "no column question_type"),
-        ("mathvista", [{"answer": "1", "question_type": "choice"}], "question_type is 'choice', none of"),
+        (
+            "mathvista",
+            [{"answer": "1", "question_type": "choice"}],
+            "question_type is 'choice'; expected",
+        ),
         (
             "mathvista",
             [{"answer": "1", "question_type": "free_form", "answer_type": "int"}],
-            "answer_type is 'int', none of text, integer, float, list",
+            "answer_type is 'int'; expected one of text, integer, float, list",
         ),
         (
             "mathvista",
             [{"answer": "1", "question_type": "multi_choice", "answer_type": "text", "choices": None}],
             "multiple choice, but its column choices has no options",
         ),
-        ("ai2d", [{"answer": "0", "options": [["a"], ["b"]]}], "an option is a text"),
+        ("ai2d", [{"answer": "0", "options": [["a"], ["b"]]}], "an option must be a text"),
     ],
 )
 def test_rows_that_cannot_be_scored_are_an_error(task, rows, message):
@@ -279,7 +283,7 @@ def test_rows_that_cannot_be_scored_are_an_error(task, rows, message):
 
 def test_two_predictions_with_one_id_are_an_error():
     twice = predictions("ai2d", oracle("ai2d"))[:1] * 2
-    with pytest.raises(SoloError, match="two predictions have the id 0"):
+    with pytest.raises(SoloError, match="two predictions have the ID 0"):
         get("ai2d").score(twice)
 
 

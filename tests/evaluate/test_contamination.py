@@ -18,8 +18,7 @@ from tests.factories import png
 
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.evaluate.contamination.check import check_mixture
-from solo_vlm.evaluate.contamination.hashes import HashIndex, perceptual_hash
-from solo_vlm.evaluate.contamination.overlap import Overlap, normalised
+from solo_vlm.evaluate.contamination.matching import HashIndex, NgramIndex, perceptual_hash, split_words
 
 SENTENCE = "the old mill stands near a small river where two boats lie under many tall green trees and birds"
 QUESTIONS = [
@@ -93,7 +92,7 @@ def test_it_finds_exactly_what_was_planted(benchmark, mixture, run, tmp_path, mo
     assert image["distance"] <= 4
     assert (question["kind"], question["id"]) == ("question", "9")
     assert question["where"].endswith("train.parquet, row group 2, row 5")
-    assert question["words"] in " ".join(normalised(QUESTIONS[8]))
+    assert question["words"] in " ".join(split_words(QUESTIONS[8]))
     found = facts["tasks"]["ai2d"]
     assert (found["rows"], found["images"], found["questions"], found["run_length"]) == (12, 12, 12, 13)
     assert (found["image_matches"], found["question_matches"]) == ({"5": 1}, {"9": 1})
@@ -166,10 +165,10 @@ def test_runs_of_words_follow_the_lengths_of_the_questions():
     words = [f"w{n}" for n in range(40)]
     texts = {("short", "1"): " ".join(words[:7]), ("middle", "1"): " ".join(words[:10])}
     texts |= {("long", str(n)): " ".join(words[n:]) for n in range(3)}
-    overlap = Overlap.of(texts)
+    overlap = NgramIndex.of(texts)
     assert overlap.lengths == {"short": 8, "middle": 10, "long": 13}
     assert overlap.compared == {"short": 0, "middle": 1, "long": 3}
-    runs = overlap.runs_in("W0, w1 (w2) w3; w4 w5 w6 -- w7 w8 w9!")
+    runs = overlap.find("W0, w1 (w2) w3; w4 w5 w6 -- w7 w8 w9!")
     assert [overlap.questions[run] for run in runs] == [[("middle", "1")]]
-    assert overlap.runs_in(" ".join(words[:9])) == set()
-    assert overlap.runs_in(" ".join(words[20:33])) == {" ".join(words[20:33])}
+    assert overlap.find(" ".join(words[:9])) == set()
+    assert overlap.find(" ".join(words[20:33])) == {" ".join(words[20:33])}

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from tests.evaluate.benchmark_rows import ANIMALS, correct_response, make_rows
 
-from solo_vlm.evaluate import data_root
+from solo_vlm.evaluate import data
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
-from solo_vlm.evaluate.data_root import find_benchmark, load_benchmark
+from solo_vlm.evaluate.data import find_benchmark, load_benchmark
 from solo_vlm.evaluate.predictions import Prediction, without_images
 from solo_vlm.utils.errors import SoloError
 
@@ -158,7 +158,7 @@ def test_a_missing_benchmark_says_what_to_download_and_where_to_put_it(tmp_path)
 
 
 def test_without_a_network_the_error_says_how_to_do_without():
-    with pytest.raises(SoloError, match=r"hf download lmms-lab-encoder/MME .* and give --data-root"):
+    with pytest.raises(SoloError, match=r"hf download lmms-lab-encoder/MME .* and pass --data-root"):
         load_benchmark(get("mme"), None)
 
 
@@ -214,8 +214,8 @@ def rows_with_gap(task, png, empty):
 
 def prompt_and_score(task, folder):
     """The prompt of the only row, and the score of the answer D."""
-    from solo_vlm.evaluate.harness import LocalTask
-    from solo_vlm.evaluate.rows import Rows
+    from solo_vlm.evaluate.data import Rows
+    from solo_vlm.evaluate.lmms_eval import LocalTask
 
     rows = Rows.of(get(task), load_benchmark(get(task), folder))
     score = get(task).score([Prediction(rows.ids[0], "D", rows.columns[0])])
@@ -285,8 +285,8 @@ def test_rows_that_an_older_version_converted_are_converted_again(png, tmp_path,
     """The cache of `datasets` knows the file only, not what was made of it."""
     write_tsv(tmp_path / "ai2d" / "x.tsv", vlmevalkit_rows("ai2d", png))
     with monkeypatch.context() as older:
-        older.setattr(data_root, "hub_row", lambda task, row: {**row, "options": ["old"]})
-        older.setattr(data_root, "_CONVERSION", data_root._CONVERSION - 1)
+        older.setattr(data, "hub_row", lambda task, row: {**row, "options": ["old"]})
+        older.setattr(data, "_CACHE_VERSION", data._CACHE_VERSION - 1)
         assert load_benchmark(get("ai2d"), tmp_path)[0]["options"] == ["old"]
     assert load_benchmark(get("ai2d"), tmp_path)[0]["options"] == list(ANIMALS)
 
@@ -319,7 +319,7 @@ def test_an_answer_that_names_no_option_or_two_is_refused(answer, png, tmp_path)
 
 
 def test_a_question_that_is_there_twice_is_refused_before_it_is_asked(png, tmp_path):
-    from solo_vlm.evaluate.rows import Rows
+    from solo_vlm.evaluate.data import Rows
 
     write_tsv(tmp_path / "mmstar" / "MMStar.tsv", vlmevalkit_rows("mmstar", png))
     write_tsv(tmp_path / "mmstar" / "MMStar (copy).tsv", vlmevalkit_rows("mmstar", png)[:3])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from solo_vlm.evaluate.extract import read_choice, read_list, read_yes_no
-from solo_vlm.evaluate.numbers import read_number
+from solo_vlm.evaluate.scoring.extract import read_choice, read_list, read_yes_no
+from solo_vlm.evaluate.scoring.numbers import read_number
 
 OPTIONS = ["dog", "cat", "bird", "a cat and a dog"]
 

@@ -104,7 +104,7 @@ def test_an_endpoint_that_fails_is_one_line(answer):
     with server(lambda prompt: None) as (url, _):
         code, out, error = answer(rows, url)
     assert (code, out) == (2, "")
-    assert "the judge judge-1 at http://127.0.0.1" in error
+    assert "the LLM judge judge-1 at http://127.0.0.1" in error
     assert "no such model" in error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from solo_vlm.evaluate.numbers import as_number, read_number
+from solo_vlm.evaluate.scoring.numbers import as_number, read_number
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from solo_vlm.evaluate.options import as_list, options_of, reference_letter, with_option_texts
 from solo_vlm.evaluate.predictions import Prediction
+from solo_vlm.evaluate.scoring.options import as_list, options_of, reference_letter, with_option_texts
 from solo_vlm.utils.errors import SoloError
 
 NAN = float("nan")
@@ -90,7 +90,7 @@ def test_a_list_that_cannot_be_read_is_no_option(text):
 
 
 def test_options_that_are_no_texts_are_refused():
-    with pytest.raises(SoloError, match="an option is a text"):
+    with pytest.raises(SoloError, match="an option must be a text"):
         as_list([["dog"], ["cat"]])
 
 
@@ -133,7 +133,7 @@ def test_empty_options_at_the_end_count_only_where_one_is_the_answer():
 )
 def test_the_right_letter(answer, letter):
     assert (
-        reference_letter(Prediction("1", "x", {"answer": answer}), WITH_GAP, answers_are_places=True)
+        reference_letter(Prediction("1", "x", {"answer": answer}), WITH_GAP, answers_are_indices=True)
         == letter
     )
 

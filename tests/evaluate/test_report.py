@@ -14,9 +14,8 @@ from tests.evaluate.benchmark_rows import correct_response
 from tests.evaluate.evaluation_runs import ScriptedBackend, open_task, write_data_root
 
 from solo_vlm.evaluate.benchmarks import get
-from solo_vlm.evaluate.published import PUBLISHED
-from solo_vlm.evaluate.report import category_plot
-from solo_vlm.evaluate.run import EvaluationRun, ModelFacts
+from solo_vlm.evaluate.report import PUBLISHED, category_plot
+from solo_vlm.evaluate.run import EvaluationRun, ModelInfo
 
 NASTY = "<script>alert(1)</script> | B"
 
@@ -57,7 +56,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     write_data_root(folder / "data", ["mmstar", "mme"])
     tasks = [(get(task), open_task(task, folder / "data", folder / "cache")) for task in ("mmstar", "mme")]
-    run = EvaluationRun(folder / "out", ModelFacts("my <model>", "test", "ab" * 32), longest=16)
+    run = EvaluationRun(folder / "out", ModelInfo("my <model>", "test", "ab" * 32), max_new_tokens=16)
 
     class ByTask(ScriptedBackend):
         def generate(self, requests):
@@ -113,8 +112,8 @@ def test_the_page_needs_nothing_else_and_runs_nothing(finished):
 def test_answers_are_shown_with_exact_prompt_reading_and_truth(finished):
     html = (finished[0] / "report.html").read_text()
     assert "Wrong answers: 8 of 8" in html
-    assert "Right answers: 12 of 22" in html
-    assert "read as nothing, right is yes" in html
+    assert "Correct answers: 12 of 22" in html
+    assert "extracted nothing, reference yes" in html
     assert "Please answer yes or no" not in html  # lmms-eval replaces it
     assert "Answer the question using a single word or phrase." in html
 
@@ -126,7 +125,7 @@ def test_what_was_run_is_on_record(finished):
     assert rows["sha256"] == "ab" * 32
     for name, version in facts["versions"].items():
         assert rows[name] == version
-    assert rows["longest answer"] == "16"
+    assert rows["max_new_tokens"] == "16"
 
 
 def test_the_markdown_has_the_same_tables(finished):

@@ -7,11 +7,10 @@ import json
 
 import pytest
 from openpyxl import Workbook
-from tests.evaluate.benchmark_rows import TASKS, correct_response, make_rows
+from tests.evaluate.benchmark_rows import TASKS, correct_response, make_rows, rescore
 
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
-from solo_vlm.evaluate.predictions import Prediction, without_images
-from solo_vlm.evaluate.rescore import load_predictions, rescore
+from solo_vlm.evaluate.predictions import Prediction, load_predictions, without_images
 from solo_vlm.evaluate.run_folder import RunFolder
 
 
@@ -244,7 +243,7 @@ def test_the_table_on_the_command_line(run, tmp_path):
         "MME (partial: 57 of 2,374)",
         "perception",
         "OCR │ 100.0 │ 100.0 │ 200.0",
-        "count as wrong: 1 (rows 57)",
+        "counted as wrong: 1 (rows 57)",
         "2306.13394",
     ):
         assert text in plain

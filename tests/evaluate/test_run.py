@@ -17,13 +17,12 @@ from tests.evaluate.evaluation_runs import ScriptedBackend, open_task, write_dat
 from tests.factories import make_solo
 
 from solo_vlm.evaluate.benchmarks import get
-from solo_vlm.evaluate.run import EvaluationRun, ModelFacts
-from solo_vlm.evaluate.run_folder import RunFolder
-from solo_vlm.evaluate.weights import weights_hash
+from solo_vlm.evaluate.run import EvaluationRun, ModelInfo
+from solo_vlm.evaluate.run_folder import RunFolder, weights_hash
 from solo_vlm.generate import GenerationOutput
 from solo_vlm.utils.errors import SoloError
 
-FACTS = ModelFacts("told", "test", "0" * 64)
+FACTS = ModelInfo("told", "test", "0" * 64)
 HARNESS_PERFECT = {
     "mmstar": {"average": 1.0},
     "mme": {"mme_perception_score": 2000.0, "mme_cognition_score": 800.0},
@@ -200,9 +199,9 @@ def test_a_file_of_answers_that_is_none_says_so(opened, tmp_path):
 
 def test_other_settings_ask_again(opened, tmp_path):
     rows = opened["ai2d"]
-    evaluate("ai2d", rows, ScriptedBackend(["A"] * 6), tmp_path, longest=4)
+    evaluate("ai2d", rows, ScriptedBackend(["A"] * 6), tmp_path, max_new_tokens=4)
     engine = ScriptedBackend(["A"] * 6)
-    evaluate("ai2d", rows, engine, tmp_path, longest=8)
+    evaluate("ai2d", rows, engine, tmp_path, max_new_tokens=8)
     assert sorted(engine.asked) == list(range(6))
 
 
@@ -226,7 +225,7 @@ def test_a_row_whose_image_was_replaced_is_asked_again(tmp_path):
 def test_a_folder_takes_one_model_only(opened, tmp_path):
     rows = opened["ai2d"]
     evaluate("ai2d", rows, ScriptedBackend(["A"] * 6), tmp_path)
-    other = EvaluationRun(tmp_path, ModelFacts("told", "test", "1" * 64))
+    other = EvaluationRun(tmp_path, ModelInfo("told", "test", "1" * 64))
     with pytest.raises(SoloError, match="another model"):
         other.evaluate(ScriptedBackend(["A"] * 6), [(get("ai2d"), rows)])
     (tmp_path / "precious").mkdir()
@@ -326,7 +325,7 @@ def test_an_engine_that_gives_up_keeps_what_there_is(opened, tmp_path):
 
 def test_without_lmms_eval_the_error_says_how_to_get_it(opened, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", None)
-    monkeypatch.delitem(sys.modules, "solo_vlm.evaluate.harness")
+    monkeypatch.delitem(sys.modules, "solo_vlm.evaluate.lmms_eval")
     with pytest.raises(SoloError, match="pip install --no-deps lmms-eval=="):
         evaluate("ai2d", opened["ai2d"], ScriptedBackend(["A"] * 6), tmp_path)
 

@@ -20,11 +20,11 @@ def test_what_is_written_is_read(tmp_path):
     scores = [get("mme").score(answered)]
     folder.write_predictions("mme", answered)
     folder.write_scores(scores)
-    folder.write_facts({"model": "a"})
+    folder.write_metadata({"model": "a"})
     assert folder.tasks == ["mme"]
     assert folder.read_predictions("mme") == answered
     assert folder.read_scores() == scores
-    assert folder.read_facts() == {"model": "a"}
+    assert folder.read_metadata() == {"model": "a"}
 
 
 @pytest.mark.parametrize("content", [None, "{", '[{"task": "mme"}]', '["mme"]'])

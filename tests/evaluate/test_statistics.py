@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from solo_vlm.evaluate.score import Unit
-from solo_vlm.evaluate.statistics import bootstrap_interval, paired_difference, proportion_interval, score_of
+from solo_vlm.evaluate.scoring.score import (
+    Unit,
+    bootstrap_interval,
+    paired_difference,
+    proportion_interval,
+    score_of,
+)
 
 
 def units(values, stratum=""):

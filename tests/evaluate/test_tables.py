@@ -8,12 +8,11 @@ from datetime import datetime
 import pytest
 from openpyxl import Workbook
 from openpyxl.styles import Font, PatternFill
+from tests.evaluate.benchmark_rows import rescore
 
 from solo_vlm.evaluate.benchmarks import get
-from solo_vlm.evaluate.predictions import Prediction
-from solo_vlm.evaluate.rescore import load_predictions, rescore
+from solo_vlm.evaluate.predictions import Prediction, load_predictions, read_table
 from solo_vlm.evaluate.run_folder import RunFolder
-from solo_vlm.evaluate.tables import read_table
 from solo_vlm.utils.errors import SoloError
 
 ROW = {"index": 1, "question": "?", "A": "dog", "B": "cat", "answer": "B", "prediction": "cat"}
@@ -79,11 +78,11 @@ def test_a_byte_order_mark_does_not_part_the_two_questions_of_an_image(tmp_path)
 def test_a_byte_order_mark_before_the_files_of_a_run(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_predictions("mmstar", [Prediction("1", "A", {"answer": "A"})])
-    folder.write_facts({"a": 1})
+    folder.write_metadata({"a": 1})
     for file in (folder.predictions_file("mmstar"), tmp_path / "run.json"):
         file.write_text(file.read_text(), encoding="utf-8-sig")
     assert folder.read_predictions("mmstar") == [Prediction("1", "A", {"answer": "A"})]
-    assert folder.read_facts() == {"a": 1}
+    assert folder.read_metadata() == {"a": 1}
     assert rescore(get("mmstar"), folder.predictions_file("mmstar")).score == 100
 
 
@@ -181,7 +180,7 @@ def test_a_line_of_a_run_that_is_no_prediction_is_refused(tmp_path, line):
 def test_ids_of_a_run_are_compared_as_text(tmp_path):
     row = {"response": "A", "row": {"answer": "A"}}
     (tmp_path / "x.jsonl").write_text(lines({"id": 1, **row}, {"id": "1", **row}))
-    with pytest.raises(SoloError, match="two predictions have the id 1"):
+    with pytest.raises(SoloError, match="two predictions have the ID 1"):
         rescore(get("mmstar"), tmp_path / "x.jsonl")
 
 

@@ -13,10 +13,9 @@ import torch
 from tests.factories import ROOT
 from transformers import get_cosine_schedule_with_warmup
 
-from solo_vlm.data.mixture import Mixture
+from solo_vlm.data.mixture import Mixture, make_loader
 from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.train.attention import use_packed_attention
-from solo_vlm.train.start import make_loader
 
 pytest.importorskip("deepspeed", reason="pip install 'solo-vlm[examples]' (make test-examples)")
 pytestmark = pytest.mark.distributed

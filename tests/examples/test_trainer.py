@@ -14,11 +14,11 @@ import yaml
 from tests.factories import ROOT, ask
 from transformers import TrainingArguments
 
+from solo_vlm.data.mixture import make_loader
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.start import make_loader
 from trainer import PackedTrainer, main
 
 STEPS, BATCH, RATE = 6, 2, 3e-3
@@ -30,7 +30,7 @@ def make_recipe(folder: Path, out: Path) -> Recipe:
         "steps": STEPS,
         "global_batch": BATCH,
         "precision": "fp32",
-        "log_every": 1,
+        "log_interval": 1,
         "optimizer": {"learning_rate": RATE, "min_learning_rate": RATE, "warmup_steps": 0},
     }
     return Recipe.parse({**yaml.safe_load((folder / "mixture.yaml").read_text()), **settings})
@@ -49,8 +49,10 @@ def make_trainer(recipe: Recipe, out: Path, kind: type[PackedTrainer] = PackedTr
         ignore_data_skip=True,
         report_to="none",
     )
-    loader = make_loader(recipe, load_processor(recipe.model_source()), recipe.open_sources())
-    model = load_model(recipe.model_source(), dtype="float32")
+    loader = make_loader(
+        recipe.mixture, load_processor(recipe.mixture.model_source()), recipe.mixture.open_sources()
+    )
+    model = load_model(recipe.mixture.model_source(), dtype="float32")
     return kind(loader, model=model, args=args, optimizers=(make_optimizer(model, recipe.optimizer), None))
 
 

@@ -1,4 +1,4 @@
-"""A model with runs and an evaluation, as training leaves them, in folders whose names nobody should see."""
+"""A trained model with its runs and evaluation, in folders whose names must not be published."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from tests.factories import image_rows, make_solo, run_settings, text_rows
 
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.predictions import Prediction, without_images
-from solo_vlm.evaluate.run import ModelFacts
-from solo_vlm.evaluate.run_folder import RunFolder
-from solo_vlm.evaluate.weights import weights_hash
-from solo_vlm.hub.publication import Publication
+from solo_vlm.evaluate.run import ModelInfo
+from solo_vlm.evaluate.run_folder import RunFolder, weights_hash
+from solo_vlm.hub.upload import Publication
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.trainer import train
 
 
 @pytest.fixture(scope="session")
 def evaluate():
-    """Leaves a run folder with scores of a model: of all of MME and of a part of MMStar."""
+    """Return a function that writes the scores of a model: MME in full, MMStar in part."""
 
     def evaluate(folder, model):
         scores = []
@@ -35,15 +34,15 @@ def evaluate():
             scores.append(get(task).score(answers))
         run = RunFolder(folder)
         run.write_scores([replace(scores[0], n=scores[0].expected_n), scores[1]])
-        facts = ModelFacts(str(model), "transformers", weights_hash(model)).as_dict()
-        run.write_facts({"model": facts, "settings": {}, "versions": {"torch": "1.2.3"}, "tasks": {}})
+        facts = ModelInfo(str(model), "transformers", weights_hash(model)).as_dict()
+        run.write_metadata({"model": facts, "settings": {}, "versions": {"torch": "1.2.3"}, "tasks": {}})
 
     return evaluate
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory, evaluate):
-    """Two finished runs, `stage1` and `sft`, and `evaluation`, of the second one's model."""
+    """Two finished runs, `stage1` and `sft`, and `evaluation` of the second run's model."""
     home = tmp_path_factory.mktemp("alice-at-her-desk")
     broken = {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}], "images": []}
     for name, rows in (
@@ -73,14 +72,14 @@ def publication(home):
         repo_id="owner/tiny-solo",
         runs=[home / "stage1", home / "sft"],
         evaluation=home / "evaluation",
-        licence="apache-2.0",
+        license="apache-2.0",
         base_model="owner/tiny-llm",
     )
 
 
 @pytest.fixture(scope="session")
 def published(publication, tmp_path_factory):
-    """The folder as it would be uploaded."""
+    """Published folder."""
     out = tmp_path_factory.mktemp("published") / "tiny-solo"
     publication.write(out)
     return out
@@ -88,7 +87,7 @@ def published(publication, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photo(tmp_path_factory):
-    """A JPEG that needs no resizing."""
+    """JPEG that needs no resizing."""
     file = tmp_path_factory.mktemp("photo") / "photo.jpg"
     Image.radial_gradient("L").resize((96, 64)).convert("RGB").save(file, quality=95)
     return file

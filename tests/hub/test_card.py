@@ -1,4 +1,4 @@
-"""The model card: it says what the runs and the evaluation say, and nothing of the machine they ran on."""
+"""Model card: it matches the runs and the evaluation, and names nothing of the machine they ran on."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
-from tests.factories import make_llm
 
 from solo_vlm.data.catalog.registry import DATA_SETS
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.run_folder import RunFolder
-from solo_vlm.hub.folder import check_publishable
-from solo_vlm.hub.stage import Stage, catalogued, public_name
+from solo_vlm.hub.card import TrainingRun, catalog_entry, public_name
 from solo_vlm.models.load import load_model
 from solo_vlm.utils.errors import SoloError
 
 
 def tables(text):
-    """Rows of the card's tables by their first cell; of several that begin alike, the last."""
+    """Rows of the card's tables by their first cell; a later row replaces an equal one."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return {row[0]: row[1:] for row in rows}
 
@@ -36,10 +34,10 @@ def test_metadata(card):
     assert data.datasets == [DATA_SETS["gqa"].source.split(":")[0]]
     (mme,) = data.eval_results  # the other score is partial
     assert (mme.dataset_type, mme.dataset_name, mme.metric_type) == (get("mme").hub_id, "MME", "score")
-    assert mme.metric_value == 2800.0  # every answer of the tests' rows is right
+    assert mme.metric_value == 2800.0  # every answer of the test rows is correct
 
 
-def test_scores_have_intervals_and_say_how_they_are_computed(card, home):
+def test_scores_have_intervals_and_metrics(card, home):
     rows = tables(card.text)
     for score in RunFolder(home / "evaluation").read_scores():
         low, high = score.interval
@@ -54,7 +52,7 @@ def test_scores_have_intervals_and_say_how_they_are_computed(card, home):
     assert "torch 1.2.3" in card.text
 
 
-def test_training_is_that_of_the_manifests(card, home):
+def test_training_facts_match_the_manifests(card, home):
     rows = tables(card.text)
     counts = [json.loads((home / run / "manifest.json").read_text())["outcome"] for run in ("stage1", "sft")]
     assert rows["optimizer steps"] == ["4", "4"]
@@ -63,11 +61,12 @@ def test_training_is_that_of_the_manifests(card, home):
     assert rows["learning rate"] == ["0.003 to 0.0001, cosine"] * 2
     assert rows["`gqa`"] == ["GQA", f"`{DATA_SETS['gqa'].source}`", DATA_SETS["gqa"].licence]
     assert rows["`notes`"][0] == "75.0%"
+    assert card.text.count("weights are shares of tokens") == 2
 
 
-def test_skipped_samples_stand_beside_their_source(home):
+def test_skipped_samples_are_listed_per_source(home):
     counts = json.loads((home / "stage1/manifest.json").read_text())["outcome"]["data"]
-    images, texts = Stage.read(home / "stage1").sources
+    images, texts = TrainingRun.read(home / "stage1").sources
     assert counts["skipped"] > 0
     assert (sum(images.skipped.values()), texts.skipped) == (counts["skipped"], {})
     assert not any("/" in reason for reason in images.skipped)
@@ -80,20 +79,20 @@ def test_parameters_and_grid(card, home):
     assert rows["1024 x 768"] == ["24 x 32", str(24 * 32 + 24 + 1)]  # the paper's layout: R * C + R + 1
 
 
-def test_nothing_tells_of_this_machine(published, home):
+def test_published_files_name_nothing_of_this_machine(published, home):
     secret = home.name
     files = [file for file in published.rglob("*") if file.suffix != ".safetensors"]
     for file in files:
         text = file.read_text()
         assert secret not in text, file.name
         assert str(home.parent) not in text, file.name
-    assert secret in (home / "sft/manifest.json").read_text()  # it could have
+    assert secret in (home / "sft/manifest.json").read_text()  # the run does name it
     config = json.loads((home / "sft/model/config.json").read_text())
     assert "_name_or_path" in config["text_config"]
     assert "_name_or_path" not in json.loads((published / "config.json").read_text())["text_config"]
 
 
-def test_only_known_files_leave_the_machine(publication, tmp_path, home):
+def test_only_known_files_are_published(publication, tmp_path, home):
     secret = "alice-at-her-desk"
     model = tmp_path / "model"
     model.mkdir()
@@ -131,25 +130,25 @@ def test_only_known_files_leave_the_machine(publication, tmp_path, home):
 )
 def test_public_names(path, name):
     assert public_name(path) == name
-    assert (catalogued(path) is not None) == (name in DATA_SETS)
+    assert (catalog_entry(path) is not None) == (name in DATA_SETS)
 
 
-def test_a_run_that_was_stopped_says_so(home, tmp_path):
+def test_unfinished_run_is_marked(home, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.yaml").write_text((home / "sft/recipe.yaml").read_text())
-    facts = Stage.read(tmp_path / "run").facts()
+    facts = TrainingRun.read(tmp_path / "run").facts()
     assert facts["optimizer steps"] == "4, not finished"
     assert "tokens read" not in facts
     with pytest.raises(SoloError, match=r"neither manifest\.json nor recipe\.yaml"):
-        Stage.read(tmp_path)
+        TrainingRun.read(tmp_path)
 
 
-def test_a_card_of_a_model_alone(publication, tmp_path):
-    alone = replace(publication, runs=(), evaluation=None, licence=None, base_model=None)
+def test_card_without_runs_and_evaluation(publication, tmp_path):
+    alone = replace(publication, runs=(), evaluation=None, license=None, base_model=None)
     alone.write(tmp_path / "out")
     card = ModelCard.load(tmp_path / "out/README.md")
     assert (card.data.license, card.data.eval_results) == (None, None)
-    assert "Nothing on this card shows how good it is." in card.text
+    assert "This card gives no evidence of quality." in card.text
 
 
 def test_scores_of_other_weights_are_refused(publication, home, tmp_path, evaluate):
@@ -157,21 +156,3 @@ def test_scores_of_other_weights_are_refused(publication, home, tmp_path, evalua
     with pytest.raises(SoloError, match="another model"):
         replace(publication, evaluation=tmp_path / "other").write(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_what_is_no_solo_model_is_refused(tmp_path):
-    llm, _ = make_llm()
-    llm.save_pretrained(tmp_path / "llm")
-    cases = {
-        "llm": "not a SOLO model",
-        "nothing": "no config",
-        "adapter": "push the model that training merged it into",
-        "release": "solo convert release",
-    }
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter/adapter_config.json").write_text("{}")
-    (tmp_path / "release").mkdir()
-    (tmp_path / "release/config.json").write_text('{"architectures": ["SoloForCausalLM"]}')
-    for folder, message in cases.items():
-        with pytest.raises(SoloError, match=message):
-            check_publishable(tmp_path / folder)

@@ -1,18 +1,19 @@
-"""What a published folder says of generation, whatever the model's own folder does."""
+"""Published folder: what it accepts, and its generation settings."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from tests.factories import make_solo
+from tests.factories import make_llm, make_solo
 from transformers import GenerationConfig
 
-from solo_vlm.hub.folder import write_folder
+from solo_vlm.hub.folder import check_publishable, write_folder
+from solo_vlm.utils.errors import SoloError
 
 
 @pytest.mark.parametrize("has_generation_config", [True, False])
-def test_a_published_folder_pads_on_the_left_and_knows_where_answers_end(tmp_path, has_generation_config):
+def test_published_folder_pads_left_and_stops_at_end_of_answer(tmp_path, has_generation_config):
     solo = make_solo()
     solo.save(tmp_path / "model")
     tokenizer_config = tmp_path / "model/tokenizer_config.json"
@@ -32,4 +33,22 @@ def test_a_published_folder_pads_on_the_left_and_knows_where_answers_end(tmp_pat
     eos = solo.processor.tokenizer.eos_token_id
     assert generation.eos_token_id == ([7, eos] if has_generation_config else [eos])
     assert generation.suppress_tokens == ([3] if has_generation_config else None)
-    assert json.loads(tokenizer_config.read_text())["padding_side"] == "right"  # the model's folder stays
+    assert json.loads(tokenizer_config.read_text())["padding_side"] == "right"  # unchanged
+
+
+def test_other_folders_are_refused(tmp_path):
+    llm, _ = make_llm()
+    llm.save_pretrained(tmp_path / "llm")
+    cases = {
+        "llm": "not a SOLO model",
+        "nothing": "no config",
+        "adapter": "push the merged model",
+        "release": "solo convert release",
+    }
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release/config.json").write_text('{"architectures": ["SoloForCausalLM"]}')
+    for folder, message in cases.items():
+        with pytest.raises(SoloError, match=message):
+            check_publishable(tmp_path / folder)

@@ -26,7 +26,7 @@ class Served:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def ask(self, body: object, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, dict]:
-        """Status and JSON of a POST."""
+        """POST JSON; return status and JSON."""
         status, _, answer = self.post(json.dumps(body).encode(), path, **headers)
         return status, json.loads(answer)
 
@@ -44,7 +44,7 @@ class Served:
         return self.fetch(path)[2]
 
     def fetch(self, path: str, **headers: str) -> tuple[int, http.client.HTTPMessage, str]:
-        """Status, headers and text of a GET."""
+        """GET; return status, headers and text."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("GET", path, headers=headers)
         response = connection.getresponse()
@@ -53,14 +53,14 @@ class Served:
         return response.status, response.headers, text
 
     def metric(self, name: str) -> float:
-        """The value of one line of /metrics."""
+        """Return the value of one line of /metrics."""
         lines = self.get("/metrics").splitlines()
         return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
 @contextmanager
 def served(solo, limits, api_keys=(), name="tiny", prefix_cache=None):
-    """The server over a model, while the context lasts."""
+    """Serve a model while the context lasts."""
     import uvicorn
 
     from solo_vlm.generate import GenerationPipeline
@@ -84,7 +84,7 @@ def served(solo, limits, api_keys=(), name="tiny", prefix_cache=None):
 
 @pytest.fixture(scope="module")
 def server(solo):
-    """With the default limits."""
+    """A server with the default limits."""
     from solo_vlm.serve.limits import Limits
 
     with served(solo, Limits()) as running:
@@ -93,7 +93,7 @@ def server(solo):
 
 @pytest.fixture
 def slow_model(solo, monkeypatch):
-    """Every step of the model takes a little; tells how many there were."""
+    """Slow down every forward pass; returns a list with one entry per pass."""
     forward, steps = solo.model.model.forward, []
 
     def slow(*args, **kwargs):
@@ -108,7 +108,7 @@ def slow_model(solo, monkeypatch):
 def wait_until(condition, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.01)
 
 
@@ -117,6 +117,20 @@ def data_url(image) -> str:
 
 
 def question(text: str, *images, **options) -> dict:
-    """The body of a request."""
+    """Body of a chat completion request."""
     parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
     return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], **options}
+
+
+def encode_prompt(processor, messages, add_generation_prompt=False):
+    """Encode text and images apart, as the server does."""
+    from solo_vlm.serve.engine import Prompt
+    from solo_vlm.serve.images import EncodedImage
+
+    parts = [part for message in messages if message["role"] == "user" for part in message["content"]]
+    sources = [part["image"] for part in parts if part["type"] == "image"]
+    encoded = [processor.image_processor.encode_image(source) for source in sources]
+    images = tuple(EncodedImage(*image, (0, 0), b"") for image in encoded)
+    grids = [image.image_grid_thw for image in images]
+    chat = processor.encode_chat(messages, grids, add_generation_prompt)
+    return Prompt(chat.input_ids, chat.supervised, images)

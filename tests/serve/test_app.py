@@ -242,7 +242,7 @@ NULLS = (
 
 
 def test_null_fields_and_empty_lists_count_as_absent(client, server, picture):
-    """As clients write back what they were given: `message.model_dump()` has all of these."""
+    """Clients send messages back as they got them: `message.model_dump()` has all of these."""
     image = {"type": "image_url", "image_url": {"url": data_url(picture()), "detail": None}}
     user = {"role": "user", "content": [image, {"type": "text", "text": "hi"}]}
     plain = [user, {"role": "assistant", "content": "seven"}, {"role": "user", "content": "and now?"}]
@@ -314,7 +314,7 @@ LONG = question("hello", max_tokens=400)
 
 @pytest.fixture
 def closed_gate(monkeypatch):
-    """Nothing is answered before this event is set."""
+    """No batch is generated before this event is set."""
     answer, gate = engine_module.generate_batch, threading.Event()
 
     def when_open(*arguments):
@@ -327,7 +327,7 @@ def closed_gate(monkeypatch):
 
 
 def send(server, body) -> socket.socket:
-    """Ask, and leave the answer to the caller."""
+    """Send a request; the caller reads the response, or leaves."""
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
     text = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n"
@@ -340,7 +340,7 @@ def test_requests_beyond_max_concurrent_get_429(solo, closed_gate, picture):
         answers = [clients.submit(server.ask, question("hello", max_tokens=2)) for _ in range(3)]
         wait_until(lambda: server.engine.running + server.engine.waiting == 3)
         assert server.metric("solo_running") + server.metric("solo_waiting") == 3
-        # However much such a client has to send, it gets to read the answer.
+        # Even a client with a large body can read the response.
         status, headers, body = server.post(json.dumps(question("hello", picture(1000, 1000))).encode())
         assert status == 429 and int(headers["Retry-After"]) >= 1
         assert json.loads(body)["error"]["code"] == "too_many_requests"
@@ -390,7 +390,7 @@ def test_disconnects_during_image_decoding_do_not_pile_up_work(solo, monkeypatch
         for wave in (1, 2, 3):
             connections = [send(server, question("hello", picture())) for _ in range(9)]
             wait_until(lambda: len(begun) >= 4)
-            time.sleep(0.2)  # for more to begin, if they could
+            time.sleep(0.2)  # in which more would begin, if they could
             for connection in connections:
                 connection.close()
             wait_until(lambda: server.metric(left) == 9 * wave)  # noqa: B023 - used within the loop
@@ -407,7 +407,7 @@ def test_slow_request_times_out(solo, slow_model):
 
 
 def test_slow_stream_ends_with_an_error(solo, slow_model):
-    with served(solo, Limits(max_seconds=4.0)) as server:  # of the eight or more that it would take
+    with served(solo, Limits(max_seconds=4.0)) as server:  # of at least eight that it would take
         client = OpenAI(base_url=server.url, api_key="none", max_retries=0)
         stream = client.chat.completions.create(model="tiny", **LONG, stream=True)
         with pytest.raises(APIError, match="4 s"):
@@ -441,7 +441,7 @@ def test_batches_keep_within_their_limits(solo, monkeypatch, closed_gate):
             wait_until(lambda: server.engine.waiting == number)  # noqa: B023 - used within the loop
         closed_gate.set()
         assert first.result()[0] == 200
-    # Three at most; two of 60 tokens and a prompt each exceed 100 together, and the last waits its turn.
+    # Three at most; two of 60 tokens plus prompt exceed 100 together; the last keeps its place.
     assert sizes == [1, 3, 2, 1, 1, 1]
 
 
@@ -449,7 +449,7 @@ def test_batches_keep_within_their_limits(solo, monkeypatch, closed_gate):
 
 
 def attend(server, messages, start, end, layer=None):
-    """Status and body of an attention request."""
+    """Request the attention of a word; return status and body."""
     return server.ask({"messages": messages, "start": start, "end": end, "layer": layer}, "/api/attention")
 
 
@@ -464,7 +464,7 @@ def test_image_is_described_as_the_model_sees_it(server, picture):
 
 
 def test_shown_image_is_encoded_once(solo, picture, monkeypatch):
-    """For its description, several answers, and the attention of their words."""
+    """Its description, several answers and the attention of their words share one encoding."""
     processor, encoded = type(solo.processor.image_processor), []
     encode = processor.encode_image
     monkeypatch.setattr(processor, "encode_image", lambda *a: encoded.append(None) or encode(*a))
@@ -496,7 +496,7 @@ def test_attention_of_a_word_is_divided_among_images_and_text(server, picture):
 
 
 def test_attention_runs_between_batches(solo, slow_model, picture):
-    """It waits for the running batch, and requests that come after it wait for it."""
+    """An attention request waits for the running batch, and later requests wait for it."""
     expected = {}
     with served(solo, Limits()) as server, ThreadPoolExecutor(4) as clients:
         bodies = [question("hello", max_tokens=30), question("and", picture(), max_tokens=4)]
@@ -602,7 +602,7 @@ def test_model_card_tells_the_page_size_and_limits(server, solo):
 
 
 def test_usage_tells_cached_prompt_tokens():
-    """Of a follow-up question about the same image, with a prefix cache."""
+    """A follow-up question about the same image reuses its prefix."""
     with served(make_solo(), Limits(), prefix_cache=PrefixCache()) as server:
         image = Image.new("RGB", (96, 64), "red")
         usages = [server.ask(question(text, image, max_tokens=2))[1]["usage"] for text in ("what", "where")]

@@ -8,22 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tests.factories import TEXTS, ask
 
-from solo_vlm.serve.engine import IncrementalDetokenizer, Prompt, RowSampler, SamplingParams, merge_prompts
-from solo_vlm.serve.images import EncodedImage
+from solo_vlm.serve.engine import IncrementalDetokenizer, RowSampler, SamplingParams, merge_prompts
 
-
-def encode(processor, chat) -> Prompt:
-    """As the server does: text and images apart."""
-    images = []
-    for part in chat[0]["content"]:
-        if part["type"] == "image":
-            encoded = processor.image_processor.encode_image(part["image"])
-            images.append(EncodedImage(*encoded, part["image"].size, b""))
-    tokens = processor.encode_chat(
-        chat, [image.image_grid_thw for image in images], add_generation_prompt=True
-    )
-    return Prompt(tokens.input_ids, tokens.supervised, tuple(images))
-
+from .conftest import encode_prompt
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -3.0])
 
@@ -61,7 +48,9 @@ def test_greedy_row_keeps_its_scores_beside_a_sampled_one():
 def test_merged_prompts_equal_a_padded_batch(solo, picture):
     processor = solo.processor
     chats = [ask("hello"), ask("what is this? a red circle", picture(64, 96)), ask("and", picture(32, 32))]
-    merged = merge_prompts([encode(processor, chat) for chat in chats], processor.tokenizer.pad_token_id)
+    merged = merge_prompts(
+        [encode_prompt(processor, chat, True) for chat in chats], processor.tokenizer.pad_token_id
+    )
     processor.tokenizer.padding_side = "left"
     batch = processor.apply_chat_template(
         chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -29,7 +29,7 @@ from .conftest import question, served
 
 
 def _file() -> bytes:
-    """A PNG whose base64 has "+", "/" and padding."""
+    """Return a PNG whose base64 has "+", "/" and padding."""
     for seed in range(1000):
         noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 7, 3), dtype=np.uint8))
         file = png(noise)
@@ -83,7 +83,7 @@ UNREADABLE = {
 
 
 def read(*urls, **limits):
-    """Encoded images of a new reader."""
+    """Read images with a new reader."""
     return ImageReader(SoloImageProcessor(), Limits(**limits)).read([("x", url) for url in urls])
 
 
@@ -225,7 +225,7 @@ def test_other_addresses_are_not_public(address):
 
 
 class Host(ThreadingHTTPServer):
-    """A web server that knows who asked what."""
+    """A web server that records requested paths."""
 
     daemon_threads = True
 
@@ -253,7 +253,7 @@ class Pages(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        with contextlib.suppress(ConnectionError):  # the client has seen enough
+        with contextlib.suppress(ConnectionError):  # the client stopped reading
             self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:

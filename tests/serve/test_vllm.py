@@ -1,4 +1,4 @@
-"""vLLM, our own engine and transformers give the same greedy text; several images; a LoRA adapter."""
+"""vLLM, the embedded engine and transformers generate the same greedy text; images; a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_limit_unsupported_by_vllm_is_refused(limits):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model with heads of a size that vLLM has kernels for."""
+    """A tiny model with a head size that vLLM has kernels for."""
     tokenizer = train_tokenizer(TEXTS, vocab_size=320)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(folder, tmp_path_factory):
-    """A LoRA adapter of random weights, large enough to change answers."""
+    """A LoRA adapter with random weights, large enough to change answers."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
@@ -92,7 +92,7 @@ def adapter(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vllm(folder, adapter, tmp_path_factory):
-    """A client of `solo serve --engine vllm`, with the adapter beside the model."""
+    """A client of `solo serve --engine vllm` with model and adapter."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "solo_vlm", "serve", "--model", str(folder), "--port", str(port)]
@@ -131,7 +131,7 @@ def answer_of(client, model, text, images) -> str:
 
 
 def complete(text: str) -> str:
-    """Without a last character of which some bytes are missing: vLLM leaves it out, transformers does not."""
+    """Drop an incomplete last character, as vLLM does and transformers does not."""
     return text.rstrip("\ufffd").strip()
 
 

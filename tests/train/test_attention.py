@@ -15,7 +15,7 @@ from tests.factories import LLM_CONFIGS, ask, make_solo, png
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.train.attention import _flash, _flash_can, packed_attention, use_packed_attention
+from solo_vlm.train.attention import _flash, _supports_flash, packed_attention, use_packed_attention
 
 ANSWER = [{"role": "assistant", "content": [{"type": "text", "text": "a blue square"}]}]
 
@@ -35,7 +35,7 @@ def dense(query, key, value, bounds, window):
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.sampled_from([None, 5]), st.booleans())
-def test_equals_dense_attention_and_so_do_gradients(lengths, window, with_long):
+def test_output_and_gradients_equal_dense_attention(lengths, window, with_long):
     lengths = lengths + [300, 280] * with_long
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def test_equals_dense_attention_and_so_do_gradients(lengths, window, with_long):
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_bfloat16_rounds_and_nothing_else(window):
+def test_bfloat16_differs_by_rounding_only(window):
     """On a CPU short documents take another way in bfloat16; long ones do not."""
     bounds = torch.tensor([0, 3, 20, 21, 60, 260, 600])
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def test_bfloat16_rounds_and_nothing_else(window):
 
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
-def test_training_attends_as_the_model_does_to_each_document_alone(family):
+def test_packed_attention_matches_each_document_alone(family):
     """Every family's own attention, eager and without packing, is the truth; Gemma 2 caps its scores."""
     solo = make_solo(family)
     for module in solo.model.modules():
@@ -100,7 +100,7 @@ def test_training_attends_as_the_model_does_to_each_document_alone(family):
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
-def test_a_batch_that_is_not_packed_is_refused():
+def test_unpacked_batch_is_rejected():
     states = torch.zeros(2, 1, 4, 8)
     with pytest.raises(ValueError, match="packed"):
         packed_attention(None, states, states, states, None)
@@ -117,12 +117,12 @@ def test_a_batch_that_is_not_packed_is_refused():
     ],
     ids=str,
 )
-def test_flash_attention_is_given_only_what_it_can(dtype, size, can):
+def test_flash_attention_is_used_only_where_supported(dtype, size, can):
     query = SimpleNamespace(dtype=dtype, device=torch.device("cuda"), shape=(7, 4, size))
-    assert _flash_can(query) == can
+    assert _supports_flash(query) == can
 
 
-def test_flash_attention_computes_in_the_type_of_autocast(monkeypatch):
+def test_flash_attention_computes_in_autocast_dtype(monkeypatch):
     """Rotary embeddings leave queries and keys in float32 there, values are in bfloat16."""
     seen = []
 

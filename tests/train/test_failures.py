@@ -1,4 +1,4 @@
-"""A process that fails ends all of its run, under torchrun, and torchrun's last words are the cause."""
+"""Joint exit of all processes after a failure, under torchrun, and stop signals."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import torch.distributed as dist
 import yaml
 from tests.factories import read_steps, run_settings
 
-from solo_vlm.train.failures import Failure, fail_together
-from solo_vlm.train.stopping import Stopped, StopRequest
+from solo_vlm.train.failures import Failure, Stopped, StopRequest, catch_signals, fail_together
 from solo_vlm.utils.errors import SoloError
 
 # `solo train` in which one process behaves as told.
@@ -25,7 +24,7 @@ from solo_vlm.cli import main
 from solo_vlm.train import trainer
 
 victim, how = int(sys.argv.pop(1)), sys.argv.pop(1)
-take_step = trainer.take_step
+optimizer_step = trainer.optimizer_step
 taken = iter(range(3))
 
 def take(*arguments):
@@ -33,13 +32,13 @@ def take(*arguments):
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("the cause of all")
-    return take_step(*arguments)
+    return optimizer_step(*arguments)
 
 if int(os.environ["RANK"]) == victim:
     if how == "setting":
         sys.argv.append("optimizer.weight_decay=0.25")
     else:
-        trainer.take_step = take
+        trainer.optimizer_step = take
 main()
 """
 
@@ -92,7 +91,7 @@ def tracebacks(printed):
 
 
 @pytest.mark.distributed
-def test_all_end_when_one_process_fails(torchrun):
+def test_all_processes_exit_when_one_fails(torchrun):
     process = torchrun(1, "fail", "--standalone", "--nproc-per-node", "2")
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -103,7 +102,7 @@ def test_all_end_when_one_process_fails(torchrun):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("victim", [0, 1])
-def test_all_machines_end_when_one_process_fails(torchrun, victim):
+def test_all_machines_exit_when_one_process_fails(torchrun, victim):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
@@ -117,7 +116,7 @@ def test_all_machines_end_when_one_process_fails(torchrun, victim):
 
 
 @pytest.mark.distributed
-def test_survivors_of_a_killed_process_do_not_hide_it(torchrun):
+def test_killed_process_is_reported_as_root_cause(torchrun):
     process = torchrun(1, "kill", "--standalone", "--nproc-per-node", "2")
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -126,7 +125,7 @@ def test_survivors_of_a_killed_process_do_not_hide_it(torchrun):
 
 
 @pytest.mark.distributed
-def test_failure_of_the_first_process_alone_ends_all(torchrun, tmp_path):
+def test_failure_of_rank_0_ends_all_processes(torchrun, tmp_path):
     """It alone writes logs, and its tracker finds a file where it needs a folder."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tensorboard").write_text("not a folder")
@@ -139,7 +138,7 @@ def test_failure_of_the_first_process_alone_ends_all(torchrun, tmp_path):
 
 
 @pytest.mark.distributed
-def test_process_started_with_other_settings_is_refused(torchrun):
+def test_process_with_other_settings_is_rejected(torchrun):
     process = torchrun(1, "setting", "--standalone", "--nproc-per-node", "2")
     _, printed = process.communicate(timeout=120)
     line = (
@@ -151,9 +150,9 @@ def test_process_started_with_other_settings_is_refused(torchrun):
 
 
 @pytest.mark.distributed
-def test_sigterm_to_torchrun_saves_although_loaders_have_workers(torchrun, tmp_path, runs):
+def test_sigterm_to_torchrun_saves_with_loader_workers(torchrun, tmp_path, runs):
     data = {**run_settings(runs, tmp_path)["data"], "workers": 2}
-    changes = {"checkpoint": {"every": 1000}, "data": data}
+    changes = {"checkpoint": {"save_interval": 1000}, "data": data}
     process = torchrun(-1, "", "--standalone", "--nproc-per-node", "2", **changes)
     wait_for_steps(process, tmp_path / "out", 3)
     process.send_signal(signal.SIGTERM)
@@ -164,7 +163,7 @@ def test_sigterm_to_torchrun_saves_although_loaders_have_workers(torchrun, tmp_p
     assert printed.count(f"solo: stopped by SIGTERM, saved after step {step}") == 1
 
 
-def test_error_without_other_processes_failing_is_raised_as_it_is():
+def test_sole_error_is_raised_unchanged():
     store = dist.HashStore()
     for error in (SoloError("the file is not there"), Stopped("stopped", 15)):
         with pytest.raises(type(error)) as caught, fail_together(store, 1, StopRequest()):
@@ -172,8 +171,46 @@ def test_error_without_other_processes_failing_is_raised_as_it_is():
         assert caught.value is error
 
 
-def test_failure_is_described_in_one_line():
-    assert Failure.of(SoloError("no such file"), 3).message == "no such file"
-    failure = Failure.of(ValueError("bad"), 3)
+def test_failure_message_is_one_line():
+    assert Failure.from_exception(SoloError("no such file"), 3).message == "no such file"
+    failure = Failure.from_exception(ValueError("bad"), 3)
     assert failure.message == f"process 3 on {socket.gethostname()}: ValueError: bad"
     assert failure.exit_code == 1
+
+
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGTERM, signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)], ids=str
+)
+def test_only_first_signal_is_recorded(numbers):
+    with catch_signals() as stop:
+        send(*numbers)
+        assert stop.signal == numbers[0]
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_second_sigint_raises_immediately(first):
+    with catch_signals(), pytest.raises(KeyboardInterrupt):
+        send(first, signal.SIGINT)
+
+
+def test_uninterrupted_body_ignores_repeated_signals():
+    with catch_signals() as stop:
+        with stop.uninterrupted():
+            with stop.uninterrupted():
+                send(signal.SIGINT)
+            send(signal.SIGINT, signal.SIGINT, signal.SIGTERM)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_handlers_are_restored():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with catch_signals():
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) != before
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

@@ -23,7 +23,7 @@ def trained(tmp_path):
         "steps": 60,
         "global_batch": 1,
         "precision": "fp32",
-        "log_every": 1,
+        "log_interval": 1,
         "data": {
             "sources": [{"path": "pictures.parquet", "weight": 2}, {"path": "texts.parquet", "weight": 1}],
             "weigh": "sequences",  # each of one source alone
@@ -36,7 +36,7 @@ def trained(tmp_path):
     return train(Recipe.parse(settings))
 
 
-def test_images_and_text_alone_are_learned_together(trained):
+def test_mixture_of_image_and_text_chats_is_learned(trained):
     lines = (trained.model.parent / "metrics.jsonl").read_text().splitlines()
     seen = [json.loads(line)["vision_tokens"] for line in lines]
     assert 10 <= seen.count(0) <= 30  # a third of the steps saw no image

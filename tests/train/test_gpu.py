@@ -33,7 +33,7 @@ from solo_vlm.generate import GenerationPipeline, PrefixCache, user_turn
 from solo_vlm.models.solo.loss_solo import supervised_cross_entropy
 from solo_vlm.train import attention
 from solo_vlm.train.attention import packed_attention, use_packed_attention
-from solo_vlm.train.step import model_inputs
+from solo_vlm.train.trainer import model_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,7 +65,7 @@ def trained(folder, name, kill_after=None, **changes):
     """The losses of a run in a process of its own; killed after so many steps, and started again."""
     out = folder / name
     plain = run_settings(
-        folder, out, **{"steps": STEPS, "precision": "bf16", "checkpoint": {"every": 10}, **changes}
+        folder, out, **{"steps": STEPS, "precision": "bf16", "checkpoint": {"save_interval": 10}, **changes}
     )
     plain["data"] |= {"sequence_length": 256, "workers": 2}
     group = ProcessGroup(1, run_recipe, plain)
@@ -117,7 +117,7 @@ def by_definition(states, bounds, window, scale):
         (torch.float32, 12, 33, None, False, 1e-3),
     ],
 )
-def test_attention_is_what_it_should_be(monkeypatch, dtype, size, window, scale, is_flash, tolerance):
+def test_attention_matches_reference(monkeypatch, dtype, size, window, scale, is_flash, tolerance):
     lengths = [1, 7, 128, 1000, 3, 640, 2, 300]
     bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
     states = [
@@ -145,7 +145,7 @@ def test_attention_is_what_it_should_be(monkeypatch, dtype, size, window, scale,
 
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
-def test_packed_logits_are_those_of_each_document(family):
+def test_packed_logits_match_each_document_alone(family):
     """In bfloat16 they are as near to float32's, document by document, as plain attention is."""
     solo = make_solo(family)
     answer = [{"role": "assistant", "content": [{"type": "text", "text": "a blue square"}]}]
@@ -171,7 +171,7 @@ def test_packed_logits_are_those_of_each_document(family):
     assert distance(packed, truth) < 1.5 * distance(rounded, truth) + 2e-3
 
 
-def test_the_chunked_loss_is_cross_entropy():
+def test_chunked_loss_equals_cross_entropy():
     head = torch.nn.Linear(256, 5000, bias=False, device=DEVICE)
     states = torch.randn(1, 4000, 256, device=DEVICE, requires_grad=True)
     labels = torch.randint(5000, (1, 4000), device=DEVICE)
@@ -185,7 +185,7 @@ def test_the_chunked_loss_is_cross_entropy():
     assert max(map(distance, *found)) < 1e-4
 
 
-def test_a_run_learns_and_goes_on_after_it_was_killed(folder, whole):
+def test_run_learns_and_resumes_after_sigkill(folder, whole):
     """As near to the whole run as that one is to itself: flash attention sums in no fixed order."""
     again, killed = trained(folder, "again"), trained(folder, "killed", kill_after=25)
     assert whole[-1] < 0.5 * whole[0]
@@ -206,13 +206,13 @@ def test_a_run_learns_and_goes_on_after_it_was_killed(folder, whole):
     ],
     ids=str,
 )
-def test_what_saves_memory_or_time_changes_no_loss(folder, whole, changes):
+def test_memory_and_speed_settings_keep_losses(folder, whole, changes):
     name = "-".join(f"{key}-{value}" for key, value in changes.items())
     losses = trained(folder, name, steps=6, **changes)
     assert losses[:3] == pytest.approx(whole[:3], rel=1e-2)
 
 
-def test_answers_agree(folder, whole):
+def test_cached_and_streamed_answers_agree(folder, whole):
     """In a batch, alone, from the prefix cache, compiled, and on the CPU."""
     chats = [[user_turn("what is this?", [Image.new("RGB", (64, 32), colour)])] for colour in ("red", "blue")]
     pipeline = GenerationPipeline.from_pretrained(folder / "whole" / "model")
@@ -235,7 +235,7 @@ def test_answers_agree(folder, whole):
 
 
 @pytest.mark.parametrize("patches", [1, 3])
-def test_a_wrong_number_of_patches_ends_the_process(patches):
+def test_wrong_number_of_patches_ends_process(patches):
     program = (
         "import torch; from tiny import make_solo; model = make_solo().model.cuda()\n"
         "ids = torch.tensor([[1, *[model.config.image_token_id] * 2]], device='cuda')\n"

@@ -26,14 +26,14 @@ from torch.distributed.checkpoint import filesystem
 
 from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe, train, trainer
-from solo_vlm.train.stopping import Stopped
+from solo_vlm.train.failures import Stopped
 
 LAYOUTS = {"one process": (1, 1), "sharded": (2, 1), "tensor": (2, 2)}  # processes, parallel.tensor
 INTERRUPTIONS = ("kill -9", "SIGTERM", "SIGTERM twice", "failure")
 STEP = 5  # steps that are done before the interruption; the checkpoint before it is that of step 4
 
 FEATURES = {
-    "validation": {"validation": {"sources": [{"path": "images.parquet"}], "every": 2, "sequences": 3}},
+    "validation": {"validation": {"sources": [{"path": "images.parquet"}], "interval": 2, "sequences": 3}},
     "lora": {"lora": {"rank": 4, "alpha": 8}},
     "accumulation": {"global_batch": 4},
     "workers": {"data": {"workers": 2}},
@@ -58,7 +58,7 @@ ROWS = [
 ]
 
 
-def test_every_pair_of_factors_occurs():
+def test_rows_cover_every_pair_of_factors():
     def pairs(layout, interruption, resumed, features):
         levels = [("layout", layout), ("interruption", interruption), ("resumed", resumed)]
         levels += [(feature, feature in features.split()) for feature in FEATURES]
@@ -104,7 +104,7 @@ def resume(plain):
 def run_until(plain, interruption, victim, step=STEP):
     """Train; interrupt one process in a step. Signals reach its loader's workers, too, as torchrun's do."""
     os.setsid()
-    take_step = trainer.take_step
+    optimizer_step = trainer.optimizer_step
     taken = iter(range(step))
 
     def interrupt():
@@ -124,11 +124,11 @@ def run_until(plain, interruption, victim, step=STEP):
 
     def take_or_interrupt(*arguments):
         if next(taken, None) is None and int(os.environ.get("RANK", 0)) == victim:
-            trainer.take_step = take_step
+            trainer.optimizer_step = optimizer_step
             interrupt()
-        return take_step(*arguments)
+        return optimizer_step(*arguments)
 
-    trainer.take_step = take_or_interrupt
+    trainer.optimizer_step = take_or_interrupt
     try:
         train(Recipe.parse(plain))
     except Stopped as stopped:
@@ -206,7 +206,7 @@ def run_with_a_slow_file_system(plain):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_one_process_decides_whether_a_step_is_saved_already(folder, tmp_path, start, asynchronous):
+def test_rank_0_decides_whether_step_is_saved_already(folder, tmp_path, start, asynchronous):
     """The signal comes in a step that is saved anyway."""
     plain = plain_recipe(folder, tmp_path / "out", "sharded", "")
     plain["checkpoint"] |= {"asynchronous": asynchronous}
@@ -219,7 +219,7 @@ def test_one_process_decides_whether_a_step_is_saved_already(folder, tmp_path, s
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("keep_gathered", [False, True])
-def test_checkpoint_saved_after_validation_can_be_loaded_in_bf16(folder, tmp_path, start, keep_gathered):
+def test_checkpoint_saved_after_validation_loads_in_bf16(folder, tmp_path, start, keep_gathered):
     plain = plain_recipe(folder, tmp_path / "out", "sharded", "validation")
     plain |= {"precision": "bf16", "parallel": {"reshard": not keep_gathered}}
     whole = {**plain, "out": str(tmp_path / "whole")}

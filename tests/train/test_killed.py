@@ -13,9 +13,9 @@ from tests.factories import read_steps, run_recipe, run_settings
 from torch.distributed.checkpoint import filesystem
 
 from solo_vlm.train import Recipe
-from solo_vlm.train.checkpoint import load_checkpoint, read_progress
+from solo_vlm.train.checkpoint import load_checkpoint, load_train_state
+from solo_vlm.train.model import load_base_model
 from solo_vlm.train.optimizer import make_optimizer
-from solo_vlm.train.start import load_start
 
 pytestmark = pytest.mark.distributed
 
@@ -55,7 +55,7 @@ def run_and_die_in_a_save(plain, where):
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("where", ["before the name", "between two files"])
-def test_killed_in_the_middle_of_a_save(runs, tmp_path, start, whole, where, size):
+def test_resume_after_sigkill_during_save_matches_whole_run(runs, tmp_path, start, whole, where, size):
     plain = run_settings(runs, tmp_path / "out")
     group = start(size, run_and_die_in_a_save, plain, where)
     assert -signal.SIGKILL in group.wait(60)
@@ -68,7 +68,7 @@ def test_killed_in_the_middle_of_a_save(runs, tmp_path, start, whole, where, siz
 
 
 @pytest.mark.parametrize("trial", range(20))
-def test_killed_and_gone_on(runs, tmp_path, start, whole, trial):
+def test_resume_after_sigkill_matches_whole_run(runs, tmp_path, start, whole, trial):
     chance = random.Random(trial)
     before, after = chance.choice([1, 2]), chance.choice([1, 2, 4])
     if trial < 8:  # the same number again is to give the same bits
@@ -79,9 +79,9 @@ def test_killed_and_gone_on(runs, tmp_path, start, whole, trial):
     group.kill()
     finished = (tmp_path / "out" / "model").exists()
     for path in (tmp_path / "out" / "checkpoints").glob("step-*"):
-        model, _ = load_start(runs / "llama")
+        model, _ = load_base_model(runs / "llama")
         load_checkpoint(path, model, make_optimizer(model, Recipe.parse(plain).optimizer))
-        assert read_progress(path).step == int(path.name.removeprefix("step-"))
+        assert load_train_state(path).step == int(path.name.removeprefix("step-"))
     if not finished:
         assert start(after, run_recipe, plain).wait() == [0] * after
     curve = [line["loss"] for line in read_steps(tmp_path / "out")]

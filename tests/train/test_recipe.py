@@ -9,10 +9,10 @@ import pytest
 from tests.factories import ROOT
 
 from solo_vlm.data.catalog.registry import DATA_SETS
-from solo_vlm.train.estimate.devices import find_device
+from solo_vlm.train.estimate.memory import find_device
 from solo_vlm.train.estimate.plan import make_plan
 from solo_vlm.train.optimizer import learning_rate
-from solo_vlm.train.parallel.layout import Layout, layout
+from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -35,7 +35,7 @@ def recipe(tmp_path):
     )
 
 
-def test_a_child_overrides_its_base_and_the_command_line_both(recipe):
+def test_overrides_beat_recipe_and_recipe_beats_base(recipe):
     loaded = Recipe.load(recipe, ["steps=9", "data.sequence_length=128", "optimizer.betas=[0.8, 0.9]"])
     assert (loaded.global_batch, loaded.steps, loaded.data.sequence_length) == (4, 9, 128)
     assert (loaded.optimizer.learning_rate, loaded.optimizer.warmup_steps) == (1e-3, 6)
@@ -55,18 +55,18 @@ def test_a_child_overrides_its_base_and_the_command_line_both(recipe):
         ("data.sources=[]", "data.sources"),
     ],
 )
-def test_a_wrong_setting_is_named(recipe, override, message):
+def test_invalid_setting_is_named(recipe, override, message):
     with pytest.raises(SoloError, match=message):
         Recipe.load(recipe, [override])
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "a: b: c", "base: nowhere.yaml"])
-def test_what_is_no_recipe_is_refused(tmp_path, text):
+def test_file_that_is_not_a_recipe_is_rejected(tmp_path, text):
     with pytest.raises(SoloError):
         Recipe.load(write(tmp_path, "broken.yaml", text))
 
 
-def test_a_missing_recipe_says_what_to_give():
+def test_missing_recipe_error_says_what_to_pass():
     with pytest.raises(SoloError, match="no recipe nowhere"):
         Recipe.load("nowhere")
 
@@ -80,12 +80,12 @@ def test_a_missing_recipe_says_what_to_give():
     ),
     ids=lambda path: str(path.relative_to(RECIPES)),
 )
-def test_every_recipe_of_the_project_is_valid(path):
+def test_packaged_recipes_are_valid(path):
     if path.name != "base.yaml":
         Recipe.load(path)
 
 
-def test_the_defaults_are_the_papers(recipe):
+def test_defaults_are_those_of_the_paper(recipe):
     """Pre-training of the SOLO paper, section 3: what a recipe does not say."""
     plain = {"model": "m", "out": "o", "steps": 1, "data": {"sources": [{"path": "x"}]}}
     settings = Recipe.parse(plain)
@@ -164,7 +164,7 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_pre_training_of_the_paper(stage):
+def test_paper_pretraining_recipes(stage):
     recipe = Recipe.load(f"solo-7b/{stage}")
     steps, sequences = STAGES[stage]
     assert recipe.steps == steps
@@ -175,23 +175,23 @@ def test_pre_training_of_the_paper(stage):
     optimizer = recipe.optimizer
     assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps) == (5e-5, 5e-6, 200)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.1, 1.0)
-    arranged = layout(recipe, 8)
-    assert (arranged.data, arranged.accumulation) == (4, 32)
+    dims = ParallelDims.from_recipe(recipe, 8)
+    assert (dims.dp, dims.gradient_accumulation_steps) == (4, 32)
 
 
-def test_fine_tuning_of_the_paper():
+def test_paper_finetuning_recipe():
     recipe = Recipe.load("solo-7b/sft")
     assert (recipe.global_batch, recipe.data.sequence_length) == (640, 4096)
     assert (recipe.steps, recipe.data.epochs) == (None, 1)
     optimizer = recipe.optimizer
     assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.weight_decay) == (1e-5, 0.0, 0.1)
     assert optimizer.warmup_steps == 50
-    assert layout(recipe, 8).accumulation == 80
+    assert ParallelDims.from_recipe(recipe, 8).gradient_accumulation_steps == 80
     assert weights(recipe) == SAMPLES
 
 
 @pytest.mark.parametrize("model", ["solo-7b", "smollm2-135m"])
-def test_stages_follow_each_other(model):
+def test_each_stage_starts_from_previous_model(model):
     stages = [Recipe.load(f"{model}/{stage}") for stage in ("stage1", "stage2", "stage3", "sft")]
     for before, after in pairwise(stages):
         assert after.model == f"{before.out}/model"
@@ -200,12 +200,12 @@ def test_stages_follow_each_other(model):
     assert names <= DATA_SETS.keys()
 
 
-def test_the_small_recipe_runs_on_one_gpu():
+def test_small_recipe_fits_on_one_gpu():
     for stage in ("stage1", "stage2", "stage3", "sft"):
         recipe = Recipe.load(f"smollm2-135m/{stage}")
         plan = make_plan(recipe, 1, find_device("RTX-4090"), 0.4, RECIPES / "smollm2-135m")
         assert plan.fits
-        assert plan.layout == Layout(1, 1, 64)
+        assert plan.dims == ParallelDims(1, 1, 64)
         assert plan.parameters.total == 134_515_008 + 64 * 576 + 3072 * 576  # SmolLM2-135M's, and what is new
 
 
@@ -214,7 +214,7 @@ def weights(recipe: Recipe) -> dict[str, float]:
     return {source.path.removeprefix("data/"): source.weight for source in recipe.data.sources}
 
 
-def test_floor_of_the_learning_rate_above_its_peak_is_refused():
+def test_min_learning_rate_above_peak_is_rejected():
     plain = {"model": "m", "out": "o", "steps": 1, "data": {"sources": [{"path": "x"}]}}
     refusal = "optimizer: min_learning_rate = 5e-06 is above learning_rate = 1e-06.*set min_learning_rate"
     with pytest.raises(SoloError, match=refusal):

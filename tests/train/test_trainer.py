@@ -1,32 +1,39 @@
-"""Training for real, at the smallest size: it learns, it resumes bit for bit, it leaves a full record."""
+"""Training steps, validation, stopping, and bit-exact resume."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
-from tests.factories import ask, make_llm, make_solo, png
+from tests.factories import ask, image_rows, make_llm, make_solo, png, read_steps, run_settings, text_rows
 
-from solo_vlm.data.collate import collate
+from solo_vlm.data.collate import collate, num_supervised_tokens
 from solo_vlm.data.encode import Encoder
+from solo_vlm.data.mixture import make_loader
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.data.sources import open_source
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model
 from solo_vlm.train import Recipe, train, trainer
 from solo_vlm.train.attention import use_packed_attention
-from solo_vlm.train.manifest import read_recipe
+from solo_vlm.train.model import load_base_model
 from solo_vlm.train.optimizer import learning_rate, make_optimizer
 from solo_vlm.train.recipe import OptimizerSettings
-from solo_vlm.train.start import load_start
-from solo_vlm.train.step import forward_backward, supervised_tokens
+from solo_vlm.train.run_folder import read_manifest_recipe
+from solo_vlm.train.trainer import forward_backward
 from solo_vlm.utils.errors import SoloError
 
 
@@ -63,7 +70,7 @@ def recipe(folder, out, **changes):
         "steps": 12,
         "global_batch": 2,
         "precision": "fp32",
-        "log_every": 1,
+        "log_interval": 1,
         "data": {
             "sources": [{"path": "images.parquet", "weight": 4}, {"path": "text.parquet"}],
             "sequence_length": 64,
@@ -71,7 +78,7 @@ def recipe(folder, out, **changes):
             "packing_buffer": 4,
         },
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "min_learning_rate": 1e-4},
-        "checkpoint": {"every": 5, "keep": 1},
+        "checkpoint": {"save_interval": 5, "keep": 1},
     }
     return Recipe.parse({**settings, **changes})
 
@@ -80,7 +87,7 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_model_learns_to_name_what_it_sees(run_folder, tmp_path):
+def test_model_learns_to_name_colors(run_folder, tmp_path):
     trained = train(recipe(run_folder, tmp_path / "out", steps=60))
     curve = losses(tmp_path / "out")
     assert curve[-1] < 0.2 * curve[0]
@@ -92,19 +99,19 @@ def test_a_model_learns_to_name_what_it_sees(run_folder, tmp_path):
 
 def dies_after(steps, monkeypatch):
     """Let a run end by an exception after so many steps."""
-    take_step = trainer.take_step
+    optimizer_step = trainer.optimizer_step
     taken = iter(range(1, steps + 1))
 
     def take_or_die(*arguments):
         if next(taken, None) is None:
             raise KeyboardInterrupt
-        return take_step(*arguments)
+        return optimizer_step(*arguments)
 
-    monkeypatch.setattr(trainer, "take_step", take_or_die)
+    monkeypatch.setattr(trainer, "optimizer_step", take_or_die)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_interrupted_run_goes_on_bit_for_bit(run_folder, tmp_path, monkeypatch, precision):
+def test_resume_after_crash_is_bit_exact(run_folder, tmp_path, monkeypatch, precision):
     whole, cut = (recipe(run_folder, tmp_path / name, precision=precision) for name in ("whole", "cut"))
     train(whole)
     with monkeypatch.context() as patch:
@@ -118,13 +125,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run_folder, tmp_path, monkeypatc
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
-def test_a_manifest_repeats_its_run(run_folder, tmp_path):
+def test_manifest_reproduces_run(run_folder, tmp_path):
     train(recipe(run_folder, tmp_path / "out", steps=3))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["packages"]["torch"] == torch.__version__
     assert len(manifest["data"]) == 2
     assert manifest["outcome"]["tokens"] == 3 * 2 * 64
-    again = read_recipe(tmp_path / "out" / "manifest.json").override([f"out={tmp_path / 'again'}"])
+    again = read_manifest_recipe(tmp_path / "out" / "manifest.json").override([f"out={tmp_path / 'again'}"])
     train(again)
     assert losses(tmp_path / "again") == losses(tmp_path / "out")
 
@@ -132,7 +139,7 @@ def test_a_manifest_repeats_its_run(run_folder, tmp_path):
 @pytest.fixture(scope="module")
 def documents(run_folder):
     """Sixteen documents with and without images, and the model that reads them."""
-    model, processor = load_start(run_folder / "start")
+    model, processor = load_base_model(run_folder / "start")
     encoder = Encoder(processor)
     rows = [
         row for name in ("images", "text") for row in open_source(str(run_folder / f"{name}.parquet")).read(0)
@@ -140,7 +147,7 @@ def documents(run_folder):
     return model, [encoder(parse_sample(row)) for row in rows * 2]
 
 
-def test_the_loss_is_the_mean_over_all_supervised_tokens(documents):
+def test_loss_is_mean_over_supervised_tokens(documents):
     """Against each document by itself, all logits, and cross entropy by hand."""
     model, documents = documents
     model.set_attn_implementation("eager")
@@ -154,13 +161,13 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(documents):
             supervised += int((labels[1:] != -100).sum())
     use_packed_attention(model.train())
     batches = [collate(documents[:9], 512, 0), collate(documents[9:], 512, 0)]
-    assert supervised_tokens(batches) == supervised
+    assert num_supervised_tokens(batches) == supervised
     losses = forward_backward(model, batches, supervised, nullcontext())
     assert math.isclose(sum(losses), total / supervised, rel_tol=1e-5)
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
-def test_the_split_of_a_global_batch_changes_neither_loss_nor_gradient(documents, parts):
+def test_gradient_accumulation_keeps_loss_and_gradient(documents, parts):
     model, documents = documents
     use_packed_attention(model.train())
 
@@ -168,7 +175,7 @@ def test_the_split_of_a_global_batch_changes_neither_loss_nor_gradient(documents
         model.zero_grad()
         size = len(documents) // parts
         batches = [collate(documents[n : n + size], 512, 0) for n in range(0, len(documents), size)]
-        losses = forward_backward(model, batches, supervised_tokens(batches), nullcontext())
+        losses = forward_backward(model, batches, num_supervised_tokens(batches), nullcontext())
         return sum(losses), torch.cat([p.grad.flatten() for p in model.parameters()])
 
     loss, whole = gradient(1)
@@ -177,7 +184,7 @@ def test_the_split_of_a_global_batch_changes_neither_loss_nor_gradient(documents
     assert (split - whole).norm() < 1e-5 * whole.norm()
 
 
-def test_a_plain_llm_trains_on_text(run_folder, tmp_path):
+def test_plain_llm_trains_on_text(run_folder, tmp_path):
     llm, tokenizer = make_llm()
     llm.save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
@@ -188,7 +195,7 @@ def test_a_plain_llm_trains_on_text(run_folder, tmp_path):
     assert (trained.model / "tokenizer.json").is_file()
 
 
-def test_what_cannot_be_started_is_said(run_folder, tmp_path):
+def test_invalid_starts_are_rejected(run_folder, tmp_path):
     with pytest.raises(SoloError, match="no data files"):
         train(recipe(run_folder, tmp_path / "a", data={"sources": [{"path": "nothing.parquet"}]}))
     with pytest.raises(SoloError, match="cannot read a model"):
@@ -200,13 +207,13 @@ def test_what_cannot_be_started_is_said(run_folder, tmp_path):
         train(recipe(run_folder, tmp_path / "d", steps=1))
 
 
-def test_a_loss_that_explodes_stops_the_run(run_folder, tmp_path):
+def test_exploding_loss_stops_run(run_folder, tmp_path):
     settings = {"learning_rate": 1e30, "warmup_steps": 0, "min_learning_rate": 0}
     with pytest.raises(SoloError, match="lower the rate"):
         train(recipe(run_folder, tmp_path / "out", optimizer=settings))
 
 
-def test_the_schedule_is_warmup_and_cosine():
+def test_learning_rate_is_warmup_and_cosine():
     settings = OptimizerSettings(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10)
     rates = [learning_rate(step, 111, settings) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
@@ -216,7 +223,7 @@ def test_the_schedule_is_warmup_and_cosine():
     assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
-def test_norms_are_not_decayed_and_patches_have_their_rate():
+def test_norms_are_not_decayed_and_patches_have_their_own_rate():
     model = make_solo().model
     settings = OptimizerSettings(learning_rate=1e-3, patch_learning_rate=2e-4)
     groups = make_optimizer(model, settings).param_groups
@@ -226,3 +233,119 @@ def test_norms_are_not_decayed_and_patches_have_their_rate():
     (patch,) = [group for group in groups if group["scale"] != 1.0]
     assert patch["scale"] == pytest.approx(0.2)
     assert patch["params"][0] is model.model.embed_vision_patch.weight
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_stops_run(runs, tmp_path, number):
+    plain = run_settings(runs, tmp_path / "stopped", steps=300)
+    plain["checkpoint"] = {"save_interval": 1000}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    command = [sys.executable, "-m", "solo_vlm", "train", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    lines = tmp_path / "stopped" / "metrics.jsonl"
+    while not lines.exists() or len(lines.read_text().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    (checkpoint,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    done = int(checkpoint.name.removeprefix("step-"))
+    assert f"saved after step {done}" in said.replace("\n", " ")
+    assert done == len(losses(tmp_path / "stopped"))
+
+
+def test_resume_after_stop_is_bit_exact(runs, tmp_path, monkeypatch):
+    whole, stopped = (
+        Recipe.parse(run_settings(runs, tmp_path / name, steps=9)) for name in ("whole", "stopped")
+    )
+    train(whole)
+    optimizer_step = trainer.optimizer_step
+
+    def asks_to_stop(model, optimizer, *arguments):
+        if optimizer.state[next(model.parameters())]["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return optimizer_step(model, optimizer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "optimizer_step", asks_to_stop)
+        with pytest.raises(SoloError, match="saved after step 5"):
+            train(stopped)
+    train(stopped)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+@pytest.fixture
+def poisoned(runs, tmp_path):
+    """A model that answers one rare word with NaN, and one sample that has it."""
+    solo = make_solo("mistral")
+    (word,) = solo.processor.tokenizer.encode("seven", add_special_tokens=False)[:1]
+    solo.model.get_input_embeddings().weight.data[word] = float("nan")
+    solo.save(tmp_path / "poisoned")
+    rows = text_rows(63)
+    rows.insert(37, {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "seven"}]}]})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "text.parquet", row_group_size=8)
+    pq.write_table(pa.Table.from_pylist(image_rows(24)), tmp_path / "images.parquet", row_group_size=4)
+    return tmp_path
+
+
+def test_nonfinite_step_is_skipped_and_its_samples_are_named(poisoned, caplog):
+    plain = run_settings(poisoned, "out", model="poisoned", steps=None)
+    plain["data"] |= {"epochs": 1, "sequence_length": 32}
+    trained = train(Recipe.parse(plain))
+    assert trained.metrics["skipped_steps"] == 1
+    assert "text.parquet, row group 4, row 5" in caplog.text
+    curve = losses(poisoned / "out")
+    assert sum(loss != loss for loss in curve) == 1
+    weights = load_model(trained.model).lm_head.weight
+    assert weights.isfinite().all()
+
+
+def test_consecutive_nonfinite_steps_stop_run(runs, tmp_path):
+    solo = make_solo("mistral")
+    solo.model.lm_head.weight.data.fill_(float("nan"))
+    solo.save(tmp_path / "broken")
+    plain = run_settings(runs, tmp_path / "out", model=str(tmp_path / "broken"), max_nonfinite=3)
+    with pytest.raises(SoloError, match=r"step 3: loss nan.*3 steps in a row.*\n.*parquet") as caught:
+        train(Recipe.parse(plain))
+    assert "lower the rate" in str(caught.value)
+
+
+def test_validation_loss_is_mean_over_first_held_out_sequences(runs, tmp_path):
+    plain = run_settings(runs, tmp_path / "out", steps=5)
+    plain["validation"] = {"sources": [{"path": "images.parquet"}], "interval": 2, "sequences": 3}
+    trained = train(Recipe.parse(plain))
+    lines = {line["step"]: line for line in read_steps(tmp_path / "out")}
+    assert [step for step, line in lines.items() if "validation_loss" in line] == [2, 4, 5]
+
+    held_out = {**plain["data"], "sources": [{"path": "images.parquet"}], "epochs": 1, "streams": 1}
+    recipe = Recipe.parse({**plain, "data": held_out})
+    model, processor = load_base_model(trained.model)
+    model.eval()
+    total = count = 0
+    for batch in islice(make_loader(recipe.mixture, processor, recipe.mixture.open_sources()), 3):
+        labels = batch["labels"][0]
+        with torch.no_grad():
+            inputs = {name: batch[name] for name in ("input_ids", "position_ids", "pixel_values")}
+            logits = model(**inputs).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
+        count += int((labels[1:] != -100).sum())
+    assert lines[5]["validation_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_skipped_samples_are_listed_in_output_dir(runs, tmp_path):
+    rows = image_rows(8)
+    rows[5]["images"][0]["bytes"] = b"not an image"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "images.parquet", row_group_size=3)
+    plain = run_settings(tmp_path, "out", model=str(runs / "llama"), steps=None)
+    plain["data"] |= {"sources": [{"path": "images.parquet"}], "epochs": 1}
+    train(Recipe.parse(plain))
+    (entry,) = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert entry["reason"] == "image"
+    assert "images.parquet" in entry["where"]
+    counted = [
+        count for name, count in read_steps(tmp_path / "out")[-1].items() if name.startswith("skipped/")
+    ]
+    assert counted == [1]

@@ -1,4 +1,4 @@
-"""The command line `solo`: one small file a verb; heavy imports wait until a verb runs."""
+"""The command line `solo`: one file per verb. Heavy imports are deferred until a verb runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from solo_vlm.utils.errors import SoloError
 
 app = typer.Typer(
     name="solo",
-    help="Single-transformer vision-language models: train, ask, inspect.",
+    help="Train, evaluate and serve single-transformer vision-language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -36,8 +36,8 @@ app = typer.Typer(
 
 @app.callback()
 def _settings(
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what happens."),
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks of errors."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Show log messages."),
 ) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
@@ -55,9 +55,9 @@ app.add_typer(evaluate, name="eval")
 
 
 def main() -> None:
-    """Entry point of the command `solo`. An error that the user can mend: one line, and its exit code."""
-    # OpenMP's threads wait for each other by spinning. On a busy machine, spinning for ever (the default)
-    # takes the core from the thread that is waited for, and training all but stands still.
+    """Run the command `solo`. A `SoloError` is printed as one line and sets the exit status."""
+    # Bound the time that OpenMP threads spin at barriers: on a busy machine, unbounded spinning takes the
+    # core from the very thread that is waited for, and training almost stops.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -66,8 +66,8 @@ def main() -> None:
     except SoloError as error:
         if debug:
             raise
-        # Processes that torchrun has started are stopped together: the first one says so for all.
-        if not error.is_common or os.environ.get("RANK", "0") == "0":
+        # An error common to all processes of torchrun is printed by the main process alone.
+        if not error.raised_by_all or os.environ.get("RANK", "0") == "0":
             print(f"solo: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

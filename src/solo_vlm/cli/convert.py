@@ -1,4 +1,4 @@
-"""`solo convert`: checkpoints of the release, of Megatron and of training runs become model folders."""
+"""`solo convert`: checkpoints of the original SOLO code, Megatron-LLM and training runs to model folders."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import typer
 from solo_vlm.cli._common import STDOUT, print_json, quiet_libraries
 
 if TYPE_CHECKING:
-    from solo_vlm.convert.project_folder import Converted
+    from solo_vlm.convert.model_folder import Converted
 
 app = typer.Typer(
-    help="Checkpoints of the release, of Megatron and of training runs, to model folders and back.",
+    help="Convert checkpoints of the original SOLO code, Megatron-LLM and training runs to model folders.",
     no_args_is_help=True,
 )
 
@@ -46,27 +46,27 @@ def release(
 ) -> None:
     """Convert the folder of SOLO-7B, or of a model fine-tuned from it with the original SOLO code."""
     quiet_libraries()
-    from solo_vlm.convert.release import convert_release
+    from solo_vlm.convert.original import convert_original
 
-    _report(convert_release(src, dst, layout.value), json)
+    _report(convert_original(src, dst, layout.value), json)
 
 
 @app.command()
 def megatron(
     src: Source,
     dst: Destination,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder with tokenizer.model; else SRC.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder with tokenizer.model. Default: SRC.")] = None,
     vocabulary: Annotated[
-        int | None, typer.Option(help="Tokens, without padding; else the tokenizer's.")
+        int | None, typer.Option(help="Tokens without padding rows. Default: the tokenizer's.")
     ] = None,
-    iteration: Annotated[int | None, typer.Option(help="Which; else the latest.")] = None,
+    iteration: Annotated[int | None, typer.Option(help="Iteration. Default: the latest.")] = None,
     layout: Annotated[_Layout, typer.Option(help="Token layout of images in chats.")] = _Layout.paper,
     rotary: Annotated[
-        _Rotary, typer.Option(help="How queries and keys are stored; Megatron-LLM's are interleaved.")
+        _Rotary, typer.Option(help="Row order of queries and keys; Megatron-LLM interleaves.")
     ] = _Rotary.interleaved,
     json: Json = False,
 ) -> None:
-    """Convert a checkpoint of Megatron-LLM, of any tensor- and pipeline-parallel size."""
+    """Convert a Megatron-LLM checkpoint of any tensor- and pipeline-parallel size."""
     quiet_libraries()
     from solo_vlm.convert.megatron import convert_megatron
 
@@ -75,11 +75,11 @@ def megatron(
 
 @app.command()
 def to_release(src: Source, dst: Destination, json: Json = False) -> None:
-    """Write a model over Mistral the way the release does, for its own code."""
+    """Convert a model with a Mistral decoder to the format of the original SOLO code."""
     quiet_libraries()
-    from solo_vlm.convert.release import convert_to_release
+    from solo_vlm.convert.original import convert_to_original
 
-    facts = convert_to_release(src, dst)
+    facts = convert_to_original(src, dst)
     _print(facts, f"{dst}: {facts['tensors']} tensors, {_size(facts['bytes'])}", json)
 
 
@@ -87,12 +87,12 @@ def to_release(src: Source, dst: Destination, json: Json = False) -> None:
 def checkpoint(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
     dst: Destination,
-    step: Annotated[int | None, typer.Option(help="Of the checkpoint; else the newest.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")] = None,
     json: Json = False,
 ) -> None:
-    """Write a checkpoint of a training run as a model folder; the run may still be under way."""
+    """Convert a checkpoint of a training run, which may still be running."""
     quiet_libraries()
-    from solo_vlm.train.export import export_checkpoint
+    from solo_vlm.train.checkpoint import export_checkpoint
 
     exported = export_checkpoint(run, dst, step)
     _print({"out": str(dst), "step": exported}, f"{dst}: the model after step {exported}", json)
@@ -102,10 +102,10 @@ def _report(converted: Converted, json: bool) -> None:
     tokens = "no tokenizer" if converted.tokens is None else f"{converted.tokens:,} tokens"
     text = (
         f"{converted.out}: {converted.tensors} tensors, {_size(converted.bytes)} in {converted.dtype}; "
-        f"{converted.vocabulary:,} rows of tokens, {tokens}"
+        f"{converted.vocabulary:,} embedding rows, {tokens}"
     )
     if converted.tokens is not None:
-        text += f"; ask it: solo generate --model {converted.out} --image FILE --prompt TEXT"
+        text += f"; try it: solo generate --model {converted.out} --image FILE --prompt TEXT"
     _print(asdict(converted), text, json)
 
 

@@ -1,4 +1,4 @@
-"""`solo push`: a model on the hub, with its card and the code that reads it."""
+"""`solo push`: publish a model on the hub, with its card and its code."""
 
 from __future__ import annotations
 
@@ -12,37 +12,35 @@ from solo_vlm.cli._common import STDOUT, print_json, quiet_libraries
 
 def push(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Folder of a SOLO model.")],
-    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to on the hub: owner/name.")],
-    private: Annotated[bool, typer.Option("--private", help="A repository that is made is private.")] = False,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Repository on the hub: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     run: Annotated[
-        list[Path] | None, typer.Option(help="Folder of a training run; once a stage, in order.")
+        list[Path] | None, typer.Option(help="Folder of a training run; repeatable, in order of training.")
     ] = None,
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="Folder of the model's evaluation.")
     ] = None,
-    licence: Annotated[
-        str | None, typer.Option("--license", help="Licence of the weights, as the hub calls it.")
+    license: Annotated[
+        str | None, typer.Option("--license", help="Hub id of the license of the weights.")
     ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the LLM that the model grew out of.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the folder; upload nothing.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the LLM the model was made from.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write to --out; upload nothing.")] = False,
     out: Annotated[Path | None, typer.Option(help="New folder for --dry-run.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Publish a model: card, weights, and the code that lets transformers load it without solo-vlm."""
+    """Publish a model: card, weights, and the code with which transformers loads it without solo-vlm."""
     from solo_vlm.utils.errors import SoloError
 
     if dry_run != (out is not None):
-        raise SoloError("--dry-run and --out DIR go together: a dry run writes to DIR, an upload needs none")
+        raise SoloError("--dry-run and --out DIR must be given together")
     quiet_libraries()
-    from solo_vlm.hub.publication import Publication
+    from solo_vlm.hub.upload import Publication
 
-    publication = Publication(model, repo_id, run or (), evaluation, licence, base_model)
+    publication = Publication(model, repo_id, run or (), evaluation, license, base_model)
     if out:
         publication.write(out)
     where = str(out) if out else publication.upload(private)
     if json:
         print_json({"out" if out else "url": where})
         return
-    STDOUT.print(f"{where}: read the card ({where}/README.md)" if out else where, highlight=False)
+    STDOUT.print(f"{where}: check the card ({where}/README.md)" if out else where, highlight=False)

@@ -1,4 +1,4 @@
-"""`solo quickstart`: the whole recipe, small."""
+"""`solo quickstart`: the whole recipe at a small scale."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def quickstart(
     ),
     seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
     fraction: Annotated[
-        float, typer.Option(min=0.001, max=1.0, help="Share of the training steps, for a first look.")
+        float, typer.Option(min=0.001, max=1.0, help="Share of the training steps to run, for a first look.")
     ] = 1.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train a small vision-language model through all stages on embedded data, and ask it about images."""
+    """Train a small vision-language model through all stages on embedded data, and evaluate it."""
     quiet_libraries()
+    from solo_vlm.quickstart.report import results_table
     from solo_vlm.quickstart.run import run_quickstart
-    from solo_vlm.quickstart.table import results_table
 
     metrics = run_quickstart(out, seed, fraction)
     if json:

@@ -153,7 +153,7 @@ def _api_keys(file: Path | None, host: str) -> list[str]:
     """Read the API keys from the file, or else from the environment. Warn about an open server.
 
     Raises:
-        SoloError: the file cannot be read, or is empty.
+        SoloError: The file cannot be read, or is empty.
     """
     if file is None:
         keys = [key] if (key := os.environ.get(_KEY_VARIABLE, "").strip()) else []

@@ -1,8 +1,9 @@
-"""`solo train`: run a recipe, or show what it would take."""
+"""`solo train`: run a recipe, or show its plan."""
 
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,12 @@ from solo_vlm.cli._common import STDOUT, print_json, quiet_libraries
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
+    from solo_vlm.train.estimate.memory import Device
+    from solo_vlm.train.estimate.plan import Plan
     from solo_vlm.train.recipe import Recipe
+
+_GIB = 2**30
+_DEFAULT_DEVICE = "A100-80GB"  # used in the paper
 
 
 def train(
@@ -21,29 +27,31 @@ def train(
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Fail unless there is a run to go on from.")
+        bool, typer.Option("--resume", help="Fail unless there is a checkpoint to resume from.")
     ] = False,
     from_manifest: Annotated[Path | None, typer.Option(help="Repeat the run of a manifest.json.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what the run will do, need and take.")
+        bool, typer.Option("--dry-run", help="Only show the plan: steps, memory, time.")
     ] = False,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Of a dry run; default: those of this machine.")
+        int | None, typer.Option(min=1, help="Processes of a dry run; default: one per accelerator.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Of a dry run, as H100; default: this machine's, or A100-80GB.")
+        str | None, typer.Option(help="Device of a dry run, e.g. H100; default: this machine's or A100-80GB.")
     ] = None,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Utilisation that a dry run assumes.")] = 0.4,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Model FLOPs utilization assumed by a dry run.")
+    ] = 0.4,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
-    """Train a model. A run that was interrupted goes on from its newest checkpoint."""
+    """Train a model. An interrupted run resumes from its newest checkpoint."""
     quiet_libraries()
-    from solo_vlm.train.manifest import read_recipe
     from solo_vlm.train.recipe import Recipe
+    from solo_vlm.train.run_folder import read_manifest_recipe
 
     if from_manifest:
         changes = ([recipe] if recipe else []) + (overrides or [])
-        settings = read_recipe(from_manifest).override(changes)
+        settings = read_manifest_recipe(from_manifest).override(changes)
     elif recipe:
         settings = Recipe.load(recipe, overrides or [])
     else:
@@ -57,16 +65,16 @@ def train(
 def _train(recipe: Recipe, resume: bool, json: bool) -> None:
     from solo_vlm.train.trainer import train as run
 
-    trained = run(recipe, resume=resume)
-    if int(os.environ.get("RANK", 0)):  # torchrun's first process speaks for all
+    result = run(recipe, resume=resume)
+    if int(os.environ.get("RANK", 0)):  # only the first process prints
         return
+    metrics = result.metrics
     if json:
-        print_json({"model": str(trained.model), **trained.figures})
+        print_json({"model": str(result.model), **metrics})
         return
-    figures = trained.figures
     STDOUT.print(
-        f"{trained.model}: {figures['steps']} steps, {figures['tokens']:,} tokens, "
-        f"{figures['tokens_per_second']:,.0f} tokens/s",
+        f"{result.model}: {metrics['steps']} steps, {metrics['tokens']:,} tokens, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
         highlight=False,
     )
 
@@ -74,15 +82,102 @@ def _train(recipe: Recipe, resume: bool, json: bool) -> None:
 def _plan(
     recipe: Recipe, name: str | None, processes: int | None, device: str | None, mfu: float, json: bool
 ) -> None:
-    from solo_vlm.cli._plan import choose_device, default_processes, show_plan
     from solo_vlm.train.estimate.plan import make_plan
     from solo_vlm.utils.settings import find_settings
 
     plan = make_plan(
         recipe,
-        processes or default_processes(recipe),
-        choose_device(device),
+        processes or _default_processes(recipe),
+        _choose_device(device),
         mfu,
         find_settings(name, "recipe").parent if name else None,
     )
-    print_json(plan.as_dict()) if json else show_plan(plan)
+    if json:
+        print_json(plan.as_dict())
+        return
+    for line in [*_model_lines(plan), *_run_lines(plan), *_memory_lines(plan), *_advice_lines(plan)]:
+        STDOUT.print(line, highlight=False, markup=False)
+
+
+def _default_processes(recipe: Recipe) -> int:
+    """Return torchrun's world size, or one process per accelerator; at least one tensor-parallel group."""
+    import torch
+
+    found = int(os.environ.get("WORLD_SIZE", 0)) or torch.accelerator.device_count()
+    return max(found, recipe.parallel.tensor)
+
+
+def _choose_device(name: str | None) -> Device:
+    """Return the named device, this machine's, or the paper's.
+
+    Raises:
+        SoloError: the device is unknown.
+    """
+    import torch
+
+    from solo_vlm.train.estimate.memory import find_device, recognize_device
+
+    here = recognize_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return find_device(name) if name else here or find_device(_DEFAULT_DEVICE)
+
+
+def _model_lines(plan: Plan) -> list[str]:
+    counts = plan.parameters
+    parts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in vars(counts).items() if count)
+    return [
+        f"model       {plan.recipe.model}, shape from {plan.shape_from}",
+        f"parameters  {counts.total:,}, trained {plan.trained:,}",
+        f"            {parts}",
+    ]
+
+
+def _run_lines(plan: Plan) -> list[str]:
+    recipe, dims, device = plan.recipe, plan.dims, plan.device
+    length, batch = recipe.data.sequence_length, recipe.global_batch
+    run = "until the data end"
+    if plan.steps is not None:
+        about = "" if recipe.steps else "about "
+        run = f"{about}{plan.steps:,} steps, {plan.sequences:,} sequences, {plan.tokens:,} tokens"
+    data = f"assuming one document per sequence: {plan.data_missing}"
+    if plan.data:
+        documents = f", {plan.documents:,} documents" if plan.documents else ""
+        data = (
+            f"about {plan.data.document_length:,.0f} tokens per document{documents}, "
+            f"{plan.data.vision_share:.1%} vision tokens"
+        )
+    total = f", {_duration(plan.seconds)} in total" if plan.seconds else ""
+    return [
+        f"step        {batch:,} sequences of {length:,} tokens: {plan.tokens_per_step:,} tokens",
+        f"run         {run}",
+        f"data        {data}",
+        f"processes   {dims.world_size}: data parallel {dims.dp} x tensor parallel {dims.tp}, "
+        f"{dims.gradient_accumulation_steps} gradient accumulation steps",
+        f"time        {_duration(plan.seconds_per_step)} per step{total}, on {dims.world_size} x "
+        f"{device.name} at {plan.mfu:.0%} of {device.peak_flops / 1e12:,.0f} TFLOP/s",
+    ]
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    parts = [f"  {name:<12}{_gib(size)}" for name, size in vars(plan.memory).items()]
+    total = f"  {'total':<12}{_gib(plan.memory.total)} of {plan.device.memory / _GIB:g} GiB"
+    return [f"memory per {plan.device.name}", *parts, total]
+
+
+def _advice_lines(plan: Plan) -> list[str]:
+    if plan.fits:
+        return []
+    ways = [f"  {way:<34}{_gib(total)}" for way, total in plan.ways_to_fit().items()]
+    return [
+        "It does not fit; a tenth of the memory must stay free for what is not counted here.",
+        *(["Total memory with other settings:", *ways] if ways else []),
+        "More processes (--processes) share the weights; shorter sequences (data.sequence_length) reduce "
+        "activations.",
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:8.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 100 else str(timedelta(seconds=round(seconds)))

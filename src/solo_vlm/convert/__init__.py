@@ -1,1 +1,6 @@
-"""Checkpoints of the release and of Megatron become folders of this project, tensor by tensor, and back."""
+"""Convert checkpoints of the original SOLO code and of Megatron-LLM to model folders, and back.
+
+One tensor is in memory at a time.
+
+May import: models, utils.
+"""

@@ -29,6 +29,11 @@ class PackedBatch(TypedDict):
     max_length_k: int  # the same
 
 
+def num_supervised_tokens(batches: Sequence[PackedBatch]) -> int:
+    """Count tokens with a label; the first token of a row has none, because no token predicts it."""
+    return sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+
+
 def collate(
     documents: Sequence[Document], length: int, pad_token_id: int, patch_dim: int = 3072
 ) -> PackedBatch:

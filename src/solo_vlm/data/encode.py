@@ -28,7 +28,7 @@ IGNORE_INDEX = -100
 
 _FSSPEC_URL = re.compile(r"(?!(https?|file):)[a-z][a-z0-9+.-]*://", re.IGNORECASE)  # others are load_image's
 
-_MAX_ASPECT_RATIO = 200  # as in Qwen2-VL: nothing can be recognised in what remains of such an image
+MAX_ASPECT_RATIO = 200  # as in Qwen2-VL: nothing can be recognized in what remains of such an image
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _encode_image(
 
     source = _fetch(image) if isinstance(image, str) and _FSSPEC_URL.match(image) else image
     try:
-        return processor.image_processor.encode_image(source, _MAX_ASPECT_RATIO)
+        return processor.image_processor.encode_image(source, MAX_ASPECT_RATIO)
     except ValueError as error:  # an ImageError, usually
         if isinstance(error, ImageFetchError) and not isinstance(error, ImageMissingError):
             raise OSError(errno.EIO, str(error)) from error

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
+from solo_vlm.data.encode import Encoder
+from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.sources import Source, open_source
-from solo_vlm.data.streams import Weigh
+from solo_vlm.data.sources.units import SharedUnits
+from solo_vlm.data.streams import MixtureItem, VirtualStream, Weigh
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.settings import Settings, find_settings, override, read_settings
+from solo_vlm.utils.settings import Settings
 
 LOADER_SETTINGS = frozenset({"workers", "threads"})  # of `DataSettings`: who reads, not what is read
 
@@ -111,15 +115,56 @@ class Mixture(Settings):
                 raise SoloError(f"{source.name} has no rows")
         return sources
 
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a file. `base: other.yaml` inherits from a file beside it; overrides are `a.b=value`.
 
-        A recipe of the package can be named without its folder, as in `quickstart/stage1`.
+@dataclass(frozen=True)
+class StreamFactory:
+    """Creates the virtual streams of a mixture; picklable for worker processes."""
 
-        Raises:
-            SoloError: no such file, or a key or value that does not belong there.
-        """
-        kind = cls.__name__.lower()
-        settings = read_settings(find_settings(path, kind), kind)
-        return cls.parse(override(settings, overrides), origin=str(path))
+    sources: Sequence[Source]
+    settings: DataSettings
+    encoder: Encoder
+
+    def __call__(self, index: int) -> VirtualStream:
+        settings = self.settings
+        weights = [source.weight for source in settings.sources]
+        return VirtualStream(
+            index,
+            settings.streams,
+            [MixtureItem(*item) for item in zip(self.sources, weights, strict=True)],
+            self.encoder,
+            settings.sequence_length,
+            seed=settings.seed,
+            epochs=settings.epochs,
+            weigh=settings.weigh,
+            buffer_size=settings.packing_buffer,
+            max_skipped=settings.max_skipped,
+        )
+
+
+def make_loader(
+    mixture: Mixture, processor: Any, sources: list[Source], rank: int = 0, ranks: int = 1
+) -> PackedLoader:
+    """Create the loader of one data-parallel rank.
+
+    Args:
+        mixture: sources and packing.
+        processor: processor of the model, or tokenizer of a plain LLM.
+        sources: opened sources of the mixture.
+        rank: data-parallel rank.
+        ranks: number of data-parallel ranks.
+    """
+    encoder = Encoder(processor, mixture.data.vision_loss)
+    tokenizer = encoder.tokenizer
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return PackedLoader(
+        StreamFactory([SharedUnits(source) for source in sources], mixture.data, encoder),
+        mixture.data.streams,
+        mixture.data.sequence_length,
+        padding,
+        rank=rank,
+        ranks=ranks,
+        workers=mixture.data.workers,
+        threads=mixture.data.threads,
+        sources=sources,
+        patch_dim=encoder.patch_dim,
+    )

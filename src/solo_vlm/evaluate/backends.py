@@ -1,4 +1,4 @@
-"""What answers an evaluation's questions: a model in this process, or one that is served elsewhere."""
+"""Backends that answer an evaluation's questions: `generate.BatchGenerator`, or a model behind an API."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """Answers questions greedily, in an order of its own."""
+    """Answers requests greedily, in any order; `BatchGenerator` is one."""
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
-        """Yield answers as they come, some at a time.
+        """Yield outputs in batches as they are ready.
 
         Args:
-            requests: asked for little by little; maybe from another thread.
+            requests: Consumed lazily, possibly from another thread.
 
         Raises:
-            SoloError: there is no going on, as opposed to a single question that has no answer.
+            SoloError: The backend fails as a whole; the failure of a single request is its output's error.
         """
 
 
@@ -32,14 +32,14 @@ class ServerBackend:
     """A model behind an OpenAI-compatible API: `solo serve`, vLLM, or any other.
 
     Args:
-        model: its name there.
-        base_url: such as http://localhost:8000/v1; default: OPENAI_BASE_URL, or OpenAI's own.
-        api_key: default: OPENAI_API_KEY; a server of one's own seldom asks for one.
-        concurrency: requests under way at a time.
-        retries: of a request that failed for a while.
+        model: Name of the model at the server.
+        base_url: URL such as http://localhost:8000/v1. Default: OPENAI_BASE_URL, or OpenAI's own.
+        api_key: API key. Default: OPENAI_API_KEY.
+        concurrency: Maximum in-flight requests.
+        retries: Retries of a request after a transient failure.
 
     Raises:
-        SoloError: the openai package is missing, or the key.
+        SoloError: The openai package or the key is missing.
     """
 
     def __init__(
@@ -53,52 +53,55 @@ class ServerBackend:
         try:
             from openai import OpenAI, OpenAIError
         except ImportError as error:
-            raise SoloError("asking a served model needs a package more: pip install openai") from error
+            raise SoloError("a served model needs the openai package: pip install openai") from error
         self.model = model
         self.concurrency = concurrency
         try:
             self._client = OpenAI(base_url=base_url, api_key=api_key, max_retries=retries)
         except OpenAIError as error:
-            raise SoloError("no key for the API: give --api-key, or set OPENAI_API_KEY") from error
+            raise SoloError("no key for the API: pass --api-key, or set OPENAI_API_KEY") from error
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
         """See `Backend`."""
-        waiting: set[Future[GenerationOutput]] = set()
+        pending: set[Future[GenerationOutput]] = set()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            for question in requests:
-                waiting.add(pool.submit(self._ask, question))
-                if len(waiting) >= 2 * self.concurrency:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for request in requests:
+                pending.add(pool.submit(self._complete, request))
+                if len(pending) >= 2 * self.concurrency:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield [future.result() for future in done]
-            for future in as_completed(waiting):
+            for future in as_completed(pending):
                 yield [future.result()]
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _ask(self, question: GenerationRequest) -> GenerationOutput:
+    def _complete(self, request: GenerationRequest) -> GenerationOutput:
         from openai import BadRequestError, OpenAIError, UnprocessableEntityError
 
         try:
-            reply = self._client.chat.completions.create(
+            completion = self._client.chat.completions.create(
                 model=self.model,
-                messages=_with_data_urls(question.messages),
-                max_tokens=question.max_new_tokens,
+                messages=_with_data_urls(request.messages),
+                max_tokens=request.max_new_tokens,
                 temperature=0.0,
             )
-        except (BadRequestError, UnprocessableEntityError) as error:  # this question: too long, for example
-            return GenerationOutput(question.request_id, None, f"refused by the server: {error}")
+        except (
+            BadRequestError,
+            UnprocessableEntityError,
+        ) as error:  # this request only, e.g. too long
+            return GenerationOutput(request.request_id, None, f"refused by the server: {error}")
         except OpenAIError as error:
             raise SoloError(f"no answer from {self._client.base_url}: {error}") from error
-        return GenerationOutput(question.request_id, (reply.choices[0].message.content or "").strip())
+        return GenerationOutput(request.request_id, (completion.choices[0].message.content or "").strip())
 
 
-def _with_data_urls(chat: Sequence[Message]) -> Any:
-    """The chat as the API takes it."""
+def _with_data_urls(messages: Sequence[Message]) -> Any:
+    """Return the chat in the format of the API."""
 
-    def part_of_api(part: dict[str, Any]) -> dict[str, Any]:
+    def api_part(part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] != "image":
             return part
         return {"type": "image_url", "image_url": {"url": image_url(part["image"])}}
 
-    return [{**message, "content": [part_of_api(part) for part in message["content"]]} for message in chat]
+    return [{**message, "content": [api_part(part) for part in message["content"]]} for message in messages]

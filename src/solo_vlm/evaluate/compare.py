@@ -1,14 +1,12 @@
-"""Two runs on the same questions: is the difference of their scores more than chance?"""
+"""Paired comparison of two runs on the same questions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from solo_vlm.evaluate.benchmarks import Benchmark, get
+from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.run_folder import RunFolder
-from solo_vlm.evaluate.score import ScoredAnswer
-from solo_vlm.evaluate.statistics import paired_difference, score_of
+from solo_vlm.evaluate.scoring.score import Benchmark, ScoredAnswer, paired_difference, score_of
 from solo_vlm.utils.errors import SoloError
 
 
@@ -17,17 +15,17 @@ class Comparison:
     """Two runs on one task, on the rows that both have.
 
     Attributes:
-        task: the benchmark's name on the command line.
-        title: in print.
-        n: rows that both runs have.
-        left_out: rows that one run has and the other has not.
-        first: score of the first run on the shared rows.
-        second: score of the second.
-        difference: second less first.
-        interval: 95% of the difference.
-        p_value: two-sided, that there is no difference.
-        only_first: rows that only the first run has right.
-        only_second: rows that only the second run has right.
+        task: Name of the benchmark on the command line.
+        title: Name of the benchmark in print.
+        n: Number of shared rows.
+        left_out: Number of rows that only one run has.
+        first: Score of the first run on the shared rows.
+        second: Score of the second run on the shared rows.
+        difference: Second score minus first.
+        interval: 95% interval of the difference.
+        p_value: Two-sided p-value of no difference.
+        only_first: Number of rows that only the first run answers correctly.
+        only_second: Number of rows that only the second run answers correctly.
     """
 
     task: str
@@ -47,7 +45,7 @@ def compare_runs(first: RunFolder, second: RunFolder) -> list[Comparison]:
     """Compare two runs on every task that both have.
 
     Raises:
-        SoloError: they share no task, or no row of one, or were run on different data.
+        SoloError: They share no task, or no row of a shared task, or were run on different data.
     """
     tasks = [task for task in first.tasks if task in second.tasks]
     if not tasks:
@@ -59,42 +57,34 @@ def _compare(benchmark: Benchmark, first: RunFolder, second: RunFolder) -> Compa
     runs = [
         {
             answer.prediction.id: answer
-            for answer in benchmark.counted(benchmark.scorer(run.read_predictions(benchmark.name)))
+            for answer in benchmark.filter(benchmark.scorer(run.read_predictions(benchmark.name)))
         }
         for run in (first, second)
     ]
-    shared = [name for name in runs[0] if name in runs[1]]
-    if not shared:
+    pairs = [(runs[0][name], runs[1][name]) for name in runs[0] if name in runs[1]]
+    if not pairs:
         raise SoloError(f"{benchmark.name}: the two runs have no row in common")
-    one, other = ([run[name] for name in shared] for run in runs)
-    _check_same_questions(benchmark, one, other)
-    units, other_units = benchmark.units(one), benchmark.units(other)
+    for one, other in pairs:
+        if one.reference != other.reference or _question(one) != _question(other):
+            raise SoloError(
+                f"{benchmark.name}: row {one.prediction.id} is another question in the second run; "
+                "compare runs on the same data"
+            )
+    units, other_units = (benchmark.units(answers) for answers in zip(*pairs, strict=True))
     difference, interval, p_value = paired_difference(units, other_units)
-    pairs = list(zip(one, other, strict=True))
     return Comparison(
         task=benchmark.name,
         title=benchmark.title,
-        n=len(shared),
-        left_out=sum(map(len, runs)) - 2 * len(shared),
+        n=len(pairs),
+        left_out=sum(map(len, runs)) - 2 * len(pairs),
         first=score_of(units),
         second=score_of(other_units),
         difference=difference,
         interval=interval,
         p_value=p_value,
-        only_first=sum(mine.correct and not theirs.correct for mine, theirs in pairs),
-        only_second=sum(theirs.correct and not mine.correct for mine, theirs in pairs),
+        only_first=sum(one.correct and not other.correct for one, other in pairs),
+        only_second=sum(other.correct and not one.correct for one, other in pairs),
     )
-
-
-def _check_same_questions(
-    benchmark: Benchmark, one: Sequence[ScoredAnswer], other: Sequence[ScoredAnswer]
-) -> None:
-    for mine, theirs in zip(one, other, strict=True):
-        if mine.reference != theirs.reference or _question(mine) != _question(theirs):
-            raise SoloError(
-                f"{benchmark.name}: row {mine.prediction.id} is another question in the second run; "
-                "runs are compared on the same data only"
-            )
 
 
 def _question(answer: ScoredAnswer) -> object:

@@ -1,4 +1,4 @@
-"""A model's answers to held-out samples, and how many are right to the letter."""
+"""Exact-match accuracy of generated answers to held-out samples."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from solo_vlm.models.solo.image_loading_solo import load_image
 from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.utils.errors import SoloError
 
-_BATCH = 50
+_BATCH_SIZE = 50
 _MAX_NEW_TOKENS = 40
 
 
 @dataclass(frozen=True)
 class HeldOutQuestion:
-    """A chat whose last turn, the assistant's, is not shown to the model.
+    """A chat whose last turn, the assistant's, is the reference.
 
     Attributes:
-        sample: the whole chat.
+        sample: The whole chat.
     """
 
     sample: Sample
 
     @property
     def chat(self) -> list[Message]:
-        """The turns up to the question, the images in their places."""
+        """The turns up to the question, with their images."""
         images = map(load_image, self.sample.images)
         return [
             {
@@ -47,41 +47,41 @@ class HeldOutQuestion:
 
     @property
     def image(self) -> Image.Image:
-        """The first one of a chat that has any."""
+        """First image of the chat."""
         return load_image(self.sample.images[0])
 
     @property
     def question(self) -> str:
-        """The user's last turn."""
+        """Text of the last user turn."""
         return _text(self.sample.messages[-2])
 
     @property
     def reference(self) -> str:
-        """The assistant's last turn."""
+        """Text of the last assistant turn."""
         return _text(self.sample.messages[-1])
 
 
 @dataclass(frozen=True)
 class HeldOutAnswer(HeldOutQuestion):
-    """A question, and what the model said.
+    """A question with the model's answer.
 
     Attributes:
-        answer: greedy, of at most 40 tokens.
+        answer: Greedy answer of at most 40 tokens.
     """
 
     answer: str
 
     @property
     def correct(self) -> bool:
-        """Equal to the truth up to case and white space."""
+        """Whether the answer equals the reference up to case and white space."""
         return " ".join(self.answer.lower().split()) == " ".join(self.reference.lower().split())
 
 
 def read_questions(path: str | Path) -> list[HeldOutQuestion]:
-    """All samples of a file or folder; images are opened when they are asked for.
+    """Read all samples of a file or folder; images are opened on access.
 
     Raises:
-        SoloError: nothing is there, or a sample does not end with a question and its answer.
+        SoloError: There is no data, or a sample does not end with a question and its answer.
     """
     source = open_source(path)
     return [
@@ -94,15 +94,15 @@ def read_questions(path: str | Path) -> list[HeldOutQuestion]:
 def answer_questions(
     questions: Sequence[HeldOutQuestion], pipeline: GenerationPipeline
 ) -> Iterator[list[HeldOutAnswer]]:
-    """Ask a model; yield the answers in order, a batch at a time."""
-    for start in range(0, len(questions), _BATCH):
-        batch = questions[start : start + _BATCH]
+    """Yield a model's answers in order, in batches."""
+    for start in range(0, len(questions), _BATCH_SIZE):
+        batch = questions[start : start + _BATCH_SIZE]
         texts = pipeline.answer([question.chat for question in batch], _MAX_NEW_TOKENS)
         yield [HeldOutAnswer(question.sample, text) for question, text in zip(batch, texts, strict=True)]
 
 
 def accuracy(answers: Sequence[HeldOutAnswer]) -> float:
-    """The share of right answers."""
+    """Return the fraction of correct answers."""
     return sum(answer.correct for answer in answers) / len(answers)
 
 
@@ -112,7 +112,7 @@ def _question(source: Source, unit: int, number: int, row: dict[str, Any]) -> He
     except SampleError as error:
         raise SoloError(f"{source.where(unit, number)}: {error}") from error
     if [message["role"] for message in sample.messages[-2:]] != ["user", "assistant"]:
-        raise SoloError(f"{source.where(unit, number)}: a held-out chat ends with a question and its answer")
+        raise SoloError(f"{source.where(unit, number)}: the chat does not end with a question and its answer")
     return HeldOutQuestion(sample)
 
 

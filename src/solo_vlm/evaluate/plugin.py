@@ -1,4 +1,4 @@
-"""Tells lmms-eval of the model `solo`: the entry point in its group `lmms_eval.models`."""
+"""Entry point for lmms-eval, loaded while `lmms_eval.models` is being imported: the adapter cannot be yet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval calls when it collects its models; it imports a model only when that is asked for."""
+    """Register the model `solo`; lmms-eval imports its class when it is used."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="solo", chat_class_path="solo_vlm.evaluate.adapter.Solo")
+    return ModelManifest(model_id="solo", chat_class_path="solo_vlm.evaluate.lmms_eval.Solo")

@@ -1,28 +1,37 @@
-"""What a model answered to the rows of a benchmark, and the file that holds it: one JSON object a line."""
+"""Predictions of a model and their files: a run's JSONL, tables of other tools, MME's text files."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time
 from pathlib import Path
 from typing import Any, TypeGuard
+from zipfile import BadZipFile
 
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
 
+Row = dict[str, Any]
+
 _IMAGE_COLUMNS = ("image", "images", "decoded_image")
-_NAMES_OF_ROWS = ("pid", "index", "id")
+_ID_COLUMNS = ("pid", "index", "id")
+_RESPONSE_COLUMNS = ("response", "prediction", "extraction")
+_ERRORS = (AttributeError, BadZipFile, KeyError, OSError, RecursionError, TypeError, ValueError, csv.Error)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model answered to one row of a benchmark.
+    """Response of a model to one row of a benchmark.
 
     Attributes:
-        id: the row's name, unique within the task; two runs are compared by it.
-        response: the model's text; None where the row failed, which counts as wrong and as a bad row.
-        row: the benchmark's own columns in lower case, without images (see `without_images`).
+        id: ID of the row, unique within the task; runs are compared by it.
+        response: Generated text; None if the row failed, which counts as wrong and as a bad row.
+        row: Columns of the benchmark in lower case, without images (see `without_images`).
     """
 
     id: str
@@ -30,14 +39,14 @@ class Prediction:
     row: Mapping[str, Any]
 
     def as_json(self) -> str:
-        """The prediction as one line of a predictions file, without the line's end."""
+        """Return the line of a predictions file, without the line break."""
         return json.dumps({"id": self.id, "response": self.response, "row": self.row}, ensure_ascii=False)
 
     def column(self, *names: str) -> Any:
-        """The value of the first of these columns that the row has.
+        """Return the value of the first of these columns that the row has.
 
         Raises:
-            SoloError: it has none of them; the message names the columns that there are.
+            SoloError: The row has none of them.
         """
         for name in names:
             if name in self.row:
@@ -48,19 +57,24 @@ class Prediction:
 
 
 def present(value: Any) -> TypeGuard[Any]:
-    """Whether a cell of a table holds something: neither nothing, nor NaN, nor blank text."""
+    """Whether a cell of a table has a value: not None, NaN or blank text."""
     return value is not None and value == value and (not isinstance(value, str) or value.strip() != "")
 
 
-def without_images(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with names in lower case, its images replaced by `has_image`: whether there was one.
+def column_name(name: str) -> str:
+    """Return a column's name in lower case with underscores."""
+    return name.strip().lower().replace("-", "_").replace(" ", "_")
 
-    A path or a name in place of an image stays, as `image`: MME and MathVista name their images.
+
+def without_images(row: Mapping[str, Any]) -> Row:
+    """Return the row with normalized column names, and `has_image` in place of its images.
+
+    A path or a name in the image column is kept as `image`: MME and MathVista name their images.
 
     Raises:
-        SoloError: two columns have one name but for case, and do not hold the same.
+        SoloError: Two columns have the same normalized name and different values.
     """
-    kept: dict[str, Any] = {}
+    kept: Row = {}
     has_image = None
     for name, value in row.items():
         plain = column_name(name)
@@ -76,53 +90,48 @@ def without_images(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _holds_image(value: Any) -> bool:
-    if isinstance(value, Mapping):  # as data sets store it: bytes, or a path
+    if isinstance(value, Mapping):  # bytes or a path, as datasets stores images
         return any(map(present, value.values()))
     return present(value) and bool(value)
 
 
-def check_unique(rows: Iterable[Mapping[str, Any]], what: str) -> None:
-    """Refuse rows of one question, by their `pid`, `index` or `id`; within a split, where they name one.
+def check_unique(rows: Iterable[Mapping[str, Any]], where: str) -> None:
+    """Check that no two rows of a split have the same `pid`, `index` or `id`.
 
     Args:
-        rows: with names in lower case, counted from 1 in the message.
-        what: where the rows are from.
+        rows: Rows with normalized column names, numbered from 1 in the message.
+        where: Origin of the rows, for the message.
 
     Raises:
-        SoloError: two rows have the same; the message names them.
+        SoloError: Two rows have the same ID.
     """
     seen: dict[tuple[str, str, str], int] = {}
     for number, row in enumerate(rows, start=1):
-        for column in _NAMES_OF_ROWS:
+        for column in _ID_COLUMNS:
             if not present(row.get(column)):
                 continue
             name = str(row[column]).strip().removesuffix(".0")
             first = seen.setdefault((column, name, str(row.get("split"))), number)
             if first != number:
                 same = f"rows {first} and {number} have the same {column}, {name}"
-                raise SoloError(f"{what}: {same}: keep one row per question")
-
-
-def column_name(name: str) -> str:
-    """How a column is called here: in lower case, with underscores."""
-    return name.strip().lower().replace("-", "_").replace(" ", "_")
+                raise SoloError(f"{where}: {same}: keep one row per question")
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Write a predictions file; it appears when it is complete."""
+    """Write the predictions file of a run; it appears when complete."""
     with new_file(path) as partial, partial.open("w", encoding="utf-8") as lines:
         lines.writelines(prediction.as_json() + "\n" for prediction in predictions)
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Read a predictions file.
+    """Read the predictions file of a run.
 
     Raises:
-        SoloError: it cannot be read, or a line is not a prediction.
+        SoloError: The file cannot be read, or a line is not a prediction.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
-            lines = list(file)  # not splitlines: it also splits at characters that JSON leaves as they are
+            lines = list(file)  # splitlines would also split at characters that JSON does not escape
     except (OSError, UnicodeDecodeError) as error:
         raise SoloError(f"cannot read predictions {path}: {error}") from error
     predictions = []
@@ -138,7 +147,154 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 def _prediction(id: Any, response: Any, row: Any) -> Prediction:
     if not isinstance(row, Mapping):
-        raise TypeError("row is no object")
+        raise TypeError("row is not an object")
     if not (response is None or isinstance(response, str)):
-        raise TypeError("response is no text")
+        raise TypeError("response is not a text")
     return Prediction(str(id), response, row)
+
+
+def load_predictions(path: Path) -> list[Prediction]:
+    """Load predictions from the file of a run, or from any file that `read_table` reads.
+
+    The response is the column `response`, else `prediction`, else (MathVista) `extraction`.
+
+    Raises:
+        SoloError: The file cannot be read, has none of these columns, or has a question twice.
+    """
+    rows = read_table(path)
+    if set(rows[0]) == {"id", "response", "row"}:
+        return read_predictions(path)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    if not set(_RESPONSE_COLUMNS) & set(columns):
+        raise SoloError(f"{path} has no column prediction or response; its columns are: {', '.join(columns)}")
+    check_unique(rows, str(path))
+    return [
+        Prediction(
+            id=str(row["pid"] if present(row.get("pid")) else number),
+            response=_response(row),
+            row={name: value for name, value in row.items() if name not in ("response", "prediction")},
+        )
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def _response(row: Row) -> str | None:
+    """Return the first non-empty response; an empty cell of a table is an empty response."""
+    cells = [row[column] for column in _RESPONSE_COLUMNS if row.get(column) is not None]
+    texts = [str(cell) for cell in cells if cell == cell]
+    return next((text for text in texts if text), texts[0] if texts else None)
+
+
+def read_table(path: Path) -> list[Row]:
+    """Read the non-empty rows of a JSONL, JSON, CSV, TSV or XLSX file, or of MME's text files.
+
+    JSON is a list of rows, or an object of rows by `pid` as MathVista writes it. A folder, or a .txt file,
+    holds MME's lines of image, question, answer and response. Images are dropped, see `without_images`.
+
+    Raises:
+        SoloError: The file is missing, of an unknown type, unreadable or empty, or two columns share a name.
+    """
+    if not path.exists():
+        raise SoloError(f"{path} does not exist")
+    readers: dict[str, Callable[[Path], Iterable[Row]]] = {
+        ".jsonl": read_json_lines,
+        ".json": _read_json,
+        ".csv": lambda file: read_delimited(file, ","),
+        ".tsv": lambda file: read_delimited(file, "\t"),
+        ".xlsx": _read_xlsx,
+        ".txt": _read_mme_text,
+    }
+    reader = _read_mme_folder if path.is_dir() else readers.get(path.suffix.lower())
+    if reader is None:
+        raise SoloError(
+            f"{path}: predictions are read from {', '.join(readers)} or a folder of MME's .txt files"
+        )
+    try:
+        rows = [without_images(row) for row in reader(path)]
+    except _ERRORS as error:
+        raise SoloError(f"cannot read {path}: {error}") from error
+    if not rows:
+        raise SoloError(f"{path} has no rows")
+    return rows
+
+
+def read_delimited(path: Path, delimiter: str) -> Iterator[Row]:
+    """Yield the rows of a CSV or TSV file, every cell as text."""
+    csv.field_size_limit(sys.maxsize)  # VLMEvalKit stores images in cells
+    with path.open(newline="", encoding="utf-8-sig") as lines:
+        # Strict: an unclosed quotation mark would swallow the following rows.
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        _check_columns(reader.fieldnames or ())
+        for row in reader:
+            if None in row:
+                raise ValueError(f"line {reader.line_num} has more cells than the header")
+            if any(map(present, row.values())):
+                yield row
+
+
+def read_json_lines(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file with one JSON object per line."""
+    with path.open(encoding="utf-8-sig") as lines:
+        yield from (_parse_json(line) for line in lines if line.strip())
+
+
+def _read_json(path: Path) -> list[Row]:
+    rows = _parse_json(path.read_text(encoding="utf-8-sig"))
+    return [{"pid": pid, **row} for pid, row in rows.items()] if isinstance(rows, dict) else rows
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique_entries)
+
+
+def _unique_entries(pairs: list[tuple[str, Any]]) -> Row:
+    """Refuse duplicate keys of an object; json would keep the last."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"two entries of an object are called {twice!r}")
+    return entries
+
+
+def _read_xlsx(path: Path) -> Iterator[Row]:
+    try:
+        from openpyxl import load_workbook
+    except ImportError as error:
+        raise SoloError("XLSX files need openpyxl: pip install 'solo-vlm[eval]', or save as CSV") from error
+    sheet = load_workbook(path, read_only=True, data_only=True).worksheets[0]
+    cells = sheet.iter_rows(values_only=True)
+    names = next(cells, ())
+    _check_columns([str(name) for name in names if present(name)])
+    for number, row in enumerate(cells, start=2):
+        if any(isinstance(cell, date | time) for cell in row):
+            raise ValueError(f"row {number} has a date, as Excel makes of 3/5: format its cells as text")
+        if any(map(present, row)):
+            yield {
+                str(name): cell
+                for name, cell in zip(names, row, strict=False)
+                if present(name) or present(cell)
+            }
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    for name, count in Counter(map(column_name, names)).items():
+        if name and count > 1:
+            raise ValueError(f"{count} columns are called {name}")
+
+
+def _read_mme_folder(path: Path) -> list[Row]:
+    return [row for file in sorted(path.glob("*.txt")) for row in _read_mme_text(file)]
+
+
+def _read_mme_text(path: Path) -> Iterator[Row]:
+    """Yield the rows of one subtask of MME, named by the file."""
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        fields = line.split("\t", 3)
+        if len(fields) < 4:
+            raise ValueError(
+                f"line {number} of {path.name} is not image, question, answer, response with tabs"
+            )
+        columns = ("question_id", "question", "answer", "response")
+        yield {"category": path.stem, **dict(zip(columns, fields, strict=True))}

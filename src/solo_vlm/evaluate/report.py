@@ -1,36 +1,76 @@
-"""The report of an evaluation run: scores beside published ones, categories, answers with their images."""
+"""Reports of an evaluation run: scores beside published ones, categories, answers with their images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from solo_vlm.evaluate.benchmarks import Benchmark
-from solo_vlm.evaluate.published import PUBLISHED
-from solo_vlm.evaluate.rows import Rows
-from solo_vlm.evaluate.score import Part, Score, ScoredAnswer
+from solo_vlm.evaluate.data import Rows
+from solo_vlm.evaluate.scoring.score import Benchmark, Part, Score, ScoredAnswer
 from solo_vlm.models.solo.image_loading_solo import ImageError
 from solo_vlm.utils.files import new_file
 from solo_vlm.utils.pages import figure_url, render, thumbnail_url
 
-_SHOWN = 12  # right answers, and as many wrong ones, of each task
+_SHOWN = 12  # correct answers, and as many wrong ones, per task
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A model with published scores.
+
+    Attributes:
+        name: Name of the model.
+        source: Paper that presents it.
+        scores: Scores by benchmark, on this project's scale.
+        unverified: Benchmarks whose score could not be traced to its source.
+    """
+
+    name: str
+    source: str
+    scores: Mapping[str, float]
+    unverified: frozenset[str] = field(default_factory=frozenset)
+
+
+PUBLISHED = (
+    PublishedModel(
+        "SOLO-7B",
+        "Chen et al. 2024, arXiv 2407.06438",
+        {"mmstar": 35.5, "mme": 1260, "seedbench": 64.4, "ai2d": 61.4, "scienceqa": 73.3, "mathvista": 34.4},
+        unverified=frozenset({"mmstar"}),
+    ),
+    PublishedModel(
+        "LLaVA-1.5-7B",
+        "Liu et al. 2023, arXiv 2310.03744, and later comparisons",
+        {"mmstar": 33.1, "mme": 1859, "seedbench": 64.3, "ai2d": 54.8, "scienceqa": 66.8, "mathvista": 25.5},
+    ),
+    PublishedModel(
+        "EVEv2-7B",
+        "Diao et al. 2025, arXiv 2502.06788",
+        {"mme": 1709, "seedbench": 71.4, "ai2d": 74.8, "scienceqa": 96.2, "mathvista": 60.0},
+    ),
+    PublishedModel(
+        "NEO-9B",
+        "Diao et al. 2025, arXiv 2510.14979",
+        {"mmstar": 62.4, "seedbench": 76.3, "ai2d": 83.1},
+    ),
+)
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What a report tells of one task.
+    """Content of a report about one task.
 
     Attributes:
-        benchmark: the task.
-        score: of the run.
-        answers: one a row, in the order of the rows.
-        rows: of the benchmark; the run may have asked the first of them only.
-        prompt: the exact text of the prompt of a row, by its number.
-        facts: what was run, for the record.
+        benchmark: The benchmark.
+        score: Score of the run.
+        answers: Scored answers in order of the rows.
+        rows: Rows of the benchmark; a limited run has answers to the first only.
+        prompt: Returns the exact text of a row's prompt.
+        metadata: Settings, failures and duration.
     """
 
     benchmark: Benchmark
@@ -38,12 +78,12 @@ class TaskReport:
     answers: Sequence[ScoredAnswer]
     rows: Rows
     prompt: Callable[[int], str]
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Card:
-    """One answer as the page shows it."""
+    """One answer on the page."""
 
     id: str
     images: Sequence[str]
@@ -51,16 +91,16 @@ class Card:
     answer: ScoredAnswer
 
 
-def write_reports(folder: Path, facts: Mapping[str, Any], reports: Sequence[TaskReport]) -> None:
-    """Write `report.html`, one file that needs nothing else, and `report.md`, without images.
+def write_reports(folder: Path, run: Mapping[str, Any], reports: Sequence[TaskReport]) -> None:
+    """Write `report.html`, a self-contained page, and `report.md`, without images.
 
     Args:
-        folder: of the run.
-        facts: what was run: model, versions, settings.
-        reports: one a task.
+        folder: Folder of the run.
+        run: Metadata of the run: model, versions, settings.
+        reports: One per task.
     """
     values = {
-        "facts": facts,
+        "run": run,
         "reports": reports,
         "scores": [report.score for report in reports],
         "published": [model for model in PUBLISHED if any(r.score.task in model.scores for r in reports)],
@@ -79,7 +119,7 @@ def write_reports(folder: Path, facts: Mapping[str, Any], reports: Sequence[Task
 
 
 def category_plot(score: Score) -> Any:
-    """Bars of the score of each category, in per cent of a perfect model's, with 95% intervals."""
+    """Plot the score of each category in percent of a perfect model's, with 95% intervals."""
     from matplotlib.figure import Figure
 
     parts = score.breakdown
@@ -90,14 +130,14 @@ def category_plot(score: Score) -> Any:
         members = {name: part for name, part in parts.items() if part.group == group}
         axes.barh(
             [f"{name}  ({part.n:,})" for name, part in members.items()],
-            [_share(part, part.score) for part in members.values()],
+            [_percent(part, part.score) for part in members.values()],
             xerr=np.transpose([_error(part) for part in members.values()]),
             color=f"C{color}",
             ecolor="0.4",
             label=group,
             height=0.7,
         )
-    axes.set(xlim=(0, 100), ylim=(len(parts) - 0.5, -0.5), xlabel="per cent of a perfect model")
+    axes.set(xlim=(0, 100), ylim=(len(parts) - 0.5, -0.5), xlabel="percent of a perfect model")
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
     if len(groups) > 1:
@@ -105,26 +145,26 @@ def category_plot(score: Score) -> Any:
     return figure
 
 
-def _share(part: Part, value: float) -> float:
+def _percent(part: Part, value: float) -> float:
     return 100 * value / part.maximum
 
 
 def _error(part: Part) -> tuple[float, float]:
-    """How far the interval reaches below and above the score."""
+    """Return the lengths of the interval below and above the score, in percent."""
     low, high = part.interval
-    return max(0.0, _share(part, part.score - low)), max(0.0, _share(part, high - part.score))
+    return max(0.0, _percent(part, part.score - low)), max(0.0, _percent(part, high - part.score))
 
 
 def _cards(report: TaskReport, correct: bool) -> list[Card]:
-    """A sample of the right or the wrong answers, spread evenly over the rows."""
+    """Return a sample of the correct or the wrong answers, spread evenly over the rows."""
+
+    def card(number: int) -> Card:
+        try:
+            images = [thumbnail_url(image) for image in report.rows.images(number)]
+        except ImageError:  # the card shows no response either
+            images = []
+        return Card(report.rows.ids[number], images, report.prompt(number), report.answers[number])
+
     numbers = [number for number, answer in enumerate(report.answers) if answer.correct == correct]
     places = np.linspace(0, len(numbers) - 1, min(_SHOWN, len(numbers))).round().astype(int)
-    return [_card(report, numbers[place]) for place in places]
-
-
-def _card(report: TaskReport, number: int) -> Card:
-    try:
-        images = [thumbnail_url(image) for image in report.rows.images(number)]
-    except ImageError:  # the card says so: the row has no response
-        images = []
-    return Card(report.rows.ids[number], images, report.prompt(number), report.answers[number])
+    return [card(numbers[place]) for place in places]

@@ -1,51 +1,95 @@
-"""The folder of an evaluation run: predictions of each task, scores, and what was run."""
+"""Files of an evaluation run: answers as they arrive, predictions, scores, metadata; hash of the weights."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from solo_vlm.evaluate.predictions import Prediction, read_predictions, write_predictions
-from solo_vlm.evaluate.score import Score
+from solo_vlm.evaluate.scoring.score import Score
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
+from solo_vlm.utils.json_lines import LinesFile
+
+
+@dataclass(frozen=True)
+class SavedAnswer:
+    """Response to one row.
+
+    Attributes:
+        row: Index into the benchmark's rows.
+        request: Hash of prompt and settings; a response to another request is not reused.
+        response: Generated text; None if the row failed.
+        error: Why the row failed.
+    """
+
+    row: int
+    request: str
+    response: str | None
+    error: str | None = None
+
+
+class AnswerFile(LinesFile):
+    """Append-only file of answers, from which a killed run resumes.
+
+    Args:
+        path: File, new or existing. A truncated last line is dropped.
+
+    Raises:
+        SoloError: The file holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            self._saved = {record["row"]: SavedAnswer(**record) for record in self.records}
+        except (KeyError, TypeError) as error:
+            raise SoloError(f"{path} does not hold answers ({error}): remove it to start over") from error
+
+    def get(self, row: int, request: str) -> SavedAnswer | None:
+        """Return the response to exactly this request, if there is one; failed rows are retried."""
+        saved = self._saved.get(row)
+        return saved if saved and saved.request == request and saved.error is None else None
+
+    def save(self, responses: Iterable[SavedAnswer]) -> None:
+        """Append responses; they are on disk when this returns."""
+        new = {response.row: response for response in responses}
+        self.append(map(asdict, new.values()))
+        self._saved |= new
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`predictions/TASK.jsonl`, `scores.json` and `run.json` below one folder."""
+    """Folder of a run with `predictions/TASK.jsonl`, `scores.json` and `run.json`."""
 
     path: Path
 
     @property
     def tasks(self) -> list[str]:
-        """Tasks with predictions, in order of the alphabet."""
-        return sorted(file.stem for file in self._predictions.glob("[!.]*.jsonl"))
+        """Tasks with predictions, sorted by name."""
+        return sorted(file.stem for file in (self.path / "predictions").glob("[!.]*.jsonl"))
 
     def predictions_file(self, task: str) -> Path:
-        """Where the predictions of a task are."""
-        return self._predictions / f"{task}.jsonl"
+        """Return the path of a task's predictions."""
+        return self.path / "predictions" / f"{task}.jsonl"
 
     def read_predictions(self, task: str) -> list[Prediction]:
-        """Predictions of a task.
-
-        Raises:
-            SoloError: there are none, or they cannot be read.
-        """
+        """Read the predictions of a task; see `predictions.read_predictions`."""
         return read_predictions(self.predictions_file(task))
 
     def write_predictions(self, task: str, predictions: Iterable[Prediction]) -> None:
-        """Write predictions of a task."""
+        """Write the predictions of a task."""
         write_predictions(self.predictions_file(task), predictions)
 
     def read_scores(self) -> list[Score]:
-        """The scores of the run.
+        """Read the scores.
 
         Raises:
-            SoloError: there are none, or they cannot be read.
+            SoloError: The file is missing, unreadable or holds something else.
         """
         try:
             return [Score.from_dict(score) for score in self._read("scores.json")]
@@ -53,24 +97,20 @@ class RunFolder:
             raise SoloError(f"{self.path / 'scores.json'} does not hold scores: {error}") from error
 
     def write_scores(self, scores: Iterable[Score]) -> None:
-        """Write the scores of the run."""
+        """Write the scores."""
         self._write("scores.json", [score.as_dict() for score in scores])
 
-    def read_facts(self) -> dict[str, Any]:
-        """What was run: model and its hash, versions, prompts, settings.
+    def read_metadata(self) -> dict[str, Any]:
+        """Read the metadata of the run: model and hash of its weights, versions, prompts, settings.
 
         Raises:
-            SoloError: there is no such file, or it cannot be read.
+            SoloError: The file is missing or unreadable.
         """
         return self._read("run.json")
 
-    def write_facts(self, facts: Mapping[str, Any]) -> None:
-        """Write what was run."""
-        self._write("run.json", facts)
-
-    @property
-    def _predictions(self) -> Path:
-        return self.path / "predictions"
+    def write_metadata(self, metadata: Mapping[str, Any]) -> None:
+        """Write the metadata of the run."""
+        self._write("run.json", metadata)
 
     def _read(self, name: str) -> Any:
         try:
@@ -83,3 +123,32 @@ class RunFolder:
     def _write(self, name: str, value: Any) -> None:
         with new_file(self.path / name) as partial:
             partial.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def weights_hash(model: str | Path) -> str:
+    """Return the SHA-256 of a model's weight files, in order of their names.
+
+    Args:
+        model: Folder, or hub ID of a downloaded model.
+
+    Raises:
+        SoloError: There are no weights.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder = Path(model)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(model), local_files_only=True))
+        except (LocalEntryNotFoundError, ValueError) as error:
+            raise SoloError(f"{model} is neither a folder nor a downloaded model") from error
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise SoloError(f"{model} has no weights (.safetensors)")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()

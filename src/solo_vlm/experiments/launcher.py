@@ -14,9 +14,9 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from solo_vlm.train.failures import Stopped, StopRequest, catch_signals
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.run_folder import changes_in_learning
-from solo_vlm.train.stopping import Stopped, StopRequest, listen
+from solo_vlm.train.run_folder import describe_recipe_changes
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
 
@@ -62,7 +62,7 @@ class TrainingRun:
     @property
     def folder(self) -> Path:
         """Output directory of the run."""
-        return self.recipe.at(self.recipe.out)
+        return self.recipe.output_dir
 
     @property
     def finished(self) -> bool:
@@ -73,7 +73,7 @@ class TrainingRun:
         """
         if not (self.folder / "manifest.json").is_file():
             return False
-        if changed := changes_in_learning(Recipe.load(self.folder / "recipe.yaml"), self.recipe):
+        if changed := describe_recipe_changes(Recipe.load(self.folder / "recipe.yaml"), self.recipe):
             raise SoloError(
                 f"{self.folder} was trained with another recipe ({changed}): remove it, or choose another "
                 "root"
@@ -162,7 +162,7 @@ def _run_locally(
     environments = _slot_environments(max(min(processes, len(jobs)), 1))
     free, pending = deque(range(len(environments))), deque(jobs)
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
-    with listen() as stop:
+    with catch_signals() as stop:
         try:
             while pending or running:
                 while pending and free:
@@ -222,7 +222,7 @@ def _run_on_ray(
 
     pending = deque(jobs)
     running: dict[Any, Job] = {}
-    with listen() as stop:
+    with catch_signals() as stop:
         try:
             while pending or running:
                 while pending and len(running) < processes:

@@ -1,6 +1,6 @@
 """Chat with a model: streamed or batched answers, and a cache of shared prompt prefixes.
 
-May import `models`, `data` and `utils`.
+May import: data, models, utils.
 """
 
 from solo_vlm.generate.cache import PrefixCache

@@ -1,1 +1,4 @@
-"""Publishing: a trained model becomes a folder that loads anywhere, with a model card, on the hub."""
+"""Publish a trained model: model card, self-contained folder, upload to the Hugging Face Hub.
+
+May import: convert, data, evaluate, models, train, utils.
+"""

@@ -1,4 +1,4 @@
-"""The folder that is published: weights, settings, code and card, and nothing else of a model's folder."""
+"""The published folder: weights, settings, code and card, loadable with `trust_remote_code=True` anywhere."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from solo_vlm.hub.remote_code import add_remote_code, edit_json
+import solo_vlm.models.solo
 from solo_vlm.models.load import load_processor
 from solo_vlm.models.saving import stop_ids
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.original_solo import is_original
 from solo_vlm.utils.errors import SoloError
 
-# What else lies in a model's folder (optimizer states, logs, notes) does not leave this machine.
+# Nothing else in a model folder (optimizer states, logs, notes) is published.
 _WEIGHTS = "model*.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SETTINGS = ("config.json", "generation_config.json", "processor_config.json")
@@ -31,20 +31,30 @@ _TOKENIZER = (
     "merges.txt",
     "chat_template.jinja",
 )
-_LICENCES = ("LICENSE*", "NOTICE*")
+_LICENSES = ("LICENSE*", "NOTICE*")
+
+# transformers' `auto_map`: the class that each Auto class loads.
+_MODEL_MAP = {
+    "AutoConfig": "configuration_solo.SoloConfig",
+    "AutoModel": "modeling_solo.SoloModel",
+    "AutoModelForImageTextToText": "modeling_solo.SoloForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_solo.SoloForConditionalGeneration",
+}
+_PROCESSOR_MAP = {"AutoProcessor": "processing_solo.SoloProcessor"}
+_IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_solo.SoloImageProcessor"}
 
 
 def check_publishable(model: Path) -> None:
-    """Make sure that a folder holds a whole SOLO model in this project's format.
+    """Check that a folder holds a complete SOLO model in this project's format.
 
     Raises:
-        SoloError: it does not; the message says what it holds, and what to do.
+        SoloError: It does not; the message says what it holds and what to do.
     """
     config = model / "config.json"
     if not config.is_file():
         if (model / "adapter_config.json").is_file():
             raise SoloError(
-                f"{model} holds an adapter alone: push the model that training merged it into, "
+                f"{model} holds only an adapter: push the merged model that training wrote, "
                 f"{model.parent / 'model'}"
             )
         raise SoloError(f"{model} is not a model folder: it has no config.json")
@@ -53,19 +63,20 @@ def check_publishable(model: Path) -> None:
     except ValueError as error:
         raise SoloError(f"{config} is not JSON: {error}") from error
     if is_original(settings):
-        raise SoloError(f"{model} is in the release's format: first solo convert release {model} NEW_FOLDER")
+        raise SoloError(
+            f"{model} has the format of the original SOLO code: first run "
+            f"`solo convert release {model} NEW_FOLDER`"
+        )
     if settings.get("model_type") != SoloConfig.model_type:
         raise SoloError(f"{model} holds a {settings.get('model_type')}, not a SOLO model")
     if not (model / "processor_config.json").is_file():
-        raise SoloError(
-            f"{model} has no processor_config.json: without its processor nobody can use the model"
-        )
-    if not weights(model):
+        raise SoloError(f"{model} has no processor_config.json: a model cannot be used without its processor")
+    if not weight_files(model):
         raise SoloError(f"{model} has no weights ({_WEIGHTS})")
 
 
-def weights(model: Path) -> list[Path]:
-    """The files with a model's weights."""
+def weight_files(model: Path) -> list[Path]:
+    """Return the files with a model's weights."""
     return sorted(model.glob(_WEIGHTS))
 
 
@@ -75,41 +86,71 @@ def write_folder(
     """Fill a folder that loads anywhere with `trust_remote_code=True`.
 
     Args:
-        folder: an empty one.
-        model: folder of a SOLO model; it stays as it is.
-        card: becomes `README.md`.
-        place_weights: called with (file, new file), to copy large files or to link them.
+        folder: Empty folder.
+        model: Folder of a SOLO model; it is not changed.
+        card: Content of `README.md`.
+        place_weights: Called with (file, new file) to copy or link a file of weights.
     """
-    for file in weights(model):
+    for file in weight_files(model):
         place_weights(file, folder / file.name)
-    for file in _matching(model, (_INDEX, *_SETTINGS, *_TOKENIZER, *_LICENCES)):
+    for file in _matching(model, (_INDEX, *_SETTINGS, *_TOKENIZER, *_LICENSES)):
         shutil.copyfile(file, folder / file.name)
     for file in _matching(folder, (*_SETTINGS, "tokenizer_config.json")):
-        edit_json(file, _without_origins)
+        _edit_json(file, _drop_origins)
     _set_generation(folder, model)
-    add_remote_code(folder)
+    _add_code(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def code_files() -> list[Path]:
+    """Return the modules that a published folder carries: the mapped classes' and what they import."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    package = Path(solo_vlm.models.solo.__path__[0])
+    classes = {**_MODEL_MAP, **_PROCESSOR_MAP, **_IMAGE_PROCESSOR_MAP}.values()
+    mapped = {package / f"{name.partition('.')[0]}.py" for name in classes}
+    imported = {Path(file) for module in mapped for file in get_relative_import_files(module)}
+    return sorted(mapped | imported)
+
+
+def _add_code(folder: Path) -> None:
+    # `register_for_auto_class` would also change every later `save_pretrained` of this process, and it leaves
+    # out AutoModel.
+    def map_processors(config: dict[str, Any]) -> None:
+        config["auto_map"] = _PROCESSOR_MAP
+        config["image_processor"]["auto_map"] = _IMAGE_PROCESSOR_MAP
+
+    _edit_json(folder / "config.json", lambda config: config.update(auto_map=_MODEL_MAP))
+    _edit_json(folder / "processor_config.json", map_processors)
+    for file in code_files():
+        shutil.copyfile(file, folder / file.name)
+
+
 def _set_generation(folder: Path, model: Path) -> None:
-    """Let transformers pad prompts on the left and stop where answers end: older folders do not say so."""
+    """Make transformers pad on the left and stop at the end of an answer; old folders may not."""
     file = folder / "generation_config.json"
     if not file.is_file():
         file.write_text("{}", encoding="utf-8")
     ends = stop_ids(GenerationConfig.from_pretrained(folder), load_processor(model))
-    edit_json(file, lambda config: config.update(eos_token_id=ends))
-    edit_json(folder / "tokenizer_config.json", lambda config: config.update(padding_side="left"))
+    _edit_json(file, lambda config: config.update(eos_token_id=ends))
+    _edit_json(folder / "tokenizer_config.json", lambda config: config.update(padding_side="left"))
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
 
 
-def _without_origins(settings: Any) -> None:
-    """Drop where transformers read a model or tokenizer from: often a path of this machine."""
+def _drop_origins(settings: Any) -> None:
+    """Drop the places transformers read a model or tokenizer from: often paths of this machine."""
     if not isinstance(settings, dict):
         return
     for name in ("_name_or_path", "name_or_path"):
         settings.pop(name, None)
     for value in settings.values():
-        _without_origins(value)
+        _drop_origins(value)
+
+
+def _edit_json(file: Path, edit: Callable[[Any], Any]) -> None:
+    value = json.loads(file.read_text(encoding="utf-8"))
+    edit(value)
+    file.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

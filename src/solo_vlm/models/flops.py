@@ -1,26 +1,160 @@
-"""Floating-point operations of a packed batch, counted as they are needed: attention causally, no recompute.
+"""Parameters and floating-point operations of a model, counted on the meta device from its configuration.
 
-A multiplication with an addition counts as two. What is counted is matrix products; norms, activations,
-softmax and rotary embeddings are left out, as is usual (Hoffmann et al. 2022, appendix F; Chowdhery et al.
-2022, appendix B) and as `torch.utils.flop_counter` does it.
+transformers builds the decoder without memory for its weights, and torch's `FlopCounterMode` counts one
+forward pass, so every family of decoders is counted by the code that runs it. What is counted:
+
+- Matrix products, a multiplication with an addition as two; lookups of embeddings, norms, activation
+  functions, softmax and rotary embeddings are left out, as is usual (Hoffmann et al. 2022, appendix F;
+  Chowdhery et al. 2022, appendix B). Of a mixture of experts, the experts that a token is routed to.
+- Attention only where it is needed: between the pairs of tokens that causality, document borders and the
+  sliding window of each layer leave. The count takes its heads, sizes and windows from the calls of
+  transformers' attention interface.
+- No recomputation (see `Flops.hardware`).
+
+All but attention is linear in the number of tokens, so counts at two lengths give any length. What remains
+quadratic belongs to families with an attention of their own, which is then taken as causal without a window.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
+import re
+import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
-from solo_vlm.models.shape import ModelShape
 from solo_vlm.models.solo.processing_solo import num_image_tokens
+from solo_vlm.utils.errors import SoloError
 
 Lengths = Sequence[int] | NDArray[np.integer[Any]]
 Recompute = Literal["none", "selective", "full"]
+
+_MIXER = re.compile("attn|attention|mamba|mixer|conv|ssm|recurrent|temporal")
+_LINEAR = (nn.Linear, Conv1D)
+_PASS_THROUGH = (nn.Dropout, nn.Identity)
+_LENGTH = 64  # a multiple of the chunks of linear attention; settings of Mamba 2 name theirs
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model, by part.
+
+    Attributes:
+        embedding: Token embedding, with learned positions if there are any.
+        patch_embedding: Patch embedding; 0 in a plain LLM.
+        attention: Attention (or another mixing of tokens) of all layers, biases included.
+        mlp: MLPs of all layers, biases and all experts included.
+        norms: Norms of all layers, and the last one.
+        head: Language-model head; 0 where it is tied to the embedding.
+    """
+
+    embedding: int
+    patch_embedding: int
+    attention: int
+    mlp: int
+    norms: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a SOLO model or a plain LLM; `ModelShape.of` counts them.
+
+    Attributes:
+        hidden: Size of the hidden states.
+        layers: Number of decoder layers.
+        vocabulary: Rows of the token embedding.
+        patch: Values of an image patch; 0 in a plain LLM.
+        tied: Whether the head is the embedding.
+        heads, key_heads: Heads of queries, and of keys and values.
+        query, key: Width of the queries (mean of queries and attention output), and of the keys (mean of keys
+            and values), all heads together.
+        mlp: Width inside the MLP; with experts, of those that a token is routed to, all together.
+        norms, head_norms: Norms per layer as wide as the hidden states, and of other widths.
+        attention: (FLOPs per pair of tokens, window) of each attention layer; a window is the number of
+            tokens that a query attends to, itself included, None for all before it.
+        projection_flops, mlp_flops: FLOPs per token in all layers, of the projections around attention (with
+            all that is not MLP) and of the MLPs.
+        last_flops: Share of these that full activation checkpointing need not compute again: the last product
+            of a layer, where nothing but the residual sum follows.
+        linear_sizes: Sum of input and output features of all linear layers, by the last part of their names.
+        active_parameters: Parameters that take part in the computation of one token.
+        parameters: Parameters by part.
+    """
+
+    hidden: int
+    layers: int
+    vocabulary: int
+    patch: int
+    tied: bool
+    heads: int
+    key_heads: int
+    query: int
+    key: int
+    mlp: int
+    norms: int
+    head_norms: int
+    attention: tuple[tuple[int, int | None], ...]
+    projection_flops: int
+    mlp_flops: int
+    last_flops: int
+    linear_sizes: Mapping[str, int]
+    active_parameters: int
+    parameters: ParameterCounts
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """Count a model on the meta device, which takes seconds for tens of layers.
+
+        Args:
+            config: `SoloConfig`, or the configuration of a causal language model.
+
+        Raises:
+            SoloError: transformers has no such causal language model, or its code does not run on the meta
+                device.
+        """
+        text = getattr(config, "text_config", config)
+        return _count(text, patch=getattr(config, "patch_dim", 0))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Window of each attention layer."""
+        return tuple(window for _, window in self.attention)
+
+    def with_patch(self, patch: int) -> ModelShape:
+        """Return the shape with a patch embedding for patches of so many values; 0 removes it."""
+        parameters = replace(self.parameters, patch_embedding=patch * self.hidden)
+        return replace(self, patch=patch, parameters=parameters)
+
+    def splits(self, parts: int) -> bool:
+        """Return whether tensor parallelism can split every layer into so many parts."""
+        return not any(size % parts for size in (self.heads, self.key_heads, self.mlp))
+
+
+def count_parameters(config: Any) -> ParameterCounts:
+    """Return the parameters of a SOLO model or a plain LLM, from its configuration alone.
+
+    Raises:
+        SoloError: See `ModelShape.of`.
+    """
+    return ModelShape.of(config).parameters
 
 
 @dataclass(frozen=True)
@@ -28,12 +162,12 @@ class Flops:
     """FLOPs of a forward pass, by part.
 
     Attributes:
-        projections: to queries, keys and values, and from their result, in all layers.
-        mlp: in all layers.
-        attention: scores, and sums of values weighted by them, of the pairs that causality, the borders of
-            documents and the sliding window leave.
-        patches: the patch embedding.
-        head: of language modelling, where it is run.
+        projections: Projections around attention, with all that is not MLP, in all layers.
+        mlp: MLPs of all layers.
+        attention: Scores, and sums of values weighted by them.
+        patches: Patch embedding.
+        head: Language-model head, where it is run.
+        last: Share of `projections` and `mlp` that is not recomputed (see `hardware`).
     """
 
     projections: int
@@ -41,6 +175,7 @@ class Flops:
     attention: int
     patches: int
     head: int
+    last: int
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(*map(operator.add, astuple(self), astuple(other)))
@@ -55,112 +190,305 @@ class Flops:
 
     @property
     def forward(self) -> int:
-        """Of the forward pass."""
-        return sum(astuple(self))
+        """Forward pass."""
+        return self.layers + self.attention + self.patches + self.head
 
     @property
     def training(self) -> int:
-        """Of forward and backward pass.
+        """Forward and backward pass, the count that model FLOPs utilization (MFU) is defined by.
 
         The backward pass takes twice the forward pass: one product for the gradient of the weights, one for
-        that of the inputs (Hoffmann et al. 2022, appendix F). Pixels need no gradient: the patch embedding
-        takes one. This is the count that model FLOPs utilisation (MFU) is made of; what is computed again is
-        no part of it (Chowdhery et al. 2022, appendix B).
+        that of the inputs (Hoffmann et al. 2022, appendix F). Pixels need no gradient, so the patch embedding
+        takes one. Recomputation does not count (Chowdhery et al. 2022, appendix B).
         """
         return 3 * (self.layers + self.attention + self.head) + 2 * self.patches
 
     @property
     def training_frozen(self) -> int:
-        """As `training`, where the decoder's weights and the head get no gradient, as under LoRA.
+        """Like `training`, where the decoder's weights and the head get no gradient, as under LoRA.
 
-        Their inputs still do, for the sake of the patch embedding and the adapters; what the adapters
-        themselves compute, about 1% at rank 16 in a 7B model, is left out.
+        Their inputs still do, for the patch embedding and the adapters. The adapters' own computation, about
+        1% at rank 16 in a 7B model, is left out.
         """
         return 2 * (self.layers + self.head + self.patches) + 3 * self.attention
 
     def hardware(self, recompute: Recompute = "none") -> int:
-        """As `training`, with what activation checkpointing computes again.
+        """Like `training`, plus what is computed twice.
 
-        The chunked loss always computes the logits twice. Under "selective" the results of matrix products
-        and of attention are kept, so nothing that is counted here is computed again. Under "full" all but
-        the last product of each layer is: PyTorch stops where no result is needed any more.
+        The chunked loss always computes the logits twice. With "selective" activation checkpointing, results
+        of matrix products and attention are kept, so nothing counted here is recomputed. With "full"
+        checkpointing everything is but the last product of each layer: PyTorch stops once all saved tensors
+        are restored.
         """
-        again = self.layers + self.attention - self.mlp // 3 if recompute == "full" else 0
+        again = self.layers + self.attention - self.last if recompute == "full" else 0
         return self.training + self.head + again
 
 
 def forward_flops(
     shape: ModelShape, document_lengths: Lengths, patches: int = 0, predicted: int = 0
 ) -> Flops:
-    """FLOPs of a packed batch.
+    """Return the FLOPs of a packed batch.
 
     Args:
-        shape: of the model.
-        document_lengths: (documents,) tokens of each, text and vision alike.
-        patches: image patches (`<vpatch>` tokens).
-        predicted: positions where the head is run: in training those with a label.
+        shape: Sizes of the model.
+        document_lengths: (num_documents,) tokens of each document, text and vision.
+        patches: Number of image patches (`<vpatch>` tokens).
+        predicted: Number of positions where the head is run; in training, those with a label.
     """
     lengths = np.asarray(document_lengths, np.int64)
-    pairs = sum(count * _visible_pairs(lengths, window) for window, count in Counter(shape.windows).items())
     tokens = int(lengths.sum())
+    layers = Counter(shape.attention).items()
     return Flops(
-        projections=2 * shape.layers * shape.projection_weights * tokens,
-        mlp=2 * shape.layers * shape.mlp_weights * tokens,
-        attention=4 * shape.query * pairs,
+        projections=shape.projection_flops * tokens,
+        mlp=shape.mlp_flops * tokens,
+        attention=sum(count * flops * _visible_pairs(lengths, window) for (flops, window), count in layers),
         patches=2 * shape.patch * shape.hidden * patches,
         head=2 * shape.hidden * shape.vocabulary * predicted,
+        last=shape.last_flops * tokens,
     )
 
 
 def training_flops(
-    config: Any, document_lengths: Lengths, patches: int, supervised_tokens: int, frozen: bool = False
+    shape: ModelShape,
+    document_lengths: Lengths,
+    patches: int,
+    supervised_tokens: int,
+    frozen: bool = False,
 ) -> int:
-    """FLOPs of a training step on a packed batch, forward and backward (see `Flops.training`).
+    """Return the FLOPs of a training step on a packed batch, forward and backward (see `Flops.training`).
 
     Args:
-        config: of transformers: a `SoloConfig`, or a decoder's.
-        document_lengths: (documents,) tokens of each, text and vision alike.
-        patches: image patches (`<vpatch>` tokens).
-        supervised_tokens: positions with a label.
-        frozen: whether the decoder's weights get no gradient (see `Flops.training_frozen`).
-
-    Raises:
-        SoloError: the family of the decoder is not one that is counted here.
+        shape: Sizes of the model.
+        document_lengths: (num_documents,) tokens of each document, text and vision.
+        patches: Number of image patches (`<vpatch>` tokens).
+        supervised_tokens: Number of positions with a label.
+        frozen: Whether the decoder's weights get no gradient (see `Flops.training_frozen`).
     """
-    flops = forward_flops(ModelShape.of(config), document_lengths, patches, supervised_tokens)
+    flops = forward_flops(shape, document_lengths, patches, supervised_tokens)
     return flops.training_frozen if frozen else flops.training
 
 
 def image_flops(shape: ModelShape, rows: int, columns: int, before: int = 0) -> Flops:
-    """FLOPs that an image adds to a document; the head is not run on it.
+    """Return the FLOPs that an image of so many patches adds to a document after `before` tokens.
 
-    Args:
-        shape: of the model.
-        rows: of patches.
-        columns: of patches.
-        before: tokens of the document before the image.
+    The head is not run on it.
     """
     return _span(shape, num_image_tokens(rows, columns), before, patches=rows * columns)
 
 
 def text_flops(shape: ModelShape, tokens: int, before: int = 0) -> Flops:
-    """FLOPs that so many text tokens, all of them supervised, add to a document.
-
-    Args:
-        shape: of the model.
-        tokens: their number.
-        before: tokens of the document before them.
-    """
+    """Return the FLOPs that text tokens, all supervised, add to a document after `before` tokens."""
     return _span(shape, tokens, before, predicted=tokens)
 
 
 def _span(shape: ModelShape, tokens: int, before: int, patches: int = 0, predicted: int = 0) -> Flops:
-    whole = forward_flops(shape, [before + tokens], patches, predicted)
-    context = forward_flops(shape, [before])
-    return whole - context
+    return forward_flops(shape, [before + tokens], patches, predicted) - forward_flops(shape, [before])
 
 
 def _visible_pairs(lengths: NDArray[np.int64], window: int | None) -> int:
-    """Sum over all positions of the tokens that a query there sees, itself included."""
+    """Return the number of (query, key) pairs in causal attention, a token with itself included."""
     seen = lengths if window is None else np.minimum(lengths, window)
     return int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
+
+
+# --- counting -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _AttentionCall:
+    """Sizes of one call of the attention interface, and the window of its layer."""
+
+    heads: int
+    key_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None
+
+
+_calls: ContextVar[list[_AttentionCall]] = ContextVar("attention calls")
+_COUNTING = "solo_counting"
+
+
+def _record_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention that only records its sizes; tensors are (batch, heads, length, dim)."""
+    window = options.get("sliding_window")
+    _calls.get().append(
+        _AttentionCall(query.shape[1], key.shape[1], query.shape[3], value.shape[3], window or None)
+    )
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+AttentionInterface.register(_COUNTING, _record_attention)
+
+
+def _count(text: Any, patch: int) -> ModelShape:
+    model = _build(text)
+    layers = _layers(model, text)
+    length = getattr(text, "mamba_chunk_size", None) or getattr(text, "chunk_size", None) or _LENGTH
+    calls, one = _run(model, layers, length)
+    _, two = _run(model, layers, 2 * length)
+
+    def per_token(part: str) -> tuple[int, int]:
+        """Solve linear * tokens + quadratic * tokens**2 for both coefficients."""
+        quadratic = (two[part] - 2 * one[part]) // (2 * length**2)
+        if quadratic < 0 and 2 * one[part] - two[part] > 1e-3 * two[part]:
+            raise SoloError(f"cannot count FLOPs of {text.model_type}: they do not grow with the length")
+        quadratic = max(quadratic, 0)  # linear attention of some families has a small constant
+        return (one[part] - quadratic * length**2) // length, quadratic
+
+    projections, own_attention = per_token("projections")
+    (mlp, _), (last, _), (experts, _) = map(per_token, ("mlp", "last", "experts"))
+    attention = [(2 * call.heads * (call.key_dim + call.value_dim), call.window) for call in calls]
+    sizes = calls or [_declared_attention(text)]
+    linear_sizes: Counter[str] = Counter()
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, _LINEAR):
+            linear_sizes[name.rpartition(".")[2]] += sum(module.weight.shape)
+    norms = [
+        sum(weight.numel() for weight in module.parameters())
+        for layer in layers
+        for module in layer.modules()
+        if _is_norm(module)
+    ]
+    wide = norms.count(text.hidden_size)
+    counts = _parameters(model, layers, patch)
+    width = getattr(text, "intermediate_size", None)
+    routed = sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name)
+    return ModelShape(
+        hidden=text.hidden_size,
+        layers=len(layers),
+        vocabulary=text.vocab_size,
+        patch=patch,
+        tied=counts.head == 0,
+        heads=sizes[0].heads,
+        key_heads=sizes[0].key_heads,
+        query=_mean(call.heads * (call.key_dim + call.value_dim) / 2 for call in sizes),
+        key=_mean(call.key_heads * (call.key_dim + call.value_dim) / 2 for call in sizes),
+        mlp=width if width and not routed else mlp // (6 * text.hidden_size * len(layers)),
+        norms=wide // len(layers),
+        head_norms=(len(norms) - wide) // len(layers),
+        attention=(*attention, *([(own_attention, None)] if own_attention else ())),
+        projection_flops=projections,
+        mlp_flops=mlp,
+        last_flops=last,
+        linear_sizes=linear_sizes,
+        active_parameters=counts.total - routed + experts // 2,
+        parameters=counts,
+    )
+
+
+def _build(text: Any) -> Any:
+    """Build the causal language model on the meta device; its weights take no memory."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    if kind is None:
+        raise SoloError(f"cannot count {text.model_type}: it is not a causal language model of transformers")
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        raise SoloError(f"cannot count {text.model_type}: attention in chunks is not supported")
+    text = copy.deepcopy(text)
+    text.pad_token_id = None  # else some families look for padding among the values of the tokens
+    attention = _COUNTING if kind._supports_attention_backend else "eager"
+    try:
+        # Initialization must not advance the random state of a run.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                text, attn_implementation=attention, experts_implementation="batched_mm"
+            ).eval()
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise SoloError(f"cannot count {text.model_type}: {str(error).splitlines()[0]}") from error
+
+
+def _layers(model: Any, text: Any) -> list[nn.Module]:
+    """Return the decoder layers."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == text.num_hidden_layers:
+            return list(module)
+    raise SoloError(f"cannot count {text.model_type}: its decoder has no list of layers")
+
+
+def _run(model: Any, layers: list[nn.Module], length: int) -> tuple[list[_AttentionCall], Counter[str]]:
+    """Run one forward pass on the meta device; return its attention calls, and its other FLOPs by part."""
+    names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules()}
+    last: dict[nn.Module, nn.Module] = {}
+
+    def remember(layer: nn.Module, leaf: nn.Module) -> Any:
+        return leaf.register_forward_hook(lambda *_: last.__setitem__(layer, leaf))
+
+    hooks = [
+        remember(layer, leaf)
+        for layer in layers
+        for leaf in layer.modules()
+        if not list(leaf.children()) and not isinstance(leaf, _PASS_THROUGH)
+    ]
+    calls: list[_AttentionCall] = []
+    token = _calls.set(calls)
+    try:
+        with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise SoloError(
+            f"cannot count FLOPs of {model.config.model_type}: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        _calls.reset(token)
+        for hook in hooks:
+            hook.remove()
+    counted = counter.get_flop_counts()
+
+    def flops(modules: Iterable[nn.Module]) -> int:
+        return sum(sum(counted.get(names[module], {}).values()) for module in modules)
+
+    rotary = [module for module in names if "Rotary" in type(module).__name__]
+    mlp = flops(
+        child for layer in layers for name, child in layer.named_children() if not _MIXER.search(name)
+    )
+    head = flops([model.get_output_embeddings()])
+    parts = {
+        "projections": counter.get_total_flops() - mlp - head - flops(rotary),
+        "mlp": mlp,
+        "last": flops(leaf for leaf in last.values() if isinstance(leaf, _LINEAR)),
+        "experts": flops(module for module, name in names.items() if name.endswith(".experts")),
+    }
+    return calls, Counter(parts)
+
+
+def _parameters(model: Any, layers: list[nn.Module], patch: int) -> ParameterCounts:
+    parts: Counter[str] = Counter()
+    head = model.get_output_embeddings()
+    of_layer = {
+        id(weight): "attention" if _MIXER.search(name) else "mlp"
+        for layer in layers
+        for name, child in layer.named_children()
+        for weight in child.parameters()
+    }
+    norms = {id(weight) for module in model.modules() if _is_norm(module) for weight in module.parameters()}
+    heads = {id(weight) for weight in head.parameters()} - {
+        id(weight) for weight in model.get_input_embeddings().parameters()
+    }
+    for weight in model.parameters():
+        part = "norms" if id(weight) in norms else "head" if id(weight) in heads else "embedding"
+        parts[part if part != "embedding" else of_layer.get(id(weight), part)] += weight.numel()
+    return ParameterCounts(
+        embedding=parts["embedding"],
+        patch_embedding=patch * model.config.hidden_size,
+        attention=parts["attention"],
+        mlp=parts["mlp"],
+        norms=parts["norms"],
+        head=parts["head"],
+    )
+
+
+def _declared_attention(text: Any) -> _AttentionCall:
+    """Return the sizes of the configuration, for families whose attention is not recorded."""
+    heads = text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return _AttentionCall(heads, getattr(text, "num_key_value_heads", None) or heads, dim, dim, None)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__
+
+
+def _mean(values: Iterable[float]) -> int:
+    return round(statistics.fmean(values))

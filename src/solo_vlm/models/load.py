@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from solo_vlm.models.original import (
+    has_tokenizer,
+    original_generation_config,
+    original_processor,
+    original_tokenizer,
+    tokenizer_vision_ids,
+)
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.original_solo import is_original
@@ -32,8 +39,8 @@ def load_model(
     _refuse_others(path)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
     model = _load(SoloForConditionalGeneration, path, dtype=kind, quantization_config=quantization_config)
-    if _release_settings(path):
-        _use_release_vocabulary(model, path)
+    if _original_settings(path):
+        _use_original_vocabulary(model, path)
     where = device or _default_device()
     try:
         return model.to(where).eval()
@@ -47,12 +54,9 @@ def load_processor(path: str | Path) -> SoloProcessor:
     Raises:
         SoloError: nothing readable is there.
     """
-    if settings := _release_settings(path):
-        from solo_vlm.convert.project_folder import release_processor
-        from solo_vlm.convert.tokenizer import release_tokenizer
-
-        tokenizer = release_tokenizer(path, rows=settings["vocab_size"])
-        return release_processor(tokenizer, settings.get("vision_patch_size", 32), layout="original")
+    if settings := _original_settings(path):
+        tokenizer = original_tokenizer(path, rows=settings["vocab_size"])
+        return original_processor(tokenizer, settings.get("vision_patch_size", 32), layout="original")
     return _load(SoloProcessor, path)
 
 
@@ -87,19 +91,16 @@ def load_config(path: str | Path) -> PreTrainedConfig:
         raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
 
 
-def _use_release_vocabulary(model: SoloForConditionalGeneration, path: str | Path) -> None:
+def _use_original_vocabulary(model: SoloForConditionalGeneration, path: str | Path) -> None:
     """Vision ids as the tokenizer, if there is one, has them, and generation without those tokens."""
-    from solo_vlm.convert.project_folder import generation_config
-    from solo_vlm.convert.tokenizer import has_tokenizer, release_tokenizer, tokenizer_vision_ids
-
     if not Path(path).is_dir() or has_tokenizer(Path(path)):
-        tokenizer = release_tokenizer(path, rows=model.config.text_config.vocab_size)
+        tokenizer = original_tokenizer(path, rows=model.config.text_config.vocab_size)
         for name, token_id in tokenizer_vision_ids(tokenizer).items():
             setattr(model.config, name, token_id)
-    model.generation_config = generation_config(model.config)
+    model.generation_config = original_generation_config(model.config)
 
 
-def _release_settings(path: str | Path) -> dict[str, Any] | None:
+def _original_settings(path: str | Path) -> dict[str, Any] | None:
     """The `config.json` of a folder of the release; None for any other."""
     try:
         settings = PreTrainedConfig.get_config_dict(str(path))[0]

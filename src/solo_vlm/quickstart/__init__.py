@@ -1,1 +1,1 @@
-"""The whole recipe, small: embedded data, a decoder trained as an LLM, all stages, scores and a report."""
+"""The whole recipe, small: embedded data, a decoder trained as an LLM, all stages, scores, report."""

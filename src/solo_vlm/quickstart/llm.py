@@ -1,4 +1,4 @@
-"""A small LLM to start from: a byte-level tokenizer and a Llama with random weights."""
+"""The small LLM of the quickstart: a byte-level tokenizer, and a Llama with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from solo_vlm.utils.files import new_folder
 
 
 def write_untrained_llm(out: Path, texts: Iterable[str], seed: int = 0) -> None:
-    """Train a tokenizer on texts, and save it with a Llama of about two million random weights."""
+    """Train a tokenizer on `texts`, and save it with a randomly initialized Llama of 2 million parameters."""
     tokenizer = train_tokenizer(texts)
     set_seed(seed)
     config = LlamaConfig(
@@ -36,7 +36,7 @@ def write_untrained_llm(out: Path, texts: Iterable[str], seed: int = 0) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: every string can be encoded, the words of `texts` in few tokens."""
+    """Train a byte-level BPE tokenizer, which can encode any string."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
 
 
 def training_texts(data: Path, names: Sequence[str] = ("text", "sft")) -> Iterator[str]:
-    """What a tokenizer learns from: the texts of toy data, and chats as the chat template writes them."""
+    """Yield the texts that train the tokenizer: toy data, with chats formatted by the chat template."""
     for name in names:
         for row in all_rows(data / f"{name}.parquet"):
             for message in parse_sample(row).messages:

@@ -1,4 +1,4 @@
-"""The report of a quickstart: scores, loss curve, and held-out images beside the model's answers."""
+"""Report of a quickstart: scores, loss curve, and held-out images with the model's answers."""
 
 from __future__ import annotations
 
@@ -7,22 +7,45 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from solo_vlm.evaluate.held_out import HeldOutAnswer
 from solo_vlm.utils.files import new_file
-from solo_vlm.utils.pages import image_url, png_url, render
+from solo_vlm.utils.pages import image_url, png_url, render, save_figure
 
 Answers = Mapping[str, Sequence[HeldOutAnswer]]
 
-_SHOWN = 24  # answers of each kind
+_SHOWN = 24  # answers per kind
+_SCORES = {
+    "digits_accuracy": ("handwritten digits recognized", "digits"),
+    "caption_exact_match": ("captions matched exactly", "captions"),
+    "qa_accuracy": ("questions about images answered correctly", "qa"),
+}
+
+
+def results_table(metrics: dict[str, Any]) -> Table:
+    """Return the scores on held-out images and the losses of the stages, for the terminal."""
+    table = Table(title="Quickstart, on held-out images", show_edge=False)
+    table.add_column("metric")
+    table.add_column("result", justify="right")
+    table.add_column("of", justify="right")
+    for key, (description, kind) in _SCORES.items():
+        table.add_row(description, f"{metrics[key]:.1%}", str(metrics["held_out"][kind]))
+    table.add_section()
+    for name, stage in metrics["stages"].items():
+        losses = f"{stage['loss_first']:.2f} -> {stage['loss_last']:.2f}"
+        table.add_row(f"loss of {name}", losses, f"{stage['steps']} steps")
+    table.add_section()
+    table.add_row("time", f"{metrics['seconds']:.0f} s", f"{metrics['tokens_per_second']:,} tokens/s")
+    return table
 
 
 def write_loss_curve(path: Path, metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Draw the loss of all stages, one after the other, as a PNG.
+    """Plot the loss of all stages, one after the other, as a PNG file.
 
     Args:
-        path: of the file.
-        metrics: lines of each stage's metrics, in order.
+        path: File to write.
+        metrics: Lines of `metrics.jsonl` by stage, in training order.
     """
     from matplotlib.figure import Figure
 
@@ -36,35 +59,35 @@ def write_loss_curve(path: Path, metrics: Mapping[str, Sequence[Mapping[str, flo
         axes.plot(steps, _smooth(losses), color=faint.get_color(), label=stage)
         offset += lines[-1]["step"]
         axes.axvline(offset, color="0.85", linewidth=1, zorder=0)
-    axes.set(xlabel="step", ylabel="loss (nats a supervised token)", ylim=(0, None), xlim=(0, offset))
+    axes.set(xlabel="step", ylabel="loss (nats per supervised token)", ylim=(0, None), xlim=(0, offset))
     axes.legend(ncols=len(metrics), frameon=False)
-    with new_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    save_figure(figure, path)
 
 
 def _smooth(losses: np.ndarray, window: int = 9) -> np.ndarray:
-    """Mean over a window that narrows towards both ends."""
+    """Return the moving average, over a window that narrows toward both ends."""
     half = np.minimum(window // 2, np.minimum(np.arange(len(losses)), np.arange(len(losses))[::-1]))
     return np.array([losses[i - h : i + h + 1].mean() for i, h in enumerate(half)])
 
 
 def write_examples(folder: Path, answers: Answers) -> None:
-    """Save the first held-out image of each kind, to be asked about."""
+    """Save the first held-out image of each kind, for trying out the model."""
     folder.mkdir()
     for kind, name in (("digits", "digit"), ("captions", "caption"), ("qa", "question")):
         answers[kind][0].image.save(folder / f"{name}.png")
 
 
 def write_report(path: Path, metrics: Mapping[str, Any], answers: Answers, loss_curve: Path) -> None:
-    """Write the report as one HTML file that needs nothing else."""
+    """Write the report as one self-contained HTML file."""
     html = render(
         "solo_vlm.quickstart",
         "report.html.jinja",
         metrics=metrics,
+        scores=_SCORES,
         loss_curve=png_url(loss_curve.read_bytes()),
         kinds={name: given[:_SHOWN] for name, given in answers.items()},
         wrong=[answer for given in answers.values() for answer in given if not answer.correct][:_SHOWN],
-        picture=image_url,
+        image_url=image_url,
     )
     with new_file(path) as partial:
         partial.write_text(html)

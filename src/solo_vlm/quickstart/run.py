@@ -1,4 +1,4 @@
-"""The order of the whole recipe: data, LLM, init, stages 1 to 3, fine-tuning, scores, report."""
+"""Run the whole recipe: data, LLM, init, stages 1 to 3, fine-tuning, evaluation, report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 from solo_vlm.quickstart.report import write_examples, write_loss_curve, write_report
 from solo_vlm.train.metrics import progress_bar, read_metrics
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.trainer import Trained, train
+from solo_vlm.train.trainer import TrainResult, train
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
 
@@ -28,27 +28,29 @@ _MARK = "quickstart.json"
 
 
 def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str, Any]:
-    """Train, evaluate and report; return what `out/metrics.json` holds.
+    """Train, evaluate and report; return the content of `out/metrics.json`.
 
     Args:
-        out: folder for everything; an earlier quickstart in it is replaced.
-        seed: of data and training; the same seed gives the same figures on the same kind of machine.
-        fraction: of the steps, for a first look.
+        out: Folder for everything; replaces an earlier quickstart in it.
+        seed: Seed of data and training. The same seed gives the same metrics on the same kind of machine.
+        fraction: Share of the steps to train.
 
     Returns:
         `digits_accuracy`, `caption_exact_match`, `qa_accuracy` (all on held-out images), `seconds`,
-        `tokens_per_second`, and `stages`: steps, tokens, `loss_first` (of the first step) and `loss_last`
-        (mean of the last ten that were logged) of each.
+        `tokens_per_second`, and `stages`: for each its steps, tokens, `loss_first` (of the first step) and
+        `loss_last` (mean of the last ten logged losses).
 
     Raises:
-        SoloError: `out` holds something else.
+        SoloError: `out` exists and is not from a quickstart.
     """
     started = time.perf_counter()
-    _claim(out)
+    _prepare_output_dir(out)
     with progress_bar() as progress:
-        _work(progress, "data", lambda: write_toy_data(out / "data", seed))
+        task = progress.add_task("data and tokenizer", total=1)
+        write_toy_data(out / "data", seed)
         write_untrained_llm(out / "llm-untrained", training_texts(out / "data"), seed)
-        trained: dict[str, Trained] = {}
+        progress.update(task, completed=1)
+        trained: dict[str, TrainResult] = {}
         for stage in STAGES:
             if stage == "stage1":
                 from_llm(out / "llm" / "model", seed=seed).save(out / "init")
@@ -59,19 +61,19 @@ def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str,
             for name in ("digits", "captions", "qa")
         }
 
-    steps = sum(run.figures["steps"] for run in trained.values())
-    tokens = sum(run.figures["tokens"] for run in trained.values())
+    steps = sum(run.metrics["steps"] for run in trained.values())
+    tokens = sum(run.metrics["tokens"] for run in trained.values())
     metrics = {
         "digits_accuracy": accuracy(answers["digits"]),
         "caption_exact_match": accuracy(answers["captions"]),
         "qa_accuracy": accuracy(answers["qa"]),
         "seconds": round(time.perf_counter() - started, 1),
-        "tokens_per_second": round(tokens / sum(run.figures["seconds"] for run in trained.values())),
+        "tokens_per_second": round(tokens / sum(run.metrics["seconds"] for run in trained.values())),
         "steps": steps,
         "tokens": tokens,
         "parameters": pipeline.model.num_parameters(),
         "held_out": {name: len(given) for name, given in answers.items()},
-        "stages": {stage: _stage_figures(out / stage, run) for stage, run in trained.items()},
+        "stages": {stage: _stage_metrics(out / stage, run) for stage, run in trained.items()},
         "seed": seed,
     }
     write_loss_curve(out / "loss.png", {stage: read_metrics(out / stage) for stage in STAGES})
@@ -82,8 +84,8 @@ def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str,
     return metrics
 
 
-def _claim(out: Path) -> None:
-    """Make the folder ours: a new one, or one that an earlier quickstart left."""
+def _prepare_output_dir(out: Path) -> None:
+    """Create the folder, or empty that of an earlier quickstart."""
     if out.exists() and not (out / _MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise SoloError(f"{out} exists and is not from a quickstart: choose another folder with --out")
     shutil.rmtree(out, ignore_errors=True)
@@ -99,16 +101,9 @@ def _recipe(stage: str, out: Path, seed: int, fraction: float) -> Recipe:
     )
 
 
-def _work(progress: Progress, name: str, work: Any) -> None:
-    """Do something without steps, shown as one."""
-    task = progress.add_task(name, total=1, figures="")
-    work()
-    progress.update(task, completed=1)
-
-
 def _answers(path: Path, pipeline: GenerationPipeline, progress: Progress) -> list[HeldOutAnswer]:
     questions = read_questions(path)
-    task = progress.add_task(path.stem, total=len(questions), figures="")
+    task = progress.add_task(path.stem, total=len(questions), unit="question")
     answers: list[HeldOutAnswer] = []
     for batch in answer_questions(questions, pipeline):
         answers += batch
@@ -116,12 +111,12 @@ def _answers(path: Path, pipeline: GenerationPipeline, progress: Progress) -> li
     return answers
 
 
-def _stage_figures(folder: Path, run: Trained) -> dict[str, Any]:
+def _stage_metrics(folder: Path, run: TrainResult) -> dict[str, Any]:
     losses = [line["loss"] for line in read_metrics(folder)]
     return {
-        "steps": run.figures["steps"],
-        "tokens": run.figures["tokens"],
-        "seconds": round(run.figures["seconds"], 1),
+        "steps": run.metrics["steps"],
+        "tokens": run.metrics["tokens"],
+        "seconds": round(run.metrics["seconds"], 1),
         "loss_first": round(losses[0], 4),
         "loss_last": round(mean(losses[-10:]), 4),
     }

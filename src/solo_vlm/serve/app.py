@@ -25,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from solo_vlm.models.solo.processing_solo import ChatTemplateError
-from solo_vlm.serve.engine import Engine, Finish, Prompt, Request, SamplingParams
+from solo_vlm.serve.engine import Call, Engine, Finish, Prompt, Request, SamplingParams
 from solo_vlm.serve.images import EncodedImage, ImageReader, describe_image
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.metrics import Metrics
@@ -69,16 +69,18 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
     """Build the server as an ASGI application.
 
     Args:
-        engine: generates; closed with the application.
-        model: name by which requests select the model.
-        limits: on each request, and on all together.
-        api_keys: one of them is required for requests to the API; empty: none is.
+        engine: Engine of the model; closed with the application.
+        model: Model name that requests must use, if they name one.
+        limits: Limits on each request and on all together.
+        api_keys: Keys of which API requests must send one; empty if none is required.
     """
     metrics = Metrics(engine)
     api = _Api(engine, model, limits, metrics)
     card = {
         **{"id": model, "object": "model", "created": 0, "owned_by": "solo-vlm"},
-        **engine.describe(),
+        "max_model_len": engine.pipeline.context_length,
+        "parameters": sum(weights.numel() for weights in engine.pipeline.model.parameters()),
+        "layers": engine.pipeline.model.config.text_config.num_hidden_layers,
         "limits": asdict(limits),
     }
 
@@ -141,7 +143,7 @@ class _Api:
         self._engine = engine
         self._model = model
         self._metrics = metrics
-        self._images = ImageReader(engine.image_processor, limits)
+        self._images = ImageReader(engine.pipeline.processor.image_processor, limits)
         self._attention = WordAttention()
         self._slots_taken = 0
         # A thread finishes what it has begun even when its client leaves, so their number is bounded.
@@ -153,11 +155,7 @@ class _Api:
 
     @contextmanager
     def slot(self) -> Iterator[None]:
-        """Count one in-flight request.
-
-        Raises:
-            ApiError: 429: there are as many as allowed.
-        """
+        """Hold one of the `max_concurrent` slots; raise 429 if all are taken."""
         if self._slots_taken >= self.limits.max_concurrent:
             message = f"Too many requests: {self._slots_taken} are in flight. Please retry later."
             raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "1"})
@@ -197,17 +195,15 @@ class _Api:
     async def attention(self, body: bytes, _: EventStream) -> dict[str, Any]:
         """Return how much a word of an answer attended to each patch."""
         request = await self._in_thread(parse_attention, body, self.limits)
-        layers = self._engine.describe()["layers"]
+        layers = self._engine.pipeline.model.config.text_config.num_hidden_layers
         if request.layer is not None and request.layer >= layers:
             message = f"Layer {request.layer} does not exist. The model has layers 0 to {layers - 1}."
             raise ApiError(400, message, "layer")
         prompt = await self._encode(request, add_generation_prompt=False)
-        answer = request.messages[-1].text
-        span = (request.start, request.end)
-        call = self._engine.run(
-            lambda pipeline: self._attention(pipeline, prompt, answer, span, request.layer)
-        )
-        return await asyncio.wrap_future(call)
+        span = (request.messages[-1].text, request.start, request.end)
+        call = Call(lambda pipeline: self._attention(pipeline, prompt, *span, request.layer))
+        self._engine.submit(call)
+        return await asyncio.wrap_future(call.future)
 
     async def _encode(self, chat: Chat, add_generation_prompt: bool = True) -> Prompt:
         images = await self._read(chat.image_urls)
@@ -216,7 +212,7 @@ class _Api:
             prompt = await self._in_thread(self._engine.encode, messages, images, add_generation_prompt)
         except ChatTemplateError as error:
             raise ApiError(400, f"Invalid messages: {error}.", "messages") from error
-        context = self._engine.context_length
+        context = self._engine.pipeline.context_length
         if context and len(prompt) + add_generation_prompt > context:
             raise context_length_exceeded(context, len(prompt))
         return prompt
@@ -225,7 +221,7 @@ class _Api:
         return await self._in_thread(self._images.read, await self._images.fetch(urls))
 
     def _sampling_params(self, chat: ChatCompletionRequest, prompt_tokens: int) -> SamplingParams:
-        context = self._engine.context_length
+        context = self._engine.pipeline.context_length
         room = context - prompt_tokens if context else self.limits.max_tokens
         requested = chat.requested_tokens
         if context and requested and requested > room:
@@ -293,12 +289,7 @@ class _Endpoint:
                     await stream.send(known.body, last=True)
 
     async def _read_body(self, request: HttpRequest) -> bytes:
-        """Read a JSON body; refuse one as soon as it is known to be too large or too slow.
-
-        Raises:
-            ApiError: 408, 413 or 415.
-            ClientDisconnect: the client left before the end.
-        """
+        """Read a JSON body; raise 408, 413 or 415 as soon as it is too slow, too large or of another type."""
         # Browsers send JSON to other sites only after a preflight request, which this server does not grant.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "Unsupported content type. Send JSON as Content-Type: application/json.")
@@ -332,11 +323,11 @@ class _Endpoint:
 
 
 async def _unless_disconnected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Run a coroutine; cancel it when the client disconnects.
+    """Run a coroutine, raising its exceptions; cancel it when the client disconnects.
 
     Args:
-        work: responds to the client. Its exceptions are raised here.
-        receive: ASGI receive of the request, whose body was read.
+        work: Coroutine that responds to the client.
+        receive: ASGI receive of the request; the body must have been read.
     """
 
     async def disconnected() -> None:

@@ -21,7 +21,6 @@ from transformers import LogitsProcessor, StoppingCriteria, TopPLogitsWarper
 
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.generate.pipeline import MIN_TEMPERATURE
-from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.serve.images import EncodedImage
 
@@ -38,11 +37,11 @@ class SamplingParams:
     """Sampling and stopping of one request.
 
     Attributes:
-        max_tokens: maximum number of generated tokens.
+        max_tokens: Maximum number of generated tokens.
         temperature: 0 selects greedy decoding.
-        top_p: sample from the smallest set of tokens with at least this total probability.
-        seed: seed of the sampling; None draws one.
-        stop: strings that end the answer and are not part of it.
+        top_p: Sample from the smallest set of tokens with at least this total probability.
+        seed: Seed of the sampling; None draws one.
+        stop: Strings that end the answer and are not part of it.
     """
 
     max_tokens: int
@@ -58,8 +57,8 @@ class Prompt:
 
     Attributes:
         input_ids: (length,) int64, images expanded to their layout.
-        supervised: (length,) bool: text of the assistant and the token that ends its turn.
-        images: in order of appearance.
+        supervised: (length,) bool, text of the assistant and the token that ends its turn.
+        images: Encoded images in order of appearance.
     """
 
     input_ids: NDArray[np.int64]
@@ -76,8 +75,8 @@ class Finish:
 
     Attributes:
         reason: "stop" (end token or stop string) or "length".
-        completion_tokens: generated tokens.
-        cached_tokens: prompt tokens found in the prefix cache.
+        completion_tokens: Generated tokens.
+        cached_tokens: Prompt tokens found in the prefix cache.
     """
 
     reason: FinishReason
@@ -89,11 +88,11 @@ class Request:
     """A prompt to answer, created in the event loop that reads the answer.
 
     Args:
-        prompt: from `Engine.encode`.
-        params: sampling and stopping.
+        prompt: Result of `Engine.encode`.
+        params: Sampling and stopping parameters.
 
     Attributes:
-        cancelled: the client is gone. Set by the engine.
+        cancelled: Whether the client is gone. Set by the engine.
     """
 
     def __init__(self, prompt: Prompt, params: SamplingParams) -> None:
@@ -108,11 +107,7 @@ class Request:
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def events(self) -> AsyncIterator[str | Finish]:
-        """Yield the pieces of the answer, then its finish.
-
-        Raises:
-            Exception: whatever made generation fail.
-        """
+        """Yield the pieces of the answer, then its finish. Raises whatever made generation fail."""
         while True:
             event = await self._events.get()
             if isinstance(event, Exception):
@@ -122,21 +117,36 @@ class Request:
                 return
 
 
+class Call(Generic[Result]):
+    """A function that needs the model, and the future of its result."""
+
+    def __init__(self, function: Callable[[GenerationPipeline], Result]) -> None:
+        self.future: Future[Result] = Future()
+        self._function = function
+
+    def __call__(self, pipeline: GenerationPipeline) -> None:
+        if self.future.set_running_or_notify_cancel():
+            try:
+                self.future.set_result(self._function(pipeline))
+            except Exception as error:
+                self.future.set_exception(error)
+
+
 class Engine:
     """One thread that owns the model and serves queued requests in order of arrival, in batches.
 
     Args:
-        pipeline: model and processor; nothing else may use them from now on.
-        max_batch: maximum requests per batch.
-        max_batch_tokens: maximum of rows times (longest prompt + longest answer) in a batch of several.
+        pipeline: Model and tokenizer are the engine's own from now on; the image processor is anybody's.
+        max_batch: Maximum requests per batch.
+        max_batch_tokens: Maximum of rows * (longest prompt + longest answer) in a batch of several.
     """
 
     def __init__(self, pipeline: GenerationPipeline, max_batch: int, max_batch_tokens: int) -> None:
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         self._max_batch = max_batch
         self._max_batch_tokens = max_batch_tokens
-        self._running: Sequence[Request | _Call[Any]] = ()
-        self._queue: deque[Request | _Call[Any]] = deque()
+        self._running: Sequence[Request | Call[Any]] = ()
+        self._queue: deque[Request | Call[Any]] = deque()
         self._changed = Condition()
         self._closed = False
         # A fast tokenizer mutates its own state while encoding, so every thread needs a lock or a copy.
@@ -144,16 +154,6 @@ class Engine:
         self._tokenizer = copy.deepcopy(pipeline.processor.tokenizer)
         self._thread = Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
-
-    @property
-    def context_length(self) -> int | None:
-        """Maximum tokens of prompt and answer together, if the model has a limit."""
-        return self._pipeline.context_length
-
-    @property
-    def image_processor(self) -> SoloImageProcessor:
-        """Encodes images; any thread may use it."""
-        return self._pipeline.processor.image_processor
 
     @property
     def running(self) -> int:
@@ -165,42 +165,29 @@ class Engine:
         """Number of queued requests."""
         return len(self._queue)
 
-    def describe(self) -> dict[str, Any]:
-        """Return the model's size, for clients: `max_model_len`, `parameters` and `layers`."""
-        model = self._pipeline.model
-        return {
-            "max_model_len": self.context_length,
-            "parameters": sum(weights.numel() for weights in model.parameters()),
-            "layers": model.config.text_config.num_hidden_layers,
-        }
-
     def encode(
         self, messages: Sequence[Message], images: Sequence[EncodedImage], add_generation_prompt: bool = True
     ) -> Prompt:
         """Tokenize a chat. Thread-safe.
 
         Args:
-            messages: with one image part per image.
-            images: in order of appearance.
-            add_generation_prompt: whether to end where the next answer begins.
+            messages: Chat with one image part per image.
+            images: Encoded images in order of appearance.
+            add_generation_prompt: Whether to end where the next answer begins.
 
         Raises:
-            ChatTemplateError: the chat template refuses the chat.
+            ChatTemplateError: The chat template refuses the chat.
         """
         grids = [image.image_grid_thw for image in images]
         with self._encoding:
-            chat = self._pipeline.processor.encode_chat(messages, grids, add_generation_prompt)
+            chat = self.pipeline.processor.encode_chat(messages, grids, add_generation_prompt)
         return Prompt(chat.input_ids, chat.supervised, tuple(images))
 
-    def submit(self, request: Request) -> None:
-        """Queue a request."""
-        self._append(request)
-
-    def run(self, function: Callable[[GenerationPipeline], Result]) -> Future[Result]:
-        """Queue a call that needs the model. It runs by itself, between two batches."""
-        call = _Call(function)
-        self._append(call)
-        return call.future
+    def submit(self, item: Request | Call[Any]) -> None:
+        """Queue a request, or a call, which runs by itself between two batches."""
+        with self._changed:
+            self._queue.append(item)
+            self._changed.notify()
 
     def cancel(self, request: Request) -> None:
         """Drop an unfinished request: at once while it is queued, at its next token while it runs."""
@@ -221,33 +208,28 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
-    def _append(self, item: Request | _Call[Any]) -> None:
-        with self._changed:
-            self._queue.append(item)
-            self._changed.notify()
-
     def _work(self) -> None:
         while not self._closed:
             batch = self._next_batch()
-            if isinstance(batch, _Call):
-                batch(self._pipeline)
+            if isinstance(batch, Call):
+                batch(self.pipeline)
             elif batch:
                 try:
-                    generate_batch(self._pipeline, self._tokenizer, batch)
+                    generate_batch(self.pipeline, self._tokenizer, batch)
                 except Exception as error:
                     logger.exception("generation failed for a batch of %d requests", len(batch))
                     for request in batch:
                         request.put(error)
             self._running = ()
 
-    def _next_batch(self) -> list[Request] | _Call[Any]:
+    def _next_batch(self) -> list[Request] | Call[Any]:
         """Wait for work; return a call, or as many requests as fit together (none once closed)."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
             batch: list[Request] = []
             while self._queue and not self._closed:
                 item = self._queue[0]
-                if isinstance(item, _Call):
+                if isinstance(item, Call):
                     if batch:
                         break
                     self._running = (self._queue.popleft(),)
@@ -263,23 +245,7 @@ class Engine:
         """Whether requests fit in one batch: every row is padded to the longest prompt and answer."""
         length = max(len(r.prompt) for r in batch) + max(r.params.max_tokens for r in batch)
         small = len(batch) <= self._max_batch and len(batch) * length <= self._max_batch_tokens
-        return len(batch) == 1 or (small and length <= (self.context_length or length))
-
-
-class _Call(Generic[Result]):
-    """A queued function of the model, and the future of its result."""
-
-    def __init__(self, function: Callable[[GenerationPipeline], Result]) -> None:
-        self.future: Future[Result] = Future()
-        self._function = function
-
-    def __call__(self, pipeline: GenerationPipeline) -> None:
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            self.future.set_result(self._function(pipeline))
-        except Exception as error:
-            self.future.set_exception(error)
+        return len(batch) == 1 or (small and length <= (self.pipeline.context_length or length))
 
 
 # ---------------------------------------------------------------------------------------- one batch
@@ -289,9 +255,9 @@ def generate_batch(pipeline: GenerationPipeline, tokenizer: Any, requests: Seque
     """Answer requests in one batch, sending each its text as it grows and its finish when it ends.
 
     Args:
-        pipeline: model and processor.
-        tokenizer: decodes; no other thread may use it.
-        requests: longest prompt plus longest answer fit the model's context.
+        pipeline: Model and processor.
+        tokenizer: Tokenizer for decoding; no other thread may use it.
+        requests: Requests whose longest prompt plus longest answer fit the model's context.
     """
     # The size of a cached prefix is known when generation returns: a request that runs alone waits for it.
     alone = len(requests) == 1
@@ -422,11 +388,11 @@ class IncrementalDetokenizer:
     complete stop string. Leading white space is not part of the answer, so no stop string starts there.
 
     Args:
-        tokenizer: decodes; no other thread may use it.
-        stop: stop strings.
+        tokenizer: Tokenizer for decoding; no other thread may use it.
+        stop: Stop strings.
 
     Attributes:
-        stopped: a stop string was found.
+        stopped: Whether a stop string was found.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from aiohttp.connector import AddrInfoType
 from numpy.typing import NDArray
 
+from solo_vlm.data.encode import MAX_ASPECT_RATIO
 from solo_vlm.models.inspect_image import ImageLayout
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image, read_data_url
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor, patches_to_image
@@ -31,8 +32,6 @@ from solo_vlm.utils.pages import png_url
 
 Source = tuple[str, str | bytes]
 """An image's place in the request, and its data URL or downloaded file."""
-
-MAX_ASPECT_RATIO = 200  # as in training
 
 _MAX_ESCAPES = 1_000_000  # percent escapes per request: decoding them is far slower than base64
 _FORMATS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
@@ -48,9 +47,9 @@ class EncodedImage:
 
     Attributes:
         pixel_values: (num_patches, 3072) uint8.
-        image_grid_thw: (3,) int64: 1, rows, columns.
-        size: width and height of the original, in pixels.
-        digest: of the original file.
+        image_grid_thw: (3,) int64, (1, rows, columns).
+        size: Width and height of the original, in pixels.
+        digest: Hash of the original file.
     """
 
     pixel_values: NDArray[np.uint8]
@@ -69,11 +68,10 @@ def describe_image(image: EncodedImage) -> dict[str, Any]:
 
 
 class ImageReader:
-    """Reads the images of requests within limits. An image seen before is not encoded again. Thread-safe.
+    """Reads the images of requests, within limits. Thread-safe.
 
-    Args:
-        image_processor: of the model.
-        limits: on images, and on the memory for encoded ones.
+    Encoded images are cached by their content, least recently used first out, so an image that was shown is
+    not encoded again for an answer about it.
     """
 
     def __init__(self, image_processor: SoloImageProcessor, limits: Limits) -> None:
@@ -87,11 +85,11 @@ class ImageReader:
         """Download the images that are given by http(s) URLs; pass data URLs through.
 
         Args:
-            urls: each image's place in the request, and its URL.
+            urls: Each image's place in the request, and its URL.
 
         Raises:
-            ApiError: 400: unsupported or forbidden URL, or too many bytes. All downloads together may be as
-                large as a request.
+            ApiError: 400, for an unsupported or forbidden URL, or too many bytes: all downloads together may
+                be as large as a request.
         """
         sources: list[Source] = []
         bytes_left = self._limits.max_request_bytes
@@ -105,7 +103,7 @@ class ImageReader:
         """Decode and encode what `fetch` returned.
 
         Raises:
-            ApiError: 400: not an image, damaged, or over a limit. The pixels of all images count together.
+            ApiError: 400, for a file that is not an image, damaged, or over a limit.
         """
         images: list[EncodedImage] = []
         escapes = 0
@@ -182,10 +180,10 @@ async def fetch_image(url: str, param: str, max_bytes: int, max_seconds: float) 
     """Download a file from a public address.
 
     Args:
-        url: http(s) URL.
-        param: its place in the request, for errors.
-        max_bytes: maximum size of the response body.
-        max_seconds: time limit in seconds, redirects included.
+        url: URL of scheme http or https.
+        param: Place of the URL in the request, for errors.
+        max_bytes: Maximum size of the response body.
+        max_seconds: Time limit in seconds, redirects included.
 
     Raises:
         ApiError: 400. A forbidden address and one where nothing answers give the same error, so that clients

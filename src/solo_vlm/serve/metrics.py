@@ -13,11 +13,7 @@ _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250) 
 
 
 class Metrics:
-    """Counters, histograms and gauges of one server, in a registry of its own.
-
-    Args:
-        engine: its queue is measured.
-    """
+    """Counters, histograms and gauges of one server, in a registry of its own."""
 
     def __init__(self, engine: Engine) -> None:
         registry = self._registry = CollectorRegistry()
@@ -59,8 +55,8 @@ class Metrics:
         """Pass the events of an answer through, recording their times.
 
         Args:
-            events: from `Request.events`.
-            arrived: `time.monotonic` when the request was read.
+            events: Result of `Request.events`.
+            arrived: Value of `time.monotonic` when the request was read.
         """
         begun = False
         async for event in events:

@@ -31,39 +31,20 @@ _IGNORED = frozenset(
 # Parameters that change the answer, with the values that leave it as it is. Any other value and any unknown
 # field is an error: an answer that silently ignores part of the request is worse than none.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
+    **dict.fromkeys(("n", "best_of", "repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
+    **dict.fromkeys(("top_logprobs", "prompt_logprobs"), (0,)),
+    **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "documents"), ([],)),
+    **dict.fromkeys(("logit_bias", "chat_template_kwargs", "mm_processor_kwargs"), ({},)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("logprobs", "use_beam_search", "ignore_eos", "echo"), (False,)),
+    **dict.fromkeys(("continue_final_message", "include_stop_str_in_output"), (False,)),
+    **dict.fromkeys(("skip_special_tokens", "add_generation_prompt"), (True,)),
+    "top_k": (0, -1),
     "response_format": ({"type": "text"},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "best_of": (1,),
-    "use_beam_search": (False,),
-    "stop_token_ids": ([],),
-    "ignore_eos": (False,),
-    "skip_special_tokens": (True,),
-    "echo": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template_kwargs": ({},),
-    "documents": ([],),
-    "mm_processor_kwargs": ({},),
-    "prompt_logprobs": (0,),
-    "length_penalty": (1,),
-    "bad_words": ([],),
-    "include_stop_str_in_output": (False,),
 }
 
 
@@ -75,10 +56,10 @@ class ApiError(Exception):
 
     Args:
         status: HTTP status code.
-        message: what is wrong, and what to do.
-        param: the part of the request that is wrong.
-        code: machine-readable reason.
-        headers: of the response.
+        message: Explanation, and what to do.
+        param: Part of the request that is wrong.
+        code: Machine-readable reason.
+        headers: Headers of the response.
     """
 
     def __init__(
@@ -113,14 +94,11 @@ def model_not_found(requested: str | None, served: str) -> ApiError:
     return ApiError(404, message, "model", "model_not_found")
 
 
-def context_length_exceeded(context: int, prompt_tokens: int, completion_tokens: int = 0) -> ApiError:
+def context_length_exceeded(context_length: int, prompt_tokens: int, completion_tokens: int = 0) -> ApiError:
     """Return the error for a request longer than the model's context."""
-    message = f"This model's maximum context length is {context} tokens, but the request has "
-    if completion_tokens:
-        message += f"{prompt_tokens} tokens in the messages and {completion_tokens} in the completion. "
-        message += "Reduce either."
-    else:
-        message += f"{prompt_tokens} tokens in the messages. Shorten them."
+    message = f"This model's maximum context length is {context_length} tokens, but the request has "
+    message += f"{prompt_tokens} tokens in the messages"
+    message += f" and {completion_tokens} in the completion." if completion_tokens else ". Shorten them."
     param = "max_tokens" if completion_tokens else "messages"
     return ApiError(400, message, param, "context_length_exceeded")
 
@@ -249,8 +227,8 @@ class AttentionRequest(Chat):
     """Body of POST /api/attention: a chat that ends with an answer, and a range of its characters.
 
     Attributes:
-        start, end: code points of the answer, end excluded.
-        layer: a single layer; None averages over all.
+        start, end: Code points of the answer, end excluded.
+        layer: Single layer; None averages over all.
     """
 
     start: int = Field(ge=0)
@@ -359,12 +337,7 @@ def _explain(error: ValidationError) -> ApiError:
 
 
 class ChatCompletion:
-    """Builds the response to one request: a whole object, or the chunks of a stream.
-
-    Args:
-        model: name of the model.
-        prompt_tokens: length of the prompt.
-    """
+    """Builds the response to one request: a whole object, or the chunks of a stream."""
 
     def __init__(self, model: str, prompt_tokens: int) -> None:
         self._model = model
@@ -401,14 +374,7 @@ class ChatCompletion:
 
 
 class EventStream:
-    """A response of server-sent events; the first event sends the headers.
-
-    Args:
-        send: ASGI send of the request.
-
-    Attributes:
-        begun: an event was sent.
-    """
+    """A response of server-sent events. The first event sends the headers and sets `begun`."""
 
     _HEADERS = (
         (b"content-type", b"text/event-stream; charset=utf-8"),

@@ -31,16 +31,16 @@ def serve_model(
     """Serve a model until SIGTERM or SIGINT, then finish in-flight requests and return.
 
     Args:
-        load: loads the model. Called once the address is known to be free.
-        name: name by which requests select the model.
-        host: name or address to listen on.
-        port: port to listen on; 0 picks a free one.
-        limits: on each request, and on all together.
-        api_keys: see `make_app`.
-        on_ready: called with the server's URL.
+        load: Function that loads the model, called once the address is known to be free.
+        name: Model name that requests must use, if they name one.
+        host: Name or address to listen on.
+        port: Port to listen on; 0 picks a free one.
+        limits: Limits on each request and on all together.
+        api_keys: Keys of which API requests must send one; empty if none is required.
+        on_ready: Callback for the server's URL.
 
     Raises:
-        SoloError: the address is not available, or the model cannot be loaded.
+        SoloError: The address is not available, or the model cannot be loaded.
     """
     with bind(host, port) as address:
         engine = Engine(load(), limits.max_batch, limits.max_batch_tokens)
@@ -70,7 +70,7 @@ class Address:
         """Queue connections until they are accepted; before, they are refused.
 
         Raises:
-            SoloError: another process started to listen here first.
+            SoloError: Another process started to listen here first.
         """
         with _advise(*self.socket.getsockname()[:2]):
             self.socket.listen(_BACKLOG)
@@ -81,11 +81,11 @@ def bind(host: str, port: int) -> Iterator[Address]:
     """Bind an address, so that a conflict shows before a model is loaded.
 
     Args:
-        host: name or address; 0.0.0.0 and :: stand for all interfaces.
+        host: Name or address; 0.0.0.0 and :: stand for all interfaces.
         port: 0 picks a free one.
 
     Raises:
-        SoloError: the address is not available.
+        SoloError: The address is not available.
     """
     with _advise(host, port):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -46,16 +46,16 @@ def vllm_command(
     """Return the command that starts vLLM's own OpenAI server.
 
     Args:
-        model: folder or hub id.
-        name: name by which requests select the model.
-        host: address to listen on.
-        port: port to listen on.
-        limits: only `max_batch`, `max_images` and `max_tokens` may differ from their defaults.
-        dtype: of the weights; auto: as stored, but never float32.
-        prefix_caching: whether prompts share the computation of common prefixes.
+        model: Folder or hub id.
+        name: Model name in requests.
+        host: Address to listen on.
+        port: Port to listen on.
+        limits: Limits, of which only `max_batch`, `max_images` and `max_tokens` may differ from the defaults.
+        dtype: Type of the weights; "auto" is as stored, but never float32.
+        prefix_caching: Whether prompts share the computation of common prefixes.
 
     Raises:
-        SoloError: another limit is set, which vLLM does not have.
+        SoloError: Another limit is set, which vLLM does not have.
     """
     for field in fields(Limits):
         if field.name not in _SUPPORTED_LIMITS and getattr(limits, field.name) != field.default:

@@ -1,4 +1,7 @@
-"""Training: a recipe goes in, a run folder with checkpoints, metrics and a manifest comes out."""
+"""Training: runs recipes, and writes checkpoints, metrics, a manifest and the trained model.
+
+May import `models`, `data` and `utils`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: sharded, written while training goes on, complete or not there at all."""
+"""Sharded, asynchronous checkpoints of a run, and export to a folder of transformers."""
 
 from __future__ import annotations
 
@@ -8,78 +8,90 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from transformers import PreTrainedModel
 
+from solo_vlm.models.saving import save_model
+from solo_vlm.train.model import (
+    adapter_state_dict,
+    has_adapters,
+    load_base_model,
+    merge_adapter,
+    set_trainable,
+)
 from solo_vlm.train.optimizer import MOMENTS, named_trainable
-from solo_vlm.train.parallel.processes import LONG, Processes
+from solo_vlm.train.parallel.context import LONG_TIMEOUT, DistributedContext
+from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_folder
 
-_STATE = "training_state.json"
-_PARTIAL = ".partial-"  # as in files.py, but one name that all processes know
+_STATE_FILE = "training_state.json"
+_PARTIAL_PREFIX = ".partial-"  # as in utils/files.py, but with a name that all processes know
 
 
 @dataclass
-class Progress:
-    """Where a run stands.
+class TrainState:
+    """Progress of a run.
 
     Attributes:
-        step: optimizer steps done, those included that were skipped.
-        steps: of the whole run.
-        tokens: seen.
-        skipped_steps: for a loss or gradient that was not finite.
-        data: state of the loaders, of all ranks as one.
+        step: optimizer steps done, including skipped ones.
+        total_steps: optimizer steps of the whole run.
+        tokens: tokens processed, including padding.
+        skipped_steps: steps skipped for a non-finite loss or gradient.
+        data: merged state of the data loaders of all ranks.
     """
 
     step: int = 0
-    steps: int = 0
+    total_steps: int = 0
     tokens: int = 0
     skipped_steps: int = 0
     data: dict[str, Any] | None = None
 
 
-class Checkpoints:
-    """The checkpoints of a run, as folders `step-NNNNNNNN` of torch's distributed checkpoints.
+class Checkpointer:
+    """Saves checkpoints as folders `step-NNNNNNNN` of torch's distributed checkpoints.
 
-    They hold the trainable parameters, the optimizer's moments, and `training_state.json`. Chance needs no
-    state: it is drawn anew for each step from the recipe's seed. Any number of processes reads what any other
-    number has written.
+    They hold the trainable parameters, the optimizer's moments and `training_state.json`. No RNG state is
+    needed, because each step reseeds. Any number of processes can load them.
 
     Args:
-        folder: for them.
-        keep: how many of the newest stay.
+        folder: folder of the checkpoints.
+        keep: number of newest checkpoints to keep.
         asynchronous: whether `save` returns before the files are written.
-        processes: of the run.
+        context: distributed context of the run.
     """
 
-    def __init__(self, folder: Path, keep: int, asynchronous: bool, processes: Processes) -> None:
+    def __init__(self, folder: Path, keep: int, asynchronous: bool, context: DistributedContext) -> None:
         self._folder = folder
         self._keep = keep
         self._asynchronous = asynchronous
-        self._processes = processes
-        # A group of its own: another thread talks there.
-        self._group = None if processes.mesh is None else dist.new_group(backend="gloo", timeout=LONG)
-        self._namer = ThreadPoolExecutor(1, "checkpoint-namer")
-        self._writing: Future[Any] | None = None
+        self._context = context
+        # A group of its own, because a background thread communicates.
+        self._group = None if context.mesh is None else dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+        self._finalizer = ThreadPoolExecutor(1, "checkpoint-finalizer")
+        self._pending: Future[Any] | None = None
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Save, unless this step is saved already; one that is still being written is waited for.
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+        """Save the current step unless it is saved already; wait for a pending checkpoint first.
 
         Raises:
-            RuntimeError: the model does not hold the parameters that the optimizer changes.
+            RuntimeError: the optimizer does not hold the model's parameters.
         """
-        self.finish()
-        tensors = _tensors(model, optimizer)
-        path = self._folder / f"step-{progress.step:08d}"
-        partial = self._folder / f"{_PARTIAL}{path.name}"
-        # Asked by one process for all: on a network file system, each may see another state of a folder.
-        if not self._processes.decide(lambda: _prepare(path, partial, progress)):
+        self.wait()
+        tensors = _trained_tensors(model, optimizer)
+        path = self._folder / f"step-{state.step:08d}"
+        partial = self._folder / f"{_PARTIAL_PREFIX}{path.name}"
+        # Checked in rank 0: on a network file system, processes may see different states of a folder.
+        if not self._context.broadcast_from_rank0(lambda: _create_partial(path, partial, state)):
             return
         future: Any = async_save(
             tensors,
@@ -87,95 +99,156 @@ class Checkpoints:
             process_group=self._group,
             no_dist=self._group is None,
         )
-        # The first process's part ends last: it gathers what the others have written.
-        is_first = self._processes.is_first
-        self._writing = self._namer.submit(self._name, future, partial, path) if is_first else future
+        # Rank 0 finishes last, because it collects the metadata of all ranks.
+        is_main = self._context.is_main_process
+        self._pending = self._finalizer.submit(self._finalize, future, partial, path) if is_main else future
         if not self._asynchronous:
-            self.finish()
+            self.wait()
 
-    def check(self) -> None:
-        """Raise what went wrong with a checkpoint since it was saved."""
-        if self._writing and self._writing.done():
-            self.finish()
+    def raise_errors(self) -> None:
+        """Raise the error of a background save that has failed."""
+        if self._pending and self._pending.done():
+            self.wait()
 
-    def finish(self, timeout: float | None = None) -> None:
-        """Wait for this process's part of the checkpoint that is being written; the first one's names it.
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until this process's part of a pending checkpoint is written; in rank 0, until it is complete.
 
         Args:
-            timeout: seconds; default: as long as it takes.
+            timeout: seconds, or None to wait indefinitely.
 
         Raises:
-            TimeoutError: it is not written by then.
+            TimeoutError: the checkpoint is not written in time.
         """
-        writing, self._writing = self._writing, None
-        if writing:
-            writing.result(timeout)
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result(timeout)
 
-    def _name(self, written: Future[Any], partial: Path, path: Path) -> None:
-        """Give a checkpoint its name when it is written, also while the training loop waits for others."""
+    def _finalize(self, written: Future[Any], partial: Path, path: Path) -> None:
+        """Rename a complete checkpoint and delete old ones, in the background."""
         written.result()
         partial.rename(path)
-        _sync(path.parent)
+        _sync_folder(path.parent)
         for old in sorted(path.parent.glob("step-*"))[: -self._keep]:
-            # Renamed first, so that a crash in the middle leaves no half of it under its name.
-            shutil.rmtree(old.rename(old.with_name(f"{_PARTIAL}{old.name}")))
+            # Renamed first, so that a crash does not leave half a checkpoint under a valid name.
+            shutil.rmtree(old.rename(old.with_name(f"{_PARTIAL_PREFIX}{old.name}")))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if there is one."""
+    """Return the newest complete checkpoint, if any."""
     return max(folder.glob("step-*"), default=None)
 
 
-def read_progress(path: Path) -> Progress:
-    """Where the run stood at a checkpoint.
+def load_train_state(path: Path) -> TrainState:
+    """Read the progress of the run from a checkpoint.
 
     Raises:
-        SoloError: what says so is missing or damaged.
+        SoloError: `training_state.json` is missing or damaged.
     """
     try:
-        return Progress(**json.loads((path / _STATE).read_text()))
+        return TrainState(**json.loads((path / _STATE_FILE).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise SoloError(f"cannot go on from {path}: {_STATE} is not readable: {error}") from error
+        raise SoloError(f"cannot resume from {path}: {_STATE_FILE} is not readable: {error}") from error
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Give the trainable parameters, and the optimizer's moments, their values from a checkpoint.
+    """Load the trainable parameters, and the optimizer's moments, in place.
 
     Raises:
-        SoloError: the checkpoint is not readable, or belongs to another model.
+        SoloError: the checkpoint is not readable or belongs to another model.
     """
-    tensors = _tensors(model, optimizer)
+    tensors = _trained_tensors(model, optimizer)
     try:
         load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise SoloError(f"cannot go on from {path}: {reason}") from error
+        raise SoloError(f"cannot resume from {path}: {reason}") from error
 
 
-def _prepare(path: Path, partial: Path, progress: Progress) -> bool:
-    """Make the folder to write into, unless the checkpoint is there already; return whether to write."""
+def export_model(
+    out: Path, model: PreTrainedModel, processor: Any, recipe: Recipe, context: DistributedContext
+) -> Path:
+    """Save the trained model as `out/model` for `from_pretrained`, and adapters also as `out/adapter`.
+
+    A collective call; rank 0 writes. Adapters are merged into the base model.
+
+    Returns:
+        The folder of the model.
+    """
+    path = out / "model"
+    if has_adapters(model):
+        weights = adapter_state_dict(model)
+        if context.is_main_process:
+            # Left by an export that was killed before it wrote the model.
+            shutil.rmtree(out / "adapter", ignore_errors=True)
+            with new_folder(out / "adapter") as folder:
+                model.save_pretrained(folder, state_dict=weights)
+            merged = merge_adapter(load_base_model(recipe.mixture.model_source())[0], out / "adapter")
+            _save_folder(path, merged, processor)
+    elif context.mesh is None:
+        _save_folder(path, model, processor)
+    else:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state_dict = get_model_state_dict(model, options=options)
+        if context.is_main_process:
+            _save_folder(path, model, processor, state_dict=state_dict)
+    context.barrier()
+    return path
+
+
+def export_checkpoint(run: Path, out: Path, step: int | None = None) -> int:
+    """Save a checkpoint of a finished or unfinished run as a folder for `from_pretrained`.
+
+    Args:
+        run: output directory of the run; its `recipe.yaml` names the base model.
+        out: folder to write.
+        step: step of the checkpoint; default: the newest.
+
+    Returns:
+        The step of the checkpoint.
+
+    Raises:
+        SoloError: there is no such checkpoint, or the base model is missing.
+    """
+    recipe = Recipe.load(run / "recipe.yaml")
+    folder = run / "checkpoints"
+    path = latest_checkpoint(folder) if step is None else folder / f"step-{step:08d}"
+    if path is None or not path.is_dir():
+        steps = ", ".join(str(int(found.name[5:])) for found in sorted(folder.glob("step-*")))
+        raise SoloError(f"{run} has no such checkpoint" + (f"; there are steps {steps}" if steps else ""))
+    model, processor = load_base_model(recipe.mixture.model_source())
+    set_trainable(model, recipe.model_copy(update={"quantize": None}))
+    load_checkpoint(path, model)
+    if has_adapters(model):
+        with TemporaryDirectory() as adapter:
+            model.save_pretrained(adapter, state_dict=adapter_state_dict(model))
+            model = merge_adapter(load_base_model(recipe.mixture.model_source())[0], Path(adapter))
+    _save_folder(out, model, processor)
+    return int(path.name.removeprefix("step-"))
+
+
+def _create_partial(path: Path, partial: Path, state: TrainState) -> bool:
+    """Create the folder to write into, unless the checkpoint exists; return whether to write."""
     if path.exists():
         return False
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / _STATE).write_text(json.dumps(asdict(progress)))
+    (partial / _STATE_FILE).write_text(json.dumps(asdict(state)))
     return True
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Everything that training changes, by name; the tensors share memory with the model's.
+def _trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Return everything that training changes, by name; the tensors share memory with the model's.
 
     Raises:
-        RuntimeError: the optimizer holds other parameters than the model, as it does while FSDP has gathered
-            them.
+        RuntimeError: the optimizer holds other parameters than the model, as while FSDP has gathered them.
     """
     parameters = dict(named_trainable(model))
     tensors = {f"model/{name}": parameter.detach() for name, parameter in parameters.items()}
     if optimizer is None:
         return tensors
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    if strange := [name for name, parameter in parameters.items() if parameter not in held]:
-        raise RuntimeError(f"not saved or loaded: the optimizer does not hold the model's {strange[0]}")
+    if missing := [name for name, parameter in parameters.items() if parameter not in held]:
+        raise RuntimeError(f"not saved or loaded: the optimizer does not hold the model's {missing[0]}")
     if len(held) > len(parameters):
         raise RuntimeError(
             f"not saved or loaded: {len(held) - len(parameters)} parameters are not the model's"
@@ -186,8 +259,13 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[
     return tensors
 
 
-def _sync(folder: Path) -> None:
-    """Make a change of names in a folder outlive a power cut."""
+def _save_folder(path: Path, model: PreTrainedModel, processor: Any, **options: Any) -> None:
+    with new_folder(path) as folder:
+        save_model(folder, model, processor, **options)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""When one process of a run fails, all end, and the first failure is the one that is reported.
+"""Graceful stop on SIGTERM and SIGINT, and joint exit of all processes when one of them fails.
 
-A process that waits in a collective operation cannot notice that another one has failed. So the first failure
-is announced in the store that all processes share, and a thread in each of them looks for it there.
+A process that waits in a collective cannot notice that another one has failed. The first failure is therefore
+written to the store that all processes share, and a thread in each process polls the store for it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -16,21 +17,80 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
 from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 
-from solo_vlm.train.stopping import Stopped, StopRequest
 from solo_vlm.utils.errors import SoloError
 
 _KEY = "solo_vlm/failure"
 _POLL_SECONDS = 0.5
-_ECHO_SECONDS = 3.0  # an unexpected error may be the echo of another process's death, which is reported first
-_LEAVE_SECONDS = 3.0  # after a failure all leave together: it is printed by then, and all have read it
-_STORE_SECONDS = 3.0  # that the machine with the store, which other machines' torchruns read, stays longer
-_LOST_SECONDS = 10.0  # without a store before a process gives up; at the end of a run its host leaves first
+_ECHO_SECONDS = 3.0  # an unexpected error may be caused by another process's failure, which then comes first
+_EXIT_SECONDS = 3.0  # all exit together this long after a failure: it is printed and read by then
+_STORE_SECONDS = 3.0  # extra time for the host of the store, which the torchruns of other machines read
+_LOST_SECONDS = 10.0  # without a store before giving up; at the end of a run its host exits first
+
+
+class Stopped(SoloError):
+    """A signal stopped the run, and its state is saved.
+
+    Attributes:
+        exit_code: 128 + signal number, as in shells.
+    """
+
+    raised_by_all = True
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """Signal handler that records the first signal.
+
+    A repeated SIGTERM has no effect: launchers send it both directly and through torchrun. A repeated SIGINT
+    (Ctrl-C twice) raises KeyboardInterrupt at once.
+
+    Attributes:
+        signal: number of the first signal, 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._may_interrupt = True
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        is_repeated = bool(self.signal)
+        self.signal = self.signal or number
+        if is_repeated and number == signal.SIGINT and self._may_interrupt:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """Let no signal interrupt the body, which saves."""
+        before, self._may_interrupt = self._may_interrupt, False
+        try:
+            yield
+        finally:
+            self._may_interrupt = before
+
+
+@contextmanager
+def catch_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
+    """Record SIGTERM and SIGINT in a request; no-op outside the main thread (Python's rule)."""
+    request = request or StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -38,10 +98,10 @@ class Failure:
     """The failure that ends a run.
 
     Attributes:
-        rank: process that failed.
-        message: one line for a user's error, else also where it happened.
-        exit_code: for all processes.
-        time: in seconds since the epoch.
+        rank: rank of the process that failed.
+        message: error message; unexpected errors include the process and host.
+        exit_code: exit code of all processes.
+        time: seconds since the epoch.
     """
 
     rank: int
@@ -50,8 +110,8 @@ class Failure:
     time: float
 
     @classmethod
-    def of(cls, error: BaseException, rank: int) -> Failure:
-        """The failure of a process by an exception."""
+    def from_exception(cls, error: BaseException, rank: int) -> Failure:
+        """Describe an exception raised in this process."""
         if isinstance(error, SoloError):
             return cls(rank, str(error), error.exit_code, time.time())
         if isinstance(error, KeyboardInterrupt):
@@ -62,40 +122,40 @@ class Failure:
 
 @contextmanager
 def fail_together(store: Store, rank: int, stop: StopRequest) -> Iterator[None]:
-    """Run the body; an exception in it, in whatever process, ends all processes of the run.
+    """Run the body; an exception in any process ends all processes of the run.
 
-    The exception that came first is raised in its own process. The other processes exit without a word, even
-    if they are stuck in a collective operation.
+    The process that failed first raises its exception. All others exit silently, even while they hang in a
+    collective.
 
     Args:
-        store: shared by all processes.
-        rank: of this process.
-        stop: signals that the body has noted.
+        store: key-value store shared by all processes.
+        rank: rank of this process.
+        stop: signals caught while the body runs.
     """
     watch = _Watch(store.clone(), rank)  # type: ignore[attr-defined]
     watch.start()
     try:
         yield
-    except Stopped:  # by all of them together, and saved
+    except Stopped:  # raised by all processes together, after saving
         raise
     except BaseException as error:
         is_certain = isinstance(error, SoloError | KeyboardInterrupt)
-        failure = _announce(store, Failure.of(error, rank), is_certain)
+        failure = _publish(store, Failure.from_exception(error, rank), is_certain)
         if failure.rank != rank:
             _exit(failure)
-        if stop.signal and not is_certain:  # torchrun's, most likely, which has seen another process die
+        if stop.signal and not is_certain:  # most likely sent by torchrun after another process died
             print(f"solo: {failure.message}", file=sys.stderr)
             _exit(failure)
         _write_error_file(failure)
-        if _others_need(rank):  # until the error has been printed, and then as long as the others
-            atexit.register(_stay, failure)
+        if _hosts_store(rank):  # exit after the error is printed and the other processes have read it
+            atexit.register(_delay_exit, failure)
         raise
     finally:
         watch.stop()
 
 
 class _Watch(threading.Thread):
-    """Ends this process when another one has announced a failure, or when the store is gone."""
+    """Ends this process when another one has published a failure, or when the store is gone."""
 
     def __init__(self, store: Store, rank: int) -> None:
         super().__init__(name="failure-watch", daemon=True)
@@ -110,7 +170,7 @@ class _Watch(threading.Thread):
             except RuntimeError:
                 if self._stopped.wait(_LOST_SECONDS):
                     return
-                message = "the process that connects all processes of the run is gone"
+                message = "lost the connection to the process that hosts the store of the run"
                 failure = Failure(-1, message, 1, time.time())
             if failure and failure.rank == self._rank:
                 return
@@ -121,20 +181,20 @@ class _Watch(threading.Thread):
         self._stopped.set()
 
 
-def _announce(store: Store, failure: Failure, certain: bool) -> Failure:
-    """The failure that ends the run: this one, if no other came before.
+def _publish(store: Store, failure: Failure, is_certain: bool) -> Failure:
+    """Publish this process's failure unless another one came first; return the first.
 
     Args:
-        store: shared by all processes.
-        failure: of this process.
-        certain: whether it cannot be a consequence of another process's end.
+        store: key-value store shared by all processes.
+        failure: failure of this process.
+        is_certain: whether it cannot be a consequence of another process's failure.
     """
-    deadline = time.monotonic() + (0.0 if certain else _ECHO_SECONDS)
+    deadline = time.monotonic() + (0.0 if is_certain else _ECHO_SECONDS)
     try:
         while time.monotonic() < deadline and not store.check([_KEY]):
             time.sleep(0.1)
         return Failure(**json.loads(store.compare_set(_KEY, "", json.dumps(asdict(failure)))))
-    except RuntimeError:  # no store, nobody to tell
+    except RuntimeError:  # the store is gone
         return failure
 
 
@@ -143,9 +203,9 @@ def _read(store: Store) -> Failure | None:
 
 
 def _exit(failure: Failure) -> NoReturn:
-    """End this process, whatever its other threads do, for the failure of another one."""
+    """Exit because of another process's failure, without waiting for other threads."""
     _write_error_file(failure)
-    _stay(failure)
+    _delay_exit(failure)
     Console(stderr=True).show_cursor()  # a progress bar may have hidden it
     sys.stdout.flush()
     sys.stderr.flush()
@@ -153,7 +213,7 @@ def _exit(failure: Failure) -> NoReturn:
 
 
 def _write_error_file(failure: Failure) -> None:
-    """What torchrun prints at its end as the cause, on each machine.
+    """Write the file from which torchrun prints the root cause on each machine.
 
     See `torch.distributed.elastic.multiprocessing.errors.ProcessFailure`.
     """
@@ -164,22 +224,22 @@ def _write_error_file(failure: Failure) -> None:
             json.dump({"message": {"message": failure.message, "extraInfo": extra}}, file)
 
 
-def _stay(failure: Failure) -> None:
-    """Wait until it is time to leave.
+def _delay_exit(failure: Failure) -> None:
+    """Sleep until all processes exit together.
 
-    torchrun ends all processes of its machine when the first one leaves, and takes the store with it.
+    torchrun ends all processes of its machine when the first one exits, and the store ends with it.
     """
-    time.sleep(min(max(failure.time + _LEAVE_SECONDS - time.time(), 0.0), _LEAVE_SECONDS))
-    if _has_agents_elsewhere() and _matches_machine_hostname(os.environ["MASTER_ADDR"]):
+    time.sleep(min(max(failure.time + _EXIT_SECONDS - time.time(), 0.0), _EXIT_SECONDS))
+    if _has_other_agents() and _matches_machine_hostname(os.environ["MASTER_ADDR"]):
         time.sleep(_STORE_SECONDS)
 
 
-def _others_need(rank: int) -> bool:
-    """Whether other processes lose the store when this one leaves."""
+def _hosts_store(rank: int) -> bool:
+    """Whether other processes may lose the store when this one exits."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return _has_agents_elsewhere()
+        return _has_other_agents()
     return rank == 0
 
 
-def _has_agents_elsewhere() -> bool:
+def _has_other_agents() -> bool:
     return int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1

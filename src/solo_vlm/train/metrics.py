@@ -1,20 +1,36 @@
-"""Figures of a run, step by step: a live view, lines of JSON, trackers."""
+"""Metrics of a run: live view, `metrics.jsonl`, and trackers."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
+from threading import Event, Thread
+from typing import Any, Protocol
+from uuid import uuid4
 
+import torch
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from solo_vlm.train.trackers import Tracker
+from solo_vlm.train.recipe import Recipe
+from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
 
-_SHOWN = {  # in the live view: name, and how it is written
+_SHOWN = {  # metrics of the live view and their formats
     "loss": "{:.4f}",
     "validation_loss": "{:.4f}",
     "learning_rate": "{:.2e}",
@@ -28,75 +44,217 @@ _SHOWN = {  # in the live view: name, and how it is written
 }
 
 
-class MetricsLog:
-    """Writes the metrics of a step everywhere they are read.
+class Tracker(Protocol):
+    """Destination of metrics besides `metrics.jsonl`."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Log the metrics of a step."""
+
+    def finish(self) -> None:
+        """Flush and close."""
+
+
+class MetricsLogger:
+    """Writes metrics to `metrics.jsonl`, the trackers and the live view.
 
     Args:
-        folder: of the run; gets `metrics.jsonl`.
-        trackers: where they go besides.
-        progress: bar to advance.
-        steps: of the run.
-        done: steps that an earlier process has done.
+        folder: output directory of the run.
+        trackers: further destinations.
+        progress: live view.
+        total_steps: steps of the whole run.
+        done: steps done before a resume; later lines of `metrics.jsonl` are dropped.
     """
 
     def __init__(
-        self, folder: Path, trackers: Sequence[Tracker], progress: Progress, steps: int, done: int
+        self, folder: Path, trackers: Sequence[Tracker], progress: Progress, total_steps: int, done: int
     ) -> None:
-        _forget_after(folder / "metrics.jsonl", done)
-        self._lines = (folder / "metrics.jsonl").open("a")
+        _truncate_after(folder / "metrics.jsonl", done)
+        self._file = (folder / "metrics.jsonl").open("a")
         self._trackers = trackers
         self._progress = progress
-        self._task = progress.add_task(folder.name, total=steps, completed=done, figures={})
+        self._task = progress.add_task(
+            folder.name, total=total_steps, completed=done, unit="step", metrics={}
+        )
 
-    def step(self, step: int, figures: dict[str, float]) -> None:
-        """Record the figures of a step; `step` counts from 1."""
-        self._lines.write(json.dumps({"step": step, **figures}) + "\n")
-        self._lines.flush()
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Log the metrics of a step; steps count from 1."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
         for tracker in self._trackers:
-            tracker.log(figures, step)
-        self._progress.update(self._task, figures=figures)
+            tracker.log(metrics, step)
+        self._progress.update(self._task, metrics=metrics)
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         self._progress.update(self._task, completed=step)
 
     def close(self) -> None:
-        """Flush and close the files."""
-        self._lines.close()
+        """Close the file and the trackers."""
+        self._file.close()
         for tracker in self._trackers:
             tracker.finish()
 
 
 class LiveView(Progress):
-    """A bar for each run, and under it the newest figures of the one that is under way."""
+    """Progress bar per run, with the latest metrics of the current run below."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """What rich draws."""
+        """Yield what rich draws."""
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
-            if not task.finished and task.fields.get("figures"):
-                yield _table(task.fields["figures"])
+            if not task.finished and task.fields.get("metrics"):
+                yield _metrics_table(task.fields["metrics"])
+
+
+class ProgressLines(Progress):
+    """Progress as plain lines, for output that is not a terminal.
+
+    Prints a line when a task starts and finishes, and one per unfinished task at a fixed interval.
+
+    Args:
+        console: Console to print on.
+        interval: Seconds between two lines of a task.
+    """
+
+    def __init__(self, console: Console, interval: float = 10.0) -> None:
+        super().__init__(console=console, disable=True)
+        self._interval = interval
+        self._stopped = Event()
+        self._thread = Thread(target=self._print_at_intervals, daemon=True)
+
+    def start(self) -> None:
+        """Start printing."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop printing."""
+        self._stopped.set()
+        self._thread.join()
+
+    def add_task(self, *args: Any, **kwargs: Any) -> TaskID:
+        """Add a task and print its first line."""
+        task = super().add_task(*args, **kwargs)
+        self._print(self._tasks[task])
+        return task
+
+    def update(self, task_id: TaskID, **kwargs: Any) -> None:
+        """Update a task, and print its last line if that finishes it."""
+        was_finished = self._tasks[task_id].finished
+        super().update(task_id, **kwargs)
+        if self._tasks[task_id].finished and not was_finished:
+            self._print(self._tasks[task_id])
+
+    def _print_at_intervals(self) -> None:
+        while not self._stopped.wait(self._interval):
+            for task in self.tasks:
+                if not task.finished:
+                    self._print(task)
+
+    def _print(self, task: Task) -> None:
+        total = "?" if task.total is None else f"{task.total:,.0f}"
+        count = f"{task.fields.get('unit', '')} {task.completed:,.0f} of {total}".lstrip()
+        parts = [f"{task.description}: {count}"]
+        if "loss" in (metrics := task.fields.get("metrics") or {}):
+            parts.append(f"loss {metrics['loss']:.4f}")
+        if task.finished:
+            parts.append(f"done in {timedelta(seconds=round(task.elapsed or 0))}")
+        elif task.time_remaining is not None:
+            parts.append(f"{timedelta(seconds=round(task.time_remaining))} left")
+        self.console.print(", ".join(parts), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def progress_bar(quiet: bool = False) -> Iterator[Progress]:
-    """The live view, on stderr.
-
-    Args:
-        quiet: draw nothing, as in all processes but the first.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with LiveView(*columns, console=Console(stderr=True), disable=quiet) as progress:
+    """Show progress on stderr, unless `quiet`: the live view on a terminal, plain lines elsewhere."""
+    console = Console(stderr=True)
+    progress: Progress
+    if quiet or console.is_interactive:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        progress = LiveView(*columns, console=console, disable=quiet)
+    else:
+        progress = ProgressLines(console)
+    with progress:
         yield progress
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All lines of a run's `metrics.jsonl`."""
+    """Read all lines of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def _table(figures: dict[str, float]) -> Table:
-    shown = {name: form.format(figures[name]) for name, form in _SHOWN.items() if name in figures}
+def memory_gb(device: torch.device) -> float:
+    """Return the peak memory so far in 10^9 bytes: of the accelerator, or of this process on CPU."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device) / 1e9
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def make_trackers(recipe: Recipe, folder: Path, done: int) -> list[Tracker]:
+    """Create the trackers of a recipe.
+
+    Args:
+        recipe: recipe of the run; hosted trackers log it.
+        folder: output directory of the run.
+        done: steps done before a resume; TensorBoard drops later ones.
+
+    Raises:
+        SoloError: a tracker is not installed.
+    """
+    return [
+        _TensorBoard(folder, done) if name == "tensorboard" else _HostedTracker(name, recipe, folder)
+        for name in recipe.trackers
+    ]
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, done: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise SoloError("trackers: pip install tensorboard, or set trackers=[]") from error
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class _HostedTracker:
+    """Weights & Biases, or Trackio, which has the same interface."""
+
+    def __init__(self, name: str, recipe: Recipe, folder: Path) -> None:
+        try:
+            self._module: Any = import_module(name)
+        except ImportError as error:
+            raise SoloError(f"trackers: {name} is not installed; pip install {name}") from error
+        options: dict[str, Any] = {"project": "solo-vlm", "name": folder.name, "resume": "allow"}
+        if name == "wandb":  # Trackio resumes runs by name
+            options["id"] = _run_id(folder / "wandb_id")
+        self._module.init(config=recipe.model_dump(mode="json"), **options)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._module.log(metrics, step=step)
+
+    def finish(self) -> None:
+        self._module.finish()
+
+
+def _run_id(path: Path) -> str:
+    """Return the run's id, created on the first start and stored in the output directory."""
+    if not path.is_file():
+        with new_file(path) as partial:
+            partial.write_text(uuid4().hex[:8])
+    return path.read_text()
+
+
+def _metrics_table(metrics: dict[str, float]) -> Table:
+    shown = {name: form.format(metrics[name]) for name, form in _SHOWN.items() if name in metrics}
     table = Table.grid(padding=(0, 2))
     for _ in shown:
         table.add_column(justify="right")
@@ -105,8 +263,8 @@ def _table(figures: dict[str, float]) -> Table:
     return table
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop lines past the checkpoint that a run goes on from, and half a line: those steps are done again."""
+def _truncate_after(path: Path, step: int) -> None:
+    """Drop lines after a step, which will be repeated, and a truncated last line."""
     if not path.is_file():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""AdamW, and its learning rate as a function of the step."""
+"""AdamW and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 
 from solo_vlm.train.recipe import OptimizerSettings
 
-PATCH_EMBEDDING = "embed_vision_patch."  # in the name of its weight, under adapters, too
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+PATCH_EMBEDDING = "embed_vision_patch."  # part of its weight's name, with and without adapters
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state per parameter
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; norms and biases are not decayed (as Megatron-LM has it).
+    """Create AdamW over the trainable parameters; norms and biases are not decayed, as in Megatron-LM.
 
-    The patch embedding may have a rate of its own: under Adam the change of a layer's output grows with
-    its inputs (Yang et al. 2022, "Tensor Programs V", table 3: rate ~ 1 / fan-in), and a patch has 3,072 of
-    them, more than the hidden size of a small decoder.
+    The patch embedding may have its own learning rate: under Adam, the change of a layer's output grows with
+    its fan-in (Yang et al. 2022, "Tensor Programs V", table 3: rate ~ 1 / fan-in). A patch has 3,072 values,
+    more than the hidden size of a small decoder.
     """
     rate = settings.patch_learning_rate or settings.learning_rate
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -28,7 +28,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
         is_patch = PATCH_EMBEDDING in name
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
         scale = rate / settings.learning_rate if is_patch else 1.0
-        # One fused step takes parameters of one mesh: those that tensor parallelism splits are on another.
+        # A fused step needs parameters of a single mesh, and tensor-parallel ones have another mesh.
         key = (decay, scale, getattr(parameter, "device_mesh", None))
         group = groups.setdefault(key, {"params": [], "weight_decay": decay, "scale": scale})
         group["params"].append(parameter)
@@ -39,7 +39,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
         eps=settings.eps,
         fused=True,
     )
-    # From the start, so that a checkpoint holds the same tensors whenever it is written.
+    # Initialized now, so that every checkpoint holds the same tensors.
     for _, parameter in named_trainable(model):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -49,27 +49,27 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     return optimizer
 
 
-def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
-    """Linear warm-up, then a cosine from `learning_rate` to `min_learning_rate` (SOLO paper, section 3).
+def learning_rate(step: int, total_steps: int, settings: OptimizerSettings) -> float:
+    """Return the learning rate of a step: linear warm-up, then cosine decay (SOLO paper, section 3).
 
     Args:
-        step: 0 for the first step, which already moves the weights.
-        steps: of the whole run.
+        step: index of the step, from 0; the first step already has a positive rate.
+        total_steps: steps of the whole run.
         settings: warm-up and bounds.
     """
-    peak, floor = settings.learning_rate, settings.min_learning_rate
+    peak, minimum = settings.learning_rate, settings.min_learning_rate
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, steps - 1 - settings.warmup_steps)
-    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = (step - settings.warmup_steps) / max(1, total_steps - 1 - settings.warmup_steps)
+    return minimum + 0.5 * (peak - minimum) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of all parameter groups, each in its proportion."""
+    """Set the learning rate of all parameter groups, each multiplied by its scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
 
 
 def named_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Trainable parameters with their names, a tied one once."""
+    """Iterate over (name, parameter) of the trainable parameters; tied ones come once."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

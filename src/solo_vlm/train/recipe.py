@@ -1,10 +1,11 @@
-"""A training run as typed settings: read from YAML, with inheritance and `key=value` overrides."""
+"""Typed settings of a training run."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from solo_vlm.data.mixture import DataSettings, Mixture, SourceSettings
@@ -12,18 +13,18 @@ from solo_vlm.utils.settings import Settings
 
 
 class OptimizerSettings(Settings):
-    """AdamW and its schedule. Defaults: the paper's pre-training.
+    """AdamW and its learning-rate schedule; the defaults are those of the paper's pre-training.
 
     Attributes:
-        learning_rate: peak, after the warm-up.
-        patch_learning_rate: peak of the patch embedding, where it shall differ (small decoders need less);
-            its rate stays in this proportion to that of the others, also at the end.
-        min_learning_rate: at the end of the cosine; at most `learning_rate`.
-        warmup_steps: of linear growth.
-        weight_decay: of matrices; norms and biases are not decayed.
-        betas: of Adam.
-        eps: of Adam.
-        max_grad_norm: the gradient is clipped to.
+        learning_rate: peak learning rate, reached after warm-up.
+        patch_learning_rate: peak learning rate of the patch embedding (default: `learning_rate`). Small
+            decoders need a smaller one. Its ratio to `learning_rate` is constant over the schedule.
+        min_learning_rate: learning rate at the end of the cosine decay; at most `learning_rate`.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: weight decay of matrices; norms and biases are not decayed.
+        betas: Adam's betas.
+        eps: Adam's epsilon.
+        max_grad_norm: gradient norm above which gradients are clipped.
     """
 
     learning_rate: PositiveFloat = 5e-5
@@ -36,37 +37,37 @@ class OptimizerSettings(Settings):
     max_grad_norm: PositiveFloat = 1.0
 
     @model_validator(mode="after")
-    def _check_floor(self) -> Self:
+    def _check_minimum(self) -> Self:
         if self.min_learning_rate > self.learning_rate:
             raise PydanticCustomError(
-                "floor_above_peak",
-                "min_learning_rate = {floor} is above learning_rate = {peak}, so the rate would rise: set "
-                "min_learning_rate to at most that",
-                {"floor": f"{self.min_learning_rate:g}", "peak": f"{self.learning_rate:g}"},
+                "minimum_above_peak",
+                "min_learning_rate = {minimum} is above learning_rate = {peak}, so the rate would rise: set "
+                "min_learning_rate to at most {peak}",
+                {"minimum": f"{self.min_learning_rate:g}", "peak": f"{self.learning_rate:g}"},
             )
         return self
 
 
 class CheckpointSettings(Settings):
-    """How the run is saved.
+    """Checkpoints of the run.
 
     Attributes:
-        every: steps between two checkpoints.
-        keep: how many of the newest stay.
-        asynchronous: write while training goes on; what is written is copied to memory first.
+        save_interval: steps between checkpoints.
+        keep: number of checkpoints to keep, newest first.
+        asynchronous: write in the background while training continues, from a copy in main memory.
     """
 
-    every: PositiveInt = 500
+    save_interval: PositiveInt = 500
     keep: PositiveInt = 2
     asynchronous: bool = True
 
 
 class ParallelSettings(Settings):
-    """How processes share the work: `tensor` of them split every layer, all groups of those split the data.
+    """Parallelism. Processes form groups of `tensor`; the data are divided among the groups (FSDP).
 
     Attributes:
-        tensor: processes that each layer is split over; 2 in the paper.
-        reshard: free a layer's gathered weights after its forward pass and gather them again for the
+        tensor: tensor-parallel degree; 2 in the paper.
+        reshard: free the gathered weights of a layer after its forward pass and gather them again for its
             backward pass: less memory, more communication.
     """
 
@@ -75,13 +76,13 @@ class ParallelSettings(Settings):
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters (Hu et al. 2021) in place of full fine-tuning; the patch embedding is trained whole.
+    """LoRA (Hu et al. 2021) in place of full fine-tuning; the patch embedding stays fully trainable.
 
     Attributes:
-        rank: of the adapters.
-        alpha: their scale is alpha / rank.
-        dropout: on their inputs.
-        targets: names of the linear layers they go to; default: all of the decoder's.
+        rank: rank of the adapters.
+        alpha: scale of the adapters, applied as alpha / rank.
+        dropout: dropout probability of the adapters' inputs.
+        targets: names of the linear layers to adapt; default: all linear layers of the decoder.
     """
 
     rank: PositiveInt = 16
@@ -91,75 +92,90 @@ class LoraSettings(Settings):
 
 
 class ValidationSettings(Settings):
-    """Loss on data that are held out.
+    """Loss on held-out data.
 
     Attributes:
-        sources: as of the training data.
-        every: steps between two measurements.
-        sequences: packed sequences measured, the same ones each time.
+        sources: held-out sources, given as in `data.sources`.
+        interval: steps between evaluations.
+        sequences: packed sequences to evaluate, the same ones each time.
     """
 
     sources: list[SourceSettings] = Field(min_length=1)
-    every: PositiveInt = 500
+    interval: PositiveInt = 500
     sequences: PositiveInt = 64
 
 
-class Recipe(Mixture):
-    """One stage of training.
+class Recipe(Settings):
+    """One stage of training: a model, data, and how to train on them.
 
     Attributes:
-        root: folder that the relative paths of the recipe count from.
-        model: folder of the model to start from: a SOLO model, or a plain LLM to train on text alone.
-        out: folder of the run; the trained model will be `out/model`.
-        steps: optimizer steps; none: until the data end (`data.epochs`), their number estimated for the
-            schedule of the learning rate.
-        global_batch: packed sequences a step, over all processes.
-        precision: "bf16" computes in bfloat16 over float32 weights, "fp32" in float32.
-        activation_checkpointing: what the backward pass computes again instead of keeping it: "none";
-            "selective", all but the results of matrix products and attention; "full", every layer.
-        compile: compile the decoder's layers with torch.compile.
-        float8: matrix products in float8, where the hardware has it.
+        root: folder that relative paths refer to.
+        model: folder or hub id of the model to start from: a SOLO model, or a plain LLM to train on text.
+        out: output directory of the run; the trained model is saved as `out/model`.
+        data: sources and packing.
+        steps: optimizer steps; null: until the data end (`data.epochs`), with the number for the
+            learning-rate schedule estimated.
+        global_batch: packed sequences per step over all processes.
+        precision: "bf16" computes in bfloat16 with float32 weights, "fp32" computes in float32.
+        optimizer: optimizer and learning-rate schedule.
         trainable: "all" parameters, the "patch_embedding" alone, or the "new_tokens" (the patch embedding
-            and the rows of SOLO's own tokens).
+            and the rows of the vision tokens).
         lora: train low-rank adapters instead of the decoder's weights.
-        quantize: hold the frozen decoder under the adapters in 4 bits ("nf4": QLoRA, Dettmers et al. 2023).
-        parallel: how processes share the work.
-        log_every: steps between two lines of metrics.
-        trackers: where metrics go besides `metrics.jsonl`.
+        quantize: keep the frozen decoder under the adapters in 4 bits ("nf4": QLoRA, Dettmers et al. 2023).
+        activation_checkpointing: activations recomputed in the backward pass: "none"; "selective", all but
+            the results of matrix products and attention; "full", whole layers.
+        compile: compile the decoder's layers with torch.compile.
+        float8: compute matrix products in float8, on hardware that supports it.
+        parallel: tensor and data parallelism.
         validation: held-out data, if any.
-        max_nonfinite: steps in a row that may be skipped for a loss or gradient that is not finite.
-        seed: of everything that is random outside of the data.
+        checkpoint: when checkpoints are saved, and how many are kept.
+        log_interval: steps between lines of metrics.
+        trackers: where metrics are logged in addition to `metrics.jsonl`.
+        max_nonfinite: consecutive steps that may be skipped for a non-finite loss or gradient.
+        seed: seed of everything random except the data order (`data.seed`).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+    root: str = "."
+    model: str
     out: str
+    data: DataSettings
     steps: PositiveInt | None = None
     global_batch: PositiveInt = 128
     precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False
-    float8: bool = False
+    optimizer: OptimizerSettings = OptimizerSettings()
     trainable: Literal["all", "patch_embedding", "new_tokens"] = "all"
     lora: LoraSettings | None = None
     quantize: Literal["nf4"] | None = None
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+    float8: bool = False
     parallel: ParallelSettings = ParallelSettings()
-    log_every: PositiveInt = 10
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     validation: ValidationSettings | None = None
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log_interval: PositiveInt = 10
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     max_nonfinite: PositiveInt = 5
     seed: int = 0
-    optimizer: OptimizerSettings = OptimizerSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
 
+    @property
+    def mixture(self) -> Mixture:
+        """Training data, with the model that reads them."""
+        return Mixture(root=self.root, model=self.model, data=self.data)
 
-__all__ = [
-    "CheckpointSettings",
-    "DataSettings",
-    "LoraSettings",
-    "OptimizerSettings",
-    "ParallelSettings",
-    "Recipe",
-    "SourceSettings",
-    "ValidationSettings",
-]
+    @property
+    def validation_mixture(self) -> Mixture | None:
+        """Held-out data as a single stream, so that they are the same for any number of processes."""
+        if self.validation is None:
+            return None
+        changes = {"sources": self.validation.sources, "epochs": 1, "streams": 1, "workers": 0}
+        return self.mixture.model_copy(update={"data": self.data.model_copy(update=changes)})
+
+    @property
+    def output_dir(self) -> Path:
+        """Output directory of the run."""
+        return self.mixture.at(self.out)
+
+    @property
+    def is_decoder_frozen(self) -> bool:
+        """Whether the decoder's weights need no gradients."""
+        return self.lora is not None or self.trainable != "all"

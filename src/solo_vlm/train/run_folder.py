@@ -1,36 +1,64 @@
-"""Output directory of a run: ownership, inputs and resume point."""
+"""Output directory of a run: lock, resume point, input fingerprints and manifest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
+import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 import yaml
 
+from solo_vlm import __version__
 from solo_vlm.data.mixture import LOADER_SETTINGS
-from solo_vlm.data.sources import open_source
-from solo_vlm.train.agreement import changes, describe
+from solo_vlm.data.sources import Source
 from solo_vlm.train.checkpoint import latest_checkpoint
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file, remove_partial
+from solo_vlm.utils.settings import describe_changes, find_changes
 
-# What may change between two parts of one run: it says who works and what is noted, not what is learned.
-_FREE = ("root", "parallel", "activation_checkpointing", "compile", "log_every", "trackers", "checkpoint")
-_EXCLUDED: dict[str, Any] = {**dict.fromkeys(_FREE, True), "data": LOADER_SETTINGS}
+# Settings that may change on resume, because they do not affect what is learned.
+_RESUMABLE = (
+    "root",
+    "parallel",
+    "activation_checkpointing",
+    "compile",
+    "log_interval",
+    "trackers",
+    "checkpoint",
+)
+_EXCLUDED: dict[str, Any] = {**dict.fromkeys(_RESUMABLE, True), "data": LOADER_SETTINGS}
 
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".bin", ".gguf")
-# Bytes of a block, and blocks of a large file, spread evenly: weights that were trained on differ everywhere.
-_BLOCK, _BLOCKS = 1 << 16, 256
+# Large files are hashed by evenly spaced blocks: further training changes weights everywhere.
+_BLOCK_SIZE, _BLOCKS = 1 << 16, 256
+
+# Packages that affect results. Without OpenCV, torch resizes images, with values that differ by 1 of 255.
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "opencv-python-headless",
+    "pyarrow",
+    "safetensors",
+    "peft",
+)
 
 
-def lock(out: Path) -> IO[str] | None:
-    """Keep other runs out of a folder as long as the returned file is open; None where that is not possible.
+def lock_output_dir(out: Path) -> IO[str] | None:
+    """Lock the directory against other runs until the returned file is closed; None if unsupported.
 
     Raises:
-        SoloError: another run is at work there.
+        SoloError: another run holds the lock.
     """
     try:
         import fcntl
@@ -45,81 +73,138 @@ def lock(out: Path) -> IO[str] | None:
         raise SoloError(
             f"another run is writing to {out}: wait for it, or choose another with out=..."
         ) from error
-    except OSError:  # a file system without locks
+    except OSError:  # file system without locks
         file.close()
         return None
     return file
 
 
-def claim(out: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """Make a folder that of this run; return the checkpoint to go on from, if the same run left one.
+def prepare_output_dir(out: Path, recipe: Recipe, resume: bool) -> Path | None:
+    """Write the recipe and input fingerprints; return the checkpoint to resume from, if there is one.
 
     Raises:
-        SoloError: it holds a finished run or that of another recipe, the model it started from or its
-            validation data have changed, or there is nothing to resume.
+        SoloError: the directory holds a finished run or a run of another recipe, the base model or validation
+            data have changed since the run started, or there is nothing to resume.
     """
     if (out / "model").exists():
         raise SoloError(f"{out} holds a finished run: remove it, or choose another folder with out=...")
-    theirs = out / "recipe.yaml"
-    if theirs.is_file() and (changed := changes_in_learning(Recipe.load(theirs), recipe)):
+    saved_recipe = out / "recipe.yaml"
+    if saved_recipe.is_file() and (changed := describe_recipe_changes(Recipe.load(saved_recipe), recipe)):
         raise SoloError(
-            f"{out} holds a run of another recipe ({changed}): set that back, remove the folder, or choose "
+            f"{out} holds a run of another recipe ({changed}): undo the change, remove the folder, or choose "
             "another with out=..."
         )
-    remove_partial(out / "checkpoints")  # what a crash has left
+    remove_partial(out / "checkpoints")  # left by a crash
     checkpoint = latest_checkpoint(out / "checkpoints")
     if resume and checkpoint is None:
         raise SoloError(f"nothing to resume: {out} has no checkpoint")
-    inputs, recorded = _inputs(recipe), out / "inputs.json"
-    if checkpoint and recorded.is_file():
-        before = json.loads(recorded.read_text())
-        differ = sorted(name for name in before | inputs if before.get(name) != inputs.get(name))
-        if differ:
+    inputs, saved_inputs = _fingerprint_inputs(recipe), out / "inputs.json"
+    if checkpoint and saved_inputs.is_file():
+        before = json.loads(saved_inputs.read_text())
+        changed_inputs = sorted(name for name in before | inputs if before.get(name) != inputs.get(name))
+        if changed_inputs:
             raise SoloError(
-                f"{', '.join(differ[:3])} changed since the run in {out} started: put back what was there, "
-                "or start a new run with out=..."
+                f"{', '.join(changed_inputs[:3])} changed since the run in {out} started: restore the "
+                "original, or start a new run with out=..."
             )
-    with new_file(recorded) as partial:
+    with new_file(saved_inputs) as partial:
         partial.write_text(json.dumps(inputs, indent=2))
-    with new_file(theirs) as partial:
+    with new_file(saved_recipe) as partial:
         partial.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     return checkpoint
 
 
-def _inputs(recipe: Recipe) -> dict[str, str]:
-    """Fingerprints of what a run starts from and is measured on; its training data are in the checkpoints."""
-    inputs = {}
-    model = recipe.model_source()
-    if isinstance(model, Path) and model.is_dir():
-        files = [file for file in model.iterdir() if file.suffix in _MODEL_FILES and file.is_file()]
-        inputs = {f"{recipe.model}/{file.name}": _digest(file) for file in sorted(files)}
-    for source in recipe.validation.sources if recipe.validation else ():
-        inputs[source.path] = open_source(recipe.source_path(source.path)).fingerprint()
-    return inputs
-
-
-def _digest(file: Path) -> str:
-    """Hash of a small file; of a large one, its size and blocks of it."""
-    size = file.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with file.open("rb") as content:
-        if size <= _BLOCK * _BLOCKS:
-            digest.update(content.read())
-        else:
-            for number in range(_BLOCKS):
-                content.seek((size - _BLOCK) * number // (_BLOCKS - 1))
-                digest.update(content.read(_BLOCK))
-    return digest.hexdigest()
-
-
-def learned(recipe: Recipe) -> dict[str, Any]:
-    """The settings that decide what is learned, as far as they are not the default ones."""
+def config_fingerprint(recipe: Recipe) -> dict[str, Any]:
+    """Return the non-default settings that affect what is learned."""
     return recipe.model_dump(mode="json", exclude=_EXCLUDED, exclude_defaults=True)
 
 
-def changes_in_learning(before: Recipe, now: Recipe) -> str:
-    """Which settings that decide what is learned differ, with both values; nothing where none does."""
-    if learned(before) == learned(now):
+def describe_recipe_changes(before: Recipe, now: Recipe) -> str:
+    """Describe the changed settings that affect what is learned; empty if there are none."""
+    if config_fingerprint(before) == config_fingerprint(now):
         return ""
     old, new = (recipe.model_dump(mode="json", exclude=_EXCLUDED) for recipe in (before, now))
-    return describe(changes(old, new))
+    return describe_changes(find_changes(old, new))
+
+
+def write_manifest(path: Path, recipe: Recipe, sources: list[Source], outcome: dict[str, Any]) -> None:
+    """Write the manifest of a finished run: recipe, versions, hardware, data, outcome.
+
+    Args:
+        path: JSON file to write.
+        recipe: resolved recipe.
+        sources: training sources, for their fingerprints.
+        outcome: summary of the run: steps, tokens, skipped samples by reason.
+    """
+    manifest = {
+        "recipe": recipe.model_dump(mode="json"),
+        "data": {source.name: source.fingerprint() for source in sources},
+        "solo_vlm": __version__,
+        "commit": _commit(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "hardware": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "outcome": outcome,
+    }
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def read_manifest_recipe(path: Path) -> Recipe:
+    """Read the recipe of a manifest.
+
+    Raises:
+        SoloError: the file is not a manifest.
+    """
+    try:
+        return Recipe.parse(json.loads(path.read_text())["recipe"], origin=str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SoloError(f"{path} is not a manifest of a run: {error}") from error
+
+
+def _fingerprint_inputs(recipe: Recipe) -> dict[str, str]:
+    """Fingerprint the base model and the validation data; checkpoints identify the training data."""
+    inputs = {}
+    model = recipe.mixture.model_source()
+    if isinstance(model, Path) and model.is_dir():
+        files = [file for file in model.iterdir() if file.suffix in _MODEL_FILES and file.is_file()]
+        inputs = {f"{recipe.model}/{file.name}": _hash_file(file) for file in sorted(files)}
+    if validation := recipe.validation_mixture:
+        for name, source in zip(validation.source_names(), validation.open_sources(), strict=True):
+            inputs[name] = source.fingerprint()
+    return inputs
+
+
+def _hash_file(file: Path) -> str:
+    """Hash the size and content of a small file, or the size and some blocks of a large one."""
+    size = file.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with file.open("rb") as content:
+        if size <= _BLOCK_SIZE * _BLOCKS:
+            digest.update(content.read())
+        else:
+            for number in range(_BLOCKS):
+                content.seek((size - _BLOCK_SIZE) * number // (_BLOCKS - 1))
+                digest.update(content.read(_BLOCK_SIZE))
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the package's source, if it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps, metrics and checkpoints out."""
+"""The training loop; `Trainer.train_step` is one step from top to bottom."""
 
 from __future__ import annotations
 
@@ -9,280 +9,485 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from rich.progress import Progress as ProgressBar
-from transformers import set_seed
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, set_seed
 
-from solo_vlm.data.collate import PackedBatch
+from solo_vlm.data.collate import PackedBatch, num_supervised_tokens
 from solo_vlm.data.encode import Encoder
-from solo_vlm.data.loader import PackedLoader
-from solo_vlm.train.agreement import check_same_data, check_same_settings
+from solo_vlm.data.loader import LoadedSequence, PackedLoader
+from solo_vlm.data.mixture import make_loader
+from solo_vlm.models.flops import ModelShape, training_flops
 from solo_vlm.train.checkpoint import (
-    Checkpoints,
-    Progress,
+    Checkpointer,
+    TrainState,
+    export_model,
     load_checkpoint,
-    read_progress,
+    load_train_state,
 )
+from solo_vlm.train.estimate.memory import recognize_device
 from solo_vlm.train.estimate.plan import planned_steps
-from solo_vlm.train.export import export
-from solo_vlm.train.figures import StepFigures
-from solo_vlm.train.manifest import write_manifest
-from solo_vlm.train.metrics import MetricsLog, progress_bar
+from solo_vlm.train.failures import Stopped, StopRequest, catch_signals
+from solo_vlm.train.metrics import MetricsLogger, make_trackers, memory_gb, progress_bar
+from solo_vlm.train.model import make_model
 from solo_vlm.train.optimizer import learning_rate, make_optimizer, set_learning_rate
-from solo_vlm.train.parallel.processes import LONG, SHORT, Processes, start_processes
+from solo_vlm.train.parallel.context import (
+    LONG_TIMEOUT,
+    SHORT_TIMEOUT,
+    DistributedContext,
+    init_distributed,
+)
+from solo_vlm.train.parallel.sharding import average_replicated_gradients, reshard
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.run_folder import claim, lock
-from solo_vlm.train.start import make_loader, make_model
-from solo_vlm.train.step import Step, take_step
-from solo_vlm.train.stopping import Stopped, StopRequest, listen
-from solo_vlm.train.trackers import make_trackers
-from solo_vlm.train.validation import Validation
+from solo_vlm.train.run_folder import lock_output_dir, prepare_output_dir, write_manifest
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 20  # samples, where a loss is not finite
-_SECONDS_TO_SAVE = 20.0  # what was being saved when a process failed; all are to end within a minute
+_COUNTED = ("documents", "tokens", "vision", "supervised", "flops")
+_MAX_SAMPLES_LISTED = 20  # in the message about a non-finite loss
+_SAVE_TIMEOUT = 20.0  # seconds to finish a pending checkpoint after a failure; all processes exit in a minute
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What `train` returns: the folder of the trained model, and the run's figures."""
+class TrainResult:
+    """Result of `train`.
+
+    Attributes:
+        model: folder of the trained model.
+        metrics: summary of the run: steps, tokens, seconds, counts of samples by skip reason.
+    """
 
     model: Path
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
 
 
-def train(recipe: Recipe, resume: bool = False, progress: ProgressBar | None = None) -> Trained:
-    """Run a recipe to its end, with all processes that torchrun has started.
+def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None) -> TrainResult:
+    """Train a recipe to its end, with all processes that torchrun has started.
 
-    A run that was interrupted goes on from its newest checkpoint if it is started again with the same
-    recipe, on as many processes as you like. On a CPU with as many as before, its losses are those of an
-    uninterrupted run, bit for bit.
+    An interrupted run resumes from its newest checkpoint when it is started again with the same recipe, on
+    any number of processes. On CPU with the same number of processes, its losses equal those of an
+    uninterrupted run bit for bit.
 
     Args:
-        recipe: the settings.
-        resume: insist on going on from a checkpoint.
-        progress: a bar to draw on; default: one of its own.
+        recipe: settings of the run.
+        resume: fail unless there is a checkpoint to resume from.
+        progress: progress display; default: a new one on stderr.
 
     Raises:
-        SoloError: model or data cannot be read, the folder holds another run, nothing is there to resume,
-            the recipe cannot be shared among the processes, or losses are no longer finite.
-        Stopped: SIGTERM or SIGINT came; the run is saved.
+        SoloError: model or data cannot be read, the output directory belongs to another run, there is nothing
+            to resume, the recipe cannot be divided among the processes, or losses are no longer finite.
+        Stopped: SIGTERM or SIGINT was received, and the run is saved.
     """
     stop = StopRequest()
-    with start_processes(recipe, stop) as processes, listen(stop):
+    with init_distributed(recipe, stop) as context, catch_signals(stop):
         if progress is not None:
-            return _Run(recipe, resume, processes, progress).to_the_end(stop)
-        with progress_bar(quiet=not processes.is_first) as progress:
-            return _Run(recipe, resume, processes, progress).to_the_end(stop)
+            return Trainer(recipe, resume, context, progress, stop).run()
+        with progress_bar(quiet=not context.is_main_process) as progress:
+            return Trainer(recipe, resume, context, progress, stop).run()
 
 
-class _Run:
-    """A run in this process: everything that a step needs, and where it stands."""
+class Trainer:
+    """State of a run in one process.
 
-    def __init__(self, recipe: Recipe, resume: bool, processes: Processes, progress: ProgressBar) -> None:
-        self.recipe = recipe
-        self.processes = processes
-        self.out = recipe.at(recipe.out)
-        check_same_settings(recipe, processes)
-        self.sources = recipe.open_sources()
-        check_same_data(self.sources, processes)
+    Args:
+        recipe: settings of the run.
+        resume: fail unless there is a checkpoint to resume from.
+        context: distributed context.
+        progress: progress display.
+        stop: signals received so far.
+    """
+
+    def __init__(
+        self, recipe: Recipe, resume: bool, context: DistributedContext, progress: Progress, stop: StopRequest
+    ) -> None:
+        self.recipe, self.context, self.stop = recipe, context, stop
+        self.out = recipe.output_dir
+        context.check_same_settings(recipe)
+        self.sources = recipe.mixture.open_sources()
+        context.check_same_data(self.sources)
         self._lock: IO[str] | None = None
-        checkpoint = processes.decide(lambda: self._claim(resume))
+        checkpoint = context.broadcast_from_rank0(lambda: self._prepare_output_dir(resume))
+
         set_seed(recipe.seed)
-        self.model, self.processor = make_model(recipe, processes)
+        self.model, self.processor = make_model(recipe, context)
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
-        layout = processes.layout
-        self.loader = make_loader(recipe, self.processor, self.sources, processes.data_rank, layout.data)
+        dp = context.dims.dp
+        self.loader = make_loader(recipe.mixture, self.processor, self.sources, context.dp_rank, dp)
         if checkpoint:
             load_checkpoint(checkpoint, self.model, self.optimizer)
-            self.done = processes.decide(lambda: read_progress(checkpoint))
-            self.loader.load_state_dict(self.done.data or {})
-            logger.info("going on from %s", checkpoint)
+            self.state = context.broadcast_from_rank0(lambda: load_train_state(checkpoint))
+            self.loader.load_state_dict(self.state.data or {})
+            logger.info("resuming from %s", checkpoint)
         else:
-            self.done = Progress(steps=recipe.steps or processes.decide(lambda: planned_steps(recipe)))
-        self.checkpoints = Checkpoints(
-            self.out / "checkpoints", recipe.checkpoint.keep, recipe.checkpoint.asynchronous, processes
-        )
-        self.validation = Validation(recipe, self.processor, processes) if recipe.validation else None
-        frozen = bool(recipe.lora) or recipe.trainable != "all"
-        self.counter = StepFigures(self.model.config, Encoder(self.processor), processes, frozen)
-        self.log = None
-        if processes.is_first:
-            trackers = make_trackers(recipe, self.out, self.done.step)
-            self.log = MetricsLog(self.out, trackers, progress, self.done.steps, self.done.step)
+            total_steps = recipe.steps or context.broadcast_from_rank0(lambda: planned_steps(recipe))
+            self.state = TrainState(total_steps=total_steps)
+        self.consecutive_skips = 0
 
-    def _claim(self, resume: bool) -> Path | None:
-        if resume and not self.out.is_dir():
-            raise SoloError(f"nothing to resume: {self.out} has no checkpoint")
-        self._lock = lock(self.out)
-        return claim(self.out, self.recipe, resume)
-
-    def to_the_end(self, stop: StopRequest) -> Trained:
-        """Take all steps; export the model and write the manifest."""
-        started, tokens_before = time.perf_counter(), self.done.tokens
+        settings = recipe.checkpoint
+        folder = self.out / "checkpoints"
+        self.checkpointer = Checkpointer(folder, settings.keep, settings.asynchronous, context)
+        self.validator = Validator(recipe, self.processor, context) if recipe.validation else None
         try:
-            for figures in self._steps(stop):
-                self._note(figures, stop)
-            self._finish_saving(stop)
+            self.shape: ModelShape | None = ModelShape.of(self.model.config)
+        except SoloError:  # unsupported family: no FLOPs, no MFU
+            self.shape = None
+        self.vision_ids = Encoder(self.processor).vision_ids
+        device = recognize_device(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
+        self.peak_flops = device.peak_flops * context.dims.world_size if device else None
+        self.metrics_logger = None
+        if context.is_main_process:
+            trackers = make_trackers(recipe, self.out, self.state.step)
+            self.metrics_logger = MetricsLogger(
+                self.out, trackers, progress, self.state.total_steps, self.state.step
+            )
+
+    def run(self) -> TrainResult:
+        """Run all steps, export the model and write the manifest."""
+        started, tokens_before, first_step = time.perf_counter(), self.state.tokens, self.state.step + 1
+        try:
+            while self.state.step < (self.recipe.steps or sys.maxsize) and self.train_step():
+                if self.state.step == first_step:  # which may have compiled the model
+                    self.context.set_timeout(SHORT_TIMEOUT)
+            self._finish_saving()
         except BaseException:
             self.loader.close()
-            # A process that fails still completes the checkpoint that all are writing.
-            with suppress(Exception), stop.uninterrupted():
-                self.checkpoints.finish(_SECONDS_TO_SAVE)
+            # A failing process still completes its part of a checkpoint that all processes are writing.
+            with suppress(Exception), self.stop.uninterrupted():
+                self.checkpointer.wait(_SAVE_TIMEOUT)
             with suppress(Exception):
-                self._close_log()
+                self._close_logger()
             raise
         self.loader.close()
-        self._close_log()
-        self.processes.set_timeout(LONG)
+        self._close_logger()
+        self.context.set_timeout(LONG_TIMEOUT)
         seconds = time.perf_counter() - started
         summary = {
-            "steps": self.done.step,
-            "tokens": self.done.tokens,
+            "steps": self.state.step,
+            "tokens": self.state.tokens,
             "seconds": seconds,
-            "tokens_per_second": (self.done.tokens - tokens_before) / seconds,
-            "skipped_steps": self.done.skipped_steps,
-            "data": self._counts(),
-            "processes": asdict(self.processes.layout),
+            "tokens_per_second": (self.state.tokens - tokens_before) / seconds,
+            "skipped_steps": self.state.skipped_steps,
+            "data": self._sample_counts(),
+            "parallel": {"world_size": self.context.dims.world_size, **asdict(self.context.dims)},
         }
-        skipped = list(chain.from_iterable(self.processes.gather(self.loader.skipped())))
-        model = export(self.out, self.model, self.processor, self.recipe, self.processes)
-        if self.processes.is_first:
+        skipped = list(chain.from_iterable(self.context.gather(self.loader.skipped())))
+        model = export_model(self.out, self.model, self.processor, self.recipe, self.context)
+        if self.context.is_main_process:
             with new_file(self.out / "skipped.jsonl") as partial:
                 partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
             write_manifest(self.out / "manifest.json", self.recipe, self.sources, summary)
-        return Trained(model, summary)
+        return TrainResult(model, summary)
 
-    def _steps(self, stop: StopRequest) -> Iterator[dict[str, float]]:
-        """Make one optimizer step after the other; yield its figures. Ends early where the data do."""
-        skipped_in_a_row = 0
-        first_step = self.done.step + 1  # which may compile
-        while self.done.step < (self.recipe.steps or sys.maxsize):
-            global_batch, samples = self._read()
-            if not global_batch:
-                if not self.done.step:
-                    raise SoloError("no row of the data can be used: see solo data verify")
-                if self.recipe.steps:
-                    logger.warning("the data ended after %d of %d steps", self.done.step, self.recipe.steps)
-                return
-            rate = learning_rate(self.done.step, self.done.steps, self.recipe.optimizer)
-            set_learning_rate(self.optimizer, rate)
-            self._seed()
-            step = take_step(
-                self.model,
-                self.optimizer,
-                global_batch,
-                self.counter.counts["supervised"],
-                self.recipe,
-                self.processes,
-            )
-            self.done.step += 1
-            self.done.tokens += self._capacity
-            if step.finite:
-                skipped_in_a_row = 0
-            else:
-                skipped_in_a_row += 1
-                self._skip(step, samples, skipped_in_a_row)
-            yield {
-                "loss": step.loss,
-                "learning_rate": rate,
-                "gradient_norm": step.gradient_norm,
-                "skipped_steps": self.done.skipped_steps,
-                **self.counter.figures(self._capacity),
-            }
-            self._stop_if_asked(stop)
-            if self.done.step == first_step:
-                self.processes.set_timeout(SHORT)
+    def train_step(self) -> bool:
+        """Run one optimizer step; return False if the data have ended before it.
 
-    def _read(self) -> tuple[list[PackedBatch], list[list[str]]]:
-        """This process's sequences of the next global batch, counted, and the names of their samples."""
-        self.counter.start()
-        turns = self.loader.take_together(self.recipe.global_batch, self.counter.count)
-        self.counter.read()
-        batches = [turn.batch if turn else self.loader.empty_batch() for turn in turns]
-        return batches, [self.loader.names(turn) if turn else [] for turn in turns]
+        Raises:
+            SoloError: no sample can be used, or too many consecutive steps were not finite.
+            Stopped: a signal was received, and the run is saved.
+        """
+        recipe, context, state = self.recipe, self.context, self.state
 
-    @property
-    def _capacity(self) -> int:
-        """Tokens of a global batch."""
-        return self.recipe.global_batch * self.recipe.data.sequence_length
+        # This rank's packed sequences of the global batch, and token counts over all ranks.
+        started = time.perf_counter()
+        sequences, counts = self._read_global_batch()
+        data_wait = time.perf_counter() - started
+        if not sequences:
+            if not state.step:
+                raise SoloError("no row of the data can be used: see solo data verify")
+            if recipe.steps:
+                logger.warning("the data ended after %d of %d steps", state.step, recipe.steps)
+            return False
+        batches = [sequence.batch if sequence else self.loader.empty_batch() for sequence in sequences]
 
-    def _seed(self) -> None:
-        """Chance (dropout) depends on the step, so that no checkpoint has to hold a generator's state."""
-        entropy = (self.recipe.seed, self.done.step, self.processes.data_rank)
+        # Reseed from (seed, step, dp_rank), so checkpoints need no RNG state.
+        entropy = (recipe.seed, state.step, context.dp_rank)
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        rate = learning_rate(state.step, state.total_steps, recipe.optimizer)
+        set_learning_rate(self.optimizer, rate)
+        result = optimizer_step(self.model, self.optimizer, batches, counts["supervised"], recipe, context)
 
-    def _skip(self, step: Step, samples: list[list[str]], in_a_row: int) -> None:
-        """Note a step that did not change the weights; stop where there are too many in a row."""
-        self.done.skipped_steps += 1
-        bad = [names for names, loss in zip(samples, step.losses, strict=True) if not math.isfinite(loss)]
-        # Where every loss is finite, the gradient is to blame, and any sample may be.
-        suspects = chain.from_iterable(self.processes.gather(list(chain.from_iterable(bad))))
-        named = list(suspects) or list(
-            chain.from_iterable(self.processes.gather(list(chain.from_iterable(samples))))
+        capacity = recipe.global_batch * recipe.data.sequence_length
+        state.step += 1
+        state.tokens += capacity
+        self.consecutive_skips = 0 if result.is_finite else self.consecutive_skips + 1
+        if not result.is_finite:
+            self._skip_step(result, sequences)
+
+        seconds = time.perf_counter() - started
+        metrics = {
+            "loss": result.loss,
+            "learning_rate": rate,
+            "gradient_norm": result.gradient_norm,
+            "skipped_steps": state.skipped_steps,
+            "tokens_per_second": counts["tokens"] / seconds,
+            "step_seconds": seconds,
+            "data_wait_seconds": data_wait,
+            "supervised_tokens": counts["supervised"],
+            "vision_tokens": counts["vision"],
+            "text_tokens": counts["tokens"] - counts["vision"],
+            "documents": counts["documents"],
+            "fill": counts["tokens"] / capacity,
+            "flops": counts["flops"],
+            "memory_gb": memory_gb(context.device),
+        }
+        if self.peak_flops and counts["flops"]:
+            metrics["mfu"] = counts["flops"] / seconds / self.peak_flops
+
+        is_last = state.step == recipe.steps
+        if self.validator and recipe.validation and (is_last or state.step % recipe.validation.interval == 0):
+            metrics["validation_loss"] = self.validator.loss(self.model)
+        is_logged = state.step == 1 or is_last or state.step % recipe.log_interval == 0
+        if is_logged or "validation_loss" in metrics:
+            skipped = {n: c for n, c in self._sample_counts().items() if n.startswith("skipped")}
+            if self.metrics_logger:
+                self.metrics_logger.log(state.step, {**metrics, **skipped})
+        if self.metrics_logger:
+            self.metrics_logger.advance(state.step)
+        if state.step % recipe.checkpoint.save_interval == 0 and not is_last:
+            self._save()
+        self.checkpointer.raise_errors()
+        self._stop_if_requested()
+        return True
+
+    def _read_global_batch(self) -> tuple[list[LoadedSequence | None], Counter[str]]:
+        """Read this rank's part of the next global batch and count it over all ranks.
+
+        Returns:
+            Equally many sequences on all ranks, padded with None at the end of the data, and totals over all
+            ranks of documents, tokens, vision and supervised tokens, and FLOPs.
+        """
+        dp, totals = self.context.dims.dp, Counter[str]()
+
+        def add_up(sequences: Sequence[LoadedSequence], is_ended: bool) -> tuple[list[int], bool]:
+            counted = sum(map(self._count, sequences), Counter[str]())
+            per_rank = [len(sequences) * (rank == self.context.dp_rank) for rank in range(dp)]
+            values = [counted[name] for name in _COUNTED]
+            *sums, num_ended = map(int, self.context.sum(*per_rank, *values, is_ended))
+            totals.update(dict(zip(_COUNTED, sums[dp:], strict=True)))
+            return sums[:dp], num_ended == dp
+
+        return self.loader.take_together(self.recipe.global_batch, add_up), totals
+
+    def _count(self, sequence: LoadedSequence) -> Counter[str]:
+        batch = sequence.batch
+        lengths = np.diff(batch["cu_seq_lens_q"].numpy())[: sequence.documents]
+        supervised = num_supervised_tokens([batch])
+        flops = 0
+        if self.shape is not None:
+            patches, is_frozen = len(batch["pixel_values"]), self.recipe.is_decoder_frozen
+            flops = training_flops(self.shape, lengths, patches, supervised, frozen=is_frozen)
+        return Counter(
+            documents=sequence.documents,
+            tokens=sequence.tokens,
+            vision=int(np.isin(batch["input_ids"].numpy(), self.vision_ids).sum()),
+            supervised=supervised,
+            flops=flops,
         )
-        what = f"step {self.done.step}: loss {step.loss:g}, gradient norm {step.gradient_norm:g}"
-        listed = "".join(f"\n  {name}" for name in named[:_NAMED])
-        if in_a_row >= self.recipe.max_nonfinite:
+
+    def _skip_step(self, result: StepResult, sequences: Sequence[LoadedSequence | None]) -> None:
+        """Count and report a step without update; raise after too many in a row."""
+        self.state.skipped_steps += 1
+        samples = [self.loader.names(sequence) if sequence else [] for sequence in sequences]
+        is_bad = [not math.isfinite(loss) for loss in result.losses]
+        bad = [name for names, flag in zip(samples, is_bad, strict=True) if flag for name in names]
+        # With finite losses the gradient is to blame, and any sample may be the cause.
+        named = list(chain.from_iterable(self.context.gather(bad))) or list(
+            chain.from_iterable(self.context.gather(list(chain.from_iterable(samples))))
+        )
+        what = f"step {self.state.step}: loss {result.loss:g}, gradient norm {result.gradient_norm:g}"
+        listed = "".join(f"\n  {name}" for name in named[:_MAX_SAMPLES_LISTED])
+        if self.consecutive_skips >= self.recipe.max_nonfinite:
             raise SoloError(
-                f"{what}; {in_a_row} steps in a row could not be used. Look at these samples, or lower the "
-                f"rate:{listed}"
+                f"{what}; {self.consecutive_skips} steps in a row were not finite. Check these samples, or "
+                f"lower the rate:{listed}"
             )
-        logger.warning("%s; the step is skipped. Its samples:%s", what, listed)
+        logger.warning("%s; skipping the step. Its samples:%s", what, listed)
 
-    def _close_log(self) -> None:
-        if self.log:
-            self.log.close()
+    def _save(self) -> None:
+        self.state.data = PackedLoader.merge(self.context.gather(self.loader.state_dict()))
+        with self.stop.uninterrupted(), self.context.long_timeout():
+            self.checkpointer.save(self.model, self.optimizer, self.state)
 
-    def _note(self, figures: dict[str, float], stop: StopRequest) -> None:
-        """After a step: validate, log and save where it is time to."""
-        step, recipe = self.done.step, self.recipe
-        ends = step == recipe.steps
-        if self.validation and recipe.validation and (ends or step % recipe.validation.every == 0):
-            figures["validation_loss"] = self.validation.loss(self.model)
-        if step == 1 or ends or step % recipe.log_every == 0 or "validation_loss" in figures:
-            skipped = {n: c for n, c in self._counts().items() if n.startswith("skipped")}
-            if self.log:
-                self.log.step(step, {**figures, **skipped})
-        if self.log:
-            self.log.advance(step)
-        if step % recipe.checkpoint.every == 0 and not ends:
-            self._save(stop)
-        self.checkpoints.check()
+    def _finish_saving(self) -> None:
+        with self.stop.uninterrupted(), self.context.long_timeout():
+            self.checkpointer.wait()
 
-    def _save(self, stop: StopRequest) -> None:
-        self.done.data = PackedLoader.merge(self.processes.gather(self.loader.state_dict()))
-        with stop.uninterrupted(), self.processes.patient():
-            self.checkpoints.save(self.model, self.optimizer, self.done)
-
-    def _finish_saving(self, stop: StopRequest) -> None:
-        with stop.uninterrupted(), self.processes.patient():
-            self.checkpoints.finish()
-
-    def _stop_if_asked(self, stop: StopRequest) -> None:
-        number = self.processes.max(stop.signal)  # any of them may have got it
-        if not number or self.done.step == self.recipe.steps:
+    def _stop_if_requested(self) -> None:
+        number = self.context.max(self.stop.signal)  # any process may have received it
+        if not number or self.state.step == self.recipe.steps:
             return
-        with stop.uninterrupted():
-            self._save(stop)
-            self._finish_saving(stop)
+        with self.stop.uninterrupted():
+            self._save()
+            self._finish_saving()
         raise Stopped(
-            f"stopped by {signal.Signals(number).name}, saved after step {self.done.step}: "
-            "the same command goes on from there",
+            f"stopped by {signal.Signals(number).name}, saved after step {self.state.step}: "
+            "run the same command to resume",
             number,
         )
 
-    def _counts(self) -> dict[str, int]:
-        """Of all processes: sequences, documents, tokens, samples, and skipped ones by source and reason."""
-        return dict(sum(map(Counter, self.processes.gather(self.loader.counts())), Counter()))
+    def _prepare_output_dir(self, resume: bool) -> Path | None:
+        if resume and not self.out.is_dir():
+            raise SoloError(f"nothing to resume: {self.out} has no checkpoint")
+        self._lock = lock_output_dir(self.out)
+        return prepare_output_dir(self.out, self.recipe, resume)
+
+    def _sample_counts(self) -> dict[str, int]:
+        """Return counts over all ranks: sequences, documents, tokens, samples, skipped samples by reason."""
+        return dict(sum(map(Counter, self.context.gather(self.loader.counts())), Counter()))
+
+    def _close_logger(self) -> None:
+        if self.metrics_logger:
+            self.metrics_logger.close()
+
+
+class Validator:
+    """Mean loss over the supervised tokens of held-out sequences.
+
+    The sequences are the same for any number of processes; each process reads all and evaluates its part.
+
+    Args:
+        recipe: recipe with `validation`; its packing applies to the held-out data, too.
+        processor: processor of the model.
+        context: distributed context.
+
+    Raises:
+        SoloError: a source is missing or empty.
+    """
+
+    def __init__(self, recipe: Recipe, processor: Any, context: DistributedContext) -> None:
+        assert recipe.validation is not None and recipe.validation_mixture is not None
+        self._recipe, self._mixture, self._context = recipe, recipe.validation_mixture, context
+        self._sequences = recipe.validation.sequences
+        self._processor = processor
+        self._sources = self._mixture.open_sources()
+        context.check_same_data(self._sources)
+
+    @torch.no_grad()
+    def loss(self, model: PreTrainedModel) -> float:
+        """Return the mean loss; leaves the model in training mode."""
+        loader = make_loader(self._mixture, self._processor, self._sources)
+        sequences = islice(loader, self._sequences)
+        dp, dp_rank = self._context.dims.dp, self._context.dp_rank
+        model.eval()
+        total = supervised = 0.0
+        # All processes take part in every round, because a sharded model gathers its weights in each.
+        while self._context.max(len(batches := list(islice(sequences, dp)))):
+            batch = batches[dp_rank] if dp_rank < len(batches) else loader.empty_batch()
+            with autocast(self._recipe, self._context):
+                inputs = model_inputs(model, batch)
+                total += model(**inputs, use_cache=False, num_items_in_batch=1, logits_to_keep=1).loss.item()
+            supervised += num_supervised_tokens([batch])
+        model.train()
+        reshard(model)
+        total, supervised = self._context.sum(total, supervised)
+        return total / max(supervised, 1)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Result of one optimizer step.
+
+    Attributes:
+        loss: mean loss over all supervised tokens of the global batch.
+        gradient_norm: global gradient norm before clipping.
+        is_finite: whether both are finite; otherwise the weights were not updated.
+        losses: contributions of this process's sequences to `loss`.
+    """
+
+    loss: float
+    gradient_norm: float
+    is_finite: bool
+    losses: list[float]
+
+
+def optimizer_step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[PackedBatch],
+    supervised: int,
+    recipe: Recipe,
+    context: DistributedContext,
+) -> StepResult:
+    """Run one optimizer step on the token-averaged loss; skip the update if loss or gradient is not finite.
+
+    Args:
+        model: model in training mode.
+        optimizer: optimizer of its trainable parameters, with the learning rate set.
+        batches: this process's packed sequences of the global batch; each gets a forward and backward pass.
+        supervised: supervised tokens of the global batch over all processes.
+        recipe: precision and clipping.
+        context: distributed context.
+    """
+    losses = forward_backward(model, batches, supervised, autocast(recipe, context))
+    (loss,) = context.sum(sum(losses))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if context.mesh is not None and context.dims.tp > 1:
+        average_replicated_gradients(parameters, context.mesh)
+    norm = clip_gradients(parameters, recipe.optimizer.max_grad_norm)
+    is_finite = math.isfinite(loss) and math.isfinite(norm)
+    if is_finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(loss, norm, is_finite, losses)
+
+
+def forward_backward(
+    model: PreTrainedModel,
+    batches: Sequence[PackedBatch],
+    supervised: int,
+    precision: AbstractContextManager[Any],
+) -> list[float]:
+    """Accumulate gradients; return each batch's summed loss divided by `supervised`."""
+    losses = []
+    for batch in batches:
+        with precision:
+            inputs = model_inputs(model, batch)
+            loss = model(**inputs, use_cache=False, num_items_in_batch=max(supervised, 1)).loss
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
+    """Move a batch to the model's device; a plain LLM does not get the (empty) image inputs."""
+    images = ("pixel_values", "image_grid_thw")
+    return {
+        name: value.to(model.device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if model.config.model_type == "solo" or name not in images
+    }
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Clip the global gradient norm over all meshes; return the norm before clipping."""
+    by_mesh: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    norms = []
+    for group in by_mesh.values():
+        norm = nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for group in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm.item()
+
+
+def autocast(recipe: Recipe, context: DistributedContext) -> AbstractContextManager[Any]:
+    """Return the autocast context of a run; FSDP casts the weights of a sharded model itself."""
+    is_sharded = context.mesh is not None and not recipe.quantize
+    if recipe.precision == "fp32" or is_sharded:
+        return nullcontext()
+    return torch.autocast(context.device.type, dtype=torch.bfloat16)

@@ -1,10 +1,15 @@
-"""Errors that a user can cause and mend. The command line prints them as one line and exits with code 2."""
+"""Errors caused by user input, printed as one line; the process exits with code 2."""
 
 from __future__ import annotations
 
 
 class SoloError(Exception):
-    """Something the user gave is wrong; the message says what, and what to do."""
+    """Invalid user input; the message says what is wrong and what to do.
+
+    Attributes:
+        exit_code: exit code of the command.
+        raised_by_all: whether all processes of a run raise it, so that only the first one prints it.
+    """
 
     exit_code = 2
-    is_common = False  # whether all processes of a run raise it together
+    raised_by_all = False

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their final name only when they are complete."""
+"""Atomic creation of files and folders: the final name appears only when they are complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PREFIX = ".partial-"
 
 
 def check_new(path: Path) -> None:
-    """Make sure that a folder can be made there, before long work begins.
+    """Check that a folder can be created at `path`, before long work begins.
 
     Raises:
         SoloError: `path` exists and is not an empty folder.
@@ -25,7 +25,7 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it becomes `path`, on failure nothing is left.
+    """Yield a temporary folder beside `path`; rename it to `path` on success, remove it on failure.
 
     Raises:
         SoloError: `path` exists and is not an empty folder.
@@ -46,7 +46,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success the file replaces `path`, on failure it is removed."""
+    """Yield a temporary file name beside `path`; replace `path` on success, remove the file on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
@@ -57,11 +57,11 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what processes that were killed have left in a folder."""
+    """Remove temporary files and folders left behind by killed processes."""
     for path in folder.glob(f"{_PREFIX}*"):
         path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
 def _partial(path: Path) -> Path:
-    # The suffix stays last, for writers that choose a format by it.
+    # The suffix stays last, for writers that infer the format from it.
     return path.with_name(f"{_PREFIX}{os.getpid()}-{path.name}")

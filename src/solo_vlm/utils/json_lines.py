@@ -1,4 +1,4 @@
-"""Records on disk as they come, so that work that was killed goes on where it stood."""
+"""Crash-safe JSON Lines files, from which killed work resumes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from solo_vlm.utils.errors import SoloError
 
 
 class LinesFile:
-    """An append-only file of JSON objects, one a line. What `append` has returned from survives a crash.
+    """Append-only JSON Lines file; records survive a crash once `append` has returned.
 
     Args:
-        path: of the file; it may exist. A last line that was cut off is dropped.
+        path: file, created if missing. A truncated last line is dropped.
 
     Attributes:
-        records: what the file held when it was opened.
+        records: records read when the file was opened.
 
     Raises:
-        SoloError: it exists and holds something else.
+        SoloError: the file exists and is not JSON Lines of objects.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,7 +31,9 @@ class LinesFile:
             self.records = self._read()
         except ValueError as error:
             self._file.close()
-            raise SoloError(f"{path} does not hold a JSON object a line ({error}): remove it") from error
+            raise SoloError(
+                f"{path} is not a file of one JSON object per line ({error}): remove it"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -40,7 +42,7 @@ class LinesFile:
         self._file.close()
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Add records, on the disk itself before this returns."""
+        """Append records and sync them to disk."""
         self._file.writelines(map(json_line, records))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -53,10 +55,10 @@ class LinesFile:
             lines.pop()
         records = [json.loads(line) for line in lines]
         if not all(isinstance(record, dict) for record in records):
-            raise ValueError("a line is no object")
+            raise ValueError("a line is not an object")
         return records
 
 
 def json_line(record: dict[str, Any]) -> bytes:
-    """A record as a line of UTF-8; what a file name has that is no Unicode is escaped."""
+    """Encode a record as a line of UTF-8; undecodable bytes of file names are escaped."""
     return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"

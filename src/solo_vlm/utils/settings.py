@@ -1,4 +1,4 @@
-"""Settings as typed, nested classes: read from YAML, with inheritance and `key=value` overrides."""
+"""Typed, nested settings read from YAML, with inheritance and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -14,24 +14,43 @@ from solo_vlm.utils.errors import SoloError
 
 
 class Settings(BaseModel):
-    """Base of all settings: an unknown key is an error, and nothing changes after reading."""
+    """Base class of all settings; immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @classmethod
     def parse(cls, settings: dict[str, Any], origin: str = "settings") -> Self:
-        """Typed settings from plain ones.
+        """Validate plain settings.
+
+        Args:
+            settings: nested dicts, lists and scalars, as from YAML.
+            origin: file name for error messages.
 
         Raises:
-            SoloError: naming the key, and the nearest right one where it is unknown.
+            SoloError: names the invalid key, and the closest known key for an unknown one.
         """
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
             raise SoloError(f"{origin}: {_explain(error, cls)}") from error
 
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file, which may inherit from the file named by its `base` key.
+
+        Args:
+            path: path, or name of a recipe of the package such as `quickstart/stage1`.
+            overrides: `a.b=value` each.
+
+        Raises:
+            SoloError: no such file, or an invalid key or value.
+        """
+        kind = cls.__name__.lower()
+        settings = read_settings(find_settings(path, kind), kind)
+        return cls.parse(override(settings, overrides), origin=str(path))
+
     def override(self, overrides: Sequence[str]) -> Self:
-        """These settings with `a.b=value` overrides.
+        """Return a copy with `a.b=value` overrides.
 
         Raises:
             SoloError: as `parse`.
@@ -40,10 +59,14 @@ class Settings(BaseModel):
 
 
 def find_settings(path: str | Path, kind: str) -> Path:
-    """The file of a recipe or mixture: a path as given, or the name of one that comes with the package.
+    """Find a settings file by its path, or by its name among the recipes of the package.
+
+    Args:
+        path: path or name, with or without `.yaml`.
+        kind: "recipe", "mixture", ... for the error message.
 
     Raises:
-        SoloError: there is none; `kind` says of what.
+        SoloError: no such file.
     """
     for folder in (Path(), *_recipes()):
         for candidate in (folder / path, folder / f"{path}.yaml"):
@@ -53,15 +76,15 @@ def find_settings(path: str | Path, kind: str) -> Path:
 
 
 def list_settings(folder: str) -> list[Path]:
-    """The YAML files that a folder of the package's recipes has, in order of their names."""
+    """List the YAML files of a subfolder of the package's recipes, sorted by name."""
     return sorted(path for recipes in _recipes() for path in (recipes / folder).glob("*.yaml"))
 
 
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
-    """Plain settings of a YAML file, over those of the file that its `base` names.
+    """Read a YAML file as plain settings, merged over those of the file named by its `base` key.
 
     Raises:
-        SoloError: the file cannot be read, or holds no settings.
+        SoloError: the file cannot be read or is not a mapping.
     """
     try:
         settings = yaml.safe_load(path.read_text())
@@ -74,10 +97,10 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
 
 
 def override(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Put each `a.b=value` into plain settings.
+    """Set each `a.b=value` in plain settings, in place.
 
     Raises:
-        SoloError: an override is not of that form, or goes below a single value.
+        SoloError: an override lacks "=", or its key descends into a scalar.
     """
     for change in overrides:
         key, equals, value = change.partition("=")
@@ -88,7 +111,7 @@ def override(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Plain settings over others, key by key; what is no dict is replaced as a whole."""
+    """Merge plain settings recursively; anything but a dict is replaced as a whole."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -96,8 +119,31 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def find_changes(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Compare plain settings; return `a.b` or `a[0].b` -> (value before, value now) where they differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in [*before, *(name for name in now if name not in before)]:
+            found |= find_changes(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+        return found
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return {
+            name: values
+            for index, pair in enumerate(zip(before, now, strict=True))
+            for name, values in find_changes(*pair, f"{key}[{index}]").items()
+        }
+    return {} if before == now else {key: (before, now)}
+
+
+def describe_changes(changes: dict[str, tuple[Any, Any]], limit: int = 3) -> str:
+    """Describe the first few of `find_changes`."""
+    listed = [f"{key} was {before}, now {now}" for key, (before, now) in changes.items()]
+    more = len(listed) - limit
+    return "; ".join(listed[:limit]) + (f"; and {more} more" if more > 0 else "")
+
+
 def _recipes() -> list[Path]:
-    """Where the package's recipes are: inside of it once it is installed, beside it in a checkout."""
+    """Return the folders of the package's recipes: inside an installed package, beside it in a checkout."""
     package = Path(__file__).parents[1]
     return [package / "recipes", package.parents[1] / "recipes"]
 
@@ -109,7 +155,7 @@ def _set(settings: dict[str, Any], key: str, value: Any) -> None:
             settings[parent] = {}
         settings = settings[parent]
         if not isinstance(settings, dict):
-            raise SoloError(f"override {key}: {parent} is a single value, it has no {last}")
+            raise SoloError(f"override {key}: {parent} is a single value, it has no key {last}")
     settings[last] = value
 
 

@@ -21,7 +21,7 @@ RECIPE = {
     "global_batch": 1,
     "precision": "fp32",
     "trackers": [],
-    "log_every": 1,
+    "log_interval": 1,
     "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 0},
 }
 PACKING = {"sequence_length": 64, "streams": 2, "packing_buffer": 8}

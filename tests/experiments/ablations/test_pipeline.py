@@ -75,7 +75,7 @@ def test_variants_share_identical_stages(load):
 
 
 def test_logging_settings_do_not_change_the_run(load):
-    assert names(by_variant(load())["base"]) == names(by_variant(load("stages.sft.log_every=3"))["base"])
+    assert names(by_variant(load())["base"]) == names(by_variant(load("stages.sft.log_interval=3"))["base"])
 
 
 def test_changing_a_stage_changes_all_later_runs(load):

@@ -7,7 +7,7 @@ import json
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
-from solo_vlm.models.shape import parameters
+from solo_vlm.models.flops import count_parameters
 
 
 def test_solo_7b_and_llava_counts(run):
@@ -48,7 +48,7 @@ def test_plain_llm_is_used_as_the_decoder(run, tmp_path):
     config.save_pretrained(tmp_path)
     for option in (("--model", str(tmp_path)), ("--config", str(tmp_path / "config.json"))):
         facts = json.loads(run("scaling", "flops", *option, "--json")[1])
-        assert facts["parameters"]["decoder"] == parameters(config).total
+        assert facts["parameters"]["decoder"] == count_parameters(config).total
         assert facts["parameters"]["patch_embedding"] == 3072 * 64
 
 

@@ -79,7 +79,7 @@ def test_flops_budget_sets_tokens_per_size(settings):
     """D = C / (6 N), with N counted on the model without its embeddings."""
     sweep = settings(tokens=[], flops=[1e9])
     for run in prepare(sweep):
-        model = AutoModel.from_pretrained(run.recipe.at(run.recipe.model))
+        model = AutoModel.from_pretrained(run.recipe.mixture.at(run.recipe.model))
         n = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
         assert run.recipe.steps == round(1e9 / (6 * n) / 64)
     with pytest.raises(SoloError, match="less than one step"):

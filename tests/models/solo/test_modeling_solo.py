@@ -17,7 +17,7 @@ from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import Sample
 from solo_vlm.generate import GenerationPipeline
 
-GOLDEN = ROOT / "tests" / "golden" / "release_tiny"
+GOLDEN = ROOT / "tests" / "golden" / "original_tiny"
 
 
 def golden_model() -> SoloForConditionalGeneration:

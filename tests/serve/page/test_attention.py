@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tests.factories import LLM_CONFIGS, ask, make_solo, png
 
 from solo_vlm.serve.engine import Prompt, merge_prompts
-from solo_vlm.serve.images import ImageReader
-from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.page import attention
 from solo_vlm.serve.page.attention import attention_maps, tokens_of_span
+
+from ..conftest import encode_prompt
 
 
 def chat(answer, *images):
@@ -21,27 +21,19 @@ def chat(answer, *images):
     return [*messages, {"role": "assistant", "content": answer}]
 
 
-def read(solo, messages) -> Prompt:
-    """As the server does: text and images apart."""
-    sources = [part["image"] for m in messages if m["role"] == "user" for part in m["content"][:-1]]
-    images = ImageReader(solo.processor.image_processor, Limits()).read([("x", file) for file in sources])
-    chat = solo.processor.encode_chat(messages, [image.image_grid_thw for image in images])
-    return Prompt(chat.input_ids, chat.supervised, tuple(images))
-
-
 def vision(prompt):
-    """Model inputs of a prompt's images."""
+    """Return the model inputs of a prompt's images."""
     inputs = merge_prompts([prompt], 0)
     return {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
 
 
-def all_attention(model, chat_prompt):
-    """Of every token to every token, (layers, length, length): one pass over all, with eager attention."""
+def all_attention(model, prompt):
+    """Return attention of all tokens, (layers, length, length), from one eager pass over everything."""
     model.model.language_model.set_attn_implementation("eager")
     with torch.no_grad():
         output = model(
-            input_ids=torch.tensor(chat_prompt.input_ids)[None],
-            **vision(chat_prompt),
+            input_ids=torch.tensor(prompt.input_ids)[None],
+            **vision(prompt),
             output_attentions=True,
         )
     return torch.stack([layer[0].mean(0) for layer in output.attentions]).numpy()
@@ -49,19 +41,21 @@ def all_attention(model, chat_prompt):
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
 def test_maps_equal_one_eager_pass_over_everything(family, picture, monkeypatch):
-    """Also with sliding windows, and for an answer that is read in several pieces."""
+    """With sliding windows, too, and for an answer that is read in several pieces."""
     monkeypatch.setattr(attention, "_ROWS", 3)
     solo = make_solo(family)
-    chat_prompt = read(solo, chat("a red circle left of a blue square", picture(96, 64), picture(32, 64)))
-    maps = attention_maps(solo.model, chat_prompt)  # before anything is set to eager
+    prompt = encode_prompt(
+        solo.processor, chat("a red circle left of a blue square", picture(96, 64), picture(32, 64))
+    )
+    maps = attention_maps(solo.model, prompt)  # before anything is set to eager
 
-    supervised = np.flatnonzero(chat_prompt.supervised)
-    patches = np.flatnonzero(chat_prompt.input_ids == solo.model.config.image_token_id)
-    whole = all_attention(solo.model, chat_prompt)
+    supervised = np.flatnonzero(prompt.supervised)
+    patches = np.flatnonzero(prompt.input_ids == solo.model.config.image_token_id)
+    whole = all_attention(solo.model, prompt)
     expected = whole[:, supervised - 1][:, :, patches]
     assert maps.weights.shape == (2, len(supervised), 2 * 3 + 2 * 1)
     np.testing.assert_allclose(maps.weights, expected, atol=1e-6)
-    assert maps.token_ids.tolist() == chat_prompt.input_ids[supervised].tolist()
+    assert maps.token_ids.tolist() == prompt.input_ids[supervised].tolist()
     assert (maps.weights.sum(-1) < 1).all()
 
     first, second = maps.mean_over(slice(2, 4))
@@ -72,7 +66,7 @@ def test_maps_equal_one_eager_pass_over_everything(family, picture, monkeypatch)
 
 
 def test_map_is_of_the_step_that_generated_the_token(picture):
-    """Against the attention that generation itself returns, step by step."""
+    """Compare with the attention that generation returns step by step."""
     solo = make_solo()
     messages = chat("?", picture(96, 64))
     inputs = solo.processor.apply_chat_template(
@@ -83,10 +77,10 @@ def test_map_is_of_the_step_that_generated_the_token(picture):
         **inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_attentions=True
     )
     solo.model.set_attn_implementation("sdpa")
-    chat_prompt = read(solo, messages)
-    prompt = inputs["input_ids"].shape[1]
+    prompt = encode_prompt(solo.processor, messages)
+    length = inputs["input_ids"].shape[1]
     ids = output.sequences[0].numpy()
-    generated = Prompt(ids, np.arange(len(ids)) >= prompt, chat_prompt.images)
+    generated = Prompt(ids, np.arange(len(ids)) >= length, prompt.images)
     maps = attention_maps(solo.model, generated)
     patches = np.flatnonzero(ids == solo.model.config.image_token_id)
     for step, layers in enumerate(output.attentions):
@@ -96,8 +90,8 @@ def test_map_is_of_the_step_that_generated_the_token(picture):
 
 def test_only_the_last_answer_counts_and_images_are_optional(solo):
     messages = [*chat("red"), *chat("blue square")]
-    chat_prompt = read(solo, messages)
-    maps = attention_maps(solo.model, chat_prompt)
+    prompt = encode_prompt(solo.processor, messages)
+    maps = attention_maps(solo.model, prompt)
     text = solo.processor.tokenizer.decode(maps.token_ids, skip_special_tokens=True)
     assert text.strip() == "blue square"
     assert maps.weights.shape == (2, len(maps.token_ids), 0)
@@ -106,7 +100,7 @@ def test_only_the_last_answer_counts_and_images_are_optional(solo):
 
 def test_attention_implementation_is_restored(picture):
     solo = make_solo()
-    attention_maps(solo.model, read(solo, chat("red", picture())))
+    attention_maps(solo.model, encode_prompt(solo.processor, chat("red", picture())))
     assert solo.model.model.language_model.config._attn_implementation == "sdpa"
     assert solo.model.config._attn_implementation == "sdpa"
 
@@ -148,7 +142,7 @@ def test_multi_token_character_has_all_of_its_tokens(solo):
 
 @given(text=st.text(min_size=1).map(str.strip).filter(bool), data=st.data())
 def test_adjacent_spans_have_adjacent_tokens(solo, text, data):
-    """For any text: nothing is left out between them, and no token lies outside the answer."""
+    """For any text: no gap between spans, and no token outside the answer."""
     tokenizer = solo.processor.tokenizer
     ids = np.array(
         [*tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), tokenizer.eos_token_id]

@@ -1,4 +1,4 @@
-"""The page in a real browser, before the real server, with a model that was trained to name colours.
+"""The page in a real browser, with the real server and a model trained to name colors.
 
 Screenshots are left in `test-artifacts/web`.
 """
@@ -11,6 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
+from urllib.request import urlopen
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,13 +29,13 @@ SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 QUESTION = "what is this?"
 
 
-def sentence(colour):
-    return f"hello {colour} world, a {colour} square"
+def sentence(color):
+    return f"hello {color} world, a {color} square"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model folder: it says of an image of two patches what colour it has."""
+    """Train a model that names the color of an image of two patches."""
     from solo_vlm.train import Recipe, train
 
     folder = tmp_path_factory.mktemp("model")
@@ -43,36 +46,43 @@ def trained(tmp_path_factory):
                     "role": "user",
                     "content": [{"type": "image", "text": None}, {"type": "text", "text": QUESTION}],
                 },
-                {"role": "assistant", "content": [{"type": "text", "text": sentence(colour)}]},
+                {"role": "assistant", "content": [{"type": "text", "text": sentence(color)}]},
             ],
-            "images": [{"bytes": png(Image.new("RGB", (64, 32), colour)), "path": None}],
+            "images": [{"bytes": png(Image.new("RGB", (64, 32), color)), "path": None}],
         }
-        for colour in ("red", "blue") * 16
+        for color in ("red", "blue") * 16
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "images.parquet", row_group_size=4)
     make_solo().save(folder / "start")
-    recipe = run_settings(folder, folder / "out", model="start", steps=60, checkpoint={"every": 60})
+    recipe = run_settings(folder, folder / "out", model="start", steps=60, checkpoint={"save_interval": 60})
     recipe["data"]["sources"] = [{"path": "images.parquet"}]
     return train(Recipe.parse(recipe)).model
 
 
-@pytest.fixture(scope="module")
-def server(trained, tmp_path_factory):
-    """The address of a running `solo web`; what it may write to is empty, and stays so."""
-    folder = tmp_path_factory.mktemp("server")
-    command = [sys.executable, "-m", "solo_vlm", "web", "--model", str(trained), "--port", "0"]
-    environment = {**os.environ, "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
+@contextmanager
+def running(model, folder, *options, **environment):
+    """Run `solo web` without opening the page; yields its address."""
+    command = [sys.executable, "-m", "solo_vlm", "web", "--model", str(model), "--port", "0", "--no-open"]
+    environment = {**os.environ, "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", **environment}
     process = subprocess.Popen(
-        [*command, "--max-image-mib", "1"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+        [*command, *options], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
     )
     try:
         address = re.search(r"http://\S+", process.stdout.readline())
         assert address, "the server did not start"
         yield address[0]
-        assert list(folder.iterdir()) == []
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(trained, tmp_path_factory):
+    """Address of a running `solo web` that writes no file."""
+    folder = tmp_path_factory.mktemp("server")
+    with running(trained, folder, "--max-image-mib", "1") as address:
+        yield address
+        assert list(folder.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +92,7 @@ def browser():
     if not found:
         pytest.skip("no Chromium on the PATH: on Debian or Ubuntu, apt-get install chromium")
     with playwright.sync_playwright() as driver:
-        # In a container there is seldom what Chromium's own sandbox needs; the page is our own.
+        # Containers often lack what Chromium's sandbox needs; the page is our own.
         browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -95,25 +105,25 @@ def size(request):
 
 @pytest.fixture
 def page(browser, server, size):
-    """The page, just opened. No script fails on it, and it asks nobody but its server."""
+    """The page, just opened. No script may fail, and it may contact nobody but its server."""
     width, height = SIZES[size]
     phone = {"device_scale_factor": 2, "has_touch": True, "is_mobile": True} if size == "phone" else {}
     context = browser.new_context(viewport={"width": width, "height": height}, **phone)
     page = context.new_page()
-    failures, strangers = [], []
+    failures, requested = [], []
     page.on("pageerror", lambda error: failures.append(error))
-    page.on("request", lambda request: strangers.append(request.url))
+    page.on("request", lambda request: requested.append(request.url))
     page.goto(server)
     page.wait_for_selector("#model:not(:empty)")
     yield page
     context.close()
     assert not failures
-    assert not [url for url in strangers if not url.startswith((server, "data:"))]
+    assert not [url for url in requested if not url.startswith((server, "data:"))]
 
 
 @pytest.fixture
 def keep(page, size):
-    """Takes a screenshot, and makes sure that everything fits the width."""
+    """Take a screenshot and check that everything fits the width."""
     ARTIFACTS.mkdir(parents=True, exist_ok=True)
 
     def take(name):
@@ -127,7 +137,7 @@ def keep(page, size):
 
 
 def drop(page, data, name="image.png"):
-    """As a file manager does."""
+    """Drop a file on the page, as a file manager does."""
     page.evaluate(
         """([data, name]) => {
             const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
@@ -140,8 +150,8 @@ def drop(page, data, name="image.png"):
     )
 
 
-def picture(colour, width=64, height=32):
-    return png(Image.new("RGB", (width, height), colour))
+def picture(color, width=64, height=32):
+    return png(Image.new("RGB", (width, height), color))
 
 
 def ask(page, text=QUESTION):
@@ -156,7 +166,7 @@ def text_of(page, selector):
 
 
 def opaque(page, canvas):
-    """Columns of a canvas where something is drawn, as shares of its width."""
+    """Return the drawn columns of a canvas, as shares of its width."""
     return page.evaluate(
         """(id) => {
             const canvas = document.getElementById(id);
@@ -168,7 +178,7 @@ def opaque(page, canvas):
     )
 
 
-def test_a_dropped_image_is_cut_into_patches(page, keep):
+def test_dropped_image_shows_its_patch_grid(page, keep):
     assert page.is_visible("#drop")
     keep("empty")
     drop(page, picture("red", 300, 100))
@@ -184,7 +194,7 @@ def test_a_dropped_image_is_cut_into_patches(page, keep):
     assert opaque(page, "lines") == []
 
 
-def test_an_answer_is_streamed_and_measured(page, keep):
+def test_answer_is_streamed_and_measured(page, keep):
     page.evaluate(
         """() => {
             window.seen = [];
@@ -208,7 +218,7 @@ def test_an_answer_is_streamed_and_measured(page, keep):
     keep("answer")
 
 
-def test_a_word_shows_where_it_looked(page, keep, size):
+def test_word_shows_its_attention(page, keep, size):
     drop(page, picture("red"))
     page.wait_for_selector("#pending img")
     ask(page)
@@ -221,7 +231,7 @@ def test_a_word_shows_where_it_looked(page, keep, size):
     assert page.inner_text("#word") == "red"
     share = float(re.match(r"([\d.]+)%", page.inner_text("#share"))[1])
     assert share == pytest.approx(100 * (left + right), abs=0.5)
-    colours = page.evaluate(
+    colors = page.evaluate(
         """() => {
             const canvas = document.getElementById("heat");
             const at = (x) => [...canvas.getContext("2d").getImageData(x, 2, 1, 1).data].slice(0, 3);
@@ -229,7 +239,7 @@ def test_a_word_shows_where_it_looked(page, keep, size):
         }"""
     )
     brightest = [255, 236, 140]
-    assert (colours[0] == brightest, colours[1] == brightest) == (left >= right, right >= left)
+    assert (colors[0] == brightest, colors[1] == brightest) == (left >= right, right >= left)
     box = page.locator("#picture").bounding_box()
     assert box["y"] >= 0 and box["y"] + box["height"] <= SIZES[size][1]  # in sight, beside the word
     keep("attention")
@@ -242,8 +252,8 @@ def test_a_word_shows_where_it_looked(page, keep, size):
 
 
 def test_several_images_and_turns_and_a_new_chat(page, keep):
-    for colour in ("red", "blue"):
-        drop(page, picture(colour))
+    for color in ("red", "blue"):
+        drop(page, picture(color))
         page.wait_for_selector("#pending img")
         ask(page)
     assert page.locator(".assistant").count() == 2
@@ -260,11 +270,11 @@ def test_several_images_and_turns_and_a_new_chat(page, keep):
     assert "+ 0 vision tokens" in text_of(page, ".figures")
 
 
-def test_what_goes_wrong_is_said_on_the_page(page, keep):
+def test_errors_are_shown_on_the_page(page, keep):
     drop(page, b"<svg></svg>", "drawing.svg")
     page.wait_for_selector("#error:not([hidden])")
     assert "drawing.svg" in page.inner_text("#error")
-    assert "SVG is a drawing" in page.inner_text("#error")
+    assert "Unsupported image format. Use JPEG, PNG" in page.inner_text("#error")
     drop(page, b"x" * (2**20 + 1), "large.png")
     page.locator("#error", has_text="large.png: larger than the limit of 1 MiB").wait_for()
     drop(page, picture("red", 1024, 1024))
@@ -273,9 +283,78 @@ def test_what_goes_wrong_is_said_on_the_page(page, keep):
     page.fill("#prompt", QUESTION)
     page.click("#send")
     page.wait_for_selector("#error:not([hidden])")
-    assert "the model's context 512: shorten it" in page.inner_text("#error")
+    assert "maximum context length is 512 tokens" in page.inner_text("#error")
     assert page.input_value("#prompt") == QUESTION  # nothing that was typed is lost
     keep("error")
     page.click("#pending button")
     ask(page)
     assert not page.is_visible("#error")
+
+
+def test_page_works_by_keyboard(page):
+    """Send, select a word of the answer, and hide its attention, without a pointer."""
+    drop(page, picture("red"))
+    page.wait_for_selector("#pending img")
+    page.focus("#prompt")
+    page.keyboard.type(QUESTION)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".figures")
+    page.locator(".turn.user button").focus()
+    for key in ("Tab", "Enter"):
+        page.keyboard.press(key)
+    page.wait_for_selector(".word[aria-pressed=true]")
+    page.focus("#clear")
+    page.keyboard.press("Enter")
+    assert not page.is_visible("#attention")
+    assert page.evaluate("document.activeElement.className") == "word"
+
+
+def test_stop_ends_the_answer_on_the_server(page, server):
+    """What was written stays, and the model is free for the next request."""
+
+    def running():
+        lines = urlopen(f"{server}/metrics", timeout=60).read().decode().splitlines()
+        return next(line for line in lines if line.startswith("solo_running ")).endswith(" 1.0")
+
+    page.evaluate(
+        """() => {
+            const [log, stop] = ["transcript", "stop"].map((id) => document.getElementById(id));
+            const atFirstText = () => log.querySelector(".assistant:not(.waiting)") && stop.click();
+            new MutationObserver(atFirstText).observe(log, { childList: true, subtree: true });
+        }"""
+    )
+    page.fill("#prompt", QUESTION)
+    page.click("#send")
+    page.wait_for_selector(".figures")
+    assert page.locator(".figures").inner_text() == "stopped"
+    deadline = time.monotonic() + 30
+    while running():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("size", ["desktop", "phone"], indirect=True)
+def test_page_asks_for_the_api_key_once(browser, trained, tmp_path, size):
+    width, height = SIZES[size]
+    with running(trained, tmp_path, SOLO_API_KEY="secret") as address:
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.goto(address)
+        page.wait_for_selector("#locked[open]")
+        assert not page.is_visible("#refused")
+        ARTIFACTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=ARTIFACTS / f"key-{size}.png")
+        page.keyboard.type("wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#refused:visible")
+        page.keyboard.type("secret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#model:not(:empty)")
+        assert not page.is_visible("#locked") and not page.is_visible("#error")
+        drop(page, picture("red"))
+        page.wait_for_selector("#pending img")
+        ask(page)
+        page.locator(".word").first.click()
+        page.wait_for_selector(".word[aria-pressed=true]")
+        page.reload()
+        page.wait_for_selector("#model:not(:empty)")  # the key lives as long as the tab
+        page.close()

@@ -17,11 +17,11 @@ from tests.data.packed_runs import steps
 from tests.factories import make_solo
 
 from solo_vlm.data.encode import Encoder
+from solo_vlm.data.mixture import make_loader
 from solo_vlm.models.load import load_processor
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.estimate.data import estimate_data
 from solo_vlm.train.estimate.plan import planned_steps
-from solo_vlm.train.start import make_loader
 from solo_vlm.utils.errors import SoloError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -48,7 +48,7 @@ def recipe_of(folder, sources, **changes):
     data = {"sequence_length": 128, "packing_buffer": 8, "sources": [{"path": str(path)} for path in sources]}
     data |= {name: changes.pop(name) for name in ("streams", "epochs", "weigh") if name in changes}
     plain = {"root": str(folder), "model": "start", "precision": "fp32", "data": data, "trackers": []}
-    return Recipe.parse({**plain, "log_every": 1, **changes})
+    return Recipe.parse({**plain, "log_interval": 1, **changes})
 
 
 @cache
@@ -86,8 +86,11 @@ def check(folder, run):
     def loaders(workers):
         data = recipe.data.model_copy(update={"workers": workers})
         of_run = recipe.model_copy(update={"data": data})
-        sources = of_run.open_sources()
-        return [make_loader(of_run, processor, sources, rank, run["ranks"]) for rank in range(run["ranks"])]
+        sources = of_run.mixture.open_sources()
+        return [
+            make_loader(of_run.mixture, processor, sources, rank, run["ranks"])
+            for rank in range(run["ranks"])
+        ]
 
     taken = steps(loaders(0), run["batch"])
     seen = Counter(name for step in taken for sequence in step for name in sequence)
@@ -114,19 +117,19 @@ def check(folder, run):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(runs())
-def test_every_row_is_read_once_an_epoch_in_as_many_steps_as_planned(folder, run):
+def test_epoch_reads_every_row_once_in_planned_number_of_steps(folder, run):
     check(folder, run)
 
 
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(runs())
-def test_any_run_reads_every_row_once_an_epoch_in_as_many_steps_as_planned(folder, run):
+def test_random_runs_read_every_row_once_in_planned_number_of_steps(folder, run):
     check(folder, run)
 
 
 @pytest.mark.parametrize(("batch", "streams"), [(1, 4), (6, 24), (8, 64)])
-def test_a_run_trains_on_all_its_rows(folder, tmp_path, batch, streams):
+def test_run_trains_on_all_rows(folder, tmp_path, batch, streams):
     write_source(folder / "all.jsonl", 900, np.random.default_rng(0), 0)
     recipe = recipe_of(
         folder,
@@ -137,12 +140,12 @@ def test_a_run_trains_on_all_its_rows(folder, tmp_path, batch, streams):
         epochs=1,
         optimizer={"learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 2},
     )
-    figures = train(recipe).figures
-    assert figures["data"]["documents"] == 900
-    assert figures["steps"] == planned_steps(recipe)
+    metrics = train(recipe).metrics
+    assert metrics["data"]["documents"] == 900
+    assert metrics["steps"] == planned_steps(recipe)
     lines = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["documents"] for line in lines) == 900
-    assert len(lines) == math.ceil(figures["data"]["sequences"] / batch)
+    assert len(lines) == math.ceil(metrics["data"]["sequences"] / batch)
     assert all(line["learning_rate"] > recipe.optimizer.min_learning_rate for line in lines[:-1])
 
 
@@ -151,12 +154,12 @@ def test_large_sources_are_estimated_from_a_sample(folder):
     rng = np.random.default_rng(1)
     write_source(folder / "large.jsonl", 12_000, rng, 0)
     recipe = recipe_of(folder, [folder / "large.jsonl"], out="unused", global_batch=4, streams=8, epochs=1)
-    loader = make_loader(recipe, processor_of(folder / "start"), recipe.open_sources())
+    loader = make_loader(recipe.mixture, processor_of(folder / "start"), recipe.mixture.open_sources())
     sequences = sum(1 for _ in loader)
     assert abs(planned_steps(recipe) - math.ceil(sequences / 4)) <= 0.02 * sequences / 4
 
 
-def test_source_of_blank_lines_beside_others_is_refused(folder, tmp_path):
+def test_source_of_blank_lines_is_rejected(folder, tmp_path):
     write_source(tmp_path / "text.jsonl", 5, np.random.default_rng(0), 5)
     (tmp_path / "blank.jsonl").write_text("\n\n")
     recipe = recipe_of(folder, [tmp_path / "text.jsonl", tmp_path / "blank.jsonl"], epochs=1, out="out")

@@ -15,22 +15,25 @@ from solo_vlm.data.encode import Encoder
 from solo_vlm.data.samples_file import write_samples
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream
-from solo_vlm.models.flops import training_flops
-from solo_vlm.models.shape import ModelShape, parameters
+from solo_vlm.models.flops import ModelShape, count_parameters, training_flops
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.quickstart.data.samples import pretraining_sample
-from solo_vlm.train.activation_checkpointing import use_activation_checkpointing
 from solo_vlm.train.estimate.data import estimate_data
-from solo_vlm.train.estimate.devices import find_device, recognize_device
-from solo_vlm.train.estimate.memory import kept_activations, memory_per_device, trained_parameters
+from solo_vlm.train.estimate.memory import (
+    find_device,
+    kept_activations,
+    memory_per_device,
+    recognize_device,
+    trained_parameters,
+)
 from solo_vlm.train.estimate.plan import make_plan, planned_steps
-from solo_vlm.train.parallel.layout import Layout
+from solo_vlm.train.model import set_trainable, use_activation_checkpointing
+from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.trainable import choose_trainable
 from solo_vlm.utils.errors import SoloError
 
-ALONE = Layout(data=1, tensor=1, accumulation=128)
+ALONE = ParallelDims(dp=1, tp=1, gradient_accumulation_steps=128)
 A100 = find_device("A100-80GB")
 TOKENS = 512
 SIZES = {
@@ -72,19 +75,19 @@ def test_weights_gradients_and_moments_are_exact():
     memory = memory_per_device(ModelShape.of(CONFIG), recipe(), ALONE)
     assert memory.weights == memory.gradients == size(model.parameters())
     assert memory.optimizer == size(moments)
-    shared = memory_per_device(ModelShape.of(CONFIG), recipe(), Layout(4, 1, 32))
-    assert shared.weights + shared.gradients + shared.optimizer == 16 * parameters(CONFIG).total / 4
+    shared = memory_per_device(ModelShape.of(CONFIG), recipe(), ParallelDims(4, 1, 32))
+    assert shared.weights + shared.gradients + shared.optimizer == 16 * count_parameters(CONFIG).total / 4
 
 
-def test_tensor_parallelism_splits_the_matrices_of_layers():
+def test_tensor_parallelism_splits_layer_matrices():
     shape = ModelShape.of(CONFIG)
-    counts = parameters(CONFIG)
-    split = memory_per_device(shape, recipe("parallel.tensor=2"), Layout(1, 2, 128))
+    counts = count_parameters(CONFIG)
+    split = memory_per_device(shape, recipe("parallel.tensor=2"), ParallelDims(1, 2, 128))
     assert split.weights == 4 * (counts.total - (counts.attention + counts.mlp) // 2)
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_kept_activations_are_those_that_autograd_saves(mode):
+def test_kept_activations_match_autograd_saved_tensors(mode):
     model, batch = start(CONFIG)
     use_activation_checkpointing(model, mode)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -114,7 +117,7 @@ def test_kept_activations_are_those_that_autograd_saves(mode):
         ("gemma3", "none", 64),
     ],
 )
-def test_activations_are_the_peak_of_a_step(family, mode, vocabulary):
+def test_activations_match_measured_peak_of_a_step(family, mode, vocabulary):
     text = LLM_CONFIGS[family](**{**SIZES, "vocab_size": vocabulary, "pad_token_id": 0})
     text.sliding_window = 4096
     config = SoloConfig(text_config=text, image_token_id=60, vision_patch_size=4)
@@ -143,11 +146,11 @@ def test_activations_are_the_peak_of_a_step(family, mode, vocabulary):
         {"lora": {"rank": 3, "targets": ["q_proj", "v_proj", "down_proj"]}, "trainable": "new_tokens"},
     ],
 )
-def test_trained_parameters_are_those_that_get_a_gradient(family, changes):
+def test_trained_parameters_match_those_with_gradients(family, changes):
     model = make_solo(family).model
     settings = recipe(**changes)
     expected = trained_parameters(ModelShape.of(model.config), settings)
-    choose_trainable(model, settings)
+    set_trainable(model, settings)
     assert expected == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -175,25 +178,25 @@ def of_data(folder, *overrides: str) -> Recipe:
 
 
 @pytest.mark.parametrize("weigh", ["samples", "sequences"])
-def test_steps_are_those_that_the_data_last(data, weigh):
+def test_planned_steps_match_packing_of_the_data(data, weigh):
     settings = of_data(data, f"data.weigh={weigh}")
     encoder = Encoder(make_solo().processor)
     items = [
         MixtureItem(open_source(path), source.weight)
-        for path, source in zip(settings.source_paths(), settings.data.sources, strict=True)
+        for path, source in zip(settings.mixture.source_paths(), settings.data.sources, strict=True)
     ]
     streams = [VirtualStream(index, 2, items, encoder, 256, epochs=2, weigh=weigh) for index in range(2)]
     sequences = sum(1 for stream in streams for _ in stream)
     assert planned_steps(settings) == pytest.approx(sequences / 4, rel=0.03)
 
 
-def test_a_run_without_an_end_is_refused(data):
+def test_recipe_without_steps_or_epochs_is_rejected(data):
     for find in (planned_steps, lambda settings: make_plan(settings, 1, A100, 0.4)):
         with pytest.raises(SoloError, match="never end: set one of them"):
             find(of_data(data, "data.epochs=null"))
 
 
-def test_what_is_read_follows_the_weights(data):
+def test_data_estimate_follows_source_weights(data):
     encoder = Encoder(make_solo().processor)
     settings = of_data(data, "steps=5")
     lengths = {
@@ -205,37 +208,37 @@ def test_what_is_read_follows_the_weights(data):
     assert estimate_data(settings, encoder).vision_share == 0
 
 
-def test_the_plan_of_a_run_whose_data_are_there(data):
+def test_plan_with_available_data(data):
     plan = make_plan(of_data(data), 2, A100, 0.5)
     assert plan.steps == planned_steps(of_data(data))
     assert plan.tokens == plan.steps * 4 * 256
     assert plan.documents == pytest.approx(2 * 1800, rel=0.1)
     config = make_solo().model.config
     length = plan.data.document_length
-    flops = training_flops(config, [round(length)] * round(256 / length), 0, 256)
+    flops = training_flops(ModelShape.of(config), [round(length)] * round(256 / length), 0, 256)
     assert plan.flops_per_step == pytest.approx(4 * flops, rel=0.1)
     assert plan.seconds_per_step == pytest.approx(plan.flops_per_step / (2 * 312e12 * 0.5))
 
 
-def test_a_dry_run_of_the_paper_needs_neither_weights_nor_data(run):
+def test_dry_run_of_paper_recipe_without_weights_or_data(run):
     status, out, _ = run("train", "solo-7b/stage1", "--dry-run", "--processes", "8", "--json")
     facts = json.loads(out)
     assert status == 0
-    assert facts["parameters"]["total"] == parameters(SoloConfig()).total
+    assert facts["parameters"]["total"] == count_parameters(SoloConfig()).total
     assert facts["steps"] == 1525
     assert facts["tokens"] == 1525 * 128 * 32768
-    assert facts["layout"] == {"processes": 8, "data": 4, "tensor": 2, "accumulation": 32}
+    assert facts["parallel"] == {"world_size": 8, "dp": 4, "tp": 2, "gradient_accumulation_steps": 32}
     assert facts["fits"]
     assert sum(facts["memory"].values()) == 2 * facts["memory"]["total"]
 
 
-def test_a_dry_run_is_shown(run):
+def test_dry_run_prints_plan(run):
     status, out, _ = run("train", "solo-7b/sft", "--dry-run", "--processes", "8", "--device", "h100")
     assert status == 0
-    assert "H100" in out and "as many steps as the data last" in out
+    assert "H100" in out and "until the data end" in out
 
 
-def test_what_does_not_fit_comes_with_what_helps(run):
+def test_plan_that_does_not_fit_suggests_overrides(run):
     command = ("train", "solo-7b/stage1", "--dry-run", "--device", "rtx-4090", "--processes", "8")
     facts = json.loads(run(*command, "--json", "activation_checkpointing=none")[1])
     assert not facts["fits"]
@@ -245,16 +248,16 @@ def test_what_does_not_fit_comes_with_what_helps(run):
     assert "It does not fit" in run(*command, "activation_checkpointing=none")[1]
 
 
-def test_what_cannot_be_split_is_refused_and_not_advised(run):
+def test_indivisible_tensor_parallel_degree_is_rejected_and_not_suggested(run):
     command = ("train", "smollm2-135m/stage1", "--dry-run", "--processes", "2")  # 9 heads, 3 of keys
     status, _, err = run(*command, "parallel.tensor=2")
     assert status == 2
-    assert "9, and 3 of keys" in err
+    assert "9 query heads, 3 key-value heads" in err
     facts = json.loads(run(*command, "--json", "data.sequence_length=262144")[1])
     assert set(facts["ways_to_fit"]) == {"activation_checkpointing=full"}
 
 
-def test_a_model_that_nothing_is_known_of_is_refused(run, tmp_path):
+def test_plan_of_unknown_model_is_rejected(run, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("model: nowhere\nout: o\nsteps: 1\ndata: {sources: [{path: x}]}\n")
     status, _, err = run("train", str(file), "--dry-run")
@@ -263,7 +266,7 @@ def test_a_model_that_nothing_is_known_of_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
-def test_the_model_of_a_stage_to_come_is_not_looked_up_on_the_hub(run, tmp_path, monkeypatch, more):
+def test_model_of_a_later_stage_is_not_looked_up_on_the_hub(run, tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)
     write_samples(tmp_path / "data.parquet", [pretraining_sample("red")])
     Path("next.yaml").write_text(
@@ -287,13 +290,13 @@ def test_the_model_of_a_stage_to_come_is_not_looked_up_on_the_hub(run, tmp_path,
         ("Tesla T4", None),
     ],
 )
-def test_devices_are_known_by_torchs_names(name, known):
+def test_devices_are_recognized_by_torch_names(name, known):
     device = recognize_device(name)
     assert (device.name if device else None) == known
 
 
-def test_an_unknown_device_is_refused_with_those_that_are_known():
-    with pytest.raises(SoloError, match=r"no device abacus: known are .*H100"):
+def test_unknown_device_error_lists_known_devices():
+    with pytest.raises(SoloError, match=r"unknown device abacus: known are .*H100"):
         find_device("abacus")
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 
-from solo_vlm.evaluate.benchmarks.ai2d import AI2D, AI2D_NO_MASK
-from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
 from solo_vlm.evaluate.benchmarks.mathvista import MATHVISTA
 from solo_vlm.evaluate.benchmarks.mme import MME
-from solo_vlm.evaluate.benchmarks.mmstar import MMSTAR
-from solo_vlm.evaluate.benchmarks.scienceqa import SCIENCEQA, SCIENCEQA_FULL
-from solo_vlm.evaluate.benchmarks.seedbench import SEEDBENCH
+from solo_vlm.evaluate.benchmarks.multiple_choice import (
+    AI2D,
+    AI2D_NO_MASK,
+    MMSTAR,
+    SCIENCEQA,
+    SCIENCEQA_FULL,
+    SEEDBENCH,
+)
+from solo_vlm.evaluate.scoring.score import Benchmark
 from solo_vlm.utils.errors import SoloError
-
-__all__ = ["BENCHMARKS", "PAPER", "Benchmark", "get"]
 
 PAPER = ("mmstar", "mme", "seedbench", "ai2d", "scienceqa", "mathvista")
 BENCHMARKS = {
@@ -23,13 +25,13 @@ BENCHMARKS = {
 
 
 def get(name: str) -> Benchmark:
-    """The benchmark of a name.
+    """Return the benchmark of a name.
 
     Raises:
-        SoloError: there is none; the message has the nearest one and all names.
+        SoloError: The name is unknown; the message suggests the nearest one and lists all.
     """
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     near = difflib.get_close_matches(name, BENCHMARKS, n=1)
-    hint = f": did you mean {near[0]}?" if near else ""
-    raise SoloError(f"no benchmark {name}{hint} (there are {', '.join(BENCHMARKS)})")
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise SoloError(f"unknown benchmark {name}{hint} (available: {', '.join(BENCHMARKS)})")

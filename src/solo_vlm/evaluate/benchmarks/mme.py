@@ -1,15 +1,19 @@
-"""MME: yes-or-no questions in 14 subtasks, two on each image."""
+"""MME: yes-or-no questions in 14 subtasks, two per image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from solo_vlm.evaluate.benchmarks.benchmark import Benchmark
-from solo_vlm.evaluate.extract import read_yes_no
-from solo_vlm.evaluate.multiple_choice import score_answer
 from solo_vlm.evaluate.predictions import Prediction
-from solo_vlm.evaluate.score import Part, ScoredAnswer, Unit
-from solo_vlm.evaluate.statistics import bootstrap_interval, score_of
+from solo_vlm.evaluate.scoring.extract import read_yes_no
+from solo_vlm.evaluate.scoring.score import (
+    Benchmark,
+    Part,
+    ScoredAnswer,
+    Unit,
+    bootstrap_interval,
+    score_of,
+)
 from solo_vlm.utils.errors import SoloError
 
 _PERCEPTION = {
@@ -31,28 +35,20 @@ _COGNITION = {
     "code_reasoning": 40,
 }
 _GROUPS = {"perception": _PERCEPTION, "cognition": _COGNITION}
-_SUBTASKS = (*_PERCEPTION, *_COGNITION)
-_QUESTIONS_OF_IMAGE = 2
+_SUBTASKS = {name.lower(): name for name in (*_PERCEPTION, *_COGNITION)}
+_QUESTIONS_PER_IMAGE = 2
 _PERFECT = 200.0  # acc 100 and acc+ 100
 
-_Images = dict[tuple[str, str], list[ScoredAnswer]]  # answers by subtask and image
+_Images = dict[tuple[str, str], list[ScoredAnswer]]  # answers by (subtask, image)
 
 
-def _score(predictions: Sequence[Prediction]) -> list[ScoredAnswer]:
-    return [
-        score_answer(
-            prediction, read_yes_no(prediction.response or ""), read_yes_no(str(prediction.column("answer")))
-        )
-        for prediction in predictions
-    ]
-
-
-def _image_units(answers: Sequence[ScoredAnswer]) -> list[Unit]:
-    """Each image: 100 times the share of right answers, and 100 more where both are right."""
-    return _units(_by_image(answers))
+def _score(prediction: Prediction) -> ScoredAnswer:
+    reference = read_yes_no(str(prediction.column("answer")))
+    return ScoredAnswer.of(prediction, read_yes_no(prediction.response or ""), reference)
 
 
 def _units(images: _Images) -> list[Unit]:
+    """Return one unit per image: the percentage of correct answers, plus 100 if both are correct."""
     return [
         Unit(f"{subtask}/{image}", _acc(answers) + _acc_plus(answers), subtask)
         for (subtask, image), answers in images.items()
@@ -71,8 +67,8 @@ def _breakdown(answers: Sequence[ScoredAnswer]) -> dict[str, Part]:
 
 
 def _part(images: _Images, sizes: Mapping[str, int], group: str) -> Part:
-    """The score over some subtasks; for a single one also its acc and acc+."""
-    chosen = {place: answers for place, answers in images.items() if place[0] in sizes}
+    """Return the score over some subtasks; for a single one also its acc and acc+."""
+    chosen = {key: answers for key, answers in images.items() if key[0] in sizes}
     units = _units(chosen)
     more = {}
     if len(sizes) == 1 and chosen:
@@ -94,21 +90,17 @@ def _part(images: _Images, sizes: Mapping[str, int], group: str) -> Part:
 def _by_image(answers: Sequence[ScoredAnswer]) -> _Images:
     images: _Images = {}
     for answer in answers:
+        category = str(answer.prediction.column("category"))
+        if category.lower() not in _SUBTASKS:
+            known = ", ".join(_SUBTASKS.values())
+            raise SoloError(f"row {answer.prediction.id}: MME has no subtask {category}; it has {known}")
         image = str(answer.prediction.column("question_id", "image_path", "image"))
-        answers = images.setdefault((_subtask(answer.prediction), image), [])
-        answers.append(answer)
-        if len(answers) > _QUESTIONS_OF_IMAGE:
-            rows = ", ".join(answer.prediction.id for answer in answers)
-            raise SoloError(f"MME asks two questions about an image, but {image} has rows {rows}")
+        pair = images.setdefault((_SUBTASKS[category.lower()], image), [])
+        pair.append(answer)
+        if len(pair) > _QUESTIONS_PER_IMAGE:
+            rows = ", ".join(answer.prediction.id for answer in pair)
+            raise SoloError(f"MME asks two questions per image, but {image} has rows {rows}")
     return images
-
-
-def _subtask(prediction: Prediction) -> str:
-    category = str(prediction.column("category"))
-    known = {name.lower(): name for name in _SUBTASKS}
-    if category.lower() not in known:
-        raise SoloError(f"row {prediction.id}: MME has no subtask {category}; it has {', '.join(_SUBTASKS)}")
-    return known[category.lower()]
 
 
 def _acc(answers: Sequence[ScoredAnswer]) -> float:
@@ -116,7 +108,7 @@ def _acc(answers: Sequence[ScoredAnswer]) -> float:
 
 
 def _acc_plus(answers: Sequence[ScoredAnswer]) -> float:
-    return 100.0 * (len(answers) == _QUESTIONS_OF_IMAGE and all(answer.correct for answer in answers))
+    return 100.0 * (len(answers) == _QUESTIONS_PER_IMAGE and all(answer.correct for answer in answers))
 
 
 MME = Benchmark(
@@ -126,18 +118,18 @@ MME = Benchmark(
     hub_id="lmms-lab-encoder/MME",
     hub_files="data/test-*",
     split="test",
-    licence="for academic research only, by the readme in its archive",
+    license="for academic research only, by the readme in its archive",
     kind="yes or no",
     size=2374,
-    size_source="data set card of lmms-lab/MME; subtasks: Fu et al. 2023, arXiv 2306.13394",
-    metric="perception + cognition: over 14 subtasks, the sum of acc (per cent of questions) and acc+ "
-    "(per cent of images with both answers right)",
+    size_source="dataset card of lmms-lab/MME; subtasks: Fu et al. 2023, arXiv 2306.13394",
+    metric="perception + cognition: sum over 14 subtasks of acc (percent of questions) and acc+ "
+    "(percent of images with both answers correct)",
     source="Fu et al. 2023, arXiv 2306.13394, with its calculation.py",
-    scorer=_score,
+    scorer=lambda predictions: [_score(prediction) for prediction in predictions],
     breakdown=_breakdown,
-    units=_image_units,
+    units=lambda answers: _units(_by_image(answers)),
     interval=bootstrap_interval,
     maximum=_PERFECT * len(_SUBTASKS),
-    note="calculation.py looks for yes and no in the first four characters, so that None counts as no; "
+    note="calculation.py looks for yes and no in the first four characters, so None counts as no; "
     "here they must be words.",
 )

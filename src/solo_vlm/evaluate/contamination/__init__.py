@@ -1,1 +1,1 @@
-"""Which rows of a benchmark a model may have seen: images by perceptual hash, questions by runs of words."""
+"""Contamination: benchmark rows in training data, found by perceptual hashes of images and by n-grams."""

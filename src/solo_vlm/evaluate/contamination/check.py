@@ -1,10 +1,11 @@
-"""Goes through a training mixture once, and finds what of some benchmarks is in it."""
+"""Search of a training mixture for images and questions of benchmarks, and the page of the matches."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader, Dataset
@@ -13,33 +14,40 @@ from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.sample import Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source
 from solo_vlm.data.survey.reading import OnProgress, UnitProgress
-from solo_vlm.evaluate.contamination.hashes import HashIndex, perceptual_hash
-from solo_vlm.evaluate.contamination.overlap import COMMON, Overlap, Question
-from solo_vlm.evaluate.options import options_of
-from solo_vlm.evaluate.rows import Rows
+from solo_vlm.evaluate.contamination.matching import (
+    MAX_OCCURRENCES,
+    HashIndex,
+    NgramIndex,
+    Question,
+    perceptual_hash,
+)
+from solo_vlm.evaluate.data import Rows
+from solo_vlm.evaluate.scoring.options import options_of
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
-from solo_vlm.utils.pages import thumbnail_url
+from solo_vlm.utils.files import new_file
+from solo_vlm.utils.pages import render, thumbnail_url
 
 DISTANCE = 4
-"""Bits of 64 in which two images may differ. Of unrelated images whose bits fell by chance, one pair in 3e13
-would lie so near: not one in 25 million training images against 25 thousand of benchmarks."""
+"""Default Hamming distance of 64-bit hashes. For independent random bits, one pair of images in 3e13 is this
+close: less than one match between 25 million training images and 25 thousand benchmark images."""
 
-_LISTED = 10  # places of each benchmark row; more are counted
+_LISTED = 10  # matches listed per benchmark row and kind; more are only counted
+_SHOWN = 300  # matches per kind on the page; thousands of images would open slowly
 
 
 @dataclass(frozen=True)
 class Match:
-    """A place in the training data that holds an image or words of a benchmark's row.
+    """A training sample with an image or an n-gram of a benchmark's row.
 
     Attributes:
-        kind: what was found.
-        task: the benchmark.
-        id: of its row.
-        source: of the mixture.
-        where: in the source.
-        distance: bits in which the images differ.
-        words: the run of words that both have.
-        picture: the training image, small, as a data URL.
+        kind: What was found.
+        task: Name of the benchmark.
+        id: ID of the row.
+        source: Name of the source.
+        where: Place in the source.
+        distance: Hamming distance of the images' hashes.
+        words: Shared n-gram.
+        picture: Thumbnail of the training image as a data URL.
     """
 
     kind: Literal["image", "question"]
@@ -52,22 +60,22 @@ class Match:
     picture: str | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values without the picture, for JSON."""
+        """Return plain values for JSON, without the thumbnail."""
         return {name: value for name, value in asdict(self).items() if name != "picture"}
 
 
 @dataclass
 class TaskFindings:
-    """What of one benchmark was looked for, and found.
+    """Matches of one benchmark.
 
     Attributes:
-        rows: of the benchmark.
-        images: that were compared.
-        unreadable_images: that could not be.
-        questions: long enough to be compared.
-        run_length: words that a question must share with a training text in a row.
-        image_matches: places found, by row.
-        question_matches: places found, by row.
+        rows: Number of rows.
+        images: Number of compared images.
+        unreadable_images: Number of rows with an unreadable image.
+        questions: Number of questions that are long enough to be compared.
+        run_length: Words per n-gram.
+        image_matches: Number of matching images by row.
+        question_matches: Number of matching samples by row.
     """
 
     rows: int = 0
@@ -81,15 +89,15 @@ class TaskFindings:
 
 @dataclass
 class Contamination:
-    """What a mixture has of some benchmarks.
+    """Matches between a mixture and benchmarks.
 
     Attributes:
-        tasks: findings by benchmark.
-        matches: places, at most ten a row and kind.
-        distance: bits of 64 in which images may differ.
-        training_rows: that were read.
-        training_images: that were compared.
-        skipped: training rows and images that cannot be used, by reason.
+        tasks: Findings by benchmark.
+        matches: Matches, at most ten per row and kind.
+        distance: Maximum Hamming distance of the images' hashes.
+        training_rows: Number of training rows read.
+        training_images: Number of training images compared.
+        skipped: Number of unusable training rows and images by reason.
     """
 
     tasks: dict[str, TaskFindings]
@@ -100,7 +108,7 @@ class Contamination:
     skipped: Counter[str] = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "tasks": {task: asdict(findings) for task, findings in self.tasks.items()},
             "matches": [match.as_dict() for match in self.matches],
@@ -110,6 +118,13 @@ class Contamination:
             "skipped": dict(self.skipped),
         }
 
+    def _add(self, match: Match) -> None:
+        findings = self.tasks[match.task]
+        counts = findings.image_matches if match.kind == "image" else findings.question_matches
+        counts[match.id] = counts.get(match.id, 0) + 1
+        if counts[match.id] <= _LISTED:
+            self.matches.append(match)
+
 
 def check_mixture(
     benchmarks: Mapping[str, Rows],
@@ -118,22 +133,22 @@ def check_mixture(
     workers: int = 0,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Contamination:
-    """Look for images and questions of benchmarks in a mixture.
+    """Search a mixture for images and questions of benchmarks.
 
     Args:
-        benchmarks: rows of each, by name.
-        mixture: all of its sources are read once.
-        distance: bits of 64 in which the perceptual hashes of two images may differ.
-        workers: processes that read and compare; 0: this one.
-        on_progress: called with the units read and their number.
+        benchmarks: Rows by benchmark.
+        mixture: Mixture whose sources are read once.
+        distance: Maximum Hamming distance of the 64-bit hashes of two images.
+        workers: Number of worker processes; 0 reads in this process.
+        on_progress: Called with the number of shards read and in total.
 
     Raises:
-        SoloError: a source is missing.
+        SoloError: A source is missing.
     """
     sources = mixture.open_sources()
     tasks = {task: TaskFindings(rows=len(rows)) for task, rows in benchmarks.items()}
-    index = HashIndex(_image_hashes(benchmarks, tasks), distance)
-    overlap = Overlap.of(
+    images = HashIndex(_image_hashes(benchmarks, tasks), distance)
+    ngrams = NgramIndex.of(
         {
             (task, rows.ids[number]): _question_text(row)
             for task, rows in benchmarks.items()
@@ -141,53 +156,53 @@ def check_mixture(
         }
     )
     for task, findings in tasks.items():
-        findings.questions, findings.run_length = overlap.compared[task], overlap.lengths[task]
+        findings.questions, findings.run_length = ngrams.compared[task], ngrams.lengths[task]
 
     found = Contamination(tasks, [], distance)
-    units = _Units(sources, index, overlap)
-    on_unit = UnitProgress(len(units), on_progress)
-    texts: dict[str, list[tuple[str, str]]] = defaultdict(list)  # run of words -> sources and places
-    for unit in DataLoader(units, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
-        found.training_rows += unit.rows
-        found.training_images += unit.images
-        found.skipped += unit.skipped
-        for match in unit.image_matches:
-            _add(found, match, tasks[match.task].image_matches)
-        for run, source, where in unit.runs:
-            if len(texts[run]) <= COMMON:
-                texts[run].append((source, where))
+    shards = _Shards(sources, images, ngrams)
+    on_unit = UnitProgress(len(shards), on_progress)
+    places: dict[str, list[tuple[str, str]]] = defaultdict(list)  # n-gram -> (source, where)
+    for shard in DataLoader(shards, batch_size=None, num_workers=workers, collate_fn=_identity):
+        found.training_rows += shard.rows
+        found.training_images += shard.images
+        found.skipped += shard.skipped
+        for match in shard.image_matches:
+            found._add(match)
+        for ngram, source, where in shard.ngrams:
+            if len(places[ngram]) <= MAX_OCCURRENCES:
+                places[ngram].append((source, where))
         on_unit()
-    for match in _question_matches(texts, overlap):
-        _add(found, match, tasks[match.task].question_matches)
+    for match in _question_matches(places, ngrams):
+        found._add(match)
     return found
 
 
 @dataclass
-class _Unit:
-    """What one unit of the training data gave."""
+class _ShardFindings:
+    """Findings in one shard of the training data."""
 
     rows: int = 0
     images: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     image_matches: list[Match] = field(default_factory=list)
-    runs: list[tuple[str, str, str]] = field(default_factory=list)  # words, source, where
+    ngrams: list[tuple[str, str, str]] = field(default_factory=list)  # n-gram, source, where
 
 
-class _Units(Dataset[_Unit]):
-    """The units of all sources, each searched when it is asked for: in this process, or in a loader's."""
+class _Shards(Dataset[_ShardFindings]):
+    """Findings of all shards of all sources, computed on access, possibly in a worker."""
 
-    def __init__(self, sources: Sequence[Source], index: HashIndex[Question], overlap: Overlap) -> None:
-        self._places = [(source, unit) for source in sources for unit in range(len(source))]
-        self._index = index
-        self._overlap = overlap
+    def __init__(self, sources: Sequence[Source], images: HashIndex[Question], ngrams: NgramIndex) -> None:
+        self._shards = [(source, shard) for source in sources for shard in range(len(source))]
+        self._images = images
+        self._ngrams = ngrams
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._shards)
 
-    def __getitem__(self, number: int) -> _Unit:
-        source, unit = self._places[number]
-        found = _Unit()
-        rows = source.read(unit)
+    def __getitem__(self, number: int) -> _ShardFindings:
+        source, shard = self._shards[number]
+        found = _ShardFindings()
+        rows = source.read(shard)
         for row in range(len(rows)):
             found.rows += 1
             try:
@@ -195,10 +210,10 @@ class _Units(Dataset[_Unit]):
             except SampleError as error:
                 found.skipped[error.reason] += 1
                 continue
-            self._search(sample, source.name, source.where(unit, row), found)
+            self._search(sample, source.name, source.where(shard, row), found)
         return found
 
-    def _search(self, sample: Sample, source: str, where: str, found: _Unit) -> None:
+    def _search(self, sample: Sample, source: str, where: str, found: _ShardFindings) -> None:
         for encoded in sample.images:
             try:
                 image = load_image(encoded)
@@ -206,36 +221,28 @@ class _Units(Dataset[_Unit]):
                 found.skipped["image"] += 1
                 continue
             found.images += 1
-            for (task, row), distance in self._index.near(perceptual_hash(image)):
-                picture = thumbnail_url(image)
-                found.image_matches.append(
-                    Match("image", task, row, source, where, distance, picture=picture)
-                )
-        runs = {run for text in _turns(sample) for run in self._overlap.runs_in(text)}
-        found.runs += [(run, source, where) for run in sorted(runs)]
+            for (task, row), distance in self._images.near(perceptual_hash(image)):
+                match = Match("image", task, row, source, where, distance, picture=thumbnail_url(image))
+                found.image_matches.append(match)
+        ngrams = {ngram for text in _turns(sample) for ngram in self._ngrams.find(text)}
+        found.ngrams += [(ngram, source, where) for ngram in sorted(ngrams)]
 
 
-def _as_it_is(unit: Any) -> Any:
-    return unit
+def _identity(shard: Any) -> Any:
+    return shard
 
 
-def _add(found: Contamination, match: Match, counts: dict[str, int]) -> None:
-    counts[match.id] = counts.get(match.id, 0) + 1
-    if counts[match.id] <= _LISTED:
-        found.matches.append(match)
-
-
-def _question_matches(texts: Mapping[str, Sequence[tuple[str, str]]], overlap: Overlap) -> Iterator[Match]:
-    """One a question and place, with the first of the runs that they share."""
+def _question_matches(places: Mapping[str, Sequence[tuple[str, str]]], ngrams: NgramIndex) -> Iterator[Match]:
+    """Yield one match per question and place, with the first n-gram that they share."""
     seen: set[tuple[Question, str]] = set()
-    for run, places in texts.items():
-        if len(places) > COMMON:
+    for ngram, found in places.items():
+        if len(found) > MAX_OCCURRENCES:
             continue
-        for source, where in places:
-            for question in overlap.questions[run]:
+        for source, where in found:
+            for question in ngrams.questions[ngram]:
                 if (question, where) not in seen:
                     seen.add((question, where))
-                    yield Match("question", *question, source, where, words=run)
+                    yield Match("question", *question, source, where, words=ngram)
 
 
 def _image_hashes(
@@ -253,10 +260,41 @@ def _image_hashes(
 
 
 def _question_text(row: Mapping[str, Any]) -> str:
-    """The question with its context and its options."""
+    """Return the question with its context and its options."""
     return " ".join(str(part) for part in (row.get("hint") or "", row["question"], *options_of(row)))
 
 
 def _turns(sample: Sample) -> Iterator[str]:
     for message in sample.messages:
         yield " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def write_page(path: Path, mixture: str, found: Contamination, benchmarks: Mapping[str, Rows]) -> None:
+    """Write a self-contained page with pairs of images, nearest first, and shared words.
+
+    Args:
+        path: The HTML file.
+        mixture: Name of the mixture.
+        found: The matches.
+        benchmarks: Rows by benchmark.
+    """
+    images = sorted((m for m in found.matches if m.kind == "image"), key=lambda match: match.distance or 0)
+    questions = [match for match in found.matches if match.kind == "question"]
+    numbers = {task: {row: n for n, row in enumerate(rows.ids)} for task, rows in benchmarks.items()}
+
+    def benchmark_images(match: Match) -> list[str]:
+        pictures = benchmarks[match.task].images(numbers[match.task][match.id])
+        return [thumbnail_url(picture) for picture in pictures]
+
+    html = render(
+        "solo_vlm.evaluate.contamination",
+        "page.html.jinja",
+        mixture=mixture,
+        found=found,
+        images=images,
+        questions=questions,
+        shown=_SHOWN,
+        benchmark_images=benchmark_images,
+    )
+    with new_file(path) as partial:
+        partial.write_text(html, encoding="utf-8")

@@ -14,11 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from solo_vlm.data.mixture import SourceSettings
 from solo_vlm.data.sources import open_source
 from solo_vlm.experiments.ablations.pipeline import Pipeline, Stage
 from solo_vlm.experiments.ablations.settings import AblationSettings, HeldOutSettings
 from solo_vlm.experiments.launcher import Job
-from solo_vlm.train.recipe import Recipe, SourceSettings, ValidationSettings
+from solo_vlm.train.recipe import Recipe, ValidationSettings
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
 from solo_vlm.utils.json_lines import LinesFile
@@ -175,18 +176,18 @@ def measure_loss(run: Path, data: str | Path) -> Result:
         run: Folder of the run, whose recipe sets how samples are packed.
         data: Path of the samples.
     """
-    from solo_vlm.train.parallel.processes import start_processes
-    from solo_vlm.train.start import make_model
-    from solo_vlm.train.validation import Validation
+    from solo_vlm.train.model import make_model
+    from solo_vlm.train.parallel.context import init_distributed
+    from solo_vlm.train.trainer import Validator
 
     recipe = Recipe.load(run / "recipe.yaml")
     validation = ValidationSettings(sources=[SourceSettings(path=str(data))], sequences=_ALL)
     model_settings = {"model": str(run / "model"), "lora": None, "quantize": None, "trainable": "all"}
     packing = recipe.data.model_copy(update={"vision_loss": False})
     recipe = recipe.model_copy(update={**model_settings, "validation": validation, "data": packing})
-    with start_processes(recipe) as processes:
-        model, processor = make_model(recipe, processes)
-        return Result(Validation(recipe, processor, processes).loss(model), count_samples(data))
+    with init_distributed(recipe) as context:
+        model, processor = make_model(recipe, context)
+        return Result(Validator(recipe, processor, context).loss(model), count_samples(data))
 
 
 def _digest(root: Path, data: str) -> str:

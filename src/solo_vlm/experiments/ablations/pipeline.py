@@ -34,7 +34,7 @@ from solo_vlm.experiments.launcher import Executor, TrainingRun, finish_jobs, tr
 from solo_vlm.quickstart.data.drawn import draw_toy_data
 from solo_vlm.train.metrics import read_metrics
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.run_folder import learned
+from solo_vlm.train.run_folder import config_fingerprint
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import find_settings, merge, read_settings
 
@@ -451,7 +451,10 @@ class _PipelineBuilder:
     def _identity(self, settings: Recipe | InitSettings | None) -> list[Any]:
         """Return everything that the model depends on, as plain values."""
         if isinstance(settings, Recipe):
-            return [learned(settings), [self._fingerprint(path) for path in settings.source_paths()]]
+            return [
+                config_fingerprint(settings),
+                [self._fingerprint(path) for path in settings.mixture.source_paths()],
+            ]
         plain = settings or self.settings.toy_data
         return [plain.model_dump(mode="json", exclude_defaults=True) if plain else None]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from solo_vlm.experiments.scaling.llava import ClipShape, LlavaFlops, LlavaShape
-from solo_vlm.models.flops import Flops, forward_flops, image_flops, text_flops
-from solo_vlm.models.shape import ModelShape
+from solo_vlm.models.flops import Flops, ModelShape, forward_flops, image_flops, text_flops
 from solo_vlm.models.solo.image_processing_solo import patch_grid
 from solo_vlm.models.solo.processing_solo import num_image_tokens
 
@@ -38,7 +37,7 @@ class SequenceCost:
             "attention_share": self.flops.attention / self.flops.forward,
             "forward_per_token": self.flops.forward / self.length,
             "training_per_token": self.flops.training / self.length,
-            "parts": asdict(self.flops),
+            "parts": {part: flops for part, flops in asdict(self.flops).items() if part != "last"},
         }
 
 
@@ -116,7 +115,7 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        counts = self.solo.parameters()
+        counts = self.solo.parameters
         return {
             "parameters": {
                 "solo": counts.total,
@@ -151,8 +150,8 @@ def compare(
     """
     solo = ModelShape.of(config)
     side = getattr(config, "vision_patch_size", 32)
-    solo = replace(solo, patch=solo.patch or 3 * side**2)
-    llava = LlavaShape(ClipShape(), replace(solo, patch=0))
+    solo = solo.with_patch(solo.patch or 3 * side**2)
+    llava = LlavaShape(ClipShape(), solo.with_patch(0))
     return Comparison(
         solo=solo,
         llava=llava,

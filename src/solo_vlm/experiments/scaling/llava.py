@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from solo_vlm.models.flops import Flops, forward_flops
-from solo_vlm.models.shape import ModelShape
+from solo_vlm.models.flops import Flops, ModelShape, forward_flops
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class LlavaShape:
     @property
     def parameters(self) -> int:
         """Of all three."""
-        return self.encoder.parameters + self.connector_parameters + self.decoder.parameters().total
+        return self.encoder.parameters + self.connector_parameters + self.decoder.parameters.total
 
     def flops(self, document_lengths: Any, images: int = 0, predicted: int = 0) -> LlavaFlops:
         """FLOPs of a forward pass over a packed batch.

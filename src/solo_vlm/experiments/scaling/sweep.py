@@ -15,9 +15,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from solo_vlm.experiments.launcher import Executor, TrainingRun, train_runs
+from solo_vlm.models.flops import count_parameters as count_by_part
 from solo_vlm.models.from_llm import compose
 from solo_vlm.models.load import load_config
-from solo_vlm.models.shape import parameters
 from solo_vlm.quickstart.data.drawn import ToySettings, draw_toy_data
 from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 from solo_vlm.train.metrics import read_metrics
@@ -247,7 +247,7 @@ def run_results(run: SweepRun, count: str) -> dict[str, Any]:
 
 def count_parameters(model: Path) -> dict[str, int]:
     """Count the parameters of a model: "non_embedding" (layers and norms of the decoder) and "total"."""
-    counts = parameters(load_config(model))
+    counts = count_by_part(load_config(model))
     return {"non_embedding": counts.attention + counts.mlp + counts.norms, "total": counts.total}
 
 
@@ -324,7 +324,7 @@ def _run(
         "root": settings.root,
         "model": f"models/{name}",
         "out": f"runs/{run}",
-        "log_every": 1,  # the table sums the tokens and FLOPs of every step
+        "log_interval": 1,  # the table sums the tokens and FLOPs of every step
     }
     probe = Recipe.parse(recipe, origin="recipe")
     steps = round(tokens / (probe.global_batch * probe.data.sequence_length))

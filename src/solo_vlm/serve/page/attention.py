@@ -32,17 +32,18 @@ class WordAttention:
         pipeline: GenerationPipeline,
         prompt: Prompt,
         answer: str,
-        span: tuple[int, int],
+        start: int,
+        end: int,
         layer: int | None,
     ) -> dict[str, Any]:
         """Return how the steps that generated a word attended to each patch.
 
         Args:
-            pipeline: model and processor.
-            prompt: a chat that ends with the answer.
-            answer: text of the answer.
-            span: start and end of the word, in characters of the answer.
-            layer: a single layer; None averages over all.
+            pipeline: Model and processor.
+            prompt: Chat that ends with the answer.
+            answer: Text of the answer.
+            start, end: Characters of the word in the answer.
+            layer: Single layer; None averages over all.
 
         Returns:
             `images`: for each `rows`, `columns`, `weights` (rows * columns shares of the word's attention)
@@ -51,7 +52,7 @@ class WordAttention:
         key = (prompt.input_ids.tobytes(), *(image.digest for image in prompt.images))
         if self._maps is None or key != self._key:
             self._key, self._maps = key, attention_maps(pipeline.model, prompt)
-        tokens = tokens_of_span(*span, answer, self._maps.token_ids, pipeline.processor.tokenizer)
+        tokens = tokens_of_span(start, end, answer, self._maps.token_ids, pipeline.processor.tokenizer)
         images: list[dict[str, Any]] = [
             {
                 "rows": len(weights),
@@ -71,10 +72,10 @@ class AttentionMaps:
     The attention of a token is that of the step that generated it: the query is the token before.
 
     Attributes:
-        token_ids: (num_tokens,) int64, tokens of the answer, end token included.
+        token_ids: (num_tokens,) int64, the answer with its end token.
         weights: (num_layers, num_tokens, num_patches) float32. For one layer and token, the patches sum to at
             most 1; the rest is attention to text.
-        grids: (num_images, 3) int64: 1, rows, columns.
+        grids: (num_images, 3) int64, each (1, rows, columns).
     """
 
     token_ids: NDArray[np.int64]
@@ -85,8 +86,8 @@ class AttentionMaps:
         """Return one (rows, columns) map per image, averaged over tokens.
 
         Args:
-            tokens: of the answer.
-            layer: a single layer; None averages over all.
+            tokens: Tokens of the answer.
+            layer: Single layer; None averages over all.
         """
         layers = self.weights[:, tokens].mean(axis=1)  # (num_layers, num_patches)
         weights = layers.mean(axis=0) if layer is None else layers[layer]
@@ -105,8 +106,8 @@ def attention_maps(model: SoloForConditionalGeneration, prompt: Prompt) -> Atten
     "eager", which returns its weights. So nothing quadratic in the prompt's length is held in memory.
 
     Args:
-        model: in evaluation mode.
-        prompt: a chat that ends with the assistant's turn.
+        model: Model in evaluation mode.
+        prompt: Chat that ends with the assistant's turn.
     """
     start, end = _last_answer(prompt.supervised)
     inputs = {name: value.to(model.device) for name, value in merge_prompts([prompt], 0).items()}
@@ -137,10 +138,10 @@ def tokens_of_span(start: int, end: int, text: str, token_ids: NDArray[Any], tok
     """Return the tokens that spell `text[start:end]`, or a part of it.
 
     Args:
-        start, end: characters of the text, at least one.
-        text: what the tokens spell, stripped of surrounding white space.
-        token_ids: (num_tokens,) of the text, and possibly of special tokens after it.
-        tokenizer: of the model.
+        start, end: Characters of the text, at least one.
+        text: Text of the tokens, stripped of surrounding white space.
+        token_ids: (num_tokens,) int64, the text and possibly special tokens after it.
+        tokenizer: Tokenizer of the model.
     """
     read = [
         tokenizer.decode(token_ids[: count + 1], skip_special_tokens=True) for count in range(len(token_ids))

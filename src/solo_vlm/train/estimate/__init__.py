@@ -1,1 +1,1 @@
-"""What a run will read, need and take, worked out before anything is loaded."""
+"""Plan of a run before anything is loaded: steps, memory and time."""

@@ -1,4 +1,4 @@
-"""What a run will read, from a sample of its data; small data are counted."""
+"""Estimate of what a run reads, from a sample of its data; small sources are read completely."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from solo_vlm.data.survey.stats import estimate_instances
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
-_ROWS = 1000  # drawn from each source for a first look, as many as by `solo data stats`
-_MORE_ROWS = 8192  # drawn at most, where the first look is not exact enough; smaller sources are read whole
-_MARGIN = 0.01  # of a source's tokens, with a probability of 95%, is exact enough
-_SIMULATED = 50_000  # documents that are packed for the plan as the run will pack them, in a few seconds
+_ROWS = 1000  # rows drawn per source at first, as by `solo data stats`
+_MAX_ROWS = 8192  # rows drawn at most, if the first sample is too imprecise; smaller sources are read whole
+_MARGIN = 0.01  # sufficient margin of error of a source's tokens, at 95% confidence
+_MAX_SIMULATED = 50_000  # documents up to which the run's packing is simulated, in a few seconds
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,11 @@ class DataEstimate:
     """What a run reads.
 
     Attributes:
-        sequences: packed sequences in all passes over the data (`data.epochs`), or in one where that is not
-            set.
-        documents: in these sequences.
-        fill: share of a sequence that is not padding.
-        document_length: mean tokens of a document, sources weighted as the run reads them.
-        vision_share: of vision tokens among all.
+        sequences: packed sequences in all epochs (`data.epochs`), or in one if that is not set.
+        documents: documents in these sequences.
+        fill: share of non-padding tokens in a sequence.
+        document_length: mean tokens per document, with sources weighted as in the run.
+        vision_share: share of vision tokens.
     """
 
     sequences: int
@@ -46,36 +45,39 @@ class DataEstimate:
 
 
 def estimate_data(recipe: Recipe, encoder: Encoder) -> DataEstimate:
-    """Look at some rows of each source, the same ones whenever it is called.
+    """Estimate what a run reads from a deterministic sample of each source.
 
     Args:
-        recipe: for the sources and how they are packed.
-        encoder: of the model that shall read them.
+        recipe: sources and packing.
+        encoder: encoder of the model to train.
 
     Raises:
-        SoloError: a source is missing or unreadable, or no row that was looked at can be used.
+        SoloError: a source is missing or unreadable, or none of the sampled rows can be used.
     """
-    looks = [_look(recipe, encoder, source) for source in recipe.open_sources()]
-    if not sum(look.totals.tokens for look in looks):
-        raise SoloError("nothing in the data can be used; see solo data verify")
-    shares = _token_shares(recipe, looks)
-    documents, vision = (
+    samples = [_sample_source(recipe, encoder, source) for source in recipe.mixture.open_sources()]
+    if not sum(sample.totals.tokens for sample in samples):
+        raise SoloError("no row of the data can be used: see solo data verify")
+    shares = _token_shares(recipe, samples)
+    documents_per_token, vision_per_token = (
         sum(
-            share * getattr(look.totals, name) / max(look.totals.tokens, 1)
-            for share, look in zip(shares, looks, strict=True)
+            share * getattr(sample.totals, name) / max(sample.totals.tokens, 1)
+            for share, sample in zip(shares, samples, strict=True)
         )
         / sum(shares)
         for name in ("documents", "vision")
-    )  # a token
-    passes = recipe.data.epochs or 1
-    total = passes * sum(look.totals.documents for look in looks)
-    sequences = _sequences(recipe, encoder, looks, total)
-    fill = passes * sum(look.totals.tokens for look in looks) / (sequences * recipe.data.sequence_length)
-    return DataEstimate(sequences, round(total), min(fill, 1.0), 1 / documents, vision)
+    )
+    epochs = recipe.data.epochs or 1
+    documents = epochs * sum(sample.totals.documents for sample in samples)
+    sequences = _count_sequences(recipe, encoder, samples, documents)
+    tokens = epochs * sum(sample.totals.tokens for sample in samples)
+    fill = tokens / (sequences * recipe.data.sequence_length)
+    return DataEstimate(
+        sequences, round(documents), min(fill, 1.0), 1 / documents_per_token, vision_per_token
+    )
 
 
 class _Totals(NamedTuple):
-    """What a source holds."""
+    """Totals over all rows of a source."""
 
     samples: float
     documents: float
@@ -83,13 +85,13 @@ class _Totals(NamedTuple):
     vision: float
 
 
-class _Look(NamedTuple):
-    """What was seen of a source.
+class _SourceSample(NamedTuple):
+    """Sampled rows of a source.
 
     Attributes:
-        source: that was looked at.
-        totals: of all its rows, exact where all were read.
-        rows: by unit, how many it has, and the lengths of the documents of those that were read, by row.
+        source: the source.
+        totals: estimated totals; exact if all rows were read.
+        rows: per unit, its number of rows, and the document lengths of each row that was read.
     """
 
     source: Source
@@ -97,112 +99,115 @@ class _Look(NamedTuple):
     rows: dict[int, tuple[int, list[list[int]]]]
 
 
-def _look(recipe: Recipe, encoder: Encoder, source: Source) -> _Look:
-    """Draw rows until their tokens are known well enough; read all rows of a small source."""
+def _sample_source(recipe: Recipe, encoder: Encoder, source: Source) -> _SourceSample:
+    """Read all rows of a small source, or draw rows until the number of tokens is precise enough."""
     reader = RowReader(source, encoder, recipe.data.sequence_length)
     seed = recipe.data.seed
-    look, estimate = _draw(reader, _ROWS, seed)
-    rows = len(source) * sum(count for count, _ in look.rows.values()) / len(look.rows)
-    all_units = len(look.rows) == len(source)
-    if rows and all_units and all(count == len(read) for count, read in look.rows.values()):
-        return look
-    if rows <= _MORE_ROWS:
+    sample, estimate = _draw(reader, _ROWS, seed)
+    num_rows = len(source) * sum(count for count, _ in sample.rows.values()) / len(sample.rows)
+    has_all_units = len(sample.rows) == len(source)
+    if num_rows and has_all_units and all(count == len(read) for count, read in sample.rows.values()):
+        return sample
+    if num_rows <= _MAX_ROWS:
         return _read_all(reader)
     margin = estimate.margins[2] / max(estimate.totals[2], 1)
     if margin > _MARGIN:
-        wanted = min(math.ceil(_ROWS * (margin / _MARGIN) ** 2), _MORE_ROWS)
-        look, _ = _draw(reader, wanted, seed)
-    return look
+        wanted = min(math.ceil(_ROWS * (margin / _MARGIN) ** 2), _MAX_ROWS)
+        sample, _ = _draw(reader, wanted, seed)
+    return sample
 
 
-def _draw(reader: RowReader, samples: int, seed: int) -> tuple[_Look, Estimate]:
+def _draw(reader: RowReader, samples: int, seed: int) -> tuple[_SourceSample, Estimate]:
     rows: dict[int, tuple[int, list[list[int]]]] = {}
-    figures = []
-    for unit, of_unit, chosen in draw_rows(reader.source, samples, np.random.default_rng(seed)):
-        read = list(reader.read(unit, of_unit, chosen))
-        rows[unit] = len(of_unit), [_lengths(row) for row in read]
-        figures.append(
-            (len(of_unit), np.array([_figures(row, reader.encoder) for row in read]).reshape(-1, 4))
+    counts = []
+    for unit, unit_rows, chosen in draw_rows(reader.source, samples, np.random.default_rng(seed)):
+        read = list(reader.read(unit, unit_rows, chosen))
+        rows[unit] = len(unit_rows), [_lengths(row) for row in read]
+        counts.append(
+            (len(unit_rows), np.array([_count(row, reader.encoder) for row in read]).reshape(-1, 4))
         )
-    estimate = estimate_totals(len(reader.source), figures)
-    return _Look(reader.source, _Totals(*estimate.totals), rows), estimate
+    estimate = estimate_totals(len(reader.source), counts)
+    return _SourceSample(reader.source, _Totals(*estimate.totals), rows), estimate
 
 
-def _read_all(reader: RowReader) -> _Look:
+def _read_all(reader: RowReader) -> _SourceSample:
     rows: dict[int, tuple[int, list[list[int]]]] = {}
     totals = np.zeros(4)
     for unit in range(len(reader.source)):
-        of_unit = reader.source.read(unit)
+        unit_rows = reader.source.read(unit)
         lengths = []
-        for row in reader.read(unit, of_unit, range(len(of_unit))):
+        for row in reader.read(unit, unit_rows, range(len(unit_rows))):
             lengths.append(_lengths(row))
-            totals += _figures(row, reader.encoder)
-        rows[unit] = len(of_unit), lengths
+            totals += _count(row, reader.encoder)
+        rows[unit] = len(unit_rows), lengths
     if not any(count for count, _ in rows.values()):
         raise SoloError(f"{reader.source.name} has no rows")
-    return _Look(reader.source, _Totals(*totals), rows)
+    return _SourceSample(reader.source, _Totals(*totals), rows)
 
 
 def _lengths(row: ReadRow) -> list[int]:
     return [len(document) for document in row.documents]
 
 
-def _figures(row: ReadRow, encoder: Encoder) -> tuple[float, ...]:
+def _count(row: ReadRow, encoder: Encoder) -> _Totals:
     vision = sum(int(np.isin(document.input_ids, encoder.vision_ids).sum()) for document in row.documents)
     return _Totals(row.error is None, len(row.documents), sum(_lengths(row)), vision)
 
 
-def _token_shares(recipe: Recipe, looks: Sequence[_Look]) -> list[float]:
-    """In what proportions the sources' tokens are read: all of them, or as the weights say."""
+def _token_shares(recipe: Recipe, samples: Sequence[_SourceSample]) -> list[float]:
+    """Return the sources' relative shares of tokens: their sizes in full epochs, else their weights."""
     if recipe.steps is None:
-        return [look.totals.tokens for look in looks]
+        return [sample.totals.tokens for sample in samples]
     weights = [source.weight for source in recipe.data.sources]
     if recipe.data.weigh != "samples":
         return weights
     return [
-        weight * look.totals.tokens / max(look.totals.samples, 1)
-        for weight, look in zip(weights, looks, strict=True)
+        weight * sample.totals.tokens / max(sample.totals.samples, 1)
+        for weight, sample in zip(weights, samples, strict=True)
     ]
 
 
-def _sequences(recipe: Recipe, encoder: Encoder, looks: Sequence[_Look], documents: float) -> int:
-    """Packed sequences of all passes; few documents are packed as the run will do it."""
+def _count_sequences(
+    recipe: Recipe, encoder: Encoder, samples: Sequence[_SourceSample], documents: float
+) -> int:
+    """Count the packed sequences of all epochs, by simulating the packing if there are few documents."""
     data = recipe.data
-    if documents <= _SIMULATED:
+    if documents <= _MAX_SIMULATED:
         items = [
-            MixtureItem(_Lengths(look, data.seed), source.weight)
-            for look, source in zip(looks, data.sources, strict=True)
+            MixtureItem(_SimulatedSource(sample, data.seed), source.weight)
+            for sample, source in zip(samples, data.sources, strict=True)
         ]
-        return sum(1 for index in range(data.streams) for _ in _PlannedStream(index, recipe, encoder, items))
+        return sum(
+            1 for index in range(data.streams) for _ in _SimulatedStream(index, recipe, encoder, items)
+        )
     generator = np.random.default_rng(data.seed)
     full = sum(
         estimate_instances(
-            round(look.totals.tokens * (data.epochs or 1)),
-            [length for _, rows in look.rows.values() for lengths in rows for length in lengths],
+            round(sample.totals.tokens * (data.epochs or 1)),
+            [length for _, rows in sample.rows.values() for lengths in rows for length in lengths],
             data.sequence_length,
             data.packing_buffer,
             generator,
         )
-        for look in looks
+        for sample in samples
     )
-    # Each stream has a last sequence, half full on average, and where sequences are weighed, each of its
-    # sources has one.
-    return full + data.streams * (len(looks) if data.weigh == "sequences" else 1) // 2
+    # The last sequence of each stream (and source, if sequences are weighted) is half full on average.
+    return full + data.streams * (len(samples) if data.weigh == "sequences" else 1) // 2
 
 
-class _Lengths:
-    """A source whose rows are lengths of documents: those that were read, others drawn from them."""
+class _SimulatedSource:
+    """Source whose rows are document lengths: sampled ones where read, else drawn from the sample."""
 
-    def __init__(self, look: _Look, seed: int) -> None:
-        self.name = look.source.name
-        self._units = len(look.source)
-        self._rows = look.rows
+    def __init__(self, sample: _SourceSample, seed: int) -> None:
+        self.name = sample.source.name
+        self._num_units = len(sample.source)
+        self._rows = sample.rows
         self._seed = seed
-        self._pool = [lengths for _, rows in look.rows.values() for lengths in rows]
-        self._counts = [count for count, _ in look.rows.values()]
+        self._pool = [lengths for _, rows in sample.rows.values() for lengths in rows]
+        self._counts = [count for count, _ in sample.rows.values()]
 
     def __len__(self) -> int:
-        return self._units
+        return self._num_units
 
     def read(self, unit: int) -> Sequence[Any]:
         count, known = self._rows.get(unit, (None, []))
@@ -219,8 +224,8 @@ class _Lengths:
         return ""
 
 
-class _PlannedStream(VirtualStream):
-    """A stream of the run that packs lengths instead of documents."""
+class _SimulatedStream(VirtualStream):
+    """Virtual stream that packs lengths instead of documents."""
 
     def __init__(self, index: int, recipe: Recipe, encoder: Encoder, items: list[MixtureItem]) -> None:
         data = recipe.data
@@ -239,7 +244,7 @@ class _PlannedStream(VirtualStream):
 
     def documents_of(self, row: Any) -> list[Document]:
         if not row:
-            raise SampleError("planned", "a row like one that could not be used")
+            raise SampleError("planned", "stands for a row that could not be used")
         patches, grids = np.empty((0, 0), np.uint8), np.empty((0, 3), np.int64)
         ids = [np.broadcast_to(np.int64(0), length) for length in row]
         return [Document(of_document, of_document, patches, grids) for of_document in ids]

@@ -1,42 +1,105 @@
-"""Memory of one device in training, by part, from the model's shape and the recipe alone.
+"""Published accelerator specifications, and the memory per device that a run needs.
 
-Weights, gradients and moments are exact but for padding. Activations are counted tensor by tensor, as
-PyTorch keeps them for the backward pass of transformers' decoders. The method is that of Korthikanti et al.
-2022, "Reducing Activation Recomputation in Large Transformer Models", section 4, with what differs here:
-attention that keeps no scores (flash), gated MLPs, grouped queries, RMS norms in float32, no dropout, and a
-loss in chunks. Not counted are the CUDA context (about half a GiB), buffers of NCCL and fragmentation. With
-torch.compile less is kept; with attention that keeps its scores (Gemma 2's eager one) far more.
+Weights, gradients and moments are exact except for padding. Activations are counted tensor by tensor, as
+PyTorch saves them for the backward pass of transformers' decoders, by the method of Korthikanti et al. 2022,
+"Reducing Activation Recomputation in Large Transformer Models", section 4, adapted to flash attention, gated
+MLPs, grouped queries, RMS norms in float32, no dropout, and a chunked loss. Not counted: the CUDA context
+(about 0.5 GiB), NCCL buffers and fragmentation. torch.compile saves less; attention that saves its scores
+(Gemma 2's eager attention) saves far more.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
-from solo_vlm.models.shape import ModelShape
+from solo_vlm.models.flops import ModelShape
 from solo_vlm.models.solo.loss_solo import CHUNK_SIZE
-from solo_vlm.train.parallel.layout import Layout, layers_at_once
+from solo_vlm.train.parallel.context import ParallelDims
+from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
 from solo_vlm.train.recipe import LoraSettings, Recipe
+from solo_vlm.utils.errors import SoloError
 
+_GIB = 2**30
+_TERA = 10**12
 _FLOAT32 = 4  # bytes
 _NEW_TOKENS = 4  # <vpatch>, <vision>, <vrow_sep>, </vision>
-_NF4 = 0.5 + 0.127 / 8  # with constants that are quantised themselves: Dettmers et al. 2023, section 3
+_NF4 = 0.5 + 0.127 / 8  # with double quantization: Dettmers et al. 2023, section 3
+
+
+@dataclass(frozen=True)
+class Device:
+    """Published specifications of an accelerator.
+
+    Attributes:
+        name: name in the table.
+        memory: bytes.
+        peak_flops: FLOPs per second of dense bfloat16 matrix products with float32 accumulation.
+    """
+
+    name: str
+    memory: int
+    peak_flops: float
+
+
+def _device(name: str, gibibytes: float, teraflops: float) -> Device:
+    return Device(name, round(gibibytes * _GIB), teraflops * _TERA)
+
+
+# Without sparsity, for which data sheets give twice the FLOPs. Sources: NVIDIA's data sheets of the A100,
+# H100, H200, L4 and L40S; the appendices of its whitepapers on GA102 (RTX 3090), Ada (4090) and RTX
+# Blackwell (5090). The L4 and the L40S have 24 and 48 GB, minus what error correction takes.
+DEVICES = (
+    _device("A100-40GB", 40, 312),
+    _device("A100-80GB", 80, 312),
+    _device("H100", 80, 989.4),
+    _device("H100-PCIe", 80, 756),
+    _device("H200", 141, 989.4),
+    _device("L4", 22.5, 121),
+    _device("L40S", 45, 362),
+    _device("RTX-3090", 24, 71),
+    _device("RTX-4090", 24, 165.2),
+    _device("RTX-5090", 32, 209.5),
+)
+
+
+def find_device(name: str) -> Device:
+    """Look up a device by name, ignoring case and punctuation.
+
+    Raises:
+        SoloError: the device is unknown.
+    """
+    for device in DEVICES:
+        if _words(device.name) == _words(name):
+            return device
+    raise SoloError(f"unknown device {name}: known are {', '.join(device.name for device in DEVICES)}")
+
+
+def recognize_device(name: str) -> Device | None:
+    """Look up a device by torch's name for it, such as "NVIDIA H100 80GB HBM3"; None if it is unknown."""
+    words = _words(name)
+    fitting = [device for device in DEVICES if _words(device.name) <= words]
+    return max(fitting, key=lambda device: len(device.name), default=None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device.
+    """Memory per device, in bytes.
 
     Attributes:
-        weights: its share of the parameters in float32; of a quantised decoder all, in 4 bits.
-        gradients: its share, in float32.
-        optimizer: its share of Adam's two moments, in float32.
-        gathered: what is whole for a while. In the precision of the computation: the weights of two units of
-            layers (`layers_at_once`; the next one is gathered ahead; without `parallel.reshard`, of all), and
-            those outside of layers. And the gradients of one unit, and of what is outside, on their way to
-            be summed.
-        activations: what the forward pass keeps for the backward pass, and the most that the backward pass
-            of one layer, or of one chunk of the loss, needs besides.
+        weights: shard of the parameters in float32, or a complete decoder in 4 bits.
+        gradients: shard of the gradients in float32.
+        optimizer: shard of Adam's two moments in float32.
+        gathered: temporarily unsharded tensors: weights, in the compute precision, of two FSDP units
+            (`layers_per_fsdp_unit`; the next one is prefetched) or, without `parallel.reshard`, of all, and
+            those outside of layers; gradients of one unit and of what is outside, before they are reduced.
+        activations: activations saved for the backward pass, and the peak working memory of the backward
+            pass of one layer or one chunk of the loss.
     """
 
     weights: int
@@ -47,21 +110,21 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Total bytes."""
         return sum(astuple(self))
 
 
-def memory_per_device(shape: ModelShape, recipe: Recipe, layout: Layout) -> Memory:
-    """Memory of each device; see `Memory`.
+def memory_per_device(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> Memory:
+    """Return the memory per device.
 
-    With adapters or a frozen decoder the activations are an upper bound: inputs of a frozen layer need not
-    be kept.
+    With adapters or a frozen decoder the activations are an upper bound, because inputs of frozen layers need
+    not be saved.
     """
     compute = _compute_bytes(recipe)
-    layer, outside = _layer_weights(shape, layout.tensor), _outside_weights(shape)
+    layer, outside = _layer_weights(shape, dims.tp), _outside_weights(shape)
     whole = shape.layers * layer + outside
-    weights = _FLOAT32 * whole / layout.data
-    unit = layers_at_once(shape.layers, round(_layer_weights(shape)))
+    weights = _FLOAT32 * whole / dims.dp
+    unit = layers_per_fsdp_unit(shape.layers, round(_layer_weights(shape)))
     layers_gathered = min(2 * unit, shape.layers) if recipe.parallel.reshard else shape.layers
     gathered = compute * (layers_gathered * layer + outside)
     if recipe.quantize:
@@ -71,99 +134,91 @@ def memory_per_device(shape: ModelShape, recipe: Recipe, layout: Layout) -> Memo
         trained = waiting = trained_parameters(shape, recipe)
     return Memory(
         weights=round(weights),
-        gradients=round(_FLOAT32 * trained / layout.data),
-        optimizer=round(2 * _FLOAT32 * trained / layout.data),
+        gradients=round(_FLOAT32 * trained / dims.dp),
+        optimizer=round(2 * _FLOAT32 * trained / dims.dp),
         gathered=round(gathered + (compute + _FLOAT32) * waiting),
-        activations=kept_activations(shape, recipe, layout) + _working_activations(shape, recipe, layout),
+        activations=kept_activations(shape, recipe, dims) + _working_activations(shape, recipe, dims),
     )
 
 
-def kept_activations(shape: ModelShape, recipe: Recipe, layout: Layout) -> int:
-    """Bytes that the forward pass over one packed sequence keeps for the backward pass.
+def kept_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> int:
+    """Return the bytes saved for the backward pass of one packed sequence.
 
-    Every token may be a patch, and every one may have a label: this is the most that can be.
+    An upper bound: every token counts as a patch and as supervised.
     """
     compute = _compute_bytes(recipe)
-    layer = _kept_of_layer(shape, recipe, layout)
-    # The last norm, and the hidden states at labels; patches as bytes, and normalised.
+    layer = _kept_of_layer(shape, recipe, dims)
+    # The last norm, and the hidden states at supervised tokens; patches as bytes, and normalized.
     ends = (_FLOAT32 + 2 * compute) * shape.hidden + (1 + compute) * shape.patch
     return round(recipe.data.sequence_length * (shape.layers * layer + ends))
 
 
 def trained_parameters(shape: ModelShape, recipe: Recipe) -> int:
-    """How many parameters the recipe trains, adapters included."""
-    counts = shape.parameters()
+    """Return the number of trainable parameters, including adapters."""
+    counts = shape.parameters
     if recipe.trainable == "all" and recipe.lora is None:
         return counts.total
     rows = _NEW_TOKENS * shape.hidden * (1 if shape.tied else 2) if recipe.trainable == "new_tokens" else 0
-    adapters = shape.layers * _adapter_weights(shape, recipe.lora) if recipe.lora else 0
+    adapters = _adapter_weights(shape, recipe.lora) if recipe.lora else 0
     return counts.patch_embedding + rows + adapters
 
 
 def _adapter_weights(shape: ModelShape, lora: LoraSettings) -> int:
-    sizes = {
-        "q_proj": shape.hidden + shape.query,
-        "k_proj": shape.hidden + shape.key,
-        "v_proj": shape.hidden + shape.key,
-        "o_proj": shape.query + shape.hidden,
-        "gate_proj": shape.hidden + shape.mlp,
-        "up_proj": shape.hidden + shape.mlp,
-        "down_proj": shape.mlp + shape.hidden,
-    }
+    sizes = shape.linear_sizes
     targets: Iterable[str] = sizes if lora.targets == "all-linear" else lora.targets
     return lora.rank * sum(sizes.get(target, 0) for target in targets)
 
 
 def _layer_weights(shape: ModelShape, tensor: int = 1) -> float:
-    """Of one layer after tensor parallelism has split its matrices; its norms are whole everywhere."""
-    matrices = shape.projection_weights + shape.attention_bias + shape.mlp_weights + shape.mlp_bias
-    return matrices / tensor + shape.norm_weights
+    """Return the parameters of one layer per tensor-parallel process; norms are replicated."""
+    counts = shape.parameters
+    matrices, norms = counts.attention + counts.mlp, counts.norms - shape.hidden  # without the last norm
+    return (matrices / tensor + norms) / shape.layers
 
 
 def _outside_weights(shape: ModelShape) -> int:
-    counts = shape.parameters()
+    counts = shape.parameters
     return counts.embedding + counts.patch_embedding + counts.head + shape.hidden
 
 
-def _working_activations(shape: ModelShape, recipe: Recipe, layout: Layout) -> int:
-    """Bytes of the backward pass of one layer, or of a chunk of the loss, whichever is more."""
+def _working_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> int:
+    """Return the working bytes of the backward pass: the maximum of one layer and one loss chunk."""
     compute, tokens = _compute_bytes(recipe), recipe.data.sequence_length
-    recomputed = _all_of_layer(shape, layout, compute) - _kept_of_layer(shape, recipe, layout)
-    # Gradients of the gate, of what it lets through, and of their product, which itself is free by then.
-    gradients = 2 * compute * shape.mlp / layout.tensor
+    recomputed = _all_of_layer(shape, dims, compute) - _kept_of_layer(shape, recipe, dims)
+    # Gradients of the gate, the up projection and their product, which itself is freed by then.
+    gradients = 2 * compute * shape.mlp / dims.tp
     logits = min(CHUNK_SIZE, tokens) * shape.vocabulary
-    loss = 3 * _FLOAT32 * logits  # logits, their softmax, their gradient
+    loss = 3 * _FLOAT32 * logits  # logits, softmax, gradient
     return round(max(tokens * (recomputed + gradients), loss))
 
 
-def _kept_of_layer(shape: ModelShape, recipe: Recipe, layout: Layout) -> float:
-    """Bytes a token that one layer keeps until the backward pass comes to it."""
+def _kept_of_layer(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> float:
+    """Return the bytes per token that one layer saves for its backward pass."""
     compute = _compute_bytes(recipe)
     if recipe.activation_checkpointing == "none":
-        return _all_of_layer(shape, layout, compute)
+        return _all_of_layer(shape, dims, compute)
     if recipe.activation_checkpointing == "selective":
-        return _products_of_layer(shape, layout, compute)
+        return _products_of_layer(shape, dims, compute)
     return compute * shape.hidden  # its input
 
 
-def _all_of_layer(shape: ModelShape, layout: Layout, compute: int) -> float:
-    """Bytes a token of everything in a layer that its backward pass needs."""
-    # A norm keeps its input in float32, and the result before its weights; a layer before which it stands
-    # keeps the result after them.
+def _all_of_layer(shape: ModelShape, dims: ParallelDims, compute: int) -> float:
+    """Return the bytes per token of everything that a layer's backward pass needs."""
+    # A norm saves its input in float32 and its result before scaling; the next layer saves the scaled result.
     norms = shape.norms * (_FLOAT32 + compute) * shape.hidden + 2 * compute * shape.hidden
     head_norms = (_FLOAT32 + compute) * (shape.query + shape.key) if shape.head_norms else 0
-    # Queries, keys, values, the result, and one sum a head.
+    # Queries, keys, values, the result, and one log-sum-exp per head.
     attention = 2 * compute * (shape.query + shape.key) + _FLOAT32 * shape.heads
-    # Gate before and after its activation, what it lets through, and their product.
+    # Gate before and after its activation, up projection, and their product.
     mlp = 4 * compute * shape.mlp
-    return norms + (head_norms + attention + mlp) / layout.tensor
+    return norms + (head_norms + attention + mlp) / dims.tp
 
 
-def _products_of_layer(shape: ModelShape, layout: Layout, compute: int) -> float:
-    """Bytes a token of a layer's input, and the results of its matrix products and its attention."""
+def _products_of_layer(shape: ModelShape, dims: ParallelDims, compute: int) -> float:
+    """Return the bytes per token of a layer's input and of its matrix products and attention."""
     projected = compute * (2 * shape.query + 2 * shape.key) + _FLOAT32 * shape.heads
     mlp = 2 * compute * shape.mlp
-    return 3 * compute * shape.hidden + (projected + mlp) / layout.tensor
+    return 3 * compute * shape.hidden + (projected + mlp) / dims.tp
 
 
 def _compute_bytes(recipe: Recipe) -> int:

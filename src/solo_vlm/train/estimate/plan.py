@@ -1,4 +1,4 @@
-"""The plan of a run, before anything is loaded: what will be trained, on how much memory, for how long."""
+"""Plan of a run: parameters, steps, memory and time, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 
 from solo_vlm.data.encode import load_encoder
-from solo_vlm.models.flops import forward_flops
+from solo_vlm.models.flops import ModelShape, ParameterCounts, forward_flops
 from solo_vlm.models.load import load_config
-from solo_vlm.models.shape import ModelShape, ParameterCounts
 from solo_vlm.train.estimate.data import DataEstimate, estimate_data
-from solo_vlm.train.estimate.devices import Device
-from solo_vlm.train.estimate.memory import Memory, memory_per_device, trained_parameters
-from solo_vlm.train.parallel.layout import Layout, layout
+from solo_vlm.train.estimate.memory import Device, Memory, memory_per_device, trained_parameters
+from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.recipe import ParallelSettings, Recipe
 from solo_vlm.utils.errors import SoloError
 
-_USABLE = 0.9  # of a device's memory; the rest is for what `memory.py` does not count
+_USABLE = 0.9  # share of the device memory; the rest covers what `memory.py` does not count
 
 
 @dataclass(frozen=True)
@@ -28,23 +26,23 @@ class Plan:
     """What a run will do and need.
 
     Attributes:
-        recipe: its settings.
-        shape: of the model.
+        recipe: settings of the run.
+        shape: shape of the model.
         shape_from: where the model's configuration was read.
-        layout: how processes share the work.
-        device: each process has one.
-        memory: of each device.
-        steps: optimizer steps; None where only the data can tell, and they are not there.
-        data: what a sample of them says; None where they, or the model's tokenizer, are not there. One
-            document a sequence, text alone, is then assumed: the most attention that can be.
-        data_missing: what is not there.
-        mfu: assumed utilisation of the devices.
+        dims: parallel dimensions.
+        device: device of each process.
+        memory: memory per device.
+        steps: optimizer steps; None if they depend on data that are missing.
+        data: estimate from a sample of the data; None if the data or the model's tokenizer are missing. Then
+            one text document per sequence is assumed, which maximizes attention.
+        data_missing: what is missing, if anything.
+        mfu: assumed model FLOPs utilization.
     """
 
     recipe: Recipe
     shape: ModelShape
     shape_from: str
-    layout: Layout
+    dims: ParallelDims
     device: Device
     memory: Memory
     steps: int | None
@@ -54,43 +52,43 @@ class Plan:
 
     @property
     def parameters(self) -> ParameterCounts:
-        """By part; adapters are not among them."""
-        return self.shape.parameters()
+        """Parameters by part, without adapters."""
+        return self.shape.parameters
 
     @property
     def trained(self) -> int:
-        """Parameters that are trained."""
+        """Number of trainable parameters, including adapters."""
         return trained_parameters(self.shape, self.recipe)
 
     @property
     def tokens_per_step(self) -> int:
-        """Text and vision tokens, and padding."""
+        """Tokens per step, including padding."""
         return self.recipe.global_batch * self.recipe.data.sequence_length
 
     @property
     def flops_per_step(self) -> int:
-        """Of forward and backward pass over all processes, without what is computed again."""
+        """FLOPs of forward and backward pass over all processes, without recomputation."""
         length = self.recipe.data.sequence_length
         documents = max(round(length / self.data.document_length), 1) if self.data else 1
         vision = round(length * self.data.vision_share) if self.data else 0
         borders = np.linspace(0, length, documents + 1).astype(int)
         flops = forward_flops(self.shape, np.diff(borders), patches=vision, predicted=length - vision)
-        frozen = self.recipe.lora is not None or self.recipe.trainable != "all"
-        return self.recipe.global_batch * (flops.training_frozen if frozen else flops.training)
+        is_frozen = self.recipe.is_decoder_frozen
+        return self.recipe.global_batch * (flops.training_frozen if is_frozen else flops.training)
 
     @property
     def seconds_per_step(self) -> float:
-        """At the assumed utilisation."""
-        return self.flops_per_step / (self.layout.processes * self.device.peak_flops * self.mfu)
+        """Seconds per step at the assumed utilization."""
+        return self.flops_per_step / (self.dims.world_size * self.device.peak_flops * self.mfu)
 
     @property
     def fits(self) -> bool:
-        """Whether the memory needed leaves a tenth of the device's for what is not counted."""
+        """Whether the run fits and leaves a tenth of the device memory for what is not counted."""
         return self.memory.total <= _USABLE * self.device.memory
 
     def ways_to_fit(self) -> dict[str, int]:
-        """Overrides of the recipe that need less memory, and the bytes of a device with each."""
-        recipe, parallel, processes = self.recipe, self.recipe.parallel, self.layout.processes
+        """Return overrides of the recipe that need less memory, with the bytes per device of each."""
+        recipe, parallel, processes = self.recipe, self.recipe.parallel, self.dims.world_size
         changes: dict[str, dict[str, Any]] = {
             "activation_checkpointing=full": {"activation_checkpointing": "full"},
             "parallel.reshard=true": {"parallel": ParallelSettings(tensor=parallel.tensor)},
@@ -102,8 +100,10 @@ class Plan:
         for change, update in changes.items():
             changed = recipe.model_copy(update=update)
             try:
-                total = memory_per_device(self.shape, changed, _arrange(changed, processes, self.shape)).total
-            except SoloError:  # processes or layers do not divide that way
+                total = memory_per_device(
+                    self.shape, changed, _parallel_dims(changed, processes, self.shape)
+                ).total
+            except SoloError:  # does not divide processes or layers
                 continue
             if total < self.memory.total:
                 totals[change] = total
@@ -116,12 +116,12 @@ class Plan:
 
     @property
     def tokens(self) -> int | None:
-        """Of the run, padding included."""
+        """Tokens of the run, including padding."""
         return None if self.steps is None else self.steps * self.tokens_per_step
 
     @property
     def documents(self) -> int | None:
-        """About how many the run reads: all of its passes, or as many as fill its steps."""
+        """Approximate number of documents of the run: in all epochs, or as many as fill its steps."""
         if self.tokens is None or self.data is None:
             return None
         if self.recipe.steps is None:
@@ -130,11 +130,11 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of the run, at the assumed utilisation."""
+        """Seconds of the run at the assumed utilization."""
         return None if self.steps is None else self.steps * self.seconds_per_step
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         counts = self.parameters
         return {
             "model": self.recipe.model,
@@ -147,7 +147,7 @@ class Plan:
             "data": asdict(self.data) if self.data else None,
             "global_batch": self.recipe.global_batch,
             "sequence_length": self.recipe.data.sequence_length,
-            "layout": {"processes": self.layout.processes, **asdict(self.layout)},
+            "parallel": {"world_size": self.dims.world_size, **asdict(self.dims)},
             "device": asdict(self.device),
             "memory": {"total": self.memory.total, **asdict(self.memory)},
             "fits": self.fits,
@@ -162,31 +162,31 @@ class Plan:
 def make_plan(
     recipe: Recipe, processes: int, device: Device, mfu: float, config_folder: Path | None = None
 ) -> Plan:
-    """Work out the plan of a run. No weights are read, and the model need not be there yet.
+    """Plan a run. No weights are read, and the model need not exist yet.
 
     Args:
-        recipe: the settings.
-        processes: of the run, one for each device.
-        device: of each process.
-        mfu: utilisation to assume: FLOPs of the model over what the devices could do.
-        config_folder: where a `config.json` says what the model will be, as long as it is not there itself.
+        recipe: settings of the run.
+        processes: number of processes, one per device.
+        device: device of each process.
+        mfu: assumed model FLOPs utilization: model FLOPs over peak FLOPs of the devices.
+        config_folder: folder whose `config.json` describes the model while it does not exist yet.
 
     Raises:
-        SoloError: nothing says what the model is, its family is not counted, or the processes cannot share
-            the global batch or its layers.
+        SoloError: there is no configuration of the model, its family is not supported, or global batch or
+            layers cannot be divided among the processes.
     """
     _check_end(recipe)
     source = _config_source(recipe, config_folder)
     shape = _read_shape(source)
-    arranged = _arrange(recipe, processes, shape)
+    dims = _parallel_dims(recipe, processes, shape)
     data, missing = _estimate(recipe, source)
     return Plan(
         recipe=recipe,
         shape=shape,
         shape_from=str(source),
-        layout=arranged,
+        dims=dims,
         device=device,
-        memory=memory_per_device(shape, recipe, arranged),
+        memory=memory_per_device(shape, recipe, dims),
         steps=_steps(recipe, data) if data and recipe.steps is None else recipe.steps,
         data=data,
         data_missing=missing,
@@ -195,17 +195,15 @@ def make_plan(
 
 
 def planned_steps(recipe: Recipe) -> int:
-    """Optimizer steps of a run: the recipe's, or as many as its passes over the data are estimated to take.
-
-    The same recipe and data give the same number.
+    """Return the optimizer steps of a run: the recipe's, or a deterministic estimate for `data.epochs`.
 
     Raises:
-        SoloError: the model or a source is missing, or neither `steps` nor `data.epochs` ends the run.
+        SoloError: the model or a source is missing, or neither `steps` nor `data.epochs` is set.
     """
     _check_end(recipe)
     if recipe.steps is not None:
         return recipe.steps
-    return _steps(recipe, estimate_data(recipe, load_encoder(recipe.model_source())))
+    return _steps(recipe, estimate_data(recipe, load_encoder(recipe.mixture.model_source())))
 
 
 def _check_end(recipe: Recipe) -> None:
@@ -217,25 +215,25 @@ def _steps(recipe: Recipe, data: DataEstimate) -> int:
     return max(math.ceil(data.sequences / recipe.global_batch), 1)
 
 
-def _arrange(recipe: Recipe, processes: int, shape: ModelShape) -> Layout:
-    """The layout, refused where it would split what cannot be split."""
-    arranged = layout(recipe, processes)
-    if not shape.splits(arranged.tensor):
+def _parallel_dims(recipe: Recipe, processes: int, shape: ModelShape) -> ParallelDims:
+    """Return the parallel dimensions; raise SoloError if they cannot split the layers."""
+    dims = ParallelDims.from_recipe(recipe, processes)
+    if not shape.splits(dims.tp):
         raise SoloError(
-            f"parallel.tensor = {arranged.tensor} does not divide the heads ({shape.heads}, and "
-            f"{shape.key_heads} of keys) and the MLP ({shape.mlp}) of the model: set it to a common divisor"
+            f"parallel.tensor = {dims.tp} does not divide the model's {shape.heads} query heads, "
+            f"{shape.key_heads} key-value heads and MLP size {shape.mlp}: set it to a common divisor"
         )
-    if recipe.lora and arranged.tensor > 1:
-        raise SoloError("lora: layers with adapters cannot be split; set parallel.tensor to 1")
-    return arranged
+    if recipe.lora and dims.tp > 1:
+        raise SoloError("lora: adapters do not support tensor parallelism; set parallel.tensor to 1")
+    return dims
 
 
 def _config_source(recipe: Recipe, config_folder: Path | None) -> str | Path:
-    """The model if it is there, else what is known of it, else a hub id."""
-    if config_folder is None or recipe.at(recipe.model).exists():
-        return recipe.model_source()
+    """Return the model if it exists, else the known configuration, else the hub id."""
+    if config_folder is None or recipe.mixture.at(recipe.model).exists():
+        return recipe.mixture.model_source()
     known = config_folder / "config.json"
-    return known if known.is_file() else recipe.model_source()
+    return known if known.is_file() else recipe.mixture.model_source()
 
 
 def _read_shape(source: str | Path) -> ModelShape:
@@ -243,14 +241,14 @@ def _read_shape(source: str | Path) -> ModelShape:
         return ModelShape.of(load_config(source))
     except SoloError as error:
         raise SoloError(
-            f"no plan: {error}; fetch the model, make it with solo init, or run the stage before"
+            f"no plan: {error}; download the model, create it with solo init, or run the previous stage"
         ) from error
 
 
 def _estimate(recipe: Recipe, source: str | Path) -> tuple[DataEstimate | None, str]:
-    """The estimate; or none, and why there is none."""
-    if source != recipe.model_source():
-        return None, f"{recipe.model}, whose tokenizer reads the data, is not there yet"
+    """Return the data estimate, or None and the reason."""
+    if source != recipe.mixture.model_source():
+        return None, f"{recipe.model}, whose tokenizer reads the data, does not exist yet"
     try:
         return estimate_data(recipe, load_encoder(source)), ""
     except SoloError as error:

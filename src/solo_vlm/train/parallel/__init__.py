@@ -1,1 +1,1 @@
-"""Several processes: how they are laid out, what they tell each other, how a model is sharded."""
+"""Distributed training: process layout, collectives, and sharded models."""

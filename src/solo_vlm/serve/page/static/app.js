@@ -46,6 +46,10 @@ $("unlock").addEventListener("submit", (event) => {
   start();
 });
 
+$("locked").addEventListener("cancel", () => {
+  showError(new Error("this server needs an API key: press Send to enter it"));
+});
+
 // --- images ---
 
 async function addFiles(files) {
@@ -241,8 +245,8 @@ function showError(error, subject) {
   $("error").hidden = !error;
   if (!error) return;
   $("error").textContent = subject ? `${subject}: ${error.message}` : error.message;
-  if (error instanceof api.KeyError && !$("locked").open) {
-    $("refused").hidden = !api.hasKey();
-    $("locked").showModal();
-  }
+  if (!(error instanceof api.KeyError)) return;
+  $("error").hidden = true;
+  $("refused").hidden = !api.hasKey();
+  if (!$("locked").open) $("locked").showModal();
 }

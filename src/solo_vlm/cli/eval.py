@@ -1,0 +1,328 @@
+"""`solo eval`: evaluate a model on benchmarks, score saved predictions, compare runs, find contamination."""
+
+from __future__ import annotations
+
+import json as json_format
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from solo_vlm.cli._common import STDOUT, print_json, progress_bar, quiet_libraries
+from solo_vlm.utils.errors import SoloError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from solo_vlm.evaluate.backends import Backend
+    from solo_vlm.evaluate.run import ModelInfo
+    from solo_vlm.evaluate.scoring.score import Benchmark, Score
+
+_VLLM_URL = "http://localhost:8000/v1"
+
+app = typer.Typer(
+    help="Evaluation: run a model on the paper's benchmarks, score saved predictions, compare runs.",
+    no_args_is_help=True,
+)
+
+Tasks = Annotated[
+    str | None, typer.Option(help="Comma-separated names, such as mmstar,mme. Default: the paper's six.")
+]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Folder with one folder per benchmark. Default: the hub.")
+]
+JudgeModel = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", metavar="MODEL", help="MathVista: extract answers with this LLM judge, not by rules."
+    ),
+]
+JudgeUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--judge-url", metavar="URL", help="OpenAI-compatible endpoint of the LLM judge, up to /v1."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def run(
+    model: Annotated[
+        str, typer.Option(help="Folder or hub ID of a SOLO model, or the name of a served model.")
+    ],
+    out: Annotated[Path, typer.Option(help="Output folder; an interrupted run resumes.")],
+    tasks: Tasks = None,
+    data_root: DataRoot = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of rows per task, from the first.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum length of an answer, overriding the tasks.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Chats per batch.")] = 8,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as stored.")
+    ] = "auto",
+    engine: Annotated[
+        Literal["transformers", "vllm", "openai"],
+        typer.Option(help="Run the model here, or ask a served one through its OpenAI API."),
+    ] = "transformers",
+    base_url: Annotated[
+        str | None, typer.Option(help=f"URL of the API, up to /v1. Default for vllm: {_VLLM_URL}.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key of the API. Default: OPENAI_API_KEY.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Maximum in-flight requests to the API.")] = 8,
+    judge: JudgeModel = None,
+    judge_url: JudgeUrl = None,
+    json: Json = False,
+) -> None:
+    """Evaluate a model on benchmarks: generate answers, score them as the papers do, write a report."""
+    _quiet_harness()
+    from solo_vlm.evaluate.data import Rows, load_benchmark
+    from solo_vlm.evaluate.run import EvaluationRun
+
+    names = _task_names(tasks)
+    if engine == "transformers" and (base_url or api_key):
+        raise SoloError("--base-url and --api-key need a served model: add --engine vllm or --engine openai")
+    if judge and "mathvista" not in names:
+        raise SoloError("--judge needs mathvista among the tasks")
+    options = {name: (judge, judge_url) if name == "mathvista" else (None, None) for name in names}
+    benchmarks = [_benchmark(name, *options[name]) for name in names]
+    rows = [(each, Rows.of(each, load_benchmark(each, data_root))) for each in benchmarks]
+    if engine == "transformers":
+        backend, info = _local(model, dtype, batch_size)
+    else:
+        backend, info = _served(model, engine, base_url, api_key, concurrency)
+    scores = EvaluationRun(out, info, limit, max_new_tokens).evaluate(backend, rows, progress_bar)
+    if json:
+        scores_as_dicts = [score.as_dict() for score in scores]
+        print_json({"out": str(out), "model": info.as_dict(), "scores": scores_as_dicts})
+        return
+    for score in scores:
+        _print_score(score)
+    STDOUT.print(f"report: {out / 'report.html'}", highlight=False)
+
+
+@app.command()
+def rescore(
+    task: Annotated[str, typer.Option(help="mmstar, mme, seedbench, ai2d, scienceqa, mathvista, ...")],
+    predictions: Annotated[
+        Path, typer.Option(help="JSONL, JSON, CSV, TSV or XLSX file, or a folder of MME's text files.")
+    ],
+    judge: JudgeModel = None,
+    judge_url: JudgeUrl = None,
+    json: Json = False,
+) -> None:
+    """Score saved predictions as the benchmark's paper does, without a model."""
+    from solo_vlm.evaluate.predictions import load_predictions
+
+    score = _benchmark(task, judge, judge_url).score(load_predictions(predictions))
+    if json:
+        print_json(score.as_dict())
+    else:
+        _print_score(score)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another run.")],
+    json: Json = False,
+) -> None:
+    """Compare two runs, task by task: difference, 95% interval and p-value (paired bootstrap)."""
+    from solo_vlm.evaluate.compare import compare_runs
+    from solo_vlm.evaluate.run_folder import RunFolder
+
+    comparisons = compare_runs(RunFolder(first), RunFolder(second))
+    if json:
+        tasks = [asdict(comparison) for comparison in comparisons]
+        print_json({"first": str(first), "second": str(second), "tasks": tasks})
+        return
+    STDOUT.print(f"A: {first}\nB: {second}", highlight=False)
+    table = _table("task", "rows", "A", "B", "B - A", "95% interval", "p")
+    for comparison in comparisons:
+        low, high = comparison.interval
+        table.add_row(
+            comparison.title,
+            f"{comparison.n:,}",
+            f"{comparison.first:,.1f}",
+            f"{comparison.second:,.1f}",
+            f"{comparison.difference:+,.1f}",
+            f"{low:+,.1f} to {high:+,.1f}",
+            f"{comparison.p_value:.4f}",
+        )
+    STDOUT.print(table)
+    for comparison in comparisons:
+        if comparison.left_out:
+            STDOUT.print(f"{comparison.title}: {comparison.left_out:,} rows of only one run are left out")
+    STDOUT.print(
+        "On the rows that both runs have, scored by rules. Paired bootstrap over questions (over images for "
+        "MME), 10,000 resamples.",
+        highlight=False,
+    )
+
+
+@app.command()
+def contamination(
+    mixture: Annotated[str, typer.Option(help="YAML file of a mixture or a recipe, or a recipe's name.")],
+    out: Annotated[Path, typer.Option(help="Folder for contamination.json and a page with the matches.")],
+    tasks: Tasks = None,
+    data_root: DataRoot = None,
+    distance: Annotated[
+        int, typer.Option(min=0, max=16, help="Maximum Hamming distance of two images' 64-bit hashes.")
+    ] = 4,
+    workers: Annotated[int, typer.Option(min=0, help="Number of worker processes; 0 uses this one.")] = 0,
+    json: Json = False,
+) -> None:
+    """Search a training mixture for images and questions of benchmarks."""
+    quiet_libraries()
+    from solo_vlm.data.mixture import Mixture
+    from solo_vlm.evaluate.benchmarks import get
+    from solo_vlm.evaluate.contamination.check import check_mixture, write_page
+    from solo_vlm.evaluate.data import Rows, load_benchmark
+    from solo_vlm.utils.files import new_file
+
+    settings = Mixture.load(mixture)
+    benchmarks = {
+        name: Rows.of(get(name), load_benchmark(get(name), data_root)) for name in _task_names(tasks)
+    }
+    with progress_bar("reading") as on_progress:
+        found = check_mixture(benchmarks, settings, distance, workers, on_progress)
+    result = {"mixture": mixture, **found.as_dict()}
+    with new_file(out / "contamination.json") as partial:
+        partial.write_text(json_format.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_page(out / "contamination.html", mixture, found, benchmarks)
+    if json:
+        print_json(result)
+        return
+    table = _table("task", "rows", "images", "found", "questions", "found")
+    for task, findings in found.tasks.items():
+        table.add_row(
+            task,
+            f"{findings.rows:,}",
+            f"{findings.images:,}",
+            f"{len(findings.image_matches):,} rows",
+            f"{findings.questions:,}",
+            f"{len(findings.question_matches):,} rows",
+        )
+    STDOUT.print(table)
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in found.skipped.items())
+    STDOUT.print(
+        f"in {found.training_rows:,} rows with {found.training_images:,} images"
+        + (f" (skipped: {skipped})" if skipped else ""),
+        highlight=False,
+    )
+    STDOUT.print(f"matches: {out / 'contamination.html'}", highlight=False)
+
+
+def _task_names(tasks: str | None) -> list[str]:
+    """Return the names of an option in order, without duplicates."""
+    from solo_vlm.evaluate.benchmarks import PAPER
+
+    if not tasks:
+        return list(PAPER)
+    return list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+
+
+def _benchmark(task: str, judge: str | None, judge_url: str | None) -> Benchmark:
+    """Return the benchmark of a name, with an LLM judge if one is given."""
+    from solo_vlm.evaluate.benchmarks import get
+    from solo_vlm.evaluate.benchmarks.mathvista import MATHVISTA, LlmJudge, with_llm_judge
+
+    benchmark = get(task)
+    if judge is None:
+        if judge_url is not None:
+            raise SoloError("--judge-url needs --judge MODEL: the name of the model there")
+        return benchmark
+    if benchmark is not MATHVISTA:
+        raise SoloError(f"--judge is for mathvista only; answers to {task} are extracted by rules")
+    return with_llm_judge(LlmJudge(judge, judge_url))
+
+
+def _local(model: str, dtype: str, batch_size: int) -> tuple[Backend, ModelInfo]:
+    from solo_vlm.evaluate.run import ModelInfo
+    from solo_vlm.evaluate.run_folder import weights_hash
+    from solo_vlm.generate import BatchGenerator, GenerationPipeline
+
+    pipeline = GenerationPipeline.from_pretrained(model, dtype)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "PROMPT"}]}]
+    more = {
+        "dtype": str(pipeline.model.dtype).removeprefix("torch."),
+        "chat": pipeline.processor.apply_chat_template(chat, add_generation_prompt=True),
+    }
+    info = ModelInfo(model, "transformers", weights_hash(model), more)
+    return BatchGenerator(pipeline, batch_size), info
+
+
+def _served(
+    model: str, engine: str, base_url: str | None, api_key: str | None, concurrency: int
+) -> tuple[Backend, ModelInfo]:
+    from solo_vlm.evaluate.backends import ServerBackend
+    from solo_vlm.evaluate.run import ModelInfo
+
+    if engine == "vllm":
+        base_url = base_url or _VLLM_URL
+        api_key = api_key or os.environ.get("OPENAI_API_KEY", "none")  # vLLM checks keys only if told to
+    info = ModelInfo(model, engine, more={"base_url": base_url} if base_url else {})
+    return ServerBackend(model, base_url, api_key, concurrency), info
+
+
+def _quiet_harness() -> None:
+    """Silence lmms-eval's logs and progress bars in favor of ours."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    quiet_libraries()
+    try:
+        from loguru import logger
+    except ImportError:  # reported where lmms-eval is imported
+        return
+    logger.disable("lmms_eval")
+
+
+def _table(first: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(show_edge=False)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _print_score(score: Score) -> None:
+    """Print a score with its categories and how it is computed."""
+    more = list(dict.fromkeys(name for part in score.breakdown.values() for name in part.more))
+    table = _table("", *(name.replace("_plus", "+") for name in more), "score", "95% interval", "rows")
+    table.title, table.title_justify, table.title_style = score.name, "left", "bold"
+    table.columns[0].min_width = 20
+    table.add_row("all", *[""] * len(more), *_cells(score.score, score.interval, score.n), style="bold")
+    group = ""
+    for name, part in score.breakdown.items():
+        if part.group != group:
+            table.add_section()
+        group = part.group
+        metrics = [f"{part.more[key]:.1f}" if key in part.more else "" for key in more]
+        table.add_row(name, *metrics, *_cells(part.score, part.interval, part.n))
+    STDOUT.print(table)
+    for line in _notes(score):
+        STDOUT.print(line, highlight=False)
+
+
+def _cells(score: float, interval: tuple[float, float], n: int) -> list[str]:
+    low, high = interval
+    return [f"{score:,.1f}", f"{low:,.1f} to {high:,.1f}", f"{n:,}"]
+
+
+def _notes(score: Score) -> list[str]:
+    notes = [f"score: {score.metric}", f"source: {score.source}"]
+    notes += [f"{name}: {value:.2f}" for name, value in score.raw.items()]
+    if score.unreadable:
+        notes.append(f"unreadable answers, counted as wrong: {score.unreadable:,}")
+    if score.bad_rows:
+        rows = ", ".join(score.bad_rows[:10]) + (", ..." if len(score.bad_rows) > 10 else "")
+        notes.append(f"bad rows, counted as wrong: {len(score.bad_rows):,} (rows {rows})")
+    if score.filtered:
+        notes.append(f"rows filtered out, not part of this score: {score.filtered:,}")
+    return notes

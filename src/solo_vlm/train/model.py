@@ -1,0 +1,284 @@
+"""The model to train: weights, trainable parameters, adapters, sharding, activation checkpointing."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from solo_vlm.data.encode import load_encoder
+from solo_vlm.models.load import load_model
+from solo_vlm.models.quantization import HEAD, PATCH_EMBEDDING, quantization_config
+from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.train.parallel.context import DistributedContext
+from solo_vlm.train.parallel.sharding import decoder_layers, load_full_state_dict, shard_model
+from solo_vlm.train.recipe import LoraSettings, Recipe
+from solo_vlm.utils.errors import SoloError
+
+_FLOAT8_CAPABILITY = (8, 9)  # CUDA compute capability: Ada, Hopper and later
+
+# Results that are expensive to compute: matrix products and attention. Everything else is recomputed.
+_SAVED_OPERATORS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_mm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "torch_attn::_varlen_attn",
+}
+
+
+def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[PreTrainedModel, Any]:
+    """Load a SOLO model and its processor, or a plain LLM and its tokenizer, with float32 weights.
+
+    Args:
+        path: folder or hub id.
+        recipe: may ask for 4-bit weights.
+
+    Raises:
+        SoloError: the folder is neither.
+    """
+    encoder = load_encoder(path)
+    options: dict[str, Any] = {"dtype": "float32"}
+    if recipe and recipe.quantize:
+        compute_dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        options["quantization_config"] = quantization_config(recipe.quantize, compute_dtype)
+    if encoder.sees_images:
+        # To main memory first: a model that needs several accelerators does not fit into one.
+        device = None if "quantization_config" in options else "cpu"
+        return load_model(path, device=device, **options), encoder.processor
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **options), encoder.processor
+    except (OSError, ValueError, KeyError) as error:
+        raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
+
+
+def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
+    """Load the base model of a recipe and prepare it for training; return it with its processor.
+
+    Raises:
+        SoloError: the model cannot be read, or cannot be trained or sharded as the recipe asks.
+    """
+    load = _load_unsharded if context.mesh is None else _load_sharded
+    model, processor = load(recipe, context)
+    use_activation_checkpointing(model, recipe.activation_checkpointing)
+    use_packed_attention(model)
+    if recipe.compile:
+        compile_layers(model)
+    return model.train(), processor
+
+
+def set_trainable(model: PreTrainedModel, recipe: Recipe, world_size: int = 1) -> None:
+    """Freeze what the recipe does not train and add its adapters; outputs do not change.
+
+    Call it before sharding, and before the optimizer collects the parameters that require a gradient.
+
+    Args:
+        model: SOLO model or LLM of transformers, possibly on the meta device; changed in place.
+        recipe: `trainable`, `lora` and `quantize`.
+        world_size: number of processes of the run.
+
+    Raises:
+        SoloError: the settings contradict each other or do not fit the model.
+    """
+    if recipe.trainable != "all" and model.config.model_type != "solo":
+        raise SoloError(
+            f"trainable = {recipe.trainable}: a plain LLM has neither a patch embedding nor vision tokens; "
+            "convert it to a SOLO model first (solo init), or set trainable to all"
+        )
+    if recipe.quantize and not recipe.lora:
+        raise SoloError("quantize: 4-bit weights cannot be trained directly; also set lora (QLoRA)")
+    if recipe.quantize and world_size > 1:
+        raise SoloError("quantize: 4-bit weights cannot be sharded; start one process, or unset quantize")
+    if recipe.lora and recipe.parallel.tensor > 1:
+        raise SoloError("lora: adapters do not support tensor parallelism; set parallel.tensor to 1")
+    new_tokens = recipe.trainable == "new_tokens"
+    if recipe.lora or new_tokens:
+        add_adapters(model, recipe.lora, new_tokens)
+    elif recipe.trainable == "patch_embedding":
+        model.requires_grad_(False)
+        model.get_submodule("model.embed_vision_patch").requires_grad_(True)
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraSettings | None, new_tokens: bool) -> None:
+    """Freeze a model and add PEFT adapters; the patch embedding, if any, stays fully trainable.
+
+    Adapters live in the model's own layers (transformers' `add_adapter`), so sharding, checkpoints, attention
+    and loss see an ordinary model with fewer trainable parameters.
+
+    Args:
+        model: SOLO model or LLM of transformers; changed in place.
+        lora: LoRA of the decoder's linear layers (Hu et al. 2021), or None.
+        new_tokens: train the rows of the vision tokens in the token embedding and in the head. They are
+            separate parameters that replace the frozen rows, so neither gradients nor weight decay can
+            change other rows.
+
+    Raises:
+        SoloError: `lora.targets` names a layer that the decoder does not have.
+    """
+    from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    settings: dict[str, Any] = {"target_modules": DUMMY_TARGET_MODULES}  # no layer
+    if lora:
+        settings = {
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "lora_dropout": lora.dropout,
+            "target_modules": _lora_targets(model, lora),
+            "exclude_modules": [PATCH_EMBEDDING, HEAD],
+        }
+    if model.config.model_type == "solo":
+        settings["modules_to_save"] = [PATCH_EMBEDDING]
+    if new_tokens:
+        settings["trainable_token_indices"] = _vision_token_rows(model)
+    model.add_adapter(LoraConfig(**settings))
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether `add_adapters` was called on the model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def adapter_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Gather the trainable parameters on the CPU; a collective call of all processes."""
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Merge a saved adapter into the weights of its base model; the result has no trace of PEFT.
+
+    Args:
+        base: unquantized base model; changed in place.
+        folder: adapter saved by PEFT.
+    """
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+
+
+def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
+    """Keep only the input of each decoder layer ("full"), or also its expensive results ("selective").
+
+    Call it before `compile_layers`: a selection is only effective inside compiled code.
+
+    References: Chen et al. 2016, "Training deep nets with sublinear memory cost"; Korthikanti et al. 2022,
+    "Reducing activation recomputation in large transformer models".
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _checkpoint_policy)
+    for layer in decoder_layers(model):
+        forward = partial(
+            type(layer).forward, layer
+        )  # the class's forward, so that layers share compiled code
+        layer.forward = partial(checkpoint, forward, **options)  # type: ignore[method-assign]
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each decoder layer on its own: equal layers share code, and FSDP's hooks stay outside."""
+    for layer in decoder_layers(model):
+        layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+
+
+def use_float8(model: nn.Module, device: torch.device) -> None:
+    """Compute the decoder's linear layers in float8 with tensorwise scaling; weights keep their precision.
+
+    The patch embedding and the head stay in the recipe's precision.
+
+    Raises:
+        SoloError: the device does not support float8, or torchao is not installed.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
+        raise SoloError(
+            "float8: requires a CUDA GPU of the Ada or Hopper generation or later; set it to false"
+        )
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ImportError as error:
+        raise SoloError("float8: requires torchao; pip install torchao") from error
+    for layer in decoder_layers(model):
+        convert_to_float8_training(layer)
+
+
+def _load_unsharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
+    model, processor = load_base_model(recipe.mixture.model_source(), recipe)
+    set_trainable(model, recipe)
+    if recipe.float8:
+        use_float8(model, context.device)
+    return model, processor
+
+
+def _load_sharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
+    """Read the weights in rank 0 only, and distribute them to the shards of all ranks."""
+    world_size = context.dims.world_size
+    if recipe.quantize:  # a single process on an accelerator
+        model, processor = load_base_model(recipe.mixture.model_source(), recipe)
+        set_trainable(model, recipe, world_size)
+        return model.to(context.device), processor
+    loaded: list[PreTrainedModel] = []
+
+    def describe() -> tuple[
+        type[PreTrainedModel], PreTrainedConfig, GenerationConfig | None, dict[str, Tensor], Any
+    ]:
+        model, processor = load_base_model(recipe.mixture.model_source(), recipe)
+        set_trainable(model, recipe, world_size)
+        loaded.append(model)
+        return type(model), model.config, model.generation_config, dict(model.named_buffers()), processor
+
+    model_class, config, generation_config, buffers, processor = context.broadcast_from_rank0(describe)
+    with torch.device("meta"):
+        model = model_class(config)
+        model.generation_config = generation_config  # exported with the model
+        set_trainable(model, recipe, world_size)
+    if recipe.float8:
+        use_float8(model, context.device)
+    shard_model(model, recipe, context)
+    load_full_state_dict(model, loaded[0].state_dict() if loaded else {}, buffers, context.device)
+    return model, processor
+
+
+def _lora_targets(model: PreTrainedModel, lora: LoraSettings) -> str | list[str]:
+    if isinstance(lora.targets, str):
+        return lora.targets
+    linear = {name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    names = linear - {PATCH_EMBEDDING, HEAD}
+    if unknown := set(lora.targets) - names:
+        raise SoloError(
+            f"lora.targets: the decoder has no linear layer {', '.join(sorted(unknown))}; "
+            f"it has {', '.join(sorted(names))}"
+        )
+    return list(lora.targets)
+
+
+def _vision_token_rows(model: PreTrainedModel) -> dict[str, list[int]]:
+    """Map layer names to the rows of the vision tokens; a tied head follows the embedding."""
+    rows = list(model.config.vision_token_ids)
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    return {name: rows} if model.config.tie_word_embeddings else {name: rows, HEAD: rows}
+
+
+def _checkpoint_policy(
+    context: Any, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    is_saved = operator._schema.name in _SAVED_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE

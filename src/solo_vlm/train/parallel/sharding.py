@@ -1,0 +1,164 @@
+"""Tensor parallelism and FSDP2 for SOLO models and LLMs of transformers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from solo_vlm.train.parallel.context import DP, TP, DistributedContext
+from solo_vlm.train.recipe import Recipe
+from solo_vlm.utils.errors import SoloError
+
+FSDP_UNIT_SIZE = 100_000_000
+"""Parameters gathered together where single layers are smaller."""
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder's layers in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def layers_per_fsdp_unit(num_layers: int, layer_size: int, unit_size: int = FSDP_UNIT_SIZE) -> int:
+    """Return how many layers are gathered, and their gradients reduced, together.
+
+    Each unit costs a constant overhead of Python and communication, which dominates small models sharded
+    layer by layer. Large layers are units of their own to limit the weights gathered at a time.
+
+    Args:
+        num_layers: layers of the model.
+        layer_size: parameters per layer.
+        unit_size: parameters per unit.
+    """
+    units = min(num_layers, max(1, math.ceil(num_layers * layer_size / unit_size)))
+    return math.ceil(num_layers / units)
+
+
+def shard_model(
+    model: PreTrainedModel, recipe: Recipe, context: DistributedContext, unit_size: int = FSDP_UNIT_SIZE
+) -> None:
+    """Shard a model in place; its parameters may still be on the meta device.
+
+    Layers are split over the `tp` dimension by the tensor-parallel plan of the model's family. Then each FSDP
+    unit (one or several layers), and the parameters outside of layers, are sharded over the `dp` dimension:
+    float32 shards, gathered in the recipe's precision. Gradients are summed, not averaged, over `dp`, because
+    the loss is already divided by the supervised tokens of all processes.
+
+    Args:
+        model: SOLO model or LLM of transformers, with or without adapters.
+        recipe: precision and parallel settings.
+        context: distributed context with a mesh.
+        unit_size: see `layers_per_fsdp_unit`.
+
+    Raises:
+        SoloError: the model's family does not support the tensor-parallel degree.
+    """
+    assert context.mesh is not None
+    layers = decoder_layers(model)
+    if context.dims.tp > 1:
+        _split_layers(model, layers, context.mesh[TP])
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else None
+    options: dict[str, Any] = {
+        "mesh": context.mesh[DP],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+    }
+    count = layers_per_fsdp_unit(len(layers), sum(p.numel() for p in layers[0].parameters()), unit_size)
+    for first in range(0, len(layers), count):
+        unit = layers[first : first + count]
+        fully_shard(unit, reshard_after_forward=recipe.parallel.reshard, **options)
+    # Parameters outside of layers are used first and last, so they stay gathered in between.
+    fully_shard(model, reshard_after_forward=False, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def load_full_state_dict(
+    model: PreTrainedModel, state_dict: dict[str, Any], buffers: dict[str, Tensor], device: torch.device
+) -> None:
+    """Materialize a sharded model from the meta device.
+
+    Args:
+        model: result of `shard_model`.
+        state_dict: full tensors by name in rank 0, empty in all other ranks.
+        buffers: all buffers by name, in every rank.
+        device: device of the shards.
+    """
+    model.to_empty(device=device)
+    model.tie_weights()  # to_empty unties them
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, state_dict, options=options)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free all gathered weights, so that the model's parameters are the shards held by the optimizer.
+
+    After a forward pass without backward, FSDP keeps the weights outside of layers gathered, and with
+    `parallel.reshard: false` those of layers, too.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def average_replicated_gradients(parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Average the gradients of parameters that tensor parallelism replicates.
+
+    The replicas' gradients differ only by the order of sums on an accelerator; without averaging, the
+    replicas would drift apart.
+    """
+    group, size = mesh.get_group(TP), mesh[TP].size()
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor) and TP not in (gradient.device_mesh.mesh_dim_names or ()):
+            dist.all_reduce(gradient.to_local(), group=group)
+            gradient.to_local().div_(size)
+
+
+def _split_layers(model: PreTrainedModel, layers: list[nn.Module], mesh: DeviceMesh) -> None:
+    config = model.config.get_text_config()
+    plan = getattr(config, "base_model_tp_plan", None)
+    if not plan or not set(plan.values()) <= _STYLES.keys():
+        raise SoloError(
+            f"parallel.tensor: {config.model_type} models have no tensor-parallel plan; set it to 1"
+        )
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(config, name) % mesh.size():
+            raise SoloError(
+                f"parallel.tensor = {mesh.size()} does not divide the model's {name} = "
+                f"{getattr(config, name)}; set it to a common divisor"
+            )
+    styles = {re.sub(r"^layers\.\*\.", "", name): _STYLES[style] for name, style in plan.items()}
+    for layer in layers:
+        parallelize_module(layer, mesh, {name: style() for name, style in styles.items()})
+
+
+# The styles of transformers' plans whose layers compute on local heads and features. Norms of single heads
+# ("replicated") get whole heads: their input is split over heads, (batch, length, heads, head_dim).
+_STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "replicated_with_grad_allreduce": partial(SequenceParallel, sequence_dim=2, use_local_output=True),
+}

@@ -1,0 +1,162 @@
+"""Sharded training: losses equal those of one process."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from tests.factories import read_steps, run_recipe, run_settings
+from torch.distributed.tensor import DTensor
+
+from solo_vlm.models.load import load_model
+from solo_vlm.train import Recipe
+from solo_vlm.train import model as model_module
+from solo_vlm.train.model import load_base_model, make_model
+from solo_vlm.train.parallel.context import init_distributed
+from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit, shard_model
+
+
+def run_layer_by_layer(plain):
+    """As if all layers were large."""
+    model_module.shard_model = partial(shard_model, unit_size=1)
+    run_recipe(plain)
+
+
+def describe_shards(plain, path):
+    """Write what this process holds of each parameter: its class, its elements, and its mesh."""
+    recipe = Recipe.parse(plain)
+    with init_distributed(recipe) as context:
+        model, _ = make_model(recipe, context)
+        held = {
+            name: [isinstance(p, DTensor), p.to_local().numel(), list(p.device_mesh.mesh_dim_names)]
+            for name, p in model.named_parameters()
+        }
+        whole = {name: p.full_tensor() for name, p in model.named_parameters()}
+        source, _ = load_base_model(recipe.mixture.model_source())
+        same = all(torch.equal(whole[name], p) for name, p in source.named_parameters())
+        path.with_name(f"{path.name}-{context.rank}").write_text(json.dumps([held, same]))
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "tensor"),
+    [
+        *(("llama", size, tensor) for size, tensor in ((2, 1), (4, 1), (2, 2), (4, 2))),
+        ("mistral", 4, 2),  # sliding window
+        ("qwen3", 2, 2),  # norms of heads
+        ("qwen3", 4, 2),
+    ],
+)
+@pytest.mark.distributed
+def test_losses_match_single_process(runs, tmp_path, start, family, size, tensor):
+    alone = run_settings(runs, tmp_path / "alone", model=family)
+    shared = run_settings(runs, tmp_path / "shared", model=family, parallel={"tensor": tensor})
+    group = start(size, run_recipe, shared)
+    assert start(1, run_recipe, alone).wait() == [0]
+    assert group.wait() == [0] * size
+    curves = [read_steps(tmp_path / name) for name in ("alone", "shared")]
+    for key in ("loss", "gradient_norm"):
+        ours, theirs = ([line[key] for line in curve] for curve in curves)
+        assert len(ours) == len(theirs) == 20
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    weights = [load_model(tmp_path / name / "model").state_dict() for name in ("alone", "shared")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "tensor"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.distributed
+def test_every_process_holds_its_shards_only(runs, tmp_path, start, size, tensor):
+    plain = run_settings(runs, tmp_path / "out", parallel={"tensor": tensor})
+    assert start(size, describe_shards, plain, tmp_path / "held").wait() == [0] * size
+    source, _ = load_base_model(runs / "llama")
+    held = [json.loads((tmp_path / f"held-{rank}").read_text()) for rank in range(size)]
+    assert all(same for _, same in held)
+    for name, parameter in source.named_parameters():
+        shares = [parameters[name] for parameters, _ in held]
+        assert all(is_sharded for is_sharded, _, _ in shares)
+        split = "tp" in shares[0][2]
+        assert split == (tensor > 1 and name.endswith("proj.weight"))
+        copies = 1 if split else tensor
+        assert sum(elements for _, elements, _ in shares) == copies * parameter.numel()
+        if parameter.ndim > 1:
+            assert max(elements for _, elements, _ in shares) <= 1.1 * copies * parameter.numel() / size
+
+
+@pytest.mark.distributed
+def test_ranks_without_images_do_not_hang_others(runs, tmp_path, start):
+    """In some steps no sequence has an image, in others only one of four has."""
+    data = run_settings(runs, tmp_path)["data"]
+    data["sources"] = [{"path": "images.parquet", "weight": 1}, {"path": "text.parquet", "weight": 8}]
+    shared = run_settings(runs, tmp_path / "shared", data=data)
+    assert start(4, run_recipe, shared).wait() == [0] * 4
+    assert start(1, run_recipe, run_settings(runs, tmp_path / "alone", data=data)).wait() == [0]
+    ours, theirs = (read_steps(tmp_path / name) for name in ("alone", "shared"))
+    of_an_image = 4  # two patches, begin and end
+    assert {0, of_an_image} <= {line["vision_tokens"] for line in ours}
+    assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_epoch_ends_on_all_ranks_together(runs, tmp_path, start):
+    """The last steps have empty slots; every sample is seen, and losses do not depend on the processes."""
+    data = {**run_settings(runs, tmp_path)["data"], "epochs": 1}
+    for name, size in (("alone", 1), ("shared", 4)):
+        plain = run_settings(runs, tmp_path / name, steps=None, data=data)
+        assert start(size, run_recipe, plain).wait() == [0] * size
+    ours, theirs = (read_steps(tmp_path / name) for name in ("alone", "shared"))
+    assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], rel=1e-4)
+    manifest = json.loads((tmp_path / "shared" / "manifest.json").read_text())
+    assert manifest["outcome"]["data"]["samples"] == 24 * 3 + 64
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}, {"compile": True}],
+    ids=str,
+)
+@pytest.mark.distributed
+def test_memory_and_speed_settings_keep_losses(runs, tmp_path, start, changes):
+    for name, more in (("plain", {}), ("changed", changes)):
+        group = start(2, run_recipe, run_settings(runs, tmp_path / name, steps=6, **more))
+        assert group.wait() == [0, 0]
+    ours, theirs = ([line["loss"] for line in read_steps(tmp_path / name)] for name in ("plain", "changed"))
+    assert theirs == pytest.approx(ours, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"precision": "bf16"}, {"activation_checkpointing": "full"}], ids=str
+)
+@pytest.mark.distributed
+def test_fsdp_units_of_several_layers_keep_losses(runs, tmp_path, start, changes):
+    for name, task in (("together", run_recipe), ("alone", run_layer_by_layer)):
+        assert start(2, task, run_settings(runs, tmp_path / name, steps=6, **changes)).wait() == [0, 0]
+    together, alone = (
+        [line["loss"] for line in read_steps(tmp_path / name)] for name in ("together", "alone")
+    )
+    assert together == alone
+
+
+@pytest.mark.distributed
+def test_two_processes_learn_in_bf16(runs, tmp_path, start):
+    assert start(2, run_recipe, run_settings(runs, tmp_path / "out", precision="bf16", steps=40)).wait() == [
+        0,
+        0,
+    ]
+    curve = [line["loss"] for line in read_steps(tmp_path / "out")]
+    assert curve[-1] < 0.5 * curve[0]
+
+
+@pytest.mark.parametrize(
+    ("layers", "parameters", "together"),
+    [
+        (32, 218_112_000, 1),  # Mistral-7B
+        (24, 67_000_000, 2),  # SmolLM2-1.7B
+        (32, 9_840_000, 8),  # SmolLM2-360M
+        (30, 3_541_000, 15),  # SmolLM2-135M: two units
+        (2, 1_000, 2),
+    ],
+)
+def test_small_layers_share_an_fsdp_unit(layers, parameters, together):
+    assert layers_per_fsdp_unit(layers, parameters) == together
