@@ -1,8 +1,8 @@
 """Show Mermaid diagrams as pictures, so that the site loads no script.
 
-A page keeps a diagram's source in a `mermaid` fence, which GitHub renders by itself. `make docs-assets` draws each
-source once into `docs/assets/diagrams/`, under a name that is a digest of the source; this MkDocs hook puts the picture
-in the fence's place.
+A page keeps the source of a diagram in a `mermaid` fence, which GitHub renders by itself. `make docs-assets` draws
+each source once into `docs/assets/diagrams/`, under a digest of the source, and this MkDocs hook replaces the
+fence by the picture.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Draw the documentation's diagrams and screenshots: `make docs-assets`, after `make quickstart`.
 
-Everything is taken from the real thing: the page of `solo serve` with the quickstart's model, the report that the
-quickstart wrote, an evaluation of its model on held-out images in the format of MMStar, and the report of the ablation
-whose results are in `benchmarks/results/`. Chromium draws them; diagrams need npm for Mermaid, once.
+Everything is real: the page of `solo serve` with the quickstart's model, the report that the quickstart wrote,
+an evaluation of its model on held-out digits in the format of MMStar, and the report of the ablation whose
+results are in `benchmarks/results/`. Chromium draws them; npm provides Mermaid for the diagrams.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def _area(image: bytes) -> int:
 
 @contextmanager
 def _serve(model: Path) -> Iterator[str]:
-    """Run `solo serve`, and give its address."""
-    command = [sys.executable, "-m", "solo_vlm", "serve", "--model", str(model), "--port", "0"]
+    """Run the server, and give the address of its page."""
+    command = [sys.executable, "-m", "solo_vlm", "web", "--no-open", "--model", str(model), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -106,7 +106,7 @@ def _serve(model: Path) -> Iterator[str]:
             if found := re.search(r"http://[\w.:\[\]]+", line):
                 yield found[0]
                 return
-        raise SystemExit("solo serve did not start")
+        raise SystemExit("solo web did not start")
     finally:
         process.terminate()
         process.wait(60)
@@ -126,8 +126,8 @@ def draw_evaluation_report(browser: Browser, quickstart: Path) -> None:
         questions = [_question(number, row) for number, row in enumerate(rows)]
         pq.write_table(pa.Table.from_pylist(questions), data / "val.parquet")
         out = Path(folder, "eval")
-        _solo("eval", "run", "--model", quickstart / "sft" / "model", "--tasks", "mmstar", "--data-root", data.parent,
-              "--max-new-tokens", 8, "--out", out)  # fmt: skip
+        model = ["--model", quickstart / "sft" / "model", "--max-new-tokens", 8]
+        _solo("eval", "run", *model, "--tasks", "mmstar", "--data-root", data.parent, "--out", out)
         _save_report(browser, out / "report.html", "evaluation-report.png")
 
 
@@ -218,7 +218,9 @@ def main() -> None:
     """Draw the pictures that are asked for, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("names", nargs="*", choices=[*DRAW, []], help="pictures to draw; default: all")
-    parser.add_argument("--quickstart", type=Path, default=ROOT / "runs" / "quickstart", help="a finished quickstart")
+    parser.add_argument(
+        "--quickstart", type=Path, default=Path("runs/quickstart"), help="a finished quickstart"
+    )
     arguments = parser.parse_args()
     if not (executable := next(filter(None, map(shutil.which, BROWSERS)), None)):
         raise SystemExit("no Chromium on the PATH; on Debian or Ubuntu: apt-get install chromium")

@@ -93,9 +93,11 @@ def test_commands_exist_with_their_options(page):
             pytest.fail(f"solo {line}: {error}")
 
 
-@pytest.mark.parametrize("line", ["nothing", "data nothing", "serve --model m --nothing", "serve --model m --port many"])
+@pytest.mark.parametrize(
+    "line", ["nothing", "data nothing", "serve --model m --nothing", "serve --model m --port many"]
+)
 def test_wrong_commands_would_be_found(line):
-    with pytest.raises(Exception, match="nothing|integer"):
+    with pytest.raises(Exception, match=r"nothing|integer"):
         parse(command_line(True), "solo", line.split())
 
 
