@@ -122,8 +122,8 @@ test-distributed: venv  ## tests of several CPU processes
 
 # Uses the system's browser: on Debian and Ubuntu, `apt-get install chromium`. Without one, the tests skip.
 $(VENV)/.installed-browser: $(VENV)/.installed
-	@echo "venv: the server, playwright"
-	@$(PIP) install -qq -c constraints.txt -e '.[serve]' playwright
+	@echo "venv: playwright"
+	@$(PIP) install -qq -c constraints.txt playwright
 	@touch $@
 
 test-gpu: venv  ## tests that need a CUDA GPU; without one they skip

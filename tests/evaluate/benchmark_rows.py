@@ -1,4 +1,4 @@
-"""Made-up rows in the true schemas of the six benchmarks' data on the hub, and the right answers to them.
+"""Synthetic rows in the hub schemas of the six benchmarks, with their correct answers.
 
 Column names and types are those of the data set cards of Lin-Chen/MMStar, lmms-lab/MME, lmms-lab/SEED-Bench,
 lmms-lab/ai2d, lmms-lab/ScienceQA and AI4Math/MathVista.
@@ -6,11 +6,12 @@ lmms-lab/ai2d, lmms-lab/ScienceQA and AI4Math/MathVista.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from solo_vlm.evaluate.predictions import load_predictions
+from solo_vlm.evaluate.predictions import Prediction, load_predictions, without_images
 from solo_vlm.evaluate.scoring.score import Benchmark, Score
 
 Row = dict[str, Any]
@@ -59,16 +60,16 @@ MATHVISTA_TASKS = {
     "textbook question answering": 158,
     "visual question answering": 179,
 }
-FLOATS = 40  # of testmini's questions ask for a number with decimals
+FLOATS = 40  # number of testmini's questions that ask for a decimal number
 
 
 def make_rows(task: str, full: bool = False, image: Any = None) -> list[Row]:
-    """Rows of a task: as many as it truly has, or a few of each category.
+    """Make rows of a task: as many as the benchmark has, or a few of each category.
 
     Args:
-        task: its name on the command line.
-        full: all rows.
-        image: what stands in the image column of every row that has an image; "image" where None.
+        task: Name on the command line.
+        full: Whether to make all rows.
+        image: Value of the image column in every row with an image; None puts "image".
     """
     return _MAKERS[task](full, "image" if image is None else image)
 
@@ -79,7 +80,7 @@ def rescore(benchmark: Benchmark, path: Path) -> Score:
 
 
 def correct_response(task: str, row: Row) -> str:
-    """The right answer to a row, as a model would give it."""
+    """Return the correct answer to a row, as a model would give it."""
     if task in ("ai2d", "ai2d_no_mask", "scienceqa", "scienceqa_full"):
         return LETTERS[int(row["answer"])]
     if task == "mathvista" and row["question_type"] == "multi_choice":
@@ -87,10 +88,21 @@ def correct_response(task: str, row: Row) -> str:
     return str(row["answer"])
 
 
+def predictions(task: str, answer: Callable[[Row], str], full: bool = False) -> list[Prediction]:
+    """Return predictions for the rows of a task, each answered by a function of the row."""
+    rows = make_rows(task, full)
+    return [Prediction(str(n), answer(row), without_images(row)) for n, row in enumerate(rows)]
+
+
+def oracle(task: str) -> Callable[[Row], str]:
+    """Return a function that answers each row of a task correctly."""
+    return lambda row: correct_response(task, row)
+
+
 def _mmstar(full: bool, image: Any) -> list[Row]:
     rows: list[Row] = []
     for category, axes in MMSTAR_AXES.items():
-        # Axes of unlike size, so that the mean over axes is not the mean over questions.
+        # Axes of different sizes: the mean over axes differs from the mean over questions.
         for axis in islice(cycle((axes[0], axes[0], *axes)), 250 if full else 5):
             right = len(rows) % 4
             options = ", ".join(

@@ -1,4 +1,4 @@
-"""Benchmark files and models that answer what they are told, for tests of evaluation runs."""
+"""Benchmark files and a scripted backend for tests of evaluation runs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from solo_vlm.generate import GenerationOutput, GenerationRequest
 
 
 def noise(seed: int, width: int = 64, height: int = 64) -> Image.Image:
-    """A smooth picture unlike any other of another seed."""
+    """Return a smooth image that differs between seeds."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def write_data_root(folder: Path, tasks: Iterable[str] = TASKS) -> Path:
-    """A parquet file of made-up rows for each task; every image is another one."""
+    """Write a parquet file of synthetic rows per task; every image is different."""
     seed = 0
     for task in tasks:
         rows = make_rows(task)
@@ -48,7 +48,7 @@ def write_rows(folder: Path, task: str, rows: list[dict]) -> None:
 
 
 def open_task(task: str, data_root: Path, cache: Path) -> Rows:
-    """The rows of a task, through a cache of their own."""
+    """Load the rows of a task through a separate cache."""
     before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, cache
     try:
         return Rows.of(get(task), load_benchmark(get(task), data_root))
@@ -57,7 +57,7 @@ def open_task(task: str, data_root: Path, cache: Path) -> Rows:
 
 
 class ScriptedBackend:
-    """Answers row by row what it was told, in batches of three, the last row first; remembers who asked."""
+    """Returns scripted answers in batches of three, last row first, and records the requested rows."""
 
     def __init__(self, answers: list[str]) -> None:
         self.answers = answers

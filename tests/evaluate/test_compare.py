@@ -24,7 +24,7 @@ def make_run(tmp_path):
     return make
 
 
-def test_compare_as_json(run, make_run):
+def test_compare_json(run, make_run):
     rows = make_rows("ai2d", full=True)[:200]
     first = make_run("a", "ai2d", wrong=range(60), rows=rows)
     second = make_run("b", "ai2d", wrong=range(50, 70), rows=[*rows, rows[0]])
@@ -39,7 +39,7 @@ def test_compare_as_json(run, make_run):
     assert task["p_value"] < 0.001
 
 
-def test_mme_is_compared_by_image(run, make_run):
+def test_mme_is_compared_per_image(run, make_run):
     first, second = make_run("a", "mme"), make_run("b", "mme", wrong=[0])
     _, out, _ = run("eval", "compare", first, second, "--json")
     (task,) = json.loads(out)["tasks"]
@@ -47,21 +47,21 @@ def test_mme_is_compared_by_image(run, make_run):
     assert task["p_value"] > 0.3  # one image of two
 
 
-def test_the_table(run, make_run):
+def test_compare_table(run, make_run):
     code, out, _ = run("eval", "compare", make_run("a", "mmstar"), make_run("b", "mmstar", wrong=[0, 1, 2]))
     assert code == 0
     assert "-10.0" in out
     assert "Paired bootstrap" in out
 
 
-def test_runs_on_other_data_are_not_compared(run, make_run):
+def test_runs_on_different_data_are_refused(run, make_run):
     other = [{**row, "question": "Another?"} for row in make_rows("ai2d")]
     code, _, error = run("eval", "compare", make_run("a", "ai2d"), make_run("b", "ai2d", rows=other))
     assert code == 2
     assert "row 0 is another question" in error
 
 
-def test_runs_without_a_common_task(run, make_run, tmp_path):
+def test_runs_without_a_common_task_are_refused(run, make_run, tmp_path):
     for other in (make_run("b", "mme"), tmp_path / "nowhere"):
         code, _, error = run("eval", "compare", make_run("a", "ai2d"), other)
         assert code == 2

@@ -71,7 +71,7 @@ def finished(tmp_path_factory):
     return folder / "out", scores
 
 
-def test_scores_stand_beside_published_ones(finished):
+def test_report_shows_published_scores(finished):
     out, scores = finished
     page = Page((out / "report.html").read_text())
     header, own, *others = page.rows[:6]
@@ -85,14 +85,14 @@ def test_scores_stand_beside_published_ones(finished):
     assert named["NEO-9B published"] == ["62.4", ""]
 
 
-def test_published_scores_are_of_benchmarks_that_there_are():
+def test_published_scores_belong_to_known_benchmarks():
     for model in PUBLISHED:
         for task, score in model.scores.items():
             assert 0 < score < get(task).maximum
         assert model.unverified <= model.scores.keys()
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing(finished):
+def test_report_is_self_contained_without_scripts(finished):
     html = (finished[0] / "report.html").read_text()
     page = Page(html)
     assert page.tags.isdisjoint({"script", "link", "iframe"})
@@ -109,7 +109,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing(finished):
     assert kinds["image/jpeg"] >= 2 * 12
 
 
-def test_answers_are_shown_with_exact_prompt_reading_and_truth(finished):
+def test_report_shows_prompt_extracted_answer_and_reference(finished):
     html = (finished[0] / "report.html").read_text()
     assert "Wrong answers: 8 of 8" in html
     assert "Correct answers: 12 of 22" in html
@@ -118,7 +118,7 @@ def test_answers_are_shown_with_exact_prompt_reading_and_truth(finished):
     assert "Answer the question using a single word or phrase." in html
 
 
-def test_what_was_run_is_on_record(finished):
+def test_report_shows_the_run_metadata(finished):
     out, _ = finished
     rows = dict(row for row in Page((out / "report.html").read_text()).rows if len(row) == 2)
     facts = json.loads((out / "run.json").read_text())
@@ -128,7 +128,7 @@ def test_what_was_run_is_on_record(finished):
     assert rows["max_new_tokens"] == "16"
 
 
-def test_the_markdown_has_the_same_tables(finished):
+def test_markdown_has_the_same_tables(finished):
     out, scores = finished
     lines = (out / "report.md").read_text().splitlines()
     tables = [line for line in lines if line.startswith("|")]
@@ -141,7 +141,7 @@ def test_the_markdown_has_the_same_tables(finished):
             assert any(line.startswith(f"| {name} | {part.group} | {part.score:,.1f} |") for line in tables)
 
 
-def test_the_plot_has_a_bar_for_each_category(finished):
+def test_plot_grows_with_the_number_of_categories(finished):
     sizes = [tuple(category_plot(score).get_size_inches()) for score in finished[1]]
     parts = [len(score.breakdown) for score in finished[1]]
     assert sizes[0][0] == sizes[1][0]

@@ -54,7 +54,7 @@ def evaluate(task, rows, engine, out, **settings):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_oracle_is_perfect_and_the_harness_says_so_too(task, opened, tmp_path):
+def test_oracle_is_perfect_for_us_and_lmms_eval(task, opened, tmp_path):
     rows = opened[task]
     score = evaluate(task, rows, ScriptedBackend(right_answers(task, rows)), tmp_path)
     assert score.score == score.maximum
@@ -66,7 +66,7 @@ def test_an_oracle_is_perfect_and_the_harness_says_so_too(task, opened, tmp_path
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_constant_answer_scores_exactly_its_share(task, opened, tmp_path):
+def test_constant_answer_scores_its_share(task, opened, tmp_path):
     rows = opened[task]
     constant = "Yes" if task == "mme" else "B"
     score = evaluate(task, rows, ScriptedBackend([constant] * len(rows)), tmp_path)
@@ -76,7 +76,7 @@ def test_a_constant_answer_scores_exactly_its_share(task, opened, tmp_path):
     assert score.score == pytest.approx(14 * 50 if task == "mme" else 100 * share)
 
 
-def test_videos_of_seedbench_are_not_asked_and_say_so(opened, tmp_path):
+def test_seedbench_videos_are_filtered_and_counted(opened, tmp_path):
     rows = opened["seedbench"]
     engine = ScriptedBackend(["A"] * len(rows))
     score = evaluate("seedbench", rows, engine, tmp_path)
@@ -126,7 +126,7 @@ def test_six_tasks_from_the_command_line(whole_run, data_root, run, monkeypatch)
     assert "MathVista (testmini) (partial: 20 of 1,000)" in (out / "report.html").read_text()
 
 
-def test_the_hash_covers_all_weights_in_order_of_their_names(tmp_path):
+def test_weights_hash_covers_all_files_in_order(tmp_path):
     for name, content in (
         ("model-2.safetensors", b"two"),
         ("model-1.safetensors", b"one"),
@@ -138,7 +138,7 @@ def test_the_hash_covers_all_weights_in_order_of_their_names(tmp_path):
         weights_hash(tmp_path.parent)
 
 
-def test_missing_data_says_what_to_download(whole_run, run, tmp_path):
+def test_missing_data_error_has_the_download_command(whole_run, run, tmp_path):
     arguments = ["--model", whole_run / "model", "--tasks", "ai2d", "--out", tmp_path / "out"]
     code, _, error = run("eval", "run", *arguments, "--data-root", tmp_path)
     assert code == 2
@@ -156,7 +156,7 @@ class Endless(ScriptedBackend):
             yield batch
 
 
-def test_a_run_that_is_killed_goes_on_where_it_stood(opened, tmp_path):
+def test_killed_run_resumes(opened, tmp_path):
     rows = opened["mmstar"]
     answers = [
         response if number % 3 else "D" for number, response in enumerate(right_answers("mmstar", rows))
@@ -190,14 +190,14 @@ def test_a_run_that_is_killed_goes_on_where_it_stood(opened, tmp_path):
     assert engine.asked == []
 
 
-def test_a_file_of_answers_that_is_none_says_so(opened, tmp_path):
+def test_invalid_answer_file_is_reported(opened, tmp_path):
     evaluate("ai2d", opened["ai2d"], ScriptedBackend(["A"] * 6), tmp_path)
     (tmp_path / "answers" / "ai2d.jsonl").write_text("[1, 2]\n")
     with pytest.raises(SoloError, match="remove it"):
         evaluate("ai2d", opened["ai2d"], ScriptedBackend(["A"] * 6), tmp_path)
 
 
-def test_other_settings_ask_again(opened, tmp_path):
+def test_changed_settings_regenerate_answers(opened, tmp_path):
     rows = opened["ai2d"]
     evaluate("ai2d", rows, ScriptedBackend(["A"] * 6), tmp_path, max_new_tokens=4)
     engine = ScriptedBackend(["A"] * 6)
@@ -205,7 +205,7 @@ def test_other_settings_ask_again(opened, tmp_path):
     assert sorted(engine.asked) == list(range(6))
 
 
-def test_a_row_whose_image_was_replaced_is_asked_again(tmp_path):
+def test_replaced_image_regenerates_the_answer(tmp_path):
     from tests.evaluate.benchmark_rows import make_rows
     from tests.evaluate.evaluation_runs import noise, write_rows
     from tests.factories import png
@@ -222,7 +222,7 @@ def test_a_row_whose_image_was_replaced_is_asked_again(tmp_path):
     assert len(engine.asked) == 1
 
 
-def test_a_folder_takes_one_model_only(opened, tmp_path):
+def test_folder_of_another_model_is_refused(opened, tmp_path):
     rows = opened["ai2d"]
     evaluate("ai2d", rows, ScriptedBackend(["A"] * 6), tmp_path)
     other = EvaluationRun(tmp_path, ModelInfo("told", "test", "1" * 64))
@@ -234,7 +234,7 @@ def test_a_folder_takes_one_model_only(opened, tmp_path):
         EvaluationRun(tmp_path / "precious", FACTS).evaluate(ScriptedBackend([]), [(get("ai2d"), rows)])
 
 
-def test_a_bad_row_is_counted_and_wrong(tmp_path):
+def test_bad_row_is_counted_as_wrong(tmp_path):
     from tests.evaluate.benchmark_rows import make_rows
     from tests.evaluate.evaluation_runs import noise, write_rows
     from tests.factories import png
@@ -263,7 +263,7 @@ def test_a_bad_row_is_counted_and_wrong(tmp_path):
         ("mathvista", {"choices": ["Two", "One", None, "Three"], "answer": "Three"}, "D"),
     ],
 )
-def test_an_empty_option_is_asked_and_scored_with_those_behind_it(task, changed, answer, tmp_path):
+def test_empty_option_keeps_later_letters_in_prompt_and_score(task, changed, answer, tmp_path):
     from tests.evaluate.benchmark_rows import make_rows
     from tests.evaluate.evaluation_runs import noise, write_rows
     from tests.factories import png
@@ -286,7 +286,7 @@ def test_an_empty_option_is_asked_and_scored_with_those_behind_it(task, changed,
         ({"answer": "9"}, "IndexError"),
     ],
 )
-def test_a_first_row_that_makes_no_prompt_is_one_line(change, message, tmp_path):
+def test_first_row_without_a_prompt_is_a_one_line_error(change, message, tmp_path):
     from tests.evaluate.benchmark_rows import make_rows
     from tests.evaluate.evaluation_runs import noise, write_rows
     from tests.factories import png
@@ -302,7 +302,7 @@ def test_a_first_row_that_makes_no_prompt_is_one_line(change, message, tmp_path)
         evaluate("ai2d", opened, ScriptedBackend([]), tmp_path / "out")
 
 
-def test_a_limit_that_the_harness_cannot_score_is_no_failure(opened, tmp_path):
+def test_limit_that_lmms_eval_cannot_score_is_noted(opened, tmp_path):
     rows = opened["mme"]
     score = evaluate("mme", rows, ScriptedBackend(right_answers("mme", rows)), tmp_path, limit=3)
     assert score.n == 3
@@ -310,7 +310,7 @@ def test_a_limit_that_the_harness_cannot_score_is_no_failure(opened, tmp_path):
     assert "lmms-eval could not score this" in (tmp_path / "report.md").read_text()
 
 
-def test_an_engine_that_gives_up_keeps_what_there_is(opened, tmp_path):
+def test_failing_backend_keeps_finished_answers(opened, tmp_path):
     class Broken(ScriptedBackend):
         def generate(self, requests):
             yield [GenerationOutput(next(iter(requests)).request_id, "A")]
@@ -323,14 +323,14 @@ def test_an_engine_that_gives_up_keeps_what_there_is(opened, tmp_path):
     assert sorted(engine.asked) == [1, 2, 3, 4, 5]
 
 
-def test_without_lmms_eval_the_error_says_how_to_get_it(opened, tmp_path, monkeypatch):
+def test_missing_lmms_eval_error_has_the_install_command(opened, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", None)
     monkeypatch.delitem(sys.modules, "solo_vlm.evaluate.lmms_eval")
     with pytest.raises(SoloError, match="pip install --no-deps lmms-eval=="):
         evaluate("ai2d", opened["ai2d"], ScriptedBackend(["A"] * 6), tmp_path)
 
 
-def test_the_address_of_a_server_needs_the_engine(run, tmp_path):
+def test_base_url_needs_a_server_engine(run, tmp_path):
     code, _, error = run(
         "eval", "run", "--model", "m", "--out", tmp_path, "--base-url", "http://localhost:1/v1"
     )

@@ -11,7 +11,7 @@ from solo_vlm.evaluate.run_folder import RunFolder
 from solo_vlm.utils.errors import SoloError
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_round_trip(tmp_path):
     folder = RunFolder(tmp_path / "run")
     rows = make_rows("mme")
     answered = [
@@ -28,7 +28,7 @@ def test_what_is_written_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "{", '[{"task": "mme"}]', '["mme"]'])
-def test_a_folder_that_is_none_of_a_run(content, tmp_path):
+def test_invalid_scores_file_is_reported(content, tmp_path):
     if content is not None:
         (tmp_path / "scores.json").write_text(content)
     with pytest.raises(SoloError, match=r"scores\.json"):
@@ -38,7 +38,7 @@ def test_a_folder_that_is_none_of_a_run(content, tmp_path):
 @pytest.mark.parametrize(
     "line", ["{", "[]", '{"id": "1"}', '{"id": "1", "response": "A", "row": {}, "more": 1}']
 )
-def test_a_line_that_is_no_prediction_is_named(line, tmp_path):
+def test_invalid_prediction_line_is_reported(line, tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_predictions("mme", [Prediction("1", "A", {})])
     with folder.predictions_file("mme").open("a") as lines:
@@ -47,7 +47,7 @@ def test_a_line_that_is_no_prediction_is_named(line, tmp_path):
         folder.read_predictions("mme")
 
 
-def test_images_leave_a_row_but_their_names_stay():
+def test_without_images_keeps_image_names():
     assert without_images({"Image": "1.jpg", "L2-category": "x"}) == {
         "image": "1.jpg",
         "l2_category": "x",

@@ -518,6 +518,8 @@ def test_attention_runs_between_batches(solo, slow_model, picture):
         (answered("x"), (3, 99), "start", "not in the answer"),
         (answered("x"), (0, 1, 2), "layer", "layers 0 to 1"),
         (answered("x"), (0, 1, -1), "layer", "greater than or equal to 0"),
+        (answered("x", answer=" red"), (0, 1), "messages", "white space"),
+        (answered("x", answer=" "), (0, 1), "messages", "white space"),
         (answered("x")[:1], (0, 1), "messages", "must have the role 'assistant'"),
         (answered("x")[1:], (0, 1), "messages", "must have the role 'assistant'"),
         (answered("x") + answered("x")[1:], (0, 1), "messages", "must have the role 'assistant'"),
@@ -528,6 +530,13 @@ def test_attention_of_something_else_is_refused(server, messages, span, param, m
     status, body = attend(server, messages, *span)
     assert (status, body["error"]["param"]) == (400, param)
     assert message in body["error"]["message"]
+
+
+def test_attention_of_an_answer_longer_than_the_server_generates_is_refused(solo):
+    with served(solo, Limits(max_tokens=5)) as server:
+        assert attend(server, answered("x", answer="a"), 0, 1)[0] == 200
+        status, body = attend(server, answered("x", answer="hello " * 50), 0, 1)
+        assert status == 400 and "at most 5 tokens" in body["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/api/image", "/api/attention"])

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from solo_vlm.data.collate import PackedBatch, collate
+from solo_vlm.data.collate import PackedBatch, collate, num_supervised_tokens
 from solo_vlm.data.sources import Source, fingerprints
 from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
+from solo_vlm.models.solo.processing_solo import num_image_tokens
 from solo_vlm.utils.errors import SoloError
 
 MakeStream = Callable[[int], VirtualStream]
@@ -233,7 +234,7 @@ class PackedLoader:
 
 @dataclass(frozen=True)
 class LoadedSequence:
-    """A packed sequence as the model is given it, and the keys of its documents."""
+    """A packed sequence with its token counts and the keys of its documents."""
 
     batch: PackedBatch
     keys: Sequence[Key]
@@ -242,6 +243,23 @@ class LoadedSequence:
     def documents(self) -> int:
         """Number of documents."""
         return len(self.keys)
+
+    @property
+    def document_lengths(self) -> list[int]:
+        """Tokens per document, without padding."""
+        return self.batch["cu_seq_lens_q"].diff()[: self.documents].tolist()
+
+    @property
+    def vision_tokens(self) -> int:
+        """Tokens of all image layouts."""
+        return sum(
+            num_image_tokens(rows, columns) for _, rows, columns in self.batch["image_grid_thw"].tolist()
+        )
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens with a label."""
+        return num_supervised_tokens([self.batch])
 
     @property
     def tokens(self) -> int:

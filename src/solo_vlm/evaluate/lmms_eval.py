@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -202,19 +201,6 @@ def _image_hashes(row: Mapping[str, Any]) -> list[str]:
 # ----------------------------------------------------------------------------------------- stock tasks
 
 
-@dataclass(frozen=True)
-class HarnessScores:
-    """Scores computed by lmms-eval.
-
-    Attributes:
-        scores: Values by metric, as lmms-eval gives them (some are fractions, some are points).
-        note: Why there are none.
-    """
-
-    scores: Mapping[str, float]
-    note: str = ""
-
-
 class LocalTask(ConfigurableMessagesTask):
     """A stock task of lmms-eval, with its prompts and its scores, on given rows.
 
@@ -257,7 +243,7 @@ class LocalTask(ConfigurableMessagesTask):
 
 def run_task(
     task: LocalTask, benchmark: Benchmark, model: BackendModel, limit: int | None = None
-) -> HarnessScores:
+) -> tuple[dict[str, float], str]:
     """Generate responses to all rows of a task through lmms-eval; the model keeps them.
 
     Args:
@@ -265,6 +251,9 @@ def run_task(
         benchmark: The benchmark of the task.
         model: The model.
         limit: Maximum number of rows, from the first.
+
+    Returns:
+        Scores by metric as lmms-eval gives them (some are fractions, some are points); why there are none.
 
     Raises:
         SoloError: The backend fails.
@@ -285,10 +274,15 @@ def run_task(
         if not model.finished:
             raise
         # Its scorers fail on a partial benchmark, such as one question of a pair of MME.
-        return HarnessScores({}, f"lmms-eval could not score this: {str(error) or type(error).__name__}")
+        return {}, f"lmms-eval could not score this: {str(error) or type(error).__name__}"
     if by_gpt:
-        return HarnessScores({}, "lmms-eval scores this task by asking GPT, so it was not asked to")
-    return HarnessScores(dict(_plain_metrics(results["results"][benchmark.harness_task])))
+        return {}, "lmms-eval scores this task by asking GPT, so its scorer did not run"
+    metrics = results["results"][benchmark.harness_task]
+    return {
+        key.partition(",")[0]: float(value)
+        for key, value in metrics.items()
+        if isinstance(value, (int, float)) and "_stderr" not in key.partition(",")[0]
+    }, ""
 
 
 @contextmanager
@@ -303,10 +297,3 @@ def _without_openai() -> Iterator[None]:
             del os.environ["API_TYPE"]
         else:
             os.environ["API_TYPE"] = before
-
-
-def _plain_metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for key, value in results.items():
-        metric, _, _ = key.partition(",")
-        if isinstance(value, (int, float)) and "_stderr" not in metric:
-            yield metric, float(value)

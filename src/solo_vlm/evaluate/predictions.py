@@ -7,7 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date, time
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -37,10 +37,6 @@ class Prediction:
     id: str
     response: str | None
     row: Mapping[str, Any]
-
-    def as_json(self) -> str:
-        """Return the line of a predictions file, without the line break."""
-        return json.dumps({"id": self.id, "response": self.response, "row": self.row}, ensure_ascii=False)
 
     def column(self, *names: str) -> Any:
         """Return the value of the first of these columns that the row has.
@@ -120,7 +116,7 @@ def check_unique(rows: Iterable[Mapping[str, Any]], where: str) -> None:
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Write the predictions file of a run; it appears when complete."""
     with new_file(path) as partial, partial.open("w", encoding="utf-8") as lines:
-        lines.writelines(prediction.as_json() + "\n" for prediction in predictions)
+        lines.writelines(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in predictions)
 
 
 def read_predictions(path: Path) -> list[Prediction]:

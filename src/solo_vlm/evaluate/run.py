@@ -147,7 +147,7 @@ class EvaluationRun:
             raise SoloError(f"{benchmark.name}: lmms-eval cannot use the first row ({what})") from error
         with AnswerFile(self.out / "answers" / f"{benchmark.name}.jsonl") as saved:
             model = BackendModel(backend, saved, self.max_new_tokens, on_progress=on_progress)
-            harness = run_task(task, benchmark, model, self.limit)
+            harness_scores, harness_note = run_task(task, benchmark, model, self.limit)
         responses = sorted(model.responses.items())
         predictions = [
             Prediction(rows.ids[row], response.response, rows.columns[row]) for row, response in responses
@@ -155,7 +155,7 @@ class EvaluationRun:
         folder.write_predictions(benchmark.name, predictions)
         answers = benchmark.scorer(predictions)
         score = benchmark.summarize(answers)
-        raw = {f"lmms-eval: {metric}": value for metric, value in harness.scores.items()}
+        raw = {f"lmms-eval: {metric}": value for metric, value in harness_scores.items()}
         return TaskReport(
             benchmark,
             replace(score, raw={**score.raw, **raw}, filtered=score.filtered + rows.filtered),
@@ -168,7 +168,7 @@ class EvaluationRun:
                 "prompt": prompt,
                 "max_new_tokens": model.limit(task.config.generation_kwargs),
                 "harness_task": task.config.task,
-                "harness_note": harness.note,
+                "harness_note": harness_note,
                 "seconds": round(time.perf_counter() - started, 1),
             },
         )

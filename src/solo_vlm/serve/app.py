@@ -29,7 +29,7 @@ from solo_vlm.serve.engine import Call, Engine, Finish, Prompt, Request, Samplin
 from solo_vlm.serve.images import EncodedImage, ImageReader, describe_image
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.metrics import Metrics
-from solo_vlm.serve.page.attention import WordAttention
+from solo_vlm.serve.page.attention import WordAttention, last_answer
 from solo_vlm.serve.protocol import (
     ApiError,
     Chat,
@@ -84,13 +84,10 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
         "limits": asdict(limits),
     }
 
-    async def list_models(_: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [card]})
-
-    async def retrieve_model(request: HttpRequest) -> Response:
-        name = request.path_params["name"]
+    async def models(request: HttpRequest) -> Response:
+        name = request.path_params.get("name")
         if not name:
-            return await list_models(request)
+            return JSONResponse({"object": "list", "data": [card]})
         if name != model:
             raise model_not_found(name, model)
         return JSONResponse(card)
@@ -115,8 +112,8 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
 
     routes = [
         Route("/v1/chat/completions", _Endpoint(api, api.chat_completion), methods=["POST"]),
-        Route("/v1/models", list_models),
-        Route(f"{_MODELS}{{name:path}}", retrieve_model),
+        Route("/v1/models", models),
+        Route(f"{_MODELS}{{name:path}}", models),
         Route("/api/image", _Endpoint(api, api.image), methods=["POST"]),
         Route("/api/attention", _Endpoint(api, api.attention), methods=["POST"]),
         Route("/health", health),
@@ -200,6 +197,11 @@ class _Api:
             message = f"Layer {request.layer} does not exist. The model has layers 0 to {layers - 1}."
             raise ApiError(400, message, "layer")
         prompt = await self._encode(request, add_generation_prompt=False)
+        start, end = last_answer(prompt.supervised)
+        if (answer_tokens := end - start - 1) > self.limits.max_tokens:  # without the end token
+            message = f"The answer is too long: {answer_tokens} tokens. "
+            message += f"This server generates at most {self.limits.max_tokens} tokens per request."
+            raise ApiError(400, message, "messages")
         span = (request.messages[-1].text, request.start, request.end)
         call = Call(lambda pipeline: self._attention(pipeline, prompt, *span, request.layer))
         self._engine.submit(call)

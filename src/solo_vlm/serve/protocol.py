@@ -297,10 +297,12 @@ def parse_attention(body: bytes, limits: Limits) -> AttentionRequest:
     if [message.role for message in request.messages[-2:]] != ["user", "assistant"]:
         message = "The last message must have the role 'assistant' and answer one of the role 'user'."
         raise ApiError(400, message, "messages")
-    length = len(request.messages[-1].text)
-    if not request.start < request.end <= length:
-        message = f"Characters {request.start} to {request.end} are not in the answer of {length} characters."
-        raise ApiError(400, message, "start")
+    answer = request.messages[-1].text
+    if answer != answer.strip():  # chat templates strip it, which would shift the characters
+        raise ApiError(400, "The answer must not begin or end with white space.", "messages")
+    if not request.start < request.end <= len(answer):
+        message = f"Characters {request.start} to {request.end} are not in the answer of {len(answer)} "
+        raise ApiError(400, f"{message}characters.", "start")
     return request
 
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from transformers import PreTrainedModel
 
-from solo_vlm.models.saving import save_model
+from solo_vlm.models.load import save_model
 from solo_vlm.train.model import (
     adapter_state_dict,
     has_adapters,
@@ -94,10 +94,7 @@ class Checkpointer:
         if not self._context.broadcast_from_rank0(lambda: _create_partial(path, partial, state)):
             return
         future: Any = async_save(
-            tensors,
-            checkpoint_id=partial,
-            process_group=self._group,
-            no_dist=self._group is None,
+            tensors, checkpoint_id=partial, process_group=self._group, no_dist=self._group is None
         )
         # Rank 0 finishes last, because it collects the metadata of all ranks.
         is_main = self._context.is_main_process

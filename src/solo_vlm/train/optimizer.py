@@ -33,11 +33,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
         group = groups.setdefault(key, {"params": [], "weight_decay": decay, "scale": scale})
         group["params"].append(parameter)
     optimizer = torch.optim.AdamW(
-        list(groups.values()),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=True,
+        list(groups.values()), lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
     )
     # Initialized now, so that every checkpoint holds the same tensors.
     for _, parameter in named_trainable(model):

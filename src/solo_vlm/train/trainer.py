@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, set_seed
 
 from solo_vlm.data.collate import PackedBatch, num_supervised_tokens
-from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import LoadedSequence, PackedLoader
 from solo_vlm.data.mixture import make_loader
 from solo_vlm.models.flops import ModelShape, training_flops
@@ -41,12 +40,7 @@ from solo_vlm.train.failures import Stopped, StopRequest, catch_signals
 from solo_vlm.train.metrics import MetricsLogger, make_trackers, memory_gb, progress_bar
 from solo_vlm.train.model import make_model
 from solo_vlm.train.optimizer import learning_rate, make_optimizer, set_learning_rate
-from solo_vlm.train.parallel.context import (
-    LONG_TIMEOUT,
-    SHORT_TIMEOUT,
-    DistributedContext,
-    init_distributed,
-)
+from solo_vlm.train.parallel.context import LONG_TIMEOUT, SHORT_TIMEOUT, DistributedContext, init_distributed
 from solo_vlm.train.parallel.sharding import average_replicated_gradients, reshard
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import lock_output_dir, prepare_output_dir, write_manifest
@@ -143,7 +137,6 @@ class Trainer:
             self.shape: ModelShape | None = ModelShape.of(self.model.config)
         except SoloError:  # unsupported family: no FLOPs, no MFU
             self.shape = None
-        self.vision_ids = Encoder(self.processor).vision_ids
         device = recognize_device(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
         self.peak_flops = device.peak_flops * context.dims.world_size if device else None
         self.metrics_logger = None
@@ -281,17 +274,15 @@ class Trainer:
         return self.loader.take_together(self.recipe.global_batch, add_up), totals
 
     def _count(self, sequence: LoadedSequence) -> Counter[str]:
-        batch = sequence.batch
-        lengths = np.diff(batch["cu_seq_lens_q"].numpy())[: sequence.documents]
-        supervised = num_supervised_tokens([batch])
-        flops = 0
+        supervised, flops = sequence.supervised_tokens, 0
         if self.shape is not None:
-            patches, is_frozen = len(batch["pixel_values"]), self.recipe.is_decoder_frozen
+            lengths, patches = sequence.document_lengths, len(sequence.batch["pixel_values"])
+            is_frozen = self.recipe.is_decoder_frozen
             flops = training_flops(self.shape, lengths, patches, supervised, frozen=is_frozen)
         return Counter(
             documents=sequence.documents,
             tokens=sequence.tokens,
-            vision=int(np.isin(batch["input_ids"].numpy(), self.vision_ids).sum()),
+            vision=sequence.vision_tokens,
             supervised=supervised,
             flops=flops,
         )

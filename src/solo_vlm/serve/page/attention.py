@@ -109,7 +109,7 @@ def attention_maps(model: SoloForConditionalGeneration, prompt: Prompt) -> Atten
         model: Model in evaluation mode.
         prompt: Chat that ends with the assistant's turn.
     """
-    start, end = _last_answer(prompt.supervised)
+    start, end = last_answer(prompt.supervised)
     inputs = {name: value.to(model.device) for name, value in merge_prompts([prompt], 0).items()}
     del inputs["attention_mask"]
     ids = inputs.pop("input_ids")  # (1, length)
@@ -158,7 +158,7 @@ def _first_above(position: int, lengths: list[int]) -> int:
     return next((token for token, length in enumerate(lengths) if length > position), len(lengths) - 1)
 
 
-def _last_answer(supervised: NDArray[np.bool_]) -> tuple[int, int]:
+def last_answer(supervised: NDArray[np.bool_]) -> tuple[int, int]:
     """Return start and end of the last run of supervised tokens."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], supervised, [False]]).astype(np.int8)))
     return int(edges[-2]), int(edges[-1])

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from solo_vlm.data.encode import Document, Encoder
+from solo_vlm.data.mixture import StreamFactory
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources import Source
-from solo_vlm.data.streams import MixtureItem, VirtualStream
+from solo_vlm.data.streams import VirtualStream
 from solo_vlm.data.survey.reading import ReadRow, RowReader
-from solo_vlm.data.survey.sampling import Estimate, draw_rows, estimate_totals
+from solo_vlm.data.survey.sampling import DrawnRows, Estimate, draw_rows, estimate_totals
 from solo_vlm.data.survey.stats import estimate_instances
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
@@ -102,56 +103,46 @@ class _SourceSample(NamedTuple):
 def _sample_source(recipe: Recipe, encoder: Encoder, source: Source) -> _SourceSample:
     """Read all rows of a small source, or draw rows until the number of tokens is precise enough."""
     reader = RowReader(source, encoder, recipe.data.sequence_length)
-    seed = recipe.data.seed
-    sample, estimate = _draw(reader, _ROWS, seed)
-    num_rows = len(source) * sum(count for count, _ in sample.rows.values()) / len(sample.rows)
-    has_all_units = len(sample.rows) == len(source)
-    if num_rows and has_all_units and all(count == len(read) for count, read in sample.rows.values()):
+
+    def draw(num_rows: int) -> tuple[_SourceSample, Estimate]:
+        return _read(reader, draw_rows(source, num_rows, np.random.default_rng(recipe.data.seed)))
+
+    sample, estimate = draw(_ROWS)
+    counts = [count for count, _ in sample.rows.values()]
+    num_rows = len(source) * sum(counts) / len(counts)
+    is_complete = all(count == len(read) for count, read in sample.rows.values())
+    if num_rows and len(counts) == len(source) and is_complete:
         return sample
     if num_rows <= _MAX_ROWS:
-        return _read_all(reader)
+        units = ((unit, source.read(unit)) for unit in range(len(source)))
+        sample, _ = _read(reader, (DrawnRows(unit, rows, list(range(len(rows)))) for unit, rows in units))
+        if not any(count for count, _ in sample.rows.values()):
+            raise SoloError(f"{source.name} has no rows")
+        return sample
     margin = estimate.margins[2] / max(estimate.totals[2], 1)
     if margin > _MARGIN:
-        wanted = min(math.ceil(_ROWS * (margin / _MARGIN) ** 2), _MAX_ROWS)
-        sample, _ = _draw(reader, wanted, seed)
+        sample, _ = draw(min(math.ceil(_ROWS * (margin / _MARGIN) ** 2), _MAX_ROWS))
     return sample
 
 
-def _draw(reader: RowReader, samples: int, seed: int) -> tuple[_SourceSample, Estimate]:
+def _read(reader: RowReader, drawn: Iterable[DrawnRows]) -> tuple[_SourceSample, Estimate]:
+    """Read rows of some or all units; totals are exact if these are all rows."""
     rows: dict[int, tuple[int, list[list[int]]]] = {}
     counts = []
-    for unit, unit_rows, chosen in draw_rows(reader.source, samples, np.random.default_rng(seed)):
-        read = list(reader.read(unit, unit_rows, chosen))
-        rows[unit] = len(unit_rows), [_lengths(row) for row in read]
-        counts.append(
-            (len(unit_rows), np.array([_count(row, reader.encoder) for row in read]).reshape(-1, 4))
-        )
+    for unit, unit_rows, chosen in drawn:
+        lengths, counted = [], np.empty((len(chosen), len(_Totals._fields)))
+        for index, row in enumerate(reader.read(unit, unit_rows, chosen)):
+            lengths.append([len(document) for document in row.documents])
+            counted[index] = _count(row, reader.encoder)
+        rows[unit] = len(unit_rows), lengths
+        counts.append((len(unit_rows), counted))
     estimate = estimate_totals(len(reader.source), counts)
     return _SourceSample(reader.source, _Totals(*estimate.totals), rows), estimate
 
 
-def _read_all(reader: RowReader) -> _SourceSample:
-    rows: dict[int, tuple[int, list[list[int]]]] = {}
-    totals = np.zeros(4)
-    for unit in range(len(reader.source)):
-        unit_rows = reader.source.read(unit)
-        lengths = []
-        for row in reader.read(unit, unit_rows, range(len(unit_rows))):
-            lengths.append(_lengths(row))
-            totals += _count(row, reader.encoder)
-        rows[unit] = len(unit_rows), lengths
-    if not any(count for count, _ in rows.values()):
-        raise SoloError(f"{reader.source.name} has no rows")
-    return _SourceSample(reader.source, _Totals(*totals), rows)
-
-
-def _lengths(row: ReadRow) -> list[int]:
-    return [len(document) for document in row.documents]
-
-
 def _count(row: ReadRow, encoder: Encoder) -> _Totals:
     vision = sum(int(np.isin(document.input_ids, encoder.vision_ids).sum()) for document in row.documents)
-    return _Totals(row.error is None, len(row.documents), sum(_lengths(row)), vision)
+    return _Totals(row.error is None, len(row.documents), sum(map(len, row.documents)), vision)
 
 
 def _token_shares(recipe: Recipe, samples: Sequence[_SourceSample]) -> list[float]:
@@ -173,13 +164,10 @@ def _count_sequences(
     """Count the packed sequences of all epochs, by simulating the packing if there are few documents."""
     data = recipe.data
     if documents <= _MAX_SIMULATED:
-        items = [
-            MixtureItem(_SimulatedSource(sample, data.seed), source.weight)
-            for sample, source in zip(samples, data.sources, strict=True)
-        ]
-        return sum(
-            1 for index in range(data.streams) for _ in _SimulatedStream(index, recipe, encoder, items)
-        )
+        sources = [_SimulatedSource(sample, data.seed) for sample in samples]
+        settings = data.model_copy(update={"epochs": data.epochs or 1, "max_skipped": 1})
+        make_stream = StreamFactory(sources, settings, encoder, _SimulatedStream)
+        return sum(1 for index in range(data.streams) for _ in make_stream(index))
     generator = np.random.default_rng(data.seed)
     full = sum(
         estimate_instances(
@@ -226,21 +214,6 @@ class _SimulatedSource:
 
 class _SimulatedStream(VirtualStream):
     """Virtual stream that packs lengths instead of documents."""
-
-    def __init__(self, index: int, recipe: Recipe, encoder: Encoder, items: list[MixtureItem]) -> None:
-        data = recipe.data
-        super().__init__(
-            index,
-            data.streams,
-            items,
-            encoder,
-            data.sequence_length,
-            seed=data.seed,
-            epochs=data.epochs or 1,
-            weigh=data.weigh,
-            buffer_size=data.packing_buffer,
-            max_skipped=1,
-        )
 
     def documents_of(self, row: Any) -> list[Document]:
         if not row:

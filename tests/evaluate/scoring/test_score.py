@@ -19,7 +19,7 @@ def units(values, stratum=""):
     return [Unit(f"{stratum}{n}", float(value), stratum) for n, value in enumerate(values)]
 
 
-def test_wilsons_interval_by_its_formula():
+def test_proportion_interval_matches_wilsons_formula():
     right, n, z = 37, 120, stats.norm.ppf(0.975)
     share = right / n
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -28,11 +28,11 @@ def test_wilsons_interval_by_its_formula():
     assert interval == pytest.approx((100 * (middle - half), 100 * (middle + half)))
 
 
-def test_a_score_is_the_sum_of_its_strata():
+def test_score_is_the_sum_over_strata():
     assert score_of([*units([0, 200], "a"), *units([50], "b")]) == 150
 
 
-def test_the_bootstrap_is_scipys():
+def test_bootstrap_interval_matches_scipy():
     rng = np.random.default_rng(0)
     strata = [rng.choice([0.0, 50.0, 200.0], n, p=(0.2, 0.3, 0.5)) for n in (20, 60, 200)]
     reference = stats.bootstrap(
@@ -46,7 +46,7 @@ def test_the_bootstrap_is_scipys():
     assert ours == pytest.approx((reference.low, reference.high), abs=2.0)
 
 
-def test_a_paired_difference_and_its_p_value():
+def test_paired_difference_matches_sign_test():
     """Against the exact sign test: of 60 questions that one run alone has right, 40 are the second's."""
     first = [100] * 20 + [0] * 40 + [100] * 300 + [0] * 140
     second = [0] * 20 + [100] * 40 + [100] * 300 + [0] * 140
@@ -57,12 +57,12 @@ def test_a_paired_difference_and_its_p_value():
     assert paired_difference(units(second), units(first))[0] == pytest.approx(-4)
 
 
-def test_equal_runs_do_not_differ():
+def test_equal_runs_have_p_value_one():
     values = units([100, 0, 100])
     assert paired_difference(values, values) == (0, (0, 0), 1)
 
 
-def test_under_no_difference_few_p_values_are_small():
+def test_p_values_are_calibrated_under_no_difference():
     rng = np.random.default_rng(0)
     p_values = [
         paired_difference(units(100.0 * (rng.random(200) < 0.6)), units(100.0 * (rng.random(200) < 0.6)))[2]

@@ -61,7 +61,7 @@ def oracle_score(task, data):
 
 
 @pytest.mark.parametrize("task", BENCHMARKS)
-def test_the_hubs_parquet_files(task, png, tmp_path):
+def test_hub_parquet_files(task, png, tmp_path):
     rows = hub_rows(task, png)
     table = pa.Table.from_pylist(rows)
     folder = tmp_path / task / get(task).hub_files.rpartition("/")[0]
@@ -74,14 +74,14 @@ def test_the_hubs_parquet_files(task, png, tmp_path):
     assert oracle_score(task, data).score == get(task).maximum
 
 
-def test_arrow_as_datasets_saves_it(png, tmp_path):
+def test_arrow_saved_by_datasets(png, tmp_path):
     rows = hub_rows("ai2d", png)
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "ai2d")
     data = load_benchmark(get("ai2d"), tmp_path)
     assert data["question"] == [row["question"] for row in rows]
 
 
-def test_jsonl_with_paths_of_images(png, tmp_path):
+def test_jsonl_with_image_paths(png, tmp_path):
     (tmp_path / "mme" / "images").mkdir(parents=True)
     (tmp_path / "mme" / "images" / "1.png").write_bytes(png)
     rows = make_rows("mme", image="images/1.png")
@@ -120,7 +120,7 @@ def vlmevalkit_rows(task, png):
 
 
 @pytest.mark.parametrize("task", BENCHMARKS)
-def test_vlmevalkits_tsv_becomes_the_hubs_schema(task, png, tmp_path):
+def test_vlmevalkit_tsv_is_converted_to_the_hub_schema(task, png, tmp_path):
     rows = vlmevalkit_rows(task, png)
     write_tsv(tmp_path / task / "Some_Name.tsv", rows)
     data = load_benchmark(get(task), tmp_path)
@@ -137,7 +137,7 @@ def test_vlmevalkits_tsv_becomes_the_hubs_schema(task, png, tmp_path):
         assert data["question"] == [row["question"] for row in wanted]
 
 
-def test_a_file_that_changes_is_read_again(png, tmp_path):
+def test_changed_file_is_read_again(png, tmp_path):
     rows = vlmevalkit_rows("ai2d", png)
     write_tsv(tmp_path / "ai2d" / "AI2D_TEST.tsv", rows)
     assert len(load_benchmark(get("ai2d"), tmp_path)) == len(rows)
@@ -145,7 +145,7 @@ def test_a_file_that_changes_is_read_again(png, tmp_path):
     assert len(load_benchmark(get("ai2d"), tmp_path)) == 2
 
 
-def test_a_missing_benchmark_says_what_to_download_and_where_to_put_it(tmp_path):
+def test_missing_benchmark_error_has_the_download_command(tmp_path):
     (tmp_path / "scienceqa" / ".cache").mkdir(parents=True)
     (tmp_path / "scienceqa" / ".cache" / "test.parquet").touch()
     (tmp_path / "scienceqa" / "train-00000.parquet").touch()
@@ -157,12 +157,12 @@ def test_a_missing_benchmark_says_what_to_download_and_where_to_put_it(tmp_path)
     ) in str(error.value)
 
 
-def test_without_a_network_the_error_says_how_to_do_without():
+def test_offline_error_has_the_download_command():
     with pytest.raises(SoloError, match=r"hf download lmms-lab-encoder/MME .* and pass --data-root"):
         load_benchmark(get("mme"), None)
 
 
-def test_the_right_split_and_kind_are_chosen(tmp_path):
+def test_split_and_format_selection(tmp_path):
     for name in (
         "ScienceQA-FULL/test-0.parquet",
         "ScienceQA-IMG/test-0.parquet",
@@ -179,7 +179,7 @@ def test_the_right_split_and_kind_are_chosen(tmp_path):
     assert (kind, [file.name for file in files]) == ("parquet", ["testmini-0.parquet"])
 
 
-def test_a_broken_file_is_named(tmp_path):
+def test_unreadable_file_is_named(tmp_path):
     (tmp_path / "mme").mkdir()
     (tmp_path / "mme" / "test-0.parquet").write_text("no parquet")
     with pytest.raises(SoloError, match=r"cannot read .*test-0.parquet"):
@@ -231,7 +231,7 @@ def assert_letters_are_kept(prompt, score):
 
 @pytest.mark.parametrize("empty", [None, ""])
 @pytest.mark.parametrize("task", CHOICE_TASKS)
-def test_an_empty_option_in_parquet_keeps_the_letters_of_those_behind_it(task, empty, png, tmp_path):
+def test_empty_option_in_parquet_keeps_later_letters(task, empty, png, tmp_path):
     (tmp_path / task).mkdir()
     pq.write_table(pa.Table.from_pylist(rows_with_gap(task, png, empty)), tmp_path / task / "x.parquet")
     assert_letters_are_kept(*prompt_and_score(task, tmp_path))
@@ -239,7 +239,7 @@ def test_an_empty_option_in_parquet_keeps_the_letters_of_those_behind_it(task, e
 
 @pytest.mark.parametrize("empty", [None, "", float("nan")])
 @pytest.mark.parametrize("task", CHOICE_TASKS)
-def test_an_empty_option_in_json_lines_keeps_the_letters_of_those_behind_it(task, empty, png, tmp_path):
+def test_empty_option_in_jsonl_keeps_later_letters(task, empty, png, tmp_path):
     (tmp_path / task).mkdir()
     (tmp_path / task / "1.png").write_bytes(png)
     (row,) = rows_with_gap(task, png, empty)
@@ -250,7 +250,7 @@ def test_an_empty_option_in_json_lines_keeps_the_letters_of_those_behind_it(task
 
 
 @pytest.mark.parametrize("task", CHOICE_TASKS)
-def test_an_empty_option_in_vlmevalkits_tsv_keeps_the_letters_of_those_behind_it(task, png, tmp_path):
+def test_empty_option_in_vlmevalkit_tsv_keeps_later_letters(task, png, tmp_path):
     letters = dict(zip("ABCD", WITH_GAP, strict=True))
     row = {"index": 391, "image": base64.b64encode(png).decode(), "question": "How many?", "answer": "D"}
     if task == "mathvista":
@@ -266,7 +266,7 @@ def test_an_empty_option_in_vlmevalkits_tsv_keeps_the_letters_of_those_behind_it
 
 @pytest.mark.parametrize("task", [task for task in CHOICE_TASKS if task != "mathvista"])
 @pytest.mark.parametrize("encoded", [False, True], ids=["images", "base64"])
-def test_vlmevalkits_columns_in_parquet(task, encoded, png, tmp_path):
+def test_vlmevalkit_columns_in_parquet(task, encoded, png, tmp_path):
     image = base64.b64encode(png).decode() if encoded else {"bytes": png, "path": None}
     row = {
         "index": 391,
@@ -281,7 +281,7 @@ def test_vlmevalkits_columns_in_parquet(task, encoded, png, tmp_path):
     assert_letters_are_kept(*prompt_and_score(task, tmp_path))
 
 
-def test_rows_that_an_older_version_converted_are_converted_again(png, tmp_path, monkeypatch):
+def test_new_cache_version_converts_again(png, tmp_path, monkeypatch):
     """The cache of `datasets` knows the file only, not what was made of it."""
     write_tsv(tmp_path / "ai2d" / "x.tsv", vlmevalkit_rows("ai2d", png))
     with monkeypatch.context() as older:
@@ -291,7 +291,7 @@ def test_rows_that_an_older_version_converted_are_converted_again(png, tmp_path,
     assert load_benchmark(get("ai2d"), tmp_path)[0]["options"] == list(ANIMALS)
 
 
-def test_an_image_in_json_lines_may_be_a_data_url(png, tmp_path):
+def test_jsonl_image_as_data_url(png, tmp_path):
     url = "data:;base64," + base64.encodebytes(png).decode()
     (tmp_path / "mme").mkdir()
     (tmp_path / "mme" / "x.jsonl").write_text(json.dumps(make_rows("mme", image=url)[0]) + "\n")
@@ -301,7 +301,7 @@ def test_an_image_in_json_lines_may_be_a_data_url(png, tmp_path):
 @pytest.mark.parametrize("task", ["ai2d", "scienceqa"])
 @pytest.mark.parametrize("options", ["['Two', 'One', '', 'Three']", "['Two' 'One' nan 'Three']"])
 @pytest.mark.parametrize("answer", ["3", "D", "Three"])
-def test_the_hubs_columns_as_text_of_a_tsv(task, options, answer, png, tmp_path):
+def test_hub_columns_as_text_in_tsv(task, options, answer, png, tmp_path):
     column = "choices" if task == "scienceqa" else "options"
     image = base64.b64encode(png).decode()
     row = {"question": "How many?", column: options, "answer": answer, "hint": "", "image": image}
@@ -310,7 +310,7 @@ def test_the_hubs_columns_as_text_of_a_tsv(task, options, answer, png, tmp_path)
 
 
 @pytest.mark.parametrize("answer", ["", "AB", "E", "A, B"])
-def test_an_answer_that_names_no_option_or_two_is_refused(answer, png, tmp_path):
+def test_reference_that_is_not_exactly_one_option_is_refused(answer, png, tmp_path):
     rows = vlmevalkit_rows("ai2d", png)
     rows[2]["answer"] = answer
     write_tsv(tmp_path / "ai2d" / "AI2D_TEST.tsv", rows)
@@ -318,7 +318,7 @@ def test_an_answer_that_names_no_option_or_two_is_refused(answer, png, tmp_path)
         load_benchmark(get("ai2d"), tmp_path)
 
 
-def test_a_question_that_is_there_twice_is_refused_before_it_is_asked(png, tmp_path):
+def test_duplicate_question_is_refused(png, tmp_path):
     from solo_vlm.evaluate.data import Rows
 
     write_tsv(tmp_path / "mmstar" / "MMStar.tsv", vlmevalkit_rows("mmstar", png))

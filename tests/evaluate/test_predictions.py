@@ -1,17 +1,20 @@
-"""`solo eval rescore` on the kinds of files in which people save predictions."""
+"""Saved predictions in every supported file format: rows are neither invented nor merged."""
 
 from __future__ import annotations
 
 import csv
 import json
+from datetime import datetime
 
 import pytest
 from openpyxl import Workbook
+from openpyxl.styles import Font, PatternFill
 from tests.evaluate.benchmark_rows import TASKS, correct_response, make_rows, rescore
 
 from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
-from solo_vlm.evaluate.predictions import Prediction, load_predictions, without_images
+from solo_vlm.evaluate.predictions import Prediction, load_predictions, read_table, without_images
 from solo_vlm.evaluate.run_folder import RunFolder
+from solo_vlm.utils.errors import SoloError
 
 
 def answered_rows(task):
@@ -49,7 +52,7 @@ def write(path, rows):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "xlsx"])
 @pytest.mark.parametrize("task", BENCHMARKS)
-def test_every_task_in_every_kind_of_file(task, kind, tmp_path):
+def test_every_task_in_every_file_format(task, kind, tmp_path):
     rows = answered_rows(task)
     score = rescore(get(task), write(tmp_path / f"predictions.{kind}", rows))
     assert score.score == score.maximum
@@ -58,7 +61,7 @@ def test_every_task_in_every_kind_of_file(task, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "xlsx", "json"])
-def test_vlmevalkits_columns(kind, tmp_path):
+def test_vlmevalkit_columns(kind, tmp_path):
     rows = [
         {
             "index": 1,
@@ -99,7 +102,7 @@ def test_vlmevalkits_columns(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "tsv", "xlsx", "json", "jsonl"])
 @pytest.mark.parametrize("response", ["D", "Three", "(D) Three", "The answer is three."])
 @pytest.mark.parametrize("task", ["mmstar", "seedbench", "ai2d", "scienceqa"])
-def test_letters_keep_their_places_beside_an_empty_option(task, response, kind, tmp_path):
+def test_empty_option_keeps_later_letters(task, response, kind, tmp_path):
     options = {"A": "Two", "B": "One", "C": None, "D": "Three"}
     row = {"index": 391, "question": "How many?", **options, "answer": "D", "prediction": response}
     score = rescore(get(task), write(tmp_path / f"x.{kind}", [row]))
@@ -130,30 +133,30 @@ def test_letters_keep_their_places_beside_an_empty_option(task, response, kind, 
     ],
 )
 @pytest.mark.parametrize("response", ["B", "cat"])
-def test_forms_of_options_and_answers(row, response, tmp_path):
+def test_formats_of_options_and_references(row, response, tmp_path):
     path = write(tmp_path / "x.jsonl", [{**row, "response": response}])
     assert rescore(get("ai2d"), path).score == 100
     assert rescore(get("ai2d"), write(path, [{**row, "response": "A"}])).score == 0
 
 
-def test_numbers_as_options_are_not_places_where_options_have_columns(tmp_path):
+def test_numeric_reference_is_no_index_if_options_have_columns(tmp_path):
     rows = [{"A": "3", "B": "1", "answer": "1", "prediction": "B"}]
     assert rescore(get("ai2d"), write(tmp_path / "x.csv", rows)).score == 100
 
 
-def test_letters_suffice(tmp_path):
+def test_letters_without_options(tmp_path):
     rows = [{"answer": "A", "prediction": "The answer is A."}, {"answer": "D", "prediction": "C"}]
     assert rescore(get("mmstar"), write(tmp_path / "x.csv", rows)).score == 50
 
 
-def test_a_row_without_a_response_is_a_bad_row(tmp_path):
+def test_row_without_a_response_is_a_bad_row(tmp_path):
     rows = [{"answer": "A", "prediction": "A"}, {"answer": "A", "prediction": None}, {"answer": "A"}]
     score = rescore(get("mmstar"), write(tmp_path / "x.jsonl", rows))
     assert score.score == pytest.approx(100 / 3)
     assert score.bad_rows == ("2", "3")
 
 
-def test_mmes_text_files(tmp_path):
+def test_mme_text_files(tmp_path):
     """Two images in each of two subtasks; the first image's second question is answered wrongly."""
     for subtask in ("existence", "OCR"):
         lines = [
@@ -169,7 +172,7 @@ def test_mmes_text_files(tmp_path):
     assert rescore(get("mme"), tmp_path / "OCR.txt").score == 125
 
 
-def test_mathvistas_result_json(tmp_path):
+def test_mathvista_result_json(tmp_path):
     free = {"question_type": "free_form", "choices": None}
     choice = {
         "question_type": "multi_choice",
@@ -199,7 +202,7 @@ def test_mathvistas_result_json(tmp_path):
     assert score.breakdown["logical reasoning"].n == 1
 
 
-def test_lines_end_where_json_says(tmp_path):
+def test_json_lines_with_unicode_line_separators(tmp_path):
     """Some characters end a line for Python's splitlines, but not in JSON."""
     answered = [Prediction("1", "A\u2028\x85B", {"answer": "A"})]
     RunFolder(tmp_path).write_predictions("mmstar", answered)
@@ -210,7 +213,7 @@ def test_lines_end_where_json_says(tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_predictions_of_a_run(task, tmp_path):
+def test_predictions_of_a_run(task, tmp_path):
     answered = [
         Prediction(f"row {n}", correct_response(task, row), without_images(row))
         for n, row in enumerate(make_rows(task))
@@ -222,7 +225,7 @@ def test_the_predictions_of_a_run(task, tmp_path):
     assert rescore(get(task), folder.predictions_file(task)) == get(task).score(answered)
 
 
-def test_json_on_the_command_line(run, tmp_path):
+def test_rescore_json(run, tmp_path):
     path = write(tmp_path / "x.csv", answered_rows("mmstar"))
     code, out, error = run("eval", "rescore", "--task", "mmstar", "--predictions", path, "--json")
     assert (code, error) == (0, "")
@@ -234,7 +237,7 @@ def test_json_on_the_command_line(run, tmp_path):
     assert 80 < score["interval"][0] < score["interval"][1] == 100
 
 
-def test_the_table_on_the_command_line(run, tmp_path):
+def test_rescore_table(run, tmp_path):
     path = write(tmp_path / "x.jsonl", [*answered_rows("mme"), {**make_rows("mme")[0], "question_id": "9"}])
     code, out, error = run("eval", "rescore", "--task", "mme", "--predictions", path)
     assert (code, error) == (0, "")
@@ -263,7 +266,7 @@ def test_the_table_on_the_command_line(run, tmp_path):
         ("x.txt", "1.jpg\tIs it?\tYes\n", "line 1 of x.txt is not image, question, answer, response"),
     ],
 )
-def test_a_file_that_cannot_be_scored_is_one_line(run, tmp_path, name, content, message):
+def test_unscorable_file_is_a_one_line_error(run, tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     code, out, error = run("eval", "rescore", "--task", "mmstar", "--predictions", tmp_path / name)
     assert (code, out) == (2, "")
@@ -280,7 +283,182 @@ def test_a_file_that_cannot_be_scored_is_one_line(run, tmp_path, name, content, 
         (["--task", "mathvista", "--judge-url", "http://x"], "needs --judge MODEL"),
     ],
 )
-def test_wrong_options(run, options, message):
+def test_invalid_options_are_refused(run, options, message):
     code, _, error = run("eval", "rescore", *options, "--predictions", "nowhere.csv")
     assert code == 2
     assert message in error
+
+
+ROW = {"index": 1, "question": "?", "A": "dog", "B": "cat", "answer": "B", "prediction": "cat"}
+
+
+def table(*rows):
+    """CSV of rows like ROW."""
+    names = list(ROW)
+    lines = [names, *([str(row[name]) for name in names] for row in rows)]
+    return "".join(",".join(line) + "\n" for line in lines)
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_blank_formatted_rows_of_a_sheet_are_ignored(tmp_path):
+    book = Workbook()
+    sheet = book.active
+    sheet.append(list(ROW))
+    sheet.append(list(ROW.values()))
+    for row in range(3, 8):
+        for column in range(1, 9):
+            cell = sheet.cell(row, column)
+            cell.fill, cell.font = PatternFill("solid", "FFFF00"), Font(bold=True)
+    sheet.cell(6, 2).value = "  "
+    sheet.append([2, *list(ROW.values())[1:]])
+    book.save(tmp_path / "x.xlsx")
+    score = rescore(get("mmstar"), tmp_path / "x.xlsx")
+    assert (score.n, score.score, score.bad_rows) == (2, 100, ())
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_rows_of_empty_cells_are_ignored(tmp_path, kind):
+    text = table(ROW) + ",,,,,\n\n , ,,,,\n" + table({**ROW, "index": 2}).split("\n")[1] + "\n"
+    (tmp_path / f"x.{kind}").write_text(text.replace(",", "\t") if kind == "tsv" else text)
+    score = rescore(get("mmstar"), tmp_path / f"x.{kind}")
+    assert (score.n, score.score) == (2, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.csv", table(ROW)),
+        ("x.tsv", table(ROW).replace(",", "\t")),
+        ("x.json", json.dumps([ROW])),
+        ("x.jsonl", lines(ROW)),
+    ],
+)
+def test_byte_order_mark_is_ignored(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert rescore(get("mmstar"), tmp_path / name).score == 100
+    (prediction,) = load_predictions(tmp_path / name)
+    assert str(prediction.row["index"]) == "1"
+
+
+def test_byte_order_mark_in_mme_text_file_is_ignored(tmp_path):
+    text = "1.jpg\tIs there a dog?\tYes\tyes\n1.jpg\tIs there a cat?\tNo\tno\n"
+    (tmp_path / "OCR.txt").write_text(text, encoding="utf-8-sig")
+    assert rescore(get("mme"), tmp_path / "OCR.txt").score == 200
+
+
+def test_byte_order_mark_in_files_of_a_run_is_ignored(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_predictions("mmstar", [Prediction("1", "A", {"answer": "A"})])
+    folder.write_metadata({"a": 1})
+    for file in (folder.predictions_file("mmstar"), tmp_path / "run.json"):
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert folder.read_predictions("mmstar") == [Prediction("1", "A", {"answer": "A"})]
+    assert folder.read_metadata() == {"a": 1}
+    assert rescore(get("mmstar"), folder.predictions_file("mmstar")).score == 100
+
+
+@pytest.mark.parametrize("column", ["pid", "index", "id", "Index"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_duplicate_row_ids_are_refused(run, tmp_path, column, kind):
+    rest = {name: value for name, value in ROW.items() if name != "index"}
+    rows = [{column: name, **rest} for name in (5, 6, 5)]
+    header = ",".join(rows[0]) + "\n"
+    text = header + "".join(",".join(map(str, row.values())) + "\n" for row in rows)
+    (tmp_path / f"x.{kind}").write_text(text if kind == "csv" else lines(*rows))
+    code, out, error = run("eval", "rescore", "--task", "mmstar", "--predictions", tmp_path / f"x.{kind}")
+    assert (code, out) == (2, "")
+    assert f"rows 1 and 3 have the same {column.lower()}, 5" in error
+    assert error.count("\n") == 1
+
+
+def test_row_ids_are_compared_as_text_within_a_split(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines({**ROW, "split": "val"}, {**ROW, "split": "test"}))
+    assert rescore(get("mmstar"), path).n == 2
+    path.write_text(lines({**ROW, "index": 1}, {**ROW, "index": "1.0"}))
+    with pytest.raises(SoloError, match="the same index, 1"):
+        rescore(get("mmstar"), path)
+    path.write_text(lines({**ROW, "index": None}, {**ROW, "index": float("nan")}, ROW))
+    assert rescore(get("mmstar"), path).n == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.csv", "answer,prediction,Prediction\nA,A,B\n", "2 columns are called prediction"),
+        (
+            "x.jsonl",
+            '{"answer": "A", "prediction": "A", "Prediction": "B"}\n',
+            "two columns are called prediction",
+        ),
+        ("x.jsonl", '{"answer": "A", "prediction": "A", "prediction": "B"}\n', "called 'prediction'"),
+        ("x.json", '{"1": {"answer": "A"}, "1": {"answer": "B"}}', "called '1'"),
+    ],
+)
+def test_duplicate_names_with_different_values_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SoloError, match=message):
+        read_table(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("open-quote.csv", 'answer,prediction\nA,"B, since\nB,B\nC,C\n'),
+        ("quote-within.tsv", 'answer\tprediction\nA\t"B" is right\nB\tB\n'),
+        ("deep.json", "[" * 100_000),
+        ("deep.jsonl", "[" * 100_000),
+    ],
+)
+def test_malformed_table_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SoloError, match=f"cannot read .*{name}"):
+        read_table(tmp_path / name)
+
+
+def test_duplicate_columns_of_a_sheet_are_refused(tmp_path):
+    book = Workbook()
+    book.active.append(["answer", "Prediction", "prediction", None, None])
+    book.active.append(["A", "A", "B", None, None])
+    book.save(tmp_path / "x.xlsx")
+    with pytest.raises(SoloError, match="2 columns are called prediction"):
+        read_table(tmp_path / "x.xlsx")
+
+
+def test_dates_made_by_excel_are_refused(tmp_path):
+    book = Workbook()
+    book.active.append(["answer", "prediction"])
+    book.active.append(["A", datetime(2026, 3, 5)])
+    book.save(tmp_path / "x.xlsx")
+    with pytest.raises(SoloError, match="row 2 has a date"):
+        read_table(tmp_path / "x.xlsx")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"id": "1", "response": "A", "row": ["answer"]}',
+        '{"id": "1", "response": 5, "row": {"answer": "A"}}',
+        '{"id": "1", "response": ["A"], "row": {"answer": "A"}}',
+    ],
+)
+def test_malformed_prediction_of_a_run_is_refused(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(line + "\n")
+    with pytest.raises(SoloError, match="line 1 is not a prediction"):
+        rescore(get("mmstar"), tmp_path / "x.jsonl")
+
+
+def test_ids_of_a_run_are_compared_as_text(tmp_path):
+    row = {"response": "A", "row": {"answer": "A"}}
+    (tmp_path / "x.jsonl").write_text(lines({"id": 1, **row}, {"id": "1", **row}))
+    with pytest.raises(SoloError, match="two predictions have the ID 1"):
+        rescore(get("mmstar"), tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(("cell", "n"), [("False", 1), ("0", 1), ("", 1), ("True", 2), ("1", 2)])
+def test_has_image_as_text(tmp_path, cell, n):
+    (tmp_path / "x.csv").write_text(f"has_image,answer,prediction\nTrue,A,A\n{cell},A,A\n")
+    assert rescore(get("scienceqa"), tmp_path / "x.csv").n == n

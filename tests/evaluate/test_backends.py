@@ -1,4 +1,4 @@
-"""The engines and the model that lmms-eval sees, with its own requests, and over HTTP."""
+"""Backends: a local model in batches, and a server over HTTP."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from lmms_eval.api.instance import Instance
-from lmms_eval.models import get_model
 from PIL import Image
 from tests.factories import ask
 
 from solo_vlm.evaluate.backends import ServerBackend
-from solo_vlm.evaluate.lmms_eval import DEFAULT_MAX_NEW_TOKENS, BackendModel, Solo
 from solo_vlm.generate import BatchGenerator, GenerationOutput, GenerationPipeline, GenerationRequest
 from solo_vlm.utils.errors import SoloError
 
@@ -41,13 +38,13 @@ def answers_by_number(engine, chats, max_new_tokens=6) -> dict[int, GenerationOu
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
-def test_batches_answer_as_one_by_one(pipeline, chats, batch_size):
+def test_batched_answers_equal_single_answers(pipeline, chats, batch_size):
     found = answers_by_number(BatchGenerator(pipeline, batch_size), chats)
     assert [found[n].text for n in range(len(chats))] == [pipeline.answer([chat], 6)[0] for chat in chats]
     assert len({answer.text for answer in found.values()}) > 3  # the model tells the chats apart
 
 
-def test_batches_hold_chats_of_similar_length(pipeline, chats, monkeypatch):
+def test_batches_group_chats_of_similar_length(pipeline, chats, monkeypatch):
     widths = []
     encode = pipeline.encode
 
@@ -65,71 +62,12 @@ def test_batches_hold_chats_of_similar_length(pipeline, chats, monkeypatch):
     assert padding < sum(longest - shortest for longest, shortest in widths) / 3
 
 
-def test_a_chat_that_is_too_long_fails_alone(pipeline, chats, picture):
+def test_too_long_chat_fails_alone(pipeline, chats, picture):
     too_long = ask("what?", picture(1024, 1024))  # 1,057 tokens; the context is 512
     found = answers_by_number(BatchGenerator(pipeline, 4), [*chats[:3], too_long])
     assert found[3].text is None
     assert "512" in found[3].error
     assert [found[n].text for n in range(3)] == [pipeline.answer([chat], 6)[0] for chat in chats[:3]]
-
-
-class Parrot:
-    """Answers everything with one text; remembers the questions."""
-
-    def __init__(self, text):
-        self.text = text
-        self.questions: list[GenerationRequest] = []
-
-    def generate(self, requests):
-        for question in requests:
-            self.questions.append(question)
-            yield [GenerationOutput(question.request_id, self.text)]
-
-
-def request(row, settings, *images):
-    def to_messages(_):
-        content = [{"type": "image", "url": image} for image in images]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": f"question {row}"}]}]
-
-    arguments = (f"question {row}", to_messages, settings, row, "task", "test")
-    return Instance("generate_until", arguments, 0, {"task": "task", "doc_id": row, "repeats": 1})
-
-
-def respond(text, settings, **options):
-    engine = Parrot(text)
-    model = BackendModel(engine, **options)
-    model.task_dict = {"task": {"test": [{}]}}
-    (response,) = model.generate_until([request(0, settings)])
-    return response, engine.questions[0].max_new_tokens
-
-
-def test_answers_are_stripped_and_cut_where_the_task_says():
-    assert respond("\n B \n", {})[0] == "B"
-    assert respond("B ASSISTANT: C", {"until": ["ASSISTANT:"]})[0] == "B"
-    assert respond("one, two; three", {"until": [";", ","]})[0] == "one"
-    assert respond("so it is.\n\nB", {"until": ["\n\n"]})[0] == "so it is.\n\nB"
-    assert respond("so it is.\n\nB", {"until": ["\n\n"]}, stop_at_blank_line=True)[0] == "so it is."
-
-
-def test_the_longest_answer():
-    assert respond("B", {"max_new_tokens": 16, "image_aspect_ratio": "original"})[1] == 16
-    assert respond("B", {"until": ["\n\n"]})[1] == DEFAULT_MAX_NEW_TOKENS
-    assert respond("B", {"max_new_tokens": 16}, max_new_tokens=4)[1] == 4
-
-
-def test_lmms_eval_knows_the_model_and_runs_it(solo, tmp_path, picture):
-    solo.save(tmp_path)
-    assert get_model("solo") is Solo
-    model = Solo.create_from_arg_string(f"pretrained={tmp_path},max_new_tokens=6", {"batch_size": 2})
-    model.task_dict = {"task": {"test": [{}] * 3}}
-    images = [[], [picture(64, 32)], [picture(64, 64), picture(32, 96, seed=1)]]
-    responses = model.generate_until([request(row, {}, *images[row]) for row in range(3)])
-    pipeline = GenerationPipeline(solo.model, solo.processor)
-    alone = [pipeline.answer([ask(f"question {row}", *images[row])], 6)[0] for row in range(3)]
-    assert responses == alone
-
-
-# ------------------------------------------------------------------------------------- a served model
 
 
 class Server(ThreadingHTTPServer):
@@ -193,7 +131,7 @@ def serve() -> Iterator:
         server.server_close()
 
 
-def test_a_served_model_gets_chats_with_images_and_several_at_a_time(serve, picture):
+def test_server_receives_images_and_concurrent_requests(serve, picture):
     server = serve(parallel=2)  # no request is answered before two are there
     images = [picture(64, 32), picture(32, 96, seed=1)]
     chats = [ask("none"), ask("one", images[0]), ask("two", *images), ask("again", images[1])]
@@ -212,7 +150,7 @@ def test_a_served_model_gets_chats_with_images_and_several_at_a_time(serve, pict
         np.testing.assert_array_equal(sent[image.size], np.asarray(image))
 
 
-def test_a_chat_that_the_server_refuses_fails_alone(serve):
+def test_refused_request_fails_alone(serve):
     found = answers_by_number(
         ServerBackend("m", serve().url, "x", concurrency=1), [ask("refuse"), ask("hello")]
     )
@@ -221,7 +159,7 @@ def test_a_chat_that_the_server_refuses_fails_alone(serve):
     assert found[1].text == "hello: []"
 
 
-def test_a_server_that_is_not_there_ends_the_run(serve):
+def test_unreachable_server_stops_the_run(serve):
     server = serve()
     server.shutdown()
     server.server_close()
@@ -230,7 +168,7 @@ def test_a_server_that_is_not_there_ends_the_run(serve):
         answers_by_number(engine, [ask("hello")])
 
 
-def test_without_a_key_the_error_says_how_to_give_one(monkeypatch):
+def test_missing_key_error_names_the_variable(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(SoloError, match="OPENAI_API_KEY"):
         ServerBackend("m")

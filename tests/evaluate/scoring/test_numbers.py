@@ -101,5 +101,5 @@ def test_numbers(response, expected):
         ("", None),
     ],
 )
-def test_a_text_that_is_a_number_and_nothing_else(text, value):
+def test_as_number_accepts_plain_numbers_only(text, value):
     assert as_number(text) == value

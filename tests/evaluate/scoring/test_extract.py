@@ -58,7 +58,7 @@ OPTIONS = ["dog", "cat", "bird", "a cat and a dog"]
         "The answer is (A). No, wait: the answer is (B).",
     ],
 )
-def test_every_usual_way_of_saying_b(response):
+def test_common_phrasings_of_option_b(response):
     assert read_choice(response, OPTIONS) == "B"
 
 
@@ -77,7 +77,7 @@ def test_every_usual_way_of_saying_b(response):
         "bulldog",
     ],
 )
-def test_nothing_is_guessed(response):
+def test_unclear_responses_are_unreadable(response):
     assert read_choice(response, [*OPTIONS, "fish"][:4]) is None
 
 
@@ -109,11 +109,11 @@ def test_nothing_is_guessed(response):
     ],
 )
 @pytest.mark.parametrize("options", [OPTIONS, ["dog", "", "bird", "fish"]], ids=["full", "one empty"])
-def test_two_or_more_letters_are_unreadable(response, options):
+def test_several_letters_are_unreadable(response, options):
     assert read_choice(response, options) is None
 
 
-def test_the_letters_of_all_options_are_unreadable_where_no_text_is_known():
+def test_all_letters_are_unreadable_without_option_texts():
     for response in ("A, B", "A\nB\nC\nD", "A) dog B) cat", "A. dog\nB. cat", "Answer: A, B"):
         assert read_choice(response, [""] * 5) is None
 
@@ -130,7 +130,7 @@ def test_the_letters_of_all_options_are_unreadable_where_no_text_is_known():
         "B: cat. It is not a dog.",
     ],
 )
-def test_an_answer_beside_the_repeated_options_counts(response):
+def test_answer_next_to_repeated_options_counts(response):
     assert read_choice(response, OPTIONS) == "B"
 
 
@@ -153,7 +153,7 @@ def test_an_answer_beside_the_repeated_options_counts(response):
         "It barks: A.</think>B",
     ],
 )
-def test_special_tokens_and_what_follows_the_turn_are_no_part_of_the_answer(response):
+def test_special_tokens_and_text_after_the_turn_are_ignored(response):
     assert read_choice(response, OPTIONS) == "B"
 
 
@@ -219,11 +219,11 @@ def test_markup_around_a_letter(response):
         "It doesn't look like a dog",
     ],
 )
-def test_what_is_rejected_or_still_a_thought_is_no_answer(response):
+def test_rejected_options_and_unclosed_reasoning_are_no_answer(response):
     assert read_choice(response, OPTIONS) is None
 
 
-def test_an_option_that_says_none_or_all_is_read_by_its_text():
+def test_none_and_all_options_match_by_text():
     options = ["A and B", "None of the above", "All of the above", ""]
     assert read_choice("None of the above", options) == "B"
     assert read_choice("The answer is none of the above.", options) == "B"
@@ -231,20 +231,20 @@ def test_an_option_that_says_none_or_all_is_read_by_its_text():
     assert read_choice("C. All of the above", options) == "C"
 
 
-def test_an_empty_option_is_chosen_by_its_letter_only():
+def test_empty_option_matches_by_letter_only():
     options = ["two", "one", "", "three"]
     assert [read_choice(response, options) for response in ("C", "D", "three")] == ["C", "D", "D"]
     assert read_choice("", options) is None
     assert read_choice("...", options) is None
 
 
-def test_options_that_differ_in_case_or_marks_only():
+def test_options_that_differ_in_case_or_punctuation_only():
     assert read_choice("MW", ["mW", "MW"]) == "B"
     assert read_choice("mw", ["mW", "MW"]) is None
     assert read_choice("5", ["5!", "5"]) == "B"
 
 
-def test_a_letter_counts_only_as_far_as_there_are_options():
+def test_letters_beyond_the_options_do_not_count():
     assert read_choice("C", ["yes", "no"]) is None
     assert read_choice("I", ["yes", "no"]) is None
     assert read_choice("E", [*OPTIONS, "fish"]) == "E"
@@ -269,11 +269,11 @@ def test_a_letter_counts_only_as_far_as_there_are_options():
         ("There are 15, I think", ["10", "15"], "B"),
     ],
 )
-def test_an_option_is_not_a_part_of_a_longer_number(response, options, expected):
+def test_option_inside_a_longer_number_does_not_count(response, options, expected):
     assert read_choice(response, options) == expected
 
 
-def test_the_longer_of_two_options_that_both_occur():
+def test_longest_of_overlapping_options_wins():
     assert read_choice("There is a cat and a dog on it", OPTIONS) == "D"
 
 
@@ -285,12 +285,12 @@ def test_options_that_are_letters_themselves():
     assert read_choice("This is a leaf", labels) is None
 
 
-def test_letters_are_read_where_the_options_are_not_known():
+def test_letters_without_known_options():
     assert read_choice("The answer is C.", [""] * 4) == "C"
     assert read_choice("something", [""] * 4) is None
 
 
-def test_text_within_a_sentence_only_where_wanted():
+def test_option_text_inside_a_sentence_is_optional():
     assert read_choice("Of 3/5 and 8/11 take the former", ["3/5", "1/2"], anywhere=False) is None
     assert read_choice("so the answer is 3/5.", ["3/5", "1/2"], anywhere=False) == "A"
 
@@ -334,7 +334,7 @@ def test_yes_and_no(response, expected):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("noise", ["*", " ", "\n", "(", "[", "1", "1,", "answer is ", "option "])
-def test_answers_that_run_wild_do_not_hold_up_the_scoring(noise):
+def test_degenerate_responses_take_linear_time(noise):
     """50,000 repetitions: a pattern that looks back over what it has seen would take hours."""
     response = "Well" + noise * 50_000 + "x"
     assert read_choice(response, OPTIONS) is None
@@ -344,7 +344,7 @@ def test_answers_that_run_wild_do_not_hold_up_the_scoring(noise):
 
 
 @pytest.mark.timeout(60)
-def test_an_option_repeated_without_end_does_not_hold_up_the_scoring():
+def test_endlessly_repeated_option_takes_linear_time():
     assert read_choice("Well " + "A. dog " * 20_000, OPTIONS) == "A"
 
 

@@ -28,7 +28,7 @@ WITH_GAP = ["Two", "One", "", "Three"]
     ],
     ids=["columns", "choice columns", "list", "choices", "object"],
 )
-def test_an_empty_option_keeps_the_letters_of_those_behind_it(row_of, empty):
+def test_empty_option_keeps_later_letters(row_of, empty):
     assert options_of({**row_of(empty), "answer": "D"}) == WITH_GAP
 
 
@@ -52,7 +52,7 @@ def test_an_empty_option_keeps_the_letters_of_those_behind_it(row_of, empty):
         "['A. Two', 'B. One', '', 'D. Three']",
     ],
 )
-def test_text_that_spells_options(text):
+def test_options_as_text(text):
     assert as_list(text) == WITH_GAP
     assert options_of({"options": text, "answer": "D"}) == WITH_GAP
 
@@ -67,7 +67,7 @@ def test_text_that_spells_options(text):
         ["one"],
     ],
 )
-def test_arrays_and_series_as_numpy_and_pandas_print_them(options):
+def test_printed_numpy_arrays_and_pandas_series(options):
     """Long ones are broken into lines."""
     for array in (np.array(options), np.array(options, dtype=object)):
         for text in (str(array), repr(array), str(array.tolist())):
@@ -78,33 +78,33 @@ def test_arrays_and_series_as_numpy_and_pandas_print_them(options):
     ]
 
 
-def test_arrays_with_empty_entries():
+def test_printed_arrays_with_empty_entries():
     assert as_list(str(np.array(["a", None, "c"], dtype=object))) == ["a", "", "c"]
     assert as_list(str(np.array(["a", NAN, "c"], dtype=object))) == ["a", "", "c"]
     assert as_list(str(np.array([1, 2, 3]))) == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("text", ["['a', 'b'", "['a' 'b' ... 'z']", "{'a': }", "[a, b]"])
-def test_a_list_that_cannot_be_read_is_no_option(text):
+def test_unreadable_list_gives_no_options(text):
     assert options_of({"options": text, "answer": "A"}) == [""] * 5
 
 
-def test_options_that_are_no_texts_are_refused():
+def test_options_that_are_not_texts_are_refused():
     with pytest.raises(SoloError, match="an option must be a text"):
         as_list([["dog"], ["cat"]])
 
 
-def test_columns_that_are_all_empty_give_way_to_the_question():
+def test_empty_columns_fall_back_to_the_question():
     row = {"a": None, "b": "", "question": "Which?\nOptions: A: dog, B: cat"}
     assert options_of(row) == ["dog", "cat"]
 
 
-def test_a_row_of_json_may_lack_the_column_of_an_empty_option():
+def test_json_row_without_the_column_of_an_empty_option():
     assert options_of({"a": "Two", "b": "One", "d": "Three"}) == WITH_GAP
     assert options_of({"b": "One", "c": "x"}) == ["", "One", "x"]
 
 
-def test_empty_options_at_the_end_count_only_where_one_is_the_answer():
+def test_trailing_empty_options_count_only_if_one_is_the_reference():
     row = dict(zip("abcd", ("Two", "One", None, None), strict=True))
     assert options_of({**row, "answer": "B"}) == ["Two", "One"]
     assert options_of({**row, "answer": "D"}) == ["Two", "One", "", ""]
@@ -131,24 +131,24 @@ def test_empty_options_at_the_end_count_only_where_one_is_the_answer():
         ("nothing", None),
     ],
 )
-def test_the_right_letter(answer, letter):
+def test_reference_letter(answer, letter):
     assert (
         reference_letter(Prediction("1", "x", {"answer": answer}), WITH_GAP, answers_are_indices=True)
         == letter
     )
 
 
-def test_an_empty_answer_is_not_the_option_none():
+def test_empty_reference_is_not_the_option_none():
     assert reference_letter(Prediction("1", "x", {"answer": None}), ["Some", "None"], False) is None
     assert reference_letter(Prediction("1", "x", {"answer": NAN}), ["Some", "nan"], False) is None
 
 
-def test_an_answer_that_two_options_spell_names_neither():
+def test_reference_that_matches_two_options_is_unusable():
     assert reference_letter(Prediction("1", "x", {"answer": "cat"}), ["cat", "cat", "dog"], False) is None
     assert reference_letter(Prediction("1", "x", {"answer": "MW"}), ["mW", "MW"], False) == "B"
 
 
-def test_prompts_show_an_empty_option_as_empty():
+def test_with_option_texts_shows_empty_options_as_empty():
     row = with_option_texts(
         {"options": ["a", None, NAN, "d", None], "choice_a": "x", "choice_b": None, "answer": "3"}
     )
@@ -156,7 +156,7 @@ def test_prompts_show_an_empty_option_as_empty():
 
 
 @pytest.mark.parametrize("text", ["cat, dog, bird", "cat; dog", "cat|dog", "cat\n\nbird"])
-def test_a_text_that_does_not_tell_its_options_apart_is_refused(text):
+def test_ambiguous_options_text_is_refused(text):
     with pytest.raises(SoloError, match="are no list: write them as JSON"):
         options_of({"question": "Which?", "options": text, "answer": "B"})
     assert options_of({"question": "Which?", "options": "cat\ndog\n", "answer": "B"}) == ["cat", "dog"]

@@ -1,4 +1,4 @@
-"""MathVista with a language model that extracts answers, behind a real HTTP server with OpenAI's API."""
+"""MathVista by rules, and with an LLM judge behind a real HTTP server with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from tests.evaluate.benchmark_rows import correct_response, make_rows
+from tests.evaluate.benchmark_rows import FLOATS, MATHVISTA_TASKS, correct_response, make_rows, predictions
 from tests.evaluate.evaluation_runs import write_data_root
 from tests.factories import make_solo
+
+from solo_vlm.evaluate.benchmarks import get
+from solo_vlm.evaluate.predictions import Prediction
 
 ENDPOINT = "/v1/chat/completions"
 
@@ -59,7 +62,7 @@ def answer(run, tmp_path):
     return score
 
 
-def test_the_model_extracts_what_rules_cannot_read(answer):
+def test_llm_judge_extracts_what_rules_cannot(answer):
     rows = make_rows("mathvista")
     answers = {row["query"]: correct_response("mathvista", row) for row in rows}
     rows = [{**row, "response": f"Let us see. {answers[row['query']]}, or is it 99?"} for row in rows]
@@ -78,7 +81,7 @@ def test_the_model_extracts_what_rules_cannot_read(answer):
     assert all(request["model"] == "judge-1" and request["temperature"] == 0 for request in requests)
 
 
-def test_plain_answers_are_not_sent_and_the_nearest_option_is_taken(answer):
+def test_llm_judge_skips_plain_answers_and_takes_the_nearest_option(answer):
     row = {
         "question_type": "multi_choice",
         "answer_type": "text",
@@ -99,7 +102,7 @@ def test_plain_answers_are_not_sent_and_the_nearest_option_is_taken(answer):
     assert len(requests) == 2
 
 
-def test_an_endpoint_that_fails_is_one_line(answer):
+def test_failing_llm_judge_is_a_one_line_error(answer):
     rows = [{**make_rows("mathvista")[1], "response": "well"}]
     with server(lambda prompt: None) as (url, _):
         code, out, error = answer(rows, url)
@@ -108,7 +111,7 @@ def test_an_endpoint_that_fails_is_one_line(answer):
     assert "no such model" in error
 
 
-def test_a_run_is_judged(run, tmp_path, monkeypatch):
+def test_run_with_llm_judge(run, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -139,3 +142,83 @@ def test_a_run_is_judged(run, tmp_path, monkeypatch):
     (score,) = json.loads(printed)["scores"]
     assert score["score"] == 100.0
     assert "judge-1" in json.dumps(score)
+
+
+def test_constant_answer_to_mathvista():
+    rows = make_rows("mathvista", full=True)
+    score = get("mathvista").score(predictions("mathvista", lambda row: "B", full=True))
+    assert score.score == pytest.approx(sum(correct_response("mathvista", row) == "B" for row in rows) / 10)
+    assert score.unreadable == sum(row["question_type"] == "free_form" for row in rows)
+
+
+def test_all_float_questions_are_scored():
+    answered = predictions(
+        "mathvista",
+        lambda row: f"It is about {float(row['answer']) + 0.001:.6f}" if row["precision"] else "?",
+        full=True,
+    )
+    score = get("mathvista").score(answered)
+    assert (score.breakdown["float"].n, score.breakdown["float"].score) == (FLOATS, 100)
+    assert {name: part.n for name, part in score.breakdown.items() if part.group == "task"} == MATHVISTA_TASKS
+    assert score.breakdown["logical reasoning"].n == 500
+
+
+@pytest.mark.parametrize(
+    ("answer", "answer_type", "precision", "response", "right"),
+    [
+        ("14", "integer", None, "The number is 14.", True),
+        ("14", "integer", float("nan"), "14.0", True),
+        ("14", "integer", None, "15", False),
+        ("0.6", "float", 1.0, "The fraction is 0.6, 6 of 10", False),  # the last number is not the answer
+        ("0.6", "float", 1.0, "The answer is 0.6, six of 10", True),
+        ("1.45", "float", 2, "Luca needs $1.45", True),
+        ("2.50", "float", "2.0", "2.5", True),
+        ("1.45", "float", 2.0, "1e999", False),
+        ("0.0", "float", 1.0, "-0.04", True),
+        ("0.5", "float", 1.0, "The answer is 1/2", True),
+        ("-5", "integer", None, "–5", True),
+        ("1234", "integer", None, "1{,}234", True),
+        ("1,234", "integer", None, "1234", True),
+        ("7", "integer", None, "7</s>", True),
+        ("12", "integer", None, "3-12", False),
+        ("dog", "text", None, "Dog.<|im_end|>", True),
+        ("[2007, 2008]", "list", None, "between [2007,2008]", True),
+        ("[2007, 2008]", "list", None, "2007", False),
+    ],
+)
+def test_free_form_answers(answer, answer_type, precision, response, right):
+    row = {"question_type": "free_form", "answer_type": answer_type, "precision": precision, "answer": answer}
+    assert get("mathvista").score([Prediction("1", response, row)]).score == 100 * right
+
+
+def test_only_an_extraction_takes_the_nearest_option():
+    row = {
+        "question_type": "multi_choice",
+        "answer_type": "text",
+        "choices": ["hong kong", "osaka"],
+        "answer": "osaka",
+    }
+    mathvista = get("mathvista")
+    assert mathvista.score([Prediction("1", "osakaa", row)]).score == 0
+    assert mathvista.score([Prediction("1", "so B", {**row, "extraction": "osakaa"})]).score == 100
+    assert mathvista.score([Prediction("1", "x", {**row, "extraction": "(B) hong kong"})]).score == 100
+
+
+def choice_of_mathvista(choices, answer, response, **more):
+    row = {"question_type": "multi_choice", "answer_type": "text", "choices": choices, "answer": answer}
+    return get("mathvista").score([Prediction("1", response, {**row, **more})])
+
+
+def test_choices_with_an_empty_one():
+    for empty in (None, "", float("nan")):
+        for response in ("D", "three", "The answer is (D) three"):
+            assert choice_of_mathvista(["two", "one", empty, "three"], "three", response).score == 100
+    assert choice_of_mathvista("['two' 'one' nan 'three']", "three", "D").score == 100
+    # The empty text would be the nearest to anything short.
+    assert choice_of_mathvista(["thee", "", "osaka"], "thee", "x", extraction="hee").score == 100
+
+
+def test_choices_that_differ_in_case_or_occur_twice():
+    assert choice_of_mathvista(["mW", "MW"], "MW", "MW").score == 100
+    assert choice_of_mathvista(["mW", "MW"], "MW", "mW").score == 0
+    assert choice_of_mathvista(["5", "7", "5"], "5", "C").score == 100

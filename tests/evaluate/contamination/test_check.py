@@ -18,7 +18,7 @@ from tests.factories import png
 
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.evaluate.contamination.check import check_mixture
-from solo_vlm.evaluate.contamination.matching import HashIndex, NgramIndex, perceptual_hash, split_words
+from solo_vlm.evaluate.contamination.matching import split_words
 
 SENTENCE = "the old mill stands near a small river where two boats lie under many tall green trees and birds"
 QUESTIONS = [
@@ -76,7 +76,7 @@ def mixture(tmp_path):
     return write_mixture(tmp_path / "mixture", rows)
 
 
-def test_it_finds_exactly_what_was_planted(benchmark, mixture, run, tmp_path, monkeypatch):
+def test_finds_exactly_the_planted_rows(benchmark, mixture, run, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -109,66 +109,23 @@ def test_it_finds_exactly_what_was_planted(benchmark, mixture, run, tmp_path, mo
     assert question["words"] in page
 
 
-def test_processes_find_the_same(benchmark, mixture, tmp_path):
+def test_workers_find_the_same_matches(benchmark, mixture, tmp_path):
     rows = {"ai2d": open_task("ai2d", benchmark, tmp_path / "cache")}
     here, there = (check_mixture(rows, Mixture.load(mixture), workers=workers) for workers in (0, 2))
     assert here == there
     assert len(here.matches) == 2
 
 
-def test_a_phrase_that_is_everywhere_is_no_match(benchmark, tmp_path):
+def test_common_phrase_is_not_a_match(benchmark, tmp_path):
     rows = {"ai2d": open_task("ai2d", benchmark, tmp_path / "cache")}
     for copies, found in ((10, 10), (11, 0)):
         mixture = write_mixture(tmp_path / f"{copies}", [sample(QUESTIONS[2]) for _ in range(copies)])
         assert len(check_mixture(rows, Mixture.load(mixture)).matches) == found
 
 
-def test_many_places_are_counted_and_ten_listed(benchmark, tmp_path):
+def test_all_matches_are_counted_and_ten_are_listed(benchmark, tmp_path):
     rows = {"ai2d": open_task("ai2d", benchmark, tmp_path / "cache")}
     mixture = write_mixture(tmp_path / "m", [sample("same", png(noise(4, 200, 160))) for _ in range(15)])
     found = check_mixture(rows, Mixture.load(mixture))
     assert found.tasks["ai2d"].image_matches == {"4": 15}
     assert len(found.matches) == 10
-
-
-@pytest.mark.parametrize("distance", [0, 1, 4, 10, 16])
-def test_the_index_finds_what_brute_force_finds(distance):
-    rng = np.random.default_rng(distance)
-    known = [int(value) for value in rng.integers(0, 2**64, 500, dtype=np.uint64)]
-    asked = []
-    for value in known[:200]:
-        flipped = rng.choice(64, int(rng.integers(0, 20)), replace=False)
-        asked.append(value ^ sum(1 << int(bit) for bit in flipped))
-    index = HashIndex(((value, number) for number, value in enumerate(known)), distance)
-    hits = 0
-    for value in asked:
-        bits = [(value ^ other).bit_count() for other in known]
-        expected = [(number, count) for number, count in enumerate(bits) if count <= distance]
-        assert sorted(index.near(value)) == expected
-        hits += len(expected)
-    assert 0 < hits < len(asked) * 2
-
-
-def test_the_hash_survives_size_and_compression_only():
-    original = noise(7, 320, 240)
-    copies = [original.resize((100, 75)), original.convert("L").convert("RGB"), original.resize((640, 480))]
-    copies.append(Image.open(BytesIO(jpeg(original, 30))))
-    distances = [(perceptual_hash(original) ^ perceptual_hash(copy)).bit_count() for copy in copies]
-    assert max(distances) <= 4
-    others = [
-        (perceptual_hash(original) ^ perceptual_hash(noise(n, 320, 240))).bit_count() for n in range(8, 40)
-    ]
-    assert min(others) > 10
-
-
-def test_runs_of_words_follow_the_lengths_of_the_questions():
-    words = [f"w{n}" for n in range(40)]
-    texts = {("short", "1"): " ".join(words[:7]), ("middle", "1"): " ".join(words[:10])}
-    texts |= {("long", str(n)): " ".join(words[n:]) for n in range(3)}
-    overlap = NgramIndex.of(texts)
-    assert overlap.lengths == {"short": 8, "middle": 10, "long": 13}
-    assert overlap.compared == {"short": 0, "middle": 1, "long": 3}
-    runs = overlap.find("W0, w1 (w2) w3; w4 w5 w6 -- w7 w8 w9!")
-    assert [overlap.questions[run] for run in runs] == [[("middle", "1")]]
-    assert overlap.find(" ".join(words[:9])) == set()
-    assert overlap.find(" ".join(words[20:33])) == {" ".join(words[20:33])}
