@@ -1,8 +1,8 @@
 """Show Mermaid diagrams as pictures, so that the site loads no script.
 
-A page keeps the source of a diagram in a `mermaid` fence, which GitHub renders by itself. `make docs-assets`
-draws each source once into `docs/assets/diagrams/`, under a digest of the source, and this MkDocs hook replaces the
-fence by the picture.
+A page keeps the source of a diagram in a `mermaid` fence, which GitHub renders by itself. `make docs-
+assets` draws each source once into `docs/assets/diagrams/`, under a digest of the source, and this MkDocs
+hook replaces the fence by the picture.
 """
 
 from __future__ import annotations

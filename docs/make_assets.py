@@ -1,8 +1,8 @@
 """Draw the documentation's diagrams and screenshots: `make docs-assets`, after `make quickstart`.
 
 Everything is real: the page of `solo serve` with the quickstart's model, the report that the quickstart
-wrote, an evaluation of its model on held-out digits in the format of MMStar, and the report of the ablation whose
-results are in `benchmarks/results/`. Chromium draws them; npm provides Mermaid for the diagrams.
+wrote, an evaluation of its model on held-out digits in the format of MMStar, and the report of the ablation
+whose results are in `benchmarks/results/`. Chromium draws them; npm provides Mermaid for the diagrams.
 """
 
 from __future__ import annotations
