@@ -1,4 +1,4 @@
-"""Attention document by document equals dense attention under a mask."""
+"""Packed attention against dense attention with a mask."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ANSWER = [{"role": "assistant", "content": [{"type": "text", "text": "a blue squ
 
 
 def dense(query, key, value, bounds, window):
-    """A boolean mask over all pairs of positions: same document, causal, inside the window."""
+    """Return a dense boolean mask: same document, causal, within the window."""
     length = query.shape[2]
     document = torch.bucketize(torch.arange(length), bounds[1:], right=True)
     position = torch.arange(length)
@@ -56,7 +56,7 @@ def test_output_and_gradients_equal_dense_attention(lengths, window, with_long):
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_bfloat16_differs_by_rounding_only(window):
-    """On a CPU short documents take another way in bfloat16; long ones do not."""
+    """On CPU, short documents use another kernel in bfloat16 than long ones."""
     bounds = torch.tensor([0, 3, 20, 21, 60, 260, 600])
     torch.manual_seed(0)
     states = [torch.randn(1, heads, 600, 8, requires_grad=True) for heads in (4, 2, 2)]
@@ -77,7 +77,7 @@ def test_bfloat16_differs_by_rounding_only(window):
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
 def test_packed_attention_matches_each_document_alone(family):
-    """Every family's own attention, eager and without packing, is the truth; Gemma 2 caps its scores."""
+    """The reference is each family's eager attention without packing; Gemma 2 soft-caps its scores."""
     solo = make_solo(family)
     for module in solo.model.modules():
         if getattr(module, "attn_logit_softcapping", None):
@@ -123,7 +123,7 @@ def test_flash_attention_is_used_only_where_supported(dtype, size, can):
 
 
 def test_flash_attention_computes_in_autocast_dtype(monkeypatch):
-    """Rotary embeddings leave queries and keys in float32 there, values are in bfloat16."""
+    """Under autocast, rotary embeddings leave queries and keys in float32, while values are in bfloat16."""
     seen = []
 
     def varlen_attn(query, key, value, *args, **options):

@@ -40,7 +40,7 @@ def losses(out):
 
 
 def test_asynchronous_checkpoint_holds_state_at_time_of_save(runs, tmp_path):
-    """Training goes on while an asynchronous checkpoint is written."""
+    """Training continues while an asynchronous checkpoint is written."""
     recipe = Recipe.parse(run_settings(runs, tmp_path))
     model, _ = load_base_model(runs / "llama")
     optimizer = make_optimizer(model, recipe.optimizer)
@@ -63,7 +63,7 @@ def test_asynchronous_checkpoint_holds_state_at_time_of_save(runs, tmp_path):
 
 
 def test_parameters_unknown_to_optimizer_are_not_saved(runs, tmp_path):
-    """Another parameter, as there is while FSDP has gathered it, would be saved without its moments."""
+    """Parameters unknown to the optimizer, as while FSDP has gathered them, would lack moments."""
     recipe = Recipe.parse(run_settings(runs, tmp_path))
     model, _ = load_base_model(runs / "llama")
     optimizer = make_optimizer(model, recipe.optimizer)
@@ -145,7 +145,7 @@ def test_export_killed_between_adapter_and_model_is_repeated(tmp_path):
 
 
 def forget(folder):
-    """Make a folder like one of an older version: padding on the right, and no ends of answers."""
+    """Make a folder like one of an older version: right padding and no EOS ids."""
     for name, changes in (
         ("tokenizer_config.json", {"padding_side": "right"}),
         ("generation_config.json", {"eos_token_id": None}),

@@ -17,7 +17,7 @@ from tests.factories import read_steps, run_settings
 from solo_vlm.train.failures import Failure, Stopped, StopRequest, catch_signals, fail_together
 from solo_vlm.utils.errors import SoloError
 
-# `solo train` in which one process behaves as told.
+# `solo train` in which one process misbehaves on request.
 SCRIPT = """
 import os, signal, sys
 from solo_vlm.cli import main
@@ -45,7 +45,7 @@ main()
 
 @pytest.fixture
 def torchrun(runs, tmp_path):
-    """Starts torchruns of a small run, each with its own output; those that are left are killed."""
+    """Function that starts torchrun on a small run; processes left over are terminated."""
     (tmp_path / "script.py").write_text(SCRIPT)
     started = []
 
@@ -71,7 +71,7 @@ def torchrun(runs, tmp_path):
     yield start
     for process in started:
         if process.poll() is None:
-            process.terminate()  # torchrun passes it on
+            process.terminate()  # torchrun forwards it
 
 
 def wait_for_steps(process, out, count):
@@ -81,12 +81,12 @@ def wait_for_steps(process, out, count):
 
 
 def last_words(printed):
-    """What is left of torchrun's report of the first failure, which it prints at its end."""
+    """Return torchrun's final report of the root cause."""
     return printed.rpartition("Root Cause")[2]
 
 
 def tracebacks(printed):
-    """Tracebacks of the run's processes, which torch marks by their rank; torchrun prints its own."""
+    """Count tracebacks of the run's processes, which are prefixed with their rank, without torchrun's own."""
     return printed.count("]: Traceback (most recent call last)")
 
 
@@ -126,7 +126,7 @@ def test_killed_process_is_reported_as_root_cause(torchrun):
 
 @pytest.mark.distributed
 def test_failure_of_rank_0_ends_all_processes(torchrun, tmp_path):
-    """It alone writes logs, and its tracker finds a file where it needs a folder."""
+    """Only rank 0 writes logs; here its tracker finds a file in place of its folder."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tensorboard").write_text("not a folder")
     process = torchrun(-1, "", "--standalone", "--nproc-per-node", "2", trackers=["tensorboard"])

@@ -1,4 +1,4 @@
-"""Fine-tuning end to end: several turns, images and text alone in one mixture, steps without any image."""
+"""Fine-tuning end to end: multi-turn chats, a mixture of images and text, steps without any image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def trained(tmp_path):
         "log_interval": 1,
         "data": {
             "sources": [{"path": "pictures.parquet", "weight": 2}, {"path": "texts.parquet", "weight": 1}],
-            "weigh": "sequences",  # each of one source alone
+            "weigh": "sequences",  # one source per sequence
             "sequence_length": 96,
             "streams": 2,
             "packing_buffer": 4,
@@ -39,7 +39,7 @@ def trained(tmp_path):
 def test_mixture_of_image_and_text_chats_is_learned(trained):
     lines = (trained.model.parent / "metrics.jsonl").read_text().splitlines()
     seen = [json.loads(line)["vision_tokens"] for line in lines]
-    assert 10 <= seen.count(0) <= 30  # a third of the steps saw no image
+    assert 10 <= seen.count(0) <= 30  # a third of the steps has no image
     assert max(seen) > 0
 
     pipeline = GenerationPipeline.from_pretrained(trained.model)

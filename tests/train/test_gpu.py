@@ -1,4 +1,4 @@
-"""On a GPU: what runs nowhere else (flash attention, compiled kernels, casts), against independent truth."""
+"""GPU-only code (flash attention, compiled kernels, casts) against independent references."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate import GenerationPipeline, PrefixCache, user_turn
-from solo_vlm.models.solo.loss_solo import supervised_cross_entropy
+from solo_vlm.models.solo.modeling_solo import supervised_cross_entropy
 from solo_vlm.train import attention
 from solo_vlm.train.attention import packed_attention, use_packed_attention
 from solo_vlm.train.trainer import model_inputs
@@ -45,7 +45,7 @@ STEPS = 60
 
 @pytest.fixture(scope="module", autouse=True)
 def heads_for_flash():
-    """Flash attention takes heads of multiples of 8, which the tiny models elsewhere do not have."""
+    """Use head sizes that flash attention supports (multiples of 8), unlike the other tests' tiny models."""
     with pytest.MonkeyPatch.context() as patch:
         for name, size in {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}.items():
             patch.setitem(tiny.SIZES, name, size)
@@ -54,7 +54,7 @@ def heads_for_flash():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model to train, and its data."""
+    """Folder with a model and training data."""
     path = tmp_path_factory.mktemp("gpu")
     write_training_data(path, image_rows(40), text_rows(120))
     make_solo("llama").save(path / "llama")
@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
 
 
 def trained(folder, name, kill_after=None, **changes):
-    """The losses of a run in a process of its own; killed after so many steps, and started again."""
+    """Return the losses of a run in its own process, optionally killed after some steps and restarted."""
     out = folder / name
     plain = run_settings(
         folder, out, **{"steps": STEPS, "precision": "bf16", "checkpoint": {"save_interval": 10}, **changes}
@@ -86,13 +86,13 @@ def whole(folder):
 
 
 def distance(one, other):
-    """Relative to the second."""
+    """Return the error relative to the second argument."""
     one, other = one.detach().double(), other.detach().double()
     return float((one - other).norm() / other.norm())
 
 
 def by_definition(states, bounds, window, scale):
-    """In float64, one document after the other, every score."""
+    """Compute attention in float64, document by document, with all scores."""
     query, key, value = (each.double() for each in states)
     key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
     documents = []
@@ -146,7 +146,7 @@ def test_attention_matches_reference(monkeypatch, dtype, size, window, scale, is
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
 def test_packed_logits_match_each_document_alone(family):
-    """In bfloat16 they are as near to float32's, document by document, as plain attention is."""
+    """In bfloat16, packed logits are as close to float32 as those of plain attention per document."""
     solo = make_solo(family)
     answer = [{"role": "assistant", "content": [{"type": "text", "text": "a blue square"}]}]
     picture = png(Image.effect_noise((96, 64), 90).convert("RGB"))
@@ -186,7 +186,7 @@ def test_chunked_loss_equals_cross_entropy():
 
 
 def test_run_learns_and_resumes_after_sigkill(folder, whole):
-    """As near to the whole run as that one is to itself: flash attention sums in no fixed order."""
+    """Losses match within run-to-run noise: flash attention sums in no fixed order."""
     again, killed = trained(folder, "again"), trained(folder, "killed", kill_after=25)
     assert whole[-1] < 0.5 * whole[0]
     noise = max(abs(one - other) / one for one, other in zip(whole, again, strict=True))
@@ -213,7 +213,7 @@ def test_memory_and_speed_settings_keep_losses(folder, whole, changes):
 
 
 def test_cached_and_streamed_answers_agree(folder, whole):
-    """In a batch, alone, from the prefix cache, compiled, and on the CPU."""
+    """In a batch, alone, with the prefix cache, compiled, and on CPU."""
     chats = [[user_turn("what is this?", [Image.new("RGB", (64, 32), colour)])] for colour in ("red", "blue")]
     pipeline = GenerationPipeline.from_pretrained(folder / "whole" / "model")
     assert pipeline.model.device.type == DEVICE

@@ -1,4 +1,4 @@
-"""Runs that are interrupted and resumed, maybe in another layout: their losses are those of whole runs.
+"""Interrupted runs resume, possibly in another layout, with the losses of uninterrupted runs.
 
 Every pair of (layout, feature on or off, interruption, layout at resume) occurs in a row of `ROWS`; that is
 13 runs in place of the 1,152 of the full product.
@@ -30,7 +30,7 @@ from solo_vlm.train.failures import Stopped
 
 LAYOUTS = {"one process": (1, 1), "sharded": (2, 1), "tensor": (2, 2)}  # processes, parallel.tensor
 INTERRUPTIONS = ("kill -9", "SIGTERM", "SIGTERM twice", "failure")
-STEP = 5  # steps that are done before the interruption; the checkpoint before it is that of step 4
+STEP = 5  # steps before the interruption; the previous checkpoint is that of step 4
 
 FEATURES = {
     "validation": {"validation": {"sources": [{"path": "images.parquet"}], "interval": 2, "sequences": 3}},
@@ -40,7 +40,7 @@ FEATURES = {
     "epochs": {"steps": None, "data": {"epochs": 1}},
 }
 
-# Layout, interruption, layout at resume, features. Layers with adapters cannot be split.
+# Layout, interruption, layout at resume, features. Adapters do not support tensor parallelism.
 ROWS = [
     ("one process", "kill -9", "one process", "validation lora accumulation epochs"),
     ("one process", "SIGTERM", "one process", "lora"),
@@ -77,7 +77,7 @@ def test_rows_cover_every_pair_of_factors():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Data for some ten steps, and a model."""
+    """Folder with data for about ten steps and a model."""
     folder = tmp_path_factory.mktemp("interruptions")
     write_training_data(folder, image_rows(16), text_rows(120))
     make_solo().save(folder / "llama")
@@ -102,7 +102,7 @@ def resume(plain):
 
 
 def run_until(plain, interruption, victim, step=STEP):
-    """Train; interrupt one process in a step. Signals reach its loader's workers, too, as torchrun's do."""
+    """Train and interrupt one process in a step; signals also reach its loader workers, as with torchrun."""
     os.setsid()
     optimizer_step = trainer.optimizer_step
     taken = iter(range(step))
@@ -137,7 +137,7 @@ def run_until(plain, interruption, victim, step=STEP):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """Starts uninterrupted runs, each once; returns the folder."""
+    """Function that runs each setting once without interruption and returns its output directory."""
     groups = {}
 
     def start(layout, features):
@@ -170,9 +170,9 @@ def test_resumed_run_matches_uninterrupted_run(
         assert codes == [128 + signal.SIGTERM] * size
     else:
         assert codes[victim] == (-signal.SIGKILL if interruption == "kill -9" else 1)
-        assert all(codes)  # ended, and not well
+        assert all(codes)  # all failed
     newest = max((out / "checkpoints").glob("step-*"))
-    # What was being written when a process was killed may be lost, what was saved before may not.
+    # A checkpoint being written at the kill may be lost, but not the one before.
     steps = {"kill -9": {2, 4}, "failure": {4}}.get(interruption, {STEP + 1})
     assert int(newest.name.removeprefix("step-")) in steps
 
@@ -195,7 +195,7 @@ def test_resumed_run_matches_uninterrupted_run(
 
 
 def run_with_a_slow_file_system(plain):
-    """Process 1 sees no checkpoint, as on a network file system right after another machine has named it."""
+    """Process 1 sees no checkpoint, as on a network file system just after another machine's rename."""
     from pathlib import Path
 
     exists = Path.exists
@@ -207,7 +207,7 @@ def run_with_a_slow_file_system(plain):
 @pytest.mark.distributed
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_rank_0_decides_whether_step_is_saved_already(folder, tmp_path, start, asynchronous):
-    """The signal comes in a step that is saved anyway."""
+    """The signal arrives in a step that is saved anyway."""
     plain = plain_recipe(folder, tmp_path / "out", "sharded", "")
     plain["checkpoint"] |= {"asynchronous": asynchronous}
     group = start(2, run_with_a_slow_file_system, plain)

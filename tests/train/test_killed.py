@@ -1,4 +1,4 @@
-"""kill -9 at any moment, also in the middle of a save: nothing is lost that was saved, no curve changes."""
+"""SIGKILL at random moments and during saves: complete checkpoints survive and losses do not change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def whole(runs, tmp_path_factory):
-    """Curves of runs that nobody killed, and how long they took, by number of processes."""
+    """Losses and durations of uninterrupted runs, by number of processes."""
     from tests.factories import Group
 
     curves = {}
@@ -35,7 +35,7 @@ def whole(runs, tmp_path_factory):
 
 
 def run_and_die_in_a_save(plain, where):
-    """Die in the second save: with its files written but not named, or with half of them written."""
+    """Die in the second save, before the rename or between two files."""
     saves = iter(range(2))
 
     def dying(function):
@@ -71,7 +71,7 @@ def test_resume_after_sigkill_during_save_matches_whole_run(runs, tmp_path, star
 def test_resume_after_sigkill_matches_whole_run(runs, tmp_path, start, whole, trial):
     chance = random.Random(trial)
     before, after = chance.choice([1, 2]), chance.choice([1, 2, 4])
-    if trial < 8:  # the same number again is to give the same bits
+    if trial < 8:  # the same number of processes gives the same bits
         after = before
     plain = run_settings(runs, tmp_path / "out")
     group = start(before, run_recipe, plain)

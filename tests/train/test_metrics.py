@@ -37,7 +37,7 @@ def test_step_metrics_match_token_counts(runs, tmp_path):
     assert line["documents"] == int((ids == bos).sum())
     assert line["vision_tokens"] == int(torch.isin(ids, vision).sum())
     assert line["supervised_tokens"] == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
-    # A document ends with a supervised token, padding does not.
+    # Documents end with a supervised token, padding does not.
     padding = sum(int(b["cu_seq_lens_q"].diff()[-1]) for b in batches if b["labels"][0, -1] == -100)
     assert line["text_tokens"] + line["vision_tokens"] == 4 * 64 - padding
     assert line["fill"] == pytest.approx((4 * 64 - padding) / (4 * 64))

@@ -183,7 +183,7 @@ def logits(model, processor) -> torch.Tensor:
 
 @pytest.mark.parametrize("trainable", ["all", "new_tokens"])
 def test_lora_run_trains_and_merged_model_matches_adapter(folder, tmp_path, run, trainable):
-    """It learns, only its parameters change, and adapter and merged model agree and answer."""
+    """The run learns, only its parameters change, and adapter and merged model agree."""
     settings = lora_recipe(folder, tmp_path / "out", trainable=trainable, steps=40)
     trained = train(settings)
     curve = losses(tmp_path / "out")
@@ -237,7 +237,7 @@ def test_lora_on_a_plain_llm(folder, tmp_path):
     assert curve[-1] < 0.5 * curve[0]
 
 
-@pytest.mark.filterwarnings("ignore")  # of bitsandbytes about kernels that a CPU lacks
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes warns of missing CPU kernels
 def test_qlora_trains_adapters_over_4_bit_weights(folder, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'solo-vlm[quantize]'")
     settings = lora_recipe(folder, tmp_path / "out", quantize="nf4")
@@ -250,7 +250,7 @@ def test_qlora_trains_adapters_over_4_bit_weights(folder, tmp_path):
     trained = train(settings)
     curve = losses(tmp_path / "out")
     assert curve[-1] < 0.3 * curve[0]
-    merged = load_model(trained.model)  # of the base's own weights, not of 4 bits
+    merged = load_model(trained.model)  # merged into the base's original weights, not into 4-bit ones
     before = load_model(folder / "base").state_dict()
     assert torch.equal(merged.lm_head.weight, before["lm_head.weight"])
     assert merged.model.language_model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
@@ -280,7 +280,7 @@ def test_two_processes_train_the_same_adapters_as_one(folder, tmp_path):
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_activation_checkpointing_works_with_compiled_layers(mode):
-    """Selected outside of compiled code, what was kept would be overwritten by it (torch 2.11 refuses)."""
+    """Results selected outside of compiled code would be overwritten by it (an error in torch 2.11)."""
     ids = torch.arange(24)[None]
 
     def gradients(model):

@@ -1,4 +1,4 @@
-"""Recipes: inheritance, overrides, errors that name the key, and the numbers of the paper."""
+"""Recipes: inheritance, overrides, errors, and the paper's values."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_packaged_recipes_are_valid(path):
 
 
 def test_defaults_are_those_of_the_paper(recipe):
-    """Pre-training of the SOLO paper, section 3: what a recipe does not say."""
+    """Defaults equal the pre-training settings of the SOLO paper, section 3."""
     plain = {"model": "m", "out": "o", "steps": 1, "data": {"sources": [{"path": "x"}]}}
     settings = Recipe.parse(plain)
     assert (settings.data.sequence_length, settings.global_batch) == (32_768, 128)
@@ -126,7 +126,7 @@ STAGES = {
 }
 
 
-# Its fine-tuning data.
+# The paper's fine-tuning data.
 SAMPLES = {
     "codeact-general": 71_000,
     "ultrainteract": 288_000,
@@ -206,11 +206,11 @@ def test_small_recipe_fits_on_one_gpu():
         plan = make_plan(recipe, 1, find_device("RTX-4090"), 0.4, RECIPES / "smollm2-135m")
         assert plan.fits
         assert plan.dims == ParallelDims(1, 1, 64)
-        assert plan.parameters.total == 134_515_008 + 64 * 576 + 3072 * 576  # SmolLM2-135M's, and what is new
+        assert plan.parameters.total == 134_515_008 + 64 * 576 + 3072 * 576  # SmolLM2-135M and new parameters
 
 
 def weights(recipe: Recipe) -> dict[str, float]:
-    """By the names of the data sets, which are those of the folders."""
+    """Return the weights by data set, named as its folder."""
     return {source.path.removeprefix("data/"): source.weight for source in recipe.data.sources}
 
 

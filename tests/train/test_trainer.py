@@ -39,7 +39,7 @@ from solo_vlm.utils.errors import SoloError
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """Two colours to name, some text, and a model to train."""
+    """Folder with images of two colors, some text, and a model."""
     folder = tmp_path_factory.mktemp("run")
     images = [{"bytes": png(Image.new("RGB", (32, 32), colour)), "path": None} for colour in ("red", "blue")]
     rows = [
@@ -98,7 +98,7 @@ def test_model_learns_to_name_colors(run_folder, tmp_path):
 
 
 def dies_after(steps, monkeypatch):
-    """Let a run end by an exception after so many steps."""
+    """Make a run raise after some steps."""
     optimizer_step = trainer.optimizer_step
     taken = iter(range(1, steps + 1))
 
@@ -138,7 +138,7 @@ def test_manifest_reproduces_run(run_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def documents(run_folder):
-    """Sixteen documents with and without images, and the model that reads them."""
+    """A model, and sixteen documents with and without images."""
     model, processor = load_base_model(run_folder / "start")
     encoder = Encoder(processor)
     rows = [
@@ -148,7 +148,7 @@ def documents(run_folder):
 
 
 def test_loss_is_mean_over_supervised_tokens(documents):
-    """Against each document by itself, all logits, and cross entropy by hand."""
+    """The reference computes cross entropy from all logits of each document alone."""
     model, documents = documents
     model.set_attn_implementation("eager")
     model.eval()
@@ -218,7 +218,7 @@ def test_learning_rate_is_warmup_and_cosine():
     rates = [learning_rate(step, 111, settings) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert rates[10] == pytest.approx(1.0)
-    assert rates[60] == pytest.approx(0.55)  # half way down
+    assert rates[60] == pytest.approx(0.55)  # halfway
     assert rates[110] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(rates[10:]))
 
@@ -279,7 +279,7 @@ def test_resume_after_stop_is_bit_exact(runs, tmp_path, monkeypatch):
 
 @pytest.fixture
 def poisoned(runs, tmp_path):
-    """A model that answers one rare word with NaN, and one sample that has it."""
+    """Folder with a model that returns NaN for one rare word, and one sample with that word."""
     solo = make_solo("mistral")
     (word,) = solo.processor.tokenizer.encode("seven", add_special_tokens=False)[:1]
     solo.model.get_input_embeddings().weight.data[word] = float("nan")

@@ -1,4 +1,4 @@
-"""A mixture: sources with their shares, how they are packed, and the model that shall read them."""
+"""Mixture of sources: weights, packing, and the loader of a data-parallel rank."""
 
 from __future__ import annotations
 
@@ -17,34 +17,38 @@ from solo_vlm.data.streams import MixtureItem, VirtualStream, Weigh
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import Settings
 
-LOADER_SETTINGS = frozenset({"workers", "threads"})  # of `DataSettings`: who reads, not what is read
+LOADER_SETTINGS = frozenset({"workers", "threads"})  # `DataSettings` that do not affect the data
 
 
 class SourceSettings(Settings):
-    """One source of a mixture: where it is, and its share."""
+    """One source of a mixture.
+
+    Attributes:
+        path: file, folder, glob pattern or URL.
+        weight: relative share, see `DataSettings.weigh`.
+    """
 
     path: str
     weight: PositiveFloat = 1.0
 
 
 class DataSettings(Settings):
-    """What the model reads. Defaults: the paper's packing (sequences of 32,768 tokens).
+    """Training data and packing; the defaults are the paper's (sequences of 32,768 tokens).
 
     Attributes:
-        sources: files, folders, glob patterns or URLs of .parquet, .jsonl, .tar or -text.idx files, with
-            their weights.
-        sequence_length: tokens in a packed sequence.
+        sources: sources of .parquet, .jsonl, .tar or -text.idx files, with their weights.
+        sequence_length: tokens per packed sequence.
         weigh: whether weights are shares of "tokens", of "samples", or of packed "sequences", each of which
-            then holds documents of one source alone.
-        epochs: passes over each source; none: without end.
-        streams: virtual streams; ranks and workers must divide them.
-        workers: processes a rank that read ahead; 0 reads in the training process.
-        threads: in each of those processes, that fill the sequences of different streams side by side.
+            then holds documents of a single source.
+        epochs: epochs over each source; null: endless.
+        streams: number of virtual streams; must be divisible by ranks x workers.
+        workers: worker processes per rank; 0 reads in the training process.
+        threads: threads per worker process; they pack sequences of different streams in parallel.
         packing_buffer: documents that a packer chooses from.
-        vision_loss: supervise the tokens that images are made of, too: whether another patch, a new row or
-            the end of an image comes next. The paper's loss is on text alone.
-        max_skipped: fraction of samples that may be unusable before the run stops and lists them.
-        seed: of the order.
+        vision_loss: also supervise vision tokens: whether a patch, a new row or the end of the image follows.
+            The paper's loss is on text alone.
+        max_skipped: fraction of unusable samples above which the run stops and lists them.
+        seed: seed of the order.
     """
 
     sources: list[SourceSettings] = Field(min_length=1)
@@ -61,15 +65,15 @@ class DataSettings(Settings):
 
 
 class Mixture(Settings):
-    """Data, and the model that they are for. A recipe is a mixture with a training run around it.
+    """Data and the model that reads them; a recipe file can be read as a mixture, too.
 
     Attributes:
-        root: folder that relative paths count from.
-        model: folder of the model: a SOLO model, or a plain LLM (which reads text alone).
+        root: folder that relative paths refer to.
+        model: folder or hub id of a SOLO model, or of a plain LLM (text only).
         data: sources and packing.
     """
 
-    # Whatever else a recipe says is for its run.
+    # A recipe's other settings are ignored.
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     root: str = "."
@@ -77,37 +81,37 @@ class Mixture(Settings):
     data: DataSettings
 
     def at(self, path: str) -> Path:
-        """A path of the mixture, counted from its root; an absolute one stays."""
+        """Resolve a path relative to the root."""
         return Path(self.root) / path
 
     def model_source(self) -> str | Path:
-        """A folder under the root, or else a hub id, which the `STAGE/model` of a stage to come is not."""
+        """Return the model's folder under the root, else its hub id; a `STAGE/model` is always a folder."""
         folder = self.at(self.model)
         return folder if folder.exists() or folder.name == "model" else self.model
 
     def source_names(self) -> tuple[str, ...]:
-        """Sources as the file names them."""
+        """Return the source paths as written in the file."""
         return tuple(source.path for source in self.data.sources)
 
     def source_labels(self) -> tuple[str, ...]:
-        """Sources as the file names them, numbered where one is named again."""
+        """Return the source paths as written in the file, with repeated ones numbered."""
         names = self.source_names()
         seen = [names[:place].count(name) for place, name in enumerate(names)]
         return tuple(f"{name} ({n + 1})" if n else name for name, n in zip(names, seen, strict=True))
 
     def source_paths(self) -> tuple[str, ...]:
-        """Where the sources are; URLs stay as they are."""
+        """Return the resolved source paths."""
         return tuple(map(self.source_path, self.source_names()))
 
     def source_path(self, path: str) -> str:
-        """Where a source of that name is."""
+        """Resolve a source path relative to the root; URLs stay as they are."""
         return path if "://" in path else str(self.at(path))
 
     def open_sources(self) -> list[Source]:
-        """The sources, opened; a first look at whether they are there.
+        """Open all sources.
 
         Raises:
-            SoloError: one is missing, not readable or empty.
+            SoloError: a source is missing, unreadable or empty.
         """
         sources = [open_source(path) for path in self.source_paths()]
         for source in sources:

@@ -1,4 +1,4 @@
-"""What a run with `data.epochs` reads: every row as often as promised, in as many steps as were planned."""
+"""Runs with `data.epochs` read every row once per epoch, in the planned number of steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def write_source(path, rows, rng, per_unit):
-    """Texts of a random number of words; how long they are changes along the file."""
+    """Write texts of random lengths that change along the file."""
     counts = rng.integers(1, 12, rows) + np.arange(rows) * 12 // rows
     messages = [[{"role": "assistant", "content": "hello world " * int(count)}] for count in counts]
     if path.suffix == ".parquet":
@@ -101,7 +101,7 @@ def check(folder, run):
     assert abs(planned - len(taken)) <= max(1, 0.02 * len(taken))
     documents = estimate_data(recipe, Encoder(processor)).documents
     assert abs(documents - seen.total()) <= 0.02 * seen.total()
-    if run["workers"]:  # each process by itself, since threads and forks do not go together
+    if run["workers"]:  # one rank at a time, because threads and forks do not mix
         by_workers = Counter()
         for loader in loaders(run["workers"]):
             while not loader.ended:
@@ -150,7 +150,7 @@ def test_run_trains_on_all_rows(folder, tmp_path, batch, streams):
 
 
 def test_large_sources_are_estimated_from_a_sample(folder):
-    """Lengths vary a lot, and along the file: the truth lies within 2%."""
+    """Lengths vary a lot and along the file; the estimate is within 2%."""
     rng = np.random.default_rng(1)
     write_source(folder / "large.jsonl", 12_000, rng, 0)
     recipe = recipe_of(folder, [folder / "large.jsonl"], out="unused", global_batch=4, streams=8, epochs=1)

@@ -1,4 +1,4 @@
-"""The plan of a run: memory against what PyTorch holds, steps against what the streams give."""
+"""Plans: memory against PyTorch's, steps against the streams'."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def recipe(*overrides: str, **settings) -> Recipe:
 
 
 def start(config: SoloConfig):
-    """A model in the precision that FSDP computes in, and a sequence of patches, all with a label."""
+    """Return a model in FSDP's compute precision and a sequence of supervised patches."""
     model = SoloForConditionalGeneration(config).to(torch.bfloat16).train()
     ids = torch.full((1, TOKENS), config.image_token_id)
     pixels = torch.randint(256, (TOKENS, config.patch_dim), dtype=torch.uint8)
@@ -96,7 +96,7 @@ def test_kept_activations_match_autograd_saved_tensors(mode):
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage  # as long as it is here, its place is not used again
+            saved[storage.data_ptr()] = storage  # keeps the storage alive, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -112,7 +112,7 @@ def test_kept_activations_match_autograd_saved_tensors(mode):
         ("llama", "none", 64),
         ("llama", "selective", 64),
         ("llama", "full", 64),
-        ("llama", "full", 16384),  # here the loss needs more than a layer
+        ("llama", "full", 16384),  # the loss needs more than a layer
         ("qwen3", "none", 64),
         ("gemma3", "none", 64),
     ],
@@ -135,7 +135,7 @@ def test_activations_match_measured_peak_of_a_step(family, mode, vocabulary):
     assert planned == pytest.approx(peak + batch["pixel_values"].nbytes, rel=0.2)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])  # head tied to the embedding, and not
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # with tied and untied head
 @pytest.mark.parametrize(
     "changes",
     [
@@ -156,7 +156,7 @@ def test_trained_parameters_match_those_with_gradients(family, changes):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A model, many texts and few, in small row groups."""
+    """Folder with a model, a large and a small text source in small row groups."""
     folder = tmp_path_factory.mktemp("plan")
     make_solo().save(folder / "start")
     for name, count in (("many", 1500), ("few", 300)):
@@ -249,7 +249,13 @@ def test_plan_that_does_not_fit_suggests_overrides(run):
 
 
 def test_indivisible_tensor_parallel_degree_is_rejected_and_not_suggested(run):
-    command = ("train", "smollm2-135m/stage1", "--dry-run", "--processes", "2")  # 9 heads, 3 of keys
+    command = (
+        "train",
+        "smollm2-135m/stage1",
+        "--dry-run",
+        "--processes",
+        "2",
+    )  # 9 query heads, 3 KV heads
     status, _, err = run(*command, "parallel.tensor=2")
     assert status == 2
     assert "9 query heads, 3 key-value heads" in err

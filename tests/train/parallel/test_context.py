@@ -20,7 +20,7 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def test_paper_recipe_accumulates_32_sequences():
-    """Tensor parallel 2 x data parallel 4, 128 sequences a step."""
+    """Tensor parallel 2 x data parallel 4, 128 sequences per step."""
     assert ParallelDims.from_recipe(recipe("parallel.tensor=2"), 8) == ParallelDims(4, 2, 32)
 
 
@@ -44,7 +44,7 @@ def test_indivisible_batch_is_rejected_with_suggestions(overrides, processes, me
 
 
 def test_process_with_other_data_files_is_rejected(runs, tmp_path, monkeypatch):
-    """Machines without a common file system, on one of which a file was not copied."""
+    """A file is missing on one of several machines without a shared file system."""
     for name in ("first", "other"):
         (tmp_path / name).mkdir()
         shutil.copy(runs / "text.parquet", tmp_path / name / "0.parquet")

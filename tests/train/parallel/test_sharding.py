@@ -19,13 +19,13 @@ from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit, shard_model
 
 
 def run_layer_by_layer(plain):
-    """As if all layers were large."""
+    """Train with one FSDP unit per layer."""
     model_module.shard_model = partial(shard_model, unit_size=1)
     run_recipe(plain)
 
 
 def describe_shards(plain, path):
-    """Write what this process holds of each parameter: its class, its elements, and its mesh."""
+    """Write this process's part of each parameter: whether it is a DTensor, elements, mesh dimensions."""
     recipe = Recipe.parse(plain)
     with init_distributed(recipe) as context:
         model, _ = make_model(recipe, context)
@@ -44,7 +44,7 @@ def describe_shards(plain, path):
     [
         *(("llama", size, tensor) for size, tensor in ((2, 1), (4, 1), (2, 2), (4, 2))),
         ("mistral", 4, 2),  # sliding window
-        ("qwen3", 2, 2),  # norms of heads
+        ("qwen3", 2, 2),  # head norms
         ("qwen3", 4, 2),
     ],
 )
@@ -86,21 +86,21 @@ def test_every_process_holds_its_shards_only(runs, tmp_path, start, size, tensor
 
 @pytest.mark.distributed
 def test_ranks_without_images_do_not_hang_others(runs, tmp_path, start):
-    """In some steps no sequence has an image, in others only one of four has."""
+    """In some steps no sequence has an image, in others only one of four."""
     data = run_settings(runs, tmp_path)["data"]
     data["sources"] = [{"path": "images.parquet", "weight": 1}, {"path": "text.parquet", "weight": 8}]
     shared = run_settings(runs, tmp_path / "shared", data=data)
     assert start(4, run_recipe, shared).wait() == [0] * 4
     assert start(1, run_recipe, run_settings(runs, tmp_path / "alone", data=data)).wait() == [0]
     ours, theirs = (read_steps(tmp_path / name) for name in ("alone", "shared"))
-    of_an_image = 4  # two patches, begin and end
-    assert {0, of_an_image} <= {line["vision_tokens"] for line in ours}
+    image_tokens = 4  # two patches, start and end
+    assert {0, image_tokens} <= {line["vision_tokens"] for line in ours}
     assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], rel=1e-4)
 
 
 @pytest.mark.distributed
 def test_epoch_ends_on_all_ranks_together(runs, tmp_path, start):
-    """The last steps have empty slots; every sample is seen, and losses do not depend on the processes."""
+    """The last steps have empty slots; every sample is read, and losses match those of one process."""
     data = {**run_settings(runs, tmp_path)["data"], "epochs": 1}
     for name, size in (("alone", 1), ("shared", 4)):
         plain = run_settings(runs, tmp_path / name, steps=None, data=data)
