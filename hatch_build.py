@@ -1,4 +1,4 @@
-"""Compiles the C of the package where that can be done; elsewhere slower libraries do the same."""
+"""Build hook: compile `enlarge.c` where possible; elsewhere slower libraries compute the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOURCE = Path("src/solo_vlm/models/solo/enlarge.c")
 
 
 class CompiledKernel(BuildHookInterface):
-    """Puts `enlarge.so` beside its source, and into the wheel, which then is one of this platform."""
+    """Compile `enlarge.so` next to its source and add it to the wheel, which becomes platform-specific."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         source = Path(self.root) / SOURCE
@@ -30,18 +30,20 @@ class CompiledKernel(BuildHookInterface):
 
 
 def compiled(source: Path, library: Path) -> bool:
-    """Whether there is a new library; never half of one, and no old one."""
+    """Compile atomically, after removing any old library; return whether it worked."""
     library.unlink(missing_ok=True)
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform == "win32":
         return False
     partial = library.with_suffix(f".{os.getpid()}")
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    flags = ["-O3", "-ffp-contract=off", "-shared", "-fPIC"]  # weights must round as OpenCV's do
+    flags = ["-O3", "-ffp-contract=off", "-shared", "-fPIC"]  # round interpolation weights like OpenCV
     command = [*compiler, *flags, "-o", str(partial), str(source), "-lm"]
     try:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"{source.name} is not compiled: images are read somewhat slower ({error})", file=sys.stderr)
+        print(
+            f"{source.name} was not compiled; images are encoded somewhat slower ({error})", file=sys.stderr
+        )
         return False
     partial.replace(library)
     return True

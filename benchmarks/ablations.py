@@ -25,7 +25,7 @@ from environment import environment
 from solo_vlm.experiments.ablations.pipeline import run_ablation
 from solo_vlm.experiments.ablations.report import COLUMNS, result_lines, write_report
 from solo_vlm.experiments.ablations.settings import Ablation, list_ablations
-from solo_vlm.models.inspect_image import image_layout
+from solo_vlm.models.inspect import summarize_image
 from solo_vlm.models.solo.image_loading_solo import load_image
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.train.metrics import progress_bar
@@ -78,7 +78,7 @@ def image_tokens(root: Path, stage: str) -> float:
     """Return the mean number of tokens per image at native resolution, with separators."""
     rows = pq.read_table(root / "data" / f"{stage}.parquet", columns=["images"])["images"].to_pylist()
     images = [load_image(image["bytes"]) for row in rows for image in row]
-    return mean(image_layout(image, SoloImageProcessor()).tokens for image in images)
+    return mean(summarize_image(image, SoloImageProcessor()).tokens for image in images)
 
 
 def training_seconds(root: Path) -> int:

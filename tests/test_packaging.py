@@ -124,7 +124,7 @@ def test_what_cannot_be_compiled_leaves_nothing_behind(
     (tmp_path / "kernel.so").write_text("old")
     assert not build.compiled(tmp_path / "kernel.c", tmp_path / "kernel.so")
     assert [path.name for path in tmp_path.iterdir()] == ["kernel.c"]
-    assert "kernel.c is not compiled" in capsys.readouterr().err
+    assert "kernel.c was not compiled" in capsys.readouterr().err
 
 
 @pytest.mark.slow

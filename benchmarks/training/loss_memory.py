@@ -13,7 +13,7 @@ from training.workload import Workload, supervised_share
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from solo_vlm.data.encode import IGNORE_INDEX
-from solo_vlm.models.solo.loss_solo import supervised_cross_entropy
+from solo_vlm.models.solo.modeling_solo import supervised_cross_entropy
 
 
 def measure(workload: Workload, full_tokens: int, precision: str) -> dict[str, Any]:

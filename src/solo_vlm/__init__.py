@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from solo_vlm.models import registry
+from solo_vlm.models import register_when_loaded
 
 if TYPE_CHECKING:
     from solo_vlm.models.solo.configuration_solo import SoloConfig
@@ -47,4 +47,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-registry.register_when_loaded()
+register_when_loaded()

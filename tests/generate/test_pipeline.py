@@ -84,4 +84,4 @@ def test_plain_llm_is_refused_instead_of_loaded_with_random_weights(tmp_path, ru
     tokenizer.save_pretrained(tmp_path / "llm")
     code, out, errors = run("generate", "--model", tmp_path / "llm", "--prompt", "x")
     assert (code, out) == (2, "")
-    assert "is no SOLO model, but llama" in " ".join(errors.split())
+    assert "is not a SOLO model but llama" in " ".join(errors.split())

@@ -180,7 +180,7 @@ def test_templates_none_of_which_is_for_plain_chats_are_named(caplog):
     llm, tokenizer = make_llm()
     tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
     assert compose(llm, tokenizer).chat_template == "solo"
-    assert "none of the LLM's chat templates (rag, tool_use) is called default" in caplog.text
+    assert "none of the LLM's chat templates (rag, tool_use) is named default" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["message['content'] | upper", "message['content'] * 2"])

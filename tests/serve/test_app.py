@@ -535,7 +535,7 @@ def test_attention_of_something_else_is_refused(server, messages, span, param, m
 def test_attention_of_an_answer_longer_than_the_server_generates_is_refused(solo):
     with served(solo, Limits(max_tokens=5)) as server:
         assert attend(server, answered("x", answer="a"), 0, 1)[0] == 200
-        status, body = attend(server, answered("x", answer="hello " * 50), 0, 1)
+        status, body = attend(server, answered("x", answer="hello " * 50 + "world"), 0, 1)
         assert status == 400 and "at most 5 tokens" in body["error"]["message"]
 
 

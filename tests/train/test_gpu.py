@@ -30,7 +30,7 @@ from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate import GenerationPipeline, PrefixCache, user_turn
-from solo_vlm.models.solo.loss_solo import supervised_cross_entropy
+from solo_vlm.models.solo.modeling_solo import supervised_cross_entropy
 from solo_vlm.train import attention
 from solo_vlm.train.attention import packed_attention, use_packed_attention
 from solo_vlm.train.trainer import model_inputs

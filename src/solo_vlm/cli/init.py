@@ -1,4 +1,4 @@
-"""`solo init`: an LLM becomes a SOLO model."""
+"""`solo init`: make a SOLO model from an LLM."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ def init(
     out: Annotated[Path, typer.Option(help="New folder for the model.")],
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file in that folder.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the new weights.")] = 0,
     image_size: Annotated[
-        str, typer.Option(help="Longest side in pixels; or WIDTHxHEIGHT, to which all images are stretched.")
+        str,
+        typer.Option(help="Maximum long side in pixels, or WIDTHxHEIGHT to stretch all images to."),
     ] = "1024",
     bidirectional_images: Annotated[
-        bool, typer.Option(help="Let the patches of an image see each other in both directions.")
+        bool, typer.Option(help="Let patches of an image attend to each other in both directions.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Turn an LLM into a SOLO model: new tokens and one linear layer; its text logits stay the same."""
+    """Make a SOLO model from an LLM: add four tokens and one linear layer; text logits stay the same."""
     quiet_libraries()
     from solo_vlm.models.from_llm import from_llm
-    from solo_vlm.models.saving import stop_ids
+    from solo_vlm.models.load import stop_ids
     from solo_vlm.utils.files import check_new
 
     check_new(out)

@@ -1,4 +1,4 @@
-"""`solo inspect`: what a model sees of an image."""
+"""`solo inspect`: the patch grid and the tokens of an image."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from solo_vlm.cli._common import STDOUT, print_json, quiet_libraries
 def inspect(
     image: Annotated[str, typer.Option(help="Path or URL of an image.")],
     out: Annotated[Path, typer.Option(help="PNG file to write.")],
-    model: Annotated[
-        str | None, typer.Option(help="Folder of a model; default: the paper's settings.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder; default: the paper's settings.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Draw the patch grid over the resized image, and tell how many tokens it takes."""
+    """Draw the patch grid over the resized image and print its number of tokens."""
     quiet_libraries()
     from solo_vlm.generate import open_images
-    from solo_vlm.models.inspect_image import draw_patch_grid, image_layout
+    from solo_vlm.models.inspect import draw_patch_grid, summarize_image
     from solo_vlm.models.load import load_processor
     from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
     from solo_vlm.utils.files import new_file
 
     image_processor = load_processor(model).image_processor if model else SoloImageProcessor()
     picture = open_images([image])[0]
-    layout = image_layout(picture, image_processor)
+    layout = summarize_image(picture, image_processor)
     with new_file(out) as partial:
         draw_patch_grid(picture, image_processor).save(partial, format="PNG")
     if json:
@@ -36,9 +34,9 @@ def inspect(
         return
     width, height = layout.original
     STDOUT.print(
-        f"{image}: {width} x {height} pixels, seen as {layout.resized[0]} x {layout.resized[1]}\n"
+        f"{image}: {width} x {height} pixels, resized to {layout.resized[0]} x {layout.resized[1]}\n"
         f"{layout.rows} rows x {layout.columns} columns = {layout.patches} patches, {layout.tokens} tokens\n"
-        f"{layout.describe()}\ndrawn to {out}",
+        f"{layout.describe()}\nwritten to {out}",
         highlight=False,
         markup=False,
     )

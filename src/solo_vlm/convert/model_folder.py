@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from solo_vlm.convert.checkpoint_files import PlannedTensor, StoredTensor, write_checkpoint
+from solo_vlm.models.load import stop_ids
 from solo_vlm.models.original import copy_sentencepiece, original_generation_config, original_processor
-from solo_vlm.models.saving import stop_ids
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.processing_solo import ImageLayout

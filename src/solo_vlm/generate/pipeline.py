@@ -25,9 +25,14 @@ from solo_vlm.generate.cache import (
     prompt_key,
     supports_prefix_cache,
 )
-from solo_vlm.models.load import load_config, load_model, load_processor
-from solo_vlm.models.quantization import Quantization, quantization_config
-from solo_vlm.models.saving import stop_ids
+from solo_vlm.models.load import (
+    Quantization,
+    load_config,
+    load_model,
+    load_processor,
+    quantization_config,
+    stop_ids,
+)
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, Message, SoloProcessor

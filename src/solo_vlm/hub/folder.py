@@ -11,8 +11,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 import solo_vlm.models.solo
-from solo_vlm.models.load import load_processor
-from solo_vlm.models.saving import stop_ids
+from solo_vlm.models.load import load_processor, stop_ids
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.original_solo import is_original
 from solo_vlm.utils.errors import SoloError

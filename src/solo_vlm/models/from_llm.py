@@ -1,4 +1,4 @@
-"""An LLM becomes a SOLO model: four new tokens, one linear layer, everything else as it was."""
+"""Make a SOLO model from an LLM: add four tokens and one linear layer; the rest stays unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from solo_vlm.models.saving import pad_left, save_model, stop_ids
+from solo_vlm.models.load import pad_left, save_model, stop_ids
 from solo_vlm.models.solo.chat_template import (
     CHATML_TEMPLATE,
     CHATML_TOKENS,
@@ -30,8 +30,8 @@ from solo_vlm.utils.files import new_folder
 
 logger = logging.getLogger(__name__)
 
-# <vpatch> comes first: servers take the most frequent id of an image for its placeholder, and the smallest
-# id among equals, which matters for an image of one patch.
+# <vpatch> comes first: servers take the most frequent id of an image as its placeholder, and among equals the
+# smallest, which matters for an image of one patch.
 _VISION_TOKENS = {
     "image_token": "<vpatch>",
     "vision_start_token": "<vision>",
@@ -50,12 +50,12 @@ _SYSTEM = {"role": "system", "content": "Be brief."}
 
 @dataclass
 class SoloModelAndProcessor:
-    """What `from_llm` returns: a model and the processor that feeds it.
+    """A model and its processor.
 
     Attributes:
-        model: in evaluation mode.
-        processor: with the chat template.
-        chat_template: where that is from: the LLM, ChatML, or the SOLO paper.
+        model: Model in evaluation mode.
+        processor: Processor with the chat template.
+        chat_template: Source of the chat template: the LLM, ChatML, or the SOLO paper.
     """
 
     model: SoloForConditionalGeneration
@@ -64,11 +64,11 @@ class SoloModelAndProcessor:
 
     @property
     def chat_template_name(self) -> str:
-        """Source of the chat template in words."""
+        """Description of the chat template's source."""
         return _TEMPLATE_NAMES[self.chat_template]
 
     def save(self, out: Path) -> None:
-        """Write one `save_pretrained` folder; it appears under its name only when it is complete."""
+        """Write a `save_pretrained` folder atomically."""
         with new_folder(out) as folder:
             save_model(folder, self.model, self.processor)
 
@@ -80,27 +80,27 @@ def from_llm(
     seed: int = 0,
     image_processor: SoloImageProcessor | None = None,
 ) -> SoloModelAndProcessor:
-    """Turn a causal language model into a SOLO model that has yet to see an image.
+    """Make an untrained SOLO model from a causal language model.
 
-    Rows of the new tokens start at the mean of the existing rows, told apart by a trace of noise with
-    their covariance, which bounds how far the LLM's predictions can move (Hewitt 2021, "Initializing New
-    Word Embeddings for Pretrained Language Models"; transformers' `mean_resizing`). The patch embedding is
-    drawn so that a patch of independent, unit-variance pixels has the spread of a token embedding. The
-    text-only logits stay the LLM's own; this is checked.
+    Embeddings of new tokens start at the mean of the existing ones plus small noise with their covariance,
+    which bounds the change of the LLM's predictions (Hewitt 2021, "Initializing New Word Embeddings for
+    Pretrained Language Models"; `mean_resizing` in transformers). The patch embedding is initialized so that
+    a patch of independent, unit-variance pixels has the standard deviation of a token embedding. Text-only
+    logits equal the LLM's, which is checked.
 
-    So is the LLM's chat template: where answers cannot be told from prompts, or training would see other
-    prompts than inference, ChatML takes its place if the LLM knows that format's tokens, else the SOLO
+    The LLM's chat template is checked too. If answers cannot be separated from prompts, or training would see
+    other prompts than inference, it is replaced by ChatML if the LLM has its tokens, otherwise by the SOLO
     paper's template.
 
     Args:
-        llm: hub id or local folder of a transformers causal language model.
-        gguf_file: file inside it, for GGUF weights; they are dequantised.
-        dtype: "auto" (as stored; float32 for GGUF), or a torch dtype's name.
-        seed: for the new weights.
-        image_processor: default: the release's preprocessing.
+        llm: Hub id or local folder of a causal language model.
+        gguf_file: GGUF file in that folder; its weights are dequantized.
+        dtype: "auto" (as stored; float32 for GGUF), or the name of a torch dtype.
+        seed: Seed for the new weights.
+        image_processor: Image processor of the model. Default: the original preprocessing.
 
     Raises:
-        SoloError: the folder cannot be read as a language model, its tokenizer has no EOS token, or its head
+        SoloError: The folder is not readable as a language model, its tokenizer has no EOS token, or its head
             cannot be reproduced.
     """
     tokenizer, language_model = _load(llm, gguf_file, dtype)
@@ -113,13 +113,13 @@ def compose(
     seed: int = 0,
     image_processor: SoloImageProcessor | None = None,
 ) -> SoloModelAndProcessor:
-    """As `from_llm`, from a causal language model and its tokenizer in memory; both are changed."""
+    """Make a SOLO model from a causal language model and its tokenizer in memory; both are modified."""
     _set_eos(tokenizer, language_model)
     probe = _probe_tokens(tokenizer, language_model)
     expected = _text_logits(language_model, probe)
     image_processor = image_processor or SoloImageProcessor()
     spelling = _add_vision_tokens(tokenizer)
-    if tokenizer.pad_token is None:  # batches of prompts are padded; attention masks hide what with
+    if tokenizer.pad_token is None:  # any token does: the attention mask hides padding
         tokenizer.pad_token = tokenizer.eos_token
     pad_left(tokenizer)
     own = _own_template(tokenizer)
@@ -149,8 +149,8 @@ def compose(
     difference = (_text_logits(model, probe)[..., : expected.shape[-1]] - expected).abs().max().item()
     if difference > _LOGITS_TOLERANCE * max(1.0, expected.abs().max().item()):
         raise SoloError(
-            f"text logits differ from the LLM's own by {difference:.2g}: its head computes something that "
-            f"SOLO does not reproduce ({type(language_model).__name__}); please report this architecture"
+            f"text logits differ from the LLM's by {difference:.2g}: SOLO does not reproduce the head of "
+            f"{type(language_model).__name__}; please report this architecture"
         )
     return SoloModelAndProcessor(model, processor, chat_template)
 
@@ -173,7 +173,7 @@ def _load(llm: str | Path, gguf_file: str | None, dtype: str) -> tuple[Any, PreT
 
 
 def _without_quantization(model: PreTrainedModel, llm: str | Path) -> PreTrainedModel:
-    """A model loaded from GGUF refuses to be saved: the same weights in a fresh, ordinary one."""
+    """Return an unquantized copy, since a model loaded from GGUF cannot be saved."""
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
     config = AutoConfig.for_model(**settings)
@@ -184,21 +184,21 @@ def _without_quantization(model: PreTrainedModel, llm: str | Path) -> PreTrained
 
 
 def _add_vision_tokens(tokenizer: Any) -> dict[str, str]:
-    """Add the four tokens; return their spelling, which differs where the LLM owns such a token."""
+    """Add the four vision tokens; return their spelling, which differs if the LLM already has the token."""
     spelling = {}
     for role, token in _VISION_TOKENS.items():
         free = token
         while tokenizer.convert_tokens_to_ids(free) not in (None, tokenizer.unk_token_id):
             free = f"<solo:{free.strip('<>')}>" if free == token else free.replace(">", "_>")
         if free != token:
-            logger.warning("the LLM owns a token %s already: images use %s", token, free)
+            logger.warning("the LLM already has a token %s; images use %s", token, free)
         tokenizer.add_tokens([AddedToken(free, special=True, normalized=False)], special_tokens=True)
         spelling[role] = free
     return spelling
 
 
 def _set_eos(tokenizer: Any, language_model: PreTrainedModel) -> None:
-    """Make sure that the tokenizer has an EOS token, from the model's settings where it has none itself."""
+    """Set a missing EOS token from the model's settings."""
     if tokenizer.eos_token_id is not None:
         return
     known = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
@@ -206,35 +206,35 @@ def _set_eos(tokenizer: Any, language_model: PreTrainedModel) -> None:
         for token_id in stop_ids(settings):
             if token_id in known:
                 tokenizer.eos_token = known[token_id]
-                # Said, because a configuration that names none has its class's default, of another LLM.
+                # A configuration without EOS token has its class's default, which may be wrong.
                 logger.warning(
-                    "the tokenizer has no EOS token: the model's settings say %s (if that is wrong, set "
-                    "eos_token in its tokenizer_config.json)",
+                    "the tokenizer has no EOS token; using %s from the model's settings (if wrong, set "
+                    "eos_token in tokenizer_config.json)",
                     known[token_id],
                 )
                 return
     raise SoloError(
-        "the LLM has no EOS token, so that answers could not end: set eos_token in its tokenizer_config.json"
+        "the LLM has no EOS token, so answers would not end: set eos_token in its tokenizer_config.json"
     )
 
 
 def _own_template(tokenizer: Any) -> str | None:
-    """The LLM's chat template; of several, the one for plain chats."""
+    """Return the LLM's chat template; of several, the default one."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
         if "default" not in own:
             logger.warning(
-                "none of the LLM's chat templates (%s) is called default: none is used", ", ".join(own)
+                "none of the LLM's chat templates (%s) is named default; using none", ", ".join(own)
             )
         own = own.get("default")
     return with_fixed_date(own) if own else None
 
 
 def _make_control_tokens_special(tokenizer: Any, chat_template: str | None) -> None:
-    """Make tokens that the chat template writes special, as not all LLMs do.
+    """Mark tokens that the chat template writes as special, which some LLMs do not.
 
-    Text that spells such a token then stays text, and none shows in an answer. Marks of reasoning remain as
-    they are: answers, and what is learnt from, may contain them.
+    Text that spells such a token then stays text, and answers do not show it. Reasoning tokens are left
+    alone, since answers and training data may contain them.
     """
     if not chat_template:
         return
@@ -242,7 +242,7 @@ def _make_control_tokens_special(tokenizer: Any, chat_template: str | None) -> N
         rendered = tokenizer.apply_chat_template(
             [_USER, _ASSISTANT] * 2, chat_template=chat_template, tokenize=False, add_generation_prompt=True
         )
-    except Exception:  # jinja's, or the template's own: it will be replaced
+    except Exception:  # any type; such a template will be replaced
         return
     control = [
         AddedToken(
@@ -263,7 +263,7 @@ def _make_control_tokens_special(tokenizer: Any, chat_template: str | None) -> N
 
 
 def _set_template(processor: SoloProcessor, own: str | None) -> TemplateSource:
-    """Give the processor the LLM's chat template, or another where that cannot be trained on."""
+    """Set the LLM's chat template, or a replacement if it is unsuitable for training."""
     candidates: list[tuple[TemplateSource, str]] = [("llm", own)] if own else []
     known = processor.tokenizer.get_vocab()
     if own and all(token in known for token in CHATML_TOKENS):
@@ -278,7 +278,7 @@ def _set_template(processor: SoloProcessor, own: str | None) -> TemplateSource:
         name = _TEMPLATE_NAMES[source]
         logger.warning("the LLM's chat template is replaced by %s: %s", name, own_fault)
     elif has_date(template):
-        logger.warning("the LLM's chat template writes the present date: it is fixed to 1 January 2025")
+        logger.warning("the LLM's chat template writes the current date; fixing it to 1 January 2025")
     try:
         processor.encode_chat([_SYSTEM, *[_USER, _ASSISTANT] * 2])
     except ChatTemplateError as error:
@@ -287,7 +287,7 @@ def _set_template(processor: SoloProcessor, own: str | None) -> TemplateSource:
 
 
 def _use_template(processor: SoloProcessor, template: str) -> str | None:
-    """Set a chat template; return why it cannot be trained on, if it cannot."""
+    """Set a chat template; return the reason if it is unsuitable for training."""
     processor.chat_template = with_images(template, processor.image_token)
     try:
         for turns in (1, 2, 3):
@@ -317,9 +317,9 @@ def _assemble(language_model: PreTrainedModel, config: SoloConfig) -> SoloForCon
 def _generation_config(
     language_model: PreTrainedModel, processor: SoloProcessor, config: SoloConfig
 ) -> GenerationConfig:
-    """The LLM's own, greedy, which never speaks in vision tokens or in rows that pad the vocabulary."""
+    """Return greedy settings with the LLM's EOS tokens that suppress vision tokens and padding rows."""
     tokenizer = processor.tokenizer
-    known = set(tokenizer.get_vocab().values())  # what it does not know is never generated
+    known = set(tokenizer.get_vocab().values())  # ids beyond them are never generated
     generation = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[end for end in stop_ids(language_model.generation_config, processor) if end in known],

@@ -1,12 +1,12 @@
-"""Load a SOLO model or its processor from a folder or the hub, with errors that a user can act on."""
+"""Load SOLO models and processors from a folder or the hub, quantized or not, and save them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from solo_vlm.models.original import (
     has_tokenizer,
@@ -21,50 +21,67 @@ from solo_vlm.models.solo.original_solo import is_original
 from solo_vlm.models.solo.processing_solo import SoloProcessor
 from solo_vlm.utils.errors import SoloError
 
+PATCH_EMBEDDING = "embed_vision_patch"
+HEAD = "lm_head"
+
+Quantization = Literal["int8", "nf4"]
+
 
 def load_model(
     path: str | Path, dtype: str = "auto", device: str | None = None, quantization_config: Any = None
 ) -> SoloForConditionalGeneration:
-    """A SOLO model in evaluation mode.
+    """Load a SOLO model in evaluation mode.
 
     Args:
-        path: folder or hub id; one of the release is read as it is.
-        dtype: "auto" (as stored) or a torch dtype's name.
-        device: default: the accelerator if there is one.
-        quantization_config: transformers' own, for weights that are quantised while they are read.
+        path: Folder or hub id; an original checkpoint works too.
+        dtype: "auto" (as stored) or the name of a torch dtype.
+        device: Device of the model. Default: the accelerator if there is one.
+        quantization_config: Configuration of transformers for quantizing the weights while they are read.
 
     Raises:
-        SoloError: nothing readable is there, it is no SOLO model, or it cannot be put on the device.
+        SoloError: The path is not readable or not a SOLO model, or the model cannot be put on the device.
     """
-    _refuse_others(path)
-    kind = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model = _load(SoloForConditionalGeneration, path, dtype=kind, quantization_config=quantization_config)
-    if _original_settings(path):
+    settings = _read_settings(path)
+    if settings and not _is_solo(settings):  # transformers would load it as a SOLO-7B with random weights
+        kind = settings.get("model_type")
+        raise SoloError(
+            f"{path} is not a SOLO model but {kind or 'of no model_type'}: "
+            f"solo init --llm {path} makes one from an LLM"
+        )
+    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
+    model = _load(
+        SoloForConditionalGeneration, path, dtype=torch_dtype, quantization_config=quantization_config
+    )
+    if is_original(settings):
         _use_original_vocabulary(model, path)
     where = device or _default_device()
     try:
         return model.to(where).eval()
-    except (AssertionError, RuntimeError) as error:  # torch's own: no such device, or not enough memory
+    except (AssertionError, RuntimeError) as error:  # no such device, or out of memory
         raise SoloError(f"cannot put the model on {where}: {str(error).splitlines()[0]}") from error
 
 
 def load_processor(path: str | Path) -> SoloProcessor:
-    """The processor that belongs to a SOLO model; for the release's own folder, one in its layout.
+    """Load the processor of a SOLO model; an original checkpoint's uses the original image layout.
 
     Raises:
-        SoloError: nothing readable is there.
+        SoloError: The path is not readable.
     """
-    if settings := _original_settings(path):
+    settings = _read_settings(path)
+    if is_original(settings):
         tokenizer = original_tokenizer(path, rows=settings["vocab_size"])
         return original_processor(tokenizer, settings.get("vision_patch_size", 32), layout="original")
     return _load(SoloProcessor, path)
 
 
 def is_solo(path: str | Path) -> bool:
-    """Whether a folder or hub id holds a SOLO model, this project's or the release's. A Path is no hub id.
+    """Return whether a folder or hub id holds a SOLO model or an original checkpoint.
+
+    Args:
+        path: Folder or hub id; a `Path` is never a hub id.
 
     Raises:
-        SoloError: nothing readable is there.
+        SoloError: The path is not readable.
     """
     if isinstance(path, Path) and not path.exists():
         raise SoloError(f"no model at {path}")
@@ -72,17 +89,17 @@ def is_solo(path: str | Path) -> bool:
         settings = PreTrainedConfig.get_config_dict(str(path))[0]
     except (OSError, ValueError) as error:
         raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
-    return settings.get("model_type") == SoloConfig.model_type or is_original(settings)
+    return _is_solo(settings)
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
-    """The configuration of a SOLO model or of a plain LLM.
+    """Load the configuration of a SOLO model or a plain LLM.
 
     Args:
-        path: folder, hub id, or a file as `config.json` is.
+        path: Folder, hub id, or a file in the format of `config.json`.
 
     Raises:
-        SoloError: nothing readable is there.
+        SoloError: The path is not readable.
     """
     kind = SoloConfig if is_solo(path) else AutoConfig
     try:
@@ -92,7 +109,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
 
 
 def _use_original_vocabulary(model: SoloForConditionalGeneration, path: str | Path) -> None:
-    """Vision ids as the tokenizer, if there is one, has them, and generation without those tokens."""
+    """Set the vision ids of the tokenizer, if there is one, and suppress those tokens in generation."""
     if not Path(path).is_dir() or has_tokenizer(Path(path)):
         tokenizer = original_tokenizer(path, rows=model.config.text_config.vocab_size)
         for name, token_id in tokenizer_vision_ids(tokenizer).items():
@@ -100,27 +117,16 @@ def _use_original_vocabulary(model: SoloForConditionalGeneration, path: str | Pa
     model.generation_config = original_generation_config(model.config)
 
 
-def _original_settings(path: str | Path) -> dict[str, Any] | None:
-    """The `config.json` of a folder of the release; None for any other."""
+def _read_settings(path: str | Path) -> dict[str, Any]:
+    """Read `config.json`; an unreadable one gives no settings, and `_load` reports the reason."""
     try:
-        settings = PreTrainedConfig.get_config_dict(str(path))[0]
-    except (OSError, ValueError):  # the loaders say what is wrong with it
-        return None
-    return settings if is_original(settings) else None
+        return PreTrainedConfig.get_config_dict(str(path))[0]
+    except (OSError, ValueError):
+        return {}
 
 
-def _refuse_others(path: str | Path) -> None:
-    """Refuse any other model: transformers would make a SOLO-7B of random weights of its configuration."""
-    try:
-        settings = PreTrainedConfig.get_config_dict(str(path))[0]
-    except (OSError, ValueError):  # the loaders say what is wrong with it
-        return
-    kind = settings.get("model_type")
-    if settings and kind != SoloConfig.model_type and not is_original(settings):
-        raise SoloError(
-            f"{path} is no SOLO model, but {kind or 'of no model_type'}: "
-            f"solo init --llm {path} makes one of an LLM"
-        )
+def _is_solo(settings: dict[str, Any]) -> bool:
+    return settings.get("model_type") == SoloConfig.model_type or is_original(settings)
 
 
 def _load(cls: Any, path: str | Path, **options: Any) -> Any:
@@ -128,7 +134,7 @@ def _load(cls: Any, path: str | Path, **options: Any) -> Any:
         raise SoloError(f"{path} is not a model folder: it has no config.json")
     try:
         return cls.from_pretrained(str(path), **options)
-    except Exception as error:  # transformers raises whatever the broken file makes it stumble over
+    except Exception as error:  # transformers raises any type on a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SoloError(f"cannot load {path}: {reason}") from error
 
@@ -136,3 +142,72 @@ def _load(cls: Any, path: str | Path, **options: Any) -> Any:
 def _default_device() -> str:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"
+
+
+def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the configuration that quantizes the decoder's linear layers with bitsandbytes.
+
+    The head and the patch embedding, the model's only visual input, keep their precision.
+
+    Args:
+        kind: "int8" (LLM.int8: Dettmers et al. 2022), or "nf4" for 4-bit NormalFloat with double quantization
+            (QLoRA: Dettmers et al. 2023, section 3).
+        dtype: Compute dtype of "nf4"; int8 has its own arithmetic.
+
+    Raises:
+        SoloError: bitsandbytes or accelerate is not installed, or `kind` is unknown.
+    """
+    from transformers.utils import is_accelerate_available, is_bitsandbytes_available
+
+    if not (is_bitsandbytes_available() and is_accelerate_available()):
+        raise SoloError("quantize needs bitsandbytes: pip install 'solo-vlm[quantize]'")
+    untouched = [PATCH_EMBEDDING, HEAD]
+    match kind:
+        case "int8":
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=untouched)
+        case "nf4":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=untouched,
+            )
+        case _:
+            raise SoloError(f"quantize must be int8 or nf4, not {kind}")
+
+
+def save_model(folder: Path, model: PreTrainedModel, processor: Any, **options: Any) -> None:
+    """Save a model with its processor, or an LLM with its tokenizer, for generation in any software.
+
+    The saved tokenizer pads on the left, and the saved generation config stops where the chat template ends a
+    turn.
+
+    Args:
+        folder: Existing folder.
+        model: SOLO model or plain LLM.
+        processor: Processor of the SOLO model, or tokenizer of the LLM.
+        **options: Options of `PreTrainedModel.save_pretrained`.
+    """
+    if isinstance(processor, SoloProcessor):
+        model.generation_config.eos_token_id = stop_ids(model.generation_config, processor)
+    pad_left(getattr(processor, "tokenizer", processor))
+    model.save_pretrained(folder, **options)
+    processor.save_pretrained(folder)
+
+
+def pad_left(tokenizer: Any) -> None:
+    """Make a tokenizer pad on the left, also after saving and loading (which keep `init_kwargs`)."""
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+
+
+def stop_ids(settings: Any, processor: SoloProcessor | None = None) -> list[int]:
+    """Return the ids of all tokens that end an answer.
+
+    Args:
+        settings: `GenerationConfig` or model configuration, with `eos_token_id`.
+        processor: Processor whose EOS token and end-of-turn tokens are added.
+    """
+    ids = getattr(settings, "eos_token_id", None)
+    own = [ids] if isinstance(ids, int) else list(ids or [])
+    return list(dict.fromkeys([*own, *(processor.end_of_turn_ids if processor else [])]))

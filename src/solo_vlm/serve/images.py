@@ -23,7 +23,7 @@ from aiohttp.connector import AddrInfoType
 from numpy.typing import NDArray
 
 from solo_vlm.data.encode import MAX_ASPECT_RATIO
-from solo_vlm.models.inspect_image import ImageLayout
+from solo_vlm.models.inspect import ImageSummary
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image, read_data_url
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor, patches_to_image
 from solo_vlm.serve.limits import Limits
@@ -63,7 +63,7 @@ def describe_image(image: EncodedImage) -> dict[str, Any]:
     _, rows, columns = image.image_grid_thw.tolist()
     picture, file = patches_to_image(image.pixel_values, rows, columns), BytesIO()
     picture.save(file, format="PNG", compress_level=1)
-    layout = ImageLayout(image.size, picture.size, rows, columns)
+    layout = ImageSummary(image.size, picture.size, rows, columns)
     return {**layout.as_dict(), "picture": png_url(file.getvalue())}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
-from solo_vlm.models.solo.image_attention_solo import PACKED_ATTENTION
+from solo_vlm.models.solo.modeling_solo import PACKED_ATTENTION
 
 _REPLACED = (None, "eager", "sdpa", PACKED_ATTENTION)
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from transformers import PreTrainedModel
 
-from solo_vlm.models.saving import save_model
+from solo_vlm.models.load import save_model
 from solo_vlm.train.model import (
     adapter_state_dict,
     has_adapters,

@@ -13,8 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from solo_vlm.data.encode import load_encoder
-from solo_vlm.models.load import load_model
-from solo_vlm.models.quantization import HEAD, PATCH_EMBEDDING, quantization_config
+from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_model, quantization_config
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.sharding import decoder_layers, load_full_state_dict, shard_model

@@ -143,7 +143,7 @@ def test_a_token_that_the_llm_owns_already_is_not_taken(caplog):
     assert not set(owned) & set(solo.model.config.vision_token_ids)
     layout = solo.processor.tokenizer.convert_ids_to_tokens(solo.processor.image_input_ids(1, 1))
     assert layout == ["<solo:vision>", "<solo:vpatch>", "</vision>"]
-    assert "owns a token <vpatch>" in caplog.text
+    assert "already has a token <vpatch>" in caplog.text
     encoded = solo.processor.encode_chat([text("user", "<vpatch>")], add_generation_prompt=True)
     assert not set(encoded.input_ids.tolist()) & set(solo.model.config.vision_token_ids)
 

@@ -1,4 +1,4 @@
-"""The model itself, in transformers' file names: exactly the modules that a published folder carries.
+"""The model, with transformers' file names: exactly the modules that a published folder carries.
 
-They import each other by relative names, and nothing else of this package.
+They import each other by relative names and nothing else of this package.
 """

@@ -1,9 +1,16 @@
-"""Chat templates: the paper's, the original SOLO code's, ChatML, and a wrapper that lets any take images."""
+"""Chat templates (the paper's, the original SOLO code's, ChatML), and the turns of a rendered chat.
+
+`with_images` lets any LLM's template take images; `cut_turns` finds the assistant's text in what a template
+renders.
+"""
 
 from __future__ import annotations
 
-# SOLO paper: <s>[INST] question [/INST]answer</s>, repeated. System messages open the next user turn. An
-# image stands where its content part stands, inside the user turn.
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+# SOLO paper: <s>[INST] question [/INST]answer</s>, repeated. System messages open the next user turn. Images
+# stay where their content parts are, inside the user turn.
 SOLO_CHAT_TEMPLATE = """\
 {%- if bos_token -%}{{ bos_token }}{%- endif -%}
 {%- set ns = namespace(system='') -%}
@@ -21,8 +28,8 @@ SOLO_CHAT_TEMPLATE = """\
 {%- endfor -%}
 """
 
-# What SOLO-7B was fine-tuned with: the same, but a turn's images stand before it (the first turn's before
-# <s>), and white space around a question is cut.
+# SOLO-7B was fine-tuned with the same, except that the images of a turn precede it (those of the first turn
+# precede <s>), and white space around a question is stripped.
 _ORIGINAL_CHAT_TEMPLATE = """\
 {%- set ns = namespace(system='', bos=bos_token or '') -%}
 {%- for message in messages -%}
@@ -42,7 +49,7 @@ _ORIGINAL_CHAT_TEMPLATE = """\
 {%- endfor -%}
 """
 
-# For LLMs that know ChatML's tokens, but whose own template cannot be trained on as it is.
+# For LLMs that have ChatML's tokens but whose own template is unsuitable for training.
 CHATML_TEMPLATE = """\
 {%- if bos_token and bos_token != '<|im_start|>' -%}{{ bos_token }}{%- endif -%}
 {%- for message in messages -%}
@@ -59,7 +66,7 @@ CHATML_TEMPLATE = """\
 """
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
-# Shadows the function of transformers that gives the present time: prompts would change from day to day.
+# Shadows transformers' function for the current time, which would change prompts from day to day.
 _FIXED_DATE = """\
 {%- macro strftime_now(format) -%}
   {%- set date = namespace(text=format) -%}
@@ -72,7 +79,7 @@ _FIXED_DATE = """\
 {%- endmacro -%}
 """
 
-# Turns content parts into one string a message, so that a template made for text alone needs no change.
+# Joins content parts into one string per message, so text-only templates need no change.
 _FLATTEN_CONTENT = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -95,30 +102,158 @@ _FLATTEN_CONTENT = """\
 
 
 def with_images(chat_template: str, image_token: str) -> str:
-    """Let a chat template take messages whose content is a list of text and image parts.
+    """Return a chat template that also takes lists of text and image parts as content.
 
     Args:
-        chat_template: Jinja source of an LLM's template, which sees string contents only.
-        image_token: placeholder that an image part becomes; the processor expands it.
+        chat_template: Jinja source of an LLM's template for string contents.
+        image_token: Placeholder of an image part, which the processor expands.
     """
     return _FLATTEN_CONTENT.replace("IMAGE_TOKEN", image_token) + chat_template
 
 
 def has_date(chat_template: str) -> bool:
-    """Return whether a chat template may write the present date."""
+    """Return whether a chat template may write the current date."""
     return "strftime_now" in chat_template
 
 
 def with_fixed_date(chat_template: str) -> str:
-    """Let a chat template that writes the present date write 1 January 2025."""
+    """Return the chat template with the current date fixed to 1 January 2025."""
     return _FIXED_DATE + chat_template if has_date(chat_template) else chat_template
 
 
 def is_original_template(chat_template: str | None) -> bool:
-    """Return whether a chat template is that of the layout "release", maybe of an older version."""
+    """Return whether a chat template is the one of the layout "original", perhaps an older version."""
     return _ORIGINAL_CHAT_TEMPLATE.splitlines()[0] in (chat_template or "")
 
 
 def original_chat_template(image_token: str) -> str:
-    """The chat template of the layout "release"; see `SoloProcessor`."""
+    """Return the chat template of the image layout "original"; see `SoloProcessor`."""
     return with_images(_ORIGINAL_CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token), image_token)
+
+
+# --- turns of a rendered chat --------------------------------------------------------------------
+
+Message = dict[str, Any]
+Render = Callable[[Sequence[Message], bool], str]  # (messages, add_generation_prompt) to text
+
+_MARK = "\ue002{index}\ue003"
+
+
+class ChatTemplateError(ValueError):
+    """The template refuses a chat, or its answers cannot be separated from its prompts."""
+
+
+def cut_turns(
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    render: Render,
+    ends: Collection[str],
+    eos_token: str,
+) -> list[tuple[str, bool]]:
+    """Cut a rendered chat where answers begin and end.
+
+    An answer begins where its generation prompt ends, so training sees the prompts of inference. It ends with
+    the token that the template writes after it, or with EOS if the template ends there.
+
+    Args:
+        messages: Messages with string contents.
+        add_generation_prompt: Render the prompt for one more answer.
+        render: Function that applies the chat template.
+        ends: Tokens that may end an answer.
+        eos_token: Token that ends the last answer if the template writes nothing after it.
+
+    Returns:
+        (text, is_answer) segments in order; together they are the rendered chat without trailing white space.
+
+    Raises:
+        ChatTemplateError: The template renders an answer or its prompt differently than in generation, or
+            writes no token at the end of an answer.
+    """
+    whole = render(messages, add_generation_prompt)
+    segments, done = [], 0
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _prompt(messages, index, render)
+        if not whole.startswith(prompt) or len(prompt) < done:
+            raise ChatTemplateError(
+                "the chat template renders a turn differently once other turns follow, so training and "
+                "inference would disagree"
+            )
+        said = message["content"].strip()
+        start = _skip_space(whole, len(prompt))
+        if not whole.startswith(said, start):
+            raise ChatTemplateError(
+                f"the chat template changes the assistant's text in message {index + 1}, or writes something "
+                "before it that the generation prompt lacks"
+            )
+        behind = _skip_space(whole, start + len(said))
+        end = max((token for token in ends if whole.startswith(token, behind)), key=len, default=None)
+        if end is None and (behind < len(whole) or add_generation_prompt):
+            raise ChatTemplateError(
+                f"the chat template writes no token at the end of message {index + 1}, an answer: "
+                "generation would not end there"
+            )
+        place = start + len(said) if end is None else behind
+        segments += [
+            (whole[done : len(prompt)], False),
+            (whole[len(prompt) : place] + (end or eos_token), True),
+        ]
+        done = len(whole) if end is None else behind + len(end)
+    tail = whole[done:]
+    if tail if add_generation_prompt else tail.strip():
+        segments.append((tail, False))
+    return [segment for segment in segments if segment[0]]
+
+
+def end_tokens(render: Render, candidates: Collection[str], eos_token: str) -> set[str]:
+    """Return the tokens that end answers of a chat template, and EOS.
+
+    Args:
+        render: Function that applies the chat template.
+        candidates: Tokens that may end an answer.
+        eos_token: The tokenizer's EOS token.
+    """
+    ends, answer = {eos_token}, "Hello."
+    turn = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": answer}]
+    for turns in (1, 2):
+        try:
+            segments = cut_turns(turn * turns, False, render, candidates, eos_token)
+        except ChatTemplateError:  # such chats are skipped in training
+            continue
+        ends |= {text.strip().removeprefix(answer).strip() for text, said in segments if said}
+    return ends
+
+
+def check_roles(roles: Sequence[str], render: Render) -> None:
+    """Check that a chat template keeps every message of a chat with these roles, in order.
+
+    Raises:
+        ChatTemplateError: The template leaves out, repeats or moves a message.
+    """
+    marks = [_MARK.format(index=index) for index in range(len(roles))]
+    text = render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)], False)
+    place = 0
+    for index, (role, mark) in enumerate(zip(roles, marks, strict=True)):
+        if mark not in text:
+            raise ChatTemplateError(f"the chat template leaves out message {index + 1} ({role})")
+        if text.count(mark) > 1 and role == "assistant":
+            raise ChatTemplateError(f"the chat template repeats message {index + 1} ({role})")
+        if (found := text.find(mark, place)) < 0:
+            raise ChatTemplateError(f"the chat template moves message {index + 1} ({role})")
+        place = found
+
+
+def _prompt(messages: Sequence[Message], index: int, render: Render) -> str:
+    """Return the prompt that generation of this message would continue."""
+    if index:
+        return render(messages[:index], True)
+    # Templates render no empty chat, so this is the text before a first answer of any content.
+    mark = _MARK.format(index=0)
+    return render([{**messages[0], "content": mark}, *messages[1:]], False).partition(mark)[0]
+
+
+def _skip_space(text: str, place: int) -> int:
+    while place < len(text) and text[place].isspace():
+        place += 1
+    return place

@@ -1,4 +1,4 @@
-"""Configuration of a SOLO model: any decoder's configuration, plus how an image enters it."""
+"""Configuration of a SOLO model: a decoder's configuration plus the settings of its image input."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @strict
 class SoloConfig(PreTrainedConfig):
-    """A decoder-only transformer that takes raw image patches beside text tokens (SOLO paper, section 2).
+    """Configuration of a decoder-only transformer that reads raw image patches and text (SOLO paper, section
+    2).
 
     Args:
-        text_config: configuration of the decoder (any of transformers' causal language models), or a dict
-            of one with its `model_type`. Default: Mistral-7B-v0.1, the paper's LLM, with four new tokens.
-        vision_patch_size: side of a square patch in pixels; a patch is `3 * size * size` numbers.
-        image_mean: per-channel mean that `uint8` patches are normalised with, after division by 255.
-        image_std: per-channel standard deviation, likewise.
-        image_token_id: id of `<vpatch>`, the placeholder of one patch.
-        vision_start_token_id: id of `<vision>`, before an image.
-        vision_row_token_id: id of `<vrow_sep>`, between two rows of patches.
-        vision_end_token_id: id of `</vision>`, after an image.
-        bidirectional_images: whether the patches of an image see each other in both directions. The paper's
+        text_config: Configuration of the decoder (any causal language model of transformers), or a dict of
+            one with its `model_type`. Default: Mistral-7B-v0.1, the paper's LLM, with the new tokens.
+        vision_patch_size: Side of a square patch in pixels; a patch has `3 * vision_patch_size**2` values.
+        image_mean: Mean per channel for normalizing uint8 patches, after division by 255.
+        image_std: Standard deviation per channel, likewise.
+        image_token_id: Id of `<vpatch>`, the placeholder of one patch.
+        vision_start_token_id: Id of `<vision>`, before an image.
+        vision_row_token_id: Id of `<vrow_sep>`, between two rows of patches.
+        vision_end_token_id: Id of `</vision>`, after an image.
+        bidirectional_images: Whether patches of an image attend to each other in both directions. The paper's
             model, and every export to other software, is causal throughout.
-        use_cache: whether forward passes outside of training return a key/value cache by default.
-        tie_word_embeddings: whether the LM head is the token embedding; taken over from `text_config`.
+        use_cache: Whether forward passes outside of training return a key/value cache by default.
+        tie_word_embeddings: Whether the LM head is the token embedding; copied from `text_config`.
     """
 
     model_type = "solo"
     sub_configs = {"text_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    text_config: Any = None  # after initialisation always a PreTrainedConfig
+    text_config: Any = None  # a PreTrainedConfig after initialization
     vision_patch_size: int = 32
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
@@ -56,24 +57,24 @@ class SoloConfig(PreTrainedConfig):
             self.text_config = CONFIG_MAPPING[model_type](**self.text_config)
         elif self.text_config is None:
             self.text_config = CONFIG_MAPPING["mistral"](vocab_size=32064, rms_norm_eps=1e-5)
-        # Decoders keep this flag themselves; the composed model must agree with it, or it would untie them.
+        # The composed model must agree with the decoder's own flag, otherwise it would untie the weights.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As transformers' method; the release's own `config.json` is understood, too."""
+        """Read a `config.json`, also that of an original SOLO checkpoint."""
         settings, kwargs = super().get_config_dict(*args, **kwargs)
         return config_from_original(settings) if is_original(settings) else settings, kwargs
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one flattened patch: channels * side * side (3072 for 32 x 32)."""
+        """Number of values of a flattened patch: 3 * side * side (3072 for 32 x 32)."""
         return 3 * self.vision_patch_size**2
 
     @property
     def vision_token_ids(self) -> tuple[int, int, int, int]:
-        """Ids that stand for images and never for text: `<vpatch>`, `<vision>`, `<vrow_sep>`, `</vision>`."""
+        """Ids of `<vpatch>`, `<vision>`, `<vrow_sep>` and `</vision>`."""
         return (
             self.image_token_id,
             self.vision_start_token_id,

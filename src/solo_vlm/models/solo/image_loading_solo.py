@@ -1,9 +1,9 @@
-"""One way from anything that holds a picture to upright 8-bit RGB: a `PIL.Image`, or an array of its pixels.
+"""Load an image from any source as upright 8-bit RGB: a `PIL.Image`, or an array of its pixels.
 
-Training, evaluation and serving all read images through `load_image` or `load_pixels`, so a file means the
-same pixels everywhere. The rules are those of `transformers.image_utils.load_image` (EXIF orientation
-applied, transparency laid on white), plus the cases that one leaves open: 16-bit and float images, arrays and
-tensors, size limits, and an error that names the file and says what is wrong with it.
+Training, evaluation and serving all read images with `load_image` or `load_pixels`, so a file gives the same
+pixels everywhere. The rules are those of `transformers.image_utils.load_image` (EXIF orientation applied,
+transparency on white), extended to 16-bit and float images, arrays and tensors, size limits, and errors that
+name the file and the problem.
 """
 
 import base64
@@ -37,18 +37,18 @@ from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 try:
     import simplejpeg
-except ImportError:  # a checkpoint's copy of this file runs without it, see `load_pixels`
+except ImportError:  # optional in a published folder; Pillow decodes then
     simplejpeg = None
 
 MAX_PIXELS = 100_000_000
-"""Largest width * height that `load_image` decodes by default: 300 MB of RGB."""
+"""Default limit of `load_image` for width * height, 300 MB of RGB."""
 
 MAX_DOWNLOAD_BYTES = 256 * 2**20
-"""Largest response body, in bytes, that `load_image` accepts from a URL by default."""
+"""Default limit of `load_image` for the response body of a URL, in bytes."""
 
 ChannelOrder = Literal["channels_first", "channels_last"]
 
-_UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
+_UPRIGHT = {  # EXIF orientation -> transposition that makes the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -61,23 +61,23 @@ _ORIENTATION_TAG = 0x0112
 _JPEG_START, _JPEG_SCAN = b"\xff\xd8\xff", b"\xff\xda"
 _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xef\xfe]")
 _METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/", b"MPF\0", b"ICC_PROFILE\0")
-"""How segments of a JPEG begin that may hold an orientation, several images or a colour profile."""
+"""Prefixes of JPEG segments that may hold an orientation, several images or a color profile."""
 
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2  # a photometric interpretation, a sample format
 _PNG_GREY_STEP = {"L;2": 85, "L;4": 17}
-"""Raw mode of a PNG of 2 or 4 bits -> by how much Pillow multiplies its samples, but not its tRNS."""
+"""Raw mode of a 2- or 4-bit PNG -> factor that Pillow applies to its samples but not to its tRNS."""
 
 _SRGB_TOLERANCE = 2
-"""Levels of 255 by which a colour profile may differ from sRGB and still be taken for it."""
+"""Maximum difference, in levels of 255, of a color profile that counts as sRGB."""
 
 _OTHER_SUFFIXES = {".heic", ".heif", ".hif", ".jxl", ".svg"}
 
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 _NO_SUCH_PAGE = (404, 410)
 
-_NOT_PIXELS = (  # how files that are often mistaken for images begin -> what to say
-    (rb"(?s)(<\?xml.*?|<!--.*?)?<(svg|!doctype svg)", "SVG is a drawing, not pixels; render it to PNG first"),
+_NOT_PIXELS = (  # first bytes of files often mistaken for images -> error message
+    (rb"(?s)(<\?xml.*?|<!--.*?)?<(svg|!doctype svg)", "SVG is a vector format; render it to PNG first"),
     (rb"<(!doctype html|html|head|body)", "this is an HTML page, not an image"),
     (rb"%pdf", "PDF is a document, not an image; render its pages first"),
     (rb"version https://git-lfs", "this is a Git LFS pointer; fetch the real file with `git lfs pull`"),
@@ -88,19 +88,19 @@ _NOT_PIXELS = (  # how files that are often mistaken for images begin -> what to
 
 
 class ImageError(ValueError):
-    """The data is not an image that can be used. Reading it again gives the same error."""
+    """The data is not a usable image. A retry gives the same error."""
 
 
 class ImageFetchError(ImageError, OSError):
-    """The data could not be read: no such file, no permission, a failed disk or network. A retry may help."""
+    """The data could not be read: missing file, no permission, disk or network failure. A retry may help."""
 
 
 class ImageMissingError(ImageFetchError):
-    """There is no such file or page, and a retry gives the same answer: a missing file, HTTP 404 and 410."""
+    """The file or page does not exist (missing file, HTTP 404 and 410). A retry gives the same error."""
 
 
 def image_suffixes() -> frozenset[str]:
-    """Endings of image files, such as ".png": what Pillow opens, and what it opens with plug-ins only."""
+    """Return the suffixes of image files, such as ".png", that Pillow opens itself or with plug-ins."""
     Image.init()
     opened = {ending for ending, file_format in Image.EXTENSION.items() if file_format in Image.OPEN}
     return frozenset(opened | _OTHER_SUFFIXES)
@@ -135,24 +135,25 @@ def load_image(source: Any, **options: Unpack[LoadOptions]) -> Image.Image:
     """Read an image from any source into an upright 8-bit RGB `PIL.Image`.
 
     Sources:
-      - `PIL.Image.Image` of any mode (returned as is when it is already RGB and upright);
+      - a `PIL.Image.Image` of any mode (returned unchanged if it is RGB and upright);
       - a local path (`str` or `os.PathLike`), a `file://`, `http(s)://` or `data:` URL, bare base64, or the
-        bytes of an image file. Of several frames the first is taken;
+        bytes of an image file. Only the first frame is read;
       - a NumPy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1 (grey), 2 (grey + alpha),
-        3 (RGB) or 4 (RGBA) channels. A shape that fits both orders, such as (3, 8, 3), is channels first.
+        3 (RGB) or 4 (RGBA) channels. A shape that fits both orders, such as (3, 8, 3), is read as channels
+        first.
 
-    Values become 8-bit by the full range of their type, never by clipping:
-      - uint8 as is; bool and 1-bit: 0 and 255;
+    Values are scaled to 8 bits by the full range of their type, never clipped:
+      - uint8: unchanged; bool and 1-bit become 0 and 255;
       - uint16 arrays and modes `I;16*` and `I` (where Pillow puts 16-bit files): 65535 becomes 255. A mode
-        `I` image beyond 0..65535 has no known range and is refused;
+        `I` image beyond 0..65535 has no known range and is rejected;
       - other integer arrays must already lie in 0..255;
       - floats (arrays and mode `F`): 0..1 becomes 0..255; if any value exceeds 1, they must lie in 0..255.
 
-    Transparency (alpha channel, palette or tRNS chunk) is laid on white. EXIF orientation is applied;
-    unreadable EXIF is ignored. An embedded ICC profile other than sRGB is converted to sRGB (LittleCMS,
-    relative colorimetric with black point compensation); one that is broken, or of another colour space than
-    the pixels, is ignored, and so are PNG's gAMA and cHRM chunks. CMYK without a profile is converted by
-    Pillow's formula. TIFFs of signed samples have no agreed black and white and are refused.
+    Transparency (alpha channel, palette or tRNS chunk) is composited on white. EXIF orientation is applied;
+    unreadable EXIF is ignored. Embedded ICC profiles are converted to sRGB (LittleCMS, relative colorimetric
+    with black point compensation); broken profiles and those of another color space than the pixels are
+    ignored, as are PNG's gAMA and cHRM chunks. CMYK without a profile is converted by Pillow's formula. TIFFs
+    with signed samples have no agreed black and white and are rejected.
 
     Args:
         source: See above.
@@ -239,7 +240,7 @@ def _from_text(text: str, options: _Options) -> Image.Image | np.ndarray:
         if not options.allow_paths:
             raise ImageError(f"{name}: reading local files is not allowed here")
         return _from_file(_path_of_file_url(text, name), name, max_pixels)
-    if options.allow_paths and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on a long base64 text
+    if options.allow_paths and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on long base64
         return _from_file(text, options.name, max_pixels)
     # The smallest image files have about 30 bytes: a shorter text is a mistyped path.
     data = _decode_base64(text.encode("ascii", "replace")) if len(text) > 40 else None
@@ -256,23 +257,25 @@ def _from_text(text: str, options: _Options) -> Image.Image | np.ndarray:
 def _path_of_file_url(url: str, name: str) -> str:
     match = re.match(r"file:(//(localhost)?)?(/[^/].*)", url, re.IGNORECASE | re.DOTALL)
     if match is None:
-        raise ImageMissingError(f"{name}: a file URL has an absolute path, as file:///folder/image.png")
+        raise ImageMissingError(
+            f"{name}: a file URL needs an absolute path, such as file:///folder/image.png"
+        )
     path = match[3]
-    # Many write a path behind file:// as it is, unquoted.
+    # Many file URLs contain an unquoted path.
     return path if os.path.isfile(path) else os.fsdecode(unquote_to_bytes(path))  # noqa: PTH113
 
 
 def read_data_url(url: str, name: str) -> bytes:
-    """Return the bytes that a data URL holds, percent-encoded, as base64 (see `_decode_base64`), or both.
+    """Return the bytes of a data URL, percent-encoded, base64 (see `_decode_base64`), or both.
 
-    The media type may be missing or wrong and have parameters; case does not matter before the comma.
+    The media type may be missing, wrong, or have parameters; the part before the comma is case-insensitive.
 
     Args:
-        url: begins with "data:".
-        name: what error messages call the image.
+        url: URL that begins with "data:".
+        name: Name of the image in error messages.
 
     Raises:
-        ImageError: there is no comma, or the base64 is invalid.
+        ImageError: There is no comma, or the base64 is invalid.
     """
     header, comma, body = url.partition(",")
     if not comma:
@@ -301,7 +304,7 @@ def _from_file(path: str, name: str | None, max_pixels: int) -> Image.Image | np
 
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image | np.ndarray:
-    """Decode an open image file, sizes checked before pixels are."""
+    """Decode an open image file after checking its size."""
     if (pixels := _decode_plain_jpeg(file, max_pixels)) is not None:
         return pixels
     try:
@@ -316,12 +319,12 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image | np.ndar
         raise _damaged(error, name) from error
     _check(image, name, max_pixels)
     rgb = _to_upright_rgb(image, name)
-    rgb.format = None  # marks it as checked, see _check
+    rgb.format = None  # marks the image as checked; see _check
     return rgb
 
 
 def _decode_plain_jpeg(file: BinaryIO, max_pixels: int) -> np.ndarray | None:
-    """The pixels of a JPEG as Pillow decodes it; None: Pillow has to, or refuses."""
+    """Return the pixels of a JPEG, equal to Pillow's; None if Pillow must decode or reject it."""
     is_jpeg = simplejpeg is not None and file.read(3) == _JPEG_START
     file.seek(0)
     if not is_jpeg:
@@ -334,23 +337,23 @@ def _decode_plain_jpeg(file: BinaryIO, max_pixels: int) -> np.ndarray | None:
         if too_large or colors not in ("YCbCr", "RGB") or not _is_plain(data):
             return None
         return simplejpeg.decode_jpeg(data, "RGB", strict=True)
-    except ValueError:  # damaged or unusual, warnings among it
+    except ValueError:  # damaged or unusual; includes warnings
         return None
 
 
 def _is_plain(data: bytes) -> bool:
-    """Whether a JPEG is one image, upright and sRGB. It is without metadata, whose absence is found fast."""
+    """Return whether a JPEG is a single upright sRGB image; the check is fast without metadata."""
     if not _has_metadata(data):
         return True
     try:
         image = Image.open(BytesIO(data))
-    except Exception:  # `_decode` opens it again, and says what is wrong
+    except Exception:  # `_decode` opens it again and reports the error
         return False
     return image.format == "JPEG" and _orientation(image) == 1 and _to_srgb(image) is None
 
 
 def _has_metadata(data: bytes) -> bool:
-    """Whether a JPEG has any that matters here, or something else than segments before its scan."""
+    """Return whether a JPEG has relevant metadata, or anything but segments before its scan."""
     place = 2
     while data[place : place + 2] != _JPEG_SCAN:
         if not _SEGMENT.match(data, place) or data.startswith(_METADATA, place + 4):
@@ -360,19 +363,19 @@ def _has_metadata(data: bytes) -> bool:
 
 
 def _check(image: Image.Image, name: str, max_pixels: int) -> None:
-    """Refuse by the header what must not be decoded."""
+    """Reject, by its header, an image that must not be decoded."""
     width, height = image.size
     if not width or not height:
         raise ImageError(f"{name}: no pixels ({width} x {height})")
     if image.format == "EPS":  # Pillow would run Ghostscript on it
-        raise ImageError(f"{name}: EPS is a program, not pixels; render it to PNG first")
-    # Only an image straight from a file has a format. Others are in memory already: nothing to protect.
+        raise ImageError(f"{name}: EPS is a program; render it to PNG first")
+    # Only an image straight from a file has a format; others are already decoded.
     if image.format and width * height > max_pixels:
         raise ImageError(f"{name}: {width} x {height} is more than the limit of {max_pixels:,} pixels")
 
 
 def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Decode if that is still to be done, convert to RGB, turn upright."""
+    """Decode if necessary, convert to RGB, apply the orientation."""
     try:
         _prepare_tiff(image, name)
         alpha = _prepare_png(image)
@@ -381,7 +384,7 @@ def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
         rgb = _to_rgb(image, name, alpha)
         if turn is not None:
             rgb = rgb.transpose(turn)
-            rgb.info = {}  # its EXIF is out of date now: loading the result again must not turn it again
+            rgb.info = {}  # EXIF no longer applies
         return rgb
     except (ImageError, MemoryError):
         raise
@@ -397,7 +400,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _prepare_tiff(image: Image.Image, name: str) -> None:
-    """Refuse signed samples; let Pillow read planes of 16 bits a sample, which it takes for bytes."""
+    """Reject signed samples; fix planar 16-bit samples, which Pillow would read as bytes."""
     tags = getattr(image, "tag_v2", None)
     if tags is None or not isinstance(image, ImageFile.ImageFile):
         return
@@ -414,10 +417,10 @@ def _prepare_tiff(image: Image.Image, name: str) -> None:
 
 
 def _prepare_png(image: Image.Image) -> Image.Image | None:
-    """Correct Pillow's idea of the transparent colour of a PNG that is not decoded yet.
+    """Correct the transparent color of a PNG before Pillow decodes it.
 
     Returns:
-        The alpha channel, where 8 bits per sample do not tell which pixels have that colour.
+        The alpha channel if 8 bits per sample cannot identify the pixels of that color, otherwise None.
     """
     key = image.info.get("transparency")
     if image.format != "PNG" or not isinstance(image, ImageFile.ImageFile) or not image.tile or key is None:
@@ -429,7 +432,7 @@ def _prepare_png(image: Image.Image) -> Image.Image | None:
         return None
     file: Any = image.fp
     low = Image.open(file)
-    low.tile = [low.tile[0]._replace(args="RGB;16L")]  # decodes the other byte of each sample
+    low.tile = [low.tile[0]._replace(args="RGB;16L")]  # decodes the low byte of each sample
     samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)  # (height, width, 3)
     return Image.fromarray((samples != key).any(axis=2) * np.uint8(255))
 
@@ -449,7 +452,7 @@ def _to_rgb(image: Image.Image, name: str, alpha: Image.Image | None = None) -> 
 
 
 def _to_8_bit_grey(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
-    """Deeper grey as mode L, and its alpha channel where one value is transparent."""
+    """Convert deeper gray to mode L; also return its alpha channel if one value is transparent."""
     tags = getattr(image, "tag_v2", {})
     values = np.asarray(image)
     packed_12_bit = tags.get(_TIFF_BITS) == (12,)
@@ -462,19 +465,19 @@ def _to_8_bit_grey(image: Image.Image, name: str) -> tuple[Image.Image, Image.Im
 
 
 def _color_space(image: Image.Image) -> str:
-    """The mode in which a profile describes an opaque image."""
+    """Return the color mode that a profile of an opaque image refers to."""
     return {"1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
 
 
 def _to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
-    """What converts an image from its embedded profile; None: it is sRGB, as far as anyone can tell."""
+    """Return the transform from an image's embedded profile to sRGB; None if it counts as sRGB."""
     profile = image.info.get("icc_profile")
-    if not isinstance(profile, bytes) or image.mode == "LAB":  # LAB needs no profile to be converted
+    if not isinstance(profile, bytes) or image.mode == "LAB":  # LAB converts without a profile
         return None
     return _transform_to_srgb(profile, _color_space(image))
 
 
-@lru_cache(maxsize=16)  # most images of a data set share a few profiles
+@lru_cache(maxsize=16)  # images of a data set share few profiles
 def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     try:
         transform = ImageCms.buildTransform(
@@ -490,7 +493,7 @@ def _transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
     if mode == "CMYK":
         return transform
     steps = np.linspace(0, 255, 9).astype(np.uint8)
-    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)  # (1, colours, 3)
+    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)  # (1, num_colors, 3)
     colors = Image.fromarray(grid).convert(mode)
     before, after = (np.asarray(c).astype(int) for c in (colors.convert("RGB"), transform.apply(colors)))
     return transform if abs(after - before).max() > _SRGB_TOLERANCE else None
@@ -514,7 +517,7 @@ def _from_array(array: np.ndarray, name: str, order: ChannelOrder | None) -> Ima
 
 def _channels_come_first(shape: tuple[int, ...]) -> bool:
     first, last = shape[0], shape[2]
-    # Colour outweighs grey, so that (1, W, 3), one row of RGB, is not taken for a grey (H, 3) image.
+    # Color takes precedence: (1, W, 3) is one row of RGB, not a gray image.
     for counts in ((3, 4), (1,), (2,)):
         if first in counts or last in counts:
             return first in counts
@@ -522,7 +525,7 @@ def _channels_come_first(shape: tuple[int, ...]) -> bool:
 
 
 def _to_bytes(values: np.ndarray, name: str, full_range: int | None = None) -> np.ndarray:
-    """uint8 (0..255) from any numeric array, by the ranges that `load_image` documents."""
+    """Convert any numeric array to uint8 by the ranges documented in `load_image`."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.bool_:
@@ -544,7 +547,7 @@ def _to_bytes(values: np.ndarray, name: str, full_range: int | None = None) -> n
 
 
 def _decode_base64(data: bytes) -> bytes | None:
-    """Bytes of a base64 text, line breaks, the URL-safe alphabet and missing padding allowed; else None."""
+    """Decode base64 (line breaks, URL-safe alphabet, missing padding allowed); None if invalid."""
     data = data.translate(bytes.maketrans(b"-_", b"+/"), delete=b" \t\n\r\v\f").rstrip(b"=")
     try:
         return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
@@ -553,9 +556,9 @@ def _decode_base64(data: bytes) -> bytes | None:
 
 
 def _download(url: str, name: str, timeout: float, max_bytes: int) -> bytes:
-    """Body of an http(s) URL. The standard library serves, so that no HTTP client is required."""
+    """Download an http(s) URL with the standard library, so published folders need no HTTP client."""
     deadline = time.monotonic() + timeout
-    opener = OpenerDirector()  # without the file: and ftp: handlers a redirect could lead to
+    opener = OpenerDirector()  # no file: and ftp: handlers for redirects
     for handler in (
         ProxyHandler,
         HTTPHandler,
@@ -613,7 +616,7 @@ def _what_it_is(file: BinaryIO) -> str:
 
 
 def _damaged(error: Exception, name: str) -> ImageError:
-    if isinstance(error, OSError) and error.errno is not None:  # the system's errors, not Pillow's
+    if isinstance(error, OSError) and error.errno is not None:  # raised by the system, not by Pillow
         return ImageFetchError(f"{name}: {error.strerror}")
     return ImageError(f"{name}: truncated or damaged image ({error or type(error).__name__})")
 

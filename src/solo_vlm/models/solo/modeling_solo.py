@@ -1,28 +1,37 @@
 """SOLO: a decoder-only transformer that reads raw image patches through one linear layer.
 
-The decoder is any of transformers' language models, used as it is: attention back-ends, caches, LoRA,
-quantisation and parallel plans are its own. Source: "A Single Transformer for Scalable Vision-Language
+The decoder is any language model of transformers, unchanged, with its own attention back-ends, caches, LoRA,
+quantization and parallel plans. Source: "A Single Transformer for Scalable Vision-Language
 Modeling" (TMLR 2024), section 2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_solo import SoloConfig
-from .image_attention_solo import PACKED_ATTENTION, image_index, image_masks
-from .loss_solo import supervised_cross_entropy
 from .original_solo import ORIGINAL_KEYS
+
+PACKED_ATTENTION = "solo_packed"  # the training attention, which makes its own masks per document
+_TAKE_MASKS = ("eager", "sdpa", "flex_attention")
+
+IGNORE_INDEX = -100
+CHUNK_SIZE = 1024  # supervised positions per chunk of logits
 
 
 @dataclass
@@ -30,12 +39,12 @@ class SoloCausalLMOutputWithPast(ModelOutput):
     """Output of `SoloForConditionalGeneration`.
 
     Attributes:
-        loss: scalar, where labels were given.
+        loss: Scalar; None without labels.
         logits: (batch, kept positions, vocabulary); None in training with labels (see `forward`).
-        past_key_values: the decoder's cache.
-        hidden_states: one (batch, length, hidden) a layer, on request.
-        attentions: one (batch, heads, length, length) a layer, on request.
-        image_hidden_states: (patches, hidden), what stands at the `<vpatch>` positions.
+        past_key_values: Cache of the decoder.
+        hidden_states: One (batch, length, hidden) tensor per layer, on request.
+        attentions: One (batch, heads, length, length) tensor per layer, on request.
+        image_hidden_states: (num_patches, hidden), the embeddings at the `<vpatch>` positions.
     """
 
     loss: Tensor | None = None
@@ -48,13 +57,13 @@ class SoloCausalLMOutputWithPast(ModelOutput):
 
 @dataclass
 class SoloModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of `SoloModel`: the decoder's, and `image_hidden_states` (patches, hidden)."""
+    """Output of `SoloModel`: the decoder's output and `image_hidden_states` (num_patches, hidden)."""
 
     image_hidden_states: Tensor | None = None
 
 
 class SoloPreTrainedModel(PreTrainedModel):
-    """What transformers must know of the architecture; the rest comes from the decoder."""
+    """Architecture properties for transformers; the decoder provides the rest."""
 
     config: SoloConfig
     config_class = SoloConfig
@@ -70,14 +79,15 @@ class SoloPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' method; a folder of the release loads, too, and is saved in this project's format.
+        """Load a model, also from an original SOLO checkpoint (which is then saved in this format).
 
-        The vision ids are then SOLO-7B's; `solo_vlm.models.load.load_model` asks the folder's tokenizer.
+        An original checkpoint gets the vision ids of SOLO-7B; `solo_vlm.models.load.load_model` reads them
+        from its tokenizer.
         """
         kwargs.setdefault("key_mapping", ORIGINAL_KEYS)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # transformers would save under the names that it has read.
+        # Otherwise transformers would save under the original names.
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or []
@@ -87,7 +97,7 @@ class SoloPreTrainedModel(PreTrainedModel):
 
 
 class SoloModel(SoloPreTrainedModel):
-    """The decoder, and the one linear layer through which images enter it."""
+    """Decoder with one linear layer that embeds image patches."""
 
     def __init__(self, config: SoloConfig) -> None:
         super().__init__(config)
@@ -105,33 +115,34 @@ class SoloModel(SoloPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Embed patches: one linear layer, plus the token embedding of `<vpatch>` (as the release adds it).
+        """Embed patches: one linear layer, plus the token embedding of `<vpatch>` as in the original code.
 
         Args:
-            pixel_values: (patches of all images, 3 * size * size), `uint8` pixels, or floats that are
-                normalised already. Each patch is flattened channel-first.
-            image_grid_thw: (images, 3) int64: 1, rows, columns of each image; only needed to tell the
-                images apart in `pooler_output`.
+            pixel_values: (num_patches, 3 * size * size), uint8 pixels or normalized floats, each patch
+                flattened channel first.
+            image_grid_thw: (num_images, 3) int64, (1, rows, columns) per image; only needed to split
+                `pooler_output` by image.
 
         Returns:
-            `last_hidden_state` (patches, hidden) and `pooler_output`, a list of one such tensor an image.
+            `last_hidden_state`, (num_patches, hidden), and `pooler_output`, a list of one such tensor per
+            image.
         """
         patches = pixel_values if pixel_values.is_floating_point() else self._normalize(pixel_values)
         placeholder = torch.tensor([self.config.image_token_id], device=patches.device)
         token = self.get_input_embeddings()(placeholder)  # (1, hidden)
-        features = self.embed_vision_patch(patches.to(token.dtype)) + token  # (patches, hidden)
+        features = self.embed_vision_patch(patches.to(token.dtype)) + token  # (num_patches, hidden)
         sizes = [features.shape[0]] if image_grid_thw is None else image_grid_thw.prod(-1).tolist()
         return BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=list(features.split(sizes))
         )
 
     def _normalize(self, patches: Tensor) -> Tensor:
-        """(patches, dim) `uint8` pixels to float32, normalised by channel."""
+        """Normalize (num_patches, dim) uint8 pixels by channel, in float32."""
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=patches.device)[:, None]
             for values in (self.config.image_mean, self.config.image_std)
         )
-        channels = patches.float().unflatten(-1, (3, -1)) / 255.0  # (patches, 3, size * size)
+        channels = patches.float().unflatten(-1, (3, -1)) / 255.0  # (num_patches, 3, size * size)
         return ((channels - mean) / std).flatten(-2)
 
     @can_return_tuple
@@ -150,25 +161,25 @@ class SoloModel(SoloPreTrainedModel):
     ) -> SoloModelOutputWithPast:
         """Run the decoder over text tokens and image patches.
 
-        A packed batch holds several documents in one row: `position_ids` restart with each, no
-        `attention_mask` is given, and documents do not see each other.
+        In a packed batch, a row holds several documents: `position_ids` restart with each, there is no
+        `attention_mask`, and documents do not attend to each other.
 
         Args:
-            input_ids: (batch, length) int64, with one `<vpatch>` a patch.
-            pixel_values: (patches, dim), see `get_image_features`; zero patches are allowed.
-            image_grid_thw: (images, 3) int64.
-            attention_mask: (batch, length), 0 at padding; leave it out for a packed batch.
+            input_ids: (batch, length) int64, with one `<vpatch>` per patch.
+            pixel_values: (num_patches, dim), see `get_image_features`; may have zero patches.
+            image_grid_thw: (num_images, 3) int64.
+            attention_mask: (batch, length), 0 at padding; None for a packed batch.
             position_ids: (batch, length) int64.
-            past_key_values: cache of an earlier call.
-            inputs_embeds: (batch, length, hidden) instead of `input_ids`.
-            use_cache: whether to return a cache. Default: the configuration's, and never in training nor
-                for a packed batch, where a cache would let documents see each other.
-            mm_encoder_outputs: {"image": output of `get_image_features`} instead of `pixel_values`.
-            **kwargs: passed on to the decoder.
+            past_key_values: Cache of an earlier call.
+            inputs_embeds: (batch, length, hidden), instead of `input_ids`.
+            use_cache: Whether to return a cache. Default: the configuration's; False in training and for a
+                packed batch, where a cache would let documents attend to each other.
+            mm_encoder_outputs: {"image": output of `get_image_features`}, instead of `pixel_values`.
+            **kwargs: Passed to the decoder.
 
         Raises:
-            ValueError: on contradicting inputs, or when patches, `<vpatch>` tokens and `image_grid_thw`
-                differ in number; on CUDA that is a failed assertion of the device.
+            ValueError: Inputs contradict each other, or patches, `<vpatch>` tokens and `image_grid_thw`
+                differ in number (on CUDA: a device-side assertion).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -195,7 +206,7 @@ class SoloModel(SoloPreTrainedModel):
             _require_count((input_ids == self.config.image_token_id).sum(), 0, "<vpatch> tokens")
         if self.config.bidirectional_images and inputs_embeds.shape[1] > 1:
             if input_ids is None:
-                raise ValueError("attention in both directions inside images needs input_ids to find them")
+                raise ValueError("bidirectional_images needs input_ids to locate the images")
             index = image_index(input_ids, self.config.image_token_id, self.config.vision_start_token_id)
             decoder = self.language_model.config
             if decoder._attn_implementation == PACKED_ATTENTION:
@@ -216,7 +227,7 @@ class SoloModel(SoloPreTrainedModel):
         return SoloModelOutputWithPast(**outputs, image_hidden_states=features)
 
     def _placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """(batch, length) bool: where `<vpatch>` stands."""
+        """Return the mask of `<vpatch>` positions, (batch, length) bool."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -224,7 +235,7 @@ class SoloModel(SoloPreTrainedModel):
 
 
 def _require_count(count: Tensor, patches: int, things: str) -> None:
-    """Raise where a scalar count differs. CUDA is not waited for: its next synchronisation fails."""
+    """Raise if a scalar count differs; on CUDA asynchronously, to avoid a synchronization."""
     if count.device.type == "cuda" or torch.compiler.is_compiling():
         torch._assert_async(count == patches, f"patches and {things} differ in number")
     elif count.device.type != "meta" and int(count) != patches:
@@ -232,7 +243,7 @@ def _require_count(count: Tensor, patches: int, things: str) -> None:
 
 
 class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
-    """SOLO with its language-model head: training loss, and text generation from text and images."""
+    """SOLO with a language-model head, for training and for generating text from text and images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -264,7 +275,7 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
     def head(self, hidden_states: Tensor) -> Tensor:
-        """(..., hidden) to logits (..., vocabulary), scaled or capped as the decoder's family does it."""
+        """Map (..., hidden) to logits (..., vocabulary), scaled or capped as in the decoder's family."""
         text_config = self.config.text_config
         logits = self.lm_head(hidden_states)
         if scale := getattr(text_config, "logit_scale", None):  # Cohere
@@ -292,16 +303,16 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> SoloCausalLMOutputWithPast:
-        """Logits, or the loss where `labels` are given.
+        """Compute logits, and the loss if `labels` are given.
 
-        In training mode with labels, the head runs only where a label is and in chunks
-        (`supervised_cross_entropy`), and `logits` is None: all logits of a 32,768-token sequence would
-        take gigabytes. Arguments not named here: see `SoloModel.forward`.
+        In training mode with labels, the head runs in chunks over supervised positions only
+        (`supervised_cross_entropy`) and `logits` is None: all logits of a 32,768-token sequence would take
+        gigabytes. See `SoloModel.forward` for the other arguments.
 
         Args:
-            labels: (batch, length) int64, -100 where no loss is wanted; they are shifted here.
-            logits_to_keep: compute logits for the last so many positions (0: all), or for these indices.
-            num_items_in_batch: supervised tokens of the whole batch, to divide the sum of losses by.
+            labels: (batch, length) int64, -100 at unsupervised positions; shifted here.
+            logits_to_keep: Number of last positions to compute logits for (0: all), or their indices.
+            num_items_in_batch: Supervised tokens of the global batch, the divisor of the summed loss.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -330,6 +341,100 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+
+def image_index(input_ids: Tensor, image_token_id: int, vision_start_token_id: int) -> Tensor:
+    """Return the index, within its row, of the image that each patch belongs to.
+
+    Args:
+        input_ids: (batch, length) int64.
+        image_token_id: Id of `<vpatch>`.
+        vision_start_token_id: Id of `<vision>`.
+
+    Returns:
+        (batch, length) int64, counted from 0; -1 at positions without a patch.
+    """
+    return (input_ids == vision_start_token_id).cumsum(-1) * (input_ids == image_token_id) - 1
+
+
+def image_masks(
+    config: PreTrainedConfig,
+    index: Tensor,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+) -> Any:
+    """Return the decoder's causal masks, opened between patches of the same image.
+
+    Args:
+        config: Configuration of the decoder.
+        index: (batch, length), see `image_index`.
+        inputs_embeds: (batch, length, hidden).
+        attention_mask: (batch, cached + length), 0 at padding.
+        position_ids: (batch, length); a restart begins another document.
+        past_key_values: Cache of earlier calls.
+
+    Returns:
+        (batch, 1, length, cached + length) mask, or a dict of masks by layer type.
+
+    Raises:
+        ValueError: The attention implementation takes no masks.
+    """
+    if config._attn_implementation not in _TAKE_MASKS:
+        raise ValueError(
+            f"bidirectional_images works with {', '.join(_TAKE_MASKS)} attention, "
+            f"not with {config._attn_implementation}"
+        )
+    past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+    return create_masks_for_generate(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+        block_sequence_ids=F.pad(index, (past, 0), value=-1),  # no image continues from the cache
+    )
+
+
+def supervised_cross_entropy(
+    hidden_states: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    num_items_in_batch: Tensor | int | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> Tensor:
+    """Return the next-token cross entropy over supervised positions.
+
+    The hidden states that predict a label are gathered first. The head then runs over chunks of them, and its
+    logits are recomputed in the backward pass, so memory holds at most `chunk_size * vocabulary` logits. The
+    value equals the usual loss over all logits.
+
+    Args:
+        hidden_states: (batch, length, hidden), output of the decoder.
+        labels: (batch, length) int64; `labels[:, t]` is the token at t, or -100 if unsupervised.
+        head: Function from (n, hidden) to logits (n, vocabulary).
+        num_items_in_batch: Supervised tokens of the global batch, the divisor of the summed loss. Default:
+            those of this call, which gives the mean.
+        chunk_size: Supervised positions per chunk.
+
+    Returns:
+        Scalar float32 tensor; zero with zero gradient if nothing is supervised.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE_INDEX
+    hidden = hidden_states[:, :-1][supervised]  # (n, hidden)
+    targets = targets[supervised]  # (n,)
+    total = hidden.sum().float() * 0.0
+    for chunk, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
+        total = total + checkpoint(_chunk_loss, chunk, target, head, use_reentrant=False)
+    if num_items_in_batch is None:
+        num_items_in_batch = max(targets.numel(), 1)
+    return total / num_items_in_batch
+
+
+def _chunk_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
 __all__ = ["SoloForConditionalGeneration", "SoloModel", "SoloPreTrainedModel"]

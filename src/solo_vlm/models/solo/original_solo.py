@@ -1,4 +1,4 @@
-"""The release's own format (SOLO-7B): its tokens, its configuration and its weights' names."""
+"""Format of original SOLO checkpoints (SOLO-7B): tokens, configuration and weight names."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 ORIGINAL_ARCHITECTURE = "SoloForCausalLM"
 
-# Appended to Mistral's 32,000 tokens, in this order. Models fine-tuned without them lack the chat tokens.
+# Appended to Mistral's 32,000 tokens in this order. Some fine-tuned models lack the chat tokens.
 VISION_TOKENS = ("<vision>", "<vpatch>", "<vrow_sep>", "<vframe_sep>", "</vision>")
 LOCATION_TOKENS = tuple(f"<loc_{number}>" for number in range(1, 1025))
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 FIRST_VISION_ID = 32000
 
-# The release's names as regular expressions, and what they are here.
+# Regular expressions of the original weight names, and their replacements here.
 ORIGINAL_KEYS = {r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1."}
 
 _TEXT_FIELDS = (
@@ -38,12 +38,12 @@ _TEXT_FIELDS = (
 
 
 def is_original(settings: dict[str, Any]) -> bool:
-    """Whether a `config.json` is the release's: it says "mistral", and only its architecture tells."""
+    """Return whether a `config.json` is original: "mistral" by model_type, told by its architecture."""
     return ORIGINAL_ARCHITECTURE in (settings.get("architectures") or ())
 
 
 def config_from_original(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a `SoloConfig` from the release's `config.json`, with the vision ids of SOLO-7B."""
+    """Return the settings of a `SoloConfig` for an original `config.json`, with SOLO-7B's vision ids."""
     text = {name: settings[name] for name in (*_TEXT_FIELDS, "rope_parameters") if name in settings}
     return {
         "model_type": "solo",
@@ -56,7 +56,7 @@ def config_from_original(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def vision_token_ids(ids: Sequence[int]) -> dict[str, int]:
-    """The vision ids of a `SoloConfig`, from those of `VISION_TOKENS`."""
+    """Return the vision ids of a `SoloConfig` from the ids of `VISION_TOKENS`."""
     by_token = dict(zip(VISION_TOKENS, ids, strict=True))
     return {
         "vision_start_token_id": by_token["<vision>"],
@@ -67,7 +67,7 @@ def vision_token_ids(ids: Sequence[int]) -> dict[str, int]:
 
 
 def config_to_original(config: Any, dtype: str) -> dict[str, Any]:
-    """The release's `config.json` for a `SoloConfig` over Mistral; `dtype` is the weights'."""
+    """Return the original `config.json` of a `SoloConfig` over Mistral; `dtype` is that of the weights."""
     text = config.text_config
     settings = {name: getattr(text, name) for name in _TEXT_FIELDS if hasattr(text, name)}
     return {

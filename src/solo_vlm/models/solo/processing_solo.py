@@ -13,8 +13,17 @@ from numpy.typing import NDArray
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .chat_template import SOLO_CHAT_TEMPLATE, is_original_template, original_chat_template, with_images
-from .chat_turns import ChatTemplateError, Message, check_roles, cut_turns, end_tokens
+from .chat_template import (
+    SOLO_CHAT_TEMPLATE,
+    ChatTemplateError,
+    Message,
+    check_roles,
+    cut_turns,
+    end_tokens,
+    is_original_template,
+    original_chat_template,
+    with_images,
+)
 
 ImageLayout = Literal["paper", "original"]
 

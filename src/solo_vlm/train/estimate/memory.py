@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
 from solo_vlm.models.flops import ModelShape
-from solo_vlm.models.solo.loss_solo import CHUNK_SIZE
+from solo_vlm.models.solo.modeling_solo import CHUNK_SIZE
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
 from solo_vlm.train.recipe import LoraSettings, Recipe

@@ -1,4 +1,4 @@
-"""What the model sees of an image: the resized picture, cut into patches, and its tokens."""
+"""How an image enters the model: its size in patches and tokens, and a drawing of the patch grid."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ _LINE = (255, 64, 64)
 
 
 @dataclass(frozen=True)
-class ImageLayout:
-    """Sizes in pixels (width, height), and the tokens of an image."""
+class ImageSummary:
+    """Sizes and token counts of an image.
+
+    Attributes:
+        original: (width, height) of the image in pixels.
+        resized: (width, height) in pixels after resizing.
+        rows: Rows of patches.
+        columns: Columns of patches.
+    """
 
     original: tuple[int, int]
     resized: tuple[int, int]
@@ -23,44 +30,45 @@ class ImageLayout:
 
     @property
     def patches(self) -> int:
+        """Number of patches."""
         return self.rows * self.columns
 
     @property
     def tokens(self) -> int:
-        """`<vision>`, patches, `<vrow_sep>` between rows, `</vision>`."""
+        """Number of tokens of the whole image layout."""
         return num_image_tokens(self.rows, self.columns)
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values, for JSON."""
+        """Return all values for JSON."""
         return {**asdict(self), "patches": self.patches, "tokens": self.tokens, "layout": self.describe()}
 
     def describe(self) -> str:
-        """The token layout in one line."""
+        """Return the token layout in one line."""
         row = f"{self.columns} x <vpatch>"
         if self.rows == 1:
             return f"<vision> {row} </vision>"
         return f"<vision> {row} ({self.rows - 1} x: <vrow_sep> {row}) </vision>"
 
 
-def image_layout(image: Image.Image, image_processor: SoloImageProcessor) -> ImageLayout:
-    """How an image enters the model."""
+def summarize_image(image: Image.Image, image_processor: SoloImageProcessor) -> ImageSummary:
+    """Return the sizes and token counts of an image."""
     rows, columns = image_processor.get_patch_grid(image.height, image.width)
     side = image_processor.patch_size
-    return ImageLayout(image.size, (columns * side, rows * side), rows, columns)
+    return ImageSummary(image.size, (columns * side, rows * side), rows, columns)
 
 
 def draw_patch_grid(image: Image.Image, image_processor: SoloImageProcessor) -> Image.Image:
-    """The resized image with the borders of its patches; small ones are enlarged to be seen."""
-    layout = image_layout(image, image_processor)
-    seen = image.resize(layout.resized, Image.Resampling.BILINEAR)
-    return draw_grid(seen, layout.rows, layout.columns)
+    """Resize an image like the processor and draw its patch borders; small images are magnified."""
+    layout = summarize_image(image, image_processor)
+    resized = image.resize(layout.resized, Image.Resampling.BILINEAR)
+    return draw_grid(resized, layout.rows, layout.columns)
 
 
-def draw_grid(seen: Image.Image, rows: int, columns: int) -> Image.Image:
-    """An image that is resized already, with the borders of its patches."""
-    zoom = max(1, 512 // max(seen.size))
-    side = seen.width // columns * zoom
-    picture = seen.resize((columns * side + 1, rows * side + 1), Image.Resampling.NEAREST)
+def draw_grid(image: Image.Image, rows: int, columns: int) -> Image.Image:
+    """Draw patch borders over an image that is already resized."""
+    zoom = max(1, 512 // max(image.size))
+    side = image.width // columns * zoom
+    picture = image.resize((columns * side + 1, rows * side + 1), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
     for column in range(columns + 1):
         draw.line([(column * side, 0), (column * side, picture.height)], fill=_LINE)

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.from_llm import from_llm
-from solo_vlm.models.saving import save_model, stop_ids
+from solo_vlm.models.load import save_model, stop_ids
 
 CHATML_EOS_LAST = (  # like OLMo 3
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
