@@ -208,7 +208,7 @@ def _set_eos(tokenizer: Any, language_model: PreTrainedModel) -> None:
                 tokenizer.eos_token = known[token_id]
                 # A configuration without EOS token has its class's default, which may be wrong.
                 logger.warning(
-                    "the tokenizer has no EOS token; using %s from the model's settings (if wrong, set "
+                    "the tokenizer has no EOS token: the model's settings say %s (if wrong, set "
                     "eos_token in tokenizer_config.json)",
                     known[token_id],
                 )
