@@ -111,9 +111,7 @@ def test_the_readme_links_into_docs_only() -> None:
 @pytest.mark.parametrize(
     ("compiler", "source"), [("no-such-compiler", "int main;"), ("cc", "no C")], ids=["none", "fails"]
 )
-def test_what_cannot_be_compiled_leaves_nothing_behind(
-    tmp_path, monkeypatch, capsys, compiler, source
-) -> None:
+def test_failed_compilation_leaves_no_files(tmp_path, monkeypatch, capsys, compiler, source) -> None:
     """An old library would go on with what its source no longer says."""
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     build = importlib.util.module_from_spec(spec)

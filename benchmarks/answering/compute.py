@@ -8,7 +8,7 @@ from answering.models import Setting
 from training.llava import CLIP_L
 from training.workload import Workload
 
-from solo_vlm.experiments.scaling.llava import LlavaShape
+from solo_vlm.experiments.scaling.flops import LlavaShape
 from solo_vlm.models.flops import ModelShape, forward_flops
 from solo_vlm.models.solo.processing_solo import num_image_tokens
 

@@ -11,7 +11,7 @@ from training.workload import Workload
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from solo_vlm import SoloForConditionalGeneration
-from solo_vlm.experiments.scaling.llava import ClipShape
+from solo_vlm.experiments.scaling.flops import ClipShape
 from solo_vlm.generate import GenerationPipeline
 
 

@@ -21,7 +21,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from solo_vlm import SoloConfig
 from solo_vlm.data.encode import IGNORE_INDEX, Document
-from solo_vlm.experiments.scaling.llava import ClipShape, LlavaShape
+from solo_vlm.experiments.scaling.flops import ClipShape, LlavaShape
 from solo_vlm.models.flops import ModelShape
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.recipe import Recipe

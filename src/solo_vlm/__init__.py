@@ -1,7 +1,7 @@
 """Single-transformer vision-language models: one decoder, raw image patches, no vision encoder.
 
-Importing this package is cheap: neither torch nor transformers is loaded until a name is used. Once
-transformers' Auto classes are loaded, by anybody, they know SOLO.
+Importing this package is fast: torch and transformers are loaded only when a name is used. transformers' Auto
+classes know SOLO as soon as they are loaded.
 """
 
 from __future__ import annotations

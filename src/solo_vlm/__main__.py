@@ -1,4 +1,4 @@
-"""`python -m solo_vlm` is the command `solo`, for launchers that start modules, such as torchrun."""
+"""Run the command `solo` as `python -m solo_vlm`, for launchers that start modules, such as torchrun."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def _mmstar(full: bool, image: Any) -> list[Row]:
     for category, axes in MMSTAR_AXES.items():
         # Axes of different sizes: the mean over axes differs from the mean over questions.
         for axis in islice(cycle((axes[0], axes[0], *axes)), 250 if full else 5):
-            right = len(rows) % 4
+            correct = len(rows) % 4
             options = ", ".join(
                 f"{letter}: {animal}" for letter, animal in zip(LETTERS, ANIMALS, strict=True)
             )
@@ -113,7 +113,7 @@ def _mmstar(full: bool, image: Any) -> list[Row]:
                     "index": len(rows),
                     "question": f"Which animal is in picture {len(rows)}?\nOptions: {options}",
                     "image": image,
-                    "answer": LETTERS[right],
+                    "answer": LETTERS[correct],
                     "category": category,
                     "l2_category": axis,
                     "meta_info": {

@@ -26,15 +26,15 @@ def pipeline(solo):
 
 @pytest.fixture
 def chats(picture):
-    """Without, with one and with several images, short and long."""
+    """Short and long chats without, with one and with several images."""
     images = [picture(32 * (1 + n % 4), 32 * (1 + n % 3), seed=n) for n in range(20)]
     prompts = ["what is this?", "a red circle left of a blue square. " * 6, "seven"]
     return [ask(prompts[n % 3], *images[n : n + n % 3]) for n in range(18)]
 
 
-def answers_by_number(engine, chats, max_new_tokens=6) -> dict[int, GenerationOutput]:
+def answers_by_number(backend, chats, max_new_tokens=6) -> dict[int, GenerationOutput]:
     questions = (GenerationRequest(number, chat, max_new_tokens) for number, chat in enumerate(chats))
-    return {answer.request_id: answer for batch in engine.generate(questions) for answer in batch}
+    return {answer.request_id: answer for batch in backend.generate(questions) for answer in batch}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
@@ -71,7 +71,7 @@ def test_too_long_chat_fails_alone(pipeline, chats, picture):
 
 
 class Server(ThreadingHTTPServer):
-    """Speaks as much of the OpenAI API as is needed: answers with the sizes of the images that it got."""
+    """Minimal OpenAI API that answers with the sizes of the received images."""
 
     def __init__(self, parallel: int) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -163,9 +163,9 @@ def test_unreachable_server_stops_the_run(serve):
     server = serve()
     server.shutdown()
     server.server_close()
-    engine = ServerBackend("m", server.url, "x", retries=0)
+    backend = ServerBackend("m", server.url, "x", retries=0)
     with pytest.raises(SoloError, match="no answer from http"):
-        answers_by_number(engine, [ask("hello")])
+        answers_by_number(backend, [ask("hello")])
 
 
 def test_missing_key_error_names_the_variable(monkeypatch):

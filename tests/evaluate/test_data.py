@@ -1,4 +1,4 @@
-"""Benchmarks from local files in every layout, against the rows that the files were made of."""
+"""Benchmarks from local files in every layout, against the rows that they were written from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from solo_vlm.evaluate.data import find_benchmark, load_benchmark
 from solo_vlm.evaluate.predictions import Prediction, without_images
 from solo_vlm.utils.errors import SoloError
 
-COLOURS = ("red", "green", "blue")
+COLORS = ("red", "green", "blue")
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_jsonl_with_image_paths(png, tmp_path):
 
 
 def vlmevalkit_rows(task, png):
-    """The same rows with VLMEvalKit's columns; every second image is the index of the row before."""
+    """Return the rows with VLMEvalKit's columns; every second image is the index of the previous row."""
     rows = []
     for index, row in enumerate(make_rows(task)):
         letters = dict(zip("ABCD", ("dog", "cat", "bird", "fish"), strict=True))
@@ -198,7 +198,7 @@ CHOICE_TASKS = ("mmstar", "seedbench", "ai2d", "ai2d_no_mask", "scienceqa", "sci
 
 
 def rows_with_gap(task, png, empty):
-    """One row in the hub's schema: the third option is empty, the fourth is right."""
+    """Return a row in the hub's schema: the third option is empty, the fourth is correct."""
     row = next(row for row in hub_rows(task, png) if task != "mathvista" or row["choices"])
     texts = [empty if text is None else text for text in WITH_GAP]
     if task == "mmstar":
@@ -213,7 +213,7 @@ def rows_with_gap(task, png, empty):
 
 
 def prompt_and_score(task, folder):
-    """The prompt of the only row, and the score of the answer D."""
+    """Return the prompt of the only row and the score of the answer D."""
     from solo_vlm.evaluate.data import Rows
     from solo_vlm.evaluate.lmms_eval import LocalTask
 
@@ -282,7 +282,7 @@ def test_vlmevalkit_columns_in_parquet(task, encoded, png, tmp_path):
 
 
 def test_new_cache_version_converts_again(png, tmp_path, monkeypatch):
-    """The cache of `datasets` knows the file only, not what was made of it."""
+    """The cache of `datasets` identifies the file, not its conversion."""
     write_tsv(tmp_path / "ai2d" / "x.tsv", vlmevalkit_rows("ai2d", png))
     with monkeypatch.context() as older:
         older.setattr(data, "hub_row", lambda task, row: {**row, "options": ["old"]})

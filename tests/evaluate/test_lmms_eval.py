@@ -10,17 +10,17 @@ from solo_vlm.evaluate.lmms_eval import DEFAULT_MAX_NEW_TOKENS, BackendModel, So
 from solo_vlm.generate import GenerationOutput, GenerationPipeline, GenerationRequest
 
 
-class Parrot:
-    """Answers everything with one text; remembers the questions."""
+class ConstantBackend:
+    """Returns one text for every request and records the requests."""
 
     def __init__(self, text):
         self.text = text
-        self.questions: list[GenerationRequest] = []
+        self.requests: list[GenerationRequest] = []
 
     def generate(self, requests):
-        for question in requests:
-            self.questions.append(question)
-            yield [GenerationOutput(question.request_id, self.text)]
+        for request in requests:
+            self.requests.append(request)
+            yield [GenerationOutput(request.request_id, self.text)]
 
 
 def request(row, settings, *images):
@@ -33,11 +33,11 @@ def request(row, settings, *images):
 
 
 def respond(text, settings, **options):
-    engine = Parrot(text)
-    model = BackendModel(engine, **options)
+    backend = ConstantBackend(text)
+    model = BackendModel(backend, **options)
     model.task_dict = {"task": {"test": [{}]}}
     (response,) = model.generate_until([request(0, settings)])
-    return response, engine.questions[0].max_new_tokens
+    return response, backend.requests[0].max_new_tokens
 
 
 def test_responses_are_stripped_and_cut_at_stop_strings():

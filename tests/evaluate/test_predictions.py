@@ -157,7 +157,7 @@ def test_row_without_a_response_is_a_bad_row(tmp_path):
 
 
 def test_mme_text_files(tmp_path):
-    """Two images in each of two subtasks; the first image's second question is answered wrongly."""
+    """Two images in each of two subtasks; the second question of the first image is wrong."""
     for subtask in ("existence", "OCR"):
         lines = [
             "1.jpg\tIs there a dog? Please answer yes or no.\tYes\tyes",
@@ -203,7 +203,7 @@ def test_mathvista_result_json(tmp_path):
 
 
 def test_json_lines_with_unicode_line_separators(tmp_path):
-    """Some characters end a line for Python's splitlines, but not in JSON."""
+    """Some characters end a line for str.splitlines, but not in JSON."""
     answered = [Prediction("1", "A\u2028\x85B", {"answer": "A"})]
     RunFolder(tmp_path).write_predictions("mmstar", answered)
     assert RunFolder(tmp_path).read_predictions("mmstar") == answered
@@ -293,7 +293,7 @@ ROW = {"index": 1, "question": "?", "A": "dog", "B": "cat", "answer": "B", "pred
 
 
 def table(*rows):
-    """CSV of rows like ROW."""
+    """Return CSV text of rows like ROW."""
     names = list(ROW)
     lines = [names, *([str(row[name]) for name in names] for row in rows)]
     return "".join(",".join(line) + "\n" for line in lines)

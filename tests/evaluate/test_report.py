@@ -1,4 +1,4 @@
-"""The pages of a run: what they show, and that they need nothing else."""
+"""Reports of a run: their content, and that they are self-contained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NASTY = "<script>alert(1)</script> | B"
 
 
 class Page(HTMLParser):
-    """Texts of the cells of tables, and sources of images."""
+    """Texts of table cells and sources of images."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run on two tasks: every fourth answer wrong, one of them nasty."""
+    """Run two tasks; every fourth response is wrong and hostile."""
     folder = tmp_path_factory.mktemp("report")
     write_data_root(folder / "data", ["mmstar", "mme"])
     tasks = [(get(task), open_task(task, folder / "data", folder / "cache")) for task in ("mmstar", "mme")]
@@ -63,8 +63,8 @@ def finished(tmp_path_factory):
             requests = list(requests)
             text = requests[0].messages[0]["content"][-1]["text"]
             benchmark, rows = tasks[0] if "option's letter" in text else tasks[1]
-            right = [correct_response(benchmark.name, row) for row in rows.columns]
-            self.answers = [NASTY if n % 4 == 0 else response for n, response in enumerate(right)]
+            correct = [correct_response(benchmark.name, row) for row in rows.columns]
+            self.answers = [NASTY if n % 4 == 0 else response for n, response in enumerate(correct)]
             return super().generate(requests)
 
     scores = run.evaluate(ByTask([]), tasks)

@@ -1,4 +1,4 @@
-"""Evaluation runs through lmms-eval on made-up files in the true schemas: scores, resuming, bad rows."""
+"""Evaluation runs through lmms-eval on synthetic benchmark files: scores, resuming, bad rows."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def opened(data_root, tmp_path_factory):
     return {task: open_task(task, data_root, cache) for task in TASKS}
 
 
-def right_answers(task, rows):
+def correct_answers(task, rows):
     return [correct_response(task, row) for row in rows.columns]
 
 
-def evaluate(task, rows, engine, out, **settings):
-    (score,) = EvaluationRun(out, FACTS, **settings).evaluate(engine, [(get(task), rows)])
+def evaluate(task, rows, backend, out, **settings):
+    (score,) = EvaluationRun(out, FACTS, **settings).evaluate(backend, [(get(task), rows)])
     return score
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_oracle_is_perfect_for_us_and_lmms_eval(task, opened, tmp_path):
     rows = opened[task]
-    score = evaluate(task, rows, ScriptedBackend(right_answers(task, rows)), tmp_path)
+    score = evaluate(task, rows, ScriptedBackend(correct_answers(task, rows)), tmp_path)
     assert score.score == score.maximum
     assert (score.n, score.unreadable, score.bad_rows) == (len(rows), 0, ())
     for metric, value in HARNESS_PERFECT[task].items():
@@ -70,7 +70,7 @@ def test_constant_answer_scores_its_share(task, opened, tmp_path):
     rows = opened[task]
     constant = "Yes" if task == "mme" else "B"
     score = evaluate(task, rows, ScriptedBackend([constant] * len(rows)), tmp_path)
-    share = Counter(right_answers(task, rows))[constant] / len(rows)
+    share = Counter(correct_answers(task, rows))[constant] / len(rows)
     assert 0 < share < 1
     # Each image of MME has one question of either answer: acc is 50 in all 14 subtasks, acc+ is 0.
     assert score.score == pytest.approx(14 * 50 if task == "mme" else 100 * share)
@@ -78,15 +78,15 @@ def test_constant_answer_scores_its_share(task, opened, tmp_path):
 
 def test_seedbench_videos_are_filtered_and_counted(opened, tmp_path):
     rows = opened["seedbench"]
-    engine = ScriptedBackend(["A"] * len(rows))
-    score = evaluate("seedbench", rows, engine, tmp_path)
-    assert sorted(engine.asked) == list(range(18))
+    backend = ScriptedBackend(["A"] * len(rows))
+    score = evaluate("seedbench", rows, backend, tmp_path)
+    assert sorted(backend.asked) == list(range(18))
     assert (score.n, score.filtered) == (18, 3)
 
 
 @pytest.fixture(scope="module")
 def whole_run(data_root, tmp_path_factory):
-    """All six tasks by a tiny model, as a user would run them."""
+    """Run all six tasks with a tiny model through the command line."""
     folder = tmp_path_factory.mktemp("run")
     make_solo().save(folder / "model")
     return folder
@@ -147,7 +147,7 @@ def test_missing_data_error_has_the_download_command(whole_run, run, tmp_path):
 
 
 class Endless(ScriptedBackend):
-    """Stands still after four batches, as a model that is about to be killed."""
+    """Hangs after four batches, until the process is killed."""
 
     def generate(self, requests):
         for number, batch in enumerate(super().generate(requests)):
@@ -159,7 +159,7 @@ class Endless(ScriptedBackend):
 def test_killed_run_resumes(opened, tmp_path):
     rows = opened["mmstar"]
     answers = [
-        response if number % 3 else "D" for number, response in enumerate(right_answers("mmstar", rows))
+        response if number % 3 else "D" for number, response in enumerate(correct_answers("mmstar", rows))
     ]
     out = tmp_path / "out"
     killed = multiprocessing.get_context("fork").Process(
@@ -179,15 +179,15 @@ def test_killed_run_resumes(opened, tmp_path):
     with kept.open("a") as lines:
         lines.write('{"row": 3, "request": "')  # killed in the middle of a line
 
-    engine = ScriptedBackend(answers)
-    score = evaluate("mmstar", rows, engine, out)
-    assert set(engine.asked).isdisjoint(there)
-    assert sorted({*engine.asked, *there}) == list(range(len(rows)))
+    backend = ScriptedBackend(answers)
+    score = evaluate("mmstar", rows, backend, out)
+    assert set(backend.asked).isdisjoint(there)
+    assert sorted({*backend.asked, *there}) == list(range(len(rows)))
     assert score == evaluate("mmstar", rows, ScriptedBackend(answers), tmp_path / "in one go")
 
-    engine = ScriptedBackend(answers)
-    assert evaluate("mmstar", rows, engine, out) == score
-    assert engine.asked == []
+    backend = ScriptedBackend(answers)
+    assert evaluate("mmstar", rows, backend, out) == score
+    assert backend.asked == []
 
 
 def test_invalid_answer_file_is_reported(opened, tmp_path):
@@ -200,9 +200,9 @@ def test_invalid_answer_file_is_reported(opened, tmp_path):
 def test_changed_settings_regenerate_answers(opened, tmp_path):
     rows = opened["ai2d"]
     evaluate("ai2d", rows, ScriptedBackend(["A"] * 6), tmp_path, max_new_tokens=4)
-    engine = ScriptedBackend(["A"] * 6)
-    evaluate("ai2d", rows, engine, tmp_path, max_new_tokens=8)
-    assert sorted(engine.asked) == list(range(6))
+    backend = ScriptedBackend(["A"] * 6)
+    evaluate("ai2d", rows, backend, tmp_path, max_new_tokens=8)
+    assert sorted(backend.asked) == list(range(6))
 
 
 def test_replaced_image_regenerates_the_answer(tmp_path):
@@ -216,10 +216,10 @@ def test_replaced_image_regenerates_the_answer(tmp_path):
     evaluate("ai2d", opened, ScriptedBackend(["A"] * 6), tmp_path / "out")
     rows[2]["image"] = {"bytes": png(noise(1)), "path": None}
     write_rows(tmp_path / "mended", "ai2d", rows)
-    engine = ScriptedBackend(["A"] * 6)
+    backend = ScriptedBackend(["A"] * 6)
     mended = open_task("ai2d", tmp_path / "mended", tmp_path / "cache")
-    evaluate("ai2d", mended, engine, tmp_path / "out")
-    assert len(engine.asked) == 1
+    evaluate("ai2d", mended, backend, tmp_path / "out")
+    assert len(backend.asked) == 1
 
 
 def test_folder_of_another_model_is_refused(opened, tmp_path):
@@ -244,9 +244,9 @@ def test_bad_row_is_counted_as_wrong(tmp_path):
     rows[5]["image"] = None
     write_rows(tmp_path / "data", "mmstar", rows)
     opened = open_task("mmstar", tmp_path / "data", tmp_path / "cache")
-    engine = ScriptedBackend(right_answers("mmstar", opened))
-    score = evaluate("mmstar", opened, engine, tmp_path / "out")
-    assert sorted(engine.asked) == [0, 1, 2, 4, 6, 7, 8, 9]
+    backend = ScriptedBackend(correct_answers("mmstar", opened))
+    score = evaluate("mmstar", opened, backend, tmp_path / "out")
+    assert sorted(backend.asked) == [0, 1, 2, 4, 6, 7, 8, 9]
     assert (score.n, score.score, score.bad_rows) == (10, 80.0, ("4", "6"))
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert facts["tasks"]["mmstar"]["failures"].keys() == {"4", "6"}
@@ -273,10 +273,10 @@ def test_empty_option_keeps_later_letters_in_prompt_and_score(task, changed, ans
     rows[1] |= changed
     write_rows(tmp_path / "data", task, rows)
     opened = open_task(task, tmp_path / "data", tmp_path / "cache")
-    engine = ScriptedBackend([correct_response(task, rows[0]), answer])
-    score = evaluate(task, opened, engine, tmp_path / "out")
+    backend = ScriptedBackend([correct_response(task, rows[0]), answer])
+    score = evaluate(task, opened, backend, tmp_path / "out")
     assert (score.score, score.bad_rows, score.unreadable) == (100, (), 0)
-    assert sorted(engine.asked) == [0, 1]
+    assert sorted(backend.asked) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_first_row_without_a_prompt_is_a_one_line_error(change, message, tmp_pat
 
 def test_limit_that_lmms_eval_cannot_score_is_noted(opened, tmp_path):
     rows = opened["mme"]
-    score = evaluate("mme", rows, ScriptedBackend(right_answers("mme", rows)), tmp_path, limit=3)
+    score = evaluate("mme", rows, ScriptedBackend(correct_answers("mme", rows)), tmp_path, limit=3)
     assert score.n == 3
     assert not any("lmms-eval" in name for name in score.raw)
     assert "lmms-eval could not score this" in (tmp_path / "report.md").read_text()
@@ -318,9 +318,9 @@ def test_failing_backend_keeps_finished_answers(opened, tmp_path):
 
     with pytest.raises(SoloError, match="the server is gone"):
         evaluate("ai2d", opened["ai2d"], Broken([]), tmp_path)
-    engine = ScriptedBackend(["A"] * 6)
-    evaluate("ai2d", opened["ai2d"], engine, tmp_path)
-    assert sorted(engine.asked) == [1, 2, 3, 4, 5]
+    backend = ScriptedBackend(["A"] * 6)
+    evaluate("ai2d", opened["ai2d"], backend, tmp_path)
+    assert sorted(backend.asked) == [1, 2, 3, 4, 5]
 
 
 def test_missing_lmms_eval_error_has_the_install_command(opened, tmp_path, monkeypatch):

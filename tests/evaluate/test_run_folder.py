@@ -1,4 +1,4 @@
-"""The folder of a run."""
+"""Files of an evaluation run."""
 
 from __future__ import annotations
 

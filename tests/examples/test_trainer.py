@@ -76,7 +76,7 @@ def test_losses_are_the_engines_and_resume_is_exact(folder, tmp_path):
     assert losses(again) == losses(trainer)
 
 
-def test_packed_documents_do_not_see_each_other(folder, tmp_path):
+def test_packed_documents_do_not_attend_to_each_other(folder, tmp_path):
     """With the Trainer's and the model's defaults, cache and attention included."""
     compared = []
 

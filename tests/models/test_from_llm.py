@@ -33,7 +33,7 @@ def logits(model, ids):
 
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
-def test_text_logits_stay_the_llms_own(family, tmp_path):
+def test_text_logits_equal_the_llm(family, tmp_path):
     llm, tokenizer = make_llm(family)
     llm.save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_model_and_new_rows_look_like_old_ones():
     assert abs(patch.std() / old.std() - 1) < 0.1
 
 
-def test_an_llms_own_chat_template_takes_images(picture):
+def test_llm_chat_template_accepts_images(picture):
     llm, tokenizer = make_llm()
     tokenizer.chat_template = CHATML
     solo = compose(llm, tokenizer)
@@ -94,7 +94,7 @@ def without(*names: str):
 
 @pytest.mark.parametrize("place", ["generation_config", "config"])
 @pytest.mark.parametrize("ids", [2, [900, 2]])
-def test_eos_is_taken_from_the_models_settings_where_the_tokenizer_has_none(place, ids, tmp_path):
+def test_missing_eos_is_read_from_the_model_settings(place, ids, tmp_path):
     llm, tokenizer = without("eos_token", "bos_token")
     llm.generation_config.eos_token_id = llm.config.eos_token_id = None
     getattr(llm, place).eos_token_id = ids if place == "generation_config" else 2
@@ -107,7 +107,7 @@ def test_eos_is_taken_from_the_models_settings_where_the_tokenizer_has_none(plac
     assert encoded.supervised[0] == 0
 
 
-def test_an_eos_that_only_the_class_default_names_is_said(run, tmp_path):
+def test_eos_from_the_class_default_is_logged(run, tmp_path):
     llm, tokenizer = without("eos_token")
     llm.save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
@@ -121,7 +121,7 @@ def test_an_eos_that_only_the_class_default_names_is_said(run, tmp_path):
     assert f"the model's settings say {tokenizer.convert_ids_to_tokens(2)}" in " ".join(errors.split())
 
 
-def test_ends_that_the_tokenizer_does_not_know_are_left_out(run, tmp_path):
+def test_unknown_end_tokens_are_dropped(run, tmp_path):
     llm, tokenizer = make_llm()
     llm.generation_config.eos_token_id = [tokenizer.eos_token_id, 99_999]
     llm.save_pretrained(tmp_path / "llm")
@@ -132,7 +132,7 @@ def test_ends_that_the_tokenizer_does_not_know_are_left_out(run, tmp_path):
     assert settings["eos_token_id"] == [tokenizer.eos_token_id]
 
 
-def test_an_llm_without_eos_is_refused_in_one_line(run, tmp_path):
+def test_llm_without_eos_is_rejected_in_one_line(run, tmp_path):
     llm, tokenizer = without("eos_token")
     llm.generation_config.eos_token_id = llm.config.eos_token_id = None
     llm.save_pretrained(tmp_path / "llm")
@@ -157,7 +157,7 @@ def test_an_llm_without_bos_pad_or_unk_becomes_a_model(names):
     assert encoded.supervised.sum() > 1
 
 
-def test_init_says_which_chat_template_and_which_ends_a_model_has(run, tmp_path):
+def test_init_prints_chat_template_and_stop_tokens(run, tmp_path):
     llm, tokenizer = make_llm()
     tokenizer.chat_template = FORGETFUL
     llm.save_pretrained(tmp_path / "llm")
@@ -170,13 +170,13 @@ def test_init_says_which_chat_template_and_which_ends_a_model_has(run, tmp_path)
     assert "chat template: the SOLO paper's; answers end at </s>" in out
 
 
-def test_of_several_chat_templates_the_one_for_plain_chats_is_used():
+def test_default_of_several_chat_templates_is_used():
     llm, tokenizer = make_llm()
     tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ nothing.at.all }}"}
     assert compose(llm, tokenizer).chat_template == "llm"
 
 
-def test_templates_none_of_which_is_for_plain_chats_are_named(caplog):
+def test_chat_templates_without_default_are_listed(caplog):
     llm, tokenizer = make_llm()
     tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
     assert compose(llm, tokenizer).chat_template == "solo"
@@ -198,7 +198,7 @@ def test_a_template_that_rewrites_or_repeats_images_is_replaced(change, picture,
 
 
 @pytest.mark.parametrize("content", [{}, {"config.json": "{}"}, {"config.json": "not json"}])
-def test_what_is_no_llm_is_named(tmp_path, content):
+def test_folder_without_llm_is_rejected(tmp_path, content):
     for name, words in content.items():
         (tmp_path / name).write_text(words)
     with pytest.raises(SoloError, match="cannot read a language model"):

@@ -25,7 +25,7 @@ def padding_side(folder) -> str:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_plain_transformers_answers_a_batch_of_unequal_prompts_like_each_alone(family, picture, tmp_path):
+def test_transformers_batch_of_unequal_prompts_equals_single_prompts(family, picture, tmp_path):
     solo = make_solo(family)
     solo.processor.tokenizer.padding_side = "right"  # as training tools set it
     solo.save(tmp_path / "solo")
@@ -60,7 +60,7 @@ def make_chatml_llm(folder):
     return {tokenizer.convert_tokens_to_ids(token) for token in ("</s>", "<|im_end|>", "<|stop|>")}
 
 
-def test_generation_stops_at_eos_at_the_turns_end_and_where_the_llm_did(tmp_path):
+def test_generation_stops_at_eos_end_of_turn_and_llm_stop_tokens(tmp_path):
     ends = make_chatml_llm(tmp_path / "llm")
     from_llm(tmp_path / "llm").save(tmp_path / "solo")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "solo").eval()
@@ -77,7 +77,7 @@ def test_generation_stops_at_eos_at_the_turns_end_and_where_the_llm_did(tmp_path
         assert output[0, inputs["input_ids"].shape[1] :].tolist() == [end]
 
 
-def test_a_folder_that_does_not_know_its_ends_is_answered_from_rightly(tmp_path):
+def test_folder_without_stop_tokens_still_stops(tmp_path):
     ends = make_chatml_llm(tmp_path / "llm")
     from_llm(tmp_path / "llm").save(tmp_path / "solo")
     settings = json.loads((tmp_path / "solo/generation_config.json").read_text())
@@ -90,14 +90,14 @@ def test_a_folder_that_does_not_know_its_ends_is_answered_from_rightly(tmp_path)
     assert set(pipeline.model.generation_config.eos_token_id) == set(pipeline.eos_token_ids)
 
 
-def test_a_plain_llm_is_saved_with_padding_on_the_left(tmp_path):
+def test_plain_llm_is_saved_with_left_padding(tmp_path):
     llm, tokenizer = make_llm()
     tokenizer.padding_side = "right"
     save_model(tmp_path, llm, tokenizer)
     assert padding_side(tmp_path) == "left"
 
 
-def test_ids_of_the_ends_are_listed_once(solo):
+def test_stop_ids_are_unique(solo):
     eos = solo.processor.tokenizer.eos_token_id
     settings = type("Settings", (), {"eos_token_id": eos})
     assert stop_ids(settings) == [eos]

@@ -34,7 +34,7 @@ ExecutorOption = Annotated[
 ProcessesOption = Annotated[int, typer.Option(min=1, help="Maximum number of concurrent runs.")]
 QuantizeOption = Annotated[
     Literal["int8", "nf4"] | None,
-    typer.Option(help="Hold the weights in 8 or 4 bits (pip install 'solo-vlm[quantize]')."),
+    typer.Option(help="Hold the weights in 8 or 4 bits (pip install 'solo-vlm\\[quantize]')."),
 ]
 
 

@@ -51,7 +51,7 @@ def flops(
         raise SoloError("give --model or --config, not both")
     sizes = [parse_pixels("--image", text) for text in image] if image else IMAGE_SIZES
     source = model or config
-    facts = compare(load_config(source) if source else SoloConfig(), sizes, text_tokens).as_dict()
+    facts = compare(load_config(source) if source else SoloConfig(), sizes, text_tokens)
     print_json(facts) if json else _print_flops(facts)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,15 +82,10 @@ class StoredTensor:
         """
         if not self.span:
             return torch.empty(self.shape, dtype=self.dtype)
-        buffer = bytearray(self.span)
-        view, done = memoryview(buffer), 0
-        with self.file.open("rb", buffering=0) as stream:
-            stream.seek(self.offset)
-            while done < self.span and (count := stream.readinto(view[done:])):  # at most 2 GB per call
-                done += count
-        if done < self.span:
+        data = np.fromfile(self.file, np.uint8, self.span, offset=self.offset)
+        if len(data) < self.span:
             raise SoloError(f"{self.file} is truncated: it ends inside {self.key}; fetch it again")
-        return torch.frombuffer(buffer, dtype=self.dtype).as_strided(self.shape, self.strides)
+        return torch.from_numpy(data).view(self.dtype).as_strided(self.shape, self.strides)
 
 
 @dataclass(frozen=True)

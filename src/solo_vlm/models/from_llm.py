@@ -208,7 +208,7 @@ def _set_eos(tokenizer: Any, language_model: PreTrainedModel) -> None:
                 tokenizer.eos_token = known[token_id]
                 # A configuration without EOS token has its class's default, which may be wrong.
                 logger.warning(
-                    "the tokenizer has no EOS token; using %s from the model's settings (if wrong, set "
+                    "the tokenizer has no EOS token: the model's settings say %s (if wrong, set "
                     "eos_token in tokenizer_config.json)",
                     known[token_id],
                 )
@@ -278,7 +278,7 @@ def _set_template(processor: SoloProcessor, own: str | None) -> TemplateSource:
         name = _TEMPLATE_NAMES[source]
         logger.warning("the LLM's chat template is replaced by %s: %s", name, own_fault)
     elif has_date(template):
-        logger.warning("the LLM's chat template writes the current date; fixing it to 1 January 2025")
+        logger.warning("the LLM's chat template writes the current date, which is fixed to 1 January 2025")
     try:
         processor.encode_chat([_SYSTEM, *[_USER, _ASSISTANT] * 2])
     except ChatTemplateError as error:

@@ -1,1 +1,1 @@
-"""Small and general: settings, files, JSON lines, pages, errors. No logic of ours; imports nothing of it."""
+"""General helpers: settings, files, JSON lines, pages, errors. Imports no other package of the project."""

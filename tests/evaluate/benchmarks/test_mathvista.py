@@ -120,11 +120,11 @@ def test_run_with_llm_judge(run, tmp_path, monkeypatch):
     data_root = write_data_root(tmp_path / "data", ["mathvista"])
     rows = {row["query"]: row for row in make_rows("mathvista")}
 
-    def right(prompt):
+    def correct(prompt):
         (row,) = [row for query, row in rows.items() if query.strip() in prompt]
         return correct_response("mathvista", row)
 
-    with server(right) as (url, requests):
+    with server(correct) as (url, requests):
         command = [
             "eval",
             "run",
@@ -164,7 +164,7 @@ def test_all_float_questions_are_scored():
 
 
 @pytest.mark.parametrize(
-    ("answer", "answer_type", "precision", "response", "right"),
+    ("answer", "answer_type", "precision", "response", "correct"),
     [
         ("14", "integer", None, "The number is 14.", True),
         ("14", "integer", float("nan"), "14.0", True),
@@ -186,9 +186,9 @@ def test_all_float_questions_are_scored():
         ("[2007, 2008]", "list", None, "2007", False),
     ],
 )
-def test_free_form_answers(answer, answer_type, precision, response, right):
+def test_free_form_answers(answer, answer_type, precision, response, correct):
     row = {"question_type": "free_form", "answer_type": answer_type, "precision": precision, "answer": answer}
-    assert get("mathvista").score([Prediction("1", response, row)]).score == 100 * right
+    assert get("mathvista").score([Prediction("1", response, row)]).score == 100 * correct
 
 
 def test_only_an_extraction_takes_the_nearest_option():

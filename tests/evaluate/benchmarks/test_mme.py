@@ -48,7 +48,7 @@ def test_image_without_its_second_question_has_no_acc_plus():
 
 
 def test_third_question_of_an_image_is_refused():
-    """Counted, the image could never have both of its questions right."""
+    """With it, the image could never have both questions correct."""
     answered = predictions("mme", oracle("mme"))
     answered.append(Prediction("again", answered[0].response, answered[0].row))
     with pytest.raises(SoloError, match=r"existence/0000.png has rows 0, 1, again"):
@@ -61,8 +61,8 @@ def test_random_answers_match_the_papers_formula():
     score = get("mme").score(answered)
     total = 0.0
     for subtask in MME_IMAGES:
-        right = [p.response == p.row["answer"].lower() for p in answered if p.row["category"] == subtask]
-        pairs = np.array(right).reshape(-1, 2)
+        correct = [p.response == p.row["answer"].lower() for p in answered if p.row["category"] == subtask]
+        pairs = np.array(correct).reshape(-1, 2)
         total += 100 * pairs.mean() + 100 * pairs.all(axis=1).mean()
     assert score.score == pytest.approx(total)
     assert score.unreadable == sum(p.response == "perhaps" for p in answered)

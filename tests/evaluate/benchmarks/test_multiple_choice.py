@@ -33,10 +33,10 @@ def test_mmstar_is_a_mean_over_questions_and_reports_the_mean_over_axes():
     answered = predictions(
         "mmstar", lambda row: correct_response("mmstar", row) if row["l2_category"] == "geometry" else "none"
     )
-    right = sum(p.row["l2_category"] == "geometry" for p in answered)
+    correct = sum(p.row["l2_category"] == "geometry" for p in answered)
     score = get("mmstar").score(answered)
-    assert score.score == pytest.approx(100 * right / len(answered))
-    assert score.breakdown["math"].score == pytest.approx(100 * right / 5)
+    assert score.score == pytest.approx(100 * correct / len(answered))
+    assert score.breakdown["math"].score == pytest.approx(100 * correct / 5)
     (macro,) = score.raw.values()
     assert macro == pytest.approx(100 / 18)
 
@@ -75,8 +75,8 @@ def test_several_letters_are_unreadable_in_every_multiple_choice_task(task, resp
 def test_constant_answer_scores_its_share(task):
     answered = predictions(task, lambda row: "B", full=task != "seedbench")
     chosen = [p.row for p in answered if p.row.get("data_type") != "video"]
-    truths = Counter(correct_response(task, row) for row in chosen)
+    references = Counter(correct_response(task, row) for row in chosen)
     score = get(task).score(answered)
-    assert score.score == pytest.approx(100 * truths["B"] / len(chosen))
+    assert score.score == pytest.approx(100 * references["B"] / len(chosen))
     low, high = score.interval
     assert low < score.score < high

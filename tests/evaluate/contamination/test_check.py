@@ -1,4 +1,4 @@
-"""Planted copies of benchmark images and questions in a training mixture, and the searches by brute force."""
+"""Copies of benchmark images and questions planted in a training mixture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS = ["a spotted dog", "a tabby cat", "a mountain goat", "none of these"]
 
 @pytest.fixture
 def benchmark(tmp_path):
-    """Twelve rows of AI2D; the picture of row n (from 1) is noise(n)."""
+    """Twelve rows of AI2D; the image of row n (from 1) is noise(n)."""
     rows = [
         {
             "question": question,
@@ -67,7 +67,7 @@ def write_mixture(folder, rows):
 
 @pytest.fixture
 def mixture(tmp_path):
-    """Thirty harmless rows, one of them broken, and two that hold rows 5 and 9 of the benchmark."""
+    """Thirty rows: one is broken, two contain rows 5 and 9 of the benchmark."""
     rows = [sample(f"a picture of number {n}, nothing else", png(noise(1000 + n, 96, 64))) for n in range(30)]
     rows[3] = sample("broken", png(noise(1))[:50])
     rows[12] = sample("two pictures", png(noise(2000)), jpeg(noise(5, 200, 160).resize((90, 72)), 40))

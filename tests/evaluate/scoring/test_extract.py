@@ -1,4 +1,4 @@
-"""What is read out of answers: letters, options, yes and no, numbers."""
+"""Letters, options, yes and no, and numbers extracted from responses."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_longest_of_overlapping_options_wins():
 
 
 def test_options_that_are_letters_themselves():
-    """Labels of diagrams: the letter of the option comes first, a letter that is no option's is a label."""
+    """Diagram labels: option letters take precedence; any other letter is a label."""
     labels = ["E", "B", "A", "F"]
     assert read_choice("B", labels) == "B"
     assert read_choice("E", labels) == "A"
@@ -335,7 +335,7 @@ def test_yes_and_no(response, expected):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("noise", ["*", " ", "\n", "(", "[", "1", "1,", "answer is ", "option "])
 def test_degenerate_responses_take_linear_time(noise):
-    """50,000 repetitions: a pattern that looks back over what it has seen would take hours."""
+    """50,000 repetitions: a backtracking pattern would take hours."""
     response = "Well" + noise * 50_000 + "x"
     assert read_choice(response, OPTIONS) is None
     assert read_yes_no(response) is None

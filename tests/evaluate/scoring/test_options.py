@@ -1,4 +1,4 @@
-"""Options in every form in which people store them: each keeps its letter, also beside an empty one."""
+"""Options in every stored format: each keeps its letter, even next to an empty one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_options_as_text(text):
     ],
 )
 def test_printed_numpy_arrays_and_pandas_series(options):
-    """Long ones are broken into lines."""
+    """Long arrays are printed on several lines."""
     for array in (np.array(options), np.array(options, dtype=object)):
         for text in (str(array), repr(array), str(array.tolist())):
             assert as_list(text) == [option.strip() for option in options]

@@ -1,4 +1,4 @@
-"""Intervals and p-values against other ways to compute them."""
+"""Intervals and p-values against independent computations."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def units(values, stratum=""):
 
 
 def test_proportion_interval_matches_wilsons_formula():
-    right, n, z = 37, 120, stats.norm.ppf(0.975)
-    share = right / n
+    correct, n, z = 37, 120, stats.norm.ppf(0.975)
+    share = correct / n
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    interval = proportion_interval(units([100] * right + [0] * (n - right)))
+    interval = proportion_interval(units([100] * correct + [0] * (n - correct)))
     assert interval == pytest.approx((100 * (middle - half), 100 * (middle + half)))
 
 
@@ -47,7 +47,7 @@ def test_bootstrap_interval_matches_scipy():
 
 
 def test_paired_difference_matches_sign_test():
-    """Against the exact sign test: of 60 questions that one run alone has right, 40 are the second's."""
+    """Against the exact sign test: 60 questions are correct in one run only, 40 of them in the second."""
     first = [100] * 20 + [0] * 40 + [100] * 300 + [0] * 140
     second = [0] * 20 + [100] * 40 + [100] * 300 + [0] * 140
     difference, (low, high), p_value = paired_difference(units(first), units(second))

@@ -50,7 +50,7 @@ def marked(processor, chat) -> str:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_supervised_are_the_answers_and_the_tokens_that_end_them(name):
+def test_answers_and_their_end_tokens_are_supervised(name):
     solo, family = solo_of(name), FAMILIES[name]
     assert solo.chat_template == family.source
     # White space behind the last token carries nothing.
@@ -58,7 +58,7 @@ def test_supervised_are_the_answers_and_the_tokens_that_end_them(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_training_sees_the_prompts_of_generation(name):
+def test_training_prompts_equal_generation_prompts(name):
     processor = solo_of(name).processor
     whole = processor.encode_chat(CHAT)
     starts = np.flatnonzero(np.diff(whole.supervised.astype(int), prepend=0) == 1)
@@ -80,7 +80,7 @@ def test_generation_stops_where_a_supervised_answer_ends(name):
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.source != "llm"])
-def test_a_template_that_cannot_be_trained_on_is_replaced_with_a_warning(name, caplog):
+def test_unsuitable_template_is_replaced_with_a_warning(name, caplog):
     processor = make(FAMILIES[name]).processor
     assert "chat template is replaced by" in caplog.text
     assert "date" not in caplog.text
@@ -88,7 +88,7 @@ def test_a_template_that_cannot_be_trained_on_is_replaced_with_a_warning(name, c
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_several_system_messages_are_kept_or_refused(name):
+def test_several_system_messages_are_kept_or_rejected(name):
     processor = solo_of(name).processor
     systems = [{"role": "system", "content": "s1"}, {"role": "system", "content": "s2"}]
     if FAMILIES[name].systems:
@@ -100,7 +100,7 @@ def test_several_system_messages_are_kept_or_refused(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_chat_that_begins_with_the_assistant_is_supervised_or_refused_by_the_template(name):
+def test_chat_starting_with_the_assistant_is_supervised_or_rejected(name):
     processor = solo_of(name).processor
     chat = [{"role": "assistant", "content": "a0"}, *CHAT[:2]]
     if "raise_exception" in FAMILIES[name].template and FAMILIES[name].source == "llm":
@@ -128,7 +128,7 @@ texts = st.one_of(
         max_size=6,
     )
 )
-def test_any_chat_is_supervised_rightly_or_refused(name, turns):
+def test_any_chat_is_supervised_correctly_or_rejected(name, turns):
     processor = solo_of(name).processor
     chat = [{"role": role, "content": text} for role, text in turns]
     if all(role == "assistant" for role, _ in turns):
@@ -148,13 +148,13 @@ def test_any_chat_is_supervised_rightly_or_refused(name, turns):
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n"])
-def test_an_empty_answer_is_its_end_alone(text):
+def test_empty_answer_supervises_only_its_end_token(text):
     processor = solo_of("gemma 2").processor
     chat = processor.encode_chat([CHAT[0], {"role": "assistant", "content": text}, *CHAT[2:]])
     assert [run for run, said in runs(processor, chat) if said] == ["<end_of_turn>", "a2<end_of_turn>"]
 
 
-def test_text_that_spells_a_control_token_which_the_llm_does_not_mark_stays_text(tmp_path):
+def test_text_that_spells_an_unmarked_control_token_stays_text(tmp_path):
     solo = solo_of("gemma 2")
     solo.processor.save_pretrained(tmp_path)
     for processor in (solo.processor, type(solo.processor).from_pretrained(tmp_path)):
@@ -167,7 +167,7 @@ def test_text_that_spells_a_control_token_which_the_llm_does_not_mark_stays_text
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek v3.1"])
-def test_marks_of_reasoning_in_an_answer_stay_the_llms_tokens(name):
+def test_reasoning_tokens_in_an_answer_are_kept(name):
     processor = solo_of(name).processor
     tokenizer = processor.tokenizer
     ids = processor.encode_chat([CHAT[0], {"role": "assistant", "content": "<think>"}]).input_ids
@@ -175,7 +175,7 @@ def test_marks_of_reasoning_in_an_answer_stay_the_llms_tokens(name):
     assert tokenizer.decode(ids, skip_special_tokens=True).endswith("<think>")
 
 
-def test_reasoning_that_a_template_strips_from_earlier_turns_is_refused():
+def test_template_that_strips_earlier_reasoning_is_rejected():
     template = (
         "{% for m in messages %}{% set text = m['content'] %}"
         "{% if not loop.last and '</think>' in text %}{% set text = text.split('</think>')[-1] %}{% endif %}"
@@ -189,7 +189,7 @@ def test_reasoning_that_a_template_strips_from_earlier_turns_is_refused():
         processor.encode_chat([CHAT[0], thought, *CHAT[2:]])
 
 
-def test_a_system_message_that_moves_between_turns_is_refused(caplog):
+def test_template_that_moves_the_system_message_is_rejected(caplog):
     processor = make(FAMILIES["mistral v3 tekken"]).processor
     assert "chats of several turns with a system message will be skipped" in caplog.text
     system = {"role": "system", "content": "s"}
@@ -198,14 +198,14 @@ def test_a_system_message_that_moves_between_turns_is_refused(caplog):
             processor.encode_chat([system, *chat])
 
 
-def test_the_date_is_fixed_and_it_is_said(caplog):
+def test_date_is_fixed_with_a_warning(caplog):
     solo = make(FAMILIES["llama 3.1"])
     assert "fixed to 1 January 2025" in caplog.text
     rendered = solo.processor.apply_chat_template(CHAT[:1], add_generation_prompt=True)
     assert "Today Date: 01 Jan 2025" in rendered
 
 
-def test_an_end_marker_of_several_tokens_is_not_trained_on(caplog):
+def test_end_marker_of_several_tokens_is_rejected(caplog):
     template = FAMILIES["chatml, eos after the chat"].template
     solo = make(Family(template, "", eos="</s>", bos="<s>"))  # no token <|im_end|>
     assert solo.chat_template == "solo"
@@ -224,7 +224,7 @@ def test_first_token_of_a_first_answer_is_supervised_without_bos():
 
 
 @torch.no_grad()
-def test_a_saved_model_stops_at_the_end_of_a_turn(tmp_path):
+def test_saved_model_stops_at_the_end_of_a_turn(tmp_path):
     solo = solo_of("olmo 3")
     solo.save(tmp_path / "model")
     again = type(solo.model).from_pretrained(tmp_path / "model")

@@ -138,7 +138,7 @@ def test_big_endian_16_bit_tiff():
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_signed_tiff_is_refused(bits):
+def test_signed_tiff_is_rejected(bits):
     samples = (ramp(bits) - 2 ** (bits - 1)).astype(f"<i{bits // 8}")
     for signed in (samples, abs(samples // 2)):
         data = tiff([signed.tobytes()], samples.shape, bits, sample_format=2)
@@ -146,7 +146,7 @@ def test_signed_tiff_is_refused(bits):
             load_image(data)
 
 
-def test_tiff_of_an_unknown_depth_is_refused_by_name():
+def test_tiff_of_unknown_depth_is_rejected():
     samples = ramp(16) % 1024
     with pytest.raises(ImageError, match="pixel format"):
         load_image(tiff([b"".join(pack_bits(row, 10) for row in samples)], samples.shape, 10))
@@ -305,7 +305,7 @@ def test_wide_gamut_profile_is_converted_to_srgb(decoder, file_format):
     assert_close(Image.open(io.BytesIO(data)), expected, within=1.6)
 
 
-def test_profile_holds_for_palettes_and_transparency(tmp_path):
+def test_profile_applies_to_palettes_and_transparency(tmp_path):
     rgb = Image.fromarray(muted())
     palette = rgb.quantize(16)
     assert_close(
@@ -359,7 +359,7 @@ def test_cmyk_profile_is_converted_to_srgb():
     ids=["sRGB", "broken", "cut short", "of another colour space"],
 )
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
-def test_other_profiles_change_nothing(decoder, file_format, unusable):
+def test_unusable_profiles_are_ignored(decoder, file_format, unusable):
     image = Image.fromarray(muted())
     plain = encoded(image, file_format)
     np.testing.assert_array_equal(
@@ -367,7 +367,7 @@ def test_other_profiles_change_nothing(decoder, file_format, unusable):
     )
 
 
-def test_file_urls_are_paths_and_as_closed_as_paths(tmp_path):
+def test_file_urls_follow_the_rules_of_paths(tmp_path):
     path = tmp_path / "a b.png"
     Image.fromarray(muted()).save(path)
     for url in (path.as_uri(), f"file://{path}", f"file://localhost{path}"):

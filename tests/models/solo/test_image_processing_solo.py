@@ -192,13 +192,13 @@ def test_figure2_exceeds_its_own_maximum():
     "arguments",
     [(0, 5), (5, 0), (5, 5, 32, 1000), (5, 5, 0), (5, 5, 64, 32), (5, 5, 32, 1024, "figure3")],
 )
-def test_senseless_sizes_are_refused(arguments):
+def test_invalid_sizes_are_rejected(arguments):
     with pytest.raises(ValueError):
         patch_grid(*arguments)
 
 
 @pytest.mark.parametrize("size", [{"height": 64, "width": 60}, {"longest_edge": 1000}, {"height": 64}, 512])
-def test_senseless_settings_are_refused_at_once(size):
+def test_invalid_settings_are_rejected_at_construction(size):
     with pytest.raises(ValueError):
         SoloImageProcessor(size=size)
     with pytest.raises(ValueError):
@@ -245,7 +245,7 @@ def test_patches_are_crops_of_pillows_resize(processor, width, height):
         assert abs(patch.astype(int) - expected).max() <= 1
 
 
-def test_float_output_is_the_normalised_uint8_output(processor):
+def test_float_output_is_the_normalized_uint8_output(processor):
     image = photo(100, 70)
     raw = processor(image)["pixel_values"]
     by_channel = raw.reshape(-1, 3, 1024).transpose(0, 2, 1).astype(np.float64)
@@ -259,7 +259,7 @@ def test_float_output_is_the_normalised_uint8_output(processor):
     np.testing.assert_allclose(one_mean["pixel_values"], raw / 127.5 - 1, atol=1e-6)
 
 
-def test_a_batch_is_its_images_one_after_the_other(processor):
+def test_batch_concatenates_its_images(processor):
     images = [photo(500, 375), photo(20, 200), photo(32, 32), photo(1100, 30)]
     batch = processor(images)
     single = [processor(image) for image in images]
@@ -390,7 +390,7 @@ def engine(request, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("size", [(50, 37), (1, 1), (8, 200), (333, 16)])
-def test_decoded_jpegs_are_pillows(mode, size, options):
+def test_decoded_jpegs_equal_pillow(mode, size, options):
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise).convert(mode), "JPEG", **options)
     by_pillow = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
@@ -400,14 +400,14 @@ def test_decoded_jpegs_are_pillows(mode, size, options):
 
 @pytest.mark.parametrize("place", [2, 20])
 @pytest.mark.parametrize("filling", [b"\xff", b"\xff\xff", b"\xff\xd0", b"\xff\0", b"\xff\xe0\0\0"])
-def test_bytes_between_segments_hide_no_orientation(place, filling):
+def test_fill_bytes_between_segments_keep_the_orientation(place, filling):
     data = encoded(photo(60, 40), "JPEG", exif=_exif(orientation=6))
     data = data[:place] + filling + data[place:]
     by_pillow = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     np.testing.assert_array_equal(load_pixels(data), np.asarray(by_pillow))
 
 
-def test_jpegs_cut_short_are_never_filled_up():
+def test_truncated_jpegs_are_rejected():
     thumbnail = encoded(photo(20, 10), "JPEG")
     exif = _exif(orientation=1) + thumbnail  # a file cut after it ends as a whole one does
     data = encoded(photo(60, 40), "JPEG", exif=exif, restart_marker_rows=1)
@@ -417,7 +417,7 @@ def test_jpegs_cut_short_are_never_filled_up():
             load_pixels(data[:end])
 
 
-def test_damaged_jpegs_are_what_pillow_makes_of_them(monkeypatch):
+def test_damaged_jpegs_equal_pillow(monkeypatch):
     data = np.frombuffer(encoded(photo(80, 60), "JPEG", subsampling="4:2:0"), np.uint8)
     random = np.random.default_rng(2)
 
@@ -438,7 +438,7 @@ def test_damaged_jpegs_are_what_pillow_makes_of_them(monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["array", "PIL", "JPEG", "PNG"])
-def test_pixels_are_the_callers_own(source):
+def test_pixels_are_writable_copies(source):
     image = photo(40, 30)
     array = np.array(image)
     sources = {"array": array, "PIL": image, "JPEG": encoded(image, "JPEG"), "PNG": encoded(image)}
@@ -469,7 +469,7 @@ short_sides = st.integers(1, 150)
 @pytest.mark.usefixtures("engine")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(short_sides, short_sides, short_sides, short_sides, st.integers(0, 9))
-def test_resized_as_pillow_does(height, width, new_height, new_width, seed):
+def test_resize_matches_pillow(height, width, new_height, new_width, seed):
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     expected = Image.fromarray(noise).resize((new_width, new_height), Image.Resampling.BILINEAR)
     resized = resize(noise, new_height, new_width)
@@ -482,7 +482,7 @@ def test_resized_as_pillow_does(height, width, new_height, new_width, seed):
 
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("filter_", [Image.Resampling.BICUBIC, Image.Resampling.NEAREST])
-def test_other_filters_are_pillows(filter_):
+def test_other_filters_equal_pillow(filter_):
     image = photo(50, 40)
     output = SoloImageProcessor(resample=filter_)(image)["pixel_values"]
     np.testing.assert_array_equal(output, image_to_patches(image.resize((64, 64), filter_), 32))
@@ -608,7 +608,7 @@ def test_batched_arrays(processor):
         np.testing.assert_array_equal(processor(images)["pixel_values"], expected["pixel_values"])
 
 
-def test_grey_arrays_and_axis_order(processor):
+def test_gray_arrays_and_axis_order(processor):
     grey = np.asarray(photo(9, 6, "L"))
     expected = np.repeat(grey[:, :, None], 3, axis=2)
     for array in (grey, grey[:, :, None], grey[None], np.dstack([grey, np.full_like(grey, 255)])):
@@ -637,12 +637,12 @@ def test_grey_arrays_and_axis_order(processor):
         torch.zeros(5, 5, 9),
     ],
 )
-def test_arrays_that_are_no_image(array):
+def test_invalid_arrays_are_rejected(array):
     with pytest.raises(ImageError):
         load_image(array)
 
 
-def test_other_types_are_refused(processor):
+def test_other_types_are_rejected(processor):
     for source in (5, None, {"url": "x"}, object()):
         with pytest.raises(TypeError, match="PIL image, array, tensor"):
             load_image(source)
@@ -703,7 +703,7 @@ def test_formats(tmp_path, file_format):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB"])
-def test_opaque_modes_become_what_pillow_makes_of_them(mode):
+def test_opaque_modes_convert_like_pillow(mode):
     image = photo(40, 30, "RGB" if mode == "LAB" else mode)
     if mode == "LAB":
         image = image.convert("LAB")
@@ -718,7 +718,7 @@ def test_cmyk_jpeg():
     assert abs(pixels(data).astype(int) - np.asarray(photo(40, 30))).mean() < 6
 
 
-def test_transparency_lies_on_white():
+def test_transparency_is_composited_on_white():
     rgba = np.asarray(photo(40, 30, "RGBA"))
     colour, alpha = rgba[..., :3].astype(float), rgba[..., 3:] / 255
     expected = colour * alpha + 255 * (1 - alpha)
@@ -733,7 +733,7 @@ def test_transparency_lies_on_white():
     assert abs(pixels(grey_alpha.convert("La")) - expected_grey).max() <= 3
 
 
-def test_transparent_colours_lie_on_white():
+def test_transparent_colors_are_composited_on_white():
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putpixel((1, 0), 1)
@@ -813,7 +813,7 @@ def test_extreme_shapes(processor, width, height):
         (b"GIF89a", "truncated or damaged"),
     ],
 )
-def test_files_that_are_no_image(tmp_path, processor, content, message):
+def test_files_other_than_images_are_rejected(tmp_path, processor, content, message):
     path = tmp_path / "upload.jpg"
     path.write_bytes(content)
     with pytest.raises(ImageError) as caught:
@@ -853,7 +853,7 @@ def test_damaged_files_raise_image_errors_only(file_format):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [10_001, 30_000, 60_000])
-def test_pixel_bombs_are_refused_by_their_header(side):
+def test_pixel_bombs_are_rejected_by_their_header(side):
     start = time.perf_counter()
     with pytest.raises(ImageError, match="pixels"):
         load_image(png_header(side, side))
@@ -896,7 +896,7 @@ def test_missing_and_unreadable_files(tmp_path, processor):
         load_image(closed)
 
 
-def test_broken_texts():
+def test_malformed_strings_are_rejected():
     text = base64.b64encode(encoded(photo(50, 30))).decode()
     for source, message in (
         ("data:image/png;base64,@@@", "invalid base64"),
@@ -912,7 +912,7 @@ def test_broken_texts():
     assert len(str(caught.value)) < 300
 
 
-def test_names_and_closed_doors(tmp_path):
+def test_error_names_and_disallowed_sources(tmp_path):
     path = tmp_path / "image.png"
     photo(50, 30).save(path)
     with pytest.raises(ImageError, match=r"shard-3\.tar/7\.jpg: empty file"):
@@ -999,7 +999,7 @@ def test_failed_download(site, path, options, message):
     assert site + path in str(caught.value)
 
 
-def test_useless_download(site):
+def test_download_over_the_limit_or_without_image(site):
     with pytest.raises(ImageError, match="larger than the limit of 100 bytes"):
         load_image(site + "/moved", max_bytes=100)
     with pytest.raises(ImageError, match="HTML page"):

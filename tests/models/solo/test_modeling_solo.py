@@ -1,4 +1,4 @@
-"""The model against the release's outputs, and against itself where two ways must agree."""
+"""The model reproduces outputs of the original code, and equivalent computations agree."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GOLDEN = ROOT / "tests" / "golden" / "original_tiny"
 
 
 def golden_model() -> SoloForConditionalGeneration:
-    """The release's tiny checkpoint, its weights put under this project's names by hand."""
+    """The tiny original checkpoint with its weights renamed by hand."""
     stored = json.loads((GOLDEN / "config.json").read_text())
     golden = np.load(GOLDEN / "golden.npz")
     vision, patch, row, _, end = golden["special_ids"].tolist()
@@ -53,7 +53,7 @@ def golden_model() -> SoloForConditionalGeneration:
     return model
 
 
-def test_logits_equal_the_release():
+def test_logits_equal_the_original_code():
     golden = np.load(GOLDEN / "golden.npz")
     grids = torch.tensor([[1, rows, columns] for rows, columns in golden["image_grids"]])
     with torch.no_grad():
@@ -96,7 +96,7 @@ def single_logits(model, document):
 
 @pytest.mark.parametrize("family", ["mistral", "llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("training", [True, False])
-def test_packed_documents_do_not_see_each_other(family, training, picture):
+def test_packed_documents_do_not_attend_to_each_other(family, training, picture):
     solo = make_solo(family)
     packed = documents(solo, picture)
     expected = torch.cat([single_logits(solo.model, document) for document in packed])
@@ -120,7 +120,7 @@ def test_uint8_and_float_patches_give_the_same_logits(solo, picture):
         )
 
 
-def test_patches_change_what_the_model_says_and_their_order_matters(solo, picture):
+def test_logits_depend_on_patches_and_their_order(solo, picture):
     inputs = solo.processor.apply_chat_template(
         ask("what is this?", picture(96, 64)), tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -168,7 +168,7 @@ def test_generation_with_cache_equals_without(family, picture):
     torch.testing.assert_close(*outputs)
 
 
-def test_a_cache_carried_over_gives_the_same_logits(solo, picture):
+def test_reused_cache_gives_the_same_logits(solo, picture):
     inputs = solo.processor.apply_chat_template(
         ask("what is this?", picture(64, 64)), tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -182,7 +182,7 @@ def test_a_cache_carried_over_gives_the_same_logits(solo, picture):
     torch.testing.assert_close(rest, whole, atol=1e-4, rtol=0)
 
 
-def test_beams_and_vision_tokens_never_spoken(solo, picture):
+def test_beam_search_never_generates_vision_tokens(solo, picture):
     inputs = solo.processor.apply_chat_template(
         [ask("what?", picture(64, 64)), ask("hello", picture(32, 64), picture(32, 32))],
         add_generation_prompt=True,
@@ -264,7 +264,7 @@ def test_saved_and_loaded_by_auto_classes(solo, picture, tmp_path):
     assert again.generation_config.suppress_tokens == solo.model.generation_config.suppress_tokens
 
 
-def test_wrong_inputs_are_named(solo):
+def test_invalid_inputs_raise_value_error(solo):
     ids = torch.tensor([[1, solo.model.config.image_token_id]])
     patches = torch.zeros((2, solo.model.config.patch_dim), dtype=torch.uint8)
     with pytest.raises(ValueError, match="2 patches for 1 <vpatch>"):
@@ -278,7 +278,7 @@ def test_wrong_inputs_are_named(solo):
 
 
 @torch.no_grad()
-def test_more_patches_than_tokens_fail_without_waiting_for_the_device(solo):
+def test_count_mismatch_on_device_is_asserted_asynchronously(solo):
     # As on CUDA: the comparison is left to the device, here to the compiled graph.
     compiled = torch.compile(solo.model, fullgraph=True, backend="eager")
     ids = torch.tensor([[1, *[solo.model.config.image_token_id] * 2]])
@@ -308,7 +308,7 @@ def hidden(model, document, **changes):
     with torch.no_grad():
         return model.model(
             input_ids=torch.tensor(document.input_ids)[None],
-            pixel_values=changes.get("patches", torch.tensor(document.patches)),
+            pixel_values=changes.get("patches", torch.tensor(document.pixel_values)),
             attention_mask=torch.ones(1, len(document), dtype=torch.long),
         ).last_hidden_state[0]
 
@@ -319,14 +319,14 @@ def noise(width, height, seed):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_later_patch_changes_earlier_ones_of_its_image_and_nothing_else_before(family, attention):
+def test_patch_affects_earlier_positions_of_its_own_image_only(family, attention):
     solo = both_ways(family)
     solo.model.set_attn_implementation(attention)
     (document,) = encoded(solo, ask("compare", noise(64, 64, 1), noise(64, 32, 2)))
     ids = torch.tensor(document.input_ids)
     images = image_index(ids[None], solo.model.config.image_token_id, solo.model.config.vision_start_token_id)
     assert images.unique().tolist() == [-1, 0, 1]
-    patches = torch.tensor(document.patches)
+    patches = torch.tensor(document.pixel_values)
     changed = patches.clone()
     changed[-1] = 255 - changed[-1]  # the last patch of the second image
     differs = (hidden(solo.model, document) - hidden(solo.model, document, patches=changed)).abs().amax(
@@ -339,7 +339,7 @@ def test_a_later_patch_changes_earlier_ones_of_its_image_and_nothing_else_before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_training_attends_as_the_model_does_to_each_document_alone(family):
+def test_bidirectional_packed_batch_equals_documents_alone(family):
     solo = both_ways(family)
     documents = encoded(
         solo,
@@ -388,7 +388,7 @@ def test_packed_attention_equals_a_dense_mask():
         torch.testing.assert_close(packed.transpose(1, 2), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_without_an_image_nothing_changes(solo):
+def test_bidirectional_images_leave_text_only_logits_unchanged(solo):
     inputs = solo.processor.apply_chat_template(
         ask("a red circle"), tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -398,7 +398,7 @@ def test_without_an_image_nothing_changes(solo):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_in_batches_and_from_a_prefix_are_those_given_alone(family, picture):
+def test_batched_and_prefix_cached_answers_equal_single_ones(family, picture):
     solo = both_ways(family)
     chats = [
         ask("what is this?", picture(96, 64)),
@@ -412,7 +412,7 @@ def test_answers_in_batches_and_from_a_prefix_are_those_given_alone(family, pict
     assert again == alone + alone
 
 
-def test_the_setting_is_saved_and_other_attention_refused(tmp_path, picture):
+def test_bidirectional_setting_is_saved_and_flash_attention_rejected(tmp_path, picture):
     solo = both_ways("llama")
     solo.save(tmp_path / "model")
     assert type(solo.model.config).from_pretrained(tmp_path / "model").bidirectional_images

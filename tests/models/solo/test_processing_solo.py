@@ -20,7 +20,7 @@ def text(role: str, words: str) -> dict:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 4), (3, 2), (32, 32)])
-def test_image_layout_is_the_papers(solo, rows, columns):
+def test_image_layout_matches_the_paper(solo, rows, columns):
     tokens = solo.processor.tokenizer.convert_ids_to_tokens(solo.processor.image_input_ids(rows, columns))
     expected = ["<vision>"]
     for row in range(rows):
@@ -42,7 +42,7 @@ def test_prompt_string_and_chat_give_the_same_tokens(solo, picture):
     np.testing.assert_array_equal(plain["pixel_values"], chat["pixel_values"])
 
 
-def test_training_begins_with_exactly_the_prompt_of_inference(solo):
+def test_training_tokens_start_with_the_inference_prompt(solo):
     question, answer = text("user", "what is this?"), text("assistant", "a red circle")
     trained = solo.processor.encode_chat([question, answer])
     prompt = solo.processor.encode_chat([question], add_generation_prompt=True)
@@ -78,7 +78,7 @@ def test_a_document_is_bos_content_eos(solo):
 
 @pytest.mark.parametrize("add_prefix", ["byte level", "metaspace"])
 @pytest.mark.parametrize("said", ["a</s>b", "<s>7</s> seven", "x</s>\nx <vpatch>, </s></s>", "</s>"])
-def test_no_white_space_comes_into_a_text_that_spells_special_tokens(said, add_prefix):
+def test_text_that_spells_special_tokens_gains_no_white_space(said, add_prefix):
     llm, tokenizer = make_llm()
     if add_prefix == "metaspace":  # as Mistral's and Llama 2's tokenizers
         backend = tokenizer.backend_tokenizer
@@ -134,7 +134,7 @@ def make_processor(cache: list = []):  # noqa: B006 (built once: hypothesis call
     return cache[0]
 
 
-def test_a_token_that_the_llm_owns_already_is_not_taken(caplog):
+def test_vision_token_of_the_llm_is_not_reused(caplog):
     llm, tokenizer = make_llm()
     tokenizer.add_tokens(["<vision>", "<vpatch>"])
     llm.resize_token_embeddings(len(tokenizer))
@@ -156,7 +156,7 @@ def test_images_and_image_parts_must_agree(solo):
         solo.processor.encode_chat([text("user", "hello")], [(1, 1, 1)], add_generation_prompt=True)
 
 
-def test_a_chat_that_the_template_refuses_is_a_clear_error(solo):
+def test_chat_rejected_by_the_template_raises_chat_template_error(solo):
     with pytest.raises(ChatTemplateError, match="roles are"):
         solo.processor.encode_chat([text("tool", "x"), text("assistant", "y")])
 
@@ -188,7 +188,7 @@ def test_saved_and_loaded(solo, picture, tmp_path):
     assert first["input_ids"] == second["input_ids"]
 
 
-def test_no_argument_of_a_chat_is_dropped(solo, picture):
+def test_no_chat_template_argument_is_ignored(solo, picture):
     chats = [ask("what is this?", picture(96, 40)), ask("what?", picture(40, 40))]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     left = solo.processor.apply_chat_template(chats, padding=True, **options)

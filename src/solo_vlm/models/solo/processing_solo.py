@@ -1,4 +1,4 @@
-"""From chats, texts and images to what the model reads. The same code serves training and inference."""
+"""Convert chats, texts and images to model inputs, by the same code in training and inference."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class SoloProcessor(ProcessorMixin):
         longest_first = sorted({*special, "\ue000"}, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)))
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
-        # BOS may end a turn only where it is EOS, too.
+        # BOS ends a turn only if it is EOS as well.
         self._control_tokens = added - {tokenizer.bos_token, image_token, *vision_tokens} | {
             tokenizer.eos_token
         }
@@ -188,7 +188,7 @@ class SoloProcessor(ProcessorMixin):
         return EncodedChat(np.concatenate(pieces), np.concatenate(marks))
 
     def _flatten(self, content: str | Sequence[dict[str, Any]], protected: list[str]) -> str:
-        """Content parts as one string: `<vpatch>` for an image, stand-ins for special tokens in texts."""
+        """Join content parts: `<vpatch>` for an image, stand-ins for special tokens in text."""
 
         def stand_in(match: re.Match[str]) -> str:
             protected.append(match.group())
@@ -207,27 +207,27 @@ class SoloProcessor(ProcessorMixin):
         return [(tokenizer.bos_token or tokenizer.eos_token, False), (body + tokenizer.eos_token, True)]
 
     def _chat_segments(self, messages: list[Message], add_generation_prompt: bool) -> list[tuple[str, bool]]:
-        """The rendered chat, cut where an answer begins and ends: [(text, supervised), ...]."""
+        """Render a chat and cut it where answers begin and end: [(text, supervised), ...]."""
         bos_token, eos_token = self.tokenizer.bos_token, self.tokenizer.eos_token
         segments = cut_turns(messages, add_generation_prompt, self._render, self._end_tokens(), eos_token)
         kind = (self.chat_template, tuple(message["role"] for message in messages))
         if kind not in self._checked_roles:
             check_roles(kind[1], self._render)
             self._checked_roles.add(kind)
-        if not segments or segments[0][1]:  # no label is lost at the first token
+        if not segments or segments[0][1]:  # the first token has no label, so an answer must not start there
             segments.insert(0, (bos_token or eos_token, False))
         elif bos_token and not self._begins_with_bos(segments[0][0]):
             segments[0] = (bos_token + segments[0][0], False)
         return segments
 
     def _begins_with_bos(self, rendered: str) -> bool:
-        """Whether nothing but images stands before BOS."""
+        """Return whether only images precede BOS."""
         bos, image = re.escape(self.tokenizer.bos_token), re.escape(self.image_token)
         return re.match(f"(?:{image})*{bos}", rendered) is not None
 
     @property
     def end_of_turn_ids(self) -> list[int]:
-        """Ids of the tokens that end an answer: EOS, and those that the chat template ends answers with."""
+        """Ids of the tokens that end an answer: EOS and the end-of-turn tokens of the chat template."""
         return sorted(self.tokenizer.convert_tokens_to_ids(list(self._end_tokens())))
 
     def _end_tokens(self) -> set[str]:
@@ -244,23 +244,23 @@ class SoloProcessor(ProcessorMixin):
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except Exception as error:  # jinja's, and whatever a template's raise_exception makes of it
+        except Exception as error:  # templates raise errors of any type
             raise ChatTemplateError(f"the chat template refuses this chat: {error}") from error
 
     def _tokenize(
         self, text: str, protected: list[str], layouts: Iterator[NDArray[np.int64]], first: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Ids of a segment with images expanded, and which of them are text."""
+        """Tokenize a segment and expand its images; return ids, and a mask of text tokens."""
         ids: list[int] = []
         for index, piece in enumerate(_STAND_IN_PATTERN.split(text)):
-            if index % 2:  # the split alternates text and the number of a stand-in
+            if index % 2:  # the split alternates text and stand-in numbers
                 ids += self._continue(protected[int(piece)], split_special_tokens=True)
             elif piece and index:
                 ids += self._continue(piece)
             elif piece and first:
                 ids += self.tokenizer.encode(piece, add_special_tokens=False)
             elif piece:
-                # After a special token, no tokenizer takes the text for the beginning of a text.
+                # After a special token, tokenizers do not treat the text as the start of a sequence.
                 ids += self.tokenizer.encode(self.vision_end_token + piece, add_special_tokens=False)[1:]
         tokens = np.array(ids, dtype=np.int64)
         is_text = np.ones(len(tokens), dtype=bool)
@@ -278,11 +278,11 @@ class SoloProcessor(ProcessorMixin):
         return tokens, is_text
 
     def _continue(self, text: str, **options: Any) -> list[int]:
-        """Ids of text that other text precedes: some tokenizers put a space where a text begins."""
+        """Tokenize text that follows other text; some tokenizers prepend a space at the start of a text."""
         for before in ("\n", "x"):
             head = self.tokenizer.encode(before, add_special_tokens=False)
             ids = self.tokenizer.encode(before + text, add_special_tokens=False, **options)
-            if ids[: len(head)] == head:  # else the two have merged
+            if ids[: len(head)] == head:  # otherwise the two merged into one token
                 return ids[len(head) :]
         return self.tokenizer.encode(text, add_special_tokens=False, **options)
 

@@ -1,1 +1,1 @@
-"""Distributed training: process layout, collectives, and sharded models."""
+"""Distributed training: parallel dimensions, collectives, and sharded models."""

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Data- and tensor-parallel layout of a run.
+    """Data- and tensor-parallel dimensions of a run.
 
     Attributes:
         dp: data-parallel groups; each reads its own data, and the parameters are sharded over them.
