@@ -22,7 +22,7 @@ def measure(workload: Workload, precision: str, warmup: int, rounds: int) -> dic
     taken, variants, peak = in_fresh_process(_take_turns, workload, precision, warmup, rounds)
     _, documents = workload.draw()
     lengths = [len(document) for document in documents]
-    tokens, patches = sum(lengths), sum(len(document.patches) for document in documents)
+    tokens, patches = sum(lengths), sum(len(document.pixel_values) for document in documents)
 
     def over(name: str) -> float:
         return statistics.median(other / ours for other, ours in zip(taken[name], taken[OURS], strict=True))

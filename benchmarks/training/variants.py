@@ -87,7 +87,7 @@ def make_variants(
         model = random_model(SoloForConditionalGeneration, config, recipe, context)
         optimizer = make_optimizer(model, recipe.optimizer)
         packed = [collate(documents, sum(lengths), pad_token_id=0)]
-        patches = sum(len(document.patches) for document in documents)
+        patches = sum(len(document.pixel_values) for document in documents)
         flops = training_flops(ModelShape.of(config), lengths, patches, num_supervised_tokens(packed))
 
         def use_sdpa() -> None:
@@ -126,6 +126,8 @@ def _padded_batch(documents: Sequence[Document]) -> dict[str, Tensor]:
     rows = [(document.input_ids, document.labels) for document in documents]
     return {
         **padded(rows),
-        "pixel_values": torch.from_numpy(np.concatenate([document.patches for document in documents])),
-        "image_grid_thw": torch.from_numpy(np.concatenate([document.grids for document in documents])),
+        "pixel_values": torch.from_numpy(np.concatenate([d.pixel_values for d in documents])),
+        "image_grid_thw": torch.from_numpy(
+            np.concatenate([document.image_grid_thw for document in documents])
+        ),
     }

@@ -75,7 +75,7 @@ def test_llava_reads_the_same_captions(workload):
 def test_a_sequence_is_full(workload):
     documents = workload.sequence()
     assert sum(map(len, documents)) == workload.length
-    assert all(len(document.patches) for document in documents[:-1])
+    assert all(len(document.pixel_values) for document in documents[:-1])
 
 
 def test_padding_of_many_batches_is_that_of_drawn_ones(workload):

@@ -78,7 +78,7 @@ class Run:
     """What to read and how; a plain object for processes."""
 
     folder: Path
-    weigh: str = "tokens"
+    weight_by: str = "tokens"
     threads: int = 1
 
     def loader(self, rank: int = 0, ranks: int = 1, workers: int = 0) -> PackedLoader:
@@ -92,7 +92,7 @@ class Run:
             length=LENGTH,
             seed=5,
             epochs=EPOCHS,
-            weigh=self.weigh,
+            weight_by=self.weight_by,
             buffer_size=6,
             max_skipped=0.5,
         )

@@ -68,10 +68,10 @@ def test_patches_and_grids_of_a_document_must_agree(solo, picture):
     image = {"type": "image", "image": png(picture(64, 64))}
     sample = parse_sample({"messages": [{"role": "assistant", "content": [image]}]})
     document = Encoder(solo.processor)(sample)
-    assert len(document.patches) == 4
-    for patches in (document.patches[1:], np.concatenate([document.patches] * 2)):
+    assert len(document.pixel_values) == 4
+    for patches in (document.pixel_values[1:], np.concatenate([document.pixel_values] * 2)):
         with pytest.raises(ValueError, match="grids of 4"):
-            Document(document.input_ids, document.labels, patches, document.grids)
+            Document(document.input_ids, document.labels, patches, document.image_grid_thw)
 
 
 @pytest.mark.parametrize("turns", ["document", "chat"])

@@ -194,6 +194,6 @@ def test_too_many_stop_the_run_with_the_list(tmp_path, solo):
             index, 1, [MixtureItem(source)], Encoder(solo.processor), LENGTH, epochs=1, max_skipped=0.02
         )
 
-    with pytest.raises(SoloError, match=r"^21 of \d+ rows cannot be used, .*max_skipped = 0.02") as error:
+    with pytest.raises(SoloError, match=r"^21 of \d+ rows are unusable, .*max_skipped = 0.02") as error:
         list(PackedLoader(make_stream, 1, LENGTH, 0))
     assert str(error.value).count("x.jsonl, block at byte 0, row ") == LISTED

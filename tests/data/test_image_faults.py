@@ -52,7 +52,7 @@ def test_a_server_that_recovers_loses_nothing(solo, site):
     fetched = encode(caption(f"{site}/recovers.png"), solo.processor)
     assert _Site.asked == 3
     expected = encode(caption(PICTURE), solo.processor)
-    np.testing.assert_array_equal(fetched.patches, expected.patches)
+    np.testing.assert_array_equal(fetched.pixel_values, expected.pixel_values)
     np.testing.assert_array_equal(fetched.input_ids, expected.input_ids)
 
 
@@ -93,14 +93,18 @@ def test_a_disk_that_recovers_loses_nothing(solo, tmp_path, monkeypatch):
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
     monkeypatch.setattr("pathlib.Path.open", flaky)
     document = encode(caption(str(tmp_path / "a.png")), solo.processor)
-    np.testing.assert_array_equal(document.patches, encode(caption(PICTURE), solo.processor).patches)
+    np.testing.assert_array_equal(
+        document.pixel_values, encode(caption(PICTURE), solo.processor).pixel_values
+    )
     assert next(failures, None) is None
 
 
 def test_image_far_away_is_read_and_a_missing_one_is_a_bad_sample(solo):
     fsspec.filesystem("memory").pipe("memory://rows/a.png", PICTURE)
     document = encode(caption("memory://rows/a.png"), solo.processor)
-    np.testing.assert_array_equal(document.patches, encode(caption(PICTURE), solo.processor).patches)
+    np.testing.assert_array_equal(
+        document.pixel_values, encode(caption(PICTURE), solo.processor).pixel_values
+    )
     for url in ("memory://rows/none.png", "nowhere://rows/a.png"):
         with pytest.raises(SampleError, match=url) as caught:
             encode(caption(url), solo.processor)
@@ -110,7 +114,9 @@ def test_image_far_away_is_read_and_a_missing_one_is_a_bad_sample(solo):
 def test_file_url_must_name_a_file(solo, tmp_path):
     (tmp_path / "a b.png").write_bytes(PICTURE)
     document = encode(caption(f"file://{tmp_path}/a%20b.png"), solo.processor)
-    np.testing.assert_array_equal(document.patches, encode(caption(PICTURE), solo.processor).patches)
+    np.testing.assert_array_equal(
+        document.pixel_values, encode(caption(PICTURE), solo.processor).pixel_values
+    )
     for url, message in (
         ("file://host/a.png", "absolute path"),
         (f"file://{tmp_path}/no.png", "No such file"),

@@ -139,7 +139,7 @@ def test_an_empty_batch_is_padding_alone(run):
 
 def test_a_run_cut_anywhere_goes_on_with_other_ranks(run, whole):
     """Without processes, and so in no time; for those see the test that kills them."""
-    chance = random.Random(run.weigh)
+    chance = random.Random(run.weight_by)
     for _ in range(4):
         ranks, later_ranks = chance.choices([1, 2, 4], k=2)
         cut = chance.randrange(len(whole))
@@ -222,7 +222,7 @@ def test_a_state_holds_what_was_yielded_not_what_workers_have_read_ahead(run, wh
 def test_states_that_do_not_fit_are_refused(run):
     one, other = run.loader(0, 2), run.loader(1, 2)
     one.take(2)
-    with pytest.raises(SoloError, match="same place"):
+    with pytest.raises(SoloError, match="same position"):
         PackedLoader.merge([one.state_dict(), other.state_dict()])
     other.take(2)
     merged = PackedLoader.merge([one.state_dict(), other.state_dict()])
@@ -235,7 +235,7 @@ def test_states_that_do_not_fit_are_refused(run):
 def test_data_that_changed_are_refused_by_name(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
-    copy = Run(folder, run.weigh)
+    copy = Run(folder, run.weight_by)
     state = json.loads(json.dumps(run.loader().state_dict()))
     copy.loader().load_state_dict(state)  # elsewhere, but the same
     (folder / "pages" / "0.jsonl").rename(folder / "pages" / "another.jsonl")

@@ -60,8 +60,8 @@ def test_the_four_shapes_are_one(compressed, tmp_path, picture, solo):
     for other in encoded[1:]:
         np.testing.assert_array_equal(other.input_ids, encoded[0].input_ids)
         np.testing.assert_array_equal(other.labels, encoded[0].labels)
-        np.testing.assert_array_equal(other.patches, encoded[0].patches)
-    assert encoded[0].grids.tolist() == [[1, 1, 2]]
+        np.testing.assert_array_equal(other.pixel_values, encoded[0].pixel_values)
+    assert encoded[0].image_grid_thw.tolist() == [[1, 1, 2]]
     assert parse_sample(read[1]).id == "7"
 
 
@@ -82,10 +82,10 @@ def test_text_alone_and_chats(tmp_path, picture):
 def test_other_rows_are_left_to_the_schema(tmp_path):
     rows = [{"conversations": [{"from": "human", "value": "x"}]}, {"text": "y"}, [1], [], "z"]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    unit = open_source(tmp_path / "data.jsonl").read(0)
+    shard = open_source(tmp_path / "data.jsonl").read(0)
     for number in range(len(rows)):
         with pytest.raises(SampleError):
-            parse_sample(unit[number])
+            parse_sample(shard[number])
 
 
 # --- packed sets ----------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def photos(picture) -> list[Image.Image]:
 
 
 def read_all(source) -> list[dict]:
-    return [source.read(unit)[row] for unit in range(len(source)) for row in range(len(source.read(unit)))]
+    return [source.read(shard)[row] for shard in range(len(source)) for row in range(len(source.read(shard)))]
 
 
 def test_every_level_of_a_pixel_survives_float16():
@@ -216,7 +216,7 @@ def test_encoded_again_the_release_s_tokens_and_patches_come_out(packer, photos,
     assert second.input_ids.tolist() == [BOS, *tokens[cut + 1 :], 2]
     again = processor.image_processor(photos[0], do_rescale=True, do_normalize=True)["pixel_values"]
     np.testing.assert_allclose(np.asarray(again).ravel(), patches.astype(np.float32), atol=2e-3)
-    np.testing.assert_array_equal(first.patches, processor.image_processor(photos[0])["pixel_values"])
+    np.testing.assert_array_equal(first.pixel_values, processor.image_processor(photos[0])["pixel_values"])
 
 
 def test_an_image_that_the_packer_has_cut_is_a_broken_row(packer, photos, tmp_path):
@@ -227,9 +227,9 @@ def test_an_image_that_the_packer_has_cut_is_a_broken_row(packer, photos, tmp_pa
         tokens, roles, indices, patches = packer.packs[pack]
         packer.packs[pack] = (tokens[kept], roles[kept], indices[kept], patches)
     source = open_source(packer.write(tmp_path / "data"))
-    for unit in (0, 1):
+    for shard in (0, 1):
         with pytest.raises(SampleError, match="cut-image"):
-            source.read(unit)[0]
+            source.read(shard)[0]
     assert source.read(2)[0]["messages"][0]["content"] == [text("hello")]
 
 

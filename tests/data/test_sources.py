@@ -41,7 +41,7 @@ def arrow_compressed(data: bytes, codec: str) -> bytes:
 
 
 def texts(source) -> list[str]:
-    samples = [parse_sample(row) for unit in range(len(source)) for row in source.read(unit)]
+    samples = [parse_sample(row) for shard in range(len(source)) for row in source.read(shard)]
     return [sample.messages[0]["content"][-1]["text"] for sample in samples]
 
 
@@ -180,7 +180,7 @@ def test_image_of_a_tar_is_read_or_its_row_is_a_counted_skip(tmp_path, solo, fil
     members = {f"1.{suffix}": data, "1.txt": b"red", f"2.{suffix}": data[:40], "2.txt": b"red"}
     (tmp_path / "x.tar").write_bytes(tar_bytes(members))
     rows = open_source(tmp_path / "x.tar").read(0)
-    assert len(encode(parse_sample(rows[0]), solo.processor).patches) == 4
+    assert len(encode(parse_sample(rows[0]), solo.processor).pixel_values) == 4
     with pytest.raises(SampleError, match="image: ") as error:
         encode(parse_sample(rows[1]), solo.processor)
     assert error.value.reason == "image"
@@ -442,7 +442,7 @@ def test_suffix_may_have_capitals(tmp_path):
     (tmp_path / "b.JSONL").write_bytes(LINES)
     (tmp_path / "c.JsonL.GZ").write_bytes(gzip.compress(LINES))
     source = open_source(tmp_path)
-    assert sum(len(source.read(unit)) for unit in range(len(source))) == 3 * len(ROWS)
+    assert sum(len(source.read(shard)) for shard in range(len(source))) == 3 * len(ROWS)
 
 
 def test_folder_named_like_a_file_is_refused_among_files(tmp_path):

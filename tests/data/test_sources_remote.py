@@ -51,7 +51,7 @@ FILES = {
 
 
 def texts(source) -> list[str]:
-    samples = [parse_sample(row) for unit in range(len(source)) for row in source.read(unit)]
+    samples = [parse_sample(row) for shard in range(len(source)) for row in source.read(shard)]
     return [sample.messages[0]["content"][-1]["text"] for sample in samples]
 
 
@@ -182,7 +182,7 @@ def web():
 def test_every_format_is_read_from_a_web_server(web, name):
     address, ranges = web
     assert texts(open_source(f"{address}/{name}")) == TEXTS
-    assert ranges or name.endswith(".gz")  # parts of the file, not the whole of it for every unit
+    assert ranges or name.endswith(".gz")  # parts of the file, not the whole of it for every shard
     assert type(fsspec.filesystem("https")) is type(fsspec.filesystem("http"))
 
 

@@ -58,16 +58,18 @@ def encode(sample: Sample) -> Document:
 
 
 class MakeStream:
-    def __init__(self, folder, streams=4, epochs=None, weights=(1.0, 1.0), weigh="tokens", suffix="parquet"):
-        self.arguments = (folder, streams, epochs, weights, weigh, suffix)
+    def __init__(
+        self, folder, streams=4, epochs=None, weights=(1.0, 1.0), weight_by="tokens", suffix="parquet"
+    ):
+        self.arguments = (folder, streams, epochs, weights, weight_by, suffix)
 
     def __call__(self, index: int) -> VirtualStream:
-        folder, streams, epochs, weights, weigh, suffix = self.arguments
+        folder, streams, epochs, weights, weight_by, suffix = self.arguments
         mixture = [
             MixtureItem(open_source(folder / f"{name}.{suffix}"), weight)
             for name, weight in zip(ROWS, weights, strict=True)
         ]
-        return VirtualStream(index, streams, mixture, encode, LENGTH, 3, epochs, weigh, buffer_size=16)
+        return VirtualStream(index, streams, mixture, encode, LENGTH, 3, epochs, weight_by, buffer_size=16)
 
 
 def load(make, count, rank=0, ranks=1, workers=0, state=None, streams=4):
@@ -123,7 +125,7 @@ def test_workers_may_change_on_resume(folder):
 
 def test_packed_sequences_of_one_source_keep_their_proportions(folder):
     """As in the paper: each data set packed alone, its sequences mixed by number."""
-    stream = MakeStream(folder, 1, weights=(3.0, 1.0), weigh="sequences", suffix="jsonl")(0)
+    stream = MakeStream(folder, 1, weights=(3.0, 1.0), weight_by="sequences", suffix="jsonl")(0)
     order = []
     for _, pack in zip(range(200), stream, strict=False):
         (name,) = {"b" if document.input_ids[0] >= 1000 else "a" for document in pack.documents}
@@ -134,19 +136,19 @@ def test_packed_sequences_of_one_source_keep_their_proportions(folder):
 
 
 def test_a_source_that_runs_out_leaves_its_share_to_the_others(folder):
-    stream = MakeStream(folder, 1, epochs=1, weights=(1.0, 9.0), weigh="sequences")(0)
+    stream = MakeStream(folder, 1, epochs=1, weights=(1.0, 9.0), weight_by="sequences")(0)
     order = [pack.keys[0][0] for pack in stream]
     assert order[-20:] == [0] * 20
 
 
-@pytest.mark.parametrize("weigh", ["tokens", "samples"])
-def test_the_mixture_keeps_its_proportions(folder, weigh):
-    stream = MakeStream(folder, 1, weights=(3.0, 1.0), weigh=weigh)(0)
+@pytest.mark.parametrize("weight_by", ["tokens", "samples"])
+def test_the_mixture_keeps_its_proportions(folder, weight_by):
+    stream = MakeStream(folder, 1, weights=(3.0, 1.0), weight_by=weight_by)(0)
     counts = Counter()
     for _, pack in zip(range(300), stream, strict=False):
         for document in pack.documents:
             name = "b" if document.input_ids[0] >= 1000 else "a"
-            counts[name] += len(document) if weigh == "tokens" else 1
+            counts[name] += len(document) if weight_by == "tokens" else 1
     assert abs(counts["a"] / counts["b"] - 3.0) < 0.1
 
 
@@ -160,15 +162,17 @@ def test_order_is_shuffled_and_differs_between_epochs(folder):
 
 
 @given(st.integers(1, 300), st.integers(1, 70), st.integers(0, 69))
-def test_units_are_dealt_completely_and_evenly(units, streams, first):
+def test_shards_are_dealt_completely_and_evenly(shards, streams, first):
     first %= streams
-    shares = [deal(units, stream, streams, first) for stream in range(streams)]
-    pieces = [piece for (whole, parts), _ in shares for piece in [*((unit, 0, 1) for unit in whole), *parts]]
-    by_unit = {unit: sorted(piece[1:] for piece in pieces if piece[0] == unit) for unit in range(units)}
+    shares = [deal(shards, stream, streams, first) for stream in range(streams)]
+    pieces = [
+        piece for (whole, parts), _ in shares for piece in [*((shard, 0, 1) for shard in whole), *parts]
+    ]
+    by_shard = {shard: sorted(piece[1:] for piece in pieces if piece[0] == shard) for shard in range(shards)}
     assert all(
-        parts == [(part, len(parts)) for part in range(len(parts))] and parts for parts in by_unit.values()
+        parts == [(part, len(parts)) for part in range(len(parts))] and parts for parts in by_shard.values()
     )
-    assert sum(map(len, by_unit.values())) == len(pieces)
+    assert sum(map(len, by_shard.values())) == len(pieces)
     amounts = [len(whole) + sum(1 / parts for *_, parts in shared) for (whole, shared), _ in shares]
     largest_part = max((1 / parts for *_, parts in pieces if parts > 1), default=0)
     assert max(amounts) - min(amounts) <= largest_part + 1e-9
@@ -180,7 +184,7 @@ def test_units_are_dealt_completely_and_evenly(units, streams, first):
         assert following == (first + len(longest)) % streams
 
 
-def test_a_source_with_fewer_units_than_streams_is_read_by_all_of_them_without_end(tmp_path):
+def test_a_source_with_fewer_shards_than_streams_is_read_by_all_of_them_without_end(tmp_path):
     rows = [{"messages": [{"role": "assistant", "content": f"a{i}"}]} for i in range(40)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     for streams in (7, 64):
@@ -254,14 +258,14 @@ def test_resuming_reads_only_the_documents_that_were_held_back(folder, monkeypat
     reads = []
     read = ParquetSource.read
     monkeypatch.setattr(
-        ParquetSource, "read", lambda self, unit: reads.append((self.name[-9], unit)) or read(self, unit)
+        ParquetSource, "read", lambda self, shard: reads.append((self.name[-9], shard)) or read(self, shard)
     )
     for number, saved in json.loads(json.dumps(state))["streams"].items():
         stream = make(int(number))
         assert not reads
         stream.load_state_dict(saved)
-        held = {tuple(key[:2]) for lane in saved["lanes"] for part in lane.values() for key in part}
-        assert Counter(reads) == {("ab"[source], unit): 1 for source, unit in held}
+        held = {tuple(key[:2]) for packer in saved["packers"] for part in packer.values() for key in part}
+        assert Counter(reads) == {("ab"[source], shard): 1 for source, shard in held}
         reads.clear()
 
 
@@ -282,13 +286,13 @@ def test_data_without_anything_usable_stops_with_the_reasons(tmp_path):
     row = {"messages": [{"role": "assistant", "content": "bad"}]}
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     stream = VirtualStream(0, 1, [MixtureItem(open_source(tmp_path / "x.jsonl"))], encode, LENGTH)
-    with pytest.raises(SoloError, match="1 of 1 rows cannot be used") as error:
+    with pytest.raises(SoloError, match="1 of 1 rows are unusable") as error:
         next(iter(stream))
     assert "x.jsonl, block at byte 0, row 0: image: broken" in str(error.value)
 
 
 def test_layouts_that_cannot_work_are_refused(folder):
-    with pytest.raises(SoloError, match="4 streams cannot be shared by 3 ranks"):
+    with pytest.raises(SoloError, match="4 streams cannot be divided among 3 ranks"):
         PackedLoader(MakeStream(folder), 4, LENGTH, 0, ranks=3)
 
 

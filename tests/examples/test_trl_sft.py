@@ -28,7 +28,7 @@ def test_it_trains_on_what_the_assistant_says(folder, tmp_path, lora):
     documents = [encode(parse_sample(row), processor) for row in rows]
     total = supervised = 0
     for document in documents:  # one by one, all logits, no chunks
-        patches = torch.from_numpy(document.patches)
+        patches = torch.from_numpy(document.pixel_values)
         with torch.no_grad():
             logits = model(input_ids=torch.from_numpy(document.input_ids)[None], pixel_values=patches).logits
         labels = torch.from_numpy(document.labels)[1:]

@@ -90,7 +90,9 @@ def test_packed_attention_matches_each_document_alone(family):
     ]
     solo.model.set_attn_implementation("eager")
     alone = [
-        solo.model(input_ids=torch.tensor(d.input_ids)[None], pixel_values=torch.tensor(d.patches)).logits[0]
+        solo.model(
+            input_ids=torch.tensor(d.input_ids)[None], pixel_values=torch.tensor(d.pixel_values)
+        ).logits[0]
         for d in documents
     ]
     use_packed_attention(solo.model)

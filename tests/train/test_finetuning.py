@@ -26,7 +26,7 @@ def trained(tmp_path):
         "log_interval": 1,
         "data": {
             "sources": [{"path": "pictures.parquet", "weight": 2}, {"path": "texts.parquet", "weight": 1}],
-            "weigh": "sequences",  # one source per sequence
+            "weight_by": "sequences",  # one source per sequence
             "sequence_length": 96,
             "streams": 2,
             "packing_buffer": 4,

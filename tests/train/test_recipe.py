@@ -170,7 +170,11 @@ def test_paper_pretraining_recipes(stage):
     assert recipe.steps == steps
     assert weights(recipe) == sequences
     assert 0 <= steps * 128 - sum(sequences.values()) < 128  # one epoch
-    assert (recipe.data.sequence_length, recipe.data.weigh, recipe.global_batch) == (32_768, "sequences", 128)
+    assert (recipe.data.sequence_length, recipe.data.weight_by, recipe.global_batch) == (
+        32_768,
+        "sequences",
+        128,
+    )
     assert (recipe.precision, recipe.activation_checkpointing, recipe.parallel.tensor) == ("bf16", "full", 2)
     optimizer = recipe.optimizer
     assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps) == (5e-5, 5e-6, 200)

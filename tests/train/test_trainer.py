@@ -156,7 +156,7 @@ def test_loss_is_mean_over_supervised_tokens(documents):
     with torch.no_grad():
         for document in documents:
             ids, labels = torch.tensor(document.input_ids)[None], torch.tensor(document.labels)
-            logits = model(input_ids=ids, pixel_values=torch.tensor(document.patches)).logits[0, :-1]
+            logits = model(input_ids=ids, pixel_values=torch.tensor(document.pixel_values)).logits[0, :-1]
             total += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
             supervised += int((labels[1:] != -100).sum())
     use_packed_attention(model.train())

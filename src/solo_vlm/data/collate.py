@@ -1,4 +1,4 @@
-"""Documents become one packed batch: concatenation, positions that restart, a fixed length."""
+"""Collating of documents into one packed batch of fixed length."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from solo_vlm.data.encode import IGNORE_INDEX, Document
 
 
 class PackedBatch(TypedDict):
-    """What a packed batch holds; every key is an argument of the model's `forward`.
+    """Packed batch; every key is an argument of the model's `forward`.
 
-    There is no `attention_mask`: `position_ids` that restart tell the documents apart.
+    There is no `attention_mask`: documents are told apart by `position_ids`, which restart with each.
     """
 
     input_ids: Tensor  # (1, length) int64
-    labels: Tensor  # (1, length) int64, -100 where nothing is supervised
+    labels: Tensor  # (1, length) int64, -100 where not supervised
     position_ids: Tensor  # (1, length) int64, from 0 in every document
-    pixel_values: Tensor  # (patches, 3072) uint8; (0, 0) for a model that reads text alone
-    image_grid_thw: Tensor  # (images, 3) int64
-    cu_seq_lens_q: Tensor  # (documents + 1,) int32, where documents begin and end
+    pixel_values: Tensor  # (num_patches, 3 * patch_size**2) uint8; (0, 0) for a plain LLM
+    image_grid_thw: Tensor  # (num_images, 3) int64
+    cu_seq_lens_q: Tensor  # (num_documents + 1,) int32, boundaries of the documents, padding included
     cu_seq_lens_k: Tensor  # the same
     max_length_q: int  # length of the longest document
     max_length_k: int  # the same
@@ -37,18 +37,18 @@ def num_supervised_tokens(batches: Sequence[PackedBatch]) -> int:
 def collate(
     documents: Sequence[Document], length: int, pad_token_id: int, patch_dim: int = 3072
 ) -> PackedBatch:
-    """Concatenate documents into one row of exactly `length` tokens; the rest is padding without labels.
+    """Concatenate documents into one row of exactly `length` tokens, padded without labels.
 
-    Padding counts as a document of its own, so that no other sees it. No documents at all are padding alone.
+    Padding is a document of its own, so no other document attends to it.
 
     Args:
-        documents: what goes into the row, in order.
-        length: tokens of the row.
-        pad_token_id: of the padding.
-        patch_dim: width of `pixel_values` where there are no documents to tell it.
+        documents: Documents of the row, in order; none gives a row of padding.
+        length: Tokens per row.
+        pad_token_id: Token id of the padding.
+        patch_dim: Width of `pixel_values` for a row without documents.
 
     Raises:
-        ValueError: the documents are longer than `length` together.
+        ValueError: The documents do not fit into the row.
     """
     lengths = [len(document) for document in documents]
     padding = length - sum(lengths)
@@ -58,14 +58,14 @@ def collate(
         lengths.append(padding)
     input_ids = np.full(length, pad_token_id, dtype=np.int64)
     labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
-    ends = np.cumsum([0, *lengths], dtype=np.int32)
-    for document, start in zip(documents, ends, strict=False):
+    boundaries = np.cumsum([0, *lengths], dtype=np.int32)
+    for document, start in zip(documents, boundaries, strict=False):
         input_ids[start : start + len(document)] = document.input_ids
         labels[start : start + len(document)] = document.labels
-    position_ids = np.arange(length, dtype=np.int64) - np.repeat(ends[:-1], lengths)
-    cu_seq_lens = torch.from_numpy(ends)
-    patches = [document.patches for document in documents] or [np.empty((0, patch_dim), np.uint8)]
-    grids = [document.grids for document in documents] or [np.empty((0, 3), np.int64)]
+    position_ids = np.arange(length, dtype=np.int64) - np.repeat(boundaries[:-1], lengths)
+    cu_seq_lens = torch.from_numpy(boundaries)
+    patches = [document.pixel_values for document in documents] or [np.empty((0, patch_dim), np.uint8)]
+    grids = [document.image_grid_thw for document in documents] or [np.empty((0, 3), np.int64)]
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids)[None],
         labels=torch.from_numpy(labels)[None],

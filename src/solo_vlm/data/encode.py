@@ -1,4 +1,4 @@
-"""The one encoder: a sample becomes ids, labels and uint8 patches, for every stage and for inference."""
+"""Encoding of samples as token ids, labels and uint8 patches, the same for training and inference."""
 
 from __future__ import annotations
 
@@ -26,79 +26,91 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 
-_FSSPEC_URL = re.compile(r"(?!(https?|file):)[a-z][a-z0-9+.-]*://", re.IGNORECASE)  # others are load_image's
+_FSSPEC_URL = re.compile(r"(?!(https?|file):)[a-z][a-z0-9+.-]*://", re.IGNORECASE)  # others: load_image
 
-MAX_ASPECT_RATIO = 200  # as in Qwen2-VL: nothing can be recognized in what remains of such an image
+MAX_ASPECT_RATIO = 200  # as in Qwen2-VL: a narrower image shows nothing once it is resized
 
 
 @dataclass(frozen=True)
 class Document:
-    """An encoded sample, or a piece of a long text.
+    """Encoded sample, or a piece of a long text.
 
     Attributes:
         input_ids: (length,) int64.
-        labels: (length,) int64; the id itself where it is supervised, else -100. Never at the first token.
-        patches: (patches, 3072) uint8, one a `<vpatch>`.
-        grids: (images, 3) int64: 1, rows, columns.
+        labels: (length,) int64; the id itself where it is supervised, else -100. See `make_labels`.
+        pixel_values: (num_patches, 3 * patch_size**2) uint8, one patch per `<vpatch>` token.
+        image_grid_thw: (num_images, 3) int64: 1, rows, columns.
+
+    Raises:
+        ValueError: The number of patches differs from the grids'.
     """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
-    patches: NDArray[np.uint8]
-    grids: NDArray[np.int64]
+    pixel_values: NDArray[np.uint8]
+    image_grid_thw: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        # Here both numbers are at hand; on an accelerator, comparing them would mean to wait for it.
-        if (places := int(self.grids.prod(axis=1).sum())) != len(self.patches):
-            raise ValueError(f"{len(self.patches)} patches, but grids of {places}")
+        # Checked here, because on an accelerator the comparison would synchronize.
+        if (expected := int(self.image_grid_thw.prod(axis=1).sum())) != len(self.pixel_values):
+            raise ValueError(f"{len(self.pixel_values)} patches, but grids of {expected}")
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+def make_labels(input_ids: NDArray[np.int64], supervised: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the labels of a document: ids where supervised, else -100.
+
+    The first token never has a label, because in a packed sequence it would be predicted from the previous
+    document.
+    """
+    labels = np.where(supervised, input_ids, IGNORE_INDEX)
+    labels[:1] = IGNORE_INDEX
+    return labels
 
 
 def encode(
     sample: Sample,
     processor: SoloProcessor,
     vision_loss: bool = False,
-    tokenizing: AbstractContextManager[Any] | None = None,
+    lock: AbstractContextManager[Any] | None = None,
 ) -> Document:
-    """Encode one sample. Labels follow roles: what the assistant says, and the token that ends its turn.
+    """Encode one sample; what the assistant says is supervised, and the token that ends its turn.
 
     Args:
-        sample: to encode.
-        processor: of the model.
-        vision_loss: supervise the tokens of images, too.
-        tokenizing: entered while the tokenizer works: a lock, where threads share it.
+        sample: Sample to encode.
+        processor: Processor of the model.
+        vision_loss: Supervise the tokens of images, too.
+        lock: Held while the tokenizer runs, for threads that share it.
 
     Raises:
-        SampleError: an image is damaged or missing ("image"), or the chat cannot be rendered
+        SampleError: An image is damaged or missing ("image"), or the chat template refuses the chat
             ("chat-template").
-        OSError: disk or network failed while an image was read, five times.
+        OSError: Reading an image failed five times because of the disk or the network.
     """
     from solo_vlm.models.solo.processing_solo import ChatTemplateError
 
-    patches, grids = _encode_images(sample, processor)
+    pixel_values, image_grid_thw = _encode_images(sample, processor)
     try:
-        with tokenizing or nullcontext():
-            chat = processor.encode_chat(sample.messages, grids)
+        with lock or nullcontext():
+            chat = processor.encode_chat(sample.messages, image_grid_thw)
     except ChatTemplateError as error:
         raise SampleError("chat-template", str(error)) from error
-    if (places := np.count_nonzero(chat.input_ids == processor.image_token_id)) != len(patches):
-        raise SampleError("image", f"{len(patches)} patches for {places} <vpatch> tokens")
-    supervised = chat.supervised.copy()
+    if (expected := np.count_nonzero(chat.input_ids == processor.image_token_id)) != len(pixel_values):
+        raise SampleError("image", f"{len(pixel_values)} patches for {expected} <vpatch> tokens")
+    supervised = chat.supervised
     if vision_loss:
-        supervised |= np.isin(chat.input_ids, processor.image_input_ids(2, 1))
-    supervised[0] = False
-    labels = np.where(supervised, chat.input_ids, IGNORE_INDEX)
-    return Document(chat.input_ids, labels, patches, grids)
+        supervised = supervised | np.isin(chat.input_ids, processor.image_input_ids(2, 1))
+    return Document(chat.input_ids, make_labels(chat.input_ids, supervised), pixel_values, image_grid_thw)
 
 
 def _encode_images(sample: Sample, processor: SoloProcessor) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    encoded = [_encode_image(image, processor) for image in sample.images]
-    patches = [patches for patches, _ in encoded] or [np.empty((0, _patch_dim(processor)), np.uint8)]
-    grids = np.array([grid for _, grid in encoded], np.int64).reshape(-1, 3)
-    # One image is the usual case: nothing to concatenate, so nothing to copy.
-    return patches[0] if len(patches) == 1 else np.concatenate(patches), grids
+    images = [_encode_image(image, processor) for image in sample.images]
+    patches = [patches for patches, _ in images] or [np.empty((0, _patch_dim(processor)), np.uint8)]
+    image_grid_thw = np.array([grid for _, grid in images], np.int64).reshape(-1, 3)
+    # A single image, the usual case, is not copied.
+    return patches[0] if len(patches) == 1 else np.concatenate(patches), image_grid_thw
 
 
 @retried
@@ -130,64 +142,60 @@ def _patch_dim(processor: SoloProcessor) -> int:
 def fit_to_length(document: Document, length: int) -> Iterator[Document]:
     """Yield the document, or a long text in pieces of at most `length` tokens.
 
-    Only the first piece has an unsupervised first token by nature; the first token of every later piece
-    loses its label, since what came before it is not there to predict it.
-
     Raises:
-        SampleError: the document holds images and is too long ("too-long"): an image is never cut.
+        SampleError: The document is too long and has images, which are never cut ("too-long").
     """
     if len(document) <= length:
         yield document
         return
-    if len(document.patches):
-        raise SampleError("too-long", f"{len(document)} tokens with images, {length} are possible")
+    if len(document.pixel_values):
+        raise SampleError("too-long", f"{len(document)} tokens with images exceed the {length} of a sequence")
     for start in range(0, len(document), length):
-        labels = document.labels[start : start + length].copy()
-        labels[0] = IGNORE_INDEX
-        yield Document(document.input_ids[start : start + length], labels, document.patches, document.grids)
+        input_ids, labels = (ids[start : start + length] for ids in (document.input_ids, document.labels))
+        labels = make_labels(input_ids, labels != IGNORE_INDEX)
+        yield Document(input_ids, labels, document.pixel_values, document.image_grid_thw)
 
 
 def encode_text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Document:
-    """Encode a document without images by a plain tokenizer, to train an LLM: BOS, text, EOS.
+    """Encode a text document as BOS, text, EOS, to train a plain LLM.
 
     Raises:
-        SampleError: the sample has images, or more than one turn ("not-text").
+        SampleError: The sample has images, or more than one turn ("not-text").
     """
     if sample.images or [message["role"] for message in sample.messages] != ["assistant"]:
-        raise SampleError("not-text", "a plain LLM reads documents of one assistant turn, without images")
+        raise SampleError("not-text", "a plain LLM reads documents of one assistant turn without images")
     text = "".join(part["text"] for part in sample.messages[0]["content"])
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    beginning = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    input_ids = np.array([beginning, *ids, tokenizer.eos_token_id], dtype=np.int64)
-    labels = input_ids.copy()
-    labels[0] = IGNORE_INDEX
+    bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    input_ids = np.array([bos, *ids, tokenizer.eos_token_id], dtype=np.int64)
+    labels = make_labels(input_ids, np.ones(len(input_ids), bool))
     return Document(input_ids, labels, np.empty((0, 0), np.uint8), np.empty((0, 3), np.int64))
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes samples with a processor; or texts alone with a tokenizer, for an LLM. Threads may share it.
+    """Encodes samples for a SOLO model, or texts for a plain LLM. Thread-safe.
 
     Attributes:
-        processor: the processor, or the tokenizer.
-        vision_loss: see `encode`.
+        processor: Processor of a SOLO model, or tokenizer of an LLM.
+        vision_loss: See `encode`.
     """
 
     processor: Any
     vision_loss: bool = False
-    # A fast tokenizer keeps the arguments of a call as its own state.
+    # A fast tokenizer stores the arguments of a call in itself.
     _lock: Any = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def __call__(self, sample: Sample) -> Document:
-        """Encode a sample to learn from.
+        """Encode a training sample.
 
         Raises:
-            SampleError: see `encode` and `encode_text`; or no token is supervised ("unsupervised").
+            SampleError: See `encode` and `encode_text`; or no token is supervised ("unsupervised").
         """
         if self.sees_images:
             document = encode(sample, self.processor, self.vision_loss, self._lock)
             if (document.labels == IGNORE_INDEX).all():
-                raise SampleError("unsupervised", "the assistant says nothing, so nothing could be learned")
+                raise SampleError("unsupervised", "the assistant says nothing, so no token has a label")
             return document
         with self._lock:
             return encode_text(sample, self.processor)
@@ -205,21 +213,21 @@ class Encoder:
 
     @property
     def patch_dim(self) -> int:
-        """Width of a document's `patches`; 0 without images."""
+        """Width of a document's `pixel_values`; 0 for a plain LLM."""
         return _patch_dim(self.processor) if self.sees_images else 0
 
     @property
     def vision_ids(self) -> NDArray[np.int64]:
-        """All ids that the layout of an image is made of."""
+        """Ids of all tokens in an image's layout."""
         layout = self.processor.image_input_ids(2, 1) if self.sees_images else ()
         return np.unique(np.asarray(layout, np.int64))
 
 
 def load_encoder(path: str | Path) -> Encoder:
-    """The encoder for a SOLO model, or for a plain LLM.
+    """Load the encoder of a SOLO model, or of a plain LLM.
 
     Raises:
-        SoloError: the folder is not readable as either, or its tokenizer has no EOS token.
+        SoloError: The folder holds neither, or its tokenizer has no EOS token.
     """
     from transformers import AutoTokenizer
 

@@ -1,8 +1,8 @@
-"""Packed batches for one rank, from worker processes, with a state that says what comes next.
+"""Stateful loader of packed batches for one rank, with worker processes.
 
-The packed sequences of a run stand in slots, in one order: slot g is that of stream g mod S. Rank r of R
-reads slots r, r + R, r + 2R and so on. A stream that has ended leaves its slots empty, so that the others
-keep theirs; what is trained on is the sequence of filled slots, the same for any ranks and workers.
+The packed sequences of a run are numbered slots in one order: slot g belongs to stream g mod S. Rank r of R
+reads slots r, r + R, r + 2R, ... The slots of a stream that has ended stay empty, so no other sequence moves;
+training consumes the filled slots in order, the same for any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -29,32 +29,30 @@ from solo_vlm.models.solo.processing_solo import num_image_tokens
 from solo_vlm.utils.errors import SoloError
 
 MakeStream = Callable[[int], VirtualStream]
-# What this rank has found, and whether its data have ended -> what each rank has found, and whether all have.
-AddUp = Callable[[Sequence["LoadedSequence"], bool], tuple[list[int], bool]]
+# (sequences of this rank, whether its data ended) -> (number of sequences per rank, whether all data ended)
+AllReduce = Callable[[Sequence["LoadedSequence"], bool], tuple[list[int], bool]]
 
 
 class PackedLoader:
-    """Reads the packed sequences of one rank, each with its documents' keys.
+    """Loads the packed sequences of one rank; resumable, with an order independent of ranks and workers.
 
-    The order depends neither on ranks nor on workers; their product must divide the number of streams.
-    Reading resumes where the state stands. Several ranks keep together by `take_together`; iterating is for
-    one rank, or for data without an end.
+    Several ranks stay in step with `take_together`. Iteration is for a single rank, or for endless data.
 
     Args:
-        make_stream: builds stream number s; called in the worker that owns it.
-        streams: number of virtual streams of the run.
-        length: tokens in a batch.
-        pad_token_id: fills the rest of a sequence.
-        rank: of this process.
-        ranks: how many there are.
-        workers: processes that read ahead; 0 reads in this process.
-        sources: of the mixture, in its order: to name samples, and to notice that the data have changed.
-        patch_dim: width of `pixel_values`, for batches without documents; 0 where the model reads text alone.
-        threads: in each process that reads; they fill sequences of different streams: the order stays. OpenCV
-            keeps to the thread that calls it wherever a loader reads, also in this process.
+        make_stream: Creates stream number s, in the worker that owns it.
+        streams: Number of virtual streams, a multiple of `ranks * workers`.
+        length: Tokens per batch.
+        pad_token_id: Token id of the padding.
+        rank: Data-parallel rank of this process.
+        ranks: Number of data-parallel ranks.
+        workers: Number of worker processes that read ahead; 0 reads in this process.
+        sources: Sources of the mixture, in order, to name samples and to detect changed data.
+        patch_dim: Width of `pixel_values` in a batch without documents; 0 for a plain LLM.
+        threads: Threads per reading process, each filling the sequences of other streams. Every reading
+            process turns off OpenCV's own threads.
 
     Raises:
-        SoloError: ranks and workers do not divide the streams.
+        SoloError: `ranks * workers` does not divide the streams.
     """
 
     def __init__(
@@ -72,7 +70,7 @@ class PackedLoader:
     ) -> None:
         if streams % (ranks * max(workers, 1)):
             raise SoloError(
-                f"{streams} streams cannot be shared by {ranks} ranks with {max(workers, 1)} workers each: "
+                f"{streams} streams cannot be divided among {ranks} ranks x {max(workers, 1)} workers: "
                 "set data.streams to a multiple of their product"
             )
         self._make_stream = make_stream
@@ -90,50 +88,46 @@ class PackedLoader:
             "sources": [list(pair) for pair in fingerprints(sources)],
         }
         self._states: dict[int, State] = {}
-        self._slots = 0  # of the run that are consumed
-        self._ended: set[int] = set()  # streams of this rank
+        self._slots = 0  # slots of the run that have been consumed
+        self._ended: set[int] = set()  # ended streams of this rank
         self._turns: Iterator[_Slot | SoloError] | None = None
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """This rank's packed batches to the end of its data. Ranks need not end together."""
+        """Yield this rank's packed batches to the end of its data; other ranks may end earlier or later."""
         while not self.ended:
             for sequence in self.take(self._ranks):
                 yield sequence.batch
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is left in any stream of this rank."""
+        """Whether all streams of this rank have ended."""
         return len(self._ended) == len(self._own)
 
-    def take_together(self, size: int, add_up: AddUp) -> list[LoadedSequence | None]:
-        """Consume the next packed sequences of the run, with all ranks at once; return this rank's part.
+    def take_together(self, size: int, all_reduce: AllReduce) -> list[LoadedSequence | None]:
+        """Consume the next `size` packed sequences of the run, together with all other ranks.
 
-        Which sequences these are depends neither on ranks nor on workers. There are fewer than `size` only
-        where the data end, none after their end.
+        Fewer than `size` are left only at the end of the data.
 
         Args:
-            size: sequences for all ranks together.
-            add_up: tells all ranks what each has found; called equally often by all.
+            size: Number of sequences over all ranks.
+            all_reduce: Collective that shares the ranks' findings; called equally often on all ranks.
 
         Returns:
-            Equally many turns for every rank; None in a turn in which others have a sequence and it has not.
+            This rank's sequences, padded with None to the same length on all ranks.
         """
         mine: list[LoadedSequence | None] = []
         found = [0] * self._ranks
         while (missing := size - sum(found)) > 0:
             new = self.take(missing)
             mine += new
-            of_ranks, all_ended = add_up(new, self.ended)
+            of_ranks, all_ended = all_reduce(new, self.ended)
             found = [before + more for before, more in zip(found, of_ranks, strict=True)]
             if all_ended:
                 break
         return mine + [None] * (max(found) - len(mine))
 
     def take(self, slots: int) -> list[LoadedSequence]:
-        """Consume the next slots of the run; return this rank's packed sequences among them, in order.
-
-        Streams that have ended leave their slots empty.
-        """
+        """Consume the next slots of the run; return this rank's packed sequences in them, in order."""
         first = self._slots + (self._rank - self._slots) % self._ranks
         self._slots += slots
         found = []
@@ -156,11 +150,11 @@ class PackedLoader:
         return found
 
     def close(self) -> None:
-        """End the worker processes; what they have read ahead is read again by the next `take`."""
+        """Stop the worker processes; the next `take` reads again what they had prefetched."""
         self._turns = None
 
     def _read(self, slot: int) -> Iterator[_Slot | SoloError]:
-        """What the rank's streams give from a slot on, turn by turn, without end."""
+        """Yield the rank's slots from this one on, without end."""
         turn = self._own.index(slot % self._streams)
         order = self._own[turn:] + self._own[:turn]
         dataset = _Slots(self._make_stream, self._form, order, dict(self._states), self._threads)
@@ -174,42 +168,42 @@ class PackedLoader:
         return iter(loader)
 
     def empty_batch(self) -> PackedBatch:
-        """Padding alone, no labels, no patches: for a rank that has no sequence while others have one."""
+        """Return a batch of padding, for a rank without a sequence while others have one."""
         return collate([], **self._form)
 
     def names(self, sequence: LoadedSequence) -> list[str]:
-        """File and place of each document's sample."""
-        return [self.sources[source].where(unit, row) for source, unit, row, _ in sequence.keys]
+        """Return the file and row of each document's sample."""
+        return [self.sources[source].where(shard, row) for source, shard, row, _ in sequence.keys]
 
     def state_dict(self) -> State:
-        """Where the run stands, without what workers have read ahead.
+        """Return the position of this rank, prefetched sequences excluded.
 
-        `slots` of the run that are consumed, and the states of this rank's `streams`; `data` says of what.
+        Keys: `slots` of the run consumed so far, states of this rank's `streams`, `data` to detect changes.
         """
         streams = {str(stream): state for stream, state in self._states.items()}
         return {"slots": self._slots, "streams": streams, "data": self._data}
 
     @staticmethod
     def merge(states: Sequence[State]) -> State:
-        """One state of a run from the states of all its ranks. That of a single process is one already.
+        """Merge the states of all ranks into the state of the run.
 
         Raises:
-            SoloError: the ranks do not stand at the same slot.
+            SoloError: The ranks have consumed different numbers of slots.
         """
         slots = [state["slots"] for state in states]
         if len(set(slots)) > 1:
-            raise SoloError(f"ranks must be saved at the same place of the data, not after {slots} slots")
+            raise SoloError(f"ranks must be saved at the same position, not after {slots} slots")
         streams = {stream: saved for state in states for stream, saved in state["streams"].items()}
         return {"slots": slots[0], "streams": streams, "data": states[0]["data"]}
 
     def load_state_dict(self, state: State) -> None:
-        """Resume from the state of a run, of whatever ranks and workers: with the slot after it.
+        """Resume after the last consumed slot of a run, whatever its ranks and workers were.
 
         Args:
-            state: what `merge` returned.
+            state: Merged state of the run, see `merge`.
 
         Raises:
-            SoloError: the data have changed, or the state is of a version that orders them differently.
+            SoloError: The data have changed, or the state was written by a version with another order.
         """
         _check_unchanged(state["data"], self._data)
         self._slots = state["slots"]
@@ -217,17 +211,16 @@ class PackedLoader:
         self._ended, self._turns = set(), None
 
     def counts(self) -> dict[str, int]:
-        """Sums over the rank's streams: sequences, documents, tokens, samples, and skipped ones by reason."""
+        """Return sums over the rank's streams: sequences, documents, tokens, samples, skipped by reason."""
         totals: Counter[str] = Counter()
         for state in self._states.values():
             totals.update(state["counts"])
         return dict(totals)
 
     def skipped(self) -> list[dict[str, str]]:
-        """Samples that could not be used, the first `LISTED` of each of this rank's streams.
+        """Return skipped samples, the first `LISTED` of each of this rank's streams.
 
-        Each has `source`, `where` (file and place), `reason` and `error`, as in the report of
-        `solo data verify`.
+        Keys: `source`, `where` (file and row), `reason` and `error`, as in the report of `solo data verify`.
         """
         return [entry for state in self._states.values() for entry in state["skipped"]]
 
@@ -269,7 +262,7 @@ class LoadedSequence:
 
 @dataclass(frozen=True)
 class _Slot:
-    """What a stream gives at its turn: a batch, or none where it has ended; and its state after it."""
+    """Slot of a stream, with the stream's state after it; empty once the stream has ended."""
 
     stream: int
     state: State
@@ -277,7 +270,7 @@ class _Slot:
     keys: Sequence[Key] = ()
 
     def pin_memory(self) -> _Slot:
-        """What the DataLoader calls to make copies to a GPU fast."""
+        """Pin the tensors; called by DataLoader."""
         if self.batch is None:
             return self
         pinned: Any = {
@@ -288,9 +281,9 @@ class _Slot:
 
 
 class _Slots(IterableDataset[_Slot | SoloError]):
-    """The slots of streams in turn, without end; a worker gives every workers-th of them.
+    """Endless slots of some streams, round robin; a worker yields every workers-th of them.
 
-    A worker cannot know when the others are done, so the loader decides when to stop.
+    A worker cannot tell when the others have ended, so the loader decides when to stop.
     """
 
     def __init__(
@@ -309,7 +302,7 @@ class _Slots(IterableDataset[_Slot | SoloError]):
         self._reader_for = os.getpid()
 
     def __iter__(self) -> Iterator[_Slot | SoloError]:
-        # On a photograph its own threads take half as much processor time again, and save nothing.
+        # OpenCV's own threads cost half again the CPU time of a photograph and save no time.
         cv2.setNumThreads(1)
         worker = get_worker_info()
         if worker:
@@ -317,15 +310,15 @@ class _Slots(IterableDataset[_Slot | SoloError]):
         mine = self._order[worker.id :: worker.num_workers] if worker else self._order
         try:
             yield from self._in_turn([self._slots_of(stream) for stream in mine])
-        except SoloError as error:  # as it is: the DataLoader would wrap it into a worker's traceback
+        except SoloError as error:  # raised by the loader: DataLoader would wrap it in a worker's traceback
             yield error
 
     def _in_turn(self, streams: list[Iterator[_Slot]]) -> Iterator[_Slot]:
-        """One slot of each stream, round after round; threads work on those that come next."""
+        """Yield one slot per stream, round robin, with threads working on the next ones."""
         turns = cycle(streams)
         if self._threads == 1:
             yield from map(next, turns)
-        # Never two slots of one stream at a time: its second needs the state after its first.
+        # At most one slot per stream at a time, because each needs the state after the one before.
         count = min(self._threads, len(streams))
         with ThreadPoolExecutor(count) as pool:
             ahead: deque[Future[_Slot]] = deque(pool.submit(next, slots) for slots in islice(turns, count))
@@ -346,9 +339,9 @@ class _Slots(IterableDataset[_Slot | SoloError]):
 
 
 def _end_with(owner: int) -> None:
-    """Let this process end when another one says so or is gone, and not by signals to all processes of a run.
+    """End this worker when its owner says so or is gone, but not on signals to the whole process group.
 
-    Those are for the owner, which goes on reading until it has saved.
+    The owner handles those signals, and needs its workers until it has saved a checkpoint.
     """
     signals = {signal.SIGTERM, signal.SIGINT}
     if not hasattr(signal, "sigtimedwait"):  # macOS
@@ -373,7 +366,7 @@ def _end_with(owner: int) -> None:
 
 
 def _check_unchanged(before: State, now: State) -> None:
-    """Refuse a state of other data or of another order: keys in it would name other samples."""
+    """Refuse the state of other data or another order, whose keys would name other samples."""
     if before.get("order") != now["order"]:
         raise SoloError(
             "the checkpoint was written by a version of solo-vlm that reads data in another order: "

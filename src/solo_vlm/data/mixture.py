@@ -12,8 +12,8 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.sources import Source, open_source
-from solo_vlm.data.sources.units import SharedUnits
-from solo_vlm.data.streams import MixtureItem, VirtualStream, Weigh
+from solo_vlm.data.sources.shards import SharedShards
+from solo_vlm.data.streams import MixtureItem, VirtualStream, WeightBy
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import Settings
 
@@ -25,7 +25,7 @@ class SourceSettings(Settings):
 
     Attributes:
         path: file, folder, glob pattern or URL.
-        weight: relative share, see `DataSettings.weigh`.
+        weight: relative share, see `DataSettings.weight_by`.
     """
 
     path: str
@@ -38,8 +38,7 @@ class DataSettings(Settings):
     Attributes:
         sources: sources of .parquet, .jsonl, .tar or -text.idx files, with their weights.
         sequence_length: tokens per packed sequence.
-        weigh: whether weights are shares of "tokens", of "samples", or of packed "sequences", each of which
-            then holds documents of a single source.
+        weight_by: unit of the weights: "tokens", "samples", or packed "sequences" of a single source each.
         epochs: epochs over each source; null: endless.
         streams: number of virtual streams; must be divisible by ranks x workers.
         workers: worker processes per rank; 0 reads in the training process.
@@ -53,7 +52,7 @@ class DataSettings(Settings):
 
     sources: list[SourceSettings] = Field(min_length=1)
     sequence_length: PositiveInt = 32768
-    weigh: Weigh = "tokens"
+    weight_by: WeightBy = "tokens"
     epochs: PositiveInt | None = None
     streams: PositiveInt = 64
     workers: int = Field(0, ge=0)
@@ -140,7 +139,7 @@ class StreamFactory:
             settings.sequence_length,
             seed=settings.seed,
             epochs=settings.epochs,
-            weigh=settings.weigh,
+            weight_by=settings.weight_by,
             buffer_size=settings.packing_buffer,
             max_skipped=settings.max_skipped,
         )
@@ -162,7 +161,7 @@ def make_loader(
     tokenizer = encoder.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return PackedLoader(
-        StreamFactory([SharedUnits(source) for source in sources], mixture.data, encoder),
+        StreamFactory([SharedShards(source) for source in sources], mixture.data, encoder),
         mixture.data.streams,
         mixture.data.sequence_length,
         padding,

@@ -1,10 +1,10 @@
-"""Virtual streams: one fixed order of packed sequences for any number of processes, resumable exactly.
+"""Virtual streams: one order of packed sequences for any number of processes, with exact resume.
 
-The data are dealt to a fixed number of streams: stream s owns every S-th unit of every source, and an equal
-part of the units that are left over. Each stream mixes, shuffles and packs on its own; packed sequence g
-comes from stream g mod S. Ranks and workers only share out streams, so they change who reads, never what
-comes next. A stream's state is keys and counters, a few kilobytes, and travels with every packed sequence, so
-that prefetching cannot skew it.
+The data are dealt to a fixed number S of streams: stream s owns every S-th shard of every source, plus an
+equal part of the shards that do not divide evenly. Each stream mixes, shuffles and packs independently, and
+packed sequence g comes from stream g mod S. Ranks and workers only divide the streams among them: they change
+who reads, never the order. The state of a stream is keys and counters, a few kilobytes; it travels with every
+packed sequence, so prefetching does not affect it.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from solo_vlm.data.sources import Source
 from solo_vlm.utils.errors import SoloError
 
 State = dict[str, Any]
-Key = tuple[int, int, int, int]  # source, unit, row, piece of a long text
+Key = tuple[int, int, int, int]  # source, shard, row, piece of a long text
 Held = tuple[Key, Document]
 Encode = Callable[[Sample], Document]
-Weigh = Literal["samples", "tokens", "sequences"]
+WeightBy = Literal["samples", "tokens", "sequences"]
 
-ORDER_VERSION = 2  # raised whenever the same data and seed give another order: older states are refused
+ORDER_VERSION = 2  # increased whenever the same data and seed give another order; older states are refused
 
-LISTED = 20  # skipped samples that a stream names; it counts all
+LISTED = 20  # skipped samples that a stream lists; it counts all
 
-_SHUFFLED_UNITS = 4  # units that a stream reads from at a time, a row from either by chance
-_MESSAGE = 500  # characters of a skipped sample's error that are kept
-_TOLERATED_FROM = 1000  # rows: with fewer, a fraction of them says little
-_SHARED_ROWS = 64  # a part of a unit has at least so many, or else all of them
+_OPEN_SHARDS = 4  # shards that a stream draws rows from at a time
+_MAX_ERROR_LENGTH = 500  # characters kept of a skipped sample's error
+_MIN_ROWS = 1000  # rows assumed when max_skipped is applied to fewer; also the limit in a row
+_MIN_PART_ROWS = 64  # smaller parts of a shard are not made: each stream then reads all of it
 
 
 @dataclass(frozen=True)
 class MixtureItem:
-    """A source and its share of the mixture."""
+    """Source with its weight in the mixture."""
 
     source: Source
     weight: float = 1.0
@@ -51,7 +51,7 @@ class MixtureItem:
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Documents that go into one sequence, with their keys, and the stream's state after it."""
+    """Documents of one packed sequence, their keys, and the stream's state after it."""
 
     documents: list[Document]
     keys: list[Key]
@@ -59,25 +59,25 @@ class PackedSequence:
 
 
 class VirtualStream:
-    """One of S streams: draws samples from its share of a mixture and packs them.
+    """One of S streams: draws samples from its part of a mixture and packs them.
 
-    Sources are interleaved by deficit: next comes the source that is furthest behind its weight. So
-    proportions are exact at any time, and a source that has run out (`epochs`) leaves the mixture. Weights
-    count samples or tokens, and documents of all sources share sequences; or they count packed sequences,
-    each of one source alone. Every stream starts at a phase of its own, so that the sequences of one step are
-    a fair draw from the mixture instead of all coming from one source.
+    Sources take turns by weighted round-robin: the source furthest behind its weight is next, so proportions
+    are exact at any time. A source that has run out (`epochs`) leaves the mixture. Weights count samples or
+    tokens, with documents of all sources in one sequence; or packed sequences, each of a single source. Every
+    stream starts at its own phase of the round-robin, so the sequences of one step are a fair draw from the
+    mixture.
 
     Args:
-        index: which stream, 0 to `streams` - 1.
-        streams: how many there are.
-        mixture: sources with weights.
-        encode: makes a document of a sample.
-        length: tokens in a packed sequence.
-        seed: of the order.
-        epochs: passes over each source; None: without end.
-        weigh: what weights count, "samples", "tokens" or "sequences".
-        buffer_size: documents that a packer may hold back; with "sequences" every source has a packer.
-        max_skipped: fraction of samples that may be unusable before the run stops.
+        index: Number of this stream, from 0.
+        streams: Number of streams.
+        mixture: Sources with weights.
+        encode: Encodes a sample as a document.
+        length: Tokens per packed sequence.
+        seed: Seed of the order.
+        epochs: Passes over each source. Default: endless.
+        weight_by: What weights count: "samples", "tokens" or "sequences".
+        buffer_size: Documents that a packer may hold back; with "sequences" every source has its own packer.
+        max_skipped: Fraction of samples that may be unusable before the run stops.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class VirtualStream:
         length: int,
         seed: int = 0,
         epochs: int | None = None,
-        weigh: Weigh = "tokens",
+        weight_by: WeightBy = "tokens",
         buffer_size: int = 128,
         max_skipped: float = 0.01,
     ) -> None:
@@ -97,18 +97,18 @@ class VirtualStream:
         self._weights = [item.weight for item in mixture]
         self._encode = encode
         self._length = length
-        self._weigh = weigh
+        self._weight_by = weight_by
         self._max_skipped = max_skipped
         self._cursors = []
-        first = 0  # stream that gets the first left-over part: sources take turns
+        first = 0  # stream with the first part of a source's remainder
         for number, source in enumerate(self._sources):
             share, first = deal(len(source), index, streams, first)
             self._cursors.append(_Cursor(source, share, f"{seed}/{number}", index, epochs))
         self._phases = _phases(self._weights, index, str(seed))
-        self._served = list(self._phases)
+        self._consumed = list(self._phases)
         numbers = range(len(mixture))
-        groups = [[number] for number in numbers] if weigh == "sequences" else [list(numbers)]
-        self._lanes = [_Lane(group, Packer(length, buffer_size)) for group in groups]
+        groups = [[number] for number in numbers] if weight_by == "sequences" else [list(numbers)]
+        self._groups = [_SourceGroup(numbers, Packer(length, buffer_size)) for numbers in groups]
         self._counts: Counter[str] = Counter()
         self._skipped: list[dict[str, str]] = []
         self._unusable_in_a_row = 0
@@ -122,84 +122,84 @@ class VirtualStream:
             yield PackedSequence(documents, keys, self.state_dict())
 
     def state_dict(self) -> State:
-        """What is needed to go on from here: plain lists, numbers and strings."""
+        """Return the position as plain lists, numbers and strings."""
         return {
             "cursors": [cursor.state_dict() for cursor in self._cursors],
-            "served": list(self._served),
-            "lanes": [lane.state_dict() for lane in self._lanes],
+            "consumed": list(self._consumed),
+            "packers": [group.state_dict() for group in self._groups],
             "counts": dict(self._counts),
             "skipped": list(self._skipped),
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from a state; documents that were held back are read again."""
+        """Resume from a state; documents that the packers held back are read again."""
         for cursor, saved in zip(self._cursors, state["cursors"], strict=True):
             cursor.load_state_dict(saved)
-        self._served = list(state["served"])
-        for lane, keys in zip(self._lanes, state["lanes"], strict=True):
-            lane.restore(*(self._read_again(keys[part]) for part in ("open", "waiting", "pieces")))
+        self._consumed = list(state["consumed"])
+        for group, keys in zip(self._groups, state["packers"], strict=True):
+            group.restore(*(self._read_again(keys[part]) for part in ("open", "waiting", "pieces")))
         self._counts = Counter(state["counts"])
         self._skipped = list(state["skipped"])
 
     def _next_pack(self) -> list[Held] | None:
-        for lane in sorted(self._lanes, key=lambda lane: self._deficit(lane.sources[0])):
-            if (pack := self._fill(lane)) is not None:
-                if self._weigh == "sequences":
-                    self._served[lane.sources[0]] += 1
+        for group in sorted(self._groups, key=lambda group: self._progress(group.sources[0])):
+            if (pack := self._fill(group)) is not None:
+                if self._weight_by == "sequences":
+                    self._consumed[group.sources[0]] += 1
                 return pack
         return None
 
-    def _fill(self, lane: _Lane) -> list[Held] | None:
-        """Draw samples for a lane until it has a sequence; None where it has none left."""
-        while lane.pieces or self._draw(lane):
-            key, document = lane.pieces.popleft()
-            if (pack := lane.packer.add((key, document), len(document))) is not None:
+    def _fill(self, group: _SourceGroup) -> list[Held] | None:
+        """Draw samples for a group until a sequence is complete; return None at the end of its sources."""
+        while group.pieces or self._draw(group):
+            key, document = group.pieces.popleft()
+            if (pack := group.packer.add((key, document), len(document))) is not None:
                 return pack
-        return lane.packer.drain()
+        return group.packer.drain()
 
-    def _draw(self, lane: _Lane) -> bool:
-        """Encode the next sample of a lane that can be used; False where all its sources have run out."""
-        while behind := [number for number in lane.sources if not self._cursors[number].exhausted]:
-            number = min(behind, key=self._deficit)
+    def _draw(self, group: _SourceGroup) -> bool:
+        """Encode the group's next usable sample; return False if all its sources have run out."""
+        while behind := [number for number in group.sources if not self._cursors[number].exhausted]:
+            number = min(behind, key=self._progress)
             first_pass = self._cursors[number].epoch == 0
-            unit, row = self._cursors[number].next_key()
+            shard, row = self._cursors[number].next_key()
             self._counts["samples"] += 1
             self._counts["rows"] += first_pass
             try:
-                pieces = self._pieces_of(number, unit, row)
+                pieces = self._pieces_of(number, shard, row)
             except SampleError as error:
-                self._skip(self._sources[number], unit, row, error, first_pass)
+                self._skip(self._sources[number], shard, row, error, first_pass)
                 continue
             self._unusable_in_a_row = 0
-            if self._weigh == "samples":
-                self._served[number] += 1
-            elif self._weigh == "tokens":
-                # Of a first document a random part, as if it had begun before: streams are then out of step.
-                part = (self._phases[number] or 1) if self._served[number] < 1 else 1
-                self._served[number] += part * sum(map(len, pieces))
-            lane.pieces.extend(((number, unit, row, piece), doc) for piece, doc in enumerate(pieces))
+            if self._weight_by == "samples":
+                self._consumed[number] += 1
+            elif self._weight_by == "tokens":
+                # Count a random part of the first document, so that streams do not run in phase.
+                part = (self._phases[number] or 1) if self._consumed[number] < 1 else 1
+                self._consumed[number] += part * sum(map(len, pieces))
+            group.pieces.extend(((number, shard, row, piece), doc) for piece, doc in enumerate(pieces))
             return True
         return False
 
-    def _deficit(self, number: int) -> float:
-        """How much of a source has been served for its weight: the smaller, the further it is behind."""
-        return self._served[number] / self._weights[number]
+    def _progress(self, number: int) -> float:
+        """Return what has been consumed of a source in units of its weight."""
+        return self._consumed[number] / self._weights[number]
 
-    def _pieces_of(self, number: int, unit: int, row: int) -> list[Document]:
-        return self.documents_of(self._cursors[number].row(unit, row))
+    def _pieces_of(self, number: int, shard: int, row: int) -> list[Document]:
+        return self.documents_of(self._cursors[number].row(shard, row))
 
     def documents_of(self, row: dict[str, Any]) -> list[Document]:
-        """The document of a row, or the pieces of one that is longer than a sequence.
+        """Encode a row as one document, or as the pieces of one longer than a sequence.
 
         Raises:
-            SampleError: the row cannot be used.
+            SampleError: The row is unusable.
         """
         return list(fit_to_length(self._encode(parse_sample(row)), self._length))
 
-    def _skip(self, source: Source, unit: int, row: int, error: SampleError, first_pass: bool) -> None:
-        """Count a sample that cannot be used; stop the run where there are too many.
+    def _skip(self, source: Source, shard: int, row: int, error: SampleError, first_pass: bool) -> None:
+        """Count an unusable sample; raise SoloError if there are too many.
 
-        Later passes over the same rows tell nothing new, unless nothing else comes.
+        Only the first pass over a source counts towards the limit, except for an unbroken series.
         """
         self._counts["skipped"] += 1
         self._counts[f"skipped/{source.name}/{error.reason}"] += 1
@@ -209,38 +209,38 @@ class VirtualStream:
             self._skipped.append(
                 {
                     "source": source.name,
-                    "where": source.where(unit, row),
+                    "where": source.where(shard, row),
                     "reason": error.reason,
-                    "error": str(error)[:_MESSAGE],
+                    "error": str(error)[:_MAX_ERROR_LENGTH],
                 }
             )
         unusable, rows = self._counts["unusable_rows"], self._counts["rows"]
-        too_many = unusable > self._max_skipped * max(rows, _TOLERATED_FROM)
-        if too_many or self._unusable_in_a_row > _TOLERATED_FROM:
+        too_many = unusable > self._max_skipped * max(rows, _MIN_ROWS)
+        if too_many or self._unusable_in_a_row > _MIN_ROWS:
             listed = "".join(f"\n  {entry['where']}: {entry['error']}" for entry in self._skipped)
             raise SoloError(
-                f"{unusable} of {rows} rows cannot be used, more than data.max_skipped = "
-                f"{self._max_skipped:g} allows:{listed}"
+                f"{unusable} of {rows} rows are unusable, more than data.max_skipped = {self._max_skipped:g} "
+                f"allows:{listed}"
             )
 
     def _read_again(self, keys: Sequence[Sequence[int]]) -> list[Held]:
         held: list[Held] = []
-        for (number, unit, row), of_sample in groupby(keys, key=lambda key: key[:3]):
+        for (number, shard, row), of_sample in groupby(keys, key=lambda key: key[:3]):
             try:
-                pieces = self._pieces_of(number, unit, row)
+                pieces = self._pieces_of(number, shard, row)
             except SampleError as error:
-                where = self._sources[number].where(unit, row)
+                where = self._sources[number].where(shard, row)
                 raise SoloError(
                     f"the data changed since the checkpoint: {where} cannot be read again ({error}); put it "
                     "back, or start a new run"
                 ) from error
-            held += [((number, unit, row, piece), pieces[piece]) for *_, piece in of_sample]
+            held += [((number, shard, row, piece), pieces[piece]) for *_, piece in of_sample]
         return held
 
 
 @dataclass
-class _Lane:
-    """Sources whose documents share sequences, and what has been read for them."""
+class _SourceGroup:
+    """Sources whose documents are packed together, with their packer and the pieces read for it."""
 
     sources: list[int]
     packer: Packer[Held]
@@ -256,47 +256,47 @@ class _Lane:
 
 
 class Share(NamedTuple):
-    """A stream's share of a source's units.
+    """A stream's share of the shards of a source.
 
     Attributes:
-        whole: units that the stream reads alone.
-        parts: (unit, part, parts) of units that it shares with other streams.
+        whole: Shards that only this stream reads.
+        parts: (shard, part, parts) for each part of a shard that several streams divide by rows.
     """
 
     whole: range
     parts: list[tuple[int, int, int]]
 
 
-def deal(units: int, stream: int, streams: int, first: int = 0) -> tuple[Share, int]:
-    """Deal the units of a source to streams so evenly that they end nearly together.
+def deal(shards: int, stream: int, streams: int, first: int = 0) -> tuple[Share, int]:
+    """Deal the shards of a source so evenly that all streams end at nearly the same time.
 
-    Each stream gets equally many whole units. Those that are left over, fewer than there are streams, are cut
-    into as few parts as give every stream one, and some a second.
+    Every stream gets equally many whole shards. The remainder, fewer shards than streams, is divided into as
+    few parts as give every stream one, and some a second.
 
     Args:
-        units: number of units of the source.
-        stream: the stream whose share is wanted.
-        streams: number of streams.
-        first: stream that gets the first part.
+        shards: Number of shards of the source.
+        stream: Stream whose share is returned.
+        streams: Number of streams.
+        first: Stream that gets the first part.
 
     Returns:
         The share, and the stream that gets the first part of the next source.
     """
-    rest = units % streams
-    whole = range(stream, units - rest, streams)
+    rest = shards % streams
+    whole = range(stream, shards - rest, streams)
     if not rest:
         return Share(whole, []), first
     parts = math.ceil(streams / rest)
     numbers = range((stream - first) % streams, rest * parts, streams)
-    shared = [(units - rest + number % rest, number // rest, parts) for number in numbers]
+    shared = [(shards - rest + number % rest, number // rest, parts) for number in numbers]
     return Share(whole, shared), (first + rest * parts) % streams
 
 
 class _Cursor:
-    """A stream's place in one source: which of its pieces are open, and how far each is read.
+    """Position of a stream in one source: its open pieces, and the rows read of each.
 
-    A piece is a unit or a part of one; pieces are numbered within the stream's share. Nothing is opened
-    before the first row is asked for: a state may come first.
+    A piece is a shard or a part of one, numbered within the stream's share. No shard is opened before the
+    first row is asked for, because a state may be loaded first.
     """
 
     def __init__(self, source: Source, share: Share, seed: str, stream: int, epochs: int | None) -> None:
@@ -304,24 +304,24 @@ class _Cursor:
         self._share = share
         self._pieces = len(share.whole) + len(share.parts)
         self._reads_all = False
-        self._unit_seed = seed  # alike in all streams: they agree on the parts of a unit
+        self._shard_seed = seed  # the same in all streams, which must agree on the parts of a shard
         self._seed = f"{seed}/{stream}"
         self._epochs = epochs
         self.epoch = 0
         self._opened = 0  # pieces opened in this epoch
-        self._drawn = 0  # rows drawn in all
+        self._drawn = 0  # rows drawn in all epochs
         self._open: list[list[int]] = []  # [piece, rows read]
         self._cache: dict[int, Sequence[dict[str, Any]]] = {}
         self._row_orders: dict[int, np.ndarray] = {}
 
     @property
     def exhausted(self) -> bool:
-        """Whether all passes are done; if not, `epoch` is that of the next sample."""
+        """Whether all passes are done; if not, `epoch` is the epoch of the next sample."""
         self._fill()
         return not self._open
 
     def next_key(self) -> tuple[int, int]:
-        """(unit, row) of the next sample; the rows of an epoch come in a shuffled order, each once."""
+        """Return (shard, row) of the next sample, in the shuffled order of the epoch."""
         self._fill()
         chosen = _chance(f"{self._seed}/{self._drawn}") % len(self._open)
         piece, done = self._open[chosen]
@@ -334,13 +334,13 @@ class _Cursor:
             self._row_orders.pop(piece)
         return self._piece(piece)[0], row
 
-    def row(self, unit: int, row: int) -> dict[str, Any]:
-        """The raw sample of a key.
+    def row(self, shard: int, row: int) -> dict[str, Any]:
+        """Read the raw sample of a key.
 
         Raises:
-            SampleError: the file is broken there.
+            SampleError: The file is broken there.
         """
-        return self._rows(unit)[row]
+        return self._rows(shard)[row]
 
     def state_dict(self) -> State:
         return {
@@ -359,8 +359,8 @@ class _Cursor:
         self._row_orders.clear()
 
     def _fill(self) -> None:
-        """Open pieces until enough are open; begin the next epoch when this one is read to the end."""
-        while self._pieces and len(self._open) < _SHUFFLED_UNITS:
+        """Keep enough pieces open; start the next epoch at the end of this one."""
+        while self._pieces and len(self._open) < _OPEN_SHARDS:
             if self._opened == self._pieces:
                 last = self._epochs is not None and self.epoch + 1 >= self._epochs
                 if self._open or last:
@@ -377,51 +377,51 @@ class _Cursor:
                 self._open.append([piece, 0])
 
     def _read_all(self) -> None:
-        """Take every unit: the stream's own have no rows, and without an end it needs some."""
+        """Read all shards of an endless source whose share for this stream has no rows."""
         self._reads_all = True
         self._share = Share(range(len(self._source)), [])
         self._pieces, self._opened = len(self._source), 0
         self._row_orders.clear()
 
     def _piece(self, piece: int) -> tuple[int, int, int]:
-        """(unit, part, parts) of a piece."""
+        """Return (shard, part, parts) of a piece."""
         whole, shared = self._share
         return (whole[piece], 0, 1) if piece < len(whole) else shared[piece - len(whole)]
 
     def _row_order(self, piece: int) -> np.ndarray:
-        """Rows of a piece in this epoch's order."""
+        """Return the rows of a piece in the order of this epoch."""
         if piece not in self._row_orders:
-            unit, part, parts = self._piece(piece)
-            rows = np.arange(len(self._rows(unit)))
-            # Without an end there are no passes to keep count of: rows too few to share are read by all.
-            if parts > 1 and (self._epochs is not None or len(rows) >= _SHARED_ROWS * parts):
-                chance = np.random.default_rng(_chance(f"{self._unit_seed}/parts/{unit}"))
+            shard, part, parts = self._piece(piece)
+            rows = np.arange(len(self._rows(shard)))
+            # An endless source counts no passes, so all streams may read a shard too small to divide.
+            if parts > 1 and (self._epochs is not None or len(rows) >= _MIN_PART_ROWS * parts):
+                chance = np.random.default_rng(_chance(f"{self._shard_seed}/parts/{shard}"))
                 rows = chance.permutation(rows)[part::parts]
-            self._row_orders[piece] = rows[self._order(f"rows/{unit}/{part}", len(rows))]
+            self._row_orders[piece] = rows[self._order(f"rows/{shard}/{part}", len(rows))]
         return self._row_orders[piece]
 
     def _order(self, what: str, count: int) -> np.ndarray:
         generator = np.random.default_rng(_chance(f"{self._seed}/{what}/{self.epoch}"))
         return generator.permutation(count)
 
-    def _rows(self, unit: int) -> Sequence[dict[str, Any]]:
-        """Rows of a unit; those of the open units and of the one before stay in memory."""
-        if (rows := self._cache.pop(unit, None)) is None:
-            while len(self._cache) > _SHUFFLED_UNITS:
+    def _rows(self, shard: int) -> Sequence[dict[str, Any]]:
+        """Return the rows of a shard; open shards and the previous one stay in memory."""
+        if (rows := self._cache.pop(shard, None)) is None:
+            while len(self._cache) > _OPEN_SHARDS:
                 self._cache.pop(next(iter(self._cache)))
-            rows = self._source.read(unit)
-        self._cache[unit] = rows  # the one that was used last comes last
+            rows = self._source.read(shard)
+        self._cache[shard] = rows  # least recently used first
         return rows
 
 
 def _phases(weights: Sequence[float], stream: int, seed: str) -> list[float]:
-    """What each source of a stream has been served at the start, as if the mixture had been running before.
+    """Return the initial consumption of each source, as if the round-robin had been running before.
 
-    One source, drawn by weight, is due at once, the others at a random time within their period. So streams
-    are not all at the same turn, and any few of them in a row draw the sources in proportion.
+    One source, drawn by weight, is due at once; the others at a random time within their period. Streams are
+    then at different turns, and the first sequences of any few streams are a fair draw of the sources.
     """
     ends = np.cumsum(weights)
-    # Multiples of the golden ratio are spread evenly over [0, 1), however many streams there are.
+    # Multiples of the golden ratio cover [0, 1) evenly for any number of streams.
     place = (_fraction(f"{seed}/due") + stream * (math.sqrt(5) - 1) / 2) % 1
     due = min(int(np.searchsorted(ends, place * ends[-1], side="right")), len(weights) - 1)
     return [
@@ -431,10 +431,10 @@ def _phases(weights: Sequence[float], stream: int, seed: str) -> list[float]:
 
 
 def _fraction(name: str) -> float:
-    """A reproducible random number in [0, 1)."""
+    """Return a reproducible random number in [0, 1)."""
     return _chance(name) / 2**64
 
 
 def _chance(name: str) -> int:
-    """A reproducible random number from a name: no generator state to keep."""
+    """Return a reproducible random 64-bit integer derived from a name, without generator state."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

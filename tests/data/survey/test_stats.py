@@ -70,14 +70,14 @@ def test_an_estimate_reads_few_rows_and_is_near(stats):
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    """Units of unlike size and content: 400 samples, each of 30 units and 4 rows of these."""
+    """Shards of unlike size and content: 400 samples, each of 30 shards and 4 rows of these."""
     rng = np.random.default_rng(1)
-    rows = [rng.gamma(2, 10 + unit % 7, (int(rng.integers(6, 20)), 1)) for unit in range(150)]
-    truth = sum(unit.sum() for unit in rows)
+    rows = [rng.gamma(2, 10 + shard % 7, (int(rng.integers(6, 20)), 1)) for shard in range(150)]
+    truth = sum(shard.sum() for shard in rows)
     errors, held = [], 0
     for _ in range(400):
-        units = rng.choice(len(rows), 30, replace=False)
-        drawn = [(len(rows[unit]), rng.permutation(rows[unit])[:4]) for unit in units]
+        shards = rng.choice(len(rows), 30, replace=False)
+        drawn = [(len(rows[shard]), rng.permutation(rows[shard])[:4]) for shard in shards]
         estimate = estimate_totals(len(rows), drawn)
         errors.append(estimate.totals[0] / truth - 1)
         held += abs(estimate.totals[0] - truth) <= estimate.margins[0]
@@ -85,12 +85,12 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert 0.91 < held / 400 < 0.98
 
 
-def test_rows_are_drawn_evenly_over_units(made):
-    source = open_source(made.folder / "captions.parquet")  # 24 units of 5 rows
+def test_rows_are_drawn_evenly_over_shards(made):
+    source = open_source(made.folder / "captions.parquet")  # 24 shards of 5 rows
     drawn = list(draw_rows(source, 20, np.random.default_rng(0)))
     assert len(drawn) == 10
-    for number, (unit, _, _) in enumerate(drawn):
-        assert number * 24 // 10 <= unit < (number + 1) * 24 // 10
+    for number, (shard, _, _) in enumerate(drawn):
+        assert number * 24 // 10 <= shard < (number + 1) * 24 // 10
     assert all(len(rows) == 5 and len(chosen) == len(set(chosen)) == 2 for _, rows, chosen in drawn)
 
 

@@ -96,8 +96,8 @@ def test_loss_is_the_mean_over_supervised_tokens(tmp_path, solo, picture):
         document = encoder(parse_sample(sample))
         inputs = {
             "input_ids": torch.tensor(document.input_ids)[None],
-            "pixel_values": torch.tensor(document.patches) if len(document.patches) else None,
-            "image_grid_thw": torch.tensor(document.grids) if len(document.patches) else None,
+            "pixel_values": torch.tensor(document.pixel_values) if len(document.pixel_values) else None,
+            "image_grid_thw": torch.tensor(document.image_grid_thw) if len(document.pixel_values) else None,
         }
         with torch.no_grad():
             logits = solo.model(**inputs).logits[0, :-1]

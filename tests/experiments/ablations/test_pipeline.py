@@ -131,7 +131,7 @@ def test_stage_can_name_a_packaged_recipe(study):
 
 def rows(path):
     source = open_source(path)
-    return [row for unit in range(len(source)) for row in source.read(unit)]
+    return [row for shard in range(len(source)) for row in source.read(shard)]
 
 
 def pictures(row):

@@ -89,7 +89,7 @@ def single_logits(model, document):
     with torch.no_grad():
         return model(
             input_ids=torch.tensor(document.input_ids)[None],
-            pixel_values=torch.tensor(document.patches) if len(document.patches) else None,
+            pixel_values=torch.tensor(document.pixel_values) if len(document.pixel_values) else None,
             attention_mask=torch.ones(1, len(document)),
         ).logits[0]
 
@@ -308,7 +308,7 @@ def hidden(model, document, **changes):
     with torch.no_grad():
         return model.model(
             input_ids=torch.tensor(document.input_ids)[None],
-            pixel_values=changes.get("patches", torch.tensor(document.patches)),
+            pixel_values=changes.get("patches", torch.tensor(document.pixel_values)),
             attention_mask=torch.ones(1, len(document), dtype=torch.long),
         ).last_hidden_state[0]
 
@@ -326,7 +326,7 @@ def test_patch_affects_earlier_positions_of_its_own_image_only(family, attention
     ids = torch.tensor(document.input_ids)
     images = image_index(ids[None], solo.model.config.image_token_id, solo.model.config.vision_start_token_id)
     assert images.unique().tolist() == [-1, 0, 1]
-    patches = torch.tensor(document.patches)
+    patches = torch.tensor(document.pixel_values)
     changed = patches.clone()
     changed[-1] = 255 - changed[-1]  # the last patch of the second image
     differs = (hidden(solo.model, document) - hidden(solo.model, document, patches=changed)).abs().amax(

@@ -34,19 +34,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def write_source(path, rows, rng, per_unit):
+def write_source(path, rows, rng, per_shard):
     """Write texts of random lengths that change along the file."""
     counts = rng.integers(1, 12, rows) + np.arange(rows) * 12 // rows
     messages = [[{"role": "assistant", "content": "hello world " * int(count)}] for count in counts]
     if path.suffix == ".parquet":
-        pq.write_table(pa.table({"messages": messages}), path, row_group_size=per_unit)
+        pq.write_table(pa.table({"messages": messages}), path, row_group_size=per_shard)
     else:
         path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in messages))
 
 
 def recipe_of(folder, sources, **changes):
     data = {"sequence_length": 128, "packing_buffer": 8, "sources": [{"path": str(path)} for path in sources]}
-    data |= {name: changes.pop(name) for name in ("streams", "epochs", "weigh") if name in changes}
+    data |= {name: changes.pop(name) for name in ("streams", "epochs", "weight_by") if name in changes}
     plain = {"root": str(folder), "model": "start", "precision": "fp32", "data": data, "trackers": []}
     return Recipe.parse({**plain, "log_interval": 1, **changes})
 
@@ -62,14 +62,14 @@ def runs(draw):
     ranks = draw(st.sampled_from([ranks for ranks in (1, 2, 4) if streams % ranks == 0]))
     return {
         "rows": draw(st.lists(st.integers(1, 300), min_size=1, max_size=3)),
-        "per_unit": draw(st.integers(1, 200)),
+        "per_shard": draw(st.integers(1, 200)),
         "suffix": draw(st.sampled_from(["parquet", "jsonl"])),
         "streams": streams,
         "ranks": ranks,
         "workers": draw(st.sampled_from([n for n in (0, 1, 2) if streams % (ranks * max(n, 1)) == 0])),
         "batch": ranks * draw(st.integers(1, 40)),
         "epochs": draw(st.integers(1, 3)),
-        "weigh": draw(st.sampled_from(["tokens", "samples", "sequences"])),
+        "weight_by": draw(st.sampled_from(["tokens", "samples", "sequences"])),
         "seed": draw(st.integers(0, 2**32)),
     }
 
@@ -78,8 +78,8 @@ def check(folder, run):
     rng = np.random.default_rng(run["seed"])
     paths = [folder / f"{number}.{run['suffix']}" for number in range(len(run["rows"]))]
     for path, rows in zip(paths, run["rows"], strict=True):
-        write_source(path, rows, rng, run["per_unit"])
-    changes = {name: run[name] for name in ("streams", "epochs", "weigh")}
+        write_source(path, rows, rng, run["per_shard"])
+    changes = {name: run[name] for name in ("streams", "epochs", "weight_by")}
     recipe = recipe_of(folder, paths, out="unused", global_batch=run["batch"], **changes)
     processor = processor_of(folder / "start")
 

@@ -177,15 +177,17 @@ def of_data(folder, *overrides: str) -> Recipe:
     return Recipe.parse(plain).override(overrides)
 
 
-@pytest.mark.parametrize("weigh", ["samples", "sequences"])
-def test_planned_steps_match_packing_of_the_data(data, weigh):
-    settings = of_data(data, f"data.weigh={weigh}")
+@pytest.mark.parametrize("weight_by", ["samples", "sequences"])
+def test_planned_steps_match_packing_of_the_data(data, weight_by):
+    settings = of_data(data, f"data.weight_by={weight_by}")
     encoder = Encoder(make_solo().processor)
     items = [
         MixtureItem(open_source(path), source.weight)
         for path, source in zip(settings.mixture.source_paths(), settings.data.sources, strict=True)
     ]
-    streams = [VirtualStream(index, 2, items, encoder, 256, epochs=2, weigh=weigh) for index in range(2)]
+    streams = [
+        VirtualStream(index, 2, items, encoder, 256, epochs=2, weight_by=weight_by) for index in range(2)
+    ]
     sequences = sum(1 for stream in streams for _ in stream)
     assert planned_steps(settings) == pytest.approx(sequences / 4, rel=0.03)
 

@@ -1,4 +1,4 @@
-"""Where samples come from: files that can be read unit by unit, in any order, any number of times."""
+"""Where samples come from: files that can be read shard by shard, in any order, any number of times."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from solo_vlm.utils.errors import SoloError
 
 
 class Source(Protocol):
-    """A data set, as numbered units of rows (a parquet row group, a block of JSON lines, a tar)."""
+    """A data set, as numbered shards of rows (a parquet row group, a block of JSON lines, a tar)."""
 
     name: str
 
     def __len__(self) -> int:
-        """Number of units."""
+        """Number of shards."""
 
-    def read(self, unit: int) -> Sequence[dict[str, Any]]:
-        """All rows of a unit, in file order. A row that is broken raises SampleError when it is asked for."""
+    def read(self, shard: int) -> Sequence[dict[str, Any]]:
+        """Return all rows of a shard, in file order; accessing a broken row raises SampleError."""
 
-    def where(self, unit: int, row: int) -> str:
+    def where(self, shard: int, row: int) -> str:
         """Name file and row, for messages."""
 
     def fingerprint(self) -> str:
@@ -74,8 +74,8 @@ def all_rows(path: str | Path) -> Iterator[dict[str, Any]]:
         SoloError: see `open_source`; or a row is broken.
     """
     source = open_source(path)
-    for unit in range(len(source)):
-        yield from source.read(unit)
+    for shard in range(len(source)):
+        yield from source.read(shard)
 
 
 def fingerprints(sources: Sequence[Source]) -> list[tuple[str, str]]:

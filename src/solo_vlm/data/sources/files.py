@@ -176,8 +176,8 @@ def read_each(read: Callable[[DataFile], R], files: Sequence[DataFile]) -> list[
         return list(pool.map(read, files))
 
 
-class BrokenUnit(Sequence[Any]):
-    """Stands for a unit that cannot be read: one row, which raises what is wrong when it is asked for."""
+class BrokenShard(Sequence[Any]):
+    """Stands for a shard that cannot be read: one row, which raises what is wrong when it is asked for."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -191,13 +191,13 @@ class BrokenUnit(Sequence[Any]):
         raise self._error
 
 
-def broken_unit(error: Exception, where: str) -> BrokenUnit:
-    """What stands for a unit whose content pyarrow could not make sense of.
+def broken_shard(error: Exception, where: str) -> BrokenShard:
+    """What stands for a shard whose content pyarrow could not make sense of.
 
     Args:
-        error: pyarrow's; that of a failing disk or network is raised again, since the unit may be whole.
+        error: pyarrow's; that of a failing disk or network is raised again, since the shard may be whole.
         where: file, and place in it.
     """
     if isinstance(error, OSError) and _of_the_system(error):
         raise error
-    return BrokenUnit(SampleError("broken-shard", f"{where}: {error}"))
+    return BrokenShard(SampleError("broken-shard", f"{where}: {error}"))

@@ -1,4 +1,4 @@
-"""JSON lines; a unit is a block of lines, or a whole file where it is compressed."""
+"""JSON lines; a shard is a block of lines, or a whole file where it is compressed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from solo_vlm.data.image_values import locate_images
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.sources.files import CODECS, DataFile, broken_unit, fingerprint, retried
+from solo_vlm.data.sources.files import CODECS, DataFile, broken_shard, fingerprint, retried
 from solo_vlm.data.sources.release_jsonl import as_chat_row
-from solo_vlm.data.sources.units import UnitIndex
+from solo_vlm.data.sources.shards import ShardIndex
 from solo_vlm.data.text_values import load_json
 
 _LINES_PER_UNIT = 256
@@ -23,33 +23,33 @@ class JsonlSource:
     """Rows of .jsonl files, plain or compressed (.gz, .zst, .lz4).
 
     Blocks of a plain file can be read alone. A compressed file can only be read from its beginning, so it is
-    one unit: split large data over many files. Relative image paths count from the folder of the file.
+    one shard: split large data over many files. Relative image paths count from the folder of the file.
     """
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
         self.name = name
-        self._units = UnitIndex(files, _blocks)
+        self._shards = ShardIndex(files, _blocks)
 
     def __len__(self) -> int:
-        return len(self._units)
+        return len(self._shards)
 
-    def read(self, unit: int) -> Sequence[dict[str, Any]]:
+    def read(self, shard: int) -> Sequence[dict[str, Any]]:
         """All rows of a block. A line that is no JSON object is a row that says so when it is asked for."""
-        file, (start, end) = self._units[unit]
+        file, (start, end) = self._shards[shard]
         try:
             data = _read_block(file, start, end)
         except (pa.ArrowException, OSError) as error:
-            return broken_unit(error, file.url)
+            return broken_shard(error, file.url)
         return _Rows([line for line in data.splitlines() if line.strip()], file.folder)
 
-    def where(self, unit: int, row: int) -> str:
+    def where(self, shard: int, row: int) -> str:
         """Name file, position of the block and row in it."""
-        file, (start, _) = self._units[unit]
+        file, (start, _) = self._shards[shard]
         return f"{file.url}, block at byte {start}, row {row}"
 
     def fingerprint(self) -> str:
         """Names and sizes of the files."""
-        return fingerprint(self._units.files)
+        return fingerprint(self._shards.files)
 
 
 class _Rows(Sequence[dict[str, Any]]):

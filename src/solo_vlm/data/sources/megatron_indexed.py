@@ -33,7 +33,7 @@ _VISION_TOKENS = ("<vision>", "<vpatch>", "<vrow_sep>", "<vframe_sep>", "</visio
 
 
 class MegatronIndexedSource:
-    """Rows of the release's packed sets; a unit is a pack, a row is one of its documents.
+    """Rows of the release's packed sets; a shard is a pack, a row is one of its documents.
 
     Texts are decoded with the `tokenizer.model` that encoded them: it must lie beside the data, or one folder
     above. So any model can be trained on the data, and packs are made anew.
@@ -55,24 +55,24 @@ class MegatronIndexedSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def read(self, unit: int) -> Sequence[dict[str, Any]]:
+    def read(self, shard: int) -> Sequence[dict[str, Any]]:
         """All documents of a pack. One whose image the packer has cut says so when it is asked for."""
-        return _Documents(*self._place(unit))
+        return _Documents(*self._place(shard))
 
-    def where(self, unit: int, row: int) -> str:
+    def where(self, shard: int, row: int) -> str:
         """Name files, pack and document."""
-        packed, pack = self._place(unit)
+        packed, pack = self._place(shard)
         return f"{packed.prefix}, pack {pack}, document {row}"
 
     def fingerprint(self) -> str:
         """Names and sizes of the files."""
         return fingerprint(self._files)
 
-    def _place(self, unit: int) -> tuple[_PackedSet, int]:
-        """The set of a unit, and the number of its pack there."""
-        number = int(np.searchsorted(self._ends, unit, side="right"))
+    def _place(self, shard: int) -> tuple[_PackedSet, int]:
+        """The set of a shard, and the number of its pack there."""
+        number = int(np.searchsorted(self._ends, shard, side="right"))
         packed = self._sets[number]
-        return packed, unit - int(self._ends[number]) + len(packed)
+        return packed, shard - int(self._ends[number]) + len(packed)
 
 
 class _PackedSet:

@@ -1,4 +1,4 @@
-"""Parquet files; a unit is a row group."""
+"""Parquet files; a shard is a row group."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from solo_vlm.data.image_values import COLUMNS, locate_images
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.sources.files import DataFile, broken_unit, fingerprint, retried
-from solo_vlm.data.sources.units import UnitIndex
+from solo_vlm.data.sources.files import DataFile, broken_shard, fingerprint, retried
+from solo_vlm.data.sources.shards import ShardIndex
 from solo_vlm.utils.errors import SoloError
 
 _NEEDED = ("messages", *COLUMNS)
@@ -29,27 +29,27 @@ class ParquetSource:
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
         self.name = name
-        self._units = UnitIndex(files, _filled_groups)
+        self._shards = ShardIndex(files, _filled_groups)
 
     def __len__(self) -> int:
-        return len(self._units)
+        return len(self._shards)
 
-    def read(self, unit: int) -> Sequence[dict[str, Any]]:
+    def read(self, shard: int) -> Sequence[dict[str, Any]]:
         """All rows of a row group; a broken one is a single row that says so."""
-        file, (group,) = self._units[unit]
+        file, (group,) = self._shards[shard]
         try:
             return _Rows(_read_group(file, group), file.folder)
         except (pa.ArrowException, OSError) as error:
-            return broken_unit(error, f"{file.url}, row group {group}")
+            return broken_shard(error, f"{file.url}, row group {group}")
 
-    def where(self, unit: int, row: int) -> str:
+    def where(self, shard: int, row: int) -> str:
         """Name file, row group and row."""
-        file, (group,) = self._units[unit]
+        file, (group,) = self._shards[shard]
         return f"{file.url}, row group {group}, row {row}"
 
     def fingerprint(self) -> str:
         """Names and sizes of the files."""
-        return fingerprint(self._units.files)
+        return fingerprint(self._shards.files)
 
 
 class _Rows(Sequence[dict[str, Any]]):

@@ -1,4 +1,4 @@
-"""WebDataset tars; a unit is a tar, a row is the members that share a name up to the first dot."""
+"""WebDataset tars; a shard is a tar, a row is the members that share a name up to the first dot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from solo_vlm.data.image_values import COLUMNS, locate_images
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.sources.files import DataFile, broken_unit, fingerprint, retried
+from solo_vlm.data.sources.files import DataFile, broken_shard, fingerprint, retried
 from solo_vlm.data.text_values import load_json, natural_key
 
 _LINKS = 8  # that may lead to one another
@@ -34,17 +34,17 @@ class WebDatasetSource:
     def __len__(self) -> int:
         return len(self._files)
 
-    def read(self, unit: int) -> Sequence[dict[str, Any]]:
+    def read(self, shard: int) -> Sequence[dict[str, Any]]:
         """All rows of a tar. Where it is cut short, the last row says so when it is asked for."""
-        file = self._files[unit]
+        file = self._files[shard]
         try:
             return _Rows(file, *_index(file))
         except tarfile.TarError as broken:
-            return broken_unit(broken, file.url)
+            return broken_shard(broken, file.url)
 
-    def where(self, unit: int, row: int) -> str:
+    def where(self, shard: int, row: int) -> str:
         """Name file and row."""
-        return f"{self._files[unit].url}, row {row}"
+        return f"{self._files[shard].url}, row {row}"
 
     def fingerprint(self) -> str:
         """Names and sizes of the files."""

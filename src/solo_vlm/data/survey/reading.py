@@ -10,7 +10,7 @@ from solo_vlm.data.encode import Document, Encoder, fit_to_length
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources import Source
 
-OnProgress = Callable[[int, int], None]  # units done, units in all
+OnProgress = Callable[[int, int], None]  # shards done, shards in all
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class ReadRow:
     error: SampleError | None = None
 
 
-class UnitProgress:
-    """Counts the units that are done, over all sources, and passes the count on."""
+class ShardProgress:
+    """Counts the shards that are done, over all sources, and passes the count on."""
 
     def __init__(self, total: int, on_progress: OnProgress) -> None:
         self._done = 0
@@ -52,24 +52,24 @@ class RowReader:
         source: where they are.
         encoder: makes a document of a sample.
         length: tokens in a packed sequence.
-        on_unit: called when a unit is done.
+        on_shard: called when a shard is done.
     """
 
     source: Source
     encoder: Encoder
     length: int
-    on_unit: Callable[[], None] = lambda: None
+    on_shard: Callable[[], None] = lambda: None
 
     def read_all(self) -> Iterator[ReadRow]:
         """Every row once, in order."""
-        for unit in range(len(self.source)):
-            rows = self.source.read(unit)
-            yield from self.read(unit, rows, range(len(rows)))
+        for shard in range(len(self.source)):
+            rows = self.source.read(shard)
+            yield from self.read(shard, rows, range(len(rows)))
 
-    def read(self, unit: int, rows: Sequence[dict[str, Any]], chosen: Iterable[int]) -> Iterator[ReadRow]:
-        """Chosen rows of a unit that is open already."""
+    def read(self, shard: int, rows: Sequence[dict[str, Any]], chosen: Iterable[int]) -> Iterator[ReadRow]:
+        """Chosen rows of a shard that is open already."""
         for row in chosen:
-            where = self.source.where(unit, row)
+            where = self.source.where(shard, row)
             try:
                 sample = parse_sample(rows[row])
                 documents = list(fit_to_length(self.encoder(sample), self.length))
@@ -77,4 +77,4 @@ class RowReader:
                 yield ReadRow(where, error=error)
             else:
                 yield ReadRow(where, len(sample.images), documents)
-        self.on_unit()
+        self.on_shard()

@@ -1,4 +1,4 @@
-"""A sample of a source's rows in two stages, units and rows in them, and what it says about all rows."""
+"""A sample of a source's rows in two stages, shards and rows in them, and what it says about all rows."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from numpy.typing import NDArray
 
 from solo_vlm.data.sources import Source
 
-_UNITS = 64  # to read at most: reading a unit costs as much as encoding some of its rows
+_SHARDS = 64  # to read at most: reading a shard costs as much as encoding some of its rows
 _NORMAL_95 = 1.96
 
 
 class DrawnRows(NamedTuple):
-    """A unit that was read, and the rows of it that were drawn."""
+    """A shard that was read, and the rows of it that were drawn."""
 
-    unit: int
+    shard: int
     rows: Sequence[dict[str, Any]]
     chosen: list[int]
 
 
-def units_to_read(units: int, samples: int) -> int:
-    """How many units a sample of that many rows is drawn from: at least two rows from each."""
-    return min(units, _UNITS, max(samples // 2, 1))
+def shards_to_read(shards: int, samples: int) -> int:
+    """How many shards a sample of that many rows is drawn from: at least two rows from each."""
+    return min(shards, _SHARDS, max(samples // 2, 1))
 
 
 def draw_rows(source: Source, samples: int, generator: np.random.Generator) -> Iterator[DrawnRows]:
-    """About `samples` rows: a unit from each of equally long spans of them, and as many rows from each unit.
+    """Draw about `samples` rows: one shard from each of equally long spans, equally many rows per shard.
 
-    A unit that has fewer rows gives all it has.
+    A shard that has fewer rows gives all it has.
     """
-    count = units_to_read(len(source), samples)
+    count = shards_to_read(len(source), samples)
     borders = np.linspace(0, len(source), count + 1).astype(int)
     for number, (start, end) in enumerate(pairwise(borders)):
-        unit = int(generator.integers(start, end))
-        rows = source.read(unit)
+        shard = int(generator.integers(start, end))
+        rows = source.read(shard)
         wanted = samples // count + (number < samples % count)
         chosen = generator.permutation(len(rows))[:wanted]
-        yield DrawnRows(unit, rows, sorted(map(int, chosen)))
+        yield DrawnRows(shard, rows, sorted(map(int, chosen)))
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,21 @@ class Estimate:
         return _NORMAL_95 * np.sqrt(self.variances)
 
 
-def estimate_totals(units: int, drawn: Sequence[tuple[int, NDArray[np.float64]]]) -> Estimate:
+def estimate_totals(shards: int, drawn: Sequence[tuple[int, NDArray[np.float64]]]) -> Estimate:
     """Totals from a sample in two stages (Cochran, Sampling Techniques, section 11.7).
 
     Args:
-        units: of the source.
-        drawn: for each unit that was read its number of rows, and the figures of the rows that were drawn,
+        shards: of the source.
+        drawn: for each shard that was read its number of rows, and the figures of the rows that were drawn,
             (rows drawn, figures).
     """
-    scale = units / len(drawn)
-    unit_totals = np.stack([_scaled_sum(*unit) for unit in drawn])
-    variances = scale * np.sum([_variance_within(*unit) for unit in drawn], axis=0)
+    scale = shards / len(drawn)
+    shard_totals = np.stack([_scaled_sum(*shard) for shard in drawn])
+    variances = scale * np.sum([_variance_within(*shard) for shard in drawn], axis=0)
     if len(drawn) > 1:
-        between = unit_totals.var(axis=0, ddof=1)
-        variances = variances + units * scale * (1 - 1 / scale) * between
-    return Estimate(scale * unit_totals.sum(axis=0), variances)
+        between = shard_totals.var(axis=0, ddof=1)
+        variances = variances + shards * scale * (1 - 1 / scale) * between
+    return Estimate(scale * shard_totals.sum(axis=0), variances)
 
 
 def _scaled_sum(count: int, figures: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -84,7 +84,7 @@ def _scaled_sum(count: int, figures: NDArray[np.float64]) -> NDArray[np.float64]
 
 
 def _variance_within(count: int, figures: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Variance of a unit's total, where not all of its rows were drawn."""
+    """Variance of a shard's total, where not all of its rows were drawn."""
     drawn = len(figures)
     if drawn < 2 or drawn == count:
         return np.zeros(figures.shape[1])

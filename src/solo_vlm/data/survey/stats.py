@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.packing import Packer, pack
-from solo_vlm.data.survey.reading import OnProgress, ReadRow, RowReader, UnitProgress
-from solo_vlm.data.survey.sampling import draw_rows, estimate_totals, units_to_read
+from solo_vlm.data.survey.reading import OnProgress, ReadRow, RowReader, ShardProgress
+from solo_vlm.data.survey.sampling import draw_rows, estimate_totals, shards_to_read
 
 FIGURES = ("samples", "images", "tokens", "text_tokens", "vision_tokens")
 
@@ -111,17 +111,17 @@ def mixture_stats(
         mixture: the sources, and how they are packed.
         encoder: of the model that shall read them.
         samples: rows to draw from each source for an estimate; None reads everything.
-        on_progress: called with the units read and their number.
+        on_progress: called with the shards read and their number.
 
     Raises:
         SoloError: a source is missing.
     """
     sources = mixture.open_sources()
-    counts = [len(s) if samples is None else units_to_read(len(s), samples) for s in sources]
-    on_unit = UnitProgress(sum(counts), on_progress)
+    counts = [len(s) if samples is None else shards_to_read(len(s), samples) for s in sources]
+    on_shard = ShardProgress(sum(counts), on_progress)
     stats = {}
     for path, source in zip(mixture.source_labels(), sources, strict=True):
-        reader = RowReader(source, encoder, mixture.data.sequence_length, on_unit)
+        reader = RowReader(source, encoder, mixture.data.sequence_length, on_shard)
         if samples is None:
             stats[path] = _count(reader, mixture.data.packing_buffer)
         else:
@@ -166,8 +166,8 @@ def _estimate(reader: RowReader, packing_buffer: int, samples: int, generator: n
     """Read some rows, and scale what they hold."""
     vision_ids = reader.encoder.vision_ids
     drawn: list[tuple[int, list[_Summary]]] = []
-    for unit, rows, chosen in draw_rows(reader.source, samples, generator):
-        drawn.append((len(rows), [_summarise(row, vision_ids) for row in reader.read(unit, rows, chosen)]))
+    for shard, rows, chosen in draw_rows(reader.source, samples, generator):
+        drawn.append((len(rows), [_summarise(row, vision_ids) for row in reader.read(shard, rows, chosen)]))
     summaries = [summary for _, rows in drawn for summary in rows]
     reasons = sorted({summary.reason for summary in summaries if summary.reason})
     # A reason to skip is one more figure of a row: 1 where it applies.
@@ -178,8 +178,8 @@ def _estimate(reader: RowReader, packing_buffer: int, samples: int, generator: n
     estimate = estimate_totals(
         len(reader.source),
         [
-            (count, np.array(of_unit, float).reshape(-1, width))
-            for (count, _), of_unit in zip(drawn, figures, strict=True)
+            (count, np.array(of_shard, float).reshape(-1, width))
+            for (count, _), of_shard in zip(drawn, figures, strict=True)
         ],
     )
     totals = _named(estimate.totals)

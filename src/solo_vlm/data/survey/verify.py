@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from solo_vlm.data.catalog.report import Report
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.mixture import Mixture
-from solo_vlm.data.survey.reading import OnProgress, RowReader, UnitProgress
+from solo_vlm.data.survey.reading import OnProgress, RowReader, ShardProgress
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
 from solo_vlm.utils.json_lines import json_line
@@ -64,17 +64,17 @@ def verify_mixture(
         mixture: the sources.
         encoder: of the model that shall read them.
         report_file: gets a line of JSON for each row that cannot be used; appears when all is read.
-        on_progress: called with the units read and their number.
+        on_progress: called with the shards read and their number.
 
     Raises:
         SoloError: a source is missing, or has no rows.
     """
     sources = mixture.open_sources()
-    on_unit = UnitProgress(sum(map(len, sources)), on_progress)
+    on_shard = ShardProgress(sum(map(len, sources)), on_progress)
     reports = {}
     with _opened(report_file) as lines:
         for path, source in zip(mixture.source_labels(), sources, strict=True):
-            reader = RowReader(source, encoder, mixture.data.sequence_length, on_unit)
+            reader = RowReader(source, encoder, mixture.data.sequence_length, on_shard)
             reports[path] = _verify(path, reader, lines)
             if not reports[path].samples + reports[path].rejected.total():
                 raise SoloError(f"{source.name} has no rows")

@@ -54,7 +54,7 @@ def write_gallery(path: Path, mixture: Mixture, encoder: Encoder, samples: int, 
         reader = RowReader(source, encoder, mixture.data.sequence_length)
         generator = np.random.default_rng([seed, number])
         drawn = draw_rows(source, share, generator) if share else ()
-        rows = [row for unit in drawn for row in reader.read(*unit)]
+        rows = [row for shard in drawn for row in reader.read(*shard)]
         cards += [_card(name, row, encoder) for row in rows]
     html = render("solo_vlm.data.survey", "view.html.jinja", cards=cards, image_url=image_url)
     with new_file(path) as partial:
@@ -85,8 +85,8 @@ def _card(source: str, row: ReadRow, encoder: Encoder) -> dict[str, Any]:
 def seen_images(document: Document) -> Iterator[tuple[Image.Image, int, int]]:
     """Each image put together again from its patches, with its rows and columns."""
     start = 0
-    for _, rows, columns in document.grids.tolist():
-        patches = document.patches[start : start + rows * columns]
+    for _, rows, columns in document.image_grid_thw.tolist():
+        patches = document.pixel_values[start : start + rows * columns]
         start += rows * columns
         yield patches_to_image(patches, rows, columns), rows, columns
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.sample import Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source
-from solo_vlm.data.survey.reading import OnProgress, UnitProgress
+from solo_vlm.data.survey.reading import OnProgress, ShardProgress
 from solo_vlm.evaluate.contamination.matching import (
     MAX_OCCURRENCES,
     HashIndex,
@@ -160,7 +160,7 @@ def check_mixture(
 
     found = Contamination(tasks, [], distance)
     shards = _Shards(sources, images, ngrams)
-    on_unit = UnitProgress(len(shards), on_progress)
+    on_shard = ShardProgress(len(shards), on_progress)
     places: dict[str, list[tuple[str, str]]] = defaultdict(list)  # n-gram -> (source, where)
     for shard in DataLoader(shards, batch_size=None, num_workers=workers, collate_fn=_identity):
         found.training_rows += shard.rows
@@ -171,7 +171,7 @@ def check_mixture(
         for ngram, source, where in shard.ngrams:
             if len(places[ngram]) <= MAX_OCCURRENCES:
                 places[ngram].append((source, where))
-        on_unit()
+        on_shard()
     for match in _question_matches(places, ngrams):
         found._add(match)
     return found

@@ -120,7 +120,7 @@ def answers_file(result: Path) -> Path:
 def count_samples(path: str | Path) -> int:
     """Count the rows of a file or folder."""
     source = open_source(path)
-    return sum(len(source.read(unit)) for unit in range(len(source)))
+    return sum(len(source.read(shard)) for shard in range(len(source)))
 
 
 def measure(run: Path, task: str) -> None:

@@ -92,7 +92,7 @@ class _SourceSample(NamedTuple):
     Attributes:
         source: the source.
         totals: estimated totals; exact if all rows were read.
-        rows: per unit, its number of rows, and the document lengths of each row that was read.
+        rows: per shard, its number of rows, and the document lengths of each row that was read.
     """
 
     source: Source
@@ -114,8 +114,8 @@ def _sample_source(recipe: Recipe, encoder: Encoder, source: Source) -> _SourceS
     if num_rows and len(counts) == len(source) and is_complete:
         return sample
     if num_rows <= _MAX_ROWS:
-        units = ((unit, source.read(unit)) for unit in range(len(source)))
-        sample, _ = _read(reader, (DrawnRows(unit, rows, list(range(len(rows)))) for unit, rows in units))
+        shards = ((shard, source.read(shard)) for shard in range(len(source)))
+        sample, _ = _read(reader, (DrawnRows(shard, rows, list(range(len(rows)))) for shard, rows in shards))
         if not any(count for count, _ in sample.rows.values()):
             raise SoloError(f"{source.name} has no rows")
         return sample
@@ -126,16 +126,16 @@ def _sample_source(recipe: Recipe, encoder: Encoder, source: Source) -> _SourceS
 
 
 def _read(reader: RowReader, drawn: Iterable[DrawnRows]) -> tuple[_SourceSample, Estimate]:
-    """Read rows of some or all units; totals are exact if these are all rows."""
+    """Read rows of some or all shards; totals are exact if these are all rows."""
     rows: dict[int, tuple[int, list[list[int]]]] = {}
     counts = []
-    for unit, unit_rows, chosen in drawn:
+    for shard, shard_rows, chosen in drawn:
         lengths, counted = [], np.empty((len(chosen), len(_Totals._fields)))
-        for index, row in enumerate(reader.read(unit, unit_rows, chosen)):
+        for index, row in enumerate(reader.read(shard, shard_rows, chosen)):
             lengths.append([len(document) for document in row.documents])
             counted[index] = _count(row, reader.encoder)
-        rows[unit] = len(unit_rows), lengths
-        counts.append((len(unit_rows), counted))
+        rows[shard] = len(shard_rows), lengths
+        counts.append((len(shard_rows), counted))
     estimate = estimate_totals(len(reader.source), counts)
     return _SourceSample(reader.source, _Totals(*estimate.totals), rows), estimate
 
@@ -150,7 +150,7 @@ def _token_shares(recipe: Recipe, samples: Sequence[_SourceSample]) -> list[floa
     if recipe.steps is None:
         return [sample.totals.tokens for sample in samples]
     weights = [source.weight for source in recipe.data.sources]
-    if recipe.data.weigh != "samples":
+    if recipe.data.weight_by != "samples":
         return weights
     return [
         weight * sample.totals.tokens / max(sample.totals.samples, 1)
@@ -180,7 +180,7 @@ def _count_sequences(
         for sample in samples
     )
     # The last sequence of each stream (and source, if sequences are weighted) is half full on average.
-    return full + data.streams * (len(samples) if data.weigh == "sequences" else 1) // 2
+    return full + data.streams * (len(samples) if data.weight_by == "sequences" else 1) // 2
 
 
 class _SimulatedSource:
@@ -188,25 +188,25 @@ class _SimulatedSource:
 
     def __init__(self, sample: _SourceSample, seed: int) -> None:
         self.name = sample.source.name
-        self._num_units = len(sample.source)
+        self._num_shards = len(sample.source)
         self._rows = sample.rows
         self._seed = seed
         self._pool = [lengths for _, rows in sample.rows.values() for lengths in rows]
         self._counts = [count for count, _ in sample.rows.values()]
 
     def __len__(self) -> int:
-        return self._num_units
+        return self._num_shards
 
-    def read(self, unit: int) -> Sequence[Any]:
-        count, known = self._rows.get(unit, (None, []))
+    def read(self, shard: int) -> Sequence[Any]:
+        count, known = self._rows.get(shard, (None, []))
         if count == len(known):
             return known
-        generator = np.random.default_rng((self._seed, unit))
+        generator = np.random.default_rng((self._seed, shard))
         count = generator.choice(self._counts) if count is None else count
         return [self._pool[row] for row in generator.integers(len(self._pool), size=count)]
 
-    def where(self, unit: int, row: int) -> str:
-        return f"{self.name}, unit {unit}, row {row}"
+    def where(self, shard: int, row: int) -> str:
+        return f"{self.name}, shard {shard}, row {row}"
 
     def fingerprint(self) -> str:
         return ""
