@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import click
 import pytest
@@ -133,6 +134,8 @@ def test_every_diagram_has_its_picture(monkeypatch):
     assert pictures
     assert {path for path in pictures if not path.is_file()} == set(), "run `make docs-assets ARGS=diagrams`"
     assert set((DOCS / "assets" / "diagrams").iterdir()) == pictures
+    for picture in pictures:
+        ElementTree.parse(picture)
 
 
 def test_every_picture_is_shown():
