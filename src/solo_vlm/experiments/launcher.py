@@ -66,11 +66,7 @@ class TrainingRun:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has completed all of its steps.
-
-        Raises:
-            SoloError: The run in the folder was trained with another recipe.
-        """
+        """Whether the run has completed all of its steps."""
         if not (self.folder / "manifest.json").is_file():
             return False
         if changed := describe_recipe_changes(Recipe.load(self.folder / "recipe.yaml"), self.recipe):
@@ -99,10 +95,6 @@ def train_runs(
     """Train all unfinished runs, the longest first, and yield each one as it finishes.
 
     Interrupted runs resume from their newest checkpoints. For the arguments see `run_jobs`.
-
-    Raises:
-        SoloError: As `TrainingRun.finished` and `finish_jobs`.
-        Stopped: A signal arrived; progress is saved.
     """
     # Starting the longest runs first leaves only short ones to wait for at the end.
     runs = sorted(runs, key=lambda run: run.recipe.steps or 0, reverse=True)
@@ -114,12 +106,7 @@ def train_runs(
 def finish_jobs(
     jobs: Sequence[Job], processes: int, executor: Executor, on_wait: Callable[[], None] = lambda: None
 ) -> Iterator[Job]:
-    """Run jobs as `run_jobs` does, and yield each one that succeeds.
-
-    Raises:
-        SoloError: At the end, if any job failed; also as `run_jobs`.
-        Stopped: A signal arrived.
-    """
+    """Run jobs as `run_jobs` does, yield each that succeeds; raise SoloError at the end if any failed."""
     failed = []
     for job, status in run_jobs(jobs, processes, executor, on_wait):
         if status:
@@ -142,7 +129,6 @@ def run_jobs(
     terminated and waited for.
 
     Args:
-        jobs: Jobs to run.
         processes: Maximum number of concurrent jobs. On Ray, each job requests one GPU if the cluster has
             any, else one CPU.
         executor: `local`, or `ray`: the cluster at RAY_ADDRESS, whose machines must share a file system, or

@@ -41,12 +41,7 @@ def results_table(metrics: dict[str, Any]) -> Table:
 
 
 def write_loss_curve(path: Path, metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Plot the loss of all stages, one after the other, as a PNG file.
-
-    Args:
-        path: File to write.
-        metrics: Lines of `metrics.jsonl` by stage, in training order.
-    """
+    """Plot the loss of all stages (their lines of `metrics.jsonl`), one after the other, as a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")

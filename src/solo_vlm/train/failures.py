@@ -126,11 +126,6 @@ def fail_together(store: Store, rank: int, stop: StopRequest) -> Iterator[None]:
 
     The process that failed first raises its exception. All others exit silently, even while they hang in a
     collective.
-
-    Args:
-        store: key-value store shared by all processes.
-        rank: rank of this process.
-        stop: signals caught while the body runs.
     """
     watch = _Watch(store.clone(), rank)  # type: ignore[attr-defined]
     watch.start()
@@ -184,10 +179,7 @@ class _Watch(threading.Thread):
 def _publish(store: Store, failure: Failure, is_certain: bool) -> Failure:
     """Publish this process's failure unless another one came first; return the first.
 
-    Args:
-        store: key-value store shared by all processes.
-        failure: failure of this process.
-        is_certain: whether it cannot be a consequence of another process's failure.
+    A failure `is_certain` if it cannot be a consequence of another process's.
     """
     deadline = time.monotonic() + (0.0 if is_certain else _ECHO_SECONDS)
     try:

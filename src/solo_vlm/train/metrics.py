@@ -58,10 +58,6 @@ class MetricsLogger:
     """Writes metrics to `metrics.jsonl`, the trackers and the live view.
 
     Args:
-        folder: output directory of the run.
-        trackers: further destinations.
-        progress: live view.
-        total_steps: steps of the whole run.
         done: steps done before a resume; later lines of `metrics.jsonl` are dropped.
     """
 
@@ -109,11 +105,7 @@ class LiveView(Progress):
 class ProgressLines(Progress):
     """Progress as plain lines, for output that is not a terminal.
 
-    Prints a line when a task starts and finishes, and one per unfinished task at a fixed interval.
-
-    Args:
-        console: Console to print on.
-        interval: Seconds between two lines of a task.
+    Prints a line when a task starts and finishes, and one per unfinished task every `interval` seconds.
     """
 
     def __init__(self, console: Console, interval: float = 10.0) -> None:
@@ -193,16 +185,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def make_trackers(recipe: Recipe, folder: Path, done: int) -> list[Tracker]:
-    """Create the trackers of a recipe.
-
-    Args:
-        recipe: recipe of the run; hosted trackers log it.
-        folder: output directory of the run.
-        done: steps done before a resume; TensorBoard drops later ones.
-
-    Raises:
-        SoloError: a tracker is not installed.
-    """
+    """Create the trackers of a recipe; TensorBoard drops the steps after `done`, which a resume repeats."""
     return [
         _TensorBoard(folder, done) if name == "tensorboard" else _HostedTracker(name, recipe, folder)
         for name in recipe.trackers

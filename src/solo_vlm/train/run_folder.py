@@ -55,11 +55,7 @@ _PACKAGES = (
 
 
 def lock_output_dir(out: Path) -> IO[str] | None:
-    """Lock the directory against other runs until the returned file is closed; None if unsupported.
-
-    Raises:
-        SoloError: another run holds the lock.
-    """
+    """Lock the directory against other runs until the returned file is closed; None if unsupported."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -80,12 +76,7 @@ def lock_output_dir(out: Path) -> IO[str] | None:
 
 
 def prepare_output_dir(out: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """Write the recipe and input fingerprints; return the checkpoint to resume from, if there is one.
-
-    Raises:
-        SoloError: the directory holds a finished run or a run of another recipe, the base model or validation
-            data have changed since the run started, or there is nothing to resume.
-    """
+    """Write the recipe and input fingerprints; return the checkpoint to resume from, if there is one."""
     if (out / "model").exists():
         raise SoloError(f"{out} holds a finished run: remove it, or choose another folder with out=...")
     saved_recipe = out / "recipe.yaml"
@@ -128,14 +119,7 @@ def describe_recipe_changes(before: Recipe, now: Recipe) -> str:
 
 
 def write_manifest(path: Path, recipe: Recipe, sources: list[Source], outcome: dict[str, Any]) -> None:
-    """Write the manifest of a finished run: recipe, versions, hardware, data, outcome.
-
-    Args:
-        path: JSON file to write.
-        recipe: resolved recipe.
-        sources: training sources, for their fingerprints.
-        outcome: summary of the run: steps, tokens, skipped samples by reason.
-    """
+    """Write the manifest of a finished run: recipe, versions, hardware, data, outcome."""
     manifest = {
         "recipe": recipe.model_dump(mode="json"),
         "data": {source.name: source.fingerprint() for source in sources},
@@ -156,11 +140,7 @@ def write_manifest(path: Path, recipe: Recipe, sources: list[Source], outcome: d
 
 
 def read_manifest_recipe(path: Path) -> Recipe:
-    """Read the recipe of a manifest.
-
-    Raises:
-        SoloError: the file is not a manifest.
-    """
+    """Read the recipe of a manifest."""
     try:
         return Recipe.parse(json.loads(path.read_text())["recipe"], origin=str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:

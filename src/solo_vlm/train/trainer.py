@@ -75,7 +75,6 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     uninterrupted run bit for bit.
 
     Args:
-        recipe: settings of the run.
         resume: fail unless there is a checkpoint to resume from.
         progress: progress display; default: a new one on stderr.
 
@@ -93,15 +92,7 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
 
 
 class Trainer:
-    """State of a run in one process.
-
-    Args:
-        recipe: settings of the run.
-        resume: fail unless there is a checkpoint to resume from.
-        context: distributed context.
-        progress: progress display.
-        stop: signals received so far.
-    """
+    """State of a run in one process."""
 
     def __init__(
         self, recipe: Recipe, resume: bool, context: DistributedContext, progress: Progress, stop: StopRequest
@@ -184,12 +175,7 @@ class Trainer:
         return TrainResult(model, summary)
 
     def train_step(self) -> bool:
-        """Run one optimizer step; return False if the data have ended before it.
-
-        Raises:
-            SoloError: no sample can be used, or too many consecutive steps were not finite.
-            Stopped: a signal was received, and the run is saved.
-        """
+        """Run one optimizer step; return False if the data have ended before it."""
         recipe, context, state = self.recipe, self.context, self.state
 
         # This rank's packed sequences of the global batch, and token counts over all ranks.
@@ -344,17 +330,9 @@ class Trainer:
 
 
 class Validator:
-    """Mean loss over the supervised tokens of held-out sequences.
+    """Mean loss over the supervised tokens of held-out sequences, packed like the training data.
 
     The sequences are the same for any number of processes; each process reads all and evaluates its part.
-
-    Args:
-        recipe: recipe with `validation`; its packing applies to the held-out data, too.
-        processor: processor of the model.
-        context: distributed context.
-
-    Raises:
-        SoloError: a source is missing or empty.
     """
 
     def __init__(self, recipe: Recipe, processor: Any, context: DistributedContext) -> None:
@@ -414,12 +392,9 @@ def optimizer_step(
     """Run one optimizer step on the token-averaged loss; skip the update if loss or gradient is not finite.
 
     Args:
-        model: model in training mode.
         optimizer: optimizer of its trainable parameters, with the learning rate set.
         batches: this process's packed sequences of the global batch; each gets a forward and backward pass.
         supervised: supervised tokens of the global batch over all processes.
-        recipe: precision and clipping.
-        context: distributed context.
     """
     losses = forward_backward(model, batches, supervised, autocast(recipe, context))
     (loss,) = context.sum(sum(losses))

@@ -23,7 +23,6 @@ class Settings(BaseModel):
         """Validate plain settings.
 
         Args:
-            settings: nested dicts, lists and scalars, as from YAML.
             origin: file name for error messages.
 
         Raises:
@@ -50,24 +49,12 @@ class Settings(BaseModel):
         return cls.parse(override(settings, overrides), origin=str(path))
 
     def override(self, overrides: Sequence[str]) -> Self:
-        """Return a copy with `a.b=value` overrides.
-
-        Raises:
-            SoloError: as `parse`.
-        """
+        """Return a copy with `a.b=value` overrides."""
         return self.parse(override(self.model_dump(mode="json"), overrides))
 
 
 def find_settings(path: str | Path, kind: str) -> Path:
-    """Find a settings file by its path, or by its name among the recipes of the package.
-
-    Args:
-        path: path or name, with or without `.yaml`.
-        kind: "recipe", "mixture", ... for the error message.
-
-    Raises:
-        SoloError: no such file.
-    """
+    """Find a settings file by path, or by name among the recipes of the package, with or without `.yaml`."""
     for folder in (Path(), *_recipes()):
         for candidate in (folder / path, folder / f"{path}.yaml"):
             if candidate.is_file():
@@ -81,11 +68,7 @@ def list_settings(folder: str) -> list[Path]:
 
 
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
-    """Read a YAML file as plain settings, merged over those of the file named by its `base` key.
-
-    Raises:
-        SoloError: the file cannot be read or is not a mapping.
-    """
+    """Read a YAML file as plain settings, merged over those of the file named by its `base` key."""
     try:
         settings = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -97,11 +80,7 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
 
 
 def override(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Set each `a.b=value` in plain settings, in place.
-
-    Raises:
-        SoloError: an override lacks "=", or its key descends into a scalar.
-    """
+    """Set each `a.b=value` in plain settings, in place."""
     for change in overrides:
         key, equals, value = change.partition("=")
         if not equals:

@@ -73,11 +73,7 @@ class Measurement:
 def plan_measurements(
     settings: AblationSettings, pipelines: Iterable[Pipeline]
 ) -> list[dict[str, Measurement]]:
-    """Return the measurements of each pipeline, by metric.
-
-    Raises:
-        SoloError: Data are missing, or no stage has trained before a metric is to be measured.
-    """
+    """Return the measurements of each pipeline, by metric."""
     root = Path(settings.root).resolve()
     files = {held_out.data for held_out in settings.metrics.values()}
     digests = {data: _digest(root, data) for data in files}
@@ -124,15 +120,7 @@ def count_samples(path: str | Path) -> int:
 
 
 def measure(run: Path, task: str) -> None:
-    """Measure the model of a run, and write each result to its file.
-
-    Args:
-        run: Folder of the run.
-        task: JSON list of (kind, data, result file).
-
-    Raises:
-        SoloError: The data cannot be read, or are not questions although accuracy is to be measured.
-    """
+    """Measure the model of a run, and write each result to its file; `task` is JSON of (kind, data, file)."""
     from solo_vlm.generate import GenerationPipeline
 
     generator = cache(lambda: GenerationPipeline.from_pretrained(run / "model"))
@@ -146,13 +134,7 @@ def measure(run: Path, task: str) -> None:
 
 
 def measure_accuracy(generator: GenerationPipeline, data: str | Path, answers: Path) -> Result:
-    """Return the share of correct answers to held-out questions.
-
-    Args:
-        generator: Model to ask.
-        data: Path of the questions.
-        answers: File that receives the answers; questions that it already answers are skipped.
-    """
+    """Return the share of correct answers to held-out questions; those already in `answers` are skipped."""
     from solo_vlm.evaluate.held_out import answer_questions, read_questions
 
     questions = read_questions(data)
@@ -170,11 +152,7 @@ def measure_accuracy(generator: GenerationPipeline, data: str | Path, answers: P
 def measure_loss(run: Path, data: str | Path) -> Result:
     """Return the loss of a run's model on the supervised text tokens of held-out samples.
 
-    Vision tokens are never supervised, even if the recipe has `vision_loss`.
-
-    Args:
-        run: Folder of the run, whose recipe sets how samples are packed.
-        data: Path of the samples.
+    The run's recipe sets the packing; vision tokens are never supervised, even if it has `vision_loss`.
     """
     from solo_vlm.train.model import make_model
     from solo_vlm.train.parallel.context import init_distributed

@@ -117,12 +117,7 @@ class Pipeline:
 def build_pipelines(ablation: Ablation, fraction: float = 1.0) -> list[Pipeline]:
     """Build the pipelines of all variants under all seeds, ordered by variant.
 
-    Args:
-        ablation: Loaded ablation.
-        fraction: Share of the steps of every stage to train.
-
-    Raises:
-        SoloError: The settings of a stage are not a valid recipe.
+    `fraction` is the share of the steps of every stage to train.
     """
     builder = _PipelineBuilder(ablation, fraction)
     seeds = range(ablation.settings.seeds)
@@ -155,9 +150,6 @@ def make_plan(ablation: Ablation, fraction: float = 1.0) -> dict[str, Any]:
 
     `variants` has the changes and stages of each variant, and each stage its `steps` and the folders of its
     runs (one per seed) with whether they are finished; `missing` counts runs and steps.
-
-    Raises:
-        SoloError: As `build_pipelines`.
     """
     pipelines = build_pipelines(ablation, fraction)
     changes = {BASE: {}, **ablation.settings.variants}
@@ -179,11 +171,7 @@ def make_plan(ablation: Ablation, fraction: float = 1.0) -> dict[str, Any]:
 
 
 def prepare_data(settings: AblationSettings) -> None:
-    """Write the toy data and the derived files, unless they exist.
-
-    Raises:
-        SoloError: Existing data were drawn with other settings, or a file to shuffle cannot be read.
-    """
+    """Write the toy data and the derived files, unless they exist."""
     root = Path(settings.root)
     if settings.toy_data:
         draw_toy_data(root / "data", settings.toy_data)
@@ -228,11 +216,7 @@ def _row(sample: Sample) -> dict[str, Any]:
 
 
 def write_initial_model(stage: Stage) -> None:
-    """Write the model of a stage that does not train: the untrained decoder, or a SOLO model from an LLM.
-
-    Raises:
-        SoloError: The LLM cannot be read, or the settings of `init` are invalid.
-    """
+    """Write the model of a stage that does not train: the untrained decoder, or a SOLO model from an LLM."""
     from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 
     model = stage.folder / "model"

@@ -66,13 +66,12 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Estimate the mean of independent values, with an interval from Student's t distribution.
+    """Estimate the mean of at least two independent values, with an interval from Student's t distribution.
+
+    Equal values give an interval of zero width, which says more about the resolution of the metric than about
+    the true mean.
 
     Applied to the differences of a variant from the base under the same seeds, this is the paired t-test.
-
-    Args:
-        values: One value per seed, at least two. Equal values give an interval of zero width, which says
-            more about the resolution of the metric than about the true mean.
     """
     from scipy.stats import ttest_1samp
 
@@ -136,14 +135,7 @@ class Report:
     def make(
         cls, ablation: Ablation, fraction: float, pipelines: Sequence[Pipeline], rows: Sequence[Row]
     ) -> Report:
-        """Compare the variants.
-
-        Args:
-            ablation: Ablation that was run.
-            fraction: Share of the steps that was trained.
-            pipelines: Pipelines that were trained.
-            rows: All measured results.
-        """
+        """Compare the variants."""
         steps = {
             pipeline.variant: {
                 name: stage.run.recipe.steps for name, stage in pipeline.stages.items() if stage.run
@@ -217,12 +209,9 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def result_lines(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Format one line per metric and variant, with the cells of `COLUMNS`.
+    """Format one line per metric and variant of `Report.as_dict`, with the cells of `COLUMNS`.
 
     The metric is named on its first line only.
-
-    Args:
-        facts: Values from `Report.as_dict`.
     """
     for metric, found in facts["metrics"].items():
         share = found["kind"] == "accuracy"

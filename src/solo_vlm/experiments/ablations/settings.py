@@ -154,7 +154,6 @@ class Ablation:
 
         Args:
             name: Path of the file, or a name such as `no-stage1`.
-            overrides: Settings as `a.b=value`.
             **given: Top-level settings that replace the file's.
 
         Raises:

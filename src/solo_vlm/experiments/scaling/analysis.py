@@ -127,11 +127,7 @@ class Analysis:
 
 
 def analyze(path: Path) -> Analysis:
-    """Read a table and fit every law that its points determine.
-
-    Raises:
-        SoloError: As `read_points`, or the points do not determine L(N, D).
-    """
+    """Read a table and fit every law that its points determine."""
     table = read_points(path)
     points = table.fitted
     notes = ["d = flops / (6 n), as the table has no column d"] if points.d_from_flops else []

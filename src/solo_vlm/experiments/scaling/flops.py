@@ -163,9 +163,6 @@ def compare(
 
     Returns:
         Plain values, for JSON: `parameters`, `text_tokens`, `sequences` and `images`.
-
-    Raises:
-        SoloError: The decoder cannot be counted (see `ModelShape.of`).
     """
     solo = ModelShape.of(config)
     side = getattr(config, "vision_patch_size", 32)

@@ -97,10 +97,6 @@ def fit_isoflop(
 
     Args:
         flops: Budgets, (points,); values within 2% of each other count as one budget.
-        n: Parameters, (points,).
-        loss: Nats per token, (points,).
-        resamples: Number of bootstrap resamples.
-        seed: Seed of the bootstrap.
 
     Raises:
         SoloError: Fewer than two budgets have their minimum within at least four sizes.

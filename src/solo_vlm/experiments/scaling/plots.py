@@ -21,15 +21,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def write_plots(analysis: Analysis, out: Path) -> list[Path]:
-    """Write `law.png`, `optimum.png`, `isoflop.png` if there are profiles, and the page `laws.html`.
-
-    Args:
-        analysis: Fitted laws.
-        out: Folder.
-
-    Returns:
-        The paths of the files.
-    """
+    """Write `law.png`, `optimum.png`, `isoflop.png` (given profiles) and `laws.html`; return the paths."""
     figures = {"law": _draw_law(analysis), "optimum": _draw_optimum(analysis)}
     if analysis.isoflop:
         figures["isoflop"] = _draw_profiles(analysis)

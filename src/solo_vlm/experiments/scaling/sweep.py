@@ -149,7 +149,6 @@ def run_sweep(
     A repeated call keeps finished runs; interrupted ones resume from their newest checkpoints.
 
     Args:
-        settings: Settings of the sweep.
         processes: Maximum number of concurrent runs.
         executor: See `launcher.run_jobs`.
         progress: Called with the name of each finished run, the number of finished runs, and of all runs.
@@ -171,11 +170,7 @@ def run_sweep(
 
 
 def prepare(settings: SweepSettings) -> list[SweepRun]:
-    """Write data and untrained models, and return all runs of a sweep.
-
-    Raises:
-        SoloError: As `run_sweep`.
-    """
+    """Write data and untrained models, and return all runs of a sweep."""
     root = Path(settings.root)
     llm = root / settings.llm
     if settings.toy_data:
@@ -217,12 +212,7 @@ def scaled_rates(recipe: dict[str, Any], width: int, base_width: int) -> dict[st
 
 
 def run_results(run: SweepRun, count: str) -> dict[str, Any]:
-    """Return the table row of a finished run.
-
-    Args:
-        run: Finished run.
-        count: Which parameters N counts, "non_embedding" or "total".
-    """
+    """Return the table row of a finished run; `count` says which parameters N counts."""
     n = count_parameters(run.folder / "model")
     steps = read_metrics(run.folder)
     d = {
@@ -257,16 +247,10 @@ def write_sized_model(
     """Write an untrained SOLO model, unless it exists.
 
     Args:
-        out: Folder of the model.
         llm: Folder or hub id of the LLM that provides configuration and tokenizer.
         size: Changes to that configuration.
         base_width: Hidden size at which weights have the configured initial standard deviation; it scales
             with width^-1/2 (Yang et al. 2022, "Tensor Programs V", table 3).
-        seed: Seed of the weights.
-
-    Raises:
-        SoloError: The LLM cannot be read or lacks a setting, the sizes do not fit together, or `out` holds a
-            model of another size.
     """
     config = _sized_config(llm, size)
     config.initializer_range *= (base_width / config.hidden_size) ** 0.5

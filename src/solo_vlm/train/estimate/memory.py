@@ -65,11 +65,7 @@ DEVICES = (
 
 
 def find_device(name: str) -> Device:
-    """Look up a device by name, ignoring case and punctuation.
-
-    Raises:
-        SoloError: the device is unknown.
-    """
+    """Look up a device by name, ignoring case and punctuation."""
     for device in DEVICES:
         if _words(device.name) == _words(name):
             return device
