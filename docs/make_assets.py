@@ -138,7 +138,7 @@ def draw_evaluation_report(browser: Browser, quickstart: Path) -> None:
 def _question(number: int, row: dict[str, Any]) -> dict[str, Any]:
     """Turn a held-out digit into a question with four options."""
     answer = DIGITS.index(row["messages"][-1]["content"][0]["text"])
-    options = [DIGITS[(answer + 3 * (place - number)) % 10] for place in range(4)]
+    options = [DIGITS[(answer + 3 * (place - number % 4)) % 10] for place in range(4)]
     listed = ", ".join(f"{letter}: {option}" for letter, option in zip("ABCD", options, strict=True))
     return {
         "index": number,

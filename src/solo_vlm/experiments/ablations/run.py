@@ -45,8 +45,6 @@ def run_ablation(
     interrupted measurements after their last answer.
 
     Args:
-        ablation: Loaded ablation.
-        progress: Progress bars to draw on.
         fraction: Share of the steps of every stage to train.
         processes: Maximum number of concurrent runs.
         executor: See `launcher.run_jobs`.
