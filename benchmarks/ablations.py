@@ -22,8 +22,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from environment import environment
 
-from solo_vlm.experiments.ablations.pipeline import run_ablation
 from solo_vlm.experiments.ablations.report import COLUMNS, result_lines, write_report
+from solo_vlm.experiments.ablations.run import run_ablation
 from solo_vlm.experiments.ablations.settings import Ablation, list_ablations
 from solo_vlm.models.inspect import summarize_image
 from solo_vlm.models.solo.image_loading_solo import load_image
@@ -54,7 +54,7 @@ def main() -> None:
     results = {
         "seconds": round(time.perf_counter() - started),
         "training_seconds": training_seconds(Path(arguments.root)),
-        "image_tokens": {stage: image_tokens(Path(arguments.root), stage) for stage in STAGES},
+        "num_image_tokens": {stage: mean_image_tokens(Path(arguments.root), stage) for stage in STAGES},
         "processes": arguments.processes,
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "environment": environment(),
@@ -74,7 +74,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return report.as_dict()
 
 
-def image_tokens(root: Path, stage: str) -> float:
+def mean_image_tokens(root: Path, stage: str) -> float:
     """Return the mean number of tokens per image at native resolution, with separators."""
     rows = pq.read_table(root / "data" / f"{stage}.parquet", columns=["images"])["images"].to_pylist()
     images = [load_image(image["bytes"]) for row in rows for image in row]

@@ -4,7 +4,7 @@
 
 Speed on one core: the decoder alone, the whole path (decode, resize, cut into uint8 patches), the same path
 without what is compiled of this package (OpenCV resizes and splits, on one thread or on its own), by Pillow
-and NumPy alone, and the steps of the release's (from base64 by Pillow to normalised float32 patches by
+and NumPy alone, and the steps of the original code (from base64 by Pillow to normalised float32 patches by
 torch), in images per second of processor time, so that other programs on the machine disturb little; and
 photographs four times as wide and high, which shrink. Then, in seconds of the clock, the loader with 0, 1
 and 2 workers of one or two threads: parquet to packed sequences of 32,768 tokens. Last, the memory of the

@@ -47,13 +47,17 @@ def draw_diagrams(browser: Browser, quickstart: Path) -> None:
     for source, path in find_diagrams():
         svg = page.evaluate(
             """async (source) => {
-                mermaid.initialize({ startOnLoad: false, theme: "neutral",
-                                     flowchart: { htmlLabels: false } });
-                return (await mermaid.render("diagram", source)).svg;
+                mermaid.initialize({ startOnLoad: false, theme: "neutral", htmlLabels: false,
+                                     flowchart: { htmlLabels: false, rankSpacing: 28, wrappingWidth: 320 } });
+                document.body.innerHTML = (await mermaid.render("diagram", source)).svg;
+                const svg = document.querySelector("svg");
+                svg.style.background = "white";
+                svg.setAttribute("width", svg.viewBox.baseVal.width);
+                return new XMLSerializer().serializeToString(svg);
             }""",
             source,
         )
-        path.write_text(svg.replace('style="', 'style="background: white; ', 1) + "\n", encoding="utf-8")
+        path.write_text(svg + "\n", encoding="utf-8")
 
 
 def _mermaid() -> str:
@@ -134,7 +138,7 @@ def draw_evaluation_report(browser: Browser, quickstart: Path) -> None:
 def _question(number: int, row: dict[str, Any]) -> dict[str, Any]:
     """Turn a held-out digit into a question with four options."""
     answer = DIGITS.index(row["messages"][-1]["content"][0]["text"])
-    options = [DIGITS[(answer + 3 * (place - number)) % 10] for place in range(4)]
+    options = [DIGITS[(answer + 3 * (place - number % 4)) % 10] for place in range(4)]
     listed = ", ".join(f"{letter}: {option}" for letter, option in zip("ABCD", options, strict=True))
     return {
         "index": number,

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import click
 import pytest
@@ -125,6 +126,16 @@ def test_paths_in_the_architecture_exist():
         assert (PACKAGE / path).exists() or (ROOT / path).exists(), path
 
 
+def test_the_architecture_lists_the_imports_that_packages_allow():
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", text, re.M))
+    for initializer in PACKAGE.glob("*/__init__.py"):
+        allowed = re.search(r"^May import: (.+)\.$", initializer.read_text(encoding="utf-8"), re.M)
+        listed = set(re.findall(r"`(\w+)`", table[initializer.parent.name]))
+        if table[initializer.parent.name] != "everything":
+            assert listed - {"utils"} == set(allowed[1].split(", ")) - {"utils", "nothing of the project"}
+
+
 def test_every_diagram_has_its_picture(monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     from diagrams import find_diagrams
@@ -133,6 +144,8 @@ def test_every_diagram_has_its_picture(monkeypatch):
     assert pictures
     assert {path for path in pictures if not path.is_file()} == set(), "run `make docs-assets ARGS=diagrams`"
     assert set((DOCS / "assets" / "diagrams").iterdir()) == pictures
+    for picture in pictures:
+        ElementTree.parse(picture)
 
 
 def test_every_picture_is_shown():

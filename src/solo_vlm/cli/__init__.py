@@ -1,4 +1,7 @@
-"""The command line `solo`: one file per verb. Heavy imports are deferred until a verb runs."""
+"""The command line `solo`: one file per verb, with heavy imports deferred until it runs.
+
+May import: convert, data, evaluate, experiments, generate, hub, models, quickstart, serve, train, utils.
+"""
 
 from __future__ import annotations
 

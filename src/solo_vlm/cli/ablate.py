@@ -86,8 +86,8 @@ def _run(ablation: Ablation, fraction: float, processes: int, executor: Executor
     from solo_vlm.train.metrics import progress_bar
 
     try:
-        from solo_vlm.experiments.ablations.pipeline import run_ablation
         from solo_vlm.experiments.ablations.report import COLUMNS, result_lines, write_report
+        from solo_vlm.experiments.ablations.run import run_ablation
 
         with progress_bar() as progress:
             report, folder = run_ablation(ablation, progress, fraction, processes, executor.value)

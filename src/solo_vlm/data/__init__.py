@@ -1,1 +1,7 @@
-"""From files to packed sequences: schema, sources, encode, packing, streams, collate."""
+"""Data, from files to packed batches.
+
+Reading order: `sample`, `sources`, `encode`, `packing`, `streams`, `collate`, `loader`. `catalog` holds
+the paper's data sets, `survey` looks at data before training.
+
+May import: models, utils.
+"""

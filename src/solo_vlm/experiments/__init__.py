@@ -1,6 +1,6 @@
 """Experiments with many runs: the launcher, scaling sweeps and laws, ablations.
 
-Imports `train`, `generate`, `evaluate`, `quickstart` and what these import.
+May import: data, evaluate, generate, models, quickstart, train, utils.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from solo_vlm.train.failures import Stopped, StopRequest, catch_signals
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import describe_recipe_changes
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 Executor = Literal["local", "ray"]
 
@@ -53,7 +53,6 @@ class TrainingRun:
 
     Attributes:
         name: Unique name below that root.
-        recipe: Recipe of the run.
     """
 
     name: str
@@ -66,11 +65,7 @@ class TrainingRun:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has completed all of its steps.
-
-        Raises:
-            SoloError: The run in the folder was trained with another recipe.
-        """
+        """Whether the run has completed all of its steps."""
         if not (self.folder / "manifest.json").is_file():
             return False
         if changed := describe_recipe_changes(Recipe.load(self.folder / "recipe.yaml"), self.recipe):
@@ -84,8 +79,7 @@ class TrainingRun:
         """Write the recipe to a file below the root and return the `solo train` job for it."""
         root = Path(self.recipe.root)
         recipe = root / "recipes" / f"{self.name}.yaml"
-        with new_file(recipe) as partial:
-            partial.write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
+        write_text(recipe, yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
         command = [sys.executable, "-m", "solo_vlm", "train", str(recipe), "--json"]
         return Job(self.name, command, root / "logs" / f"{self.name}.log")
 
@@ -99,10 +93,6 @@ def train_runs(
     """Train all unfinished runs, the longest first, and yield each one as it finishes.
 
     Interrupted runs resume from their newest checkpoints. For the arguments see `run_jobs`.
-
-    Raises:
-        SoloError: As `TrainingRun.finished` and `finish_jobs`.
-        Stopped: A signal arrived; progress is saved.
     """
     # Starting the longest runs first leaves only short ones to wait for at the end.
     runs = sorted(runs, key=lambda run: run.recipe.steps or 0, reverse=True)
@@ -114,12 +104,7 @@ def train_runs(
 def finish_jobs(
     jobs: Sequence[Job], processes: int, executor: Executor, on_wait: Callable[[], None] = lambda: None
 ) -> Iterator[Job]:
-    """Run jobs as `run_jobs` does, and yield each one that succeeds.
-
-    Raises:
-        SoloError: At the end, if any job failed; also as `run_jobs`.
-        Stopped: A signal arrived.
-    """
+    """Run jobs as `run_jobs` does, yield each that succeeds; raise SoloError at the end if any failed."""
     failed = []
     for job, status in run_jobs(jobs, processes, executor, on_wait):
         if status:
@@ -142,7 +127,6 @@ def run_jobs(
     terminated and waited for.
 
     Args:
-        jobs: Jobs to run.
         processes: Maximum number of concurrent jobs. On Ray, each job requests one GPU if the cluster has
             any, else one CPU.
         executor: `local`, or `ray`: the cluster at RAY_ADDRESS, whose machines must share a file system, or

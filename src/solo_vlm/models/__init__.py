@@ -1,6 +1,8 @@
-"""SOLO models: make one from an LLM, load, save, count, inspect. Imports `utils` only.
+"""SOLO models: make one from an LLM, load, save, count, inspect; `solo` is the model itself.
 
 This module registers SOLO with transformers' Auto classes at the moment transformers loads them.
+
+May import: utils.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
 """One server: OpenAI's chat API and the page in front of one engine; and the plug-in for vLLM.
 
-May import `generate`, `data`, `models` and `utils`.
+May import: data, generate, models, utils.
 """

@@ -1,6 +1,6 @@
 """Training: runs recipes, and writes checkpoints, metrics, a manifest and the trained model.
 
-May import `models`, `data` and `utils`.
+May import: data, models, utils.
 """
 
 from __future__ import annotations

@@ -18,9 +18,7 @@ from solo_vlm.models.solo.modeling_solo import PACKED_ATTENTION
 _REPLACED = (None, "eager", "sdpa", PACKED_ATTENTION)
 
 _SHORT = 256  # tokens; longer documents do not benefit from batching
-_TINY = (
-    64  # tokens; shorter ones are several times slower in torch's CPU flash kernel than in math (bfloat16)
-)
+_TINY = 64  # tokens; in bfloat16 on CPU, flash is several times slower than math for shorter documents
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -53,25 +51,19 @@ def packed_attention(
     """Compute causal attention within each document of a packed row (transformers' attention interface).
 
     Args:
-        module: attention layer.
         query: (1, num_heads, length, head_dim).
         key: (1, num_key_value_heads, length, head_dim).
         value: as `key`.
         attention_mask: must be None, as in packed batches.
         scaling: factor of the scores; default: 1 / sqrt(head_dim).
-        dropout: dropout probability.
         sliding_window: number of tokens visible to a query, including itself; None: all previous ones.
         cu_seq_lens_q: (documents + 1,) int32, cumulative document lengths.
         max_length_q: length of the longest document.
         image_index: (1, length) int64, image of each patch, -1 for text: patches of an image attend to each
             other in both directions. None: purely causal.
-        **kwargs: unused arguments of the interface.
 
     Returns:
         Attention output (1, length, num_heads, head_dim), and None in place of the attention weights.
-
-    Raises:
-        ValueError: the batch is not packed.
     """
     if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError(

@@ -64,10 +64,8 @@ class Checkpointer:
     needed, because each step reseeds. Any number of processes can load them.
 
     Args:
-        folder: folder of the checkpoints.
         keep: number of newest checkpoints to keep.
         asynchronous: whether `save` returns before the files are written.
-        context: distributed context of the run.
     """
 
     def __init__(self, folder: Path, keep: int, asynchronous: bool, context: DistributedContext) -> None:
@@ -81,11 +79,7 @@ class Checkpointer:
         self._pending: Future[Any] | None = None
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-        """Save the current step unless it is saved already; wait for a pending checkpoint first.
-
-        Raises:
-            RuntimeError: the optimizer does not hold the model's parameters.
-        """
+        """Save the current step unless it is saved already; wait for a pending checkpoint first."""
         self.wait()
         tensors = _trained_tensors(model, optimizer)
         path = self._folder / f"step-{state.step:08d}"
@@ -110,11 +104,7 @@ class Checkpointer:
     def wait(self, timeout: float | None = None) -> None:
         """Wait until this process's part of a pending checkpoint is written; in rank 0, until it is complete.
 
-        Args:
-            timeout: seconds, or None to wait indefinitely.
-
-        Raises:
-            TimeoutError: the checkpoint is not written in time.
+        Raises TimeoutError after `timeout` seconds; None waits indefinitely.
         """
         pending, self._pending = self._pending, None
         if pending:
@@ -136,11 +126,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_train_state(path: Path) -> TrainState:
-    """Read the progress of the run from a checkpoint.
-
-    Raises:
-        SoloError: `training_state.json` is missing or damaged.
-    """
+    """Read the progress of the run from a checkpoint."""
     try:
         return TrainState(**json.loads((path / _STATE_FILE).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -148,11 +134,7 @@ def load_train_state(path: Path) -> TrainState:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Load the trainable parameters, and the optimizer's moments, in place.
-
-    Raises:
-        SoloError: the checkpoint is not readable or belongs to another model.
-    """
+    """Load the trainable parameters, and the optimizer's moments, in place."""
     tensors = _trained_tensors(model, optimizer)
     try:
         load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
@@ -164,12 +146,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 def export_model(
     out: Path, model: PreTrainedModel, processor: Any, recipe: Recipe, context: DistributedContext
 ) -> Path:
-    """Save the trained model as `out/model` for `from_pretrained`, and adapters also as `out/adapter`.
+    """Save the trained model as `out/model` for `from_pretrained`, adapters also as `out/adapter`.
 
-    A collective call; rank 0 writes. Adapters are merged into the base model.
-
-    Returns:
-        The folder of the model.
+    A collective call; rank 0 writes. Adapters are merged into the base model. Returns the path of the model.
     """
     path = out / "model"
     if has_adapters(model):
@@ -193,15 +172,12 @@ def export_model(
 
 
 def export_checkpoint(run: Path, out: Path, step: int | None = None) -> int:
-    """Save a checkpoint of a finished or unfinished run as a folder for `from_pretrained`.
+    """Save a checkpoint of a finished or unfinished run as a folder for `from_pretrained`; return its step.
 
     Args:
         run: output directory of the run; its `recipe.yaml` names the base model.
         out: folder to write.
         step: step of the checkpoint; default: the newest.
-
-    Returns:
-        The step of the checkpoint.
 
     Raises:
         SoloError: there is no such checkpoint, or the base model is missing.
@@ -234,16 +210,13 @@ def _create_partial(path: Path, partial: Path, state: TrainState) -> bool:
 
 
 def _trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Return everything that training changes, by name; the tensors share memory with the model's.
-
-    Raises:
-        RuntimeError: the optimizer holds other parameters than the model, as while FSDP has gathered them.
-    """
+    """Return everything that training changes, by name; the tensors share memory with the model's."""
     parameters = dict(named_trainable(model))
     tensors = {f"model/{name}": parameter.detach() for name, parameter in parameters.items()}
     if optimizer is None:
         return tensors
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    # FSDP replaces the model's parameters while it has gathered them.
     if missing := [name for name, parameter in parameters.items() if parameter not in held]:
         raise RuntimeError(f"not saved or loaded: the optimizer does not hold the model's {missing[0]}")
     if len(held) > len(parameters):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_model, quantization_config
@@ -36,14 +36,9 @@ _SAVED_OPERATORS = {
 
 
 def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[PreTrainedModel, Any]:
-    """Load a SOLO model and its processor, or a plain LLM and its tokenizer, with float32 weights.
+    """Load a SOLO model and its processor, or a plain LLM and its tokenizer.
 
-    Args:
-        path: folder or hub id.
-        recipe: may ask for 4-bit weights.
-
-    Raises:
-        SoloError: the folder is neither.
+    Weights are in float32, or in 4 bits if the recipe asks for it.
     """
     encoder = load_encoder(path)
     options: dict[str, Any] = {"dtype": "float32"}
@@ -61,13 +56,16 @@ def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[Pre
 
 
 def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
-    """Load the base model of a recipe and prepare it for training; return it with its processor.
-
-    Raises:
-        SoloError: the model cannot be read, or cannot be trained or sharded as the recipe asks.
-    """
-    load = _load_unsharded if context.mesh is None else _load_sharded
-    model, processor = load(recipe, context)
+    """Load the base model of a recipe and prepare it for training; return it with its processor."""
+    if context.mesh is None or recipe.quantize:  # a quantized model trains in a single process
+        model, processor = load_base_model(recipe.mixture.model_source(), recipe)
+        set_trainable(model, recipe, context.dims.world_size)
+        if context.mesh is not None:
+            model.to(context.device)
+        if recipe.float8:
+            use_float8(model, context.device)
+    else:
+        model, processor = _load_sharded(recipe, context)
     use_activation_checkpointing(model, recipe.activation_checkpointing)
     use_packed_attention(model)
     if recipe.compile:
@@ -76,17 +74,9 @@ def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedM
 
 
 def set_trainable(model: PreTrainedModel, recipe: Recipe, world_size: int = 1) -> None:
-    """Freeze what the recipe does not train and add its adapters; outputs do not change.
+    """Freeze, in place, what the recipe does not train, and add its adapters; outputs do not change.
 
     Call it before sharding, and before the optimizer collects the parameters that require a gradient.
-
-    Args:
-        model: SOLO model or LLM of transformers, possibly on the meta device; changed in place.
-        recipe: `trainable`, `lora` and `quantize`.
-        world_size: number of processes of the run.
-
-    Raises:
-        SoloError: the settings contradict each other or do not fit the model.
     """
     if recipe.trainable != "all" and model.config.model_type != "solo":
         raise SoloError(
@@ -95,6 +85,8 @@ def set_trainable(model: PreTrainedModel, recipe: Recipe, world_size: int = 1) -
         )
     if recipe.quantize and not recipe.lora:
         raise SoloError("quantize: 4-bit weights cannot be trained directly; also set lora (QLoRA)")
+    if recipe.quantize and recipe.float8:
+        raise SoloError("quantize: 4-bit weights cannot be used in float8; unset quantize or float8")
     if recipe.quantize and world_size > 1:
         raise SoloError("quantize: 4-bit weights cannot be sharded; start one process, or unset quantize")
     if recipe.lora and recipe.parallel.tensor > 1:
@@ -108,20 +100,15 @@ def set_trainable(model: PreTrainedModel, recipe: Recipe, world_size: int = 1) -
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraSettings | None, new_tokens: bool) -> None:
-    """Freeze a model and add PEFT adapters; the patch embedding, if any, stays fully trainable.
+    """Freeze a model in place and add PEFT adapters; the patch embedding, if any, stays fully trainable.
 
     Adapters live in the model's own layers (transformers' `add_adapter`), so sharding, checkpoints, attention
     and loss see an ordinary model with fewer trainable parameters.
 
     Args:
-        model: SOLO model or LLM of transformers; changed in place.
-        lora: LoRA of the decoder's linear layers (Hu et al. 2021), or None.
         new_tokens: train the rows of the vision tokens in the token embedding and in the head. They are
             separate parameters that replace the frozen rows, so neither gradients nor weight decay can
             change other rows.
-
-    Raises:
-        SoloError: `lora.targets` names a layer that the decoder does not have.
     """
     from peft import LoraConfig
     from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -157,12 +144,7 @@ def adapter_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Merge a saved adapter into the weights of its base model; the result has no trace of PEFT.
-
-    Args:
-        base: unquantized base model; changed in place.
-        folder: adapter saved by PEFT.
-    """
+    """Merge a saved adapter into its unquantized base model, in place; the result has no trace of PEFT."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
@@ -182,9 +164,7 @@ def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "select
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _checkpoint_policy)
     for layer in decoder_layers(model):
-        forward = partial(
-            type(layer).forward, layer
-        )  # the class's forward, so that layers share compiled code
+        forward = partial(type(layer).forward, layer)  # the class's, so that layers share compiled code
         layer.forward = partial(checkpoint, forward, **options)  # type: ignore[method-assign]
 
 
@@ -198,9 +178,6 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
     """Compute the decoder's linear layers in float8 with tensorwise scaling; weights keep their precision.
 
     The patch embedding and the head stay in the recipe's precision.
-
-    Raises:
-        SoloError: the device does not support float8, or torchao is not installed.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
         raise SoloError(
@@ -214,26 +191,12 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
         convert_to_float8_training(layer)
 
 
-def _load_unsharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
-    model, processor = load_base_model(recipe.mixture.model_source(), recipe)
-    set_trainable(model, recipe)
-    if recipe.float8:
-        use_float8(model, context.device)
-    return model, processor
-
-
 def _load_sharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
     """Read the weights in rank 0 only, and distribute them to the shards of all ranks."""
     world_size = context.dims.world_size
-    if recipe.quantize:  # a single process on an accelerator
-        model, processor = load_base_model(recipe.mixture.model_source(), recipe)
-        set_trainable(model, recipe, world_size)
-        return model.to(context.device), processor
     loaded: list[PreTrainedModel] = []
 
-    def describe() -> tuple[
-        type[PreTrainedModel], PreTrainedConfig, GenerationConfig | None, dict[str, Tensor], Any
-    ]:
+    def describe() -> tuple[type[PreTrainedModel], Any, Any, dict[str, Tensor], Any]:
         model, processor = load_base_model(recipe.mixture.model_source(), recipe)
         set_trainable(model, recipe, world_size)
         loaded.append(model)

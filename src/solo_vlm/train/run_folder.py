@@ -20,7 +20,7 @@ from solo_vlm.data.sources import Source
 from solo_vlm.train.checkpoint import latest_checkpoint
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file, remove_partial
+from solo_vlm.utils.files import remove_partial, write_text
 from solo_vlm.utils.settings import describe_changes, find_changes
 
 # Settings that may change on resume, because they do not affect what is learned.
@@ -55,11 +55,7 @@ _PACKAGES = (
 
 
 def lock_output_dir(out: Path) -> IO[str] | None:
-    """Lock the directory against other runs until the returned file is closed; None if unsupported.
-
-    Raises:
-        SoloError: another run holds the lock.
-    """
+    """Lock the directory against other runs until the returned file is closed; None if unsupported."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -80,12 +76,7 @@ def lock_output_dir(out: Path) -> IO[str] | None:
 
 
 def prepare_output_dir(out: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """Write the recipe and input fingerprints; return the checkpoint to resume from, if there is one.
-
-    Raises:
-        SoloError: the directory holds a finished run or a run of another recipe, the base model or validation
-            data have changed since the run started, or there is nothing to resume.
-    """
+    """Write the recipe and input fingerprints; return the checkpoint to resume from, if there is one."""
     if (out / "model").exists():
         raise SoloError(f"{out} holds a finished run: remove it, or choose another folder with out=...")
     saved_recipe = out / "recipe.yaml"
@@ -107,10 +98,8 @@ def prepare_output_dir(out: Path, recipe: Recipe, resume: bool) -> Path | None:
                 f"{', '.join(changed_inputs[:3])} changed since the run in {out} started: restore the "
                 "original, or start a new run with out=..."
             )
-    with new_file(saved_inputs) as partial:
-        partial.write_text(json.dumps(inputs, indent=2))
-    with new_file(saved_recipe) as partial:
-        partial.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    write_text(saved_inputs, json.dumps(inputs, indent=2))
+    write_text(saved_recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     return checkpoint
 
 
@@ -128,14 +117,7 @@ def describe_recipe_changes(before: Recipe, now: Recipe) -> str:
 
 
 def write_manifest(path: Path, recipe: Recipe, sources: list[Source], outcome: dict[str, Any]) -> None:
-    """Write the manifest of a finished run: recipe, versions, hardware, data, outcome.
-
-    Args:
-        path: JSON file to write.
-        recipe: resolved recipe.
-        sources: training sources, for their fingerprints.
-        outcome: summary of the run: steps, tokens, skipped samples by reason.
-    """
+    """Write the manifest of a finished run: recipe, versions, hardware, data, outcome."""
     manifest = {
         "recipe": recipe.model_dump(mode="json"),
         "data": {source.name: source.fingerprint() for source in sources},
@@ -151,16 +133,11 @@ def write_manifest(path: Path, recipe: Recipe, sources: list[Source], outcome: d
         },
         "outcome": outcome,
     }
-    with new_file(path) as partial:
-        partial.write_text(json.dumps(manifest, indent=2) + "\n")
+    write_text(path, json.dumps(manifest, indent=2) + "\n")
 
 
 def read_manifest_recipe(path: Path) -> Recipe:
-    """Read the recipe of a manifest.
-
-    Raises:
-        SoloError: the file is not a manifest.
-    """
+    """Read the recipe of a manifest."""
     try:
         return Recipe.parse(json.loads(path.read_text())["recipe"], origin=str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -45,7 +45,7 @@ from solo_vlm.train.parallel.sharding import average_replicated_gradients, resha
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import lock_output_dir, prepare_output_dir, write_manifest
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,6 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     uninterrupted run bit for bit.
 
     Args:
-        recipe: settings of the run.
         resume: fail unless there is a checkpoint to resume from.
         progress: progress display; default: a new one on stderr.
 
@@ -85,23 +84,16 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
         Stopped: SIGTERM or SIGINT was received, and the run is saved.
     """
     stop = StopRequest()
-    with init_distributed(recipe, stop) as context, catch_signals(stop):
-        if progress is not None:
-            return Trainer(recipe, resume, context, progress, stop).run()
-        with progress_bar(quiet=not context.is_main_process) as progress:
-            return Trainer(recipe, resume, context, progress, stop).run()
+    with (
+        init_distributed(recipe, stop) as context,
+        catch_signals(stop),
+        nullcontext(progress) if progress else progress_bar(quiet=not context.is_main_process) as shown,
+    ):
+        return Trainer(recipe, resume, context, shown, stop).run()
 
 
 class Trainer:
-    """State of a run in one process.
-
-    Args:
-        recipe: settings of the run.
-        resume: fail unless there is a checkpoint to resume from.
-        context: distributed context.
-        progress: progress display.
-        stop: signals received so far.
-    """
+    """State of a run in one process."""
 
     def __init__(
         self, recipe: Recipe, resume: bool, context: DistributedContext, progress: Progress, stop: StopRequest
@@ -178,18 +170,13 @@ class Trainer:
         skipped = list(chain.from_iterable(self.context.gather(self.loader.skipped())))
         model = export_model(self.out, self.model, self.processor, self.recipe, self.context)
         if self.context.is_main_process:
-            with new_file(self.out / "skipped.jsonl") as partial:
-                partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
+            lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+            write_text(self.out / "skipped.jsonl", "".join(lines))
             write_manifest(self.out / "manifest.json", self.recipe, self.sources, summary)
         return TrainResult(model, summary)
 
     def train_step(self) -> bool:
-        """Run one optimizer step; return False if the data have ended before it.
-
-        Raises:
-            SoloError: no sample can be used, or too many consecutive steps were not finite.
-            Stopped: a signal was received, and the run is saved.
-        """
+        """Run one optimizer step; return False if the data have ended before it."""
         recipe, context, state = self.recipe, self.context, self.state
 
         # This rank's packed sequences of the global batch, and token counts over all ranks.
@@ -344,17 +331,9 @@ class Trainer:
 
 
 class Validator:
-    """Mean loss over the supervised tokens of held-out sequences.
+    """Mean loss over the supervised tokens of held-out sequences, packed like the training data.
 
     The sequences are the same for any number of processes; each process reads all and evaluates its part.
-
-    Args:
-        recipe: recipe with `validation`; its packing applies to the held-out data, too.
-        processor: processor of the model.
-        context: distributed context.
-
-    Raises:
-        SoloError: a source is missing or empty.
     """
 
     def __init__(self, recipe: Recipe, processor: Any, context: DistributedContext) -> None:
@@ -414,12 +393,9 @@ def optimizer_step(
     """Run one optimizer step on the token-averaged loss; skip the update if loss or gradient is not finite.
 
     Args:
-        model: model in training mode.
         optimizer: optimizer of its trainable parameters, with the learning rate set.
         batches: this process's packed sequences of the global batch; each gets a forward and backward pass.
         supervised: supervised tokens of the global batch over all processes.
-        recipe: precision and clipping.
-        context: distributed context.
     """
     losses = forward_backward(model, batches, supervised, autocast(recipe, context))
     (loss,) = context.sum(sum(losses))

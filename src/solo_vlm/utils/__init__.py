@@ -1,1 +1,4 @@
-"""General helpers: settings, files, JSON lines, pages, errors. Imports no other package of the project."""
+"""General helpers without logic of ours: settings, files, JSON lines, pages, errors.
+
+May import: nothing of the project.
+"""

@@ -14,22 +14,14 @@ _PREFIX = ".partial-"
 
 
 def check_new(path: Path) -> None:
-    """Check that a folder can be created at `path`, before long work begins.
-
-    Raises:
-        SoloError: `path` exists and is not an empty folder.
-    """
+    """Raise SoloError unless a folder can be created at `path`; called before long work begins."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SoloError(f"{path} exists already: choose another name or remove it")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it to `path` on success, remove it on failure.
-
-    Raises:
-        SoloError: `path` exists and is not an empty folder.
-    """
+    """Yield a temporary folder beside `path`; rename it to `path` on success, remove it on failure."""
     check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
@@ -54,6 +46,12 @@ def new_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole, in UTF-8."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def remove_partial(folder: Path) -> None:

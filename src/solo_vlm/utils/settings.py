@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +9,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, did_you_mean
 
 
 class Settings(BaseModel):
@@ -23,7 +22,6 @@ class Settings(BaseModel):
         """Validate plain settings.
 
         Args:
-            settings: nested dicts, lists and scalars, as from YAML.
             origin: file name for error messages.
 
         Raises:
@@ -45,30 +43,21 @@ class Settings(BaseModel):
         Raises:
             SoloError: no such file, or an invalid key or value.
         """
-        kind = cls.__name__.lower()
+        kind = cls.__name__.removesuffix("Settings").lower()
         settings = read_settings(find_settings(path, kind), kind)
         return cls.parse(override(settings, overrides), origin=str(path))
 
     def override(self, overrides: Sequence[str]) -> Self:
-        """Return a copy with `a.b=value` overrides.
-
-        Raises:
-            SoloError: as `parse`.
-        """
+        """Return a copy with `a.b=value` overrides."""
         return self.parse(override(self.model_dump(mode="json"), overrides))
 
 
-def find_settings(path: str | Path, kind: str) -> Path:
-    """Find a settings file by its path, or by its name among the recipes of the package.
+def find_settings(path: str | Path, kind: str, *folders: Path) -> Path:
+    """Find a settings file by path, or by name in `folders` or among the recipes of the package.
 
-    Args:
-        path: path or name, with or without `.yaml`.
-        kind: "recipe", "mixture", ... for the error message.
-
-    Raises:
-        SoloError: no such file.
+    The name may lack `.yaml`; `kind` ("recipe", "mixture", ...) names the file in the error message.
     """
-    for folder in (Path(), *_recipes()):
+    for folder in (*folders, Path(), *_recipes()):
         for candidate in (folder / path, folder / f"{path}.yaml"):
             if candidate.is_file():
                 return candidate
@@ -81,11 +70,7 @@ def list_settings(folder: str) -> list[Path]:
 
 
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
-    """Read a YAML file as plain settings, merged over those of the file named by its `base` key.
-
-    Raises:
-        SoloError: the file cannot be read or is not a mapping.
-    """
+    """Read a YAML file as plain settings, merged over those of the file named by its `base` key."""
     try:
         settings = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -97,11 +82,7 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
 
 
 def override(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Set each `a.b=value` in plain settings, in place.
-
-    Raises:
-        SoloError: an override lacks "=", or its key descends into a scalar.
-    """
+    """Set each `a.b=value` in plain settings, in place."""
     for change in overrides:
         key, equals, value = change.partition("=")
         if not equals:
@@ -164,8 +145,7 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     key = ".".join(str(step) for step in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{key}: {first['msg']}"
-    near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(kind), n=1)
-    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"unknown key {key}" + did_you_mean(str(first["loc"][-1]), _known_keys(kind))
 
 
 def _known_keys(kind: type[BaseModel]) -> list[str]:

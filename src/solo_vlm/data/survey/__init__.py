@@ -1,4 +1,1 @@
-"""Looking at data before training: statistics, verification, samples as the model sees them.
-
-Imports `data`, `models` and `utils`.
-"""
+"""Looking at data before training: statistics, verification, samples as the model sees them."""

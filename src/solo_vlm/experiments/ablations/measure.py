@@ -21,7 +21,7 @@ from solo_vlm.experiments.ablations.settings import AblationSettings, HeldOutSet
 from solo_vlm.experiments.launcher import Job
 from solo_vlm.train.recipe import Recipe, ValidationSettings
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 from solo_vlm.utils.json_lines import LinesFile
 
 if TYPE_CHECKING:
@@ -50,8 +50,6 @@ class Measurement:
 
     Attributes:
         kind: "accuracy" (share of correct generated answers) or "loss" (nats per supervised token).
-        stage: Stage that writes the model.
-        data: Path of the samples.
         file: Result file, in the folder of the stage; its name contains a digest of the data.
     """
 
@@ -73,14 +71,11 @@ class Measurement:
 def plan_measurements(
     settings: AblationSettings, pipelines: Iterable[Pipeline]
 ) -> list[dict[str, Measurement]]:
-    """Return the measurements of each pipeline, by metric.
-
-    Raises:
-        SoloError: Data are missing, or no stage has trained before a metric is to be measured.
-    """
+    """Return the measurements of each pipeline, by metric."""
     root = Path(settings.root).resolve()
     files = {held_out.data for held_out in settings.metrics.values()}
-    digests = {data: _digest(root, data) for data in files}
+    identities = {data: f"{data} {open_source(root / data).fingerprint()}" for data in files}
+    digests = {data: hashlib.sha256(text.encode()).hexdigest()[:10] for data, text in identities.items()}
 
     def measurement(pipeline: Pipeline, metric: str, held_out: HeldOutSettings) -> Measurement:
         stage = pipeline.after(held_out.after)
@@ -124,15 +119,7 @@ def count_samples(path: str | Path) -> int:
 
 
 def measure(run: Path, task: str) -> None:
-    """Measure the model of a run, and write each result to its file.
-
-    Args:
-        run: Folder of the run.
-        task: JSON list of (kind, data, result file).
-
-    Raises:
-        SoloError: The data cannot be read, or are not questions although accuracy is to be measured.
-    """
+    """Measure the model of a run, and write each result to its file; `task` is JSON of (kind, data, file)."""
     from solo_vlm.generate import GenerationPipeline
 
     generator = cache(lambda: GenerationPipeline.from_pretrained(run / "model"))
@@ -141,18 +128,11 @@ def measure(run: Path, task: str) -> None:
             result = measure_accuracy(generator(), data, answers_file(Path(file)))
         else:
             result = measure_loss(run, data)
-        with new_file(Path(file)) as partial:
-            partial.write_text(json.dumps(result._asdict()) + "\n")
+        write_text(Path(file), json.dumps(result._asdict()) + "\n")
 
 
 def measure_accuracy(generator: GenerationPipeline, data: str | Path, answers: Path) -> Result:
-    """Return the share of correct answers to held-out questions.
-
-    Args:
-        generator: Model to ask.
-        data: Path of the questions.
-        answers: File that receives the answers; questions that it already answers are skipped.
-    """
+    """Return the share of correct answers to held-out questions; those already in `answers` are skipped."""
     from solo_vlm.evaluate.held_out import answer_questions, read_questions
 
     questions = read_questions(data)
@@ -170,11 +150,7 @@ def measure_accuracy(generator: GenerationPipeline, data: str | Path, answers: P
 def measure_loss(run: Path, data: str | Path) -> Result:
     """Return the loss of a run's model on the supervised text tokens of held-out samples.
 
-    Vision tokens are never supervised, even if the recipe has `vision_loss`.
-
-    Args:
-        run: Folder of the run, whose recipe sets how samples are packed.
-        data: Path of the samples.
+    The run's recipe sets the packing; vision tokens are never supervised, even if it has `vision_loss`.
     """
     from solo_vlm.train.model import make_model
     from solo_vlm.train.parallel.context import init_distributed
@@ -188,10 +164,6 @@ def measure_loss(run: Path, data: str | Path) -> Result:
     with init_distributed(recipe) as context:
         model, processor = make_model(recipe, context)
         return Result(Validator(recipe, processor, context).loss(model), count_samples(data))
-
-
-def _digest(root: Path, data: str) -> str:
-    return hashlib.sha256(f"{data} {open_source(root / data).fingerprint()}".encode()).hexdigest()[:10]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run an ablation: build a pipeline of stages for each variant and seed, train and measure what is missing.
+"""Pipelines of an ablation: the stages of each variant and seed, their data and initial models.
 
 Stages with the same settings, data and predecessors are the same stage and are trained once.
 """
@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import groupby
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,22 +28,15 @@ from solo_vlm.experiments.ablations.settings import (
     StageSettings,
     describe_changes,
 )
-from solo_vlm.experiments.launcher import Executor, TrainingRun, finish_jobs, train_runs
+from solo_vlm.experiments.launcher import TrainingRun
 from solo_vlm.quickstart.data.drawn import draw_toy_data
-from solo_vlm.train.metrics import read_metrics
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import config_fingerprint
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import find_settings, merge, read_settings
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from solo_vlm.experiments.ablations.measure import Measurement
-    from solo_vlm.experiments.ablations.report import Report
     from solo_vlm.models.from_llm import SoloModelAndProcessor
-
-_REFRESH_SECONDS = 1.0  # between two checks of the progress of jobs
 
 
 @dataclass(frozen=True)
@@ -53,13 +44,10 @@ class Stage:
     """One stage of a pipeline, which writes one model.
 
     Attributes:
-        name: Name of the stage in the settings.
         run_name: Name of the run: stage, seed, and a digest of everything that the model depends on (data,
             settings, preceding stages).
-        root: Root of the ablation.
         source: Folder below the root, or hub id, of the input model.
         parent: Stage that writes the input model; None for a given model.
-        seed: Random seed.
         settings: Recipe of a training stage, or settings of `init`; None for the quickstart's decoder with
             random weights.
     """
@@ -126,12 +114,7 @@ class Pipeline:
 def build_pipelines(ablation: Ablation, fraction: float = 1.0) -> list[Pipeline]:
     """Build the pipelines of all variants under all seeds, ordered by variant.
 
-    Args:
-        ablation: Loaded ablation.
-        fraction: Share of the steps of every stage to train.
-
-    Raises:
-        SoloError: The settings of a stage are not a valid recipe.
+    `fraction` is the share of the steps of every stage to train.
     """
     builder = _PipelineBuilder(ablation, fraction)
     seeds = range(ablation.settings.seeds)
@@ -164,9 +147,6 @@ def make_plan(ablation: Ablation, fraction: float = 1.0) -> dict[str, Any]:
 
     `variants` has the changes and stages of each variant, and each stage its `steps` and the folders of its
     runs (one per seed) with whether they are finished; `missing` counts runs and steps.
-
-    Raises:
-        SoloError: As `build_pipelines`.
     """
     pipelines = build_pipelines(ablation, fraction)
     changes = {BASE: {}, **ablation.settings.variants}
@@ -187,65 +167,8 @@ def make_plan(ablation: Ablation, fraction: float = 1.0) -> dict[str, Any]:
     }
 
 
-def run_ablation(
-    ablation: Ablation,
-    progress: Progress,
-    fraction: float = 1.0,
-    processes: int = 1,
-    executor: Executor = "local",
-) -> tuple[Report, Path]:
-    """Train and measure whatever is missing, then compare the variants.
-
-    A repeated call keeps finished work; interrupted runs resume from their newest checkpoints, and
-    interrupted measurements after their last answer.
-
-    Args:
-        ablation: Loaded ablation.
-        progress: Progress bars to draw on.
-        fraction: Share of the steps of every stage to train.
-        processes: Maximum number of concurrent runs.
-        executor: See `launcher.run_jobs`.
-
-    Returns:
-        The report, and the folder `root/NAME` with `results.parquet` and `report.json`.
-
-    Raises:
-        SoloError: The settings do not fit the data or the LLM, or a job failed.
-        Stopped: A signal arrived; progress is saved.
-    """
-    from solo_vlm.experiments.ablations.measure import plan_measurements
-    from solo_vlm.experiments.ablations.report import Report, Row, write_rows
-
-    settings = ablation.settings
-    task = progress.add_task("data", total=1)
-    prepare_data(settings)
-    progress.update(task, completed=1)
-    pipelines = build_pipelines(ablation, fraction)
-    measurements = plan_measurements(settings, pipelines)
-    distinct = {m.file: m for by_metric in measurements for m in by_metric.values()}
-    missing = [measurement for measurement in distinct.values() if measurement.result() is None]
-    _run_stages(missing_stages(m.stage for m in missing), progress, processes, executor)
-    _measure(missing, progress, processes, executor)
-    rows = [
-        Row(pipeline.variant, pipeline.seed, metric, m.kind, *result)
-        for pipeline, by_metric in zip(pipelines, measurements, strict=True)
-        for metric, m in by_metric.items()
-        if (result := m.result())
-    ]
-    name = ablation.name if fraction == 1 else f"{ablation.name}-{fraction:g}"
-    out = Path(settings.root) / name
-    write_rows(out / "results.parquet", rows)
-    report = Report.make(ablation, fraction, pipelines, rows)
-    report.write(out / "report.json")
-    return report, out
-
-
 def prepare_data(settings: AblationSettings) -> None:
-    """Write the toy data and the derived files, unless they exist.
-
-    Raises:
-        SoloError: Existing data were drawn with other settings, or a file to shuffle cannot be read.
-    """
+    """Write the toy data and the derived files, unless they exist."""
     root = Path(settings.root)
     if settings.toy_data:
         draw_toy_data(root / "data", settings.toy_data)
@@ -259,15 +182,6 @@ def shuffle_images(source: Path, out: Path, seed: int = 0) -> None:
 
     The permutation breaks the relation between image and text, and keeps everything else: a sample exchanges
     its images with a sample that has the same number of images. All samples are held in memory.
-
-    Args:
-        source: Source to read.
-        out: Parquet file to write.
-        seed: Seed of the permutation.
-
-    Raises:
-        SoloError: The source cannot be read.
-        SampleError: A sample is malformed.
     """
     samples = [parse_sample(row) for row in all_rows(source)]
     by_images: dict[int, list[int]] = defaultdict(list)  # number of images -> indices of samples
@@ -290,11 +204,7 @@ def _row(sample: Sample) -> dict[str, Any]:
 
 
 def write_initial_model(stage: Stage) -> None:
-    """Write the model of a stage that does not train: the untrained decoder, or a SOLO model from an LLM.
-
-    Raises:
-        SoloError: The LLM cannot be read, or the settings of `init` are invalid.
-    """
+    """Write the model of a stage that does not train: the untrained decoder, or a SOLO model from an LLM."""
     from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 
     model = stage.folder / "model"
@@ -330,79 +240,6 @@ def _compose(llm: str | Path, settings: InitSettings, seed: int) -> SoloModelAnd
     return solo
 
 
-def _run_stages(stages: Sequence[Stage], progress: Progress, processes: int, executor: Executor) -> None:
-    """Run stages by depth, so that the input models of each level exist."""
-    if not stages:
-        return
-    runs = [stage.run for stage in stages if stage.run]
-    steps = sum(run.recipe.steps or 0 for run in runs)
-    refresh = _Refresh(progress, "training steps", steps, lambda: sum(map(_completed_steps, runs)))
-    done = 0
-    for _, level in groupby(stages, key=lambda stage: stage.depth):
-        for name in _run_level(list(level), processes, executor, refresh):
-            done += 1
-            progress.console.print(f"{name}: done, {done} of {len(stages)} models", highlight=False)
-    refresh.update()
-
-
-def _run_level(
-    stages: Sequence[Stage], processes: int, executor: Executor, on_wait: Callable[[], None]
-) -> Iterator[str]:
-    """Yield the run names of stages as they finish."""
-    for stage in stages:
-        if stage.run is None:
-            write_initial_model(stage)
-            yield stage.run_name
-    for run in train_runs([stage.run for stage in stages if stage.run], processes, executor, on_wait):
-        yield run.name
-
-
-def _measure(missing: Sequence[Measurement], progress: Progress, processes: int, executor: Executor) -> None:
-    from solo_vlm.experiments.ablations.measure import count_samples, measuring_jobs
-
-    if not missing:
-        return
-    jobs = list(measuring_jobs(missing))
-    generating = [measurement for measurement in missing if measurement.kind == "accuracy"]
-    sizes = {data: count_samples(data) for data in {measurement.data for measurement in generating}}
-    questions = sum(sizes[measurement.data] for measurement in generating)
-    refresh = _Refresh(
-        progress, "held-out answers", questions, lambda: sum(_line_count(m.answers) for m in generating)
-    )
-    for done, job in enumerate(finish_jobs(jobs, processes, executor, refresh), start=1):
-        progress.console.print(f"{job.name}: measured, {done} of {len(jobs)} models", highlight=False)
-    refresh.update()
-
-
-class _Refresh:
-    """Callback that moves a progress bar, at most once per second, by reading the output of jobs."""
-
-    def __init__(self, progress: Progress, title: str, total: int, completed: Callable[[], int]) -> None:
-        self._progress = progress
-        self._completed = completed
-        self._task = progress.add_task(title, total=total)
-        self._next = 0.0
-
-    def __call__(self) -> None:
-        if time.monotonic() >= self._next:
-            self.update()
-            self._next = time.monotonic() + _REFRESH_SECONDS
-
-    def update(self) -> None:
-        self._progress.update(self._task, completed=self._completed())
-
-
-def _completed_steps(run: TrainingRun) -> int:
-    try:
-        return int(read_metrics(run.folder)[-1]["step"])
-    except (OSError, IndexError, ValueError):  # no file yet, or an incomplete line
-        return 0
-
-
-def _line_count(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
 def _steps(stage: Stage) -> int | None:
     return stage.run.recipe.steps if stage.run else None
 
@@ -422,25 +259,14 @@ class _PipelineBuilder:
         outputs = {}
         for name, settings in merged.items():
             if settings is not None:
-                stage = self._next(f"{variant}, stage {name}", name, settings, stage, seed)
+                source = f"runs/{stage.run_name}/model" if stage else str(self.settings.llm)
+                parse = InitSettings.parse if name == INIT else partial(self._recipe, source, seed)
+                stage = self._stage(name, source, stage, seed, parse(settings, f"{variant}, stage {name}"))
             outputs[name] = stage
         return Pipeline(variant, seed, outputs)
 
-    def _next(
-        self, origin: str, name: str, settings: dict[str, Any], previous: Stage | None, seed: int
-    ) -> Stage:
-        source = f"runs/{previous.run_name}/model" if previous else str(self.settings.llm)
-        if name == INIT:
-            return self._stage(name, source, previous, seed, InitSettings.parse(settings, origin))
-        return self._stage(name, source, previous, seed, self._recipe(origin, settings, source, seed))
-
     def _stage(
-        self,
-        name: str,
-        source: str,
-        parent: Stage | None,
-        seed: int,
-        settings: Recipe | InitSettings | None,
+        self, name: str, source: str, parent: Stage | None, seed: int, settings: Recipe | InitSettings | None
     ) -> Stage:
         facts = json.dumps([source, seed, *self._identity(settings)], sort_keys=True)
         run_name = f"{name}-seed{seed}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
@@ -458,11 +284,12 @@ class _PipelineBuilder:
         plain = settings or self.settings.toy_data
         return [plain.model_dump(mode="json", exclude_defaults=True) if plain else None]
 
-    def _recipe(self, origin: str, settings: Mapping[str, Any], source: str, seed: int) -> Recipe:
+    def _recipe(self, source: str, seed: int, settings: Mapping[str, Any], origin: str) -> Recipe:
         changes = {key: value for key, value in settings.items() if key != "recipe"}
         name = settings.get("recipe")
-        plain = merge(read_settings(self._find(name), "recipe"), changes) if name else changes
-        recipe = Recipe.parse({**plain, "root": str(self.root), "model": source, "out": ""}, origin)
+        if name:
+            changes = merge(read_settings(find_settings(name, "recipe", self.folder), "recipe"), changes)
+        recipe = Recipe.parse({**changes, "root": str(self.root), "model": source, "out": ""}, origin)
         if recipe.steps is None and self.fraction != 1:
             raise SoloError(f"{origin} has no steps to take a fraction of")
         return recipe.model_copy(
@@ -472,13 +299,6 @@ class _PipelineBuilder:
                 "data": recipe.data.model_copy(update={"seed": recipe.data.seed + seed}),
             }
         )
-
-    def _find(self, recipe: str) -> Path:
-        beside = self.folder / recipe
-        for path in (beside, beside.with_name(f"{beside.name}.yaml")):
-            if path.is_file():
-                return path
-        return find_settings(recipe, "recipe")
 
     def _fingerprint(self, path: str) -> str:
         """Return the fingerprint of data; empty for missing data, which nothing was trained on yet."""

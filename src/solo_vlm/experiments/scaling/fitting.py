@@ -42,7 +42,6 @@ def best_minimum(curve: Curve, starts: Iterable[Array], observed: Array) -> Mini
     2024, "Chinchilla Scaling: A replication attempt").
 
     Args:
-        curve: Curve to fit.
         starts: Initial parameters, (p,) each.
         observed: Log losses, (points,).
     """
@@ -65,12 +64,9 @@ def bootstrap_minima(
     replacement drops points, and a small grid of sizes then often determines no law.
 
     Args:
-        curve: Fitted curve.
         starts: Initial parameters, (p,) each, starting with the best fit. Each resample keeps its lowest
             minimum.
         observed: Log losses, (points,).
-        resamples: Number of resamples.
-        seed: Seed of the weights.
     """
     predicted, slopes = curve(starts[0])
     axes = _whitening_axes(slopes @ slopes.T) * max(float(np.abs(observed - predicted).mean()), DELTA)
@@ -109,11 +105,7 @@ def _single_threaded_blas() -> threadpool_limits:
 
 
 def _descend(
-    curve: Curve,
-    start: Array,
-    observed: Array,
-    weights: Array | None = None,
-    axes: Array | None = None,
+    curve: Curve, start: Array, observed: Array, weights: Array | None = None, axes: Array | None = None
 ) -> Minimum:
     """Run L-BFGS from one start, in the coordinates of the columns of `axes` (p, p)."""
     axes = np.eye(len(start)) if axes is None else axes

@@ -51,14 +51,7 @@ _MAX_LOG = 700.0  # exp of more overflows a float
 
 @dataclass(frozen=True)
 class Optimum:
-    """Compute-optimal model and data size of a budget.
-
-    Attributes:
-        flops: Budget C.
-        n: Parameters.
-        d: Tokens.
-        loss: Predicted loss.
-    """
+    """Compute-optimal model size n and tokens d of a budget of FLOPs, and the predicted loss."""
 
     flops: float
     n: float
@@ -117,9 +110,7 @@ class ScalingFit:
     """A fitted law with its bootstrap distribution.
 
     Attributes:
-        law: Best fit.
         resampled: Fits to resampled data (see `fit_scaling_law`).
-        n_points: Number of points.
         objective: Sum of the Huber losses.
         residual: Root mean square of the log residuals, about the relative error of a prediction.
     """
@@ -165,19 +156,12 @@ class ScalingFit:
 def fit_scaling_law(
     n: ArrayLike, d: ArrayLike, loss: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
 ) -> ScalingFit:
-    """Fit L(N, D) = E + A / N^alpha + B / D^beta.
+    """Fit L(N, D) = E + A / N^alpha + B / D^beta to points (points,), with losses in nats per token.
 
     As in approach 3 of Hoffmann et al. 2022, L-BFGS minimizes the Huber loss (delta 1e-3) of log residuals
     over (log A, log B, log E, alpha, beta) from their grid of starts; of the 36 starts that share E, alpha
     and beta only the best is run. Losses are summed, not averaged (Besiroglu et al. 2024). The intervals come
     from a bootstrap (see `fitting.bootstrap_minima`).
-
-    Args:
-        n: Parameters, (points,).
-        d: Tokens, (points,).
-        loss: Nats per token, (points,).
-        resamples: Number of bootstrap resamples.
-        seed: Seed of the bootstrap.
 
     Raises:
         SoloError: The points do not determine a law.
@@ -208,11 +192,7 @@ def fit_scaling_law(
 
 
 def check_points(loss: Array, inputs: Mapping[str, Array], parameters: int = _PARAMETERS) -> None:
-    """Check that the points can determine a law.
-
-    Raises:
-        SoloError: There are too few points, or fewer than three distinct values of an input.
-    """
+    """Check that the points can determine a law."""
     if len(loss) <= parameters:
         raise SoloError(f"{len(loss)} points: a law with {parameters} parameters needs more points than that")
     for name, values in inputs.items():
@@ -275,10 +255,9 @@ def _starts(coordinates: Coordinates, curve: Curve, observed: Array) -> Iterator
 
 @dataclass(frozen=True)
 class MixtureLaw:
-    """L(N, T, V) = E + A / N^alpha + B / (T + g V)^beta.
+    """L(N, T, V) = E + A / N^alpha + B / (T + g V)^beta: the plain law in effective tokens T + g V.
 
     Attributes:
-        plain: Law in effective tokens T + g V.
         g: Number of text tokens that one vision token is worth.
     """
 
@@ -327,15 +306,7 @@ def fit_mixture_law(
 ) -> MixtureFit:
     """Fit L(N, T, V) = E + A / N^alpha + B / (T + g V)^beta with the method of `fit_scaling_law`.
 
-    The starts are plain laws, each fitted with g fixed at one of a few values.
-
-    Args:
-        n: Parameters, (points,).
-        d_text: Text tokens, (points,).
-        d_vision: Vision tokens, (points,); may be 0.
-        loss: Nats per token, (points,).
-        resamples: Number of bootstrap resamples.
-        seed: Seed of the bootstrap.
+    The starts are plain laws, each fitted with g fixed at one of a few values. Vision tokens may be 0.
 
     Raises:
         SoloError: The points do not determine a law, for instance if all have the same share of vision

@@ -9,7 +9,7 @@ import numpy as np
 
 from solo_vlm.experiments.scaling.analysis import Analysis
 from solo_vlm.experiments.scaling.fitting import Array
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 from solo_vlm.utils.pages import png_url, render, save_figure
 
 PAGE = "laws.html"
@@ -21,15 +21,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def write_plots(analysis: Analysis, out: Path) -> list[Path]:
-    """Write `law.png`, `optimum.png`, `isoflop.png` if there are profiles, and the page `laws.html`.
-
-    Args:
-        analysis: Fitted laws.
-        out: Folder.
-
-    Returns:
-        The paths of the files.
-    """
+    """Write `law.png`, `optimum.png`, `isoflop.png` (given profiles) and `laws.html`; return the paths."""
     figures = {"law": _draw_law(analysis), "optimum": _draw_optimum(analysis)}
     if analysis.isoflop:
         figures["isoflop"] = _draw_profiles(analysis)
@@ -43,8 +35,7 @@ def write_plots(analysis: Analysis, out: Path) -> list[Path]:
         points=analysis.table.fitted,
         law=analysis.fit.law,
     )
-    with new_file(out / PAGE) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(out / PAGE, page)
     return [*(out / f"{name}.png" for name in figures), out / PAGE]
 
 

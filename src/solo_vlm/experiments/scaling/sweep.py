@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from solo_vlm.quickstart.data.drawn import ToySettings, draw_toy_data
 from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 from solo_vlm.train.metrics import read_metrics
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, did_you_mean
 from solo_vlm.utils.files import new_file
-from solo_vlm.utils.settings import Settings, find_settings, override, read_settings
+from solo_vlm.utils.settings import Settings
 
 RESULTS = "results.parquet"
 
@@ -98,16 +97,6 @@ class SweepSettings(Settings):
     count: Literal["non_embedding", "total"] = "non_embedding"
     holdout: tuple[HoldoutSettings, ...] = ()
 
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Load a file, or a sweep of the package by name (`sweeps/toy`), with `a.b=value` overrides.
-
-        Raises:
-            SoloError: The file does not exist, or has an unknown key or an invalid value.
-        """
-        settings = read_settings(find_settings(path, "sweep"), "sweep")
-        return cls.parse(override(settings, overrides), origin=str(path))
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if bool(self.tokens) == bool(self.flops):
@@ -127,12 +116,7 @@ class SweepSettings(Settings):
 
 @dataclass(frozen=True)
 class SweepRun(TrainingRun):
-    """One training run of a sweep.
-
-    Attributes:
-        size: Name of the size.
-        holdout: Whether the run is held out from fits.
-    """
+    """One training run of a sweep; laws are not fitted to `holdout` runs."""
 
     size: str
     holdout: bool
@@ -149,7 +133,6 @@ def run_sweep(
     A repeated call keeps finished runs; interrupted ones resume from their newest checkpoints.
 
     Args:
-        settings: Settings of the sweep.
         processes: Maximum number of concurrent runs.
         executor: See `launcher.run_jobs`.
         progress: Called with the name of each finished run, the number of finished runs, and of all runs.
@@ -171,11 +154,7 @@ def run_sweep(
 
 
 def prepare(settings: SweepSettings) -> list[SweepRun]:
-    """Write data and untrained models, and return all runs of a sweep.
-
-    Raises:
-        SoloError: As `run_sweep`.
-    """
+    """Write data and untrained models, and return all runs of a sweep."""
     root = Path(settings.root)
     llm = root / settings.llm
     if settings.toy_data:
@@ -217,12 +196,7 @@ def scaled_rates(recipe: dict[str, Any], width: int, base_width: int) -> dict[st
 
 
 def run_results(run: SweepRun, count: str) -> dict[str, Any]:
-    """Return the table row of a finished run.
-
-    Args:
-        run: Finished run.
-        count: Which parameters N counts, "non_embedding" or "total".
-    """
+    """Return the table row of a finished run; `count` says which parameters N counts."""
     n = count_parameters(run.folder / "model")
     steps = read_metrics(run.folder)
     d = {
@@ -257,16 +231,10 @@ def write_sized_model(
     """Write an untrained SOLO model, unless it exists.
 
     Args:
-        out: Folder of the model.
         llm: Folder or hub id of the LLM that provides configuration and tokenizer.
         size: Changes to that configuration.
         base_width: Hidden size at which weights have the configured initial standard deviation; it scales
             with width^-1/2 (Yang et al. 2022, "Tensor Programs V", table 3).
-        seed: Seed of the weights.
-
-    Raises:
-        SoloError: The LLM cannot be read or lacks a setting, the sizes do not fit together, or `out` holds a
-            model of another size.
     """
     config = _sized_config(llm, size)
     config.initializer_range *= (base_width / config.hidden_size) ** 0.5
@@ -299,8 +267,7 @@ def _sized_config(llm: str | Path, size: Mapping[str, int]) -> Any:
         raise SoloError(f"cannot read the configuration of {llm}: {str(error).splitlines()[0]}") from error
     settings = config.to_dict()
     for key in size.keys() - settings.keys():
-        near = difflib.get_close_matches(key, settings, n=1)
-        raise SoloError(f"{llm} has no setting {key}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise SoloError(f"{llm} has no setting {key}{did_you_mean(key, settings)}")
     derived = ["layer_types"]
     if settings.get("head_dim") == config.hidden_size // config.num_attention_heads:
         derived.append("head_dim")

@@ -46,15 +46,7 @@ class DataEstimate:
 
 
 def estimate_data(recipe: Recipe, encoder: Encoder) -> DataEstimate:
-    """Estimate what a run reads from a deterministic sample of each source.
-
-    Args:
-        recipe: sources and packing.
-        encoder: encoder of the model to train.
-
-    Raises:
-        SoloError: a source is missing or unreadable, or none of the sampled rows can be used.
-    """
+    """Estimate what a run reads from a deterministic sample of each source."""
     samples = [_sample_source(recipe, encoder, source) for source in recipe.mixture.open_sources()]
     if not sum(sample.totals.tokens for sample in samples):
         raise SoloError("no row of the data can be used: see solo data verify")
@@ -90,7 +82,6 @@ class _SourceSample(NamedTuple):
     """Sampled rows of a source.
 
     Attributes:
-        source: the source.
         totals: estimated totals; exact if all rows were read.
         rows: per shard, its number of rows, and the document lengths of each row that was read.
     """

@@ -33,7 +33,6 @@ class Device:
     """Published specifications of an accelerator.
 
     Attributes:
-        name: name in the table.
         memory: bytes.
         peak_flops: FLOPs per second of dense bfloat16 matrix products with float32 accumulation.
     """
@@ -65,11 +64,7 @@ DEVICES = (
 
 
 def find_device(name: str) -> Device:
-    """Look up a device by name, ignoring case and punctuation.
-
-    Raises:
-        SoloError: the device is unknown.
-    """
+    """Look up a device by name, ignoring case and punctuation."""
     for device in DEVICES:
         if _words(device.name) == _words(name):
             return device

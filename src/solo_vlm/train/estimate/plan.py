@@ -26,12 +26,7 @@ class Plan:
     """What a run will do and need.
 
     Attributes:
-        recipe: settings of the run.
-        shape: shape of the model.
         shape_from: where the model's configuration was read.
-        dims: parallel dimensions.
-        device: device of each process.
-        memory: memory per device.
         steps: optimizer steps; None if they depend on data that are missing.
         data: estimate from a sample of the data; None if the data or the model's tokenizer are missing. Then
             one text document per sequence is assumed, which maximizes attention.
@@ -165,9 +160,7 @@ def make_plan(
     """Plan a run. No weights are read, and the model need not exist yet.
 
     Args:
-        recipe: settings of the run.
         processes: number of processes, one per device.
-        device: device of each process.
         mfu: assumed model FLOPs utilization: model FLOPs over peak FLOPs of the devices.
         config_folder: folder whose `config.json` describes the model while it does not exist yet.
 
@@ -195,11 +188,7 @@ def make_plan(
 
 
 def planned_steps(recipe: Recipe) -> int:
-    """Return the optimizer steps of a run: the recipe's, or a deterministic estimate for `data.epochs`.
-
-    Raises:
-        SoloError: the model or a source is missing, or neither `steps` nor `data.epochs` is set.
-    """
+    """Return the optimizer steps of a run: the recipe's, or a deterministic estimate for `data.epochs`."""
     _check_end(recipe)
     if recipe.steps is not None:
         return recipe.steps

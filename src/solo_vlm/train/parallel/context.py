@@ -49,12 +49,7 @@ class ParallelDims:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, world_size: int) -> Self:
-        """Divide the global batch among processes, each of which takes one packed sequence at a time.
-
-        Raises:
-            SoloError: the batch, the streams or the processes do not divide evenly; the message suggests
-                numbers that do.
-        """
+        """Divide the global batch among processes, each of which takes one packed sequence at a time."""
         tp, batch, streams = recipe.parallel.tensor, recipe.global_batch, recipe.data.streams
         if world_size % tp:
             divisors = _join(_divisors(world_size))
@@ -83,9 +78,6 @@ class DistributedContext:
     """This process's place in the run, and collectives with the other processes.
 
     Attributes:
-        rank: global rank of this process.
-        dims: parallel dimensions of the run.
-        device: device of this process.
         mesh: device mesh (dp, tp), or None for a single process that needs no process group.
     """
 
@@ -162,11 +154,7 @@ class DistributedContext:
         self.set_timeout(SHORT_TIMEOUT)
 
     def check_same_settings(self, recipe: Recipe) -> None:
-        """Require every process to have the recipe of process 0.
-
-        Raises:
-            SoloError: names the settings that differ.
-        """
+        """Require every process to have the recipe of process 0."""
         ours = recipe.model_dump(mode="json", exclude={"root"})  # paths may differ between machines
         theirs = self.broadcast_from_rank0(lambda: ours)
         if changed := find_changes(theirs, ours):
@@ -176,11 +164,7 @@ class DistributedContext:
             )
 
     def check_same_data(self, sources: Sequence[Source]) -> None:
-        """Require every process to see the files of process 0; otherwise it would read other samples.
-
-        Raises:
-            SoloError: names the source that differs.
-        """
+        """Require every process to see the files of process 0; otherwise it would read other samples."""
         ours = fingerprints(sources)
         theirs = self.broadcast_from_rank0(lambda: ours)
         for (name, first), (_, own) in zip(theirs, ours, strict=True):
@@ -197,13 +181,6 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
 
     A single CPU process needs no group. A single accelerator gets one, so that its weights are stored and
     cast by the same code as those of many.
-
-    Args:
-        recipe: determines the parallel dimensions.
-        stop: signals caught while the body runs.
-
-    Raises:
-        SoloError: the recipe cannot be divided among the processes.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     accelerator = torch.accelerator.current_accelerator(check_available=True)

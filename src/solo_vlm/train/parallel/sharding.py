@@ -39,15 +39,10 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def layers_per_fsdp_unit(num_layers: int, layer_size: int, unit_size: int = FSDP_UNIT_SIZE) -> int:
-    """Return how many layers are gathered, and their gradients reduced, together.
+    """Return how many layers are gathered, and their gradients reduced, together; sizes are in parameters.
 
     Each unit costs a constant overhead of Python and communication, which dominates small models sharded
     layer by layer. Large layers are units of their own to limit the weights gathered at a time.
-
-    Args:
-        num_layers: layers of the model.
-        layer_size: parameters per layer.
-        unit_size: parameters per unit.
     """
     units = min(num_layers, max(1, math.ceil(num_layers * layer_size / unit_size)))
     return math.ceil(num_layers / units)
@@ -62,15 +57,6 @@ def shard_model(
     unit (one or several layers), and the parameters outside of layers, are sharded over the `dp` dimension:
     float32 shards, gathered in the recipe's precision. Gradients are summed, not averaged, over `dp`, because
     the loss is already divided by the supervised tokens of all processes.
-
-    Args:
-        model: SOLO model or LLM of transformers, with or without adapters.
-        recipe: precision and parallel settings.
-        context: distributed context with a mesh.
-        unit_size: see `layers_per_fsdp_unit`.
-
-    Raises:
-        SoloError: the model's family does not support the tensor-parallel degree.
     """
     assert context.mesh is not None
     layers = decoder_layers(model)
@@ -99,10 +85,8 @@ def load_full_state_dict(
     """Materialize a sharded model from the meta device.
 
     Args:
-        model: result of `shard_model`.
         state_dict: full tensors by name in rank 0, empty in all other ranks.
         buffers: all buffers by name, in every rank.
-        device: device of the shards.
     """
     model.to_empty(device=device)
     model.tie_weights()  # to_empty unties them
