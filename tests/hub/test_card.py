@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
-from solo_vlm.data.catalog.registry import DATA_SETS
+from solo_vlm.data.catalog.entry import DATA_SETS
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.run_folder import RunFolder
 from solo_vlm.hub.card import TrainingRun, catalog_entry, public_name
@@ -59,7 +59,7 @@ def test_training_facts_match_the_manifests(card, home):
     assert rows["tokens read"] == [f"{outcome['data']['tokens']:,}" for outcome in counts]
     assert rows["samples skipped"] == [str(outcome["data"].get("skipped", 0)) for outcome in counts]
     assert rows["learning rate"] == ["0.003 to 0.0001, cosine"] * 2
-    assert rows["`gqa`"] == ["GQA", f"`{DATA_SETS['gqa'].source}`", DATA_SETS["gqa"].licence]
+    assert rows["`gqa`"] == ["GQA", f"`{DATA_SETS['gqa'].source}`", DATA_SETS["gqa"].license]
     assert rows["`notes`"][0] == "75.0%"
     assert card.text.count("weights are shares of tokens") == 2
 

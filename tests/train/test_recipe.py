@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.factories import ROOT
 
-from solo_vlm.data.catalog.registry import DATA_SETS
+from solo_vlm.data.catalog.entry import DATA_SETS
 from solo_vlm.train.estimate.memory import find_device
 from solo_vlm.train.estimate.plan import make_plan
 from solo_vlm.train.optimizer import learning_rate

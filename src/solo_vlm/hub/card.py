@@ -20,8 +20,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from solo_vlm.convert.checkpoint_files import open_safetensors
-from solo_vlm.data.catalog.entry import DataSet
-from solo_vlm.data.catalog.registry import DATA_SETS
+from solo_vlm.data.catalog.entry import DATA_SETS, DataSet
 from solo_vlm.data.mixture import LOADER_SETTINGS
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.run_folder import RunFolder, weights_hash

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from tests.data.catalog.catalog_rows import JPEG, USUAL, cauldron, llava
 
-from solo_vlm.data.catalog import json_values, pieces, raw_files
+from solo_vlm.data.catalog import convert as conversion
+from solo_vlm.data.catalog import raw_files
 from solo_vlm.data.catalog.convert import REPORT_FILE, convert
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.utils.errors import SoloError
@@ -164,12 +165,12 @@ def test_a_truncated_file_keeps_what_it_has(tmp_path, kind, raw):
 
 
 def test_an_array_of_json_is_read_in_pieces(monkeypatch):
-    monkeypatch.setattr(json_values, "_CHUNK", 7)
+    monkeypatch.setattr(raw_files, "_CHUNK", 7)
     rows = [{"n": 1}, {"text": "ein Käfer ] , [" * 9}, {"n": {"deep": [1, {"x": None}]}}]
     for content in (json.dumps(rows), json.dumps(rows, indent=2), lines(rows).decode(), "", "[]", " [\n] "):
         expected = rows if "Kä" in content or "\\u" in content else []
-        assert list(json_values.json_values(io.StringIO(content))) == expected
-    *read, error = json_values.json_values(io.StringIO(json.dumps(rows)[:-9]))
+        assert list(raw_files.json_values(io.StringIO(content))) == expected
+    *read, error = raw_files.json_values(io.StringIO(json.dumps(rows)[:-9]))
     assert read == rows[:2]
     assert isinstance(error, SampleError)
     assert error.reason == "file-broken"
@@ -199,7 +200,7 @@ def test_deep_nesting_and_a_bom_cost_no_other_row(tmp_path, file):
 
 def test_deep_nesting_that_never_ends_ends_the_file():
     text = '[{"n": 1}, {"n": ' + "[" * 3000
-    first, last = json_values.json_values(io.StringIO(text))
+    first, last = raw_files.json_values(io.StringIO(text))
     assert first == {"n": 1}
     assert last.reason == "file-broken"
 
@@ -237,7 +238,7 @@ def test_row_is_converted_whatever_its_id(tmp_path, id, name):
 
 
 def test_a_large_file_is_shared_and_every_row_converted_once(tmp_path, raw, monkeypatch):
-    monkeypatch.setattr(pieces, "_SHARE_BYTES", 600)
+    monkeypatch.setattr(conversion, "_SHARE_BYTES", 600)
     rows = [llava("gqa/images/2327515.jpg", "<image>\nQ?", f"A{n}") for n in range(23)]
     (raw / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
     report = convert("gqa", [raw], tmp_path / "out", workers=1)
@@ -258,7 +259,7 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, raw, monkeypatch
             raise OSError(5, "the disk is gone")
         yield from raw_files.read_rows(path)
 
-    monkeypatch.setattr(pieces, "read_rows", read_rows)
+    monkeypatch.setattr(conversion, "read_rows", read_rows)
     with pytest.raises(SoloError, match=r"train-2\.parquet.*the disk is gone"):
         convert("vqav2", [raw], out, workers=1)
     assert sorted(path.name for path in out.iterdir()) == [
@@ -293,17 +294,17 @@ def test_mistakes_of_the_user(tmp_path, raw):
     with pytest.raises(SoloError, match="does not exist"):
         convert("vqav2", [raw / "nowhere"], out)
     write_parquet(raw / "a" / "x.parquet", [{"something": 1}])
-    with pytest.raises(SoloError, match=r"no row is one of VQAv2: .*no field texts; expected parquet rows"):
+    with pytest.raises(SoloError, match=r"no row of VQAv2 found: .*no field texts; expected parquet rows"):
         convert("vqav2", [raw], out, workers=1)
-    with pytest.raises(SoloError, match=r"a--x\.parquet is not of this conversion"):
+    with pytest.raises(SoloError, match=r"a--x\.parquet is from another conversion"):
         convert("textvqa", [raw / "a"], out, workers=1)
     write_parquet(raw / "b" / "x.parquet", [{"something": 1}])
-    with pytest.raises(SoloError, match="two of the raw files have one name"):
+    with pytest.raises(SoloError, match="two raw files have the same name"):
         convert("vqav2", [raw / "a" / "x.parquet", raw / "b" / "x.parquet"], tmp_path / "new")
     with pytest.raises(SoloError, match="holds the raw files"):
         convert("vqav2", [raw / "a" / "x.parquet"], raw / "a")
     (raw / "notes.txt").write_text("x")
-    with pytest.raises(SoloError, match=r"notes\.txt: expected one of \.parquet"):
+    with pytest.raises(SoloError, match=r"notes\.txt: unknown format, expected one of \.parquet"):
         convert("vqav2", [raw / "notes.txt"], tmp_path / "new", workers=1)
 
 

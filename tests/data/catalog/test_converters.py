@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.data.catalog.catalog_rows import FINETUNING, JPEG, PRETRAINING, USUAL, cauldron, llava
 
-from solo_vlm.data.catalog.raw_folder import RawFolder
-from solo_vlm.data.catalog.registry import DATA_SETS, get
+from solo_vlm.data.catalog.entry import DATA_SETS, get
+from solo_vlm.data.catalog.rows import RawFolder
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.utils.errors import SoloError
 

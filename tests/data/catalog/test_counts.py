@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.factories import ROOT
 
-from solo_vlm.data.catalog.registry import DATA_SETS
-from solo_vlm.data.catalog.table import markdown_table
+from solo_vlm.data.catalog.entry import DATA_SETS, markdown_table
 
 PAGE = ROOT / "docs" / "catalog.md"
 
@@ -30,7 +29,7 @@ def test_the_stages_add_up_to_the_papers_totals(stage, tokens, text_tokens, visi
 def test_each_entry_is_complete():
     for entry in DATA_SETS.values():
         assert bool(entry.stages) != bool(entry.group)
-        for fact in (entry.title, entry.source, entry.licence, entry.raw_schema, entry.evidence, entry.files):
+        for fact in (entry.title, entry.source, entry.license, entry.raw_schema, entry.evidence, entry.files):
             assert fact, entry.name
     assert sum(bool(entry.samples) for entry in DATA_SETS.values()) == 32
 

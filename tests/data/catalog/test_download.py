@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from solo_vlm.data.catalog.download import download
-from solo_vlm.data.catalog.registry import get
+from solo_vlm.data.catalog.entry import get
 from solo_vlm.utils.errors import SoloError
 
 

@@ -1,19 +1,20 @@
-"""Rows of raw files, by the files' names: parquet, JSON, JSON lines, tables with tabs, WebDataset tars."""
+"""Readers of raw files, chosen by file name: parquet, JSON, JSON lines, TSV, WebDataset tars."""
 
 from __future__ import annotations
 
 import io
+import json
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from solo_vlm.data.catalog.entry import RawRow
-from solo_vlm.data.catalog.json_values import json_object, json_values
+from solo_vlm.data.catalog.rows import RawRow
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.text_values import load_json
 from solo_vlm.utils.errors import SoloError
@@ -21,22 +22,26 @@ from solo_vlm.utils.errors import SoloError
 Rows = Iterator[RawRow | SampleError]
 
 _COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
-_ROWS_AT_ONCE = 64
+_BATCH_ROWS = 64
+_CHUNK = 1 << 20
+_MAX_VALUE_LENGTH = 1 << 28
+_BRACKETS_AND_STRINGS = re.compile(r'[\[\]{}]|"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BETWEEN = " \t\r\n,[]"
 
 
 def read_rows(path: Path) -> Rows:
-    """The rows of a raw file, in order; a row or a rest that cannot be read comes as an error.
+    """Yield the rows of a raw file in order; a row or remainder that cannot be read is yielded as an error.
 
-    A row of a tar file is `{"key": name, extension: content, ...}`; of a table, `{"columns": [...]}`.
+    A row of a tar file is `{"key": name, extension: content, ...}`; of a TSV file, `{"columns": [...]}`.
 
     Raises:
-        SoloError: the name tells no known format.
-        OSError: the disk or the network fails, rather than the content of the file.
+        SoloError: The file name has no known suffix.
+        OSError: The disk or the network failed; a broken file is an error row instead.
     """
     try:
         yield from _reader(path)(path)
     except OSError as error:
-        # pyarrow also calls a broken compression an OSError; only a real one has a number.
+        # pyarrow raises OSError for broken compression too, but without an errno.
         if error.errno is not None:
             raise
         yield SampleError("file-broken", str(error))
@@ -45,7 +50,7 @@ def read_rows(path: Path) -> Rows:
 
 
 def is_splittable(path: Path) -> bool:
-    """Whether a file is worth reading several times, each time for a share of its rows."""
+    """Return whether several processes should each read the file for a share of its rows."""
     return path.suffix in (".json", ".jsonl")
 
 
@@ -59,13 +64,13 @@ def _reader(path: Path) -> Callable[[Path], Rows]:
         ".tar": _tar,
     }
     if name.suffix not in readers:
-        raise SoloError(f"{path}: expected one of {', '.join(readers)}")
+        raise SoloError(f"{path}: unknown format, expected one of {', '.join(readers)}")
     return readers[name.suffix]
 
 
 def _parquet(path: Path) -> Rows:
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_ROWS_AT_ONCE):
+        for batch in file.iter_batches(_BATCH_ROWS):
             yield from batch.to_pylist()
 
 
@@ -102,7 +107,7 @@ def _tar(path: Path) -> Rows:
 
 
 def _entries(archive: tarfile.TarFile) -> Iterator[tuple[str, str, Any]]:
-    """(key, extension, content) of each file; the key is all before the first dot of its name."""
+    """Yield (key, extension, content) per file; the key is the part before the first dot of the name."""
     for member in archive:
         stream = archive.extractfile(member) if member.isfile() else None
         if stream is not None:
@@ -119,5 +124,70 @@ def _parsed(line: bytes) -> RawRow | SampleError:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """The content, decompressed as the name says."""
+    """Open a file, decompressed according to its suffix."""
     return io.BufferedReader(pa.input_stream(str(path), compression="detect"))  # type: ignore[return-value]
+
+
+def json_values(stream: TextIO) -> Iterator[dict[str, Any] | SampleError]:
+    """Yield the objects of one array, or of consecutive values, without holding the whole file in memory.
+
+    What cannot be parsed is yielded as an error and ends the file.
+    """
+    decoder = json.JSONDecoder()
+    buffer, chunk = "", _CHUNK
+    while more := stream.read(chunk):
+        buffer, start = buffer + more, 0
+        while True:
+            start = _skip(buffer, start)
+            try:
+                value, end = decoder.raw_decode(buffer, start)
+            except json.JSONDecodeError:
+                break
+            except RecursionError:
+                if (after := _end_of_value(buffer, start)) is None:
+                    break
+                yield SampleError("json", "too deeply nested")
+                start = after
+                continue
+            yield json_object(value, buffer[start:end])
+            start = end
+        # Doubling the chunk for a value longer than the buffer keeps the number of retries logarithmic.
+        chunk = _CHUNK if start else chunk * 2
+        buffer = buffer[start:]
+        if len(buffer) > _MAX_VALUE_LENGTH:
+            break
+    if buffer.strip(_BETWEEN):
+        yield SampleError("file-broken", f"not JSON, or truncated, at: {buffer.strip(_BETWEEN)[:80]!r}")
+
+
+def json_object(value: Any, source: str) -> dict[str, Any] | SampleError:
+    """Return a parsed value if it is an object whose strings can be encoded, else an error.
+
+    Args:
+        value: Parsed value.
+        source: JSON text of the value. Only an escape in it can produce half a surrogate pair.
+    """
+    if not isinstance(value, dict):
+        return SampleError("raw-schema", "not a JSON object")
+    if "\\ud" in source.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return SampleError("json", str(error))
+    return value
+
+
+def _end_of_value(buffer: str, start: int) -> int | None:
+    """Return the end of an object or array of any depth; None if it is not in the buffer."""
+    depth = 0
+    for token in _BRACKETS_AND_STRINGS.finditer(buffer, start):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token.group(), 0)
+        if not depth:
+            return token.end()
+    return None
+
+
+def _skip(buffer: str, start: int) -> int:
+    while start < len(buffer) and buffer[start] in _BETWEEN:
+        start += 1
+    return start

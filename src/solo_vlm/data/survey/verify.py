@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from solo_vlm.data.catalog.report import Report
+from solo_vlm.data.catalog.convert import Report
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.survey.reading import OnProgress, RowReader, ShardProgress
