@@ -17,7 +17,7 @@ from solo_vlm.data.catalog.raw_folder import RawFolder
 from solo_vlm.data.catalog.registry import get
 from solo_vlm.data.catalog.report import Report
 from solo_vlm.data.sample import SampleError, parse_sample
-from solo_vlm.data.samples_file import read_note, write_samples
+from solo_vlm.data.sources.parquet import read_note, write_samples
 from solo_vlm.utils.errors import SoloError
 
 _SHARE_BYTES = 64 << 20

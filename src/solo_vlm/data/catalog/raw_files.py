@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from solo_vlm.data.catalog.entry import RawRow
 from solo_vlm.data.catalog.json_values import json_object, json_values
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.text_values import load_json
+from solo_vlm.data.values import load_json
 from solo_vlm.utils.errors import SoloError
 
 Rows = Iterator[RawRow | SampleError]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.text_values import printable
+from solo_vlm.data.values import printable
 
 _EXAMPLES = 3
 

@@ -8,7 +8,7 @@ from typing import Any
 from solo_vlm.data.catalog.entry import SampleRow
 from solo_vlm.data.catalog.raw_folder import StoredImage
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.text_values import natural_key, sample_id
+from solo_vlm.data.values import natural_key, sample_id
 
 Part = dict[str, Any]
 Turn = tuple[str, list[Part]]
