@@ -47,8 +47,8 @@ from transformers.utils import logging
 from solo_vlm import SoloImageProcessor
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import PackedLoader
-from solo_vlm.data.samples_file import SCHEMA, write_samples
 from solo_vlm.data.sources import open_source
+from solo_vlm.data.sources.parquet import SCHEMA, write_samples
 from solo_vlm.data.streams import MixtureItem, VirtualStream
 from solo_vlm.models.from_llm import compose
 from solo_vlm.models.solo.image_loading_solo import load_pixels

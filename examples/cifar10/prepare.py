@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from rich.progress import track
 
-from solo_vlm.data.samples_file import write_samples
+from solo_vlm.data.sources.parquet import write_samples
 from solo_vlm.utils.files import new_folder
 
 # The LLM's template without its system prompt, which is as long as an image with a question.

@@ -19,6 +19,7 @@ from tests.factories import png
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources import open_source
+from solo_vlm.data.sources.parquet import write_samples
 from solo_vlm.models.solo.image_loading_solo import image_suffixes
 from solo_vlm.utils.errors import SoloError
 
@@ -465,3 +466,19 @@ def test_data_files_in_a_folder_of_a_folder_are_not_passed_over(tmp_path):
     assert len(open_source(tmp_path / "**" / "*.parquet")) == 2
     (tmp_path / "more").rename(tmp_path / ".more")
     assert len(open_source(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"), [(100, [256, 256, 88]), (100_000, [40] * 15), (5_000_000, [1] * 8)]
+)
+def test_row_groups_are_bounded_in_rows_and_bytes(tmp_path, size, rows):
+    count = sum(rows)
+    text = [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
+    samples = [
+        {"id": str(number), "messages": text, "images": [{"bytes": bytes(size), "path": None}]}
+        for number in range(count)
+    ]
+    assert write_samples(tmp_path / "a.parquet", iter(samples)) == count
+    file = pq.ParquetFile(tmp_path / "a.parquet")
+    assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == rows
+    assert file.read(columns=["id"])["id"].to_pylist() == [str(number) for number in range(count)]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from solo_vlm.data.image_values import ImageSource
 from solo_vlm.data.sample import Sample, SampleError
 from solo_vlm.data.sources.files import read_url, retried
+from solo_vlm.data.values import ImageSource
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:

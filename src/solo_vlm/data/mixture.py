@@ -11,8 +11,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import PackedLoader
-from solo_vlm.data.sources import Source, open_source
-from solo_vlm.data.sources.shards import SharedShards
+from solo_vlm.data.sources import SharedShards, Source, open_source
 from solo_vlm.data.streams import MixtureItem, VirtualStream, WeightBy
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import Settings

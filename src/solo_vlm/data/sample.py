@@ -16,16 +16,18 @@ from pydantic import (
     model_validator,
 )
 
-from solo_vlm.data.image_values import (
+from solo_vlm.data.values import (
     COLUMNS,
     PART_KEYS,
     ImageSource,
+    check_text,
     data_url,
     image_source,
     image_sources,
     looks_like_image,
+    printable,
+    sample_id,
 )
-from solo_vlm.data.text_values import check_text, printable, sample_id
 
 IMAGE_PLACEHOLDER = "<image>"
 

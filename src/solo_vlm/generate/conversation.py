@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from solo_vlm.data.image_values import locate_images
 from solo_vlm.data.sample import SampleError, parse_sample
-from solo_vlm.data.text_values import load_json
+from solo_vlm.data.values import load_json, locate_images
 from solo_vlm.generate.pipeline import GenerationOutput, GenerationPipeline, open_images, user_turn
 from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.utils.errors import SoloError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from solo_vlm.data.text_values import natural_key
+from solo_vlm.data.values import natural_key
 from solo_vlm.generate.pipeline import BatchGenerator, GenerationPipeline, GenerationRequest, user_turn
 from solo_vlm.models.solo.image_loading_solo import ImageError, image_suffixes, load_image
 from solo_vlm.utils.errors import SoloError

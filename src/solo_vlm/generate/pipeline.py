@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, TextStreamer
 
-from solo_vlm.data.text_values import check_text
+from solo_vlm.data.values import check_text
 from solo_vlm.generate.cache import (
     PrefixCache,
     drop_cached_images,

@@ -12,7 +12,7 @@ from solo_vlm.data.encode import load_encoder
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.packing import pack
 from solo_vlm.data.sources import open_source
-from solo_vlm.data.survey.sampling import draw_rows, estimate_totals
+from solo_vlm.data.survey.reading import draw_rows, estimate_totals
 from solo_vlm.data.survey.stats import estimate_instances, mixture_stats
 from solo_vlm.train.recipe import Recipe
 

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 from tests.factories import make_llm
 
-from solo_vlm.data.samples_file import write_samples
+from solo_vlm.data.sources.parquet import write_samples
 from solo_vlm.experiments.ablations.settings import Ablation
 from solo_vlm.quickstart.data.samples import chat_sample, pretraining_sample
 

@@ -11,7 +11,7 @@ import yaml
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.data.samples_file import write_samples
+from solo_vlm.data.sources.parquet import write_samples
 from solo_vlm.evaluate.held_out import read_questions
 from solo_vlm.experiments.ablations.measure import (
     answers_file,

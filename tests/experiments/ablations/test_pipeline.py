@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from solo_vlm.data.samples_file import write_samples
 from solo_vlm.data.sources import open_source
+from solo_vlm.data.sources.parquet import write_samples
 from solo_vlm.experiments.ablations.pipeline import (
     all_stages,
     build_pipelines,

@@ -12,8 +12,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig
 
 from solo_vlm.data.encode import Encoder
-from solo_vlm.data.samples_file import write_samples
 from solo_vlm.data.sources import open_source
+from solo_vlm.data.sources.parquet import write_samples
 from solo_vlm.data.streams import MixtureItem, VirtualStream
 from solo_vlm.models.flops import ModelShape, count_parameters, training_flops
 from solo_vlm.models.solo.configuration_solo import SoloConfig

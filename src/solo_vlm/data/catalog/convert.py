@@ -20,8 +20,8 @@ from solo_vlm.data.catalog.entry import DataSet, get
 from solo_vlm.data.catalog.raw_files import is_splittable, read_rows
 from solo_vlm.data.catalog.rows import RawFolder
 from solo_vlm.data.sample import SampleError, parse_sample
-from solo_vlm.data.samples_file import read_note, write_samples
-from solo_vlm.data.text_values import printable
+from solo_vlm.data.sources.parquet import read_note, write_samples
+from solo_vlm.data.values import printable
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file, remove_partial
 

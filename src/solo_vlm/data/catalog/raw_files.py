@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from solo_vlm.data.catalog.rows import RawRow
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.text_values import load_json
+from solo_vlm.data.values import load_json
 from solo_vlm.utils.errors import SoloError
 
 Rows = Iterator[RawRow | SampleError]

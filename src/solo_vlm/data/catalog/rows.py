@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from solo_vlm.data.image_values import data_url, image_source, is_base64_image, local_path
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.text_values import natural_key, sample_id
+from solo_vlm.data.values import data_url, image_source, is_base64_image, local_path, natural_key, sample_id
 
 Part = dict[str, Any]
 Turn = tuple[str, list[Part]]

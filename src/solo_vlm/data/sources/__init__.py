@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from solo_vlm.data.sources.files import CODECS, DataFile, find_files
 from solo_vlm.data.sources.jsonl import JsonlSource
@@ -32,6 +33,39 @@ class Source(Protocol):
         """Changes when files are added, removed or rewritten."""
 
 
+class SharedShards:
+    """A source whose shards are read and held once for all streams of a process that have them open.
+
+    Args:
+        source: what is read.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.name = source.name
+        self._source = source
+        self._held: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __reduce__(self) -> tuple[type[SharedShards], tuple[Source]]:
+        return SharedShards, (self._source,)  # another process holds shards of its own
+
+    def read(self, shard: int) -> Sequence[dict[str, Any]]:
+        """All rows of a shard, the same object as long as somebody holds it."""
+        if (rows := self._held.get(shard)) is None:
+            rows = self._held[shard] = self._source.read(shard)
+        return rows
+
+    def where(self, shard: int, row: int) -> str:
+        """Name file and row, for messages."""
+        return self._source.where(shard, row)
+
+    def fingerprint(self) -> str:
+        """Fingerprint of the source."""
+        return self._source.fingerprint()
+
+
 _FORMATS: dict[str, Callable[[str, list[DataFile]], Source]] = {
     ".parquet": ParquetSource,
     ".jsonl": JsonlSource,
@@ -45,7 +79,7 @@ def open_source(path: str | Path) -> Source:
     """Open a file, a folder of files, or a glob pattern; local, or a URL that fsspec understands.
 
     The format follows from the file names: .parquet, .jsonl (also .gz, .zst, .lz4), .tar (WebDataset)
-    or -text.idx (the release's packed data in Megatron's files).
+    or -text.idx (the original SOLO code's packed data in Megatron's files).
 
     Raises:
         SoloError: nothing is there, or the files are of no known or of several formats.

@@ -1,4 +1,4 @@
-"""Data files wherever fsspec reaches: local disk, S3, the hub, https. Reading is retried, then fails."""
+"""Data files wherever fsspec reaches: local disk, S3, the hub, https. Reads are retried."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 import fsspec
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from solo_vlm.data.sample import SampleError
@@ -201,3 +203,28 @@ def broken_shard(error: Exception, where: str) -> BrokenShard:
     if isinstance(error, OSError) and _of_the_system(error):
         raise error
     return BrokenShard(SampleError("broken-shard", f"{where}: {error}"))
+
+
+class ShardIndex:
+    """Where each shard lies: a file, and numbers that say where in it, in a few bytes: there can be millions.
+
+    Args:
+        files: in order.
+        find_shards: for a file (shards, numbers), such as the first and last byte of each shard.
+    """
+
+    def __init__(
+        self, files: Sequence[DataFile], find_shards: Callable[[DataFile], NDArray[np.int64]]
+    ) -> None:
+        self.files = files
+        shards = read_each(find_shards, files)
+        self._ends = np.cumsum([len(of_file) for of_file in shards])
+        self._numbers = np.concatenate(shards)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, shard: int) -> tuple[DataFile, list[int]]:
+        """The file of a shard, and its numbers there."""
+        file = int(np.searchsorted(self._ends, shard, side="right"))
+        return self.files[file], self._numbers[shard].tolist()

@@ -1,4 +1,4 @@
-"""JSON lines; a shard is a block of lines, or a whole file where it is compressed."""
+"""JSON Lines; a shard is a block of lines, or a whole compressed file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from solo_vlm.data.image_values import locate_images
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.sources.files import CODECS, DataFile, broken_shard, fingerprint, retried
-from solo_vlm.data.sources.release_jsonl import as_chat_row
-from solo_vlm.data.sources.shards import ShardIndex
-from solo_vlm.data.text_values import load_json
+from solo_vlm.data.sources.files import CODECS, DataFile, ShardIndex, broken_shard, fingerprint, retried
+from solo_vlm.data.values import load_json, locate_images
 
-_LINES_PER_UNIT = 256
+_LINES_PER_SHARD = 256
 
 
 class JsonlSource:
@@ -81,7 +78,7 @@ def _blocks(file: DataFile) -> NDArray[np.int64]:
     with file.open() as stream:
         for number, line in enumerate(stream, start=1):
             position += len(line)
-            if number % _LINES_PER_UNIT == 0:
+            if number % _LINES_PER_SHARD == 0:
                 borders.append(position)
     if position > borders[-1]:
         borders.append(position)
@@ -93,3 +90,24 @@ def _read_block(file: DataFile, start: int, end: int) -> bytes:
     if file.name.lower().endswith(tuple(CODECS)):
         return file.read_decompressed()
     return file.read((start, end))[0]
+
+
+def as_chat_row(value: Any) -> Any:
+    """Convert a row of the original SOLO data to the schema; return anything else unchanged.
+
+    The shapes: `{"messages": [turn, ...]}`, `{"id", "conversations": [turn, ...]}`, a list of turns, and one
+    turn alone. A turn has `role` and `content`: a string, or parts of text and `image_url`.
+    """
+    if isinstance(value, list):
+        return {"messages": value}
+    if not isinstance(value, dict) or "messages" in value:
+        return value
+    if _are_turns(value.get("conversations")):
+        return {**value, "messages": value["conversations"]}
+    return {"messages": [value]} if _are_turns([value]) else value
+
+
+def _are_turns(turns: Any) -> bool:
+    return isinstance(turns, list) and all(
+        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
+    )

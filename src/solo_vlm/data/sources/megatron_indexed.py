@@ -1,12 +1,13 @@
-"""The release's packed data in Megatron's indexed files, unpacked into the chats they were made of.
+"""The packed data of the original SOLO code in Megatron's indexed files, unpacked into chats.
 
 A set is four pairs of files, PREFIX-text, -role, -vision_patch and -vision_patch_indices (.bin and .idx). An
-array is a pack: documents with a BOS of role PACK_SEP between. Patches are normalised pixels in float16,
+array is a pack: documents with a BOS of role PACK_SEP between. Patches are normalized pixels in float16,
 which tells the 256 levels apart, so that images come back exactly.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from itertools import groupby
@@ -16,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.sources.files import DataFile, find_files, fingerprint
-from solo_vlm.data.sources.indexed_file import IndexedFile
+from solo_vlm.data.sources.files import DataFile, find_files, fingerprint, retried
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _VISION_TOKENS = ("<vision>", "<vpatch>", "<vrow_sep>", "<vframe_sep>", "</visio
 
 
 class MegatronIndexedSource:
-    """Rows of the release's packed sets; a shard is a pack, a row is one of its documents.
+    """Rows of the original SOLO data; a shard is a pack, a row is one of its documents.
 
     Texts are decoded with the `tokenizer.model` that encoded them: it must lie beside the data, or one folder
     above. So any model can be trained on the data, and packs are made anew.
@@ -190,7 +190,7 @@ class _Documents(Sequence[dict[str, Any]]):
 
 
 def _pixels(patches: NDArray[Any]) -> NDArray[np.uint8]:
-    """(patches, 3, size, size) normalised floats to pixels."""
+    """(patches, 3, size, size) normalized floats to pixels."""
     from solo_vlm.models.solo.configuration_solo import IMAGENET_MEAN, IMAGENET_STD
 
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -202,3 +202,71 @@ def _exists(url: str) -> bool:
 
     system, path = fsspec.core.url_to_fs(url)
     return system.isfile(path)
+
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, arrays, documents
+# 1 to 8 as in fairseq, from which Megatron has them; 9 and 10 are the original SOLO code's own, for patches.
+_DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float64,
+    8: np.uint16,
+    9: np.float32,
+    10: np.float16,
+}
+
+
+class IndexedFile:
+    """Arrays of one dimension, numbered; each can be read alone, whole or in part.
+
+    Args:
+        index: the `.idx` file; the `.bin` lies beside it.
+        data: the `.bin` file.
+
+    Raises:
+        SoloError: either is broken, or they do not belong together.
+    """
+
+    def __init__(self, index: DataFile, data: DataFile) -> None:
+        self._data = data
+        self.dtype, self.sizes, self._offsets = _read_index(index)
+        if len(self) and data.size < int(self._offsets[-1]) + int(self.sizes[-1]) * self.dtype.itemsize:
+            raise SoloError(f"{data.url} is truncated: {index.url} lists more than it holds")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def read(self, number: int, start: int = 0, end: int | None = None) -> NDArray[np.generic]:
+        """Elements `start` to `end` of an array; by default all."""
+        size = int(self.sizes[number])
+        end = size if end is None else end
+        if not 0 <= start <= end <= size:
+            raise SoloError(f"{self._data.url}: array {number} has {size} elements, not {start} to {end}")
+        position = int(self._offsets[number]) + start * self.dtype.itemsize
+        return np.frombuffer(_read(self._data, position, (end - start) * self.dtype.itemsize), self.dtype)
+
+
+@retried
+def _read_index(file: DataFile) -> tuple[np.dtype[np.generic], NDArray[np.int32], NDArray[np.int64]]:
+    with file.open() as stream:
+        header = stream.read(_HEADER.size)
+        if len(header) < _HEADER.size or header[: len(_MAGIC)] != _MAGIC:
+            raise SoloError(f"{file.url} is no index of Megatron's (of its 'mmap' kind)")
+        _, version, kind, arrays, _ = _HEADER.unpack(header)
+        if version != 1 or kind not in _DTYPES:
+            raise SoloError(f"{file.url} is of a version or type that is not known ({version}, {kind})")
+        body = stream.read(arrays * (4 + 8))
+    if len(body) < arrays * (4 + 8):
+        raise SoloError(f"{file.url} is truncated: it should list {arrays} arrays")
+    sizes = np.frombuffer(body, np.int32, arrays)
+    return np.dtype(_DTYPES[kind]), sizes, np.frombuffer(body, np.int64, arrays, offset=sizes.nbytes)
+
+
+@retried
+def _read(file: DataFile, position: int, count: int) -> bytes:
+    return file.read((position, position + count))[0]

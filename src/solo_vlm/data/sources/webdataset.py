@@ -10,10 +10,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from solo_vlm.data.image_values import COLUMNS, locate_images
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources.files import DataFile, broken_shard, fingerprint, retried
-from solo_vlm.data.text_values import load_json, natural_key
+from solo_vlm.data.values import COLUMNS, load_json, locate_images, natural_key
 
 _LINKS = 8  # that may lead to one another
 _NOWHERE = (-1, -1)  # the place of a link whose target is not there

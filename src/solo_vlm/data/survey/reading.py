@@ -1,10 +1,14 @@
-"""Reading rows in file order, for a look at the data: what became of each, instead of a stream of packs."""
+"""Read, encode and sample rows without packing, to inspect or estimate the data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from solo_vlm.data.encode import Document, Encoder, fit_to_length
 from solo_vlm.data.sample import SampleError, parse_sample
@@ -78,3 +82,82 @@ class RowReader:
             else:
                 yield ReadRow(where, len(sample.images), documents)
         self.on_shard()
+
+
+_SHARDS = 64  # to read at most: reading a shard costs as much as encoding some of its rows
+_NORMAL_95 = 1.96
+
+
+class DrawnRows(NamedTuple):
+    """A shard that was read, and the rows of it that were drawn."""
+
+    shard: int
+    rows: Sequence[dict[str, Any]]
+    chosen: list[int]
+
+
+def shards_to_read(shards: int, samples: int) -> int:
+    """How many shards a sample of that many rows is drawn from: at least two rows from each."""
+    return min(shards, _SHARDS, max(samples // 2, 1))
+
+
+def draw_rows(source: Source, samples: int, generator: np.random.Generator) -> Iterator[DrawnRows]:
+    """Draw about `samples` rows: one shard from each of equally long spans, equally many rows per shard.
+
+    A shard that has fewer rows gives all it has.
+    """
+    count = shards_to_read(len(source), samples)
+    borders = np.linspace(0, len(source), count + 1).astype(int)
+    for number, (start, end) in enumerate(pairwise(borders)):
+        shard = int(generator.integers(start, end))
+        rows = source.read(shard)
+        wanted = samples // count + (number < samples % count)
+        chosen = generator.permutation(len(rows))[:wanted]
+        yield DrawnRows(shard, rows, sorted(map(int, chosen)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Totals over all rows, and how far the truth may be off.
+
+    Attributes:
+        totals: one a figure.
+        variances: of the totals.
+    """
+
+    totals: NDArray[np.float64]
+    variances: NDArray[np.float64]
+
+    @property
+    def margins(self) -> NDArray[np.float64]:
+        """The truth lies this far from the total, or nearer, with a probability of about 95%."""
+        return _NORMAL_95 * np.sqrt(self.variances)
+
+
+def estimate_totals(shards: int, drawn: Sequence[tuple[int, NDArray[np.float64]]]) -> Estimate:
+    """Totals from a sample in two stages (Cochran, Sampling Techniques, section 11.7).
+
+    Args:
+        shards: of the source.
+        drawn: for each shard that was read its number of rows, and the figures of the rows that were drawn,
+            (rows drawn, figures).
+    """
+    scale = shards / len(drawn)
+    shard_totals = np.stack([_scaled_sum(*shard) for shard in drawn])
+    variances = scale * np.sum([_variance_within(*shard) for shard in drawn], axis=0)
+    if len(drawn) > 1:
+        between = shard_totals.var(axis=0, ddof=1)
+        variances = variances + shards * scale * (1 - 1 / scale) * between
+    return Estimate(scale * shard_totals.sum(axis=0), variances)
+
+
+def _scaled_sum(count: int, figures: NDArray[np.float64]) -> NDArray[np.float64]:
+    return figures.sum(axis=0) * (count / max(len(figures), 1))
+
+
+def _variance_within(count: int, figures: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Variance of a shard's total, where not all of its rows were drawn."""
+    drawn = len(figures)
+    if drawn < 2 or drawn == count:
+        return np.zeros(figures.shape[1])
+    return count**2 * (1 - drawn / count) * figures.var(axis=0, ddof=1) / drawn

@@ -13,8 +13,15 @@ from numpy.typing import NDArray
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.packing import Packer, pack
-from solo_vlm.data.survey.reading import OnProgress, ReadRow, RowReader, ShardProgress
-from solo_vlm.data.survey.sampling import draw_rows, estimate_totals, shards_to_read
+from solo_vlm.data.survey.reading import (
+    OnProgress,
+    ReadRow,
+    RowReader,
+    ShardProgress,
+    draw_rows,
+    estimate_totals,
+    shards_to_read,
+)
 
 FIGURES = ("samples", "images", "tokens", "text_tokens", "vision_tokens")
 

@@ -14,8 +14,7 @@ from PIL import Image
 
 from solo_vlm.data.encode import IGNORE_INDEX, Document, Encoder
 from solo_vlm.data.mixture import Mixture
-from solo_vlm.data.survey.reading import ReadRow, RowReader
-from solo_vlm.data.survey.sampling import draw_rows
+from solo_vlm.data.survey.reading import ReadRow, RowReader, draw_rows
 from solo_vlm.models.inspect import draw_grid
 from solo_vlm.models.solo.image_processing_solo import patches_to_image
 from solo_vlm.models.solo.processing_solo import num_image_tokens

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from solo_vlm.data.sample import Sample, parse_sample
-from solo_vlm.data.samples_file import write_samples
 from solo_vlm.data.sources import all_rows, open_source
+from solo_vlm.data.sources.parquet import write_samples
 from solo_vlm.experiments.ablations.settings import (
     BASE,
     INIT,
@@ -29,7 +29,7 @@ from solo_vlm.experiments.ablations.settings import (
     describe_changes,
 )
 from solo_vlm.experiments.launcher import TrainingRun
-from solo_vlm.quickstart.data.drawn import draw_toy_data
+from solo_vlm.quickstart.data.files import draw_toy_data
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import config_fingerprint
 from solo_vlm.utils.errors import SoloError

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from solo_vlm.quickstart.data.drawn import ToySettings
+from solo_vlm.quickstart.data.files import ToySettings
 from solo_vlm.utils.errors import SoloError, did_you_mean
 from solo_vlm.utils.settings import Settings, find_settings, list_settings, override, read_settings
 

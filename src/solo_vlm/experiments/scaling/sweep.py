@@ -17,7 +17,7 @@ from solo_vlm.experiments.launcher import Executor, TrainingRun, train_runs
 from solo_vlm.models.flops import count_parameters as count_by_part
 from solo_vlm.models.from_llm import compose
 from solo_vlm.models.load import load_config
-from solo_vlm.quickstart.data.drawn import ToySettings, draw_toy_data
+from solo_vlm.quickstart.data.files import ToySettings, draw_toy_data
 from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 from solo_vlm.train.metrics import read_metrics
 from solo_vlm.train.recipe import Recipe

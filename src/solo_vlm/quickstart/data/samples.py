@@ -13,14 +13,16 @@ import numpy as np
 from PIL import Image
 
 from . import texts
-from .digits import DIGIT_QUESTION, held_out_digit, training_digit
 from .scenes import (
+    DIGIT_QUESTION,
     FAMILIES,
     Question,
     Scene,
     bar_chart,
     counted_objects,
+    held_out_digit,
     single_object,
+    training_digit,
     two_objects,
     written_letter,
     written_word,

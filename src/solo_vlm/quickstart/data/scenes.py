@@ -1,14 +1,123 @@
-"""Families of small drawn scenes, each with its one caption and its questions and answers."""
+"""Small drawn scenes and real handwritten digits, each with a caption, questions and answers."""
+
+from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
-from .drawing import TALLEST_BAR, Page
 from .vocabulary import COLOURS, LETTERS, NUMBERS, SHAPES, WORDS, plural, with_article
+
+PATCH = 32  # pixels: one cell of a page becomes one patch of the model
+TALLEST_BAR = 5
+_OVERSAMPLING = 4
+_SHADE = 12  # greatest change of a colour channel from one drawing to the next
+_INK = (30, 30, 40)
+
+RGB = tuple[int, int, int]
+
+
+class Page:
+    """A light page of `rows` x `columns` cells; `image` is RGB uint8.
+
+    A cell is PATCH pixels wide, or in one page out of four a little less, so that the page must be
+    resized (with its aspect kept) to fill whole patches.
+    """
+
+    def __init__(self, rng: np.random.Generator, rows: int, columns: int) -> None:
+        self.rng = rng
+        self.cell = int(rng.integers(PATCH - 4, PATCH)) if rng.random() < 0.25 else PATCH
+        red, green, blue = rng.integers(236, 256, size=3).tolist()
+        self.background: RGB = (red, green, blue)
+        self.image = Image.new("RGB", (columns * self.cell, rows * self.cell), self.background)
+
+    def shape(self, shape: str, colour: str, row: int, column: int) -> None:
+        """Draws a shape, two thirds to five sixths of a cell wide, near the middle of a cell."""
+        size = int(self.rng.integers(self.cell * 2 // 3, self.cell * 5 // 6 + 1))
+        slack = (self.cell - size) // 2
+        reach = min(slack, 2)
+        dx, dy = self.rng.integers(-reach, reach + 1, size=2).tolist()
+        corner = (column * self.cell + slack + dx, row * self.cell + slack + dy)
+        self.image.paste(self._shade(COLOURS[colour]), corner, shape_mask(shape, size))
+
+    def letters(self, word: str, row: int = 0) -> None:
+        """Writes a word on one base line, a letter to a cell."""
+        colour = self._shade(_INK)
+        size = int(self.rng.integers(self.cell * 3 // 4, self.cell * 7 // 8 + 1))
+        lift = int(self.rng.integers(-1, 2))
+        for column, letter in enumerate(word):
+            dx = int(self.rng.integers(-1, 2))
+            corner = (column * self.cell + dx, row * self.cell + lift)
+            self.image.paste(colour, corner, letter_mask(letter, size, self.cell))
+
+    def bars(self, heights: list[tuple[str, int]]) -> None:
+        """Draws one bar to a column, (colour, 1 to TALLEST_BAR), over faint lines at each unit."""
+        draw = ImageDraw.Draw(self.image)
+        right, bottom = self.image.width - 1, self.image.height - 2
+        unit = bottom / (TALLEST_BAR + 0.25)
+        line: RGB = tuple(channel - 22 for channel in self.background)  # type: ignore[assignment]
+        for step in range(1, TALLEST_BAR + 1):
+            y = round(bottom - step * unit)
+            draw.line((0, y, right, y), fill=line)
+        width = int(self.rng.integers(self.cell // 2, self.cell * 3 // 4 + 1))
+        for column, (colour, height) in enumerate(heights):
+            x = column * self.cell + (self.cell - width) // 2 + int(self.rng.integers(-1, 2))
+            box = (x, round(bottom - height * unit), x + width - 1, bottom)
+            draw.rectangle(box, fill=self._shade(COLOURS[colour]))
+        draw.line((0, bottom + 1, right, bottom + 1), fill=_INK)
+
+    def _shade(self, colour: RGB) -> RGB:
+        change = self.rng.integers(-_SHADE, _SHADE + 1, size=3)
+        red, green, blue = np.clip(np.add(colour, change), 0, 255).tolist()
+        return red, green, blue
+
+
+@cache
+def shape_mask(shape: str, size: int) -> Image.Image:
+    """How much of each pixel a shape covers: an "L" image of `size` x `size` pixels."""
+    large = size * _OVERSAMPLING
+    mask = Image.new("L", (large, large))
+    draw = ImageDraw.Draw(mask)
+    end = large - 1
+    if shape == "circle":
+        draw.ellipse((0, 0, end, end), fill=255)
+    elif shape == "square":
+        inset = large // 16  # about the area of the circle
+        draw.rectangle((inset, inset, end - inset, end - inset), fill=255)
+    elif shape == "triangle":
+        draw.polygon(((end / 2, 0), (end, end), (0, end)), fill=255)
+    elif shape == "cross":
+        near, far = large * 0.34, large * 0.66
+        draw.rectangle((near, 0, far, end), fill=255)
+        draw.rectangle((0, near, end, far), fill=255)
+    elif shape == "ring":
+        hole = large * 0.26
+        draw.ellipse((0, 0, end, end), fill=255)
+        draw.ellipse((hole, hole, end - hole, end - hole), fill=0)
+    else:
+        raise ValueError(f"no such shape: {shape!r}")
+    return mask.reduce(_OVERSAMPLING)
+
+
+@cache
+def letter_mask(letter: str, size: int, cell: int) -> Image.Image:
+    """How much of each pixel of a cell a letter covers: "L", `cell` x `cell` pixels."""
+    mask = Image.new("L", (cell, cell))
+    base_line = cell * 0.72  # leaves room for the tails of g, j, p and y
+    font = _font(size)
+    ImageDraw.Draw(mask).text((cell / 2, base_line), letter, fill=255, font=font, anchor="ms")
+    return mask
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
 
 _COLOUR_NAMES = tuple(COLOURS)
 _RESERVED_SHARE = 10  # one pair out of so many is reserved
@@ -161,3 +270,75 @@ def _one_of(page: Page, colour: str, shape: str) -> Scene:
     )
     name = f"{colour} {shape}"
     return Scene(page.image, with_article(name), name, questions)
+
+
+HELD_OUT_DIGITS = 300
+DIGIT_QUESTION = "Which digit is this?"
+_SPLIT_SEED = 0
+_SCAN = 8  # pixels a side
+_FULL_INK = 16  # the scans' largest value
+
+
+@dataclass(frozen=True, slots=True)
+class DigitSplit:
+    """Scans (n, 8, 8) uint8, dark on white, and labels (n,) of 0 to 9."""
+
+    scans: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+@cache
+def digit_splits() -> tuple[DigitSplit, DigitSplit]:
+    """The training and the held-out digits, each label in proportion; the same ones always."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    train, held_out = train_test_split(
+        np.arange(len(data.target)),
+        test_size=HELD_OUT_DIGITS,
+        stratify=data.target,
+        random_state=_SPLIT_SEED,
+    )
+    scans = (255 - data.images * (255 / _FULL_INK)).round().astype(np.uint8)
+    return (
+        DigitSplit(scans[train], data.target[train]),
+        DigitSplit(scans[held_out], data.target[held_out]),
+    )
+
+
+def training_digit(rng: np.random.Generator) -> Scene:
+    """A digit of the training split, a little moved, turned and resized."""
+    split, _ = digit_splits()
+    index = int(rng.integers(len(split.labels)))
+    turn, growth = rng.uniform(-0.1, 0.1), rng.uniform(0.95, 1.05)
+    shift = rng.uniform(-0.5, 0.5, size=2)
+    return _scene(split, index, turn, growth, (shift[0], shift[1]))
+
+
+def held_out_digit(index: int) -> Scene:
+    """The held-out digit number `index`, as it is."""
+    _, split = digit_splits()
+    return _scene(split, index, 0.0, 1.0, (0.0, 0.0))
+
+
+def _scene(split: DigitSplit, index: int, turn: float, growth: float, shift: tuple[float, float]) -> Scene:
+    """One patch that shows a scan turned (radians), grown (factor) and moved (scan pixels)."""
+    name = NUMBERS[split.labels[index]]
+    parity = "odd" if split.labels[index] % 2 else "even"
+    step = _SCAN / PATCH / growth  # scan pixels from one drawn pixel to the next
+    cos, sin = step * np.cos(turn), step * np.sin(turn)
+    centre, middle = _SCAN / 2, PATCH / 2
+    placing = (
+        *(cos, -sin, centre - shift[0] - (cos - sin) * middle),
+        *(sin, cos, centre - shift[1] - (sin + cos) * middle),
+    )
+    image = Image.fromarray(split.scans[index]).transform(
+        (PATCH, PATCH),
+        Image.Transform.AFFINE,
+        placing,
+        resample=Image.Resampling.BICUBIC,
+        fillcolor=255,
+    )
+    questions = ((DIGIT_QUESTION, name), ("Is the digit odd or even?", parity))
+    return Scene(image.convert("RGB"), f"the digit {name}", name, questions)

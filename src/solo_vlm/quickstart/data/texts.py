@@ -4,10 +4,24 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from .drawing import TALLEST_BAR
-from .facts import ANIMALS, COLOUR_OF, CORNERS, NAMES, OPPOSITES, SHAPE_OF, SIZES, THINGS
-from .scenes import Thing, chart_caption, is_reserved, pair_caption
-from .vocabulary import COLOURS, LETTERS, NUMBERS, SHAPES, WORDS, plural, with_article
+from .scenes import TALLEST_BAR, Thing, chart_caption, is_reserved, pair_caption
+from .vocabulary import (
+    ANIMALS,
+    COLOUR_OF,
+    COLOURS,
+    CORNERS,
+    LETTERS,
+    NAMES,
+    NUMBERS,
+    OPPOSITES,
+    SHAPE_OF,
+    SHAPES,
+    SIZES,
+    THINGS,
+    WORDS,
+    plural,
+    with_article,
+)
 
 _COLOUR_NAMES = tuple(COLOURS)
 

@@ -14,8 +14,7 @@ from solo_vlm.data.mixture import StreamFactory
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources import Source
 from solo_vlm.data.streams import VirtualStream
-from solo_vlm.data.survey.reading import ReadRow, RowReader
-from solo_vlm.data.survey.sampling import DrawnRows, Estimate, draw_rows, estimate_totals
+from solo_vlm.data.survey.reading import DrawnRows, Estimate, ReadRow, RowReader, draw_rows, estimate_totals
 from solo_vlm.data.survey.stats import estimate_instances
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError

@@ -205,10 +205,10 @@ def test_packs_come_back_as_the_documents_that_went_in(packer, photos, tmp_path)
     assert "pack 0, document 2" in source.where(0, 2)
 
 
-def test_encoded_again_the_release_s_tokens_and_patches_come_out(packer, photos, tmp_path):
+def test_reencoding_reproduces_the_original_tokens_and_patches(packer, photos, tmp_path):
     packer.pack([(ASSISTANT, photos[0]), (ASSISTANT, "a red circle")], [(ASSISTANT, "hello world")])
     folder = packer.write(tmp_path / "data")
-    processor = original_processor(original_tokenizer(folder), patch_size=32, layout="clean")
+    processor = original_processor(original_tokenizer(folder), patch_size=32, layout="paper")
     tokens, roles, _, patches = packer.packs[0]
     cut = roles.index(PACK_SEPARATOR)
     first, second = (encode(parse_sample(row), processor) for row in read_all(open_source(folder)))
@@ -271,7 +271,7 @@ def test_a_mixture_streams_them(packer, photos, tmp_path):
     for number in range(4):
         packer.pack([(ASSISTANT, photos[number % 3]), (ASSISTANT, "a red circle")], [(ASSISTANT, "hello")])
     folder = packer.write(tmp_path / "data")
-    processor = original_processor(original_tokenizer(folder), patch_size=32, layout="clean")
+    processor = original_processor(original_tokenizer(folder), patch_size=32, layout="paper")
     mixture = [MixtureItem(open_source(folder))]
     stream = VirtualStream(0, 1, mixture, lambda sample: encode(sample, processor), length=128, epochs=1)
     assert sum(len(packed.documents) for packed in stream) == 8

@@ -1,4 +1,4 @@
-"""Where rows name images, and what relative paths count from."""
+"""Field values of rows: texts, ids and images in any form."""
 
 from __future__ import annotations
 
@@ -8,9 +8,41 @@ import pytest
 from PIL import Image
 from tests.factories import png
 
-from solo_vlm.data.image_values import locate_images, looks_like_image
 from solo_vlm.data.sample import parse_sample
+from solo_vlm.data.values import (
+    check_text,
+    load_json,
+    locate_images,
+    looks_like_image,
+    natural_key,
+    printable,
+)
 from solo_vlm.models.solo.image_loading_solo import load_image
+
+
+def test_names_sort_by_number():
+    names = [f"{folder}/img{number}.png" for folder in ("A", "b2", "b10") for number in range(12)]
+    assert sorted(sorted(names), key=natural_key) == names
+
+
+@pytest.mark.parametrize("text", ["", "café", "\U0001f600", "nul \0"])
+def test_text_is_kept(text):
+    assert check_text(text) == printable(text) == text
+
+
+@pytest.mark.parametrize(("text", "place"), [("\ud83d", 0), ("ab\udcff", 2), ("\ude00\ud83d", 0)])
+def test_lone_surrogates_are_named(text, place):
+    with pytest.raises(ValueError, match=rf"character {place} \('\\ud") as error:
+        check_text(text)
+    str(error.value).encode()
+    assert "\\ud" in printable(text)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", b"\xff", ""])
+def test_json_that_cannot_be_read_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        load_json(text)
+
 
 RED = png(Image.new("RGB", (8, 8), "red"))
 
