@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,10 +51,7 @@ class StoredTensor:
     """Location of a tensor in a file.
 
     Attributes:
-        file: File that holds the tensor.
         key: Name of the tensor in the file.
-        dtype: Element type.
-        shape: Shape.
         offset: Bytes from the start of the file to the first element.
         strides: Strides in elements.
     """
@@ -166,7 +163,11 @@ def open_pickle(file: Path, of_megatron: bool = False) -> Any:
         SoloError: The file contains code, is truncated, or is no checkpoint. Nothing in it was executed.
     """
     try:
-        allowed: list[Any] = [Namespace, *_placeholders(file)] if of_megatron else []
+        allowed: list[Any] = []
+        if of_megatron:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            inert = [(_Placeholder, name) for name in names if name.startswith(_INERT_PACKAGES)]
+            allowed = [Namespace, *inert]
         with torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="meta", weights_only=True)
     except UnpicklingError as error:
@@ -268,11 +269,6 @@ class _Placeholder:
         self.state = state
 
 
-def _placeholders(file: Path) -> list[tuple[Any, str]]:
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    return [(_Placeholder, name) for name in names if name.startswith(_INERT_PACKAGES)]
-
-
 def _write_safetensors(file: Path, tensors: Sequence[PlannedTensor]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -288,12 +284,8 @@ def _write_safetensors(file: Path, tensors: Sequence[PlannedTensor]) -> None:
     with file.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            _write_values(stream, tensor)
-
-
-def _write_values(stream: BinaryIO, tensor: PlannedTensor) -> None:
-    values = tensor.read()
-    if values.shape != tensor.shape or values.dtype != tensor.dtype:
-        raise AssertionError(f"{tensor.name} became {values.dtype} {list(values.shape)}")
-    if tensor.nbytes:
-        stream.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            values = tensor.read()
+            if values.shape != tensor.shape or values.dtype != tensor.dtype:
+                raise AssertionError(f"{tensor.name} became {values.dtype} {list(values.shape)}")
+            if tensor.nbytes:
+                stream.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)

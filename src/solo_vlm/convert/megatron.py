@@ -284,11 +284,7 @@ class _WeightSlice:
     select: Callable[[Tensor], Tensor] = lambda part: part
 
     def plan(self, name: str, shape: tuple[int, ...], parts: Sequence[StoredTensor]) -> PlannedTensor:
-        """Return the weight `name` of this shape; its parts are joined when it is written.
-
-        Raises:
-            SoloError: A part has the wrong shape or dtype; the message names its file and key.
-        """
+        """Return the weight `name` of this shape; its parts are checked now and joined when it is written."""
         for part in parts:
             if not self._fits(part, shape, len(parts)) or part.dtype != parts[0].dtype:
                 raise SoloError(

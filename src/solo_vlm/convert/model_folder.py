@@ -60,7 +60,6 @@ def plan_weights(config: SoloConfig, found: Mapping[str, StoredTensor]) -> dict[
     """Return the weights in the model's order, checked against its configuration.
 
     Args:
-        config: Configuration of the model.
         found: Stored tensors by the model's weight names. Obsolete buffers are ignored.
 
     Raises:
@@ -96,8 +95,6 @@ def write_model_folder(
     """Write a model folder; it appears under its name only when it is complete.
 
     Args:
-        out: New folder.
-        config: Configuration of the model.
         weights: Checked weights by name, written one at a time.
         tokenizer: Original tokenizer; None to write no processor, with a warning.
         layout: Layout of images in chats.

@@ -41,9 +41,7 @@ class Conversation:
         """Answer a question about the pending images and all earlier turns.
 
         Args:
-            question: The user's question.
-            on_text: Callback for pieces of the answer, see `GenerationPipeline.stream`.
-            **options: Further arguments of `GenerationPipeline.stream`.
+            on_text, **options: See `GenerationPipeline.stream`.
 
         Raises:
             SoloError: The conversation exceeds the context length.

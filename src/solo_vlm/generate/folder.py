@@ -47,12 +47,9 @@ def answer_folder(
     lists are skipped.
 
     Args:
-        pipeline: Model with its processor.
         images: Names relative to the folder, see `find_images`.
-        folder: Folder of the images.
         request: `prompt`, `max_new_tokens`, and any other values to repeat on each line.
         out: JSON-lines file to create or complete.
-        batch_size: Maximum number of images per batch.
         on_progress: Callback for the number of finished images and their total.
 
     Raises:

@@ -143,8 +143,7 @@ class GenerationPipeline:
             dtype: "auto" (as stored) or the name of a torch dtype; with `quantize`, the compute dtype.
             device: Device name. Default: the accelerator if there is one.
             quantize: Hold the decoder's weights in 8 or 4 bits, see `quantization_config`.
-            prefix_cache: See the class.
-            compile: See the class.
+            prefix_cache, compile: See the class.
 
         Raises:
             SoloError: The path holds no readable SOLO model, or the options exclude each other.
@@ -191,11 +190,7 @@ class GenerationPipeline:
         if cancel:
             options["stopping_criteria"] = [cancel]
         if temperature:
-            options |= {
-                "do_sample": True,
-                "temperature": max(temperature, MIN_TEMPERATURE),
-                "top_p": top_p,
-            }
+            options |= {"do_sample": True, "temperature": max(temperature, MIN_TEMPERATURE), "top_p": top_p}
         sequences, cached_tokens = self.generate(inputs, max_new_tokens, **options)
         output = self.decode(sequences, inputs)[0]
         cancelled = cancel is not None and cancel.cancelled and output.finish_reason != "stop"
@@ -304,7 +299,6 @@ class BatchGenerator:
     """Answer many requests in batches of similar length, encoding ahead while the model works.
 
     Args:
-        pipeline: Model with its processor.
         batch_size: Maximum number of chats per batch.
     """
 

@@ -50,11 +50,8 @@ def model_card(
 
     Args:
         repo_id: Repository on the hub, `owner/name`.
-        model: Folder of the model.
         runs: Training runs that led to the model, in order.
-        evaluation: Scores of the model.
-        license: Hub id of the license of the weights.
-        base_model: Hub id of the LLM the model was made from.
+        license, base_model: Hub ids of the weights' license, and of the LLM the model was made from.
 
     Raises:
         SoloError: The folder cannot be read.
@@ -250,7 +247,6 @@ class Evaluation:
     """Scores of a model, and the software that computed them.
 
     Attributes:
-        scores: Scores of the run.
         backend: Backend that ran the model.
         versions: Software versions by package.
     """

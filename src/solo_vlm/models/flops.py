@@ -230,7 +230,6 @@ def forward_flops(
     """Return the FLOPs of a packed batch.
 
     Args:
-        shape: Sizes of the model.
         document_lengths: (num_documents,) tokens of each document, text and vision.
         patches: Number of image patches (`<vpatch>` tokens).
         predicted: Number of positions where the head is run; in training, those with a label.
@@ -258,9 +257,7 @@ def training_flops(
     """Return the FLOPs of a training step on a packed batch, forward and backward (see `Flops.training`).
 
     Args:
-        shape: Sizes of the model.
-        document_lengths: (num_documents,) tokens of each document, text and vision.
-        patches: Number of image patches (`<vpatch>` tokens).
+        document_lengths, patches: See `forward_flops`.
         supervised_tokens: Number of positions with a label.
         frozen: Whether the decoder's weights get no gradient (see `Flops.training_frozen`).
     """
@@ -411,12 +408,8 @@ def _run(model: Any, layers: list[nn.Module], length: int) -> tuple[list[_Attent
     """Run one forward pass on the meta device; return its attention calls, and its other FLOPs by part."""
     names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules()}
     last: dict[nn.Module, nn.Module] = {}
-
-    def remember(layer: nn.Module, leaf: nn.Module) -> Any:
-        return leaf.register_forward_hook(lambda *_: last.__setitem__(layer, leaf))
-
     hooks = [
-        remember(layer, leaf)
+        leaf.register_forward_hook(lambda leaf, *_, layer=layer: last.__setitem__(layer, leaf))
         for layer in layers
         for leaf in layer.modules()
         if not list(leaf.children()) and not isinstance(leaf, _PASS_THROUGH)
@@ -469,14 +462,8 @@ def _parameters(model: Any, layers: list[nn.Module], patch: int) -> ParameterCou
     for weight in model.parameters():
         part = "norms" if id(weight) in norms else "head" if id(weight) in heads else "embedding"
         parts[part if part != "embedding" else of_layer.get(id(weight), part)] += weight.numel()
-    return ParameterCounts(
-        embedding=parts["embedding"],
-        patch_embedding=patch * model.config.hidden_size,
-        attention=parts["attention"],
-        mlp=parts["mlp"],
-        norms=parts["norms"],
-        head=parts["head"],
-    )
+    counted = {part: parts[part] for part in ("embedding", "attention", "mlp", "norms", "head")}
+    return ParameterCounts(patch_embedding=patch * model.config.hidden_size, **counted)
 
 
 def _declared_attention(text: Any) -> _AttentionCall:

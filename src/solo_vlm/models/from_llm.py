@@ -54,7 +54,6 @@ class SoloModelAndProcessor:
 
     Attributes:
         model: Model in evaluation mode.
-        processor: Processor with the chat template.
         chat_template: Source of the chat template: the LLM, ChatML, or the SOLO paper.
     """
 
@@ -115,7 +114,8 @@ def compose(
 ) -> SoloModelAndProcessor:
     """Make a SOLO model from a causal language model and its tokenizer in memory; both are modified."""
     _set_eos(tokenizer, language_model)
-    probe = _probe_tokens(tokenizer, language_model)
+    vocabulary = min(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
+    probe = torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0))
     expected = _text_logits(language_model, probe)
     image_processor = image_processor or SoloImageProcessor()
     spelling = _add_vision_tokens(tokenizer)
@@ -245,20 +245,15 @@ def _make_control_tokens_special(tokenizer: Any, chat_template: str | None) -> N
     except Exception:  # any type; such a template will be replaced
         return
     control = [
-        AddedToken(
-            token.content,
-            single_word=token.single_word,
-            lstrip=token.lstrip,
-            rstrip=token.rstrip,
-            normalized=token.normalized,
-            special=True,
-        )
+        token
         for token in tokenizer.added_tokens_decoder.values()
         if not token.special
         and token.content.strip()
         and token.content in rendered
         and "think" not in token.content
     ]
+    for token in control:
+        token.special = True
     tokenizer.add_tokens(control, special_tokens=True)
 
 
@@ -320,20 +315,13 @@ def _generation_config(
     """Return greedy settings with the LLM's EOS tokens that suppress vision tokens and padding rows."""
     tokenizer = processor.tokenizer
     known = set(tokenizer.get_vocab().values())  # ids beyond them are never generated
-    generation = GenerationConfig(
+    padding = range(len(tokenizer), config.text_config.vocab_size)
+    return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[end for end in stop_ids(language_model.generation_config, processor) if end in known],
         pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[*config.vision_token_ids, *padding],
     )
-    padding = range(len(tokenizer), config.text_config.vocab_size)
-    generation.suppress_tokens = [*config.vision_token_ids, *padding]
-    return generation
-
-
-def _probe_tokens(tokenizer: Any, language_model: PreTrainedModel) -> Tensor:
-    vocabulary = min(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocabulary, (1, 16), generator=generator)
 
 
 @torch.no_grad()

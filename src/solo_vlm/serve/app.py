@@ -71,7 +71,6 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
     Args:
         engine: Engine of the model; closed with the application.
         model: Model name that requests must use, if they name one.
-        limits: Limits on each request and on all together.
         api_keys: Keys of which API requests must send one; empty if none is required.
     """
     metrics = Metrics(engine)
@@ -325,12 +324,7 @@ class _Endpoint:
 
 
 async def _unless_disconnected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Run a coroutine, raising its exceptions; cancel it when the client disconnects.
-
-    Args:
-        work: Coroutine that responds to the client.
-        receive: ASGI receive of the request; the body must have been read.
-    """
+    """Respond with `work`, raising its exceptions; cancel it when the client disconnects after its body."""
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":

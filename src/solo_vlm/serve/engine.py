@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from threading import Condition, Lock, Thread
 from typing import Any, Generic, Literal, TypeVar
 
@@ -86,10 +87,6 @@ class Finish:
 
 class Request:
     """A prompt to answer, created in the event loop that reads the answer.
-
-    Args:
-        prompt: Result of `Engine.encode`.
-        params: Sampling and stopping parameters.
 
     Attributes:
         cancelled: Whether the client is gone. Set by the engine.
@@ -171,8 +168,7 @@ class Engine:
         """Tokenize a chat. Thread-safe.
 
         Args:
-            messages: Chat with one image part per image.
-            images: Encoded images in order of appearance.
+            messages: Chat with one image part per image, in the order of `images`.
             add_generation_prompt: Whether to end where the next answer begins.
 
         Raises:
@@ -255,7 +251,6 @@ def generate_batch(pipeline: GenerationPipeline, tokenizer: Any, requests: Seque
     """Answer requests in one batch, sending each its text as it grows and its finish when it ends.
 
     Args:
-        pipeline: Model and processor.
         tokenizer: Tokenizer for decoding; no other thread may use it.
         requests: Requests whose longest prompt plus longest answer fit the model's context.
     """
@@ -276,13 +271,9 @@ def generate_batch(pipeline: GenerationPipeline, tokenizer: Any, requests: Seque
 def merge_prompts(prompts: Sequence[Prompt], pad_id: int) -> dict[str, Tensor]:
     """Return the model inputs of a batch of prompts, padded on the left."""
     ids = [torch.from_numpy(prompt.input_ids) for prompt in prompts]
-    inputs = {
-        name: pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
-        for name, rows, value in (
-            ("input_ids", ids, pad_id),
-            ("attention_mask", [torch.ones_like(row) for row in ids], 0),
-        )
-    }  # (prompts, longest)
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")  # returns (prompts, longest)
+    masks = [torch.ones_like(row) for row in ids]
+    inputs = {"input_ids": pad(ids, padding_value=pad_id), "attention_mask": pad(masks)}
     if images := [image for prompt in prompts for image in prompt.images]:
         inputs["pixel_values"] = torch.from_numpy(np.concatenate([image.pixel_values for image in images]))
         inputs["image_grid_thw"] = torch.from_numpy(np.stack([image.image_grid_thw for image in images]))
@@ -389,7 +380,6 @@ class IncrementalDetokenizer:
 
     Args:
         tokenizer: Tokenizer for decoding; no other thread may use it.
-        stop: Stop strings.
 
     Attributes:
         stopped: Whether a stop string was found.

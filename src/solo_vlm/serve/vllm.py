@@ -48,8 +48,6 @@ def vllm_command(
     Args:
         model: Folder or hub id.
         name: Model name in requests.
-        host: Address to listen on.
-        port: Port to listen on.
         limits: Limits, of which only `max_batch`, `max_images` and `max_tokens` may differ from the defaults.
         dtype: Type of the weights; "auto" is as stored, but never float32.
         prefix_caching: Whether prompts share the computation of common prefixes.

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import time
+import urllib.request
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import InvalidURL
@@ -19,17 +20,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypedDict, Unpack
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote_to_bytes, urlsplit
-from urllib.request import (
-    HTTPDefaultErrorHandler,
-    HTTPErrorProcessor,
-    HTTPHandler,
-    HTTPRedirectHandler,
-    HTTPSHandler,
-    OpenerDirector,
-    ProxyHandler,
-    Request,
-    UnknownHandler,
-)
 
 import numpy as np
 from numpy.typing import NDArray
@@ -558,19 +548,20 @@ def _decode_base64(data: bytes) -> bytes | None:
 def _download(url: str, name: str, timeout: float, max_bytes: int) -> bytes:
     """Download an http(s) URL with the standard library, so published folders need no HTTP client."""
     deadline = time.monotonic() + timeout
-    opener = OpenerDirector()  # no file: and ftp: handlers for redirects
+    opener = urllib.request.OpenerDirector()  # no file: and ftp: handlers for redirects
     for handler in (
-        ProxyHandler,
-        HTTPHandler,
-        HTTPSHandler,
-        HTTPRedirectHandler,
-        HTTPDefaultErrorHandler,
-        HTTPErrorProcessor,
-        UnknownHandler,
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
     ):
         opener.add_handler(handler())
     try:
-        request = Request(_ascii_url(url), headers={"User-Agent": "solo-vlm", "Accept": "image/*,*/*;q=0.8"})
+        headers = {"User-Agent": "solo-vlm", "Accept": "image/*,*/*;q=0.8"}
+        request = urllib.request.Request(_ascii_url(url), headers=headers)
         with opener.open(request, timeout=timeout) as response:
             chunks, size = [], 0
             while chunk := response.read1(2**16):
@@ -584,8 +575,8 @@ def _download(url: str, name: str, timeout: float, max_bytes: int) -> bytes:
     except ImageError:
         raise
     except HTTPError as error:
-        kind = ImageMissingError if error.code in _NO_SUCH_PAGE else ImageFetchError
-        raise kind(f"{name}: HTTP {error.code} {error.reason}") from error
+        error_class = ImageMissingError if error.code in _NO_SUCH_PAGE else ImageFetchError
+        raise error_class(f"{name}: HTTP {error.code} {error.reason}") from error
     except (ValueError, InvalidURL) as error:
         raise ImageMissingError(f"{name}: download failed ({error})") from error
     except Exception as error:  # URLError, TimeoutError, HTTPException

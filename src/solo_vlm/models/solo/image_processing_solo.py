@@ -160,17 +160,12 @@ def _planes(pixels: np.ndarray) -> np.ndarray:
     return planes
 
 
-def _load_library() -> ctypes.CDLL | None:
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError:
-        return None
-    library.solo_can_enlarge.argtypes = [ctypes.c_int] * 5
-    library.solo_enlarge.argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 5, ctypes.c_void_p]
-    return library
-
-
-_library = _load_library()
+try:
+    _library: ctypes.CDLL | None = ctypes.CDLL(str(LIBRARY))
+    _library.solo_can_enlarge.argtypes = [ctypes.c_int] * 5
+    _library.solo_enlarge.argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 5, ctypes.c_void_p]
+except OSError:
+    _library = None
 
 
 def enlarge_to_patches(
@@ -361,9 +356,7 @@ class SoloImageProcessor(PilBackend):
     ) -> int:
         """Return the number of patches of an image of `height` x `width` pixels (part of vLLM's interface).
 
-        Args:
-            height, width: Size of the image in pixels.
-            images_kwargs: Overrides of the processor's settings.
+        `images_kwargs` override the processor's settings.
         """
         settings = {name: getattr(self, name) for name in ("patch_size", "size", "resize_rule", "do_resize")}
         settings |= {key: value for key, value in (images_kwargs or {}).items() if key in settings}

@@ -62,13 +62,11 @@ class SoloProcessor(ProcessorMixin):
     with a second `<vision>`, and the images of a turn precede it, those of the first turn even `<s>`.
 
     Args:
-        image_processor: A `SoloImageProcessor`.
         tokenizer: The LLM's tokenizer with the four vision tokens added.
         chat_template: Jinja source.
         image_token: Spelling of `<vpatch>`, which differs where the LLM already had such a token.
-        vision_start_token: Spelling of `<vision>`, likewise.
-        vision_row_token: Spelling of `<vrow_sep>`, likewise.
-        vision_end_token: Spelling of `</vision>`, likewise.
+        vision_start_token, vision_row_token, vision_end_token: Spelling of `<vision>`, `<vrow_sep>` and
+            `</vision>`, likewise.
         image_layout: "paper" (the chat template places images), or "original" (the layout of SOLO-7B, with a
             chat template of its own).
     """

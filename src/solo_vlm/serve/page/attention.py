@@ -39,9 +39,7 @@ class WordAttention:
         """Return how the steps that generated a word attended to each patch.
 
         Args:
-            pipeline: Model and processor.
             prompt: Chat that ends with the answer.
-            answer: Text of the answer.
             start, end: Characters of the word in the answer.
             layer: Single layer; None averages over all.
 
@@ -85,9 +83,7 @@ class AttentionMaps:
     def mean_over(self, tokens: slice, layer: int | None = None) -> list[NDArray[np.float32]]:
         """Return one (rows, columns) map per image, averaged over tokens.
 
-        Args:
-            tokens: Tokens of the answer.
-            layer: Single layer; None averages over all.
+        `layer` selects a single layer; None averages over all.
         """
         layers = self.weights[:, tokens].mean(axis=1)  # (num_layers, num_patches)
         weights = layers.mean(axis=0) if layer is None else layers[layer]
@@ -106,7 +102,6 @@ def attention_maps(model: SoloForConditionalGeneration, prompt: Prompt) -> Atten
     "eager", which returns its weights. So nothing quadratic in the prompt's length is held in memory.
 
     Args:
-        model: Model in evaluation mode.
         prompt: Chat that ends with the assistant's turn.
     """
     start, end = last_answer(prompt.supervised)
@@ -141,7 +136,6 @@ def tokens_of_span(start: int, end: int, text: str, token_ids: NDArray[Any], tok
         start, end: Characters of the text, at least one.
         text: Text of the tokens, stripped of surrounding white space.
         token_ids: (num_tokens,) int64, the text and possibly special tokens after it.
-        tokenizer: Tokenizer of the model.
     """
     read = [
         tokenizer.decode(token_ids[: count + 1], skip_special_tokens=True) for count in range(len(token_ids))
