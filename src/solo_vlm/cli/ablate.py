@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from solo_vlm.cli._common import (
     STDOUT,
-    Executor,
     ExecutorOption,
+    JsonOption,
     ProcessesOption,
     print_json,
     print_table,
@@ -35,18 +35,19 @@ def ablate(
     ] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Root folder for data, models and results.")] = None,
     processes: ProcessesOption = 1,
-    executor: ExecutorOption = Executor.LOCAL,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    executor: ExecutorOption = "local",
+    json: JsonOption = False,
 ) -> None:
     """Train a base pipeline and its variants, and report the differences with 95% intervals.
 
     Run the same command again to resume. Ablations with the same root folder share identical runs.
     """
     quiet_libraries()
-    from solo_vlm.experiments.ablations.settings import Ablation
+    from solo_vlm.experiments.ablations.settings import Ablation, list_ablations
 
     if list_all:
-        return _list(json)
+        known = list_ablations()
+        return print_json(known) if json else print_table(None, ("ablation", "question"), known.items())
     if name is None:
         raise SoloError("give the name of an ablation (solo ablate --list), or the path of a YAML file")
     given = {"seeds": seeds, "root": out and str(out)}
@@ -54,14 +55,6 @@ def ablate(
     if dry_run:
         return _plan(ablation, fraction, json)
     _run(ablation, fraction, processes, executor, json)
-
-
-def _list(json: bool) -> None:
-    from solo_vlm.experiments.ablations.settings import list_ablations
-
-    if json:
-        return print_json(list_ablations())
-    print_table(None, ("ablation", "question"), list_ablations().items())
 
 
 def _plan(ablation: Ablation, fraction: float, json: bool) -> None:
@@ -79,10 +72,12 @@ def _plan(ablation: Ablation, fraction: float, json: bool) -> None:
             first = ("", "")
     print_table(plan["question"], ("variant", "changes", "stage", "steps", "finished"), rows, left=3)
     missing = plan["missing"]
-    STDOUT.print(f"to be trained: {missing['runs']} runs, {missing['steps']:,} steps", highlight=False)
+    STDOUT.print(f"to be trained: {missing['runs']} runs, {missing['steps']:,} steps")
 
 
-def _run(ablation: Ablation, fraction: float, processes: int, executor: Executor, json: bool) -> None:
+def _run(
+    ablation: Ablation, fraction: float, processes: int, executor: Literal["local", "ray"], json: bool
+) -> None:
     from solo_vlm.train.metrics import progress_bar
 
     try:
@@ -90,7 +85,7 @@ def _run(ablation: Ablation, fraction: float, processes: int, executor: Executor
         from solo_vlm.experiments.ablations.run import run_ablation
 
         with progress_bar() as progress:
-            report, folder = run_ablation(ablation, progress, fraction, processes, executor.value)
+            report, folder = run_ablation(ablation, progress, fraction, processes, executor)
         write_report(report, folder)
     except ImportError as error:
         raise SoloError(f"{error.name} is not installed: pip install 'solo-vlm[science]'") from error
@@ -99,5 +94,5 @@ def _run(ablation: Ablation, fraction: float, processes: int, executor: Executor
         return print_json({**facts, "folder": str(folder)})
     print_table(facts["question"], COLUMNS, result_lines(facts), left=2)
     for note in facts["notes"]:
-        STDOUT.print(note, style="dim", highlight=False)
-    STDOUT.print(f"report: {folder / 'report.html'}", highlight=False)
+        STDOUT.print(note, style="dim")
+    STDOUT.print(f"report: {folder / 'report.html'}")

@@ -86,10 +86,7 @@ class ServerBackend:
                 max_tokens=request.max_new_tokens,
                 temperature=0.0,
             )
-        except (
-            BadRequestError,
-            UnprocessableEntityError,
-        ) as error:  # this request only, e.g. too long
+        except (BadRequestError, UnprocessableEntityError) as error:  # this request only, e.g. too long
             return GenerationOutput(request.request_id, None, f"refused by the server: {error}")
         except OpenAIError as error:
             raise SoloError(f"no answer from {self._client.base_url}: {error}") from error

@@ -177,11 +177,7 @@ def bootstrap_interval(units: Sequence[Unit]) -> tuple[float, float]:
 def paired_difference(
     units: Sequence[Unit], others: Sequence[Unit]
 ) -> tuple[float, tuple[float, float], float]:
-    """Compare two runs by paired bootstrap over the same units.
-
-    Args:
-        units: Units of the first run.
-        others: Units of the second run, with the same IDs in the same order.
+    """Compare two runs by paired bootstrap over the same units, which are in the same order.
 
     Returns:
         The second score minus the first; its 95% interval; the two-sided p-value of no difference: twice the
@@ -237,13 +233,9 @@ def by_category(
     categories: Category,
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Part]:
-    """Return the accuracy of each category; a row may have none or several.
+    """Return the accuracy of each category of a kind; a row may have none or several.
 
-    Args:
-        answers: Scored answers.
-        group: Kind of the categories.
-        categories: Returns the categories of a row.
-        sizes: Rows of each category in the whole benchmark; also sets the order.
+    `sizes`, the rows of each category in the whole benchmark, also set the order.
     """
     sizes = sizes or {}
     found: dict[str, list[ScoredAnswer]] = {name: [] for name in sizes}
