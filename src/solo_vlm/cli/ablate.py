@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -54,30 +54,6 @@ def ablate(
     ablation = Ablation.load(name, overrides or [], **{key: value for key, value in given.items() if value})
     if dry_run:
         return _plan(ablation, fraction, json)
-    _run(ablation, fraction, processes, executor, json)
-
-
-def _plan(ablation: Ablation, fraction: float, json: bool) -> None:
-    from solo_vlm.experiments.ablations.pipeline import make_plan
-
-    plan = make_plan(ablation, fraction)
-    if json:
-        return print_json(plan)
-    rows = []
-    for variant, planned in plan["variants"].items():
-        first = (variant, "; ".join(planned["changes"]))
-        for stage, found in planned["stages"].items():
-            steps = "" if found["steps"] is None else f"{found['steps']:,}"
-            rows.append((*first, stage, steps, f"{sum(found['runs'].values())} of {len(found['runs'])}"))
-            first = ("", "")
-    print_table(plan["question"], ("variant", "changes", "stage", "steps", "finished"), rows, left=3)
-    missing = plan["missing"]
-    STDOUT.print(f"to be trained: {missing['runs']} runs, {missing['steps']:,} steps")
-
-
-def _run(
-    ablation: Ablation, fraction: float, processes: int, executor: Literal["local", "ray"], json: bool
-) -> None:
     from solo_vlm.train.metrics import progress_bar
 
     try:
@@ -96,3 +72,21 @@ def _run(
     for note in facts["notes"]:
         STDOUT.print(note, style="dim")
     STDOUT.print(f"report: {folder / 'report.html'}")
+
+
+def _plan(ablation: Ablation, fraction: float, json: bool) -> None:
+    from solo_vlm.experiments.ablations.pipeline import make_plan
+
+    plan = make_plan(ablation, fraction)
+    if json:
+        return print_json(plan)
+    rows = []
+    for variant, planned in plan["variants"].items():
+        first = (variant, "; ".join(planned["changes"]))
+        for stage, found in planned["stages"].items():
+            steps = "" if found["steps"] is None else f"{found['steps']:,}"
+            rows.append((*first, stage, steps, f"{sum(found['runs'].values())} of {len(found['runs'])}"))
+            first = ("", "")
+    print_table(plan["question"], ("variant", "changes", "stage", "steps", "finished"), rows, left=3)
+    missing = plan["missing"]
+    STDOUT.print(f"to be trained: {missing['runs']} runs, {missing['steps']:,} steps")

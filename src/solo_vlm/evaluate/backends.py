@@ -18,10 +18,7 @@ class Backend(Protocol):
     """Answers requests greedily, in any order; `BatchGenerator` is one."""
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
-        """Yield outputs in batches as they are ready.
-
-        Args:
-            requests: Consumed lazily, possibly from another thread.
+        """Yield outputs in batches as they are ready; consume requests lazily, possibly from another thread.
 
         Raises:
             SoloError: The backend fails as a whole; the failure of a single request is its output's error.

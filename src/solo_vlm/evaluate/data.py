@@ -52,7 +52,7 @@ def load_benchmark(benchmark: Benchmark, data_root: Path | None) -> Dataset:
     """Load a benchmark's split with the columns of the hub's dataset.
 
     Args:
-        benchmark: The benchmark.
+        benchmark: What to load.
         data_root: Folder with one folder per task; None loads from the hub, through its cache.
 
     Raises:

@@ -150,17 +150,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class LlmJudge:
-    """Scorer that lets a language model extract the answers.
+    """Scorer that lets a language model extract the answers."""
 
-    Args:
-        model: Name of the model at the endpoint.
-        base_url: OpenAI-compatible endpoint; None is OpenAI's own. The key is `OPENAI_API_KEY`.
-        concurrency: Maximum in-flight requests.
-    """
-
-    model: str
-    base_url: str | None = None
-    concurrency: int = 8
+    model: str  # name of the model at the endpoint
+    base_url: str | None = None  # OpenAI-compatible; None is OpenAI's own. The key is `OPENAI_API_KEY`.
+    concurrency: int = 8  # maximum in-flight requests
 
     def __call__(self, predictions: Sequence[Prediction]) -> list[ScoredAnswer]:
         """Score predictions with one request each, except where the response already is a plain answer.

@@ -14,7 +14,10 @@ from solo_vlm.evaluate.scoring.score import Benchmark, Part, ScoredAnswer, accur
 
 
 def score_choices(predictions: Sequence[Prediction], answers_are_indices: bool = False) -> list[ScoredAnswer]:
-    """Score answers to questions whose reference is a letter, an option's text or (if set) index."""
+    """Score answers to questions whose reference is a letter or an option's text.
+
+    With `answers_are_indices`, a number as the reference is an index into the options, from 0.
+    """
 
     def score(prediction: Prediction) -> ScoredAnswer:
         options = options_of(prediction.row)

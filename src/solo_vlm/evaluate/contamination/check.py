@@ -97,11 +97,11 @@ def check_mixture(
     workers: int = 0,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Contamination:
-    """Search a mixture for images and questions of benchmarks.
+    """Search a mixture, whose sources are read once, for images and questions of benchmarks.
 
     Args:
         benchmarks: Rows by benchmark.
-        mixture: Mixture whose sources are read once.
+        mixture: Training data.
         distance: Maximum Hamming distance of the 64-bit hashes of two images.
         workers: Number of worker processes; 0 reads in this process.
         on_progress: Called with the number of shards read and in total.

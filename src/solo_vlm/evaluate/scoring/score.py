@@ -92,7 +92,6 @@ class Score:
         expected_n: Rows of the whole benchmark.
         metric: How the score is computed.
         source: Paper or script that defines the metric.
-        breakdown: Score by category.
         raw: Further metrics of the same answers by name, such as lmms-eval's own.
         unreadable: Number of responses without an extractable answer; they count as wrong.
         bad_rows: IDs of rows that failed or cannot be scored; they count as wrong.
@@ -264,15 +263,12 @@ class Benchmark:
         harness_task: Name of the task in lmms-eval.
         hub_id: Dataset on the hub, under the name that lmms-eval 0.7.3 uses.
         hub_files: Pattern of the files that hold the split.
-        split: The split that is scored.
         license: License stated by the dataset card; "(unchecked)" if the card was not available.
-        kind: Form of the questions.
         size: Rows of the whole benchmark.
         size_source: Source of `size`.
         metric: How the score is computed.
         source: Paper or script that defines the metric.
         scorer: Extracts answers and compares them with the references.
-        breakdown: Returns the score of each category.
         hub_config: Configuration of the dataset, if it has several.
         is_scored: Whether a row is part of the score; other rows are filtered out and counted.
         units: Returns the units of scored answers.
