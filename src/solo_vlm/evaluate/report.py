@@ -25,7 +25,7 @@ class PublishedModel:
     name: str
     source: str  # paper that presents it
     scores: Mapping[str, float]  # by benchmark, on this project's scale
-    unverified: Sequence[str] = ()  # benchmarks whose score could not be traced to its source
+    unverified: frozenset[str] = frozenset()  # benchmarks whose score could not be traced to its source
 
 
 PUBLISHED = (
@@ -33,7 +33,7 @@ PUBLISHED = (
         "SOLO-7B",
         "Chen et al. 2024, arXiv 2407.06438",
         {"mmstar": 35.5, "mme": 1260, "seedbench": 64.4, "ai2d": 61.4, "scienceqa": 73.3, "mathvista": 34.4},
-        unverified=("mmstar",),
+        unverified=frozenset({"mmstar"}),
     ),
     PublishedModel(
         "LLaVA-1.5-7B",
