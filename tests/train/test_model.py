@@ -122,6 +122,7 @@ def test_new_adapters_keep_logits(settings):
     [
         ({"quantize": "nf4"}, 1, "also set lora"),
         ({"quantize": "nf4", "lora": {}}, 2, "cannot be sharded"),
+        ({"quantize": "nf4", "lora": {}, "float8": True}, 1, "unset quantize or float8"),
         ({"lora": {}, "parallel": {"tensor": 2}}, 2, "set parallel.tensor to 1"),
         ({"lora": {"targets": ["q_proj", "no_such"]}}, 1, "no linear layer no_such; it has down_proj, "),
     ],

@@ -18,7 +18,7 @@ from solo_vlm.train.failures import Stopped, StopRequest, catch_signals
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import describe_recipe_changes
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 Executor = Literal["local", "ray"]
 
@@ -53,7 +53,6 @@ class TrainingRun:
 
     Attributes:
         name: Unique name below that root.
-        recipe: Recipe of the run.
     """
 
     name: str
@@ -80,8 +79,7 @@ class TrainingRun:
         """Write the recipe to a file below the root and return the `solo train` job for it."""
         root = Path(self.recipe.root)
         recipe = root / "recipes" / f"{self.name}.yaml"
-        with new_file(recipe) as partial:
-            partial.write_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
+        write_text(recipe, yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False))
         command = [sys.executable, "-m", "solo_vlm", "train", str(recipe), "--json"]
         return Job(self.name, command, root / "logs" / f"{self.name}.log")
 

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from solo_vlm.evaluate.held_out import HeldOutAnswer
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 from solo_vlm.utils.pages import image_url, png_url, render, save_figure
 
 Answers = Mapping[str, Sequence[HeldOutAnswer]]
@@ -84,5 +84,4 @@ def write_report(path: Path, metrics: Mapping[str, Any], answers: Answers, loss_
         wrong=[answer for given in answers.values() for answer in given if not answer.correct][:_SHOWN],
         image_url=image_url,
     )
-    with new_file(path) as partial:
-        partial.write_text(html)
+    write_text(path, html)

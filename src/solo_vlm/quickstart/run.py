@@ -21,7 +21,7 @@ from solo_vlm.train.metrics import progress_bar, read_metrics
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.trainer import TrainResult, train
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 STAGES = ("llm", "stage1", "stage2", "stage3", "sft")
 _MARK = "quickstart.json"
@@ -79,8 +79,7 @@ def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str,
     write_loss_curve(out / "loss.png", {stage: read_metrics(out / stage) for stage in STAGES})
     write_examples(out / "examples", answers)
     write_report(out / "report.html", metrics, answers, out / "loss.png")
-    with new_file(out / "metrics.json") as partial:
-        partial.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

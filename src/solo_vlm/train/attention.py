@@ -18,9 +18,7 @@ from solo_vlm.models.solo.modeling_solo import PACKED_ATTENTION
 _REPLACED = (None, "eager", "sdpa", PACKED_ATTENTION)
 
 _SHORT = 256  # tokens; longer documents do not benefit from batching
-_TINY = (
-    64  # tokens; shorter ones are several times slower in torch's CPU flash kernel than in math (bfloat16)
-)
+_TINY = 64  # tokens; in bfloat16 on CPU, flash is several times slower than math for shorter documents
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:

@@ -98,7 +98,6 @@ class Failure:
     """The failure that ends a run.
 
     Attributes:
-        rank: rank of the process that failed.
         message: error message; unexpected errors include the process and host.
         exit_code: exit code of all processes.
         time: seconds since the epoch.
@@ -146,7 +145,7 @@ def fail_together(store: Store, rank: int, stop: StopRequest) -> Iterator[None]:
             atexit.register(_delay_exit, failure)
         raise
     finally:
-        watch.stop()
+        watch.stopped.set()
 
 
 class _Watch(threading.Thread):
@@ -156,14 +155,16 @@ class _Watch(threading.Thread):
         super().__init__(name="failure-watch", daemon=True)
         self._store = store
         self._rank = rank
-        self._stopped = threading.Event()
+        self.stopped = threading.Event()
 
     def run(self) -> None:
-        while not self._stopped.wait(_POLL_SECONDS):
+        while not self.stopped.wait(_POLL_SECONDS):
             try:
-                failure = _read(self._store)
+                failure = None
+                if self._store.check([_KEY]):
+                    failure = Failure(**json.loads(self._store.get(_KEY)))
             except RuntimeError:
-                if self._stopped.wait(_LOST_SECONDS):
+                if self.stopped.wait(_LOST_SECONDS):
                     return
                 message = "lost the connection to the process that hosts the store of the run"
                 failure = Failure(-1, message, 1, time.time())
@@ -171,9 +172,6 @@ class _Watch(threading.Thread):
                 return
             if failure:
                 _exit(failure)
-
-    def stop(self) -> None:
-        self._stopped.set()
 
 
 def _publish(store: Store, failure: Failure, is_certain: bool) -> Failure:
@@ -188,10 +186,6 @@ def _publish(store: Store, failure: Failure, is_certain: bool) -> Failure:
         return Failure(**json.loads(store.compare_set(_KEY, "", json.dumps(asdict(failure)))))
     except RuntimeError:  # the store is gone
         return failure
-
-
-def _read(store: Store) -> Failure | None:
-    return Failure(**json.loads(store.get(_KEY))) if store.check([_KEY]) else None
 
 
 def _exit(failure: Failure) -> NoReturn:

@@ -24,11 +24,11 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 _SHOWN = {  # metrics of the live view and their formats
     "loss": "{:.4f}",
@@ -65,7 +65,7 @@ class MetricsLogger:
         self, folder: Path, trackers: Sequence[Tracker], progress: Progress, total_steps: int, done: int
     ) -> None:
         _truncate_after(folder / "metrics.jsonl", done)
-        self._file = (folder / "metrics.jsonl").open("a")
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)  # flushed after every line
         self._trackers = trackers
         self._progress = progress
         self._task = progress.add_task(
@@ -75,7 +75,6 @@ class MetricsLogger:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of a step; steps count from 1."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
         for tracker in self._trackers:
             tracker.log(metrics, step)
         self._progress.update(self._task, metrics=metrics)
@@ -231,16 +230,13 @@ class _HostedTracker:
 def _run_id(path: Path) -> str:
     """Return the run's id, created on the first start and stored in the output directory."""
     if not path.is_file():
-        with new_file(path) as partial:
-            partial.write_text(uuid4().hex[:8])
+        write_text(path, uuid4().hex[:8])
     return path.read_text()
 
 
 def _metrics_table(metrics: dict[str, float]) -> Table:
     shown = {name: form.format(metrics[name]) for name, form in _SHOWN.items() if name in metrics}
-    table = Table.grid(padding=(0, 2))
-    for _ in shown:
-        table.add_column(justify="right")
+    table = Table.grid(*(Column(justify="right") for _ in shown), padding=(0, 2))
     table.add_row(*(name.replace("_", " ") for name in shown), style="dim")
     table.add_row(*shown.values())
     return table
@@ -257,5 +253,4 @@ def _truncate_after(path: Path, step: int) -> None:
                 kept.append(f"{line}\n")
         except ValueError:
             break
-    with new_file(path) as partial:
-        partial.write_text("".join(kept))
+    write_text(path, "".join(kept))

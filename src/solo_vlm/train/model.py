@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_model, quantization_config
@@ -57,8 +57,15 @@ def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[Pre
 
 def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
     """Load the base model of a recipe and prepare it for training; return it with its processor."""
-    load = _load_unsharded if context.mesh is None else _load_sharded
-    model, processor = load(recipe, context)
+    if context.mesh is None or recipe.quantize:  # a quantized model trains in a single process
+        model, processor = load_base_model(recipe.mixture.model_source(), recipe)
+        set_trainable(model, recipe, context.dims.world_size)
+        if context.mesh is not None:
+            model.to(context.device)
+        if recipe.float8:
+            use_float8(model, context.device)
+    else:
+        model, processor = _load_sharded(recipe, context)
     use_activation_checkpointing(model, recipe.activation_checkpointing)
     use_packed_attention(model)
     if recipe.compile:
@@ -78,6 +85,8 @@ def set_trainable(model: PreTrainedModel, recipe: Recipe, world_size: int = 1) -
         )
     if recipe.quantize and not recipe.lora:
         raise SoloError("quantize: 4-bit weights cannot be trained directly; also set lora (QLoRA)")
+    if recipe.quantize and recipe.float8:
+        raise SoloError("quantize: 4-bit weights cannot be used in float8; unset quantize or float8")
     if recipe.quantize and world_size > 1:
         raise SoloError("quantize: 4-bit weights cannot be sharded; start one process, or unset quantize")
     if recipe.lora and recipe.parallel.tensor > 1:
@@ -155,9 +164,7 @@ def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "select
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _checkpoint_policy)
     for layer in decoder_layers(model):
-        forward = partial(
-            type(layer).forward, layer
-        )  # the class's forward, so that layers share compiled code
+        forward = partial(type(layer).forward, layer)  # the class's, so that layers share compiled code
         layer.forward = partial(checkpoint, forward, **options)  # type: ignore[method-assign]
 
 
@@ -184,26 +191,12 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
         convert_to_float8_training(layer)
 
 
-def _load_unsharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
-    model, processor = load_base_model(recipe.mixture.model_source(), recipe)
-    set_trainable(model, recipe)
-    if recipe.float8:
-        use_float8(model, context.device)
-    return model, processor
-
-
 def _load_sharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
     """Read the weights in rank 0 only, and distribute them to the shards of all ranks."""
     world_size = context.dims.world_size
-    if recipe.quantize:  # a single process on an accelerator
-        model, processor = load_base_model(recipe.mixture.model_source(), recipe)
-        set_trainable(model, recipe, world_size)
-        return model.to(context.device), processor
     loaded: list[PreTrainedModel] = []
 
-    def describe() -> tuple[
-        type[PreTrainedModel], PreTrainedConfig, GenerationConfig | None, dict[str, Tensor], Any
-    ]:
+    def describe() -> tuple[type[PreTrainedModel], Any, Any, dict[str, Tensor], Any]:
         model, processor = load_base_model(recipe.mixture.model_source(), recipe)
         set_trainable(model, recipe, world_size)
         loaded.append(model)

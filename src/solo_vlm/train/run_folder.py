@@ -20,7 +20,7 @@ from solo_vlm.data.sources import Source
 from solo_vlm.train.checkpoint import latest_checkpoint
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file, remove_partial
+from solo_vlm.utils.files import remove_partial, write_text
 from solo_vlm.utils.settings import describe_changes, find_changes
 
 # Settings that may change on resume, because they do not affect what is learned.
@@ -98,10 +98,8 @@ def prepare_output_dir(out: Path, recipe: Recipe, resume: bool) -> Path | None:
                 f"{', '.join(changed_inputs[:3])} changed since the run in {out} started: restore the "
                 "original, or start a new run with out=..."
             )
-    with new_file(saved_inputs) as partial:
-        partial.write_text(json.dumps(inputs, indent=2))
-    with new_file(saved_recipe) as partial:
-        partial.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    write_text(saved_inputs, json.dumps(inputs, indent=2))
+    write_text(saved_recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     return checkpoint
 
 
@@ -135,8 +133,7 @@ def write_manifest(path: Path, recipe: Recipe, sources: list[Source], outcome: d
         },
         "outcome": outcome,
     }
-    with new_file(path) as partial:
-        partial.write_text(json.dumps(manifest, indent=2) + "\n")
+    write_text(path, json.dumps(manifest, indent=2) + "\n")
 
 
 def read_manifest_recipe(path: Path) -> Recipe:

@@ -45,7 +45,7 @@ from solo_vlm.train.parallel.sharding import average_replicated_gradients, resha
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import lock_output_dir, prepare_output_dir, write_manifest
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +84,12 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
         Stopped: SIGTERM or SIGINT was received, and the run is saved.
     """
     stop = StopRequest()
-    with init_distributed(recipe, stop) as context, catch_signals(stop):
-        if progress is not None:
-            return Trainer(recipe, resume, context, progress, stop).run()
-        with progress_bar(quiet=not context.is_main_process) as progress:
-            return Trainer(recipe, resume, context, progress, stop).run()
+    with (
+        init_distributed(recipe, stop) as context,
+        catch_signals(stop),
+        nullcontext(progress) if progress else progress_bar(quiet=not context.is_main_process) as shown,
+    ):
+        return Trainer(recipe, resume, context, shown, stop).run()
 
 
 class Trainer:
@@ -169,8 +170,8 @@ class Trainer:
         skipped = list(chain.from_iterable(self.context.gather(self.loader.skipped())))
         model = export_model(self.out, self.model, self.processor, self.recipe, self.context)
         if self.context.is_main_process:
-            with new_file(self.out / "skipped.jsonl") as partial:
-                partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped))
+            lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
+            write_text(self.out / "skipped.jsonl", "".join(lines))
             write_manifest(self.out / "manifest.json", self.recipe, self.sources, summary)
         return TrainResult(model, summary)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class SoloError(Exception):
     """Invalid user input; the message says what is wrong and what to do.
@@ -13,3 +16,9 @@ class SoloError(Exception):
 
     exit_code = 2
     raised_by_all = False
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error message that suggests the closest known name; empty if none is close."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -48,6 +48,12 @@ def new_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole, in UTF-8."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def remove_partial(folder: Path) -> None:
     """Remove temporary files and folders left behind by killed processes."""
     for path in folder.glob(f"{_PREFIX}*"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +9,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, did_you_mean
 
 
 class Settings(BaseModel):
@@ -44,7 +43,7 @@ class Settings(BaseModel):
         Raises:
             SoloError: no such file, or an invalid key or value.
         """
-        kind = cls.__name__.lower()
+        kind = cls.__name__.removesuffix("Settings").lower()
         settings = read_settings(find_settings(path, kind), kind)
         return cls.parse(override(settings, overrides), origin=str(path))
 
@@ -53,9 +52,12 @@ class Settings(BaseModel):
         return self.parse(override(self.model_dump(mode="json"), overrides))
 
 
-def find_settings(path: str | Path, kind: str) -> Path:
-    """Find a settings file by path, or by name among the recipes of the package, with or without `.yaml`."""
-    for folder in (Path(), *_recipes()):
+def find_settings(path: str | Path, kind: str, *folders: Path) -> Path:
+    """Find a settings file by path, or by name in `folders` or among the recipes of the package.
+
+    The name may lack `.yaml`; `kind` ("recipe", "mixture", ...) names the file in the error message.
+    """
+    for folder in (*folders, Path(), *_recipes()):
         for candidate in (folder / path, folder / f"{path}.yaml"):
             if candidate.is_file():
                 return candidate
@@ -143,8 +145,7 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     key = ".".join(str(step) for step in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{key}: {first['msg']}"
-    near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(kind), n=1)
-    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"unknown key {key}" + did_you_mean(str(first["loc"][-1]), _known_keys(kind))
 
 
 def _known_keys(kind: type[BaseModel]) -> list[str]:

@@ -21,7 +21,7 @@ from solo_vlm.experiments.ablations.settings import AblationSettings, HeldOutSet
 from solo_vlm.experiments.launcher import Job
 from solo_vlm.train.recipe import Recipe, ValidationSettings
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 from solo_vlm.utils.json_lines import LinesFile
 
 if TYPE_CHECKING:
@@ -50,8 +50,6 @@ class Measurement:
 
     Attributes:
         kind: "accuracy" (share of correct generated answers) or "loss" (nats per supervised token).
-        stage: Stage that writes the model.
-        data: Path of the samples.
         file: Result file, in the folder of the stage; its name contains a digest of the data.
     """
 
@@ -76,7 +74,8 @@ def plan_measurements(
     """Return the measurements of each pipeline, by metric."""
     root = Path(settings.root).resolve()
     files = {held_out.data for held_out in settings.metrics.values()}
-    digests = {data: _digest(root, data) for data in files}
+    identities = {data: f"{data} {open_source(root / data).fingerprint()}" for data in files}
+    digests = {data: hashlib.sha256(text.encode()).hexdigest()[:10] for data, text in identities.items()}
 
     def measurement(pipeline: Pipeline, metric: str, held_out: HeldOutSettings) -> Measurement:
         stage = pipeline.after(held_out.after)
@@ -129,8 +128,7 @@ def measure(run: Path, task: str) -> None:
             result = measure_accuracy(generator(), data, answers_file(Path(file)))
         else:
             result = measure_loss(run, data)
-        with new_file(Path(file)) as partial:
-            partial.write_text(json.dumps(result._asdict()) + "\n")
+        write_text(Path(file), json.dumps(result._asdict()) + "\n")
 
 
 def measure_accuracy(generator: GenerationPipeline, data: str | Path, answers: Path) -> Result:
@@ -166,10 +164,6 @@ def measure_loss(run: Path, data: str | Path) -> Result:
     with init_distributed(recipe) as context:
         model, processor = make_model(recipe, context)
         return Result(Validator(recipe, processor, context).loss(model), count_samples(data))
-
-
-def _digest(root: Path, data: str) -> str:
-    return hashlib.sha256(f"{data} {open_source(root / data).fingerprint()}".encode()).hexdigest()[:10]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,13 +44,10 @@ class Stage:
     """One stage of a pipeline, which writes one model.
 
     Attributes:
-        name: Name of the stage in the settings.
         run_name: Name of the run: stage, seed, and a digest of everything that the model depends on (data,
             settings, preceding stages).
-        root: Root of the ablation.
         source: Folder below the root, or hub id, of the input model.
         parent: Stage that writes the input model; None for a given model.
-        seed: Random seed.
         settings: Recipe of a training stage, or settings of `init`; None for the quickstart's decoder with
             random weights.
     """
@@ -185,15 +182,6 @@ def shuffle_images(source: Path, out: Path, seed: int = 0) -> None:
 
     The permutation breaks the relation between image and text, and keeps everything else: a sample exchanges
     its images with a sample that has the same number of images. All samples are held in memory.
-
-    Args:
-        source: Source to read.
-        out: Parquet file to write.
-        seed: Seed of the permutation.
-
-    Raises:
-        SoloError: The source cannot be read.
-        SampleError: A sample is malformed.
     """
     samples = [parse_sample(row) for row in all_rows(source)]
     by_images: dict[int, list[int]] = defaultdict(list)  # number of images -> indices of samples
@@ -271,25 +259,14 @@ class _PipelineBuilder:
         outputs = {}
         for name, settings in merged.items():
             if settings is not None:
-                stage = self._next(f"{variant}, stage {name}", name, settings, stage, seed)
+                source = f"runs/{stage.run_name}/model" if stage else str(self.settings.llm)
+                parse = InitSettings.parse if name == INIT else partial(self._recipe, source, seed)
+                stage = self._stage(name, source, stage, seed, parse(settings, f"{variant}, stage {name}"))
             outputs[name] = stage
         return Pipeline(variant, seed, outputs)
 
-    def _next(
-        self, origin: str, name: str, settings: dict[str, Any], previous: Stage | None, seed: int
-    ) -> Stage:
-        source = f"runs/{previous.run_name}/model" if previous else str(self.settings.llm)
-        if name == INIT:
-            return self._stage(name, source, previous, seed, InitSettings.parse(settings, origin))
-        return self._stage(name, source, previous, seed, self._recipe(origin, settings, source, seed))
-
     def _stage(
-        self,
-        name: str,
-        source: str,
-        parent: Stage | None,
-        seed: int,
-        settings: Recipe | InitSettings | None,
+        self, name: str, source: str, parent: Stage | None, seed: int, settings: Recipe | InitSettings | None
     ) -> Stage:
         facts = json.dumps([source, seed, *self._identity(settings)], sort_keys=True)
         run_name = f"{name}-seed{seed}-{hashlib.sha256(facts.encode()).hexdigest()[:10]}"
@@ -307,11 +284,12 @@ class _PipelineBuilder:
         plain = settings or self.settings.toy_data
         return [plain.model_dump(mode="json", exclude_defaults=True) if plain else None]
 
-    def _recipe(self, origin: str, settings: Mapping[str, Any], source: str, seed: int) -> Recipe:
+    def _recipe(self, source: str, seed: int, settings: Mapping[str, Any], origin: str) -> Recipe:
         changes = {key: value for key, value in settings.items() if key != "recipe"}
         name = settings.get("recipe")
-        plain = merge(read_settings(self._find(name), "recipe"), changes) if name else changes
-        recipe = Recipe.parse({**plain, "root": str(self.root), "model": source, "out": ""}, origin)
+        if name:
+            changes = merge(read_settings(find_settings(name, "recipe", self.folder), "recipe"), changes)
+        recipe = Recipe.parse({**changes, "root": str(self.root), "model": source, "out": ""}, origin)
         if recipe.steps is None and self.fraction != 1:
             raise SoloError(f"{origin} has no steps to take a fraction of")
         return recipe.model_copy(
@@ -321,13 +299,6 @@ class _PipelineBuilder:
                 "data": recipe.data.model_copy(update={"seed": recipe.data.seed + seed}),
             }
         )
-
-    def _find(self, recipe: str) -> Path:
-        beside = self.folder / recipe
-        for path in (beside, beside.with_name(f"{beside.name}.yaml")):
-            if path.is_file():
-                return path
-        return find_settings(recipe, "recipe")
 
     def _fingerprint(self, path: str) -> str:
         """Return the fingerprint of data; empty for missing data, which nothing was trained on yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from solo_vlm.experiments.ablations.measure import Kind
 from solo_vlm.experiments.ablations.pipeline import Pipeline
 from solo_vlm.experiments.ablations.settings import BASE, Ablation, describe_changes
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import new_file, write_text
 from solo_vlm.utils.pages import png_url, render, save_figure
 
 COLUMNS = ("metric", "variant", "mean", "difference", "95% interval", "p")
@@ -50,13 +51,9 @@ class Row(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Mean over seeds, with its 95% interval.
+    """Mean over seeds with its 95% interval, and the two-sided p-value of a true mean of zero.
 
-    Attributes:
-        mean: Mean of the values.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-        p_value: Two-sided p-value of a true mean of zero; None if all values are equal.
+    The p-value is None if all values are equal.
     """
 
     mean: float
@@ -88,7 +85,6 @@ class Comparison:
     """All variants on one metric.
 
     Attributes:
-        metric: Name of the metric.
         kind: "accuracy" (higher is better) or "loss".
         n: Number of held-out samples.
         values: One value per seed, by variant.
@@ -120,10 +116,8 @@ class Report:
     """Results of an ablation.
 
     Attributes:
-        ablation: Ablation that was run.
         fraction: Share of the steps that was trained.
         steps: Steps by variant and stage; None if the stage trains until its data end.
-        comparisons: One per metric.
     """
 
     ablation: Ablation
@@ -142,9 +136,9 @@ class Report:
             }
             for pipeline in pipelines
         }
-        by_metric: dict[str, list[Row]] = {}
+        by_metric: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
-            by_metric.setdefault(row.metric, []).append(row)
+            by_metric[row.metric].append(row)
         return cls(ablation, fraction, steps, [_compare(found) for found in by_metric.values()])
 
     @property
@@ -198,8 +192,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write `as_dict` as JSON."""
-        with new_file(path) as partial:
-            partial.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        write_text(path, json.dumps(self.as_dict(), indent=2) + "\n")
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -244,8 +237,7 @@ def write_report(report: Report, out: Path) -> None:
         format_value=format_value,
         plot=png_url((out / "plot.png").read_bytes()),
     )
-    with new_file(out / "report.html") as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(out / "report.html", page)
 
 
 def _compare(rows: Sequence[Row]) -> Comparison:
@@ -300,8 +292,7 @@ def _draw_panel(axes: Any, comparison: Comparison, report: Report) -> None:
 
 def _positions(report: Report) -> dict[str, float]:
     """Return the x position of each variant, from left to right."""
-    settings = report.ablation.settings
-    if settings.axis is None:
-        return {variant: float(index) for index, variant in enumerate(settings.variant_names)}
-    values = settings.axis.values
-    return {variant: values[variant] for variant in sorted(settings.variant_names, key=values.__getitem__)}
+    names, axis = report.ablation.settings.variant_names, report.ablation.settings.axis
+    if axis is None:
+        return {variant: float(index) for index, variant in enumerate(names)}
+    return {variant: axis.values[variant] for variant in sorted(names, key=axis.values.__getitem__)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from solo_vlm.quickstart.data.drawn import ToySettings
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, did_you_mean
 from solo_vlm.utils.settings import Settings, find_settings, list_settings, override, read_settings
 
 BASE = "base"  # the variant without changes, which the others are compared with
@@ -141,7 +140,6 @@ class Ablation:
     Attributes:
         name: Stem of the file name.
         folder: Folder of the file, searched first for the recipes that the ablation names.
-        settings: Resolved settings.
     """
 
     name: str
@@ -197,5 +195,4 @@ def _find(name: str) -> Path:
 
 def _check_known(where: str, what: str, name: str, known: dict[str, Any]) -> None:
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"{where}: no {what} {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(f"{where}: no {what} {name}{did_you_mean(name, known)}")

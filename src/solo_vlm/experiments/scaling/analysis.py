@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_jsonable_python
 
 from solo_vlm.experiments.scaling.fitting import Array
 from solo_vlm.experiments.scaling.isoflop import IsoFlopFit, fit_isoflop
@@ -22,7 +23,7 @@ from solo_vlm.experiments.scaling.laws import (
     fit_scaling_law,
 )
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 _BY_MODALITY = {"d_text", "d_vision"}
 _TRUE = ("true", "1", "yes")
@@ -61,7 +62,6 @@ class Table:
     """Points of a file.
 
     Attributes:
-        fitted: Points to fit laws to.
         holdout: Points to predict (column `holdout`); None if the file has none.
     """
 
@@ -74,8 +74,6 @@ class Analysis:
     """Laws fitted to a table of points.
 
     Attributes:
-        table: Points.
-        fit: Fit of L(N, D).
         mixture: Fit of the mixture law; None if text and vision tokens are not given separately.
         isoflop: Fit of the IsoFLOP profiles; None if there are too few.
         notes: Why a fit is missing, and other remarks.
@@ -98,20 +96,18 @@ class Analysis:
 
     def as_dict(self, budgets: Sequence[float] = ()) -> dict[str, Any]:
         """Return plain values, for JSON, with null for NaN; `budgets` are in FLOPs."""
-        return _plain(
-            {
-                **self.fit.as_dict(budgets),
-                "holdout": self.predictions,
-                "mixture": self.mixture.as_dict() if self.mixture else None,
-                "isoflop": self.isoflop.as_dict() if self.isoflop else None,
-                "notes": list(self.notes),
-            }
-        )
+        facts = {
+            **self.fit.as_dict(budgets),
+            "holdout": self.predictions,
+            "mixture": self.mixture.as_dict() if self.mixture else None,
+            "isoflop": self.isoflop.as_dict() if self.isoflop else None,
+            "notes": self.notes,
+        }
+        return to_jsonable_python(facts, inf_nan_mode="null")
 
     def write(self, path: Path, budgets: Sequence[float] = ()) -> None:
         """Write `as_dict` as JSON."""
-        with new_file(path) as partial:
-            partial.write_text(json.dumps(self.as_dict(budgets), indent=2) + "\n")
+        write_text(path, json.dumps(self.as_dict(budgets), indent=2) + "\n")
 
     def _predict(self, name: str, n: float, d: float, loss: float) -> dict[str, Any]:
         predicted = float(self.fit.law.loss(n, d))
@@ -219,13 +215,3 @@ def _number(path: Path, row: int, column: str, value: Any, zero: bool) -> float:
     if math.isfinite(number) and (number > 0 or (zero and number == 0)):
         return number
     raise SoloError(f"{path}, row {row}, column {column}: {value!r} is not a positive number")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value

@@ -105,11 +105,7 @@ def _single_threaded_blas() -> threadpool_limits:
 
 
 def _descend(
-    curve: Curve,
-    start: Array,
-    observed: Array,
-    weights: Array | None = None,
-    axes: Array | None = None,
+    curve: Curve, start: Array, observed: Array, weights: Array | None = None, axes: Array | None = None
 ) -> Minimum:
     """Run L-BFGS from one start, in the coordinates of the columns of `axes` (p, p)."""
     axes = np.eye(len(start)) if axes is None else axes

@@ -75,14 +75,7 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class LlavaFlops:
-    """FLOPs of a forward pass of LLaVA, by part.
-
-    Attributes:
-        encoder: CLIP on all images.
-        connector_first: First layer of the connector.
-        connector_second: Second layer of the connector.
-        decoder: Language model on text and image tokens.
-    """
+    """FLOPs of a forward pass of LLaVA: CLIP on all images, layers of the connector, decoder."""
 
     encoder: int
     connector_first: int
@@ -107,12 +100,7 @@ class LlavaFlops:
 
 @dataclass(frozen=True)
 class LlavaShape:
-    """LLaVA: encoder, connector and decoder.
-
-    Attributes:
-        encoder: Vision encoder.
-        decoder: Decoder without a patch embedding.
-    """
+    """LLaVA: encoder, connector, and a decoder without patch embedding."""
 
     encoder: ClipShape
     decoder: ModelShape

@@ -114,7 +114,10 @@ def fit_isoflop(
             "and a power law needs two; run sizes on both sides of the minimum with the same FLOPs"
         )
     generator = np.random.default_rng(seed)
-    resampled = [_exponent([_reweighted(profile, generator) for profile in used]) for _ in range(resamples)]
+    resampled = [
+        _exponent([_profile(p.flops, p.n, p.loss, generator.dirichlet(np.ones(len(p.n)))) for p in used])
+        for _ in range(resamples)
+    ]
     known = [exponent for exponent in resampled if exponent is not None]
     low, high = interval(known, sum(len(profile.n) for profile in used), 3 * len(used))
     a = _exponent(used)
@@ -132,11 +135,6 @@ def _budgets(flops: Array) -> list[NDArray[np.intp]]:
 def _profile(flops: float, n: Array, loss: Array, weights: Array | None = None) -> Profile:
     root = None if weights is None else np.sqrt(weights)
     return Profile(flops, n, loss, np.polyfit(np.log(n), loss, 2, w=root))
-
-
-def _reweighted(profile: Profile, generator: np.random.Generator) -> Profile:
-    weights = generator.dirichlet(np.ones(len(profile.n)))
-    return _profile(profile.flops, profile.n, profile.loss, weights)
 
 
 def _exponent(profiles: Sequence[Profile]) -> float | None:

@@ -51,14 +51,7 @@ _MAX_LOG = 700.0  # exp of more overflows a float
 
 @dataclass(frozen=True)
 class Optimum:
-    """Compute-optimal model and data size of a budget.
-
-    Attributes:
-        flops: Budget C.
-        n: Parameters.
-        d: Tokens.
-        loss: Predicted loss.
-    """
+    """Compute-optimal model size n and tokens d of a budget of FLOPs, and the predicted loss."""
 
     flops: float
     n: float
@@ -117,9 +110,7 @@ class ScalingFit:
     """A fitted law with its bootstrap distribution.
 
     Attributes:
-        law: Best fit.
         resampled: Fits to resampled data (see `fit_scaling_law`).
-        n_points: Number of points.
         objective: Sum of the Huber losses.
         residual: Root mean square of the log residuals, about the relative error of a prediction.
     """
@@ -264,10 +255,9 @@ def _starts(coordinates: Coordinates, curve: Curve, observed: Array) -> Iterator
 
 @dataclass(frozen=True)
 class MixtureLaw:
-    """L(N, T, V) = E + A / N^alpha + B / (T + g V)^beta.
+    """L(N, T, V) = E + A / N^alpha + B / (T + g V)^beta: the plain law in effective tokens T + g V.
 
     Attributes:
-        plain: Law in effective tokens T + g V.
         g: Number of text tokens that one vision token is worth.
     """
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from solo_vlm.experiments.scaling.analysis import Analysis
 from solo_vlm.experiments.scaling.fitting import Array
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 from solo_vlm.utils.pages import png_url, render, save_figure
 
 PAGE = "laws.html"
@@ -35,8 +35,7 @@ def write_plots(analysis: Analysis, out: Path) -> list[Path]:
         points=analysis.table.fitted,
         law=analysis.fit.law,
     )
-    with new_file(out / PAGE) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(out / PAGE, page)
     return [*(out / f"{name}.png" for name in figures), out / PAGE]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from solo_vlm.quickstart.data.drawn import ToySettings, draw_toy_data
 from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 from solo_vlm.train.metrics import read_metrics
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, did_you_mean
 from solo_vlm.utils.files import new_file
-from solo_vlm.utils.settings import Settings, find_settings, override, read_settings
+from solo_vlm.utils.settings import Settings
 
 RESULTS = "results.parquet"
 
@@ -98,16 +97,6 @@ class SweepSettings(Settings):
     count: Literal["non_embedding", "total"] = "non_embedding"
     holdout: tuple[HoldoutSettings, ...] = ()
 
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Load a file, or a sweep of the package by name (`sweeps/toy`), with `a.b=value` overrides.
-
-        Raises:
-            SoloError: The file does not exist, or has an unknown key or an invalid value.
-        """
-        settings = read_settings(find_settings(path, "sweep"), "sweep")
-        return cls.parse(override(settings, overrides), origin=str(path))
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if bool(self.tokens) == bool(self.flops):
@@ -127,12 +116,7 @@ class SweepSettings(Settings):
 
 @dataclass(frozen=True)
 class SweepRun(TrainingRun):
-    """One training run of a sweep.
-
-    Attributes:
-        size: Name of the size.
-        holdout: Whether the run is held out from fits.
-    """
+    """One training run of a sweep; laws are not fitted to `holdout` runs."""
 
     size: str
     holdout: bool
@@ -283,8 +267,7 @@ def _sized_config(llm: str | Path, size: Mapping[str, int]) -> Any:
         raise SoloError(f"cannot read the configuration of {llm}: {str(error).splitlines()[0]}") from error
     settings = config.to_dict()
     for key in size.keys() - settings.keys():
-        near = difflib.get_close_matches(key, settings, n=1)
-        raise SoloError(f"{llm} has no setting {key}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise SoloError(f"{llm} has no setting {key}{did_you_mean(key, settings)}")
     derived = ["layer_types"]
     if settings.get("head_dim") == config.hidden_size // config.num_attention_heads:
         derived.append("head_dim")

@@ -82,7 +82,6 @@ class _SourceSample(NamedTuple):
     """Sampled rows of a source.
 
     Attributes:
-        source: the source.
         totals: estimated totals; exact if all rows were read.
         rows: per shard, its number of rows, and the document lengths of each row that was read.
     """

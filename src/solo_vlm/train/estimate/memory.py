@@ -33,7 +33,6 @@ class Device:
     """Published specifications of an accelerator.
 
     Attributes:
-        name: name in the table.
         memory: bytes.
         peak_flops: FLOPs per second of dense bfloat16 matrix products with float32 accumulation.
     """

@@ -26,12 +26,7 @@ class Plan:
     """What a run will do and need.
 
     Attributes:
-        recipe: settings of the run.
-        shape: shape of the model.
         shape_from: where the model's configuration was read.
-        dims: parallel dimensions.
-        device: device of each process.
-        memory: memory per device.
         steps: optimizer steps; None if they depend on data that are missing.
         data: estimate from a sample of the data; None if the data or the model's tokenizer are missing. Then
             one text document per sequence is assumed, which maximizes attention.

@@ -78,9 +78,6 @@ class DistributedContext:
     """This process's place in the run, and collectives with the other processes.
 
     Attributes:
-        rank: global rank of this process.
-        dims: parallel dimensions of the run.
-        device: device of this process.
         mesh: device mesh (dp, tp), or None for a single process that needs no process group.
     """
 
