@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 import typer
@@ -16,19 +15,12 @@ from rich.console import Console
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.json_lines import json_line
 
-STDERR = Console(stderr=True)  # progress and logs
-STDOUT = Console(soft_wrap=True)  # results; a path that wraps cannot be copied
+STDERR = Console(stderr=True, highlight=False)  # progress and logs
+STDOUT = Console(soft_wrap=True, highlight=False)  # results; a path that wraps cannot be copied
 
-
-class Executor(StrEnum):
-    """Where jobs run."""
-
-    LOCAL = "local"
-    RAY = "ray"
-
-
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ExecutorOption = Annotated[
-    Executor,
+    Literal["local", "ray"],
     typer.Option("--engine", help="Run on this machine (local), or on the Ray cluster at RAY_ADDRESS (ray)."),
 ]
 ProcessesOption = Annotated[int, typer.Option(min=1, help="Maximum number of concurrent runs.")]
@@ -46,19 +38,16 @@ def print_json(value: Any) -> None:
 def print_table(
     title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
 ) -> None:
-    """Print a table on stdout.
+    """Print a table: `left` columns are left-aligned, the others are right-aligned and never wrap.
 
-    Args:
-        title: Title above the table.
-        columns: Headers.
-        rows: Cells. With `left` > 1, a row with an empty first cell continues the section above it.
-        left: Number of left-aligned columns; the others are right-aligned and never wrap.
+    With `left` > 1, a row with an empty first cell continues the section above it.
     """
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", show_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", no_wrap=number >= left)
+        is_left = number < left
+        table.add_column(column, justify="left" if is_left else "right", no_wrap=not is_left, overflow="fold")
     for row in rows:
         if left > 1 and row[0]:
             table.add_section()
@@ -88,15 +77,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def parse_pixels(option: str, text: str) -> tuple[int, int]:
-    """Parse an image size such as "1024x768" into (width, height).
-
-    Args:
-        option: Name of the option, for the error message.
-        text: Value of the option.
-
-    Raises:
-        SoloError: `text` has another form.
-    """
+    """Parse the value of an option, an image size such as "1024x768", into (width, height)."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not match:
         raise SoloError(f"{option} {text}: expected WIDTHxHEIGHT in pixels, such as 1024x768")

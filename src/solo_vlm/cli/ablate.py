@@ -9,8 +9,8 @@ import typer
 
 from solo_vlm.cli._common import (
     STDOUT,
-    Executor,
     ExecutorOption,
+    JsonOption,
     ProcessesOption,
     print_json,
     print_table,
@@ -35,33 +35,43 @@ def ablate(
     ] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Root folder for data, models and results.")] = None,
     processes: ProcessesOption = 1,
-    executor: ExecutorOption = Executor.LOCAL,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    executor: ExecutorOption = "local",
+    json: JsonOption = False,
 ) -> None:
     """Train a base pipeline and its variants, and report the differences with 95% intervals.
 
     Run the same command again to resume. Ablations with the same root folder share identical runs.
     """
     quiet_libraries()
-    from solo_vlm.experiments.ablations.settings import Ablation
+    from solo_vlm.experiments.ablations.settings import Ablation, list_ablations
 
     if list_all:
-        return _list(json)
+        known = list_ablations()
+        return print_json(known) if json else print_table(None, ("ablation", "question"), known.items())
     if name is None:
         raise SoloError("give the name of an ablation (solo ablate --list), or the path of a YAML file")
     given = {"seeds": seeds, "root": out and str(out)}
     ablation = Ablation.load(name, overrides or [], **{key: value for key, value in given.items() if value})
     if dry_run:
         return _plan(ablation, fraction, json)
-    _run(ablation, fraction, processes, executor, json)
+    from solo_vlm.train.metrics import progress_bar
 
+    try:
+        from solo_vlm.experiments.ablations.report import COLUMNS, result_lines, write_report
+        from solo_vlm.experiments.ablations.run import run_ablation
 
-def _list(json: bool) -> None:
-    from solo_vlm.experiments.ablations.settings import list_ablations
-
+        with progress_bar() as progress:
+            report, folder = run_ablation(ablation, progress, fraction, processes, executor)
+        write_report(report, folder)
+    except ImportError as error:
+        raise SoloError(f"{error.name} is not installed: pip install 'solo-vlm[science]'") from error
+    facts = report.as_dict()
     if json:
-        return print_json(list_ablations())
-    print_table(None, ("ablation", "question"), list_ablations().items())
+        return print_json({**facts, "folder": str(folder)})
+    print_table(facts["question"], COLUMNS, result_lines(facts), left=2)
+    for note in facts["notes"]:
+        STDOUT.print(note, style="dim")
+    STDOUT.print(f"report: {folder / 'report.html'}")
 
 
 def _plan(ablation: Ablation, fraction: float, json: bool) -> None:
@@ -79,25 +89,4 @@ def _plan(ablation: Ablation, fraction: float, json: bool) -> None:
             first = ("", "")
     print_table(plan["question"], ("variant", "changes", "stage", "steps", "finished"), rows, left=3)
     missing = plan["missing"]
-    STDOUT.print(f"to be trained: {missing['runs']} runs, {missing['steps']:,} steps", highlight=False)
-
-
-def _run(ablation: Ablation, fraction: float, processes: int, executor: Executor, json: bool) -> None:
-    from solo_vlm.train.metrics import progress_bar
-
-    try:
-        from solo_vlm.experiments.ablations.report import COLUMNS, result_lines, write_report
-        from solo_vlm.experiments.ablations.run import run_ablation
-
-        with progress_bar() as progress:
-            report, folder = run_ablation(ablation, progress, fraction, processes, executor.value)
-        write_report(report, folder)
-    except ImportError as error:
-        raise SoloError(f"{error.name} is not installed: pip install 'solo-vlm[science]'") from error
-    facts = report.as_dict()
-    if json:
-        return print_json({**facts, "folder": str(folder)})
-    print_table(facts["question"], COLUMNS, result_lines(facts), left=2)
-    for note in facts["notes"]:
-        STDOUT.print(note, style="dim", highlight=False)
-    STDOUT.print(f"report: {folder / 'report.html'}", highlight=False)
+    STDOUT.print(f"to be trained: {missing['runs']} runs, {missing['steps']:,} steps")

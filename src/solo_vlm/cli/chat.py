@@ -43,7 +43,7 @@ def chat(
 
     pipeline = GenerationPipeline.from_pretrained(model, quantize=quantize, prefix_cache=PrefixCache())
     conversation = Conversation(pipeline)
-    STDOUT.print(_HELP, highlight=False, markup=False)
+    STDOUT.print(_HELP, markup=False)
     while True:
         try:
             line = Prompt.ask("[bold]you[/bold]", console=STDOUT).strip()
@@ -57,7 +57,7 @@ def chat(
         try:
             _handle(conversation, line, {"max_new_tokens": max_new_tokens, "temperature": temperature})
         except SoloError as error:
-            STDOUT.print(str(error), style="red", markup=False, highlight=False)
+            STDOUT.print(str(error), style="red", markup=False)
         except KeyboardInterrupt:
             STDOUT.print("\nstopped; the question was dropped", style="dim")
 
@@ -81,12 +81,12 @@ def _handle(conversation: Conversation, line: str, options: dict[str, Any]) -> N
             conversation.reset()
         case "/save":
             conversation.save(_path(rest, command))
-            STDOUT.print(f"saved to {rest.strip()}", markup=False, highlight=False)
+            STDOUT.print(f"saved to {rest.strip()}", markup=False)
         case "/load":
             conversation.load(_path(rest, command))
-            STDOUT.print(f"{len(conversation.turns)} turns", highlight=False)
+            STDOUT.print(f"{len(conversation.turns)} turns")
         case _ if command.startswith("/"):
-            STDOUT.print(_HELP, highlight=False, markup=False)
+            STDOUT.print(_HELP, markup=False)
         case _:
             _answer(conversation, line, options)
 
@@ -99,7 +99,7 @@ def _answer(conversation: Conversation, message: str, options: dict[str, Any]) -
         STDOUT.print("[bold]solo[/bold]: ", end="")
         output = conversation.ask(
             message,
-            lambda text: STDOUT.print(text, end="", markup=False, highlight=False),
+            lambda text: STDOUT.print(text, end="", markup=False),
             should_stop=interrupted,
             **options,
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from solo_vlm.cli._common import STDOUT, print_json, quiet_libraries
+from solo_vlm.cli._common import STDOUT, JsonOption, print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from solo_vlm.convert.model_folder import Converted
@@ -20,19 +19,9 @@ app = typer.Typer(
 )
 
 
-class _Layout(StrEnum):
-    paper = "paper"
-    original = "original"
-
-
-class _Rotary(StrEnum):
-    interleaved = "interleaved"
-    halves = "halves"
-
-
+Layout = Literal["paper", "original"]
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder to convert.")]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="New folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
@@ -40,15 +29,15 @@ def release(
     src: Source,
     dst: Destination,
     layout: Annotated[
-        _Layout, typer.Option(help="Token layout of images in chats; SOLO-7B was fine-tuned with 'original'.")
-    ] = _Layout.original,
-    json: Json = False,
+        Layout, typer.Option(help="Token layout of images in chats; SOLO-7B was fine-tuned with 'original'.")
+    ] = "original",
+    json: JsonOption = False,
 ) -> None:
     """Convert the folder of SOLO-7B, or of a model fine-tuned from it with the original SOLO code."""
     quiet_libraries()
     from solo_vlm.convert.original import convert_original
 
-    _report(convert_original(src, dst, layout.value), json)
+    _report(convert_original(src, dst, layout), json)
 
 
 @app.command()
@@ -60,21 +49,22 @@ def megatron(
         int | None, typer.Option(help="Tokens without padding rows. Default: the tokenizer's.")
     ] = None,
     iteration: Annotated[int | None, typer.Option(help="Iteration. Default: the latest.")] = None,
-    layout: Annotated[_Layout, typer.Option(help="Token layout of images in chats.")] = _Layout.paper,
+    layout: Annotated[Layout, typer.Option(help="Token layout of images in chats.")] = "paper",
     rotary: Annotated[
-        _Rotary, typer.Option(help="Row order of queries and keys; Megatron-LLM interleaves.")
-    ] = _Rotary.interleaved,
-    json: Json = False,
+        Literal["interleaved", "halves"],
+        typer.Option(help="Row order of queries and keys; Megatron-LLM interleaves."),
+    ] = "interleaved",
+    json: JsonOption = False,
 ) -> None:
     """Convert a Megatron-LLM checkpoint of any tensor- and pipeline-parallel size."""
     quiet_libraries()
     from solo_vlm.convert.megatron import convert_megatron
 
-    _report(convert_megatron(src, dst, tokenizer, vocabulary, iteration, layout.value, rotary.value), json)
+    _report(convert_megatron(src, dst, tokenizer, vocabulary, iteration, layout, rotary), json)
 
 
 @app.command()
-def to_release(src: Source, dst: Destination, json: Json = False) -> None:
+def to_release(src: Source, dst: Destination, json: JsonOption = False) -> None:
     """Convert a model with a Mistral decoder to the format of the original SOLO code."""
     quiet_libraries()
     from solo_vlm.convert.original import convert_to_original
@@ -88,7 +78,7 @@ def checkpoint(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
     dst: Destination,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")] = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Convert a checkpoint of a training run, which may still be running."""
     quiet_libraries()

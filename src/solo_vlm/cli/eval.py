@@ -5,20 +5,19 @@ from __future__ import annotations
 import json as json_format
 import os
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from solo_vlm.cli._common import STDOUT, print_json, progress_bar, quiet_libraries
+from solo_vlm.cli._common import STDOUT, JsonOption, print_json, print_table, progress_bar, quiet_libraries
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from solo_vlm.evaluate.backends import Backend
     from solo_vlm.evaluate.run import ModelInfo
-    from solo_vlm.evaluate.scoring.score import Benchmark, Score
+    from solo_vlm.evaluate.scoring.score import Benchmark, Part, Score
 
 _VLLM_URL = "http://localhost:8000/v1"
 
@@ -35,17 +34,11 @@ DataRoot = Annotated[
 ]
 JudgeModel = Annotated[
     str | None,
-    typer.Option(
-        "--judge", metavar="MODEL", help="MathVista: extract answers with this LLM judge, not by rules."
-    ),
+    typer.Option(metavar="MODEL", help="MathVista: extract answers with this LLM judge, not by rules."),
 ]
 JudgeUrl = Annotated[
-    str | None,
-    typer.Option(
-        "--judge-url", metavar="URL", help="OpenAI-compatible endpoint of the LLM judge, up to /v1."
-    ),
+    str | None, typer.Option(metavar="URL", help="OpenAI-compatible endpoint of the LLM judge, up to /v1.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
@@ -77,7 +70,7 @@ def run(
     concurrency: Annotated[int, typer.Option(min=1, help="Maximum in-flight requests to the API.")] = 8,
     judge: JudgeModel = None,
     judge_url: JudgeUrl = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Evaluate a model on benchmarks: generate answers, score them as the papers do, write a report."""
     _quiet_harness()
@@ -98,12 +91,11 @@ def run(
         backend, info = _served(model, engine, base_url, api_key, concurrency)
     scores = EvaluationRun(out, info, limit, max_new_tokens).evaluate(backend, rows, progress_bar)
     if json:
-        scores_as_dicts = [score.as_dict() for score in scores]
-        print_json({"out": str(out), "model": info.as_dict(), "scores": scores_as_dicts})
-        return
+        facts = {"out": str(out), "model": info.as_dict(), "scores": [score.as_dict() for score in scores]}
+        return print_json(facts)
     for score in scores:
         _print_score(score)
-    STDOUT.print(f"report: {out / 'report.html'}", highlight=False)
+    STDOUT.print(f"report: {out / 'report.html'}")
 
 
 @app.command()
@@ -114,23 +106,20 @@ def rescore(
     ],
     judge: JudgeModel = None,
     judge_url: JudgeUrl = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Score saved predictions as the benchmark's paper does, without a model."""
     from solo_vlm.evaluate.predictions import load_predictions
 
     score = _benchmark(task, judge, judge_url).score(load_predictions(predictions))
-    if json:
-        print_json(score.as_dict())
-    else:
-        _print_score(score)
+    print_json(score.as_dict()) if json else _print_score(score)
 
 
 @app.command()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another run.")],
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Compare two runs, task by task: difference, 95% interval and p-value (paired bootstrap)."""
     from solo_vlm.evaluate.compare import compare_runs
@@ -139,29 +128,26 @@ def compare(
     comparisons = compare_runs(RunFolder(first), RunFolder(second))
     if json:
         tasks = [asdict(comparison) for comparison in comparisons]
-        print_json({"first": str(first), "second": str(second), "tasks": tasks})
-        return
-    STDOUT.print(f"A: {first}\nB: {second}", highlight=False)
-    table = _table("task", "rows", "A", "B", "B - A", "95% interval", "p")
-    for comparison in comparisons:
-        low, high = comparison.interval
-        table.add_row(
+        return print_json({"first": str(first), "second": str(second), "tasks": tasks})
+    STDOUT.print(f"A: {first}\nB: {second}")
+    rows = [
+        (
             comparison.title,
             f"{comparison.n:,}",
-            f"{comparison.first:,.1f}",
-            f"{comparison.second:,.1f}",
+            *(f"{score:,.1f}" for score in (comparison.first, comparison.second)),
             f"{comparison.difference:+,.1f}",
-            f"{low:+,.1f} to {high:+,.1f}",
+            "{:+,.1f} to {:+,.1f}".format(*comparison.interval),
             f"{comparison.p_value:.4f}",
         )
-    STDOUT.print(table)
+        for comparison in comparisons
+    ]
+    print_table(None, ("task", "rows", "A", "B", "B - A", "95% interval", "p"), rows)
     for comparison in comparisons:
         if comparison.left_out:
             STDOUT.print(f"{comparison.title}: {comparison.left_out:,} rows of only one run are left out")
     STDOUT.print(
         "On the rows that both runs have, scored by rules. Paired bootstrap over questions (over images for "
-        "MME), 10,000 resamples.",
-        highlight=False,
+        "MME), 10,000 resamples."
     )
 
 
@@ -175,7 +161,7 @@ def contamination(
         int, typer.Option(min=0, max=16, help="Maximum Hamming distance of two images' 64-bit hashes.")
     ] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Number of worker processes; 0 uses this one.")] = 0,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Search a training mixture for images and questions of benchmarks."""
     quiet_libraries()
@@ -196,26 +182,24 @@ def contamination(
         partial.write_text(json_format.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     write_page(out / "contamination.html", mixture, found, benchmarks)
     if json:
-        print_json(result)
-        return
-    table = _table("task", "rows", "images", "found", "questions", "found")
-    for task, findings in found.tasks.items():
-        table.add_row(
+        return print_json(result)
+    rows = [
+        (
             task,
-            f"{findings.rows:,}",
-            f"{findings.images:,}",
+            *(f"{count:,}" for count in (findings.rows, findings.images)),
             f"{len(findings.image_matches):,} rows",
             f"{findings.questions:,}",
             f"{len(findings.question_matches):,} rows",
         )
-    STDOUT.print(table)
+        for task, findings in found.tasks.items()
+    ]
+    print_table(None, ("task", "rows", "images", "found", "questions", "found"), rows)
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in found.skipped.items())
     STDOUT.print(
         f"in {found.training_rows:,} rows with {found.training_images:,} images"
-        + (f" (skipped: {skipped})" if skipped else ""),
-        highlight=False,
+        + (f" (skipped: {skipped})" if skipped else "")
     )
-    STDOUT.print(f"matches: {out / 'contamination.html'}", highlight=False)
+    STDOUT.print(f"matches: {out / 'contamination.html'}")
 
 
 def _task_names(tasks: str | None) -> list[str]:
@@ -281,41 +265,22 @@ def _quiet_harness() -> None:
     logger.disable("lmms_eval")
 
 
-def _table(first: str, *columns: str) -> Table:
-    from rich.table import Table
-
-    table = Table(show_edge=False)
-    table.add_column(first, overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
 def _print_score(score: Score) -> None:
     """Print a score with its categories and how it is computed."""
+    from rich.table import Table
+
     more = list(dict.fromkeys(name for part in score.breakdown.values() for name in part.more))
-    table = _table("", *(name.replace("_plus", "+") for name in more), "score", "95% interval", "rows")
-    table.title, table.title_justify, table.title_style = score.name, "left", "bold"
-    table.columns[0].min_width = 20
-    table.add_row("all", *[""] * len(more), *_cells(score.score, score.interval, score.n), style="bold")
-    group = ""
-    for name, part in score.breakdown.items():
-        if part.group != group:
-            table.add_section()
-        group = part.group
-        metrics = [f"{part.more[key]:.1f}" if key in part.more else "" for key in more]
-        table.add_row(name, *metrics, *_cells(part.score, part.interval, part.n))
+    table = Table(title=score.name, title_justify="left", title_style="bold", show_edge=False)
+    table.add_column("", overflow="fold", min_width=20)
+    for column in (*(name.replace("_plus", "+") for name in more), "score", "95% interval", "rows"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row("all", *[""] * len(more), *_cells(score), style="bold")
+    for _, parts in groupby(score.breakdown.items(), key=lambda item: item[1].group):
+        table.add_section()
+        for name, part in parts:
+            metrics = [f"{part.more[key]:.1f}" if key in part.more else "" for key in more]
+            table.add_row(name, *metrics, *_cells(part))
     STDOUT.print(table)
-    for line in _notes(score):
-        STDOUT.print(line, highlight=False)
-
-
-def _cells(score: float, interval: tuple[float, float], n: int) -> list[str]:
-    low, high = interval
-    return [f"{score:,.1f}", f"{low:,.1f} to {high:,.1f}", f"{n:,}"]
-
-
-def _notes(score: Score) -> list[str]:
     notes = [f"score: {score.metric}", f"source: {score.source}"]
     notes += [f"{name}: {value:.2f}" for name, value in score.raw.items()]
     if score.unreadable:
@@ -325,4 +290,9 @@ def _notes(score: Score) -> list[str]:
         notes.append(f"bad rows, counted as wrong: {len(score.bad_rows):,} (rows {rows})")
     if score.filtered:
         notes.append(f"rows filtered out, not part of this score: {score.filtered:,}")
-    return notes
+    for note in notes:
+        STDOUT.print(note)
+
+
+def _cells(score: Score | Part) -> list[str]:
+    return [f"{score.score:,.1f}", "{:,.1f} to {:,.1f}".format(*score.interval), f"{score.n:,}"]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from solo_vlm.cli._common import STDOUT, QuantizeOption, print_json, progress_bar, quiet_libraries
+from solo_vlm.cli._common import STDOUT, JsonOption, QuantizeOption, print_json, progress_bar, quiet_libraries
 from solo_vlm.utils.errors import SoloError
 
 
@@ -25,7 +25,7 @@ def generate(
     ] = 0.0,
     quantize: QuantizeOption = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the decoding step (on a GPU).")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Answer a prompt about images; the text streams as it is generated.
 
@@ -46,12 +46,9 @@ def generate(
         with progress_bar("images") as on_progress:
             counts = answer_folder(pipeline, names, images, request, out, batch_size, on_progress)
         if json:
-            print_json({"out": str(out), **vars(counts)})
-        else:
-            failed = f", {counts.errors} could not be answered (see error)" if counts.errors else ""
-            STDOUT.print(f"{counts.answers} answers in {out}{failed}", markup=False, highlight=False)
-        return
-
+            return print_json({"out": str(out), **vars(counts)})
+        failed = f", {counts.errors} could not be answered (see error)" if counts.errors else ""
+        return STDOUT.print(f"{counts.answers} answers in {out}{failed}", markup=False)
     if out is not None:
         raise SoloError("--out needs --images FOLDER")
     opened = open_images(image or [])
@@ -64,8 +61,7 @@ def generate(
 
     output = pipeline.stream([user_turn(prompt, opened)], on_text, max_new_tokens, temperature)
     if not json:
-        print()
-        return
+        return print()
     print_json(
         {
             "prompt": prompt,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solo_vlm.cli._common import STDOUT, parse_pixels, print_json, quiet_libraries
+from solo_vlm.cli._common import STDOUT, JsonOption, parse_pixels, print_json, quiet_libraries
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def init(
     bidirectional_images: Annotated[
         bool, typer.Option(help="Let patches of an image attend to each other in both directions.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Make a SOLO model from an LLM: add four tokens and one linear layer; text logits stay the same."""
     quiet_libraries()
@@ -52,8 +52,7 @@ def init(
         "stop_tokens": solo.processor.tokenizer.convert_ids_to_tokens(stop_ids(solo.model.generation_config)),
     }
     if json:
-        print_json(facts)
-        return
+        return print_json(facts)
     STDOUT.print(
         f"{out}: {facts['llm']} with {facts['parameters']:,} parameters, of which "
         f"{facts['patch_embedding']:,} embed patches; ask it after training: solo train RECIPE model={out}\n"

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from solo_vlm.cli._common import STDOUT, print_json, quiet_libraries
+from solo_vlm.cli._common import STDOUT, JsonOption, print_json, quiet_libraries
 
 
 def inspect(
     image: Annotated[str, typer.Option(help="Path or URL of an image.")],
     out: Annotated[Path, typer.Option(help="PNG file to write.")],
     model: Annotated[str | None, typer.Option(help="Model folder; default: the paper's settings.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Draw the patch grid over the resized image and print its number of tokens."""
     quiet_libraries()
@@ -30,13 +30,11 @@ def inspect(
     with new_file(out) as partial:
         draw_patch_grid(picture, image_processor).save(partial, format="PNG")
     if json:
-        print_json({"image": image, "out": str(out), **layout.as_dict()})
-        return
+        return print_json({"image": image, "out": str(out), **layout.as_dict()})
     width, height = layout.original
     STDOUT.print(
         f"{image}: {width} x {height} pixels, resized to {layout.resized[0]} x {layout.resized[1]}\n"
         f"{layout.rows} rows x {layout.columns} columns = {layout.patches} patches, {layout.tokens} tokens\n"
         f"{layout.describe()}\nwritten to {out}",
-        highlight=False,
         markup=False,
     )

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from solo_vlm.cli._common import STDOUT, print_json, quiet_libraries
+from solo_vlm.cli._common import STDOUT, JsonOption, print_json, quiet_libraries
+from solo_vlm.utils.errors import SoloError
 
 
 def push(
@@ -26,11 +27,9 @@ def push(
     base_model: Annotated[str | None, typer.Option(help="Hub id of the LLM the model was made from.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write to --out; upload nothing.")] = False,
     out: Annotated[Path | None, typer.Option(help="New folder for --dry-run.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Publish a model: card, weights, and the code with which transformers loads it without solo-vlm."""
-    from solo_vlm.utils.errors import SoloError
-
     if dry_run != (out is not None):
         raise SoloError("--dry-run and --out DIR must be given together")
     quiet_libraries()
@@ -41,6 +40,5 @@ def push(
         publication.write(out)
     where = str(out) if out else publication.upload(private)
     if json:
-        print_json({"out" if out else "url": where})
-        return
-    STDOUT.print(f"{where}: check the card ({where}/README.md)" if out else where, highlight=False)
+        return print_json({"out" if out else "url": where})
+    STDOUT.print(f"{where}: check the card ({where}/README.md)" if out else where)

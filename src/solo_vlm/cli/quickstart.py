@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from solo_vlm.cli._common import STDOUT, print_json, quiet_libraries
+from solo_vlm.cli._common import STDOUT, JsonOption, print_json, quiet_libraries
 
 
 def quickstart(
@@ -18,7 +18,7 @@ def quickstart(
     fraction: Annotated[
         float, typer.Option(min=0.001, max=1.0, help="Share of the training steps to run, for a first look.")
     ] = 1.0,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Train a small vision-language model through all stages on embedded data, and evaluate it."""
     quiet_libraries()
@@ -27,12 +27,10 @@ def quickstart(
 
     metrics = run_quickstart(out, seed, fraction)
     if json:
-        print_json(metrics)
-        return
+        return print_json(metrics)
     STDOUT.print(results_table(metrics))
-    STDOUT.print(f"report: {out / 'report.html'}", highlight=False)
+    STDOUT.print(f"report: {out / 'report.html'}")
     STDOUT.print(
         f"ask it: solo generate --model {out / 'sft/model'} --image {out / 'examples/digit.png'} "
-        '--prompt "Which digit is this?"',
-        highlight=False,
+        '--prompt "Which digit is this?"'
     )

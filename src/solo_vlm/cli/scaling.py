@@ -11,8 +11,8 @@ import typer
 from solo_vlm.cli._common import (
     STDERR,
     STDOUT,
-    Executor,
     ExecutorOption,
+    JsonOption,
     ProcessesOption,
     parse_pixels,
     print_json,
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from solo_vlm.experiments.scaling.analysis import Analysis
 
 app = typer.Typer(help="Count FLOPs, run scaling sweeps, and fit scaling laws.", no_args_is_help=True)
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
@@ -60,7 +58,7 @@ def sweep(
     settings: Annotated[str, typer.Argument(help="YAML file, or a name such as sweeps/toy.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
     processes: ProcessesOption = 1,
-    executor: ExecutorOption = Executor.LOCAL,
+    executor: ExecutorOption = "local",
     json: JsonOption = False,
 ) -> None:
     """Train every size at every budget, then fit and plot. Run the same command again to resume."""
@@ -68,16 +66,16 @@ def sweep(
     from solo_vlm.experiments.scaling.sweep import SweepSettings, run_sweep
 
     def report(name: str, done: int, total: int) -> None:
-        STDERR.print(f"{name}: done, {done} of {total}", highlight=False)
+        STDERR.print(f"{name}: done, {done} of {total}")
 
     loaded = SweepSettings.load(settings, overrides or [])
     root = Path(loaded.root)
-    table = run_sweep(loaded, processes, executor.value, report)
+    table = run_sweep(loaded, processes, executor, report)
     analysis = fit_and_plot(table, root / "fit.json", root / "plots")
     if json:
         return print_json({**analysis.as_dict(), "results": str(table), "plots": str(root / "plots")})
     _print_laws(analysis, [])
-    STDOUT.print(f"results: {table}\nplots: {root / 'plots'}", highlight=False)
+    STDOUT.print(f"results: {table}\nplots: {root / 'plots'}")
 
 
 @app.command()
@@ -101,7 +99,7 @@ def fit(
         return print_json(analysis.as_dict(budgets))
     _print_laws(analysis, budgets)
     if out:
-        STDOUT.print(f"written: {out}", highlight=False)
+        STDOUT.print(f"written: {out}")
 
 
 @app.command()
@@ -113,17 +111,13 @@ def plot(
 ) -> None:
     """Plot the law, compute-optimal sizes and IsoFLOP profiles, as PNG files and one HTML page."""
     fit_and_plot(results, None, out)
-    STDOUT.print(f"written: {out}", highlight=False)
+    STDOUT.print(f"written: {out}")
 
 
 def fit_and_plot(
     points: Path, facts: Path | None, plots: Path | None, budgets: Sequence[float] = ()
 ) -> Analysis:
-    """Fit laws to a table of points; write the fit to `facts` and plots to the folder `plots`, if given.
-
-    Raises:
-        SoloError: As `analysis.analyze`, or the extra `science` is not installed.
-    """
+    """Fit laws to a table of points; write the fit to `facts` and plots to the folder `plots`, if given."""
     try:
         from solo_vlm.experiments.scaling.analysis import analyze
         from solo_vlm.experiments.scaling.plots import write_plots
@@ -158,7 +152,7 @@ def _print_laws(analysis: Analysis, budgets: Sequence[float]) -> None:
         ]
         print_table("Held out", ("run", "loss", "predicted", "error"), rows)
     for note in facts["notes"]:
-        STDOUT.print(note, style="dim", highlight=False)
+        STDOUT.print(note, style="dim")
 
 
 def _print_parameters(facts: dict[str, Any], title: str) -> None:
@@ -174,8 +168,7 @@ def _print_flops(facts: dict[str, Any]) -> None:
     STDOUT.print(
         f"SOLO   {counts['solo']:,} parameters: decoder {counts['decoder']:,}, patch embedding "
         f"{counts['patch_embedding']:,}\nLLaVA  {counts['llava']:,} parameters: decoder "
-        f"{counts['decoder']:,}, encoder {counts['encoder']:,}, connector {counts['connector']:,}\n",
-        highlight=False,
+        f"{counts['decoder']:,}, encoder {counts['encoder']:,}, connector {counts['connector']:,}\n"
     )
     sequences = [
         [
@@ -217,5 +210,4 @@ def _number(value: float | None) -> str:
 
 
 def _teraflops(flops: float) -> str:
-    """Format FLOPs in units of 10^12 with four digits."""
     return f"{flops / 1e12:,.4g}" if flops < 1e15 else f"{flops / 1e12:,.0f}"

@@ -7,7 +7,6 @@ import os
 import webbrowser
 from collections.abc import Callable
 from dataclasses import fields
-from enum import StrEnum
 from pathlib import Path
 from threading import Thread
 from typing import Annotated, Any, Literal, get_type_hints
@@ -30,13 +29,6 @@ KeysOption = Annotated[
 ]
 
 
-class Engine(StrEnum):
-    """What generates."""
-
-    transformers = "transformers"
-    vllm = "vllm"
-
-
 def _with_limits(command: Callable[..., None]) -> Callable[..., None]:
     """Turn the parameter `**limits` of a command into one option per field of `Limits`."""
     signature = inspect.signature(command, eval_str=True)
@@ -57,8 +49,9 @@ def serve(
     port: PortOption = 8000,
     host: HostOption = "127.0.0.1",
     engine: Annotated[
-        Engine, typer.Option(help="Use vLLM's own server instead, which has no page (vllm).")
-    ] = Engine.transformers,
+        Literal["transformers", "vllm"],
+        typer.Option(help="Use vLLM's own server instead, which has no page (vllm)."),
+    ] = "transformers",
     name: Annotated[
         str | None, typer.Option(help="Model name in requests; default: the folder's name.")
     ] = None,
@@ -81,7 +74,7 @@ def serve(
     """Serve a model behind OpenAI's chat API, with a page for the browser at /."""
     name = name or Path(model).resolve().name
     api_keys = _api_keys(api_key_file, host)
-    if engine == Engine.vllm:
+    if engine == "vllm":
         from solo_vlm.serve.vllm import exec_vllm, vllm_command
 
         if device or quantize or prefix_cache not in (0, _PREFIX_CACHE_GB):
@@ -94,7 +87,7 @@ def serve(
         raise SoloError(f"options after -- require --engine vllm: {' '.join(vllm)}")
 
     def on_ready(url: str) -> None:
-        STDERR.print(f"{name}: API at {url}/v1 and page at {url}", highlight=False)
+        STDERR.print(f"{name}: API at {url}/v1 and page at {url}")
 
     options = {"dtype": dtype, "device": device, "quantize": quantize}
     _serve(model, options, prefix_cache, name, host, port, Limits(**limits), api_keys, on_ready)
@@ -125,7 +118,7 @@ def web(
     )
 
     def on_ready(url: str) -> None:
-        STDOUT.print(f"solo web: {url}  (press Ctrl-C to stop)", highlight=False)
+        STDOUT.print(f"solo web: {url}  (press Ctrl-C to stop)")
         if open_browser:  # in a thread: a text browser returns when it is closed
             Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
@@ -150,11 +143,7 @@ def _serve(model: str, options: dict[str, Any], prefix_cache: float, *arguments:
 
 
 def _api_keys(file: Path | None, host: str) -> list[str]:
-    """Read the API keys from the file, or else from the environment. Warn about an open server.
-
-    Raises:
-        SoloError: The file cannot be read, or is empty.
-    """
+    """Read the API keys from the file, or else from the environment. Warn about an open server."""
     if file is None:
         keys = [key] if (key := os.environ.get(_KEY_VARIABLE, "").strip()) else []
     else:
@@ -165,6 +154,6 @@ def _api_keys(file: Path | None, host: str) -> list[str]:
         if not keys:
             raise SoloError(f"{file} has no API key: write one per line")
     if not keys and host not in _LOOPBACK:
-        message = f"anyone who can reach {host} may use this server: set {_KEY_VARIABLE} or --api-key-file"
-        STDERR.print(message, style="yellow")
+        warning = f"anyone who can reach {host} may use this server: set {_KEY_VARIABLE} or --api-key-file"
+        STDERR.print(warning, style="yellow")
     return keys

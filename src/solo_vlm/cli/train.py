@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solo_vlm.cli._common import STDOUT, print_json, quiet_libraries
+from solo_vlm.cli._common import STDOUT, JsonOption, print_json, quiet_libraries
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
-    from solo_vlm.train.estimate.memory import Device
     from solo_vlm.train.estimate.plan import Plan
     from solo_vlm.train.recipe import Recipe
 
@@ -42,7 +41,7 @@ def train(
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Model FLOPs utilization assumed by a dry run.")
     ] = 0.4,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Train a model. An interrupted run resumes from its newest checkpoint."""
     quiet_libraries()
@@ -70,55 +69,36 @@ def _train(recipe: Recipe, resume: bool, json: bool) -> None:
         return
     metrics = result.metrics
     if json:
-        print_json({"model": str(result.model), **metrics})
-        return
+        return print_json({"model": str(result.model), **metrics})
     STDOUT.print(
         f"{result.model}: {metrics['steps']} steps, {metrics['tokens']:,} tokens, "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s",
-        highlight=False,
+        f"{metrics['tokens_per_second']:,.0f} tokens/s"
     )
 
 
 def _plan(
     recipe: Recipe, name: str | None, processes: int | None, device: str | None, mfu: float, json: bool
 ) -> None:
+    import torch
+
+    from solo_vlm.train.estimate.memory import find_device, recognize_device
     from solo_vlm.train.estimate.plan import make_plan
     from solo_vlm.utils.settings import find_settings
 
+    # Default: torchrun's world size, or one process per accelerator; at least one tensor-parallel group.
+    found = int(os.environ.get("WORLD_SIZE", 0)) or torch.accelerator.device_count()
+    here = recognize_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     plan = make_plan(
         recipe,
-        processes or _default_processes(recipe),
-        _choose_device(device),
+        processes or max(found, recipe.parallel.tensor),
+        find_device(device) if device else here or find_device(_DEFAULT_DEVICE),
         mfu,
         find_settings(name, "recipe").parent if name else None,
     )
     if json:
-        print_json(plan.as_dict())
-        return
+        return print_json(plan.as_dict())
     for line in [*_model_lines(plan), *_run_lines(plan), *_memory_lines(plan), *_advice_lines(plan)]:
-        STDOUT.print(line, highlight=False, markup=False)
-
-
-def _default_processes(recipe: Recipe) -> int:
-    """Return torchrun's world size, or one process per accelerator; at least one tensor-parallel group."""
-    import torch
-
-    found = int(os.environ.get("WORLD_SIZE", 0)) or torch.accelerator.device_count()
-    return max(found, recipe.parallel.tensor)
-
-
-def _choose_device(name: str | None) -> Device:
-    """Return the named device, this machine's, or the paper's.
-
-    Raises:
-        SoloError: the device is unknown.
-    """
-    import torch
-
-    from solo_vlm.train.estimate.memory import find_device, recognize_device
-
-    here = recognize_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    return find_device(name) if name else here or find_device(_DEFAULT_DEVICE)
+        STDOUT.print(line, markup=False)
 
 
 def _model_lines(plan: Plan) -> list[str]:

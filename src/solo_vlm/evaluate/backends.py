@@ -18,10 +18,7 @@ class Backend(Protocol):
     """Answers requests greedily, in any order; `BatchGenerator` is one."""
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
-        """Yield outputs in batches as they are ready.
-
-        Args:
-            requests: Consumed lazily, possibly from another thread.
+        """Yield outputs in batches as they are ready; consume requests lazily, possibly from another thread.
 
         Raises:
             SoloError: The backend fails as a whole; the failure of a single request is its output's error.
@@ -86,10 +83,7 @@ class ServerBackend:
                 max_tokens=request.max_new_tokens,
                 temperature=0.0,
             )
-        except (
-            BadRequestError,
-            UnprocessableEntityError,
-        ) as error:  # this request only, e.g. too long
+        except (BadRequestError, UnprocessableEntityError) as error:  # this request only, e.g. too long
             return GenerationOutput(request.request_id, None, f"refused by the server: {error}")
         except OpenAIError as error:
             raise SoloError(f"no answer from {self._client.base_url}: {error}") from error

@@ -15,17 +15,13 @@ class Comparison:
     """Two runs on one task, on the rows that both have.
 
     Attributes:
-        task: Name of the benchmark on the command line.
-        title: Name of the benchmark in print.
         n: Number of shared rows.
         left_out: Number of rows that only one run has.
-        first: Score of the first run on the shared rows.
-        second: Score of the second run on the shared rows.
+        first, second: Scores of the two runs on the shared rows.
         difference: Second score minus first.
         interval: 95% interval of the difference.
         p_value: Two-sided p-value of no difference.
-        only_first: Number of rows that only the first run answers correctly.
-        only_second: Number of rows that only the second run answers correctly.
+        only_first, only_second: Number of rows that only this run answers correctly.
     """
 
     task: str
@@ -54,13 +50,8 @@ def compare_runs(first: RunFolder, second: RunFolder) -> list[Comparison]:
 
 
 def _compare(benchmark: Benchmark, first: RunFolder, second: RunFolder) -> Comparison:
-    runs = [
-        {
-            answer.prediction.id: answer
-            for answer in benchmark.filter(benchmark.scorer(run.read_predictions(benchmark.name)))
-        }
-        for run in (first, second)
-    ]
+    scored = (benchmark.scorer(run.read_predictions(benchmark.name)) for run in (first, second))
+    runs = [{answer.prediction.id: answer for answer in benchmark.filter(answers)} for answers in scored]
     pairs = [(runs[0][name], runs[1][name]) for name in runs[0] if name in runs[1]]
     if not pairs:
         raise SoloError(f"{benchmark.name}: the two runs have no row in common")

@@ -52,7 +52,7 @@ def load_benchmark(benchmark: Benchmark, data_root: Path | None) -> Dataset:
     """Load a benchmark's split with the columns of the hub's dataset.
 
     Args:
-        benchmark: The benchmark.
+        benchmark: What to load.
         data_root: Folder with one folder per task; None loads from the hub, through its cache.
 
     Raises:
@@ -93,7 +93,10 @@ def find_benchmark(benchmark: Benchmark, data_root: Path) -> tuple[str, list[Pat
     """
     folder = data_root / benchmark.name
     for file_format in _FORMATS:
-        files = sorted(file for file in folder.rglob(f"*.{file_format}") if not _is_hidden(file, folder))
+        found = sorted(folder.rglob(f"*.{file_format}"))
+        files = [
+            file for file in found if "/." not in f"/{file.relative_to(folder).as_posix()}"
+        ]  # not hidden
         if chosen := _select_split(benchmark, files):
             return file_format, chosen
     raise SoloError(
@@ -108,10 +111,6 @@ def download_command(benchmark: Benchmark, data_root: Path) -> str:
         f"hf download {benchmark.hub_id} --repo-type dataset --include '{benchmark.hub_files}' "
         f"--local-dir {data_root / benchmark.name}"
     )
-
-
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _select_split(benchmark: Benchmark, files: Sequence[Path]) -> list[Path]:
@@ -308,12 +307,7 @@ def _filled(data: Dataset, name: str) -> NDArray[np.bool_]:
 
 
 def hub_row(task: str, row: Mapping[str, Any]) -> Row:
-    """Convert a row of VLMEvalKit's file to the hub's schema; a row in that schema is unchanged.
-
-    Args:
-        task: Name of the benchmark on the command line.
-        row: Columns with normalized names; options in a, b, ..., the reference as a letter.
-    """
+    """Convert a row of VLMEvalKit's file (names normalized) to the hub's schema; keep others unchanged."""
     rest = {name: value for name, value in row.items() if name not in set(ascii_lowercase)}
     return {**rest, **_CONVERTERS[task](row)}
 

@@ -22,11 +22,7 @@ _MAX_NEW_TOKENS = 40
 
 @dataclass(frozen=True)
 class HeldOutQuestion:
-    """A chat whose last turn, the assistant's, is the reference.
-
-    Attributes:
-        sample: The whole chat.
-    """
+    """A chat whose last turn, the assistant's, is the reference."""
 
     sample: Sample
 
@@ -53,23 +49,19 @@ class HeldOutQuestion:
     @property
     def question(self) -> str:
         """Text of the last user turn."""
-        return _text(self.sample.messages[-2])
+        return text_of(self.sample.messages[-2])
 
     @property
     def reference(self) -> str:
         """Text of the last assistant turn."""
-        return _text(self.sample.messages[-1])
+        return text_of(self.sample.messages[-1])
 
 
 @dataclass(frozen=True)
 class HeldOutAnswer(HeldOutQuestion):
-    """A question with the model's answer.
+    """A question with the model's answer."""
 
-    Attributes:
-        answer: Greedy answer of at most 40 tokens.
-    """
-
-    answer: str
+    answer: str  # greedy, at most 40 tokens
 
     @property
     def correct(self) -> bool:
@@ -116,5 +108,6 @@ def _question(source: Source, unit: int, number: int, row: dict[str, Any]) -> He
     return HeldOutQuestion(sample)
 
 
-def _text(message: Message) -> str:
+def text_of(message: Message) -> str:
+    """Return the text of a turn without its images."""
     return " ".join(part["text"] for part in message["content"] if part["type"] == "text")

@@ -6,10 +6,10 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lmms_eval.tasks
 from lmms_eval.api.instance import Instance
@@ -76,7 +76,10 @@ class BackendModel(lmms):
 
         `responses` has the result of each row, or why it failed, by row number.
         """
-        done = self._reuse(requests)
+        done: dict[int, SavedAnswer] = {}
+        if self._file is not None:
+            found = (self._file.get(_row(request), self._fingerprint(request)) for request in requests)
+            done = {number: saved for number, saved in enumerate(found) if saved}
         self._on_progress(len(done), len(requests))
         for outputs in self._generate({n: request for n, request in enumerate(requests) if n not in done}):
             new = {output.request_id: self._result(output, requests[output.request_id]) for output in outputs}
@@ -101,12 +104,6 @@ class BackendModel(lmms):
         """Return the maximum length of an answer under the settings of a task."""
         return self._max_new_tokens or settings.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS
 
-    def _reuse(self, requests: Sequence[Instance]) -> dict[int, SavedAnswer]:
-        if self._file is None:
-            return {}
-        found = (self._file.get(_row(request), self._fingerprint(request)) for request in requests)
-        return {number: saved for number, saved in enumerate(found) if saved}
-
     def _generate(self, requests: Mapping[int, Instance]) -> Iterator[list[GenerationOutput]]:
         unreadable: list[GenerationOutput] = []
 
@@ -126,7 +123,7 @@ class BackendModel(lmms):
     def _result(self, output: GenerationOutput, request: Instance) -> SavedAnswer:
         text = output.text
         if text is not None:
-            stops = [place for stop in self._stops(_settings(request)) if (place := text.find(stop)) >= 0]
+            stops = [place for stop in self._stops(request.args[2]) if (place := text.find(stop)) >= 0]
             text = text[: min(stops, default=len(text))].strip()
         return SavedAnswer(_row(request), self._fingerprint(request), text, output.error)
 
@@ -137,7 +134,7 @@ class BackendModel(lmms):
 
     def _fingerprint(self, request: Instance) -> str:
         """Return a hash of everything besides the model that determines a response."""
-        settings = _settings(request)
+        settings = request.args[2]
         asked = [request.args[0], self.limit(settings), self._stops(settings)]
         if self._file is not None:
             task, split = request.args[4:]
@@ -152,9 +149,8 @@ class Solo(BackendModel):
         pretrained: Folder or hub ID.
         batch_size: Chats per batch.
         dtype: "auto" (as stored) or the name of a torch dtype.
-        device: Device. Default: the accelerator, if there is one.
-        max_new_tokens: See `BackendModel`.
-        stop_at_blank_line: See `BackendModel`.
+        device: Default: the accelerator, if there is one.
+        max_new_tokens, stop_at_blank_line: See `BackendModel`.
         max_batch_size: Passed by lmms-eval; without effect.
     """
 
@@ -187,10 +183,6 @@ def _row(request: Instance) -> int:
     return request.args[3]
 
 
-def _settings(request: Instance) -> Mapping[str, Any]:
-    return request.args[2]
-
-
 def _image_hashes(row: Mapping[str, Any]) -> list[str]:
     """Return hashes of a row's encoded images: a file may have been repaired since the run was stopped."""
     values = [part for value in row.values() for part in (value if isinstance(value, list) else [value])]
@@ -202,19 +194,16 @@ def _image_hashes(row: Mapping[str, Any]) -> list[str]:
 
 
 class LocalTask(ConfigurableMessagesTask):
-    """A stock task of lmms-eval, with its prompts and its scores, on given rows.
+    """A benchmark's stock task of lmms-eval, with its prompts and scores, on rows with its dataset's columns.
 
     Images are decoded when the prompt is built, so an unreadable image fails its own row only.
-
-    Args:
-        benchmark: The benchmark whose stock task it is.
-        rows: Rows with the columns of the dataset that the stock task names.
     """
 
     def __init__(self, benchmark: Benchmark, rows: EncodedRows) -> None:
         self._rows = rows
         (file,) = Path(lmms_eval.tasks.__file__).parent.glob(f"*/{benchmark.harness_task}.yaml")
-        with _without_openai():
+        # MathVista's functions otherwise create an OpenAI client on import, which fails without a key.
+        with patch.dict(os.environ, {"API_TYPE": "dummy"}):
             config = load_yaml_config(str(file), mode="full")
         self._split = config["test_split"]
         super().__init__(config=config)
@@ -247,9 +236,9 @@ def run_task(
     """Generate responses to all rows of a task through lmms-eval; the model keeps them.
 
     Args:
-        task: The task; it can be run once.
+        task: Can be run once.
         benchmark: The benchmark of the task.
-        model: The model.
+        model: Generates and keeps the responses.
         limit: Maximum number of rows, from the first.
 
     Returns:
@@ -283,17 +272,3 @@ def run_task(
         for key, value in metrics.items()
         if isinstance(value, (int, float)) and "_stderr" not in key.partition(",")[0]
     }, ""
-
-
-@contextmanager
-def _without_openai() -> Iterator[None]:
-    """Keep MathVista's functions from creating an OpenAI client on import, which fails without a key."""
-    before = os.environ.get("API_TYPE")
-    os.environ["API_TYPE"] = "dummy"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["API_TYPE"]
-        else:
-            os.environ["API_TYPE"] = before

@@ -94,12 +94,8 @@ def _holds_image(value: Any) -> bool:
 def check_unique(rows: Iterable[Mapping[str, Any]], where: str) -> None:
     """Check that no two rows of a split have the same `pid`, `index` or `id`.
 
-    Args:
-        rows: Rows with normalized column names, numbered from 1 in the message.
-        where: Origin of the rows, for the message.
-
     Raises:
-        SoloError: Two rows have the same ID.
+        SoloError: Two rows, which have normalized column names, have the same ID.
     """
     seen: dict[tuple[str, str, str], int] = {}
     for number, row in enumerate(rows, start=1):
@@ -200,7 +196,7 @@ def read_table(path: Path) -> list[Row]:
         ".xlsx": _read_xlsx,
         ".txt": _read_mme_text,
     }
-    reader = _read_mme_folder if path.is_dir() else readers.get(path.suffix.lower())
+    reader = _read_mme_text if path.is_dir() else readers.get(path.suffix.lower())
     if reader is None:
         raise SoloError(
             f"{path}: predictions are read from {', '.join(readers)} or a folder of MME's .txt files"
@@ -278,19 +274,15 @@ def _check_columns(names: Sequence[str]) -> None:
             raise ValueError(f"{count} columns are called {name}")
 
 
-def _read_mme_folder(path: Path) -> list[Row]:
-    return [row for file in sorted(path.glob("*.txt")) for row in _read_mme_text(file)]
-
-
 def _read_mme_text(path: Path) -> Iterator[Row]:
-    """Yield the rows of one subtask of MME, named by the file."""
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        fields = line.split("\t", 3)
-        if len(fields) < 4:
-            raise ValueError(
-                f"line {number} of {path.name} is not image, question, answer, response with tabs"
-            )
-        columns = ("question_id", "question", "answer", "response")
-        yield {"category": path.stem, **dict(zip(columns, fields, strict=True))}
+    """Yield the rows of one subtask of MME, named by the file, or of a folder of such files."""
+    columns = ("question_id", "question", "answer", "response")
+    for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
+            fields = line.split("\t", 3)
+            if line.strip() and len(fields) < 4:
+                raise ValueError(
+                    f"line {number} of {file.name} is not image, question, answer, response with tabs"
+                )
+            if line.strip():
+                yield {"category": file.stem, **dict(zip(columns, fields, strict=True))}

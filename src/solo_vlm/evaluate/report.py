@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,12 @@ _SHOWN = 12  # correct answers, and as many wrong ones, per task
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A model with published scores.
-
-    Attributes:
-        name: Name of the model.
-        source: Paper that presents it.
-        scores: Scores by benchmark, on this project's scale.
-        unverified: Benchmarks whose score could not be traced to its source.
-    """
+    """A model with published scores."""
 
     name: str
-    source: str
-    scores: Mapping[str, float]
-    unverified: frozenset[str] = field(default_factory=frozenset)
+    source: str  # paper that presents it
+    scores: Mapping[str, float]  # by benchmark, on this project's scale
+    unverified: frozenset[str] = frozenset()  # benchmarks whose score could not be traced to its source
 
 
 PUBLISHED = (
@@ -62,58 +55,27 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class TaskReport:
-    """Content of a report about one task.
-
-    Attributes:
-        benchmark: The benchmark.
-        score: Score of the run.
-        answers: Scored answers in order of the rows.
-        rows: Rows of the benchmark; a limited run has answers to the first only.
-        prompt: Returns the exact text of a row's prompt.
-        metadata: Settings, failures and duration.
-    """
+    """Content of a report about one task."""
 
     benchmark: Benchmark
     score: Score
-    answers: Sequence[ScoredAnswer]
-    rows: Rows
-    prompt: Callable[[int], str]
-    metadata: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Card:
-    """One answer on the page."""
-
-    id: str
-    images: Sequence[str]
-    prompt: str
-    answer: ScoredAnswer
+    answers: Sequence[ScoredAnswer]  # in order of the rows
+    rows: Rows  # a limited run has answers to the first only
+    prompt: Callable[[int], str]  # returns the exact text of a row's prompt
+    metadata: Mapping[str, Any]  # settings, failures and duration
 
 
 def write_reports(folder: Path, run: Mapping[str, Any], reports: Sequence[TaskReport]) -> None:
-    """Write `report.html`, a self-contained page, and `report.md`, without images.
-
-    Args:
-        folder: Folder of the run.
-        run: Metadata of the run: model, versions, settings.
-        reports: One per task.
-    """
+    """Write `report.html`, a self-contained page, and `report.md`, without images, into a run's folder."""
     values = {
         "run": run,
         "reports": reports,
         "scores": [report.score for report in reports],
         "published": [model for model in PUBLISHED if any(r.score.task in model.scores for r in reports)],
     }
-    html = render(
-        "solo_vlm.evaluate",
-        "report.html.jinja",
-        **values,
-        plot=lambda score: figure_url(category_plot(score)),
-        cards=_cards,
-    )
-    markdown = render("solo_vlm.evaluate", "report.md.jinja", **values)
-    for name, page in (("report.html", html), ("report.md", markdown)):
+    tools = {"plot": lambda score: figure_url(category_plot(score)), "cards": _cards}
+    for name in ("report.html", "report.md"):
+        page = render("solo_vlm.evaluate", f"{name}.jinja", **values, **tools)
         with new_file(folder / name) as partial:
             partial.write_text(page, encoding="utf-8")
 
@@ -155,16 +117,16 @@ def _error(part: Part) -> tuple[float, float]:
     return max(0.0, _percent(part, part.score - low)), max(0.0, _percent(part, high - part.score))
 
 
-def _cards(report: TaskReport, correct: bool) -> list[Card]:
+def _cards(report: TaskReport, correct: bool) -> list[dict[str, Any]]:
     """Return a sample of the correct or the wrong answers, spread evenly over the rows."""
-
-    def card(number: int) -> Card:
+    numbers = [number for number, answer in enumerate(report.answers) if answer.correct == correct]
+    cards = []
+    for place in np.linspace(0, len(numbers) - 1, min(_SHOWN, len(numbers))).round().astype(int):
+        number = numbers[place]
         try:
             images = [thumbnail_url(image) for image in report.rows.images(number)]
         except ImageError:  # the card shows no response either
             images = []
-        return Card(report.rows.ids[number], images, report.prompt(number), report.answers[number])
-
-    numbers = [number for number, answer in enumerate(report.answers) if answer.correct == correct]
-    places = np.linspace(0, len(numbers) - 1, min(_SHOWN, len(numbers))).round().astype(int)
-    return [card(numbers[place]) for place in places]
+        answer, prompt = report.answers[number], report.prompt(number)
+        cards.append({"id": report.rows.ids[number], "images": images, "prompt": prompt, "answer": answer})
+    return cards

@@ -28,19 +28,12 @@ ProgressBar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Identity of the evaluated model.
+    """Identity of the evaluated model."""
 
-    Attributes:
-        name: Folder, hub ID, or name at a server.
-        backend: What runs it.
-        sha256: Hash of its weights, see `weights_hash`; None if they are not local.
-        more: Further properties on record, such as the rendered chat template.
-    """
-
-    name: str
-    backend: str
-    sha256: str | None = None
-    more: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # folder, hub ID, or name at a server
+    backend: str  # what runs it
+    sha256: str | None = None  # hash of its weights, see `weights_hash`; None if they are not local
+    more: Mapping[str, Any] = field(default_factory=dict)  # on record too, such as the chat template
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -58,19 +51,12 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """A run and its folder; an interrupted run of the same model resumes.
+    """A run and its folder; an interrupted run of the same model resumes."""
 
-    Attributes:
-        out: Folder: `answers/` as they arrive, `predictions/`, then scores, metadata and reports.
-        model: Identity of the model.
-        limit: Maximum number of rows per task, from the first; None runs all.
-        max_new_tokens: Maximum length of an answer, overriding the tasks.
-    """
-
-    out: Path
+    out: Path  # folder: `answers/` as they arrive, `predictions/`, then scores, metadata and reports
     model: ModelInfo
-    limit: int | None = None
-    max_new_tokens: int | None = None
+    limit: int | None = None  # maximum number of rows per task, from the first; None runs all
+    max_new_tokens: int | None = None  # maximum length of an answer, overriding the tasks
 
     def evaluate(
         self,
@@ -78,15 +64,7 @@ class EvaluationRun:
         tasks: Sequence[tuple[Benchmark, Rows]],
         progress_bar: ProgressBar = lambda title: nullcontext(lambda done, total: None),
     ) -> list[Score]:
-        """Generate, score and report.
-
-        Args:
-            backend: Generates the responses.
-            tasks: Benchmarks with their rows.
-            progress_bar: Creates a progress bar with a title.
-
-        Returns:
-            The score of each benchmark.
+        """Generate responses to the rows of benchmarks, report, and return the score of each benchmark.
 
         Raises:
             SoloError: lmms-eval is missing; the folder holds something else, or a run of another model; or

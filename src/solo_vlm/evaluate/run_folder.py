@@ -18,30 +18,16 @@ from solo_vlm.utils.json_lines import LinesFile
 
 @dataclass(frozen=True)
 class SavedAnswer:
-    """Response to one row.
+    """Response to one row."""
 
-    Attributes:
-        row: Index into the benchmark's rows.
-        request: Hash of prompt and settings; a response to another request is not reused.
-        response: Generated text; None if the row failed.
-        error: Why the row failed.
-    """
-
-    row: int
-    request: str
-    response: str | None
-    error: str | None = None
+    row: int  # index into the benchmark's rows
+    request: str  # hash of prompt and settings; a response to another request is not reused
+    response: str | None  # generated text; None if the row failed
+    error: str | None = None  # why the row failed
 
 
 class AnswerFile(LinesFile):
-    """Append-only file of answers, from which a killed run resumes.
-
-    Args:
-        path: File, new or existing. A truncated last line is dropped.
-
-    Raises:
-        SoloError: The file holds something else.
-    """
+    """Append-only file of answers, from which a killed run resumes."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -126,10 +112,7 @@ class RunFolder:
 
 
 def weights_hash(model: str | Path) -> str:
-    """Return the SHA-256 of a model's weight files, in order of their names.
-
-    Args:
-        model: Folder, or hub ID of a downloaded model.
+    """Return the SHA-256 of the weight files, in order of their names, of a folder or downloaded model.
 
     Raises:
         SoloError: There are no weights.
@@ -149,6 +132,5 @@ def weights_hash(model: str | Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()

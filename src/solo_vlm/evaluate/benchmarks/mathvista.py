@@ -77,17 +77,11 @@ Extracted answer: B
 
 @dataclass(frozen=True)
 class Problem:
-    """Form of the answer to a question.
+    """Form of the answer to a question."""
 
-    Attributes:
-        choices: Texts of the options; empty for a free-form question.
-        answer_type: "text", "integer", "float" or "list".
-        precision: Decimals of a float; None if the row does not say.
-    """
-
-    choices: list[str]
-    answer_type: str
-    precision: int | None
+    choices: list[str]  # texts of the options; empty for a free-form question
+    answer_type: str  # "text", "integer", "float" or "list"
+    precision: int | None  # decimals of a float; None if the row does not say
 
     @classmethod
     def of(cls, prediction: Prediction) -> Self:
@@ -127,7 +121,10 @@ class Problem:
         if not extraction:
             return None
         if self.choices:
-            return self.read(extraction) or self._nearest_choice(extraction)
+            from Levenshtein import distance
+
+            known = filter(None, self.choices)
+            return self.read(extraction) or min(known, key=lambda choice: distance(extraction, choice))
         return self.normalize(extraction) or self.read(extraction)
 
     def normalize(self, answer: Any) -> str | None:
@@ -150,25 +147,14 @@ class Problem:
             return read_list(text) if text.startswith("[") and text.endswith("]") else None
         return plain(text)
 
-    def _nearest_choice(self, extraction: str) -> str:
-        from Levenshtein import distance
-
-        return min(filter(None, self.choices), key=lambda choice: distance(extraction, choice))
-
 
 @dataclass(frozen=True)
 class LlmJudge:
-    """Scorer that lets a language model extract the answers.
+    """Scorer that lets a language model extract the answers."""
 
-    Args:
-        model: Name of the model at the endpoint.
-        base_url: OpenAI-compatible endpoint; None is OpenAI's own. The key is `OPENAI_API_KEY`.
-        concurrency: Maximum in-flight requests.
-    """
-
-    model: str
-    base_url: str | None = None
-    concurrency: int = 8
+    model: str  # name of the model at the endpoint
+    base_url: str | None = None  # OpenAI-compatible; None is OpenAI's own. The key is `OPENAI_API_KEY`.
+    concurrency: int = 8  # maximum in-flight requests
 
     def __call__(self, predictions: Sequence[Prediction]) -> list[ScoredAnswer]:
         """Score predictions with one request each, except where the response already is a plain answer.

@@ -14,11 +14,9 @@ from solo_vlm.evaluate.scoring.score import Benchmark, Part, ScoredAnswer, accur
 
 
 def score_choices(predictions: Sequence[Prediction], answers_are_indices: bool = False) -> list[ScoredAnswer]:
-    """Score answers to questions whose reference is a letter, an option's text or its index.
+    """Score answers to questions whose reference is a letter or an option's text.
 
-    Args:
-        predictions: Responses with their rows.
-        answers_are_indices: Whether a number as the reference is an index into the options, from 0.
+    With `answers_are_indices`, a number as the reference is an index into the options, from 0.
     """
 
     def score(prediction: Prediction) -> ScoredAnswer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from solo_vlm.evaluate.contamination.matching import (
     perceptual_hash,
 )
 from solo_vlm.evaluate.data import Rows
+from solo_vlm.evaluate.held_out import text_of
 from solo_vlm.evaluate.scoring.options import options_of
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
 from solo_vlm.utils.files import new_file
@@ -37,85 +38,48 @@ _SHOWN = 300  # matches per kind on the page; thousands of images would open slo
 
 @dataclass(frozen=True)
 class Match:
-    """A training sample with an image or an n-gram of a benchmark's row.
-
-    Attributes:
-        kind: What was found.
-        task: Name of the benchmark.
-        id: ID of the row.
-        source: Name of the source.
-        where: Place in the source.
-        distance: Hamming distance of the images' hashes.
-        words: Shared n-gram.
-        picture: Thumbnail of the training image as a data URL.
-    """
+    """A training sample with an image or an n-gram of a benchmark's row."""
 
     kind: Literal["image", "question"]
-    task: str
-    id: str
-    source: str
-    where: str
-    distance: int | None = None
-    words: str | None = None
-    picture: str | None = field(default=None, repr=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, without the thumbnail."""
-        return {name: value for name, value in asdict(self).items() if name != "picture"}
+    task: str  # name of the benchmark
+    id: str  # ID of the row
+    source: str  # name of the training source
+    where: str  # place in the source
+    distance: int | None = None  # Hamming distance of the images' hashes
+    words: str | None = None  # shared n-gram
+    picture: str | None = field(default=None, repr=False)  # thumbnail of the training image as a data URL
 
 
 @dataclass
 class TaskFindings:
-    """Matches of one benchmark.
-
-    Attributes:
-        rows: Number of rows.
-        images: Number of compared images.
-        unreadable_images: Number of rows with an unreadable image.
-        questions: Number of questions that are long enough to be compared.
-        run_length: Words per n-gram.
-        image_matches: Number of matching images by row.
-        question_matches: Number of matching samples by row.
-    """
+    """Counts of one benchmark."""
 
     rows: int = 0
-    images: int = 0
-    unreadable_images: int = 0
-    questions: int = 0
-    run_length: int = 0
-    image_matches: dict[str, int] = field(default_factory=dict)
-    question_matches: dict[str, int] = field(default_factory=dict)
+    images: int = 0  # compared
+    unreadable_images: int = 0  # rows with one
+    questions: int = 0  # long enough to be compared
+    run_length: int = 0  # words per n-gram
+    image_matches: dict[str, int] = field(default_factory=dict)  # matching images by row
+    question_matches: dict[str, int] = field(default_factory=dict)  # matching samples by row
 
 
 @dataclass
 class Contamination:
-    """Matches between a mixture and benchmarks.
+    """Matches between a mixture and benchmarks."""
 
-    Attributes:
-        tasks: Findings by benchmark.
-        matches: Matches, at most ten per row and kind.
-        distance: Maximum Hamming distance of the images' hashes.
-        training_rows: Number of training rows read.
-        training_images: Number of training images compared.
-        skipped: Number of unusable training rows and images by reason.
-    """
-
-    tasks: dict[str, TaskFindings]
-    matches: list[Match]
-    distance: int
-    training_rows: int = 0
-    training_images: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
+    tasks: dict[str, TaskFindings]  # by benchmark
+    matches: list[Match]  # at most ten per row and kind
+    distance: int  # maximum Hamming distance of the images' hashes
+    training_rows: int = 0  # read
+    training_images: int = 0  # compared
+    skipped: Counter[str] = field(default_factory=Counter)  # unusable training rows and images by reason
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+        """Return plain values for JSON, without thumbnails."""
         return {
-            "tasks": {task: asdict(findings) for task, findings in self.tasks.items()},
-            "matches": [match.as_dict() for match in self.matches],
-            "distance": self.distance,
-            "training_rows": self.training_rows,
-            "training_images": self.training_images,
-            "skipped": dict(self.skipped),
+            **vars(self),
+            "tasks": {task: vars(findings) for task, findings in self.tasks.items()},
+            "matches": [{k: v for k, v in vars(m).items() if k != "picture"} for m in self.matches],
         }
 
     def _add(self, match: Match) -> None:
@@ -133,11 +97,11 @@ def check_mixture(
     workers: int = 0,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Contamination:
-    """Search a mixture for images and questions of benchmarks.
+    """Search a mixture, whose sources are read once, for images and questions of benchmarks.
 
     Args:
         benchmarks: Rows by benchmark.
-        mixture: Mixture whose sources are read once.
+        mixture: Training data.
         distance: Maximum Hamming distance of the 64-bit hashes of two images.
         workers: Number of worker processes; 0 reads in this process.
         on_progress: Called with the number of shards read and in total.
@@ -162,7 +126,7 @@ def check_mixture(
     shards = _Shards(sources, images, ngrams)
     on_shard = ShardProgress(len(shards), on_progress)
     places: dict[str, list[tuple[str, str]]] = defaultdict(list)  # n-gram -> (source, where)
-    for shard in DataLoader(shards, batch_size=None, num_workers=workers, collate_fn=_identity):
+    for shard in DataLoader(shards, batch_size=None, num_workers=workers):
         found.training_rows += shard.rows
         found.training_images += shard.images
         found.skipped += shard.skipped
@@ -224,12 +188,8 @@ class _Shards(Dataset[_ShardFindings]):
             for (task, row), distance in self._images.near(perceptual_hash(image)):
                 match = Match("image", task, row, source, where, distance, picture=thumbnail_url(image))
                 found.image_matches.append(match)
-        ngrams = {ngram for text in _turns(sample) for ngram in self._ngrams.find(text)}
+        ngrams = {ngram for turn in sample.messages for ngram in self._ngrams.find(text_of(turn))}
         found.ngrams += [(ngram, source, where) for ngram in sorted(ngrams)]
-
-
-def _identity(shard: Any) -> Any:
-    return shard
 
 
 def _question_matches(places: Mapping[str, Sequence[tuple[str, str]]], ngrams: NgramIndex) -> Iterator[Match]:
@@ -264,20 +224,8 @@ def _question_text(row: Mapping[str, Any]) -> str:
     return " ".join(str(part) for part in (row.get("hint") or "", row["question"], *options_of(row)))
 
 
-def _turns(sample: Sample) -> Iterator[str]:
-    for message in sample.messages:
-        yield " ".join(part["text"] for part in message["content"] if part["type"] == "text")
-
-
 def write_page(path: Path, mixture: str, found: Contamination, benchmarks: Mapping[str, Rows]) -> None:
-    """Write a self-contained page with pairs of images, nearest first, and shared words.
-
-    Args:
-        path: The HTML file.
-        mixture: Name of the mixture.
-        found: The matches.
-        benchmarks: Rows by benchmark.
-    """
+    """Write a self-contained page with pairs of images, nearest first, and shared words."""
     images = sorted((m for m in found.matches if m.kind == "image"), key=lambda match: match.distance or 0)
     questions = [match for match in found.matches if match.kind == "question"]
     numbers = {task: {row: n for n, row in enumerate(rows.ids)} for task, rows in benchmarks.items()}

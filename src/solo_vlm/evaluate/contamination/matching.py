@@ -46,10 +46,6 @@ class HashIndex(Generic[T]):
     The bits are cut into `distance + 1` bands. Two hashes that differ in at most `distance` bits agree in at
     least one band, so only hashes that share a band are compared (Manku et al. 2007, "Detecting
     near-duplicates for web crawling").
-
-    Args:
-        entries: Hashes with their values.
-        distance: Maximum Hamming distance.
     """
 
     def __init__(self, entries: Iterable[tuple[int, T]], distance: int) -> None:
@@ -85,16 +81,11 @@ class NgramIndex:
     lower case and without punctuation. The length N of an n-gram is the 5th percentile of the lengths of a
     benchmark's examples, clipped to 8 to 13 words; shorter examples are not compared. N-grams in more than 10
     training documents are common phrases and do not count, nor, here, do those in more than 10 questions.
-
-    Attributes:
-        questions: Questions by n-gram.
-        lengths: Words per n-gram, by task.
-        compared: Number of questions that are long enough, by task.
     """
 
-    questions: Mapping[str, Sequence[Question]]
-    lengths: Mapping[str, int]
-    compared: Mapping[str, int]
+    questions: Mapping[str, Sequence[Question]]  # by n-gram
+    lengths: Mapping[str, int]  # words per n-gram, by task
+    compared: Mapping[str, int]  # number of questions that are long enough, by task
 
     @classmethod
     def of(cls, texts: Mapping[Question, str]) -> NgramIndex:

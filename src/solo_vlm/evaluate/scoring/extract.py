@@ -323,19 +323,15 @@ def _listed(text: str, options: Sequence[str]) -> tuple[set[str], bool]:
         if letters and first_is_alone and not alone and "\n" in text[place - 1 : match.start(1)]:
             break  # a letter alone on the first line, explained on the following ones
         end = _end(_MARKS, text, match.end())
-        if option and _begins_with(text, end, option):
-            end += len(option)
+        after = end + len(option)
+        if option and text[end:after].lower() == option.lower() and not text[after : after + 1].isalnum():
+            end = after
         elif _WORD_FOLLOWS.match(text, match.end()):
             break
         first_is_alone = first_is_alone or (not letters and alone)
         letters |= _letter(match, options)
         place = _end(_SEPARATORS, text, end)
     return letters, place == len(text)
-
-
-def _begins_with(text: str, place: int, option: str) -> bool:
-    end = place + len(option)
-    return text[place:end].lower() == option.lower() and not text[end : end + 1].isalnum()
 
 
 def _end(pattern: re.Pattern[str], text: str, place: int) -> int:

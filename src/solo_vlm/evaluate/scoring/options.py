@@ -36,7 +36,8 @@ def options_of(row: Mapping[str, Any]) -> list[str]:
     Raises:
         SoloError: An option in a list is not a text, or a text lists no options.
     """
-    return options_in_columns(row) or _in_question(str(row.get("question", ""))) or _UNKNOWN
+    after_options = re.split(r"\b(?:Options|Choices)\s*[:：]", str(row.get("question", "")))[-1]
+    return options_in_columns(row) or _marked(after_options) or _UNKNOWN
 
 
 def options_in_columns(row: Mapping[str, Any]) -> list[str]:
@@ -48,7 +49,8 @@ def options_in_columns(row: Mapping[str, Any]) -> list[str]:
             last = max((place for place, column in enumerate(columns) if column in row), default=0)
             if options := _trimmed(texts[: last + 1], row):
                 return options
-    return _listed(row)
+    lists = (row[name] for name in _LIST_COLUMNS if present(row.get(name)))
+    return next((_trimmed(_texts(options), row) for options in lists), [])
 
 
 def with_option_texts(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,15 +207,6 @@ def _answer_place(row: Mapping[str, Any]) -> int:
 def _single_letter(text: str) -> str | None:
     letter = text.strip("()[].:*_ ").upper()
     return letter if len(letter) == 1 and letter in ascii_uppercase else None
-
-
-def _listed(row: Mapping[str, Any]) -> list[str]:
-    column = next((name for name in _LIST_COLUMNS if present(row.get(name))), None)
-    return _trimmed(_texts(row[column]), row) if column else []
-
-
-def _in_question(question: str) -> list[str]:
-    return _marked(re.split(r"\b(?:Options|Choices)\s*[:：]", question)[-1])
 
 
 def _marked(text: str) -> list[str]:

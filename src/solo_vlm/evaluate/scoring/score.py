@@ -92,7 +92,6 @@ class Score:
         expected_n: Rows of the whole benchmark.
         metric: How the score is computed.
         source: Paper or script that defines the metric.
-        breakdown: Score by category.
         raw: Further metrics of the same answers by name, such as lmms-eval's own.
         unreadable: Number of responses without an extractable answer; they count as wrong.
         bad_rows: IDs of rows that failed or cannot be scored; they count as wrong.
@@ -177,11 +176,7 @@ def bootstrap_interval(units: Sequence[Unit]) -> tuple[float, float]:
 def paired_difference(
     units: Sequence[Unit], others: Sequence[Unit]
 ) -> tuple[float, tuple[float, float], float]:
-    """Compare two runs by paired bootstrap over the same units.
-
-    Args:
-        units: Units of the first run.
-        others: Units of the second run, with the same IDs in the same order.
+    """Compare two runs by paired bootstrap over the same units, which are in the same order.
 
     Returns:
         The second score minus the first; its 95% interval; the two-sided p-value of no difference: twice the
@@ -237,13 +232,9 @@ def by_category(
     categories: Category,
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Part]:
-    """Return the accuracy of each category; a row may have none or several.
+    """Return the accuracy of each category of a kind; a row may have none or several.
 
-    Args:
-        answers: Scored answers.
-        group: Kind of the categories.
-        categories: Returns the categories of a row.
-        sizes: Rows of each category in the whole benchmark; also sets the order.
+    `sizes`, the rows of each category in the whole benchmark, also set the order.
     """
     sizes = sizes or {}
     found: dict[str, list[ScoredAnswer]] = {name: [] for name in sizes}
@@ -272,15 +263,12 @@ class Benchmark:
         harness_task: Name of the task in lmms-eval.
         hub_id: Dataset on the hub, under the name that lmms-eval 0.7.3 uses.
         hub_files: Pattern of the files that hold the split.
-        split: The split that is scored.
         license: License stated by the dataset card; "(unchecked)" if the card was not available.
-        kind: Form of the questions.
         size: Rows of the whole benchmark.
         size_source: Source of `size`.
         metric: How the score is computed.
         source: Paper or script that defines the metric.
         scorer: Extracts answers and compares them with the references.
-        breakdown: Returns the score of each category.
         hub_config: Configuration of the dataset, if it has several.
         is_scored: Whether a row is part of the score; other rows are filtered out and counted.
         units: Returns the units of scored answers.
