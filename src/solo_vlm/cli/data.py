@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from solo_vlm.cli._common import STDOUT, Executor, print_json, progress_bar, quiet_libraries
+from solo_vlm.cli._common import STDOUT, ExecutorOption, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,9 +81,7 @@ def convert(
     name: Annotated[str, typer.Argument(help="Name of a data set (see solo data list).")],
     raw: Annotated[list[Path], typer.Option(help="Folder of raw files, or one raw file; may be repeated.")],
     out: Annotated[Path, typer.Option(help="Folder for the sample files and report.json.")],
-    executor: Annotated[
-        Executor, typer.Option("--engine", help="Use processes of this machine (local) or Ray (ray).")
-    ] = Executor.LOCAL,
+    executor: ExecutorOption = "local",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of files in progress; default: one per CPU.")
     ] = None,
@@ -93,7 +91,7 @@ def convert(
     from solo_vlm.data.catalog.convert import convert as run
 
     with progress_bar(name) as on_progress:
-        report = run(name, raw, out, executor.value, workers, on_progress)
+        report = run(name, raw, out, executor, workers, on_progress)
     print_json(report) if json else _show_report(report)
 
 

@@ -20,7 +20,7 @@ _LONG_SIDE = 1024  # the processor never shows a model more
 def download(data_set: DataSet, urls: Path, out: Path, program: str, processes: int, threads: int) -> None:
     """Download the images of a URL list as WebDataset tars, which the data set's converter reads.
 
-    The program goes on where it stopped, and leaves a `*_stats.json` beside each tar with the failures.
+    The program resumes where it stopped, and leaves a `*_stats.json` beside each tar with the failures.
 
     Args:
         data_set: an entry with a `url_list`.

@@ -160,8 +160,9 @@ def _planes(pixels: np.ndarray) -> np.ndarray:
     return planes
 
 
+_library: Any
 try:
-    _library: ctypes.CDLL | None = ctypes.CDLL(str(LIBRARY))
+    _library = ctypes.CDLL(str(LIBRARY))
     _library.solo_can_enlarge.argtypes = [ctypes.c_int] * 5
     _library.solo_enlarge.argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 5, ctypes.c_void_p]
 except OSError:

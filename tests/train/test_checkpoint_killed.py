@@ -23,13 +23,13 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def whole(runs, tmp_path_factory):
     """Losses and durations of uninterrupted runs, by number of processes."""
-    from tests.factories import Group
+    from tests.factories import ProcessGroup
 
     curves = {}
     for size in (1, 2):
         out = tmp_path_factory.mktemp("whole") / "out"
         started = time.monotonic()
-        assert Group(size, run_recipe, run_settings(runs, out)).wait() == [0] * size
+        assert ProcessGroup(size, run_recipe, run_settings(runs, out)).wait() == [0] * size
         curves[size] = [line["loss"] for line in read_steps(out)], time.monotonic() - started
     return curves
 
