@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -36,22 +36,36 @@ def print_json(value: Any) -> None:
 
 
 def print_table(
-    title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
+    title: str | None,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    left: int = 1,
+    rules_before: Container[int] = (),
 ) -> None:
     """Print a table: `left` columns are left-aligned, the others are right-aligned and never wrap.
 
-    With `left` > 1, a row with an empty first cell continues the section above it.
+    With `left` > 1, a row with an empty first cell continues the section above it; `rules_before` gives rows
+    below a rule. A table that does not fit
+    is printed wider than the terminal rather than without some of its text.
     """
+    from rich.cells import cell_len
+    from rich.measure import Measurement
     from rich.table import Table
 
+    rows = list(rows)
     table = Table(title=title, title_justify="left", show_edge=False)
     for number, column in enumerate(columns):
-        is_left = number < left
-        table.add_column(column, justify="left" if is_left else "right", no_wrap=not is_left, overflow="fold")
-    for row in rows:
-        if left > 1 and row[0]:
+        if number < left:
+            table.add_column(column, overflow="fold")
+        else:
+            longest = max(cell_len(cell) for cell in (column, *(row[number] for row in rows)))
+            table.add_column(column, justify="right", no_wrap=True, min_width=longest)
+    for number, row in enumerate(rows):
+        if number in rules_before or (left > 1 and row[0]):
             table.add_section()
         table.add_row(*row)
+    needed = Measurement.get(STDOUT, STDOUT.options.update(width=10_000), table).minimum
+    table.width = needed if needed > STDOUT.width else None
     STDOUT.print(table)
 
 

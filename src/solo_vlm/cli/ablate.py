@@ -47,7 +47,9 @@ def ablate(
 
     if list_all:
         known = list_ablations()
-        return print_json(known) if json else print_table(None, ("ablation", "question"), known.items())
+        if json:
+            return print_json(known)
+        return STDOUT.print("".join(f"{name:20} {question}\n" for name, question in known.items()), end="")
     if name is None:
         raise SoloError("give the name of an ablation (solo ablate --list), or the path of a YAML file")
     given = {"seeds": seeds, "root": out and str(out)}

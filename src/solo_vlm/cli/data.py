@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from solo_vlm.cli._common import STDOUT, ExecutorOption, print_json, progress_bar, quiet_libraries
+from solo_vlm.cli._common import (
+    STDOUT,
+    ExecutorOption,
+    print_json,
+    print_table,
+    progress_bar,
+    quiet_libraries,
+)
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from solo_vlm.data.encode import Encoder
     from solo_vlm.data.mixture import Mixture
 
@@ -123,25 +128,17 @@ def stats(
     if json:
         print_json(facts)
         return
-    STDOUT.print(_table(facts))
+    _print_counts(facts)
     _print_notes(facts)
 
 
-def _table(facts: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table(show_edge=False)
-    table.add_column("source", overflow="fold", min_width=20)
-    for column in (*_COUNTS, "share", "text tokens", "vision tokens", "fill", "skipped"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for source in facts["sources"]:
-        table.add_row(*_cells(source["source"], source, source["share"]))
-    table.add_section()
+def _print_counts(facts: dict[str, Any]) -> None:
     total = facts["total"]
-    table.add_row(*_cells("total", total, 1.0))
     shares = [f"{total[name]:.2%}" for name in ("text_share", "vision_share")]
-    table.add_row("share", *[""] * (len(_COUNTS) + 1), *shares)
-    return table
+    rows = [_cells(source["source"], source, source["share"]) for source in facts["sources"]]
+    rows += [_cells("total", total, 1.0), ["share", *[""] * (len(_COUNTS) + 1), *shares, "", ""]]
+    columns = ("source", *_COUNTS, "share", "text tokens", "vision tokens", "fill", "skipped")
+    print_table(None, columns, rows, rules_before={len(facts["sources"])})
 
 
 def _cells(name: str, facts: dict[str, Any], share: float) -> list[str]:

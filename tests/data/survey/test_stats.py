@@ -116,11 +116,12 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(broken, run_data):
 def test_the_table(made, run_data):
     code, out, error = run_data("stats", made.file, "data.sequence_length=128", "--samples", 50)
     assert (code, error) == (0, "")
-    assert "An estimate from up to 50 rows a source" in out
+    assert "Estimate from up to 50 rows per source" in out
+    assert "captions.parquet" in out and "texts.jsonl" in out, out
     assert "95% intervals" in out
     code, out, _ = run_data("stats", made.file, "--exact")
     assert code == 0
-    assert "estimate" not in out
+    assert "Estimate" not in out
 
 
 def test_a_recipe_is_a_mixture(made, tmp_path):
