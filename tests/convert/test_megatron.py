@@ -133,7 +133,7 @@ def test_iteration_by_number_or_folder(weights, expected, tmp_path):
     convert_megatron(source / "iter_0000300", tmp_path / "by folder", vocabulary=ROWS)
     assert_identical(read(tmp_path / "by number"), expected)
     assert_identical(read(tmp_path / "by folder"), expected)
-    with pytest.raises(SoloError, match="iter_0000100 is no Megatron checkpoint"):
+    with pytest.raises(SoloError, match="iter_0000100 is not a Megatron checkpoint"):
         convert_megatron(source, tmp_path / "latest")
     with pytest.raises(SoloError, match="iter_0000007 is missing"):
         convert_megatron(source, tmp_path / "other", iteration=7)

@@ -338,7 +338,7 @@ def test_missing_weights_broken_config_and_other_models_are_refused(source, tmp_
     folder = source("safetensors", 1)
     (folder / "model.safetensors").unlink()
     refused(folder, tmp_path, "has no weights")
-    with pytest.raises(SoloError, match="is no SOLO model"):
+    with pytest.raises(SoloError, match="is not a SOLO model"):
         convert_to_original(original, tmp_path / "back")
 
 

@@ -49,6 +49,8 @@ def train(
     from solo_vlm.train.run_folder import read_manifest_recipe
 
     if from_manifest:
+        if recipe and "=" not in recipe:
+            raise SoloError(f"give either a recipe ({recipe}) or --from-manifest, not both")
         changes = ([recipe] if recipe else []) + (overrides or [])
         settings = read_manifest_recipe(from_manifest).override(changes)
     elif recipe:

@@ -160,7 +160,7 @@ def open_pickle(file: Path, of_megatron: bool = False) -> Any:
             placeholders.
 
     Raises:
-        SoloError: The file contains code, is truncated, or is no checkpoint. Nothing in it was executed.
+        SoloError: The file contains code, is truncated, or is not a checkpoint. Nothing in it was executed.
     """
     try:
         allowed: list[Any] = []

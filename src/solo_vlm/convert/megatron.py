@@ -168,7 +168,7 @@ def _rank_files(folder: Path) -> list[list[Path]]:
         if match and files:
             grid[int(match[2] or 0), int(match[1])] = files[0]
     if not grid:
-        raise SoloError(f"{folder} is no Megatron checkpoint: it has no mp_rank_*/{_RANK_FILES[0]}")
+        raise SoloError(f"{folder} is not a Megatron checkpoint: it has no mp_rank_*/{_RANK_FILES[0]}")
     stages, ranks = (max(place[axis] for place in grid) + 1 for axis in (0, 1))
     for stage in range(stages):
         for rank in range(ranks):

@@ -60,7 +60,7 @@ def convert_original(source: Path, out: Path, layout: ImageLayout = "original") 
     settings = read_json(source / "config.json")
     if not is_original(settings):
         raise SoloError(
-            f"{source} is no checkpoint of the original SOLO code: its architecture is not "
+            f"{source} is not a checkpoint of the original SOLO code: its architecture is not "
             f"{ORIGINAL_ARCHITECTURE}"
         )
     found = {_own_name(key): tensor for key, tensor in open_checkpoint(source).items()}
@@ -88,13 +88,13 @@ def convert_to_original(source: Path, out: Path) -> dict[str, Any]:
         `out`, and the numbers of `tensors` and `bytes`.
 
     Raises:
-        SoloError: The model is no SOLO model with a Mistral decoder and causal attention throughout, or a
+        SoloError: The model is not a SOLO model with a Mistral decoder and causal attention throughout, or a
             file is missing or broken.
     """
     check_new(out)
     settings = read_json(source / "config.json")
     if settings.get("model_type") != "solo":
-        raise SoloError(f"{source} is no SOLO model: its model_type is {settings.get('model_type')!r}")
+        raise SoloError(f"{source} is not a SOLO model: its model_type is {settings.get('model_type')!r}")
     config = SoloConfig.from_pretrained(source)
     family = config.text_config.model_type
     if family != "mistral":

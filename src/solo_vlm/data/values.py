@@ -13,7 +13,7 @@ def load_json(text: str | bytes) -> Any:
     """As `json.loads`.
 
     Raises:
-        ValueError: it is no JSON, or too deeply nested to be read.
+        ValueError: Invalid or too deeply nested JSON.
     """
     try:
         return json.loads(text)

@@ -182,6 +182,8 @@ def export_checkpoint(run: Path, out: Path, step: int | None = None) -> int:
     Raises:
         SoloError: there is no such checkpoint, or the base model is missing.
     """
+    if not (run / "recipe.yaml").is_file():
+        raise SoloError(f"{run} is not the output directory of a run: it has no recipe.yaml")
     recipe = Recipe.load(run / "recipe.yaml")
     folder = run / "checkpoints"
     path = latest_checkpoint(folder) if step is None else folder / f"step-{step:08d}"

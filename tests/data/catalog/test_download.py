@@ -64,7 +64,7 @@ def test_a_table_without_header_gets_one(tmp_path, program, encoding):
 def test_what_can_go_wrong(tmp_path, program):
     urls = tmp_path / "fail.parquet"
     urls.write_bytes(b"")
-    with pytest.raises(SoloError, match="VQAv2 is no list of URLs"):
+    with pytest.raises(SoloError, match="VQAv2 is not a list of URLs"):
         download(get("vqav2"), urls, tmp_path / "tars", str(program), 1, 1)
     with pytest.raises(SoloError, match="get it from BAAI/CapsFusion-120M"):
         download(get("capfusion"), tmp_path / "nothing", tmp_path / "tars", str(program), 1, 1)

@@ -34,7 +34,7 @@ def download(data_set: DataSet, urls: Path, out: Path, program: str, processes: 
         SoloError: the set is no URL list, the list or the program is missing, or the program fails.
     """
     if data_set.url_list is None:
-        raise SoloError(f"{data_set.title} is no list of URLs: fetch it from {data_set.source}")
+        raise SoloError(f"{data_set.title} is not a list of URLs: fetch it from {data_set.source}")
     if not urls.exists():
         raise SoloError(f"{urls} does not exist: get it from {data_set.source}")
     found = shutil.which(program)

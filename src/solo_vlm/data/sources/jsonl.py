@@ -31,7 +31,7 @@ class JsonlSource:
         return len(self._shards)
 
     def read(self, shard: int) -> Sequence[dict[str, Any]]:
-        """All rows of a block. A line that is no JSON object is a row that says so when it is asked for."""
+        """Return all rows of a block; accessing a line that is not a JSON object raises SampleError."""
         file, (start, end) = self._shards[shard]
         try:
             data = _read_block(file, start, end)
