@@ -332,7 +332,7 @@ def test_other_file_formats_are_refused(source, tmp_path, name, content):
 
 def test_missing_weights_broken_config_and_other_models_are_refused(source, tmp_path, original):
     folder = source("safetensors", 1, architectures=["MistralForCausalLM"])
-    refused(folder, tmp_path, "no checkpoint of the original SOLO code")
+    refused(folder, tmp_path, "not a checkpoint of the original SOLO code")
     (folder / "config.json").write_text("{")
     refused(folder, tmp_path, "config.json cannot be read")
     folder = source("safetensors", 1)
