@@ -131,7 +131,7 @@ def one_core(images: Sequence[bytes], rounds: int, quality: int) -> dict[str, fl
     variants: dict[str, Callable[[bytes], Any]] = {
         "decode_only": decode_by_pillow,
         "own_decode_only": load_pixels,
-        "whole": processor.encode,
+        "whole": processor.encode_image,
         "opencv": lambda data: path_by_opencv(data, processor),
         "opencv_threads": lambda data: path_by_opencv(data, processor),
         "pillow": lambda data: path_by_pillow(data, processor),
