@@ -169,7 +169,7 @@ def contamination(
     from solo_vlm.evaluate.benchmarks import get
     from solo_vlm.evaluate.contamination.check import check_mixture, write_page
     from solo_vlm.evaluate.data import Rows, load_benchmark
-    from solo_vlm.utils.files import new_file
+    from solo_vlm.utils.files import write_text
 
     settings = Mixture.load(mixture)
     benchmarks = {
@@ -178,8 +178,7 @@ def contamination(
     with progress_bar("reading") as on_progress:
         found = check_mixture(benchmarks, settings, distance, workers, on_progress)
     result = {"mixture": mixture, **found.as_dict()}
-    with new_file(out / "contamination.json") as partial:
-        partial.write_text(json_format.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "contamination.json", json_format.dumps(result, ensure_ascii=False, indent=2) + "\n")
     write_page(out / "contamination.html", mixture, found, benchmarks)
     if json:
         return print_json(result)

@@ -12,7 +12,7 @@ import numpy as np
 from solo_vlm.evaluate.data import Rows
 from solo_vlm.evaluate.scoring.score import Benchmark, Part, Score, ScoredAnswer
 from solo_vlm.models.solo.image_loading_solo import ImageError
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 from solo_vlm.utils.pages import figure_url, render, thumbnail_url
 
 _SHOWN = 12  # correct answers, and as many wrong ones, per task
@@ -76,8 +76,7 @@ def write_reports(folder: Path, run: Mapping[str, Any], reports: Sequence[TaskRe
     tools = {"plot": lambda score: figure_url(category_plot(score)), "cards": _cards}
     for name in ("report.html", "report.md"):
         page = render("solo_vlm.evaluate", f"{name}.jinja", **values, **tools)
-        with new_file(folder / name) as partial:
-            partial.write_text(page, encoding="utf-8")
+        write_text(folder / name, page)
 
 
 def category_plot(score: Score) -> Any:

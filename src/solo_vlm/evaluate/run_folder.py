@@ -12,7 +12,7 @@ from typing import Any
 from solo_vlm.evaluate.predictions import Prediction, read_predictions, write_predictions
 from solo_vlm.evaluate.scoring.score import Score
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 from solo_vlm.utils.json_lines import LinesFile
 
 
@@ -107,8 +107,7 @@ class RunFolder:
             ) from error
 
     def _write(self, name: str, value: Any) -> None:
-        with new_file(self.path / name) as partial:
-            partial.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_text(self.path / name, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def weights_hash(model: str | Path) -> str:

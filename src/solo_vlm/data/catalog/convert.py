@@ -23,7 +23,7 @@ from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources.parquet import read_note, write_samples
 from solo_vlm.data.values import printable
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file, remove_partial
+from solo_vlm.utils.files import remove_partial, write_text
 
 Executor = Literal["local", "ray"]
 
@@ -116,8 +116,7 @@ def convert(
         total.add(report)
         on_progress(done, len(pieces))
     facts = {"data_set": name, "out": str(out), "files": len(pieces), **total.as_dict()}
-    with new_file(out / REPORT_FILE) as partial:
-        partial.write_text(json.dumps(facts, indent=2) + "\n")
+    write_text(out / REPORT_FILE, json.dumps(facts, indent=2) + "\n")
     if not total.samples:
         first = next((examples[0] for examples in total.examples.values()), "there are no rows")
         raise SoloError(f"no row of {data_set.title} found: {first}; expected {data_set.raw_schema}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +13,7 @@ import yaml
 
 from solo_vlm.data.catalog import formats
 from solo_vlm.data.catalog.rows import SampleRow
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, did_you_mean
 
 _HEAD = "| name | use | count | source | raw row | shape seen in | license |\n|---|---|---|---|---|---|---|"
 _RAW_SCHEMAS = {
@@ -145,8 +144,7 @@ def get(name: str) -> DataSet:
     """
     if name in DATA_SETS:
         return DATA_SETS[name]
-    near = difflib.get_close_matches(name, DATA_SETS, n=1)
-    hint = f": did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(name, DATA_SETS)
     raise SoloError(f"no data set {name} in the catalog{hint} (solo data list shows all)")
 
 

@@ -18,7 +18,7 @@ from solo_vlm.data.survey.reading import ReadRow, RowReader, draw_rows
 from solo_vlm.models.inspect import draw_grid
 from solo_vlm.models.solo.image_processing_solo import patches_to_image
 from solo_vlm.models.solo.processing_solo import num_image_tokens
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 from solo_vlm.utils.pages import image_url, render
 
 _TOKENS_SHOWN = 3000  # of a sample; a page with all of a book's would open slowly
@@ -56,8 +56,7 @@ def write_gallery(path: Path, mixture: Mixture, encoder: Encoder, samples: int, 
         rows = [row for shard in drawn for row in reader.read(*shard)]
         cards += [_card(name, row, encoder) for row in rows]
     html = render("solo_vlm.data.survey", "view.html.jinja", cards=cards, image_url=image_url)
-    with new_file(path) as partial:
-        partial.write_text(html)
+    write_text(path, html)
     return len(cards)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from solo_vlm.evaluate.benchmarks.mathvista import MATHVISTA
 from solo_vlm.evaluate.benchmarks.mme import MME
 from solo_vlm.evaluate.benchmarks.multiple_choice import (
@@ -15,7 +13,7 @@ from solo_vlm.evaluate.benchmarks.multiple_choice import (
     SEEDBENCH,
 )
 from solo_vlm.evaluate.scoring.score import Benchmark
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, did_you_mean
 
 PAPER = ("mmstar", "mme", "seedbench", "ai2d", "scienceqa", "mathvista")
 BENCHMARKS = {
@@ -32,6 +30,5 @@ def get(name: str) -> Benchmark:
     """
     if name in BENCHMARKS:
         return BENCHMARKS[name]
-    near = difflib.get_close_matches(name, BENCHMARKS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(name, BENCHMARKS)
     raise SoloError(f"unknown benchmark {name}{hint} (available: {', '.join(BENCHMARKS)})")

@@ -25,7 +25,7 @@ from solo_vlm.evaluate.data import Rows
 from solo_vlm.evaluate.held_out import text_of
 from solo_vlm.evaluate.scoring.options import options_of
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 from solo_vlm.utils.pages import render, thumbnail_url
 
 DISTANCE = 4
@@ -244,5 +244,4 @@ def write_page(path: Path, mixture: str, found: Contamination, benchmarks: Mappi
         shown=_SHOWN,
         benchmark_images=benchmark_images,
     )
-    with new_file(path) as partial:
-        partial.write_text(html, encoding="utf-8")
+    write_text(path, html)

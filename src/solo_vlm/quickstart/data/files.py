@@ -16,7 +16,7 @@ from pydantic import NonNegativeInt
 from solo_vlm.data.sources import all_rows
 from solo_vlm.data.sources.parquet import write_samples
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 from solo_vlm.utils.settings import Settings
 
 from .samples import (
@@ -149,8 +149,7 @@ def draw_toy_data(folder: Path, settings: ToySettings) -> None:
     _write_kinds(folder, settings.seed, settings.model_dump())
     for kind in _AGAIN:
         _hold_out(folder, kind, getattr(settings, f"heldout_{kind}"), settings.seed + 1)
-    with new_file(mark) as partial:
-        partial.write_text(settings.model_dump_json() + "\n")
+    write_text(mark, settings.model_dump_json() + "\n")
 
 
 def _write_kinds(folder: Path, seed: int, counts: dict[str, int]) -> None:
