@@ -49,7 +49,7 @@ def test_convert(run_data, tmp_path):
     [
         (["convert", "vqa", "--raw", ".", "--out", "o"], "did you mean dvqa"),
         (["convert", "vqav2", "--raw", "nowhere", "--out", "o"], "nowhere does not exist"),
-        (["download", "vqav2", "--urls", ".", "--out", "o"], "no list of URLs"),
+        (["download", "vqav2", "--urls", ".", "--out", "o"], "not a list of URLs"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(run_data, arguments, message, tmp_path, monkeypatch):

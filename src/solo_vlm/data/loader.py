@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from solo_vlm.data.collate import PackedBatch, collate, num_supervised_tokens
 from solo_vlm.data.sources import Source, fingerprints
 from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
-from solo_vlm.models.solo.processing_solo import num_image_tokens
+from solo_vlm.models.solo.processing_solo import num_vision_tokens
 from solo_vlm.utils.errors import SoloError
 
 MakeStream = Callable[[int], VirtualStream]
@@ -245,9 +245,7 @@ class LoadedSequence:
     @property
     def vision_tokens(self) -> int:
         """Tokens of all image layouts."""
-        return sum(
-            num_image_tokens(rows, columns) for _, rows, columns in self.batch["image_grid_thw"].tolist()
-        )
+        return num_vision_tokens(self.batch["image_grid_thw"])
 
     @property
     def supervised_tokens(self) -> int:

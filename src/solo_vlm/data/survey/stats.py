@@ -22,6 +22,7 @@ from solo_vlm.data.survey.reading import (
     estimate_totals,
     shards_to_read,
 )
+from solo_vlm.models.solo.processing_solo import num_vision_tokens
 
 FIGURES = ("samples", "images", "tokens", "text_tokens", "vision_tokens")
 
@@ -138,16 +139,16 @@ def mixture_stats(
 
 
 class _Summary(NamedTuple):
-    """What counts of a row."""
+    """Counts of a row, its document lengths, and the reason to skip it."""
 
     figures: list[int]
     lengths: list[int]
     reason: str | None
 
 
-def _summarise(row: ReadRow, vision_ids: NDArray[np.int64]) -> _Summary:
+def _summarize(row: ReadRow) -> _Summary:
     lengths = [len(document) for document in row.documents]
-    vision = sum(int(np.isin(document.input_ids, vision_ids).sum()) for document in row.documents)
+    vision = sum(num_vision_tokens(document.image_grid_thw) for document in row.documents)
     tokens = sum(lengths)
     figures = [int(row.error is None), row.images, tokens, tokens - vision, vision]
     return _Summary(figures, lengths, row.error.reason if row.error else None)
@@ -155,13 +156,12 @@ def _summarise(row: ReadRow, vision_ids: NDArray[np.int64]) -> _Summary:
 
 def _count(reader: RowReader, packing_buffer: int) -> Stats:
     """Read every row; only sums are kept."""
-    vision_ids = reader.encoder.vision_ids
     totals = np.zeros(len(FIGURES), np.int64)
     skipped: Counter[str] = Counter()
     packer: Packer[None] = Packer(reader.length, packing_buffer)
     instances = 0
     for row in reader.read_all():
-        figures, lengths, reason = _summarise(row, vision_ids)
+        figures, lengths, reason = _summarize(row)
         totals += figures
         skipped.update([reason] if reason else [])
         instances += sum(packer.add(None, length) is not None for length in lengths)
@@ -171,10 +171,9 @@ def _count(reader: RowReader, packing_buffer: int) -> Stats:
 
 def _estimate(reader: RowReader, packing_buffer: int, samples: int, generator: np.random.Generator) -> Stats:
     """Read some rows, and scale what they hold."""
-    vision_ids = reader.encoder.vision_ids
     drawn: list[tuple[int, list[_Summary]]] = []
     for shard, rows, chosen in draw_rows(reader.source, samples, generator):
-        drawn.append((len(rows), [_summarise(row, vision_ids) for row in reader.read(shard, rows, chosen)]))
+        drawn.append((len(rows), [_summarize(row) for row in reader.read(shard, rows, chosen)]))
     summaries = [summary for _, rows in drawn for summary in rows]
     reasons = sorted({summary.reason for summary in summaries if summary.reason})
     # A reason to skip is one more figure of a row: 1 where it applies.

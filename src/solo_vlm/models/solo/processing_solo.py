@@ -37,6 +37,11 @@ def num_image_tokens(rows: int, columns: int) -> int:
     return rows * columns + rows + 1
 
 
+def num_vision_tokens(image_grid_thw: Any) -> int:
+    """Return the number of tokens of all images; `image_grid_thw` is an array or tensor, (num_images, 3)."""
+    return sum(num_image_tokens(rows, columns) for _, rows, columns in image_grid_thw.tolist())
+
+
 @dataclass(frozen=True)
 class EncodedChat:
     """A tokenized chat.
@@ -369,4 +374,11 @@ def _image_source(part: dict[str, Any]) -> Any:
     raise ValueError(f"an image part needs an 'image', 'url', 'path' or 'base64', but has {sorted(part)}")
 
 
-__all__ = ["ChatTemplateError", "EncodedChat", "Message", "SoloProcessor", "num_image_tokens"]
+__all__ = [
+    "ChatTemplateError",
+    "EncodedChat",
+    "Message",
+    "SoloProcessor",
+    "num_image_tokens",
+    "num_vision_tokens",
+]

@@ -16,6 +16,7 @@ from solo_vlm.data.sources import Source
 from solo_vlm.data.streams import VirtualStream
 from solo_vlm.data.survey.reading import DrawnRows, Estimate, ReadRow, RowReader, draw_rows, estimate_totals
 from solo_vlm.data.survey.stats import estimate_instances
+from solo_vlm.models.solo.processing_solo import num_vision_tokens
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -123,15 +124,15 @@ def _read(reader: RowReader, drawn: Iterable[DrawnRows]) -> tuple[_SourceSample,
         lengths, counted = [], np.empty((len(chosen), len(_Totals._fields)))
         for index, row in enumerate(reader.read(shard, shard_rows, chosen)):
             lengths.append([len(document) for document in row.documents])
-            counted[index] = _count(row, reader.encoder)
+            counted[index] = _count(row)
         rows[shard] = len(shard_rows), lengths
         counts.append((len(shard_rows), counted))
     estimate = estimate_totals(len(reader.source), counts)
     return _SourceSample(reader.source, _Totals(*estimate.totals), rows), estimate
 
 
-def _count(row: ReadRow, encoder: Encoder) -> _Totals:
-    vision = sum(int(np.isin(document.input_ids, encoder.vision_ids).sum()) for document in row.documents)
+def _count(row: ReadRow) -> _Totals:
+    vision = sum(num_vision_tokens(document.image_grid_thw) for document in row.documents)
     return _Totals(row.error is None, len(row.documents), sum(map(len, row.documents)), vision)
 
 
