@@ -225,11 +225,20 @@ def _resize_to_patches(
 
 def _normalize(
     pixel_values: NDArray[np.uint8],
+    do_rescale: bool,
     factor: float,
+    do_normalize: bool,
     mean: float | Sequence[float],
     std: float | Sequence[float],
-) -> NDArray[np.float32]:
-    """Return (pixel * factor - mean) / std of (num_patches, dim) uint8 patches, by channel."""
+) -> NDArray[Any]:
+    """Return (pixel * factor - mean) / std of (num_patches, dim) uint8 patches, by channel, in float32.
+
+    Either step can be left out; with neither, the patches are returned as they are.
+    """
+    if not (do_rescale or do_normalize):
+        return pixel_values
+    factor = factor if do_rescale else 1
+    mean, std = (mean, std) if do_normalize else (0, 1)
     levels = (np.arange(256)[None] * factor - np.reshape(mean, (-1, 1))) / np.reshape(std, (-1, 1))
     table = np.broadcast_to(levels, (3, 256)).astype(np.float32)
     channels = pixel_values.reshape(len(pixel_values), 3, pixel_values.shape[1] // 3)
@@ -342,11 +351,8 @@ class SoloImageProcessor(PilBackend):
 
     def normalize_patches(self, pixel_values: NDArray[np.uint8]) -> NDArray[Any]:
         """Apply the processor's `do_rescale` and `do_normalize` to (num_patches, dim) uint8 patches."""
-        if not (self.do_rescale or self.do_normalize):
-            return pixel_values
-        factor = self.rescale_factor if self.do_rescale else 1
-        mean, std = (self.image_mean, self.image_std) if self.do_normalize else (0, 1)
-        return _normalize(pixel_values, factor, mean, std)
+        mean, std = self.image_mean, self.image_std
+        return _normalize(pixel_values, self.do_rescale, self.rescale_factor, self.do_normalize, mean, std)
 
     def get_patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """Return (rows, columns) of the patches of an image of `height` x `width` pixels."""
@@ -407,11 +413,10 @@ class SoloImageProcessor(PilBackend):
             grids.append((1, rows, columns))
 
         # A single image, the common case, needs no copy.
-        pixel_values: NDArray[Any] = patches[1] if len(images) == 1 else np.concatenate(patches)
-        if do_rescale or do_normalize:
-            factor = rescale_factor if do_rescale else 1
-            mean, std = (image_mean, image_std) if do_normalize else (0, 1)
-            pixel_values = _normalize(pixel_values, factor, mean, std)
+        pixel_values = patches[1] if len(images) == 1 else np.concatenate(patches)
+        pixel_values = _normalize(
+            pixel_values, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+        )
         image_grid_thw = np.array(grids, dtype=np.int64).reshape(-1, 3)
         return BatchFeature(
             data={"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}, tensor_type=return_tensors
