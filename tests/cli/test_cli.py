@@ -14,6 +14,7 @@ from PIL import Image
 from tests.factories import make_llm, make_solo
 
 from solo_vlm import SoloConfig, SoloImageProcessor
+from solo_vlm.cli._common import print_table
 
 
 def bomb(path: Path) -> Path:
@@ -216,3 +217,12 @@ def test_init_rejects_sizes_that_are_not_multiples_of_the_patch(run, tmp_path, s
     assert code == 2
     assert "--image-size" in error
     assert not (tmp_path / "solo").exists()
+
+
+def test_table_wider_than_the_terminal_keeps_its_text(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    numbers = ("a column of numbers", "and another one", "and the last one")
+    rows = [("some/file.parquet", "1,234,567", "2", "3"), ("total", "4", "5", "6")]
+    print_table("title", ("name", *numbers), rows)
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("name", "some/file.parquet", "total", "1,234,567", *numbers))

@@ -7,13 +7,16 @@ import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.json_lines import json_line
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 STDERR = Console(stderr=True, highlight=False)  # progress and logs
 STDOUT = Console(soft_wrap=True, highlight=False)  # results; a path that wraps cannot be copied
@@ -45,25 +48,29 @@ def print_table(
     """Print a table: `left` columns are left-aligned, the others are right-aligned and never wrap.
 
     With `left` > 1, a row with an empty first cell continues the section above it; `rules_before` gives rows
-    below a rule. A table that does not fit
-    is printed wider than the terminal rather than without some of its text.
+    below a rule.
     """
-    from rich.cells import cell_len
-    from rich.measure import Measurement
     from rich.table import Table
 
-    rows = list(rows)
     table = Table(title=title, title_justify="left", show_edge=False)
     for number, column in enumerate(columns):
-        if number < left:
-            table.add_column(column, overflow="fold")
-        else:
-            longest = max(cell_len(cell) for cell in (column, *(row[number] for row in rows)))
-            table.add_column(column, justify="right", no_wrap=True, min_width=longest)
+        is_left = number < left
+        table.add_column(column, justify="left" if is_left else "right", no_wrap=not is_left, overflow="fold")
     for number, row in enumerate(rows):
         if number in rules_before or (left > 1 and row[0]):
             table.add_section()
         table.add_row(*row)
+    print_whole(table)
+
+
+def print_whole(table: Table) -> None:
+    """Print a table wider than the terminal if it does not fit, rather than without some of its text."""
+    from rich.cells import cell_len
+    from rich.measure import Measurement
+
+    for column in table.columns:
+        if column.no_wrap:
+            column.min_width = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
     needed = Measurement.get(STDOUT, STDOUT.options.update(width=10_000), table).minimum
     table.width = needed if needed > STDOUT.width else None
     STDOUT.print(table)

@@ -12,6 +12,7 @@ from solo_vlm.cli._common import (
     ExecutorOption,
     print_json,
     print_table,
+    print_whole,
     progress_bar,
     quiet_libraries,
 )
@@ -58,7 +59,7 @@ def list_data_sets(
     for data_set in DATA_SETS.values():
         status = "confirmed" if data_set.schema_confirmed else "not confirmed"
         table.add_row(data_set.name, data_set.use, data_set.size, status)
-    STDOUT.print(table)
+    print_whole(table)
 
 
 @app.command()

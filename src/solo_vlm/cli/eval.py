@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from solo_vlm.cli._common import STDOUT, JsonOption, print_json, print_table, progress_bar, quiet_libraries
+from solo_vlm.cli._common import (
+    STDOUT,
+    JsonOption,
+    print_json,
+    print_table,
+    print_whole,
+    progress_bar,
+    quiet_libraries,
+)
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
@@ -279,7 +287,7 @@ def _print_score(score: Score) -> None:
         for name, part in parts:
             metrics = [f"{part.more[key]:.1f}" if key in part.more else "" for key in more]
             table.add_row(name, *metrics, *_cells(part))
-    STDOUT.print(table)
+    print_whole(table)
     notes = [f"score: {score.metric}", f"source: {score.source}"]
     notes += [f"{name}: {value:.2f}" for name, value in score.raw.items()]
     if score.unreadable:
