@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import socket
+import tarfile
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,17 @@ def ask(prompt: str, *images: Image.Image) -> list[dict]:
     """A chat of one user turn."""
     parts = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+
+
+def tar_bytes(members: Mapping[str, bytes] | Iterable[tuple[str, bytes]]) -> bytes:
+    """Return a tar file with these members in order; pairs may repeat a name."""
+    buffer = BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members.items() if isinstance(members, Mapping) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+    return buffer.getvalue()
 
 
 def png(image: Image.Image) -> bytes:

@@ -7,7 +7,6 @@ import io
 import json
 import multiprocessing
 import os
-import tarfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from tests.factories import tar_bytes
 
 from solo_vlm.data.collate import PackedBatch
 from solo_vlm.data.encode import Encoder, load_encoder
@@ -65,11 +65,8 @@ def write_run(folder: Path, solo) -> int:
         (folder / "pages" / f"{file}.jsonl").write_text("\n".join(lines))
     (folder / "captions").mkdir()
     for file in range(STREAMS):
-        with tarfile.open(folder / "captions" / f"{file}.tar", "w") as tar:
-            for name, data in (("a.jpg", jpeg()), ("a.txt", words(4).encode()), ("b.txt", b"hello")):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+        members = {"a.jpg": jpeg(), "a.txt": words(4).encode(), "b.txt": b"hello"}
+        (folder / "captions" / f"{file}.tar").write_bytes(tar_bytes(members))
     return 69 + (STREAMS + 2) * 5 - 1 + STREAMS * 2
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
-from tests.factories import png
+from tests.factories import png, tar_bytes
 
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import SampleError, parse_sample
@@ -49,16 +49,6 @@ def texts(source) -> list[str]:
 def parquet_bytes() -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(ROWS), buffer, row_group_size=100)
-    return buffer.getvalue()
-
-
-def tar_bytes(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
 
 
@@ -209,13 +199,8 @@ def test_caption_never_comes_without_its_image(tmp_path, members, reason):
 
 
 def test_two_members_of_one_name_are_refused(tmp_path):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in (("1.png", b"a"), ("1.txt", b"cat"), ("1.png", b"b"), ("1.txt", b"dog")):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    (tmp_path / "x.tar").write_bytes(buffer.getvalue())
+    members = [("1.png", b"a"), ("1.txt", b"cat"), ("1.png", b"b"), ("1.txt", b"dog")]
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
     with pytest.raises(SampleError, match="duplicate"):
         open_source(tmp_path / "x.tar").read(0)[0]
 

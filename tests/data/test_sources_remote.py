@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import tarfile
 import threading
 
 import fsspec
@@ -13,6 +12,7 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.factories import tar_bytes
 
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.data.sources import open_source
@@ -32,21 +32,11 @@ def lines() -> bytes:
     return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
-def tar() -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as file:
-        for number, text in enumerate(TEXTS):
-            info = tarfile.TarInfo(f"{number:03}.txt")
-            info.size = len(text)
-            file.addfile(info, io.BytesIO(text.encode()))
-    return buffer.getvalue()
-
-
 FILES = {
     "a.parquet": parquet(),
     "b.jsonl": lines(),
     "c.jsonl.gz": gzip.compress(lines()),
-    "d.tar": tar(),
+    "d.tar": tar_bytes({f"{number:03}.txt": text.encode() for number, text in enumerate(TEXTS)}),
 }
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import gzip
-import io
 import json
 import struct
-import tarfile
 import zlib
 from collections import Counter
 
@@ -15,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tests.factories import png
+from tests.factories import png, tar_bytes
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import PackedLoader
@@ -49,16 +47,6 @@ def caption(*images: bytes, parts: int | None = None) -> dict:
 
 def line(text: str, **row) -> str:
     return json.dumps({"messages": [{"role": "assistant", "content": text}], **row})
-
-
-def tar(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as file:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 def write_parquet(path, picture) -> Counter:
@@ -112,12 +100,12 @@ def write_tar(path, picture) -> Counter:
         "d.png": b"no image",
         "d.txt": b"x",
     }
-    path.write_bytes(tar(members))
+    path.write_bytes(tar_bytes(members))
     return Counter({"no-caption": 1, "json": 1, "image": 1})
 
 
 def write_cut_tar(path, picture) -> Counter:
-    data = tar({f"{i}.txt": b"x" * 1000 for i in range(10)})
+    data = tar_bytes({f"{i}.txt": b"x" * 1000 for i in range(10)})
     path.write_bytes(data[: len(data) // 2])
     return Counter({"broken-shard": 1})
 

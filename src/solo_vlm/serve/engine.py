@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length"]
 Result = TypeVar("Result")
 
-_INCOMPLETE = "\ufffd"  # what the first bytes of a multi-byte character decode to
+INCOMPLETE = "\ufffd"  # what the first bytes of a multi-byte character decode to
 
 
 @dataclass(frozen=True)
@@ -409,7 +409,7 @@ class IncrementalDetokenizer:
         """Return the text of the tokens not yet decoded; empty while a character is incomplete."""
         known = self._text(self._ids[self._context : self._decoded])
         text = self._text(self._ids[self._context :])
-        if len(text) <= len(known) or (text.endswith(_INCOMPLETE) and not last):
+        if len(text) <= len(known) or (text.endswith(INCOMPLETE) and not last):
             return ""
         self._context, self._decoded = self._decoded, len(self._ids)
         return text[len(known) :]

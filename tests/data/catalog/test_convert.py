@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.data.catalog.catalog_rows import JPEG, USUAL, cauldron, llava
+from tests.factories import tar_bytes
 
 from solo_vlm.data.catalog import convert as conversion
 from solo_vlm.data.catalog import raw_files
@@ -42,11 +42,7 @@ def write_parquet(path: Path, rows) -> None:
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+    path.write_bytes(tar_bytes(members))
 
 
 def samples(out: Path):

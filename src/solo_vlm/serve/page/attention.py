@@ -14,10 +14,9 @@ from transformers import DynamicCache
 
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
-from solo_vlm.serve.engine import Prompt, merge_prompts
+from solo_vlm.serve.engine import INCOMPLETE, Prompt, merge_prompts
 
 _ROWS = 32  # query tokens whose attention, over all layers and heads, is in memory at once
-_INCOMPLETE = "\ufffd"  # stands for a character whose bytes are not complete
 
 
 class WordAttention:
@@ -143,7 +142,7 @@ def tokens_of_span(start: int, end: int, text: str, token_ids: NDArray[Any], tok
     # Templates and tokenizers may put white space before the text.
     offset = max(read[-1].find(text[:end]), 0)
     begun = [len(so_far) for so_far in read]
-    complete = [len(so_far.rstrip(_INCOMPLETE)) for so_far in read]
+    complete = [len(so_far.rstrip(INCOMPLETE)) for so_far in read]
     return slice(_first_above(start + offset, begun), _first_above(end - 1 + offset, complete) + 1)
 
 
