@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from solo_vlm.utils.files import new_file
@@ -24,6 +24,7 @@ def render(package: str, template: str, **values: Any) -> str:
         loader=ChoiceLoader([PackageLoader(package, ""), PackageLoader("solo_vlm.utils", "")]),
         autoescape=".html" in template,
         trim_blocks=".md" in template,
+        undefined=StrictUndefined,
     )
     return environment.get_template(template).render(**values)
 
