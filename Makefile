@@ -115,7 +115,7 @@ $(VENV)/.installed-examples: $(VENV)/.installed
 	@touch $@
 
 test-examples: $(VENV)/.installed-examples  ## examples with Trainer, TRL and DeepSpeed; QLoRA; trackers
-	@$(TEST) tests/examples tests/train/test_model.py tests/train/test_metrics.py tests/generate/test_quantized.py -m "" --timeout 900 $(ARGS)
+	@$(TEST) tests/examples tests/train/test_model.py tests/train/test_metrics.py tests/generate/test_pipeline_quantized.py -m "" --timeout 900 $(ARGS)
 
 test-distributed: venv  ## tests of several CPU processes
 	@$(TEST) -m distributed --timeout 900 $(ARGS) $(OR_NONE)

@@ -136,16 +136,14 @@ def test_the_wheel_is_complete(tmp_path: Path) -> None:
     )
     (wheel,) = tmp_path.glob("solo_vlm-*-py3-none-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {"solo_vlm/py.typed"}
-    expected |= {
-        path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "solo_vlm").rglob("*.py")
-    }
+    src = ROOT / "src"
+    expected = {path.relative_to(src).as_posix() for path in src.rglob("*") if path.is_file()}
+    expected -= {name for name in expected if "__pycache__" in name}
     recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml")}
     assert recipes
     expected |= {f"solo_vlm/{recipe}" for recipe in recipes}
-    if LIBRARY.exists():
-        expected.add("solo_vlm/models/enlarge.so")
     assert expected <= names, sorted(expected - names)
-    assert ("solo_vlm/models/enlarge.so" in names) != wheel.name.endswith("-any.whl")
+    kernel = LIBRARY.relative_to(src).as_posix()
+    assert (kernel in names) != wheel.name.endswith("-any.whl")
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if not name.startswith(("solo_vlm/", "solo_vlm-"))]
