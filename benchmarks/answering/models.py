@@ -20,14 +20,14 @@ class Setting:
     """What is measured, and where.
 
     Attributes:
-        shape: of the decoder, a folder of `recipes/`.
-        device: where the models are.
-        dtype: of weights and computation.
-        sizes: sides of the square images, in pixels.
-        batches: chats at once.
-        rounds: in each of which everything has its turn.
-        answers: tokens of an answer; decoding is timed over the most.
-        tiny: models of a few thousand weights, to try the benchmark itself.
+        shape: Of the decoder, a folder of `recipes/`.
+        device: Where the models are.
+        dtype: Of weights and computation.
+        sizes: Sides of the square images, in pixels.
+        batches: Chats at once.
+        rounds: In each of which everything has its turn.
+        answers: Tokens of an answer; decoding is timed over the most.
+        tiny: Models of a few thousand weights, to try the benchmark itself.
     """
 
     shape: str

@@ -57,9 +57,9 @@ class LlavaBaseline:
         """A padded batch.
 
         Args:
-            images: one a document.
-            documents: as SOLO reads them.
-            vision: ids of SOLO's image tokens, which give way to LLaVA's.
+            images: One a document.
+            documents: As SOLO reads them.
+            vision: Ids of SOLO's image tokens, which give way to LLaVA's.
         """
         image = np.full(self.clip.patches, self.config.image_token_id)
         rows = []

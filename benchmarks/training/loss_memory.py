@@ -20,9 +20,9 @@ def measure(workload: Workload, full_tokens: int, precision: str) -> dict[str, A
     """Peak gigabytes of the loss over a packed sequence, each in a fresh process.
 
     Args:
-        workload: tells the sizes, and which share of the tokens carries a label.
-        full_tokens: of the part of the sequence over which all logits are held; scaled to the whole.
-        precision: as in recipes.
+        workload: Tells the sizes, and which share of the tokens carries a label.
+        full_tokens: Of the part of the sequence over which all logits are held; scaled to the whole.
+        precision: As in recipes.
     """
     tokens, share = workload.length, supervised_share(workload.sequence())
 

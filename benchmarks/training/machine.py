@@ -93,12 +93,12 @@ def random_model(
     """A model of random weights, held and cast as the engine does it on these processes.
 
     Args:
-        kind: its class, made of `config`.
-        config: of the model.
-        recipe: see `shard`, as for `context` and `unit`.
-        context: without a mesh the model is not sharded.
-        freeze: what is not to be trained.
-        unit: parameters that are gathered at once.
+        kind: Its class, made of `config`.
+        config: Of the model.
+        recipe: See `shard`, as for `context` and `unit`.
+        context: Without a mesh the model is not sharded.
+        freeze: What is not to be trained.
+        unit: Parameters that are gathered at once.
     """
     torch.manual_seed(0)
     with context.device:

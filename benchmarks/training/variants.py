@@ -51,11 +51,11 @@ class Variant:
     """A way to train.
 
     Attributes:
-        model: what the engine's step takes for a model.
-        optimizer: of its trainable parameters.
-        batches: of one step, all samples together.
-        prepare: to be called before its steps.
-        flops: that a step needs, forward and backward, without padding.
+        model: What the engine's step takes for a model.
+        optimizer: Of its trainable parameters.
+        batches: Of one step, all samples together.
+        prepare: To be called before its steps.
+        flops: That a step needs, forward and backward, without padding.
     """
 
     model: Any

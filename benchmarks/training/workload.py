@@ -42,15 +42,15 @@ class Workload:
     """Photographs whose long side is log-normal, and captions of evenly distributed lengths.
 
     Attributes:
-        samples: a step.
-        rows: samples in a padded batch.
-        length: of a packed sequence, where it is not made of those samples.
-        median: of the long side, in pixels; with the spread below, 7% are at the largest size.
-        largest: long side.
-        spread: standard deviation of the logarithm of the long side.
-        caption: least and most tokens of a caption.
-        seed: of sizes, pictures and captions.
-        tiny: models so small that only the benchmark itself can be tried with them.
+        samples: A step.
+        rows: Samples in a padded batch.
+        length: Of a packed sequence, where it is not made of those samples.
+        median: Of the long side, in pixels; with the spread below, 7% are at the largest size.
+        largest: Long side.
+        spread: Standard deviation of the logarithm of the long side.
+        caption: Least and most tokens of a caption.
+        seed: Of sizes, pictures and captions.
+        tiny: Models so small that only the benchmark itself can be tried with them.
     """
 
     samples: int
@@ -101,8 +101,8 @@ class Workload:
         """The shape of a recipe's model, over the tokens of these samples.
 
         Args:
-            shape: folder of `recipes/`.
-            **decoder: what shall differ in the decoder's configuration.
+            shape: Folder of `recipes/`.
+            **decoder: What shall differ in the decoder's configuration.
         """
         settings = json.loads((RECIPES / shape / "config.json").read_text())
         settings["text_config"] |= (TINY_DECODER if self.tiny else {}) | decoder

@@ -223,7 +223,7 @@ def requests(limit: int) -> dict[str, bytes]:
     """Whole HTTP requests.
 
     Args:
-        limit: maximum body size of the server, in bytes.
+        limit: Maximum body size of the server, in bytes.
     """
     path = "/v1/chat/completions"
     ok = json.dumps(question("x", max_tokens=1)).encode()

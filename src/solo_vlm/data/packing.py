@@ -23,8 +23,8 @@ class Packer(Generic[T]):
     one over few held-out samples, would see another distribution of lengths than its data's.
 
     Args:
-        capacity: tokens in a pack.
-        buffer_size: items to choose from; 128 fill 32,768-token packs to over 99.7%.
+        capacity: Tokens in a pack.
+        buffer_size: Items to choose from; 128 fill 32,768-token packs to over 99.7%.
     """
 
     capacity: int
@@ -52,7 +52,7 @@ class Packer(Generic[T]):
         """Take an item; return a pack if that closed one.
 
         Raises:
-            ValueError: the item is longer than a pack, or empty.
+            ValueError: The item is longer than a pack, or empty.
         """
         self._enqueue(item, length)
         return self._place() if len(self._waiting) > self.buffer_size else None
@@ -103,7 +103,7 @@ def pack(lengths: Iterable[int], capacity: int, buffer_size: int = 128) -> list[
     """Pack items of these lengths; return the indices of the items in each pack.
 
     Raises:
-        ValueError: a length is not in 1..capacity.
+        ValueError: A length is not in 1..capacity.
     """
     packer: Packer[int] = Packer(capacity, buffer_size)
     packs = [closed for i, length in enumerate(lengths) if (closed := packer.add(i, length)) is not None]

@@ -50,9 +50,9 @@ class Sample:
     Attributes:
         messages: `{"role": ..., "content": [{"type": "text", "text": ...} | {"type": "image"}, ...]}`. Only
             assistant turns: a document (pre-training). With user turns: a conversation.
-        images: encoded bytes, or a path or a URL (http(s), data, file, or one for fsspec); in order of the
+        images: Encoded bytes, or a path or a URL (http(s), data, file, or one for fsspec); in order of the
             image parts.
-        id: the data set's name for the sample, where it has one.
+        id: The data set's name for the sample, where it has one.
     """
 
     messages: list[dict[str, Any]]
@@ -141,7 +141,7 @@ def parse_sample(row: dict[str, Any]) -> Sample:
     the user, or of a document. A message may have `image` or `images` of its own.
 
     Raises:
-        SampleError: with the field at fault; `reason` is "schema", "image-count" or "image-column".
+        SampleError: With the field at fault; `reason` is "schema", "image-count" or "image-column".
     """
     try:
         parsed = _Row.model_validate(row)
@@ -174,9 +174,9 @@ def _place(contents: list[list[Part]], images: Sequence[ImageSource], before: in
     """Give images to the parts that wait for one, to the marks in texts, or to the beginning of a message.
 
     Args:
-        contents: parts of messages.
-        images: as many as there are places.
-        before: number of the message that images without a place come before; None: they need a place.
+        contents: Parts of messages.
+        images: As many as there are places.
+        before: Number of the message that images without a place come before; None: they need a place.
     """
     parts = [part for content in contents for part in content]
     waiting = parts.count(_WAITING)

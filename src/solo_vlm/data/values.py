@@ -25,7 +25,7 @@ def check_text(text: str) -> str:
     """Return the text unchanged.
 
     Raises:
-        ValueError: it has half of a surrogate pair, which no tokenizer can read.
+        ValueError: It has half of a surrogate pair, which no tokenizer can read.
     """
     try:
         text.encode()
@@ -86,7 +86,7 @@ def image_source(value: Any) -> ImageSource | None:
     """The image that a value of any form stands for; None where it is empty.
 
     Raises:
-        ValueError: the value cannot be an image.
+        ValueError: The value cannot be an image.
     """
     if isinstance(value, dict) and not value.keys().isdisjoint(STRUCT_KEYS):
         filled = value | {key: data_url(value.get(key)) for key in ("bytes", "base64")}  # JSON has no bytes
@@ -109,7 +109,7 @@ def image_sources(value: Any) -> list[ImageSource]:
     """The images of a column: one, or a list.
 
     Raises:
-        ValueError: an item of the list is empty, or cannot be an image.
+        ValueError: An item of the list is empty, or cannot be an image.
     """
     if not isinstance(value, list):
         source = image_source(value)
@@ -134,8 +134,8 @@ def locate_images(row: dict[str, Any], folder: str) -> dict[str, Any]:
     URL.
 
     Args:
-        row: of any shape; what does not look like the schema stays as it is.
-        folder: of the file that holds the row: a path or a URL.
+        row: Of any shape; what does not look like the schema stays as it is.
+        folder: Of the file that holds the row: a path or a URL.
     """
     row = _with_columns(row, folder)
     if isinstance(row.get("messages"), list):

@@ -1,4 +1,4 @@
-"""The application: OpenAI's chat API, the page, and the page's two endpoints of its own."""
+"""ASGI application: OpenAI's chat API, the page, and the page's own two endpoints."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _MODELS = "/v1/models/"
-_API = ("/v1", "/api")  # what keys protect, and what pages of other sites may not request
+_API = ("/v1", "/api")  # protected by keys and against cross-site requests
 _CLIENT_LEFT = 499  # nginx's status code; HTTP has none
 _PREPARING_THREADS = 4
 _LAST_EVENT_SECONDS = 5.0
 
 Result = TypeVar("Result")
 Handler = Callable[[bytes, EventStream], Awaitable[dict[str, Any] | None]]
-"""Takes a request body; returns a JSON object, or sends a stream and returns nothing."""
+"""Handler of a request body. Returns a JSON object, or sends a stream and returns None."""
 
 
 def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str] = ()) -> Starlette:
@@ -71,7 +71,7 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
     Args:
         engine: Engine of the model; closed with the application.
         model: Model name that requests must use, if they name one.
-        api_keys: Keys of which API requests must send one; empty if none is required.
+        api_keys: Accepted API keys; empty if none is required.
     """
     metrics = Metrics(engine)
     api = _Api(engine, model, limits, metrics)
@@ -142,11 +142,11 @@ class _Api:
         self._images = ImageReader(engine.pipeline.processor.image_processor, limits)
         self._attention = WordAttention()
         self._slots_taken = 0
-        # A thread finishes what it has begun even when its client leaves, so their number is bounded.
+        # Threads cannot be cancelled when a client disconnects, so their number is bounded.
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, "prepare")
 
     def close(self) -> None:
-        """Drop the requests that are not prepared yet."""
+        """Drop requests that are not prepared yet."""
         self._threads.shutdown(cancel_futures=True)
 
     @contextmanager
@@ -257,7 +257,7 @@ async def _stream(
 class _Endpoint:
     """ASGI application around a handler: one slot, a bounded body, a time limit, errors as JSON.
 
-    A client that disconnects cancels its request at any moment.
+    A client's disconnect cancels its request at any time.
     """
 
     def __init__(self, api: _Api, handler: Handler) -> None:
@@ -290,7 +290,7 @@ class _Endpoint:
                     await stream.send(known.body, last=True)
 
     async def _read_body(self, request: HttpRequest) -> bytes:
-        """Read a JSON body; raise 408, 413 or 415 as soon as it is too slow, too large or of another type."""
+        """Read a JSON body; raise 408, 413 or 415 once it times out, is too large or has another type."""
         # Browsers send JSON to other sites only after a preflight request, which this server does not grant.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "Unsupported content type. Send JSON as Content-Type: application/json.")
@@ -324,7 +324,7 @@ class _Endpoint:
 
 
 async def _unless_disconnected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Respond with `work`, raising its exceptions; cancel it when the client disconnects after its body."""
+    """Run `work`, raising its exceptions; cancel it if the client disconnects after its body."""
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -371,7 +371,7 @@ class _CountRequests:
 
 
 class _ProtectApi:
-    """Middleware that refuses API requests without a key, and those that a page of another site made."""
+    """Middleware that rejects API requests without a valid key or from pages of other sites."""
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
         self._app = app
@@ -395,7 +395,7 @@ class _ProtectApi:
 
 
 def _is_cross_site(headers: Headers) -> bool:
-    """Whether a browser says that another site's page made a request. Other clients send neither header."""
+    """Return whether browser headers show a request from another site's page; other clients send none."""
     if site := headers.get("sec-fetch-site"):
         return site not in ("same-origin", "none")
     origin = headers.get("origin")  # from browsers without Sec-Fetch-Site, and over plain HTTP

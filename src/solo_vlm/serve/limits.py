@@ -1,4 +1,4 @@
-"""Limits of the server, and their options on the command line. Loads nothing heavy."""
+"""Server limits and their command-line options, without heavy imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Limits:
     ] = 64
     max_batch: Annotated[int, Option(min=1, help="Maximum requests generated together.")] = 8
     max_batch_tokens: Annotated[
-        int, Option(min=1, help="Maximum tokens of a batch of several, padding and answers included.")
+        int, Option(min=1, help="Maximum tokens per batch of several requests, with padding and answers.")
     ] = 32_768
     max_tokens: Annotated[int, Option(min=1, help="Maximum tokens per answer.")] = 1024
     max_text_chars: Annotated[int, Option(min=1, help="Maximum characters of text per request.")] = 200_000

@@ -52,7 +52,7 @@ class Metrics:
     async def observe(
         self, events: AsyncIterator[str | Finish], arrived: float
     ) -> AsyncIterator[str | Finish]:
-        """Pass the events of an answer through, recording their times.
+        """Yield the events of an answer unchanged, and record their times.
 
         Args:
             events: Result of `Request.events`.

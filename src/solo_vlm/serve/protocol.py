@@ -1,4 +1,4 @@
-"""OpenAI's chat API as far as a SOLO model can follow it: requests, responses and errors."""
+"""The part of OpenAI's chat API that SOLO models support: requests, responses and errors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The error in OpenAI's form."""
+        """Error in OpenAI's format."""
         kind = _ERROR_TYPES.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
@@ -158,7 +158,7 @@ class ChatMessage(_Part):
         return any(isinstance(part, ImagePart) for part in self.content)
 
     def for_processor(self) -> Message:
-        """Return the message as the processor takes it; its images are passed separately."""
+        """Return the message in the processor's format; its images are passed separately."""
         role = "system" if self.role == "developer" else self.role
         parts = [
             {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
@@ -168,7 +168,7 @@ class ChatMessage(_Part):
 
 
 class StreamOptions(_Part):
-    """Whether token counts follow a stream."""
+    """Options of a stream: whether token counts follow it."""
 
     include_usage: bool | None = None
 
@@ -339,7 +339,7 @@ def _explain(error: ValidationError) -> ApiError:
 
 
 class ChatCompletion:
-    """Builds the response to one request: a whole object, or the chunks of a stream."""
+    """Response to one request: a whole object, or the chunks of a stream."""
 
     def __init__(self, model: str, prompt_tokens: int) -> None:
         self._model = model

@@ -1,4 +1,4 @@
-"""vLLM in place of this project's engine: the plug-in that teaches it SOLO models, and its server."""
+"""vLLM as the serving engine: the plug-in that registers SOLO models, and the server command."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def vllm_command(
 
 
 def exec_vllm(command: Sequence[str], api_keys: Sequence[str]) -> None:
-    """Replace this process by vLLM's server.
+    """Replace this process with vLLM's server.
 
     Raises:
         SoloError: vLLM is not installed, or there are several keys.

@@ -53,12 +53,12 @@ def packed_attention(
     Args:
         query: (1, num_heads, length, head_dim).
         key: (1, num_key_value_heads, length, head_dim).
-        value: as `key`.
-        attention_mask: must be None, as in packed batches.
-        scaling: factor of the scores; default: 1 / sqrt(head_dim).
-        sliding_window: number of tokens visible to a query, including itself; None: all previous ones.
+        value: As `key`.
+        attention_mask: Must be None, as in packed batches.
+        scaling: Factor of the scores; default: 1 / sqrt(head_dim).
+        sliding_window: Number of tokens visible to a query, including itself; None: all previous ones.
         cu_seq_lens_q: (documents + 1,) int32, cumulative document lengths.
-        max_length_q: length of the longest document.
+        max_length_q: Length of the longest document.
         image_index: (1, length) int64, image of each patch, -1 for text: patches of an image attend to each
             other in both directions. None: purely causal.
 

@@ -55,7 +55,7 @@ class StopRequest:
     (Ctrl-C twice) raises KeyboardInterrupt at once.
 
     Attributes:
-        signal: number of the first signal, 0 for none.
+        signal: Number of the first signal, 0 for none.
     """
 
     def __init__(self) -> None:
@@ -98,9 +98,9 @@ class Failure:
     """The failure that ends a run.
 
     Attributes:
-        message: error message; unexpected errors include the process and host.
-        exit_code: exit code of all processes.
-        time: seconds since the epoch.
+        message: Error message; unexpected errors include the process and host.
+        exit_code: Exit code of all processes.
+        time: Seconds since the epoch.
     """
 
     rank: int

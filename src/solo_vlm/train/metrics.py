@@ -58,7 +58,7 @@ class MetricsLogger:
     """Writes metrics to `metrics.jsonl`, the trackers and the live view.
 
     Args:
-        done: steps done before a resume; later lines of `metrics.jsonl` are dropped.
+        done: Steps done before a resume; later lines of `metrics.jsonl` are dropped.
     """
 
     def __init__(

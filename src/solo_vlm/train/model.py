@@ -106,7 +106,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings | None, new_tokens: 
     and loss see an ordinary model with fewer trainable parameters.
 
     Args:
-        new_tokens: train the rows of the vision tokens in the token embedding and in the head. They are
+        new_tokens: Train the rows of the vision tokens in the token embedding and in the head. They are
             separate parameters that replace the frozen rows, so neither gradients nor weight decay can
             change other rows.
     """

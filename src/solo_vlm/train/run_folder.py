@@ -36,7 +36,7 @@ _RESUMABLE = (
 _EXCLUDED: dict[str, Any] = {**dict.fromkeys(_RESUMABLE, True), "data": LOADER_SETTINGS}
 
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".bin", ".gguf")
-# Large files are hashed by evenly spaced blocks: further training changes weights everywhere.
+# Large files are hashed by evenly spaced blocks: more training changes weights everywhere.
 _BLOCK_SIZE, _BLOCKS = 1 << 16, 256
 
 # Packages that affect results. Without OpenCV, torch resizes images, with values that differ by 1 of 255.

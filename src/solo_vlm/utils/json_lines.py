@@ -15,13 +15,13 @@ class LinesFile:
     """Append-only JSON Lines file; records survive a crash once `append` has returned.
 
     Args:
-        path: file, created if missing. A truncated last line is dropped.
+        path: File, created if missing. A truncated last line is dropped.
 
     Attributes:
-        records: records read when the file was opened.
+        records: Records read when the file was opened.
 
     Raises:
-        SoloError: the file exists and is not JSON Lines of objects.
+        SoloError: The file exists and is not JSON Lines of objects.
     """
 
     def __init__(self, path: Path) -> None:

@@ -23,15 +23,15 @@ def download(data_set: DataSet, urls: Path, out: Path, program: str, processes: 
     The program resumes where it stopped, and leaves a `*_stats.json` beside each tar with the failures.
 
     Args:
-        data_set: an entry with a `url_list`.
-        urls: the published list, or a folder of its files.
-        out: folder for the tars.
-        program: name or path of `img2dataset`.
-        processes: of the program.
-        threads: of each process.
+        data_set: An entry with a `url_list`.
+        urls: The published list, or a folder of its files.
+        out: Folder for the tars.
+        program: Name or path of `img2dataset`.
+        processes: Of the program.
+        threads: Of each process.
 
     Raises:
-        SoloError: the set is no URL list, the list or the program is missing, or the program fails.
+        SoloError: The set is no URL list, the list or the program is missing, or the program fails.
     """
     if data_set.url_list is None:
         raise SoloError(f"{data_set.title} is not a list of URLs: fetch it from {data_set.source}")

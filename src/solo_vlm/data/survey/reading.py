@@ -22,10 +22,10 @@ class ReadRow:
     """A row as training would see it.
 
     Attributes:
-        where: its place, for messages.
-        images: how many images it has.
-        documents: what it is encoded to; several where a long text is cut, none where it cannot be used.
-        error: why it cannot be used.
+        where: Its place, for messages.
+        images: How many images it has.
+        documents: What it is encoded to; several where a long text is cut, none where it cannot be used.
+        error: Why it cannot be used.
     """
 
     where: str
@@ -53,10 +53,10 @@ class RowReader:
     """Reads and encodes rows of a source.
 
     Args:
-        source: where they are.
-        encoder: makes a document of a sample.
-        length: tokens in a packed sequence.
-        on_shard: called when a shard is done.
+        source: Where they are.
+        encoder: Makes a document of a sample.
+        length: Tokens in a packed sequence.
+        on_shard: Called when a shard is done.
     """
 
     source: Source
@@ -121,8 +121,8 @@ class Estimate:
     """Totals over all rows, and how far the truth may be off.
 
     Attributes:
-        totals: one a figure.
-        variances: of the totals.
+        totals: One a figure.
+        variances: Of the totals.
     """
 
     totals: NDArray[np.float64]
@@ -138,8 +138,8 @@ def estimate_totals(shards: int, drawn: Sequence[tuple[int, NDArray[np.float64]]
     """Totals from a sample in two stages (Cochran, Sampling Techniques, section 11.7).
 
     Args:
-        shards: of the source.
-        drawn: for each shard that was read its number of rows, and the figures of the rows that were drawn,
+        shards: Of the source.
+        drawn: For each shard that was read its number of rows, and the figures of the rows that were drawn,
             (rows drawn, figures).
     """
     scale = shards / len(drawn)

@@ -34,10 +34,10 @@ class Stats:
     """What a source, or all of them, holds when each row is read once.
 
     Attributes:
-        instances: packed sequences, each source packed alone.
-        figures: totals by the names of `FIGURES`; samples are the rows that can be used.
-        margins: by the same names, how far the truth may lie from an estimate, in 95 cases of 100.
-        skipped: rows that cannot be used, by reason.
+        instances: Packed sequences, each source packed alone.
+        figures: Totals by the names of `FIGURES`; samples are the rows that can be used.
+        margins: By the same names, how far the truth may lie from an estimate, in 95 cases of 100.
+        skipped: Rows that cannot be used, by reason.
     """
 
     instances: int
@@ -68,9 +68,9 @@ class MixtureStats:
     """The sources of a mixture, whatever their weights.
 
     Attributes:
-        sources: by their paths in the mixture.
-        sequence_length: tokens of a packed sequence.
-        rows_drawn: a source, for an estimate; None where everything was read.
+        sources: By their paths in the mixture.
+        sequence_length: Tokens of a packed sequence.
+        rows_drawn: A source, for an estimate; None where everything was read.
     """
 
     sources: dict[str, Stats]
@@ -116,13 +116,13 @@ def mixture_stats(
     """Count what a mixture holds.
 
     Args:
-        mixture: the sources, and how they are packed.
-        encoder: of the model that shall read them.
-        samples: rows to draw from each source for an estimate; None reads everything.
-        on_progress: called with the shards read and their number.
+        mixture: The sources, and how they are packed.
+        encoder: Of the model that shall read them.
+        samples: Rows to draw from each source for an estimate; None reads everything.
+        on_progress: Called with the shards read and their number.
 
     Raises:
-        SoloError: a source is missing.
+        SoloError: A source is missing.
     """
     sources = mixture.open_sources()
     counts = [len(s) if samples is None else shards_to_read(len(s), samples) for s in sources]
@@ -201,11 +201,11 @@ def estimate_instances(
     """Packed sequences that so many tokens will fill, from a trial with lengths drawn again and again.
 
     Args:
-        tokens: of the source.
-        lengths: of the documents that were read.
-        capacity: tokens in a packed sequence.
-        packing_buffer: documents to choose from when packing.
-        generator: of the trial.
+        tokens: Of the source.
+        lengths: Of the documents that were read.
+        capacity: Tokens in a packed sequence.
+        packing_buffer: Documents to choose from when packing.
+        generator: Of the trial.
     """
     if not lengths:
         return 0

@@ -22,8 +22,8 @@ class Verification:
     """What reading everything has shown.
 
     Attributes:
-        sources: what became of the rows of each source, by its path in the mixture.
-        max_skipped: fraction of rows that may be unusable.
+        sources: What became of the rows of each source, by its path in the mixture.
+        max_skipped: Fraction of rows that may be unusable.
     """
 
     sources: dict[str, Report]
@@ -61,13 +61,13 @@ def verify_mixture(
     """Read every row of every source once, as training would: schema, images, chat template, length.
 
     Args:
-        mixture: the sources.
-        encoder: of the model that shall read them.
-        report_file: gets a line of JSON for each row that cannot be used; appears when all is read.
-        on_progress: called with the shards read and their number.
+        mixture: The sources.
+        encoder: Of the model that shall read them.
+        report_file: Gets a line of JSON for each row that cannot be used; appears when all is read.
+        on_progress: Called with the shards read and their number.
 
     Raises:
-        SoloError: a source is missing, or has no rows.
+        SoloError: A source is missing, or has no rows.
     """
     sources = mixture.open_sources()
     on_shard = ShardProgress(sum(map(len, sources)), on_progress)

@@ -37,14 +37,14 @@ def write_gallery(path: Path, mixture: Mixture, encoder: Encoder, samples: int, 
     """Write samples of a mixture as one HTML file that needs nothing else. Returns how many.
 
     Args:
-        path: of the file.
-        mixture: the sources; each gives as many samples, or all that it has.
-        encoder: of the model that shall read them.
-        samples: how many to show.
-        seed: of the choice.
+        path: Of the file.
+        mixture: The sources; each gives as many samples, or all that it has.
+        encoder: Of the model that shall read them.
+        samples: How many to show.
+        seed: Of the choice.
 
     Raises:
-        SoloError: a source is missing.
+        SoloError: A source is missing.
     """
     sources = mixture.open_sources()
     cards = []

@@ -128,7 +128,7 @@ def load_image(source: Any, **options: Unpack[LoadOptions]) -> Image.Image:
       - a `PIL.Image.Image` of any mode (returned unchanged if it is RGB and upright);
       - a local path (`str` or `os.PathLike`), a `file://`, `http(s)://` or `data:` URL, bare base64, or the
         bytes of an image file. Only the first frame is read;
-      - a NumPy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1 (grey), 2 (grey + alpha),
+      - a NumPy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1 (gray), 2 (gray + alpha),
         3 (RGB) or 4 (RGBA) channels. A shape that fits both orders, such as (3, 8, 3), is read as channels
         first.
 
@@ -429,7 +429,7 @@ def _prepare_png(image: Image.Image) -> Image.Image | None:
 
 def _to_rgb(image: Image.Image, name: str, alpha: Image.Image | None = None) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image, alpha = _to_8_bit_grey(image, name)
+        image, alpha = _to_8_bit_gray(image, name)
     elif alpha is None and image.has_transparency_data:
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         alpha = rgba.getchannel("A")
@@ -441,7 +441,7 @@ def _to_rgb(image: Image.Image, name: str, alpha: Image.Image | None = None) -> 
     return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
 
 
-def _to_8_bit_grey(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
+def _to_8_bit_gray(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
     """Convert deeper gray to mode L; also return its alpha channel if one value is transparent."""
     tags = getattr(image, "tag_v2", {})
     values = np.asarray(image)

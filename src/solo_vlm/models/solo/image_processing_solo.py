@@ -1,4 +1,4 @@
-"""SOLO's image processor: an image becomes rows of raw pixel patches.
+"""SOLO's image processor, which converts images to raw pixel patches.
 
 Images keep their aspect ratio (unless a fixed size is asked for): both sides are resized to multiples of the
 patch size, nothing is cropped, and the patches of all images are concatenated, so nothing is padded.

@@ -109,17 +109,17 @@ class ToySettings(Settings):
     """How many samples of each kind of toy data: one file each, none where there are 0.
 
     Attributes:
-        text: texts.
-        stage1: images with class names.
-        stage2: images with captions.
-        stage3: images with captions, questions and answers.
-        sft: chats.
-        heldout_digits: questions about handwritten digits that no training file has.
-        heldout_captions: requests for captions of such images.
-        heldout_qa: questions about such images.
-        heldout_text: texts that are none of `text`.
-        heldout_stage2: images with captions that are none of `stage2`.
-        seed: of the draw; `heldout_text` and `heldout_stage2` have the next one.
+        text: Texts.
+        stage1: Images with class names.
+        stage2: Images with captions.
+        stage3: Images with captions, questions and answers.
+        sft: Chats.
+        heldout_digits: Questions about handwritten digits that no training file has.
+        heldout_captions: Requests for captions of such images.
+        heldout_qa: Questions about such images.
+        heldout_text: Texts that are none of `text`.
+        heldout_stage2: Images with captions that are none of `stage2`.
+        seed: Of the draw; `heldout_text` and `heldout_stage2` have the next one.
     """
 
     text: NonNegativeInt = 0
@@ -139,7 +139,7 @@ def draw_toy_data(folder: Path, settings: ToySettings) -> None:
     """Write `folder/KIND.parquet` for each kind, unless that was done before.
 
     Raises:
-        SoloError: what is there was drawn with other settings.
+        SoloError: What is there was drawn with other settings.
     """
     mark = folder / "toy.json"
     if mark.is_file():

@@ -31,11 +31,11 @@ class DataEstimate:
     """What a run reads.
 
     Attributes:
-        sequences: packed sequences in all epochs (`data.epochs`), or in one if that is not set.
-        documents: documents in these sequences.
-        fill: share of non-padding tokens in a sequence.
-        document_length: mean tokens per document, with sources weighted as in the run.
-        vision_share: share of vision tokens.
+        sequences: Packed sequences in all epochs (`data.epochs`), or in one if that is not set.
+        documents: Documents in these sequences.
+        fill: Share of non-padding tokens in a sequence.
+        document_length: Mean tokens per document, with sources weighted as in the run.
+        vision_share: Share of vision tokens.
     """
 
     sequences: int
@@ -82,8 +82,8 @@ class _SourceSample(NamedTuple):
     """Sampled rows of a source.
 
     Attributes:
-        totals: estimated totals; exact if all rows were read.
-        rows: per shard, its number of rows, and the document lengths of each row that was read.
+        totals: Estimated totals; exact if all rows were read.
+        rows: Per shard, its number of rows, and the document lengths of each row that was read.
     """
 
     source: Source

@@ -33,7 +33,7 @@ class Device:
     """Published specifications of an accelerator.
 
     Attributes:
-        memory: bytes.
+        memory: Bytes.
         peak_flops: FLOPs per second of dense bfloat16 matrix products with float32 accumulation.
     """
 
@@ -87,13 +87,13 @@ class Memory:
     """Memory per device, in bytes.
 
     Attributes:
-        weights: shard of the parameters in float32, or a complete decoder in 4 bits.
-        gradients: shard of the gradients in float32.
-        optimizer: shard of Adam's two moments in float32.
-        gathered: temporarily unsharded tensors: weights, in the compute precision, of two FSDP units
+        weights: Shard of the parameters in float32, or a complete decoder in 4 bits.
+        gradients: Shard of the gradients in float32.
+        optimizer: Shard of Adam's two moments in float32.
+        gathered: Temporarily unsharded tensors: weights, in the compute precision, of two FSDP units
             (`layers_per_fsdp_unit`; the next one is prefetched) or, without `parallel.reshard`, of all, and
             those outside of layers; gradients of one unit and of what is outside, before they are reduced.
-        activations: activations saved for the backward pass, and the peak working memory of the backward
+        activations: Activations saved for the backward pass, and the peak working memory of the backward
             pass of one layer or one chunk of the loss.
     """
 

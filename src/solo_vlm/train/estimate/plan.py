@@ -26,12 +26,12 @@ class Plan:
     """What a run will do and need.
 
     Attributes:
-        shape_from: where the model's configuration was read.
-        steps: optimizer steps; None if they depend on data that are missing.
-        data: estimate from a sample of the data; None if the data or the model's tokenizer are missing. Then
+        shape_from: Where the model's configuration was read.
+        steps: Optimizer steps; None if they depend on data that are missing.
+        data: Estimate from a sample of the data; None if the data or the model's tokenizer are missing. Then
             one text document per sequence is assumed, which maximizes attention.
-        data_missing: what is missing, if anything.
-        mfu: assumed model FLOPs utilization.
+        data_missing: What is missing, if anything.
+        mfu: Assumed model FLOPs utilization.
     """
 
     recipe: Recipe
@@ -160,12 +160,12 @@ def make_plan(
     """Plan a run. No weights are read, and the model need not exist yet.
 
     Args:
-        processes: number of processes, one per device.
-        mfu: assumed model FLOPs utilization: model FLOPs over peak FLOPs of the devices.
-        config_folder: folder whose `config.json` describes the model while it does not exist yet.
+        processes: Number of processes, one per device.
+        mfu: Assumed model FLOPs utilization: model FLOPs over peak FLOPs of the devices.
+        config_folder: Folder whose `config.json` describes the model while it does not exist yet.
 
     Raises:
-        SoloError: there is no configuration of the model, its family is not supported, or global batch or
+        SoloError: There is no configuration of the model, its family is not supported, or global batch or
             layers cannot be divided among the processes.
     """
     _check_end(recipe)

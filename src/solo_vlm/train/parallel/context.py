@@ -33,9 +33,9 @@ class ParallelDims:
     """Data- and tensor-parallel dimensions of a run.
 
     Attributes:
-        dp: data-parallel groups; each reads its own data, and the parameters are sharded over them.
-        tp: processes per group; they split every layer and read the same data.
-        gradient_accumulation_steps: packed sequences that each group processes one by one per optimizer step.
+        dp: Data-parallel groups; each reads its own data, and the parameters are sharded over them.
+        tp: Processes per group; they split every layer and read the same data.
+        gradient_accumulation_steps: Packed sequences that each group processes one by one per optimizer step.
     """
 
     dp: int
@@ -78,7 +78,7 @@ class DistributedContext:
     """This process's place in the run, and collectives with the other processes.
 
     Attributes:
-        mesh: device mesh (dp, tp), or None for a single process that needs no process group.
+        mesh: Device mesh (dp, tp), or None for a single process that needs no process group.
     """
 
     rank: int

@@ -85,8 +85,8 @@ def load_full_state_dict(
     """Materialize a sharded model from the meta device.
 
     Args:
-        state_dict: full tensors by name in rank 0, empty in all other ranks.
-        buffers: all buffers by name, in every rank.
+        state_dict: Full tensors by name in rank 0, empty in all other ranks.
+        buffers: All buffers by name, in every rank.
     """
     model.to_empty(device=device)
     model.tie_weights()  # to_empty unties them
