@@ -26,7 +26,7 @@ from solo_vlm.data.packing import pack
 
 
 def next_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Pack in order of arrival; a document that does not fit opens a new sequence (like the original code)."""
+    """Pack in order of arrival; a document that does not fit opens a new one, like the original code."""
     packs: list[list[int]] = [[]]
     room = capacity
     for index, length in enumerate(lengths):
