@@ -30,6 +30,12 @@ class Limits:
         int, Option(min=1, help="Maximum width * height, summed over a request's images.")
     ] = 50_000_000
     max_request_bytes: Annotated[int, Option(min=1, help="Maximum bytes per request body.")] = 32 * 2**20
+    max_pending_bytes: Annotated[
+        int, Option(min=1, help="Maximum bytes of all large bodies being read or prepared; more get 429.")
+    ] = 256 * 2**20
+    max_values: Annotated[
+        int, Option(min=1, help="Maximum JSON values (strings, numbers, lists, objects) per request.")
+    ] = 10_000
     max_seconds: Annotated[float, Option(min=0.1, help="Time limit per request, once its body is read.")] = (
         300.0
     )
