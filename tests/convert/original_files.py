@@ -154,8 +154,8 @@ def write_megatron(
     Deliberately loops over heads and rows, where the code under test works with shapes.
 
     Args:
-        is_trained: Whether to use the names of a checkpoint saved in training (`encoder`, nested), not those of
-            one that was converted but not yet trained (`transformer`, flat).
+        is_trained: Whether to use the names of a checkpoint saved in training (`encoder`, nested), not those
+            of one that was converted but not yet trained (`transformer`, flat).
         extra: Further members of every pickle.
     """
     iteration = folder / "iter_0000300"
