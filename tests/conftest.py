@@ -9,12 +9,24 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from solo_vlm.cli import main
 
 # A name that is no folder is not looked up on the hub. Read when transformers is imported, so it comes first.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A profile's example takes as long as it takes. `make fuzz` selects the second by --hypothesis-profile.
+settings.register_profile("test", deadline=None, derandomize=True)
+settings.register_profile(
+    "fuzz",
+    deadline=None,
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "10000")),
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("test")
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,9 @@ class Made:
     """Where the mixture is, and what it holds.
 
     Attributes:
-        file: of the mixture.
+        file: Of the mixture.
         captions: (tokens of the image's layout, tokens of text) of each caption.
-        texts: tokens of each text.
+        texts: Tokens of each text.
     """
 
     file: Path

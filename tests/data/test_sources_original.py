@@ -239,11 +239,14 @@ def test_an_image_that_the_packer_has_cut_is_a_broken_row(packer, photos, tmp_pa
         (lambda f: (f / "data-role.bin").unlink(), "data-role.bin is missing"),
         (lambda f: (f / "data-vision_patch.idx").unlink(), "data-vision_patch.idx is missing"),
         (lambda f: (f / "data-text.bin").write_bytes(b"12"), "data-text.bin is truncated"),
-        (lambda f: (f / "data-text.idx").write_bytes(b"MMIDIDX"), "no index of Megatron"),
+        (lambda f: (f / "data-text.idx").write_bytes(b"MMIDIDX"), "not an index"),
         (lambda f: cut(f / "data-role.idx", 40), "data-role.idx is truncated"),
-        (lambda f: (f / "data-text.idx").write_bytes(b"TNTIDX\x00\x00" + bytes(60)), "no index of Megatron"),
+        (lambda f: (f / "data-text.idx").write_bytes(b"TNTIDX\x00\x00" + bytes(60)), "not an index"),
         (lambda f: write_indexed(f / "data-role", [[2]], np.uint16, 8), "differ in length"),
-        (lambda f: write_indexed(f / "data-vision_patch", [], np.float16, 10), "1 packs, but patches of 0"),
+        (
+            lambda f: write_indexed(f / "data-vision_patch", [], np.float16, 10),
+            "1 packs of text, but 0 of patches",
+        ),
         (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer.model"),
         (
             lambda f: (f / "data-vision_patch.bin").rename(f / "data-vision_patch.bin.lz4"),

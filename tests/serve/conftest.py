@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -39,6 +40,12 @@ class Served:
         answer = response.read()
         connection.close()
         return response.status, response.headers, answer
+
+    def connect(self, data: bytes) -> socket.socket:
+        """Send bytes; the caller reads the response, or leaves."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection.sendall(data)
+        return connection
 
     def get(self, path: str) -> str:
         return self.fetch(path)[2]

@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image
@@ -219,11 +220,68 @@ def texts() -> dict[str, bytes]:
     }
 
 
+def expensive_bodies(size: int) -> Iterator[tuple[str, bytes]]:
+    """Bodies of a size that cost more than their bytes where they are parsed or validated as they come."""
+    user = b'{"messages": [{"role": "user", "content": "x"}], '
+    content = (b'{"messages": [{"role": "user", "content": [', b"]}]}")
+    text = (b'{"messages": [{"role": "user", "content": "', b'"}]}')
+    message, messages = (
+        (b'{"messages": [{"role": "user", "content": "x", ', b"}]}"),
+        (b'{"messages": [', b"]}"),
+    )
+    for name, before, unit, after in [
+        ("empty parts", content[0], b"{},", b"{}" + content[1]),
+        ("parts without text", content[0], b'{"type": "text"},', b"{}" + content[1]),
+        ("parts of unknown type", content[0], b'{"type": "x"},', b"{}" + content[1]),
+        ("empty texts", content[0], b'{"type": "text", "text": ""},', b"{}" + content[1]),
+        ("image parts", content[0], b'{"type": "image_url", "image_url": {"url": "x"}},', b"{}" + content[1]),
+        ("parts of numbers", content[0], b"1,", b"1" + content[1]),
+        ("parts of lists", content[0], b"[],", b"[]" + content[1]),
+        ("parts of nested lists", content[0], b"[[[[]]]],", b"[]" + content[1]),
+        ("null messages", messages[0], b"null,", b"null" + messages[1]),
+        ("empty messages", messages[0], b"{},", b"{}" + messages[1]),
+        ("messages", messages[0], b'{"role": "user", "content": "x"},', b"{}" + messages[1]),
+        ("tool calls", message[0] + b'"tool_calls": [', b"{},", b"{}]" + message[1]),
+        ("null members of a message", message[0], b'"name": null,', b'"name": null' + message[1]),
+        ("stop strings", user + b'"stop": [', b'"x",', b'"x"]}'),
+        ("tools", user + b'"tools": [', b"{},", b"{}]}"),
+        ("metadata", user + b'"metadata": [', b"0.1,", b"1]}"),
+        ("null fields", user, b'"x": null,', b'"x": null}'),
+        ("opening brackets", user + b'"user": ', b"[", b"}"),
+        ("opening braces", user + b'"user": ', b'{"a":', b"}"),
+        ("closing brackets", user + b'"user": 1', b"]", b"}"),
+        ("strings side by side", user + b'"user": ', b'""', b"}"),
+        ("white space", user + b'"user":', b" \n", b"x}"),
+        ("digits", user + b'"seed": 1', b"9", b"}"),
+        ("digits of a fraction", user + b'"temperature": 3.', b"9", b"}"),
+        ("a long text", text[0], b"a", text[1]),
+        ("a long text of commas", text[0], b",", text[1]),
+        ("a long text of escapes", text[0], b"\\n", text[1]),
+        ("a long text of escaped quotes", text[0], b'\\"', text[1]),
+        ("a long text of backslashes", text[0], b"\\\\", text[1]),
+        ("a long text of escaped surrogates", text[0], b"\\ud83d\\ude00", text[1]),
+        ("a long text of emoji", text[0], "😀".encode(), text[1]),
+        ("a long text that ends with an emoji", text[0], b"a", "😀".encode() + text[1]),
+        ("a long role", b'{"messages": [{"content": "x", "role": "', b"a", b'"}]}'),
+        ("a long type of a part", content[0] + b'{"type": "', b"a", b'"}' + content[1]),
+        ("a long field name", user + b'"', b"a", b'": 1}'),
+        ("a long model name", user + b'"model": "', b"\\u0001", b'"}'),
+        ("a long stop string", user + b'"stop": "', b"a", b'"}'),
+        (
+            "a long URL",
+            content[0] + b'{"type": "image_url", "image_url": {"url": "http://x/',
+            b"a",
+            b'"}}' + content[1],
+        ),
+    ]:
+        yield name, before + unit * ((size - len(before) - len(after)) // len(unit)) + after
+
+
 def requests(limit: int) -> dict[str, bytes]:
     """Whole HTTP requests.
 
     Args:
-        limit: maximum body size of the server, in bytes.
+        limit: Maximum body size of the server, in bytes.
     """
     path = "/v1/chat/completions"
     ok = json.dumps(question("x", max_tokens=1)).encode()

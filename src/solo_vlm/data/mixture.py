@@ -23,8 +23,8 @@ class SourceSettings(Settings):
     """One source of a mixture.
 
     Attributes:
-        path: file, folder, glob pattern or URL.
-        weight: relative share, see `DataSettings.weight_by`.
+        path: File, folder, glob pattern or URL.
+        weight: Relative share, see `DataSettings.weight_by`.
     """
 
     path: str
@@ -35,18 +35,18 @@ class DataSettings(Settings):
     """Training data and packing; the defaults are the paper's (sequences of 32,768 tokens).
 
     Attributes:
-        sources: sources of .parquet, .jsonl, .tar or -text.idx files, with their weights.
-        sequence_length: tokens per packed sequence.
-        weight_by: unit of the weights: "tokens", "samples", or packed "sequences" of a single source each.
-        epochs: epochs over each source; null: endless.
-        streams: number of virtual streams; must be divisible by ranks x workers.
-        workers: worker processes per rank; 0 reads in the training process.
-        threads: threads per worker process; they pack sequences of different streams in parallel.
-        packing_buffer: documents that a packer chooses from.
-        vision_loss: also supervise vision tokens: whether a patch, a new row or the end of the image follows.
+        sources: Sources of .parquet, .jsonl, .tar or -text.idx files, with their weights.
+        sequence_length: Tokens per packed sequence.
+        weight_by: Unit of the weights: "tokens", "samples", or packed "sequences" of a single source each.
+        epochs: Epochs over each source; endless if null.
+        streams: Number of virtual streams; must be divisible by ranks x workers.
+        workers: Worker processes per rank; 0 reads in the training process.
+        threads: Threads per worker process; they pack sequences of different streams in parallel.
+        packing_buffer: Documents that a packer chooses from.
+        vision_loss: Also supervise vision tokens: whether a patch, a new row or the end of the image follows.
             The paper's loss is on text alone.
-        max_skipped: fraction of unusable samples above which the run stops and lists them.
-        seed: seed of the order.
+        max_skipped: Fraction of unusable samples above which the run stops and lists them.
+        seed: Seed of the order.
     """
 
     sources: list[SourceSettings] = Field(min_length=1)
@@ -63,12 +63,12 @@ class DataSettings(Settings):
 
 
 class Mixture(Settings):
-    """Data and the model that reads them; a recipe file can be read as a mixture, too.
+    """Training data and the model that reads it; a recipe file can be read as a mixture, too.
 
     Attributes:
-        root: folder that relative paths refer to.
-        model: folder or hub id of a SOLO model, or of a plain LLM (text only).
-        data: sources and packing.
+        root: Folder that relative paths refer to.
+        model: Folder or hub ID of a SOLO model, or of a plain LLM (text only).
+        data: Sources and packing.
     """
 
     # A recipe's other settings are ignored.
@@ -83,7 +83,7 @@ class Mixture(Settings):
         return Path(self.root) / path
 
     def model_source(self) -> str | Path:
-        """Return the model's folder under the root, else its hub id; a `STAGE/model` is always a folder."""
+        """Return the model's folder under the root, else its hub ID; `STAGE/model` is always a folder."""
         folder = self.at(self.model)
         return folder if folder.exists() or folder.name == "model" else self.model
 
@@ -102,14 +102,14 @@ class Mixture(Settings):
         return tuple(map(self.source_path, self.source_names()))
 
     def source_path(self, path: str) -> str:
-        """Resolve a source path relative to the root; URLs stay as they are."""
+        """Resolve a source path relative to the root; return URLs unchanged."""
         return path if "://" in path else str(self.at(path))
 
     def open_sources(self) -> list[Source]:
         """Open all sources.
 
         Raises:
-            SoloError: a source is missing, unreadable or empty.
+            SoloError: A source is missing, unreadable or empty.
         """
         sources = [open_source(path) for path in self.source_paths()]
         for source in sources:
@@ -120,7 +120,7 @@ class Mixture(Settings):
 
 @dataclass(frozen=True)
 class StreamFactory:
-    """Creates the virtual streams of a mixture; picklable for worker processes."""
+    """Factory of a mixture's virtual streams, picklable for worker processes."""
 
     sources: Sequence[Source]
     settings: DataSettings
@@ -150,11 +150,11 @@ def make_loader(
     """Create the loader of one data-parallel rank.
 
     Args:
-        mixture: sources and packing.
-        processor: processor of the model, or tokenizer of a plain LLM.
-        sources: opened sources of the mixture.
-        rank: data-parallel rank.
-        ranks: number of data-parallel ranks.
+        mixture: Sources and packing.
+        processor: Processor of the model, or tokenizer of a plain LLM.
+        sources: Opened sources of the mixture.
+        rank: Data-parallel rank.
+        ranks: Number of data-parallel ranks.
     """
     encoder = Encoder(processor, mixture.data.vision_loss)
     tokenizer = encoder.tokenizer

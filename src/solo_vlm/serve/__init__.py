@@ -1,4 +1,4 @@
-"""One server: OpenAI's chat API and the page in front of one engine; and the plug-in for vLLM.
+"""HTTP server: OpenAI's chat API and the page in front of one engine, and the vLLM plug-in.
 
 May import: data, generate, models, utils.
 """

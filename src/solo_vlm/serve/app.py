@@ -1,4 +1,4 @@
-"""The application: OpenAI's chat API, the page, and the page's two endpoints of its own."""
+"""ASGI application: OpenAI's chat API, the page, and the page's own two endpoints."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from solo_vlm.models.solo.processing_solo import ChatTemplateError
+from solo_vlm.serve.body import SMALL_BODY, Body, BodyMemory
 from solo_vlm.serve.engine import Call, Engine, Finish, Prompt, Request, SamplingParams
 from solo_vlm.serve.images import EncodedImage, ImageReader, describe_image
 from solo_vlm.serve.limits import Limits
@@ -37,6 +39,7 @@ from solo_vlm.serve.protocol import (
     ChatCompletionRequest,
     EventStream,
     ImageRequest,
+    StreamOptions,
     context_length_exceeded,
     model_not_found,
     parse_attention,
@@ -55,14 +58,16 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _MODELS = "/v1/models/"
-_API = ("/v1", "/api")  # what keys protect, and what pages of other sites may not request
+_API = ("/v1", "/api")  # protected by keys and against cross-site requests
 _CLIENT_LEFT = 499  # nginx's status code; HTTP has none
-_PREPARING_THREADS = 4
+_TEXT_THREADS = 2
+_IMAGE_THREADS = 4
 _LAST_EVENT_SECONDS = 5.0
 
+Parsed = TypeVar("Parsed")
 Result = TypeVar("Result")
-Handler = Callable[[bytes, EventStream], Awaitable[dict[str, Any] | None]]
-"""Takes a request body; returns a JSON object, or sends a stream and returns nothing."""
+Handler = Callable[[Body, EventStream], Awaitable[dict[str, Any] | None]]
+"""Handler of a request body. Returns a JSON object, or sends a stream and returns None."""
 
 
 def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str] = ()) -> Starlette:
@@ -71,7 +76,7 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
     Args:
         engine: Engine of the model; closed with the application.
         model: Model name that requests must use, if they name one.
-        api_keys: Keys of which API requests must send one; empty if none is required.
+        api_keys: Accepted API keys; empty if none is required.
     """
     metrics = Metrics(engine)
     api = _Api(engine, model, limits, metrics)
@@ -142,75 +147,98 @@ class _Api:
         self._images = ImageReader(engine.pipeline.processor.image_processor, limits)
         self._attention = WordAttention()
         self._slots_taken = 0
-        # A thread finishes what it has begun even when its client leaves, so their number is bounded.
-        self._threads = ThreadPoolExecutor(_PREPARING_THREADS, "prepare")
+        self._body_memory = BodyMemory(max(limits.max_pending_bytes, limits.max_request_bytes))
+        # Threads cannot be cancelled when a client disconnects, so their number is bounded. Text never waits
+        # for images, and one large body is parsed at a time, because parsing holds the interpreter's lock.
+        self._texts = ThreadPoolExecutor(_TEXT_THREADS, "text")
+        self._large_bodies = ThreadPoolExecutor(1, "large-body")
+        self._image_files = ThreadPoolExecutor(_IMAGE_THREADS, "image")
 
     def close(self) -> None:
-        """Drop the requests that are not prepared yet."""
-        self._threads.shutdown(cancel_futures=True)
+        """Drop requests that are not prepared yet."""
+        for threads in (self._texts, self._large_bodies, self._image_files):
+            threads.shutdown(cancel_futures=True)
 
     @contextmanager
-    def slot(self) -> Iterator[None]:
-        """Hold one of the `max_concurrent` slots; raise 429 if all are taken."""
+    def slot(self) -> Iterator[Body]:
+        """Hold one of the `max_concurrent` slots, for a body to be read; raise 429 if all are taken."""
         if self._slots_taken >= self.limits.max_concurrent:
             message = f"Too many requests: {self._slots_taken} are in flight. Please retry later."
             raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "1"})
         self._slots_taken += 1
+        body = Body(self.limits, self._body_memory)
         try:
-            yield
+            yield body
         finally:
             self._slots_taken -= 1
+            body.release()
 
-    async def chat_completion(self, body: bytes, stream: EventStream) -> dict[str, Any] | None:
+    async def chat_completion(self, body: Body, stream: EventStream) -> dict[str, Any] | None:
         """Answer a chat, as one object or as a stream."""
         arrived = time.monotonic()
-        chat = await self._in_thread(parse_chat_completion, body, self.limits)
-        if chat.model not in (None, self._model):
-            raise model_not_found(chat.model, self._model)
-        prompt = await self._encode(chat)
-        request = Request(prompt, self._sampling_params(chat, len(prompt)))
+        request, stream_options = await self._chat_request(body)
+        prompt = request.prompt
         self._metrics.count_prompt(len(prompt), len(prompt.images))
         completion = ChatCompletion(self._model, len(prompt))
         self._engine.submit(request)
         try:
             events = self._metrics.observe(request.events(), arrived)
-            if not chat.stream:
+            if stream_options is None:
                 return completion.whole([event async for event in events])
-            include_usage = chat.stream_options and chat.stream_options.include_usage
-            await _stream(events, completion, stream, bool(include_usage))
+            await _stream(events, completion, stream, bool(stream_options.include_usage))
             return None
         finally:
             self._engine.cancel(request)
 
-    async def image(self, body: bytes, _: EventStream) -> dict[str, Any]:
+    async def image(self, body: Body, _: EventStream) -> dict[str, Any]:
         """Describe what the model sees of an image."""
-        request = await self._in_thread(parse_body, ImageRequest, body, self.limits)
+        request = await self._parse(partial(parse_body, ImageRequest), body)
         (image,) = await self._read([("image_url.url", request.image_url.url)])
-        return await self._in_thread(describe_image, image)
+        return await _run_in(self._image_files, describe_image, image)
 
-    async def attention(self, body: bytes, _: EventStream) -> dict[str, Any]:
+    async def attention(self, body: Body, _: EventStream) -> dict[str, Any]:
         """Return how much a word of an answer attended to each patch."""
-        request = await self._in_thread(parse_attention, body, self.limits)
-        layers = self._engine.pipeline.model.config.text_config.num_hidden_layers
-        if request.layer is not None and request.layer >= layers:
-            message = f"Layer {request.layer} does not exist. The model has layers 0 to {layers - 1}."
+        call = await self._attention_call(body)
+        self._engine.submit(call)
+        return await asyncio.wrap_future(call.future)
+
+    # The parsed body is as large as the body: it is gone when one of the next two returns.
+
+    async def _chat_request(self, body: Body) -> tuple[Request, StreamOptions | None]:
+        """Prepare a chat completion; return it with the options of its stream, None without a stream."""
+        chat = await self._parse(parse_chat_completion, body)
+        if chat.model not in (None, self._model):
+            raise model_not_found(chat.model, self._model)
+        prompt = await self._encode(chat)
+        body.release()
+        request = Request(prompt, self._sampling_params(chat, len(prompt)))
+        return request, (chat.stream_options or StreamOptions()) if chat.stream else None
+
+    async def _attention_call(self, body: Body) -> Call[dict[str, Any]]:
+        chat = await self._parse(parse_attention, body)
+        layers, layer = self._engine.pipeline.model.config.text_config.num_hidden_layers, chat.layer
+        if layer is not None and layer >= layers:
+            message = f"Layer {layer} does not exist. The model has layers 0 to {layers - 1}."
             raise ApiError(400, message, "layer")
-        prompt = await self._encode(request, add_generation_prompt=False)
+        prompt = await self._encode(chat, add_generation_prompt=False)
+        body.release()
         start, end = last_answer(prompt.supervised)
         if (answer_tokens := end - start - 1) > self.limits.max_tokens:  # without the end token
             message = f"The answer is too long: {answer_tokens} tokens. "
             message += f"This server generates at most {self.limits.max_tokens} tokens per request."
             raise ApiError(400, message, "messages")
-        span = (request.messages[-1].text, request.start, request.end)
-        call = Call(lambda pipeline: self._attention(pipeline, prompt, *span, request.layer))
-        self._engine.submit(call)
-        return await asyncio.wrap_future(call.future)
+        span = (chat.messages[-1].text, chat.start, chat.end)
+        return Call(lambda pipeline: self._attention(pipeline, prompt, *span, layer))
+
+    async def _parse(self, parse: Callable[[bytearray, Limits], Parsed], body: Body) -> Parsed:
+        threads = self._texts if len(body) <= SMALL_BODY else self._large_bodies
+        return await _run_in(threads, parse, body.take(), self.limits)
 
     async def _encode(self, chat: Chat, add_generation_prompt: bool = True) -> Prompt:
         images = await self._read(chat.image_urls)
         messages = [message.for_processor() for message in chat.messages]
         try:
-            prompt = await self._in_thread(self._engine.encode, messages, images, add_generation_prompt)
+            prompt = await _run_in(self._texts, self._engine.encode, messages, images, add_generation_prompt)
         except ChatTemplateError as error:
             raise ApiError(400, f"Invalid messages: {error}.", "messages") from error
         context = self._engine.pipeline.context_length
@@ -218,8 +246,9 @@ class _Api:
             raise context_length_exceeded(context, len(prompt))
         return prompt
 
-    async def _read(self, urls: Any) -> list[EncodedImage]:
-        return await self._in_thread(self._images.read, await self._images.fetch(urls))
+    async def _read(self, urls: Iterable[tuple[str, str]]) -> list[EncodedImage]:
+        sources = await self._images.fetch(urls)
+        return await _run_in(self._image_files, self._images.read, sources) if sources else []
 
     def _sampling_params(self, chat: ChatCompletionRequest, prompt_tokens: int) -> SamplingParams:
         context = self._engine.pipeline.context_length
@@ -235,8 +264,9 @@ class _Api:
             stop=tuple(chat.stop or ()),
         )
 
-    async def _in_thread(self, task: Callable[..., Result], *arguments: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, task, *arguments)
+
+async def _run_in(threads: ThreadPoolExecutor, task: Callable[..., Result], *arguments: object) -> Result:
+    return await asyncio.get_running_loop().run_in_executor(threads, task, *arguments)
 
 
 async def _stream(
@@ -257,7 +287,7 @@ async def _stream(
 class _Endpoint:
     """ASGI application around a handler: one slot, a bounded body, a time limit, errors as JSON.
 
-    A client that disconnects cancels its request at any moment.
+    A client's disconnect cancels its request at any time.
     """
 
     def __init__(self, api: _Api, handler: Handler) -> None:
@@ -266,14 +296,14 @@ class _Endpoint:
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._api.slot():
+        with self._api.slot() as body:
             try:
-                body = await self._read_body(HttpRequest(scope, receive))
+                await body.read(HttpRequest(scope, receive))
             except ClientDisconnect:
                 return
             await _unless_disconnected(self._respond(body, scope, receive, send), receive)
 
-    async def _respond(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, body: Body, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the handler's result or error; an error within a stream becomes its last event."""
         stream = EventStream(send)
         try:
@@ -289,29 +319,6 @@ class _Endpoint:
                 async with asyncio.timeout(_LAST_EVENT_SECONDS):
                     await stream.send(known.body, last=True)
 
-    async def _read_body(self, request: HttpRequest) -> bytes:
-        """Read a JSON body; raise 408, 413 or 415 as soon as it is too slow, too large or of another type."""
-        # Browsers send JSON to other sites only after a preflight request, which this server does not grant.
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "Unsupported content type. Send JSON as Content-Type: application/json.")
-        limit, seconds = self._limits.max_request_bytes, self._limits.max_body_seconds
-        too_large = ApiError(
-            413, f"Request body too large: the maximum is {limit:,} bytes.", code="request_too_large"
-        )
-        if int(request.headers.get("content-length", 0)) > limit:
-            raise too_large
-        body = bytearray()
-        try:
-            async with asyncio.timeout(seconds):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > limit:
-                        raise too_large
-        except TimeoutError as error:
-            message = f"The request body did not arrive within {seconds:g} s."
-            raise ApiError(408, message, code="timeout") from error
-        return bytes(body)
-
     def _as_api_error(self, error: Exception) -> ApiError:
         if isinstance(error, ApiError):
             return error
@@ -324,7 +331,7 @@ class _Endpoint:
 
 
 async def _unless_disconnected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Respond with `work`, raising its exceptions; cancel it when the client disconnects after its body."""
+    """Run `work`, raising its exceptions; cancel it if the client disconnects after its body."""
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -365,13 +372,13 @@ class _CountRequests:
             await self._app(scope, receive, record_status)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
-            if scope["path"].startswith(_MODELS):  # one label, whatever names clients request
+            if scope["path"].startswith(_MODELS):  # one label for all names that clients request
                 path = f"{_MODELS}{{name}}"
             self._metrics.count_request(path, status)
 
 
 class _ProtectApi:
-    """Middleware that refuses API requests without a key, and those that a page of another site made."""
+    """Middleware that rejects API requests without a valid key or from pages of other sites."""
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
         self._app = app
@@ -395,7 +402,7 @@ class _ProtectApi:
 
 
 def _is_cross_site(headers: Headers) -> bool:
-    """Whether a browser says that another site's page made a request. Other clients send neither header."""
+    """Return whether browser headers show a request from another site's page; other clients send none."""
     if site := headers.get("sec-fetch-site"):
         return site not in ("same-origin", "none")
     origin = headers.get("origin")  # from browsers without Sec-Fetch-Site, and over plain HTTP

@@ -1,4 +1,4 @@
-"""Generation for concurrent requests: a queue, batches, and each answer's text as it grows."""
+"""Batched generation for concurrent requests: queue, batches, sampling and streamed text."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Request:
     """A prompt to answer, created in the event loop that reads the answer.
 
     Attributes:
-        cancelled: Whether the client is gone. Set by the engine.
+        cancelled: Whether the client has disconnected. Set by the engine.
     """
 
     def __init__(self, prompt: Prompt, params: SamplingParams) -> None:
@@ -104,7 +104,7 @@ class Request:
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def events(self) -> AsyncIterator[str | Finish]:
-        """Yield the pieces of the answer, then its finish. Raises whatever made generation fail."""
+        """Yield the text pieces of the answer, then its finish; raise the error of a failed generation."""
         while True:
             event = await self._events.get()
             if isinstance(event, Exception):
@@ -133,9 +133,9 @@ class Engine:
     """One thread that owns the model and serves queued requests in order of arrival, in batches.
 
     Args:
-        pipeline: Model and tokenizer are the engine's own from now on; the image processor is anybody's.
+        pipeline: Pipeline whose model and tokenizer only the engine uses; its image processor may be shared.
         max_batch: Maximum requests per batch.
-        max_batch_tokens: Maximum of rows * (longest prompt + longest answer) in a batch of several.
+        max_batch_tokens: Maximum rows * (longest prompt + longest answer) per batch of several requests.
     """
 
     def __init__(self, pipeline: GenerationPipeline, max_batch: int, max_batch_tokens: int) -> None:
@@ -180,13 +180,13 @@ class Engine:
         return Prompt(chat.input_ids, chat.supervised, tuple(images))
 
     def submit(self, item: Request | Call[Any]) -> None:
-        """Queue a request, or a call, which runs by itself between two batches."""
+        """Queue a request, or a call, which runs alone between two batches."""
         with self._changed:
             self._queue.append(item)
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
-        """Drop an unfinished request: at once while it is queued, at its next token while it runs."""
+        """Drop an unfinished request: at once if it is queued, at its next token if it is running."""
         with self._changed:
             request.cancelled = True
             if request in self._queue:
@@ -238,7 +238,7 @@ class Engine:
             return batch
 
     def _fits(self, batch: list[Request]) -> bool:
-        """Whether requests fit in one batch: every row is padded to the longest prompt and answer."""
+        """Return whether requests fit in one batch: each row is padded to the longest prompt and answer."""
         length = max(len(r.prompt) for r in batch) + max(r.params.max_tokens for r in batch)
         small = len(batch) <= self._max_batch and len(batch) * length <= self._max_batch_tokens
         return len(batch) == 1 or (small and length <= (self.pipeline.context_length or length))
@@ -248,7 +248,7 @@ class Engine:
 
 
 def generate_batch(pipeline: GenerationPipeline, tokenizer: Any, requests: Sequence[Request]) -> None:
-    """Answer requests in one batch, sending each its text as it grows and its finish when it ends.
+    """Generate the answers of one batch; send each request its text pieces and its finish.
 
     Args:
         tokenizer: Tokenizer for decoding; no other thread may use it.
@@ -281,7 +281,7 @@ def merge_prompts(prompts: Sequence[Prompt], pad_id: int) -> dict[str, Tensor]:
 
 
 class _Output:
-    """Answer to one request while it is generated."""
+    """Answer in progress to one request."""
 
     def __init__(
         self, request: Request, tokenizer: Any, eos_token_ids: Sequence[int], hold_finish: bool = False
@@ -295,7 +295,7 @@ class _Output:
         self._reason: FinishReason | None = None
 
     def append(self, token: int) -> bool:
-        """Take the next token; return whether the answer is complete."""
+        """Append the next token; return whether the answer is complete."""
         if self.done:
             return True
         self._tokens += 1
@@ -330,7 +330,7 @@ class _Output:
 
 
 class _OutputListener(StoppingCriteria):
-    """Passes each new token to its output and reports which rows are done."""
+    """Stopping criterion that passes each new token to its output and reports which rows are done."""
 
     def __init__(self, outputs: Sequence[_Output]) -> None:
         self._outputs = outputs
@@ -342,10 +342,10 @@ class _OutputListener(StoppingCriteria):
 
 
 class RowSampler(LogitsProcessor):
-    """Samples each row with its own parameters, under greedy search.
+    """Logits processor that samples each row with its own parameters, under greedy search.
 
     The argmax of logits plus Gumbel noise is a sample of their softmax (Gumbel 1954). Each row draws its
-    noise from its own generator, so a seed gives the same answer whatever else is in the batch.
+    noise from its own generator, so a seed gives the same answer regardless of the rest of the batch.
     """
 
     def __init__(self, params: Sequence[SamplingParams], device: torch.device) -> None:
@@ -373,7 +373,7 @@ def _generator(seed: int | None, device: torch.device) -> torch.Generator:
 
 
 class IncrementalDetokenizer:
-    """Turns tokens into text that later tokens cannot change.
+    """Converter of streamed tokens into text that later tokens cannot change.
 
     The pieces concatenate to the decoded answer, stripped of surrounding white space, up to the first
     complete stop string. Leading white space is not part of the answer, so no stop string starts there.

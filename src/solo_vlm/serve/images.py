@@ -1,7 +1,7 @@
-"""Images of requests: from data URLs, and from the public web where allowed; never from a file.
+"""Images in requests: from data URLs, and from the public web where allowed; never from local files.
 
-Addresses are checked where the connection is made, on the very address that is connected to. So no spelling
-of an address, no DNS answer, no later DNS answer and no redirect leads to a private network.
+Addresses are checked at connection time, on the resolved address that the socket connects to. So no spelling
+of an address, DNS rebinding or redirect leads to a private network.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def describe_image(image: EncodedImage) -> dict[str, Any]:
 
 
 class ImageReader:
-    """Reads the images of requests, within limits. Thread-safe.
+    """Reader of images in requests, within limits. Thread-safe.
 
-    Encoded images are cached by their content, least recently used first out, so an image that was shown is
-    not encoded again for an answer about it.
+    Encoded images are kept in an LRU cache by content, so an image that the page has shown is not encoded
+    again for an answer about it.
     """
 
     def __init__(self, image_processor: SoloImageProcessor, limits: Limits) -> None:
@@ -82,14 +82,14 @@ class ImageReader:
         self._lock = Lock()
 
     async def fetch(self, urls: Iterable[tuple[str, str]]) -> list[Source]:
-        """Download the images that are given by http(s) URLs; pass data URLs through.
+        """Download images with http(s) URLs; return data URLs unchanged.
 
         Args:
             urls: Each image's place in the request, and its URL.
 
         Raises:
-            ApiError: 400, for an unsupported or forbidden URL, or too many bytes: all downloads together may
-                be as large as a request.
+            ApiError: 400, for an unsupported or forbidden URL, or if all downloads together exceed the size
+                limit of a request.
         """
         sources: list[Source] = []
         bytes_left = self._limits.max_request_bytes
@@ -186,8 +186,8 @@ async def fetch_image(url: str, param: str, max_bytes: int, max_seconds: float) 
         max_seconds: Time limit in seconds, redirects included.
 
     Raises:
-        ApiError: 400. A forbidden address and one where nothing answers give the same error, so that clients
-            cannot map a private network.
+        ApiError: 400. Forbidden and unreachable addresses give the same error, so clients cannot map a
+            private network.
     """
     try:
         async with (
@@ -211,7 +211,7 @@ async def fetch_image(url: str, param: str, max_bytes: int, max_seconds: float) 
     except TimeoutError as error:
         raise _fetch_failed(param, f"timed out after {max_seconds:g} s") from error
     except (aiohttp.ClientError, ValueError, OSError) as error:
-        raise _fetch_failed(param, "nothing answers at a public address") from error
+        raise _fetch_failed(param, "no public address responded") from error
 
 
 def _public_socket(address: AddrInfoType) -> socket.socket:

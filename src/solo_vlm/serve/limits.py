@@ -1,4 +1,4 @@
-"""Limits of the server, and their options on the command line. Loads nothing heavy."""
+"""Server limits and their command-line options, without heavy imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Limits:
     ] = 64
     max_batch: Annotated[int, Option(min=1, help="Maximum requests generated together.")] = 8
     max_batch_tokens: Annotated[
-        int, Option(min=1, help="Maximum tokens of a batch of several, padding and answers included.")
+        int, Option(min=1, help="Maximum tokens per batch of several requests, with padding and answers.")
     ] = 32_768
     max_tokens: Annotated[int, Option(min=1, help="Maximum tokens per answer.")] = 1024
     max_text_chars: Annotated[int, Option(min=1, help="Maximum characters of text per request.")] = 200_000
@@ -30,6 +30,12 @@ class Limits:
         int, Option(min=1, help="Maximum width * height, summed over a request's images.")
     ] = 50_000_000
     max_request_bytes: Annotated[int, Option(min=1, help="Maximum bytes per request body.")] = 32 * 2**20
+    max_pending_bytes: Annotated[
+        int, Option(min=1, help="Maximum bytes of all large bodies being read or prepared; more get 429.")
+    ] = 256 * 2**20
+    max_values: Annotated[
+        int, Option(min=1, help="Maximum JSON values (strings, numbers, lists, objects) per request.")
+    ] = 10_000
     max_seconds: Annotated[float, Option(min=0.1, help="Time limit per request, once its body is read.")] = (
         300.0
     )
@@ -41,7 +47,7 @@ class Limits:
         float, Option(min=0, help="Time limit for in-flight requests at shutdown.")
     ] = 30.0
     max_cached_image_bytes: Annotated[
-        int, Option(min=0, help="Memory for encoded images in bytes; 0 encodes every image anew.")
+        int, Option(min=0, help="Memory for encoded images in bytes; 0 disables the cache.")
     ] = 128 * 2**20
     allow_image_urls: Annotated[
         bool, Option("--allow-image-urls", help="Download images from public http(s) addresses.")

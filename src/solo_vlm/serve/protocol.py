@@ -1,4 +1,4 @@
-"""OpenAI's chat API as far as a SOLO model can follow it: requests, responses and errors."""
+"""The part of OpenAI's chat API that SOLO models support: requests, responses and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _IGNORED = frozenset(
     }
 )
 
-# Parameters that change the answer, with the values that leave it as it is. Any other value and any unknown
+# Parameters that change the answer, with the values that leave it unchanged. Any other value and any unknown
 # field is an error: an answer that silently ignores part of the request is worse than none.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("n", "best_of", "repetition_penalty", "length_penalty"), (1,)),
@@ -78,19 +78,22 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The error in OpenAI's form."""
+        """Error in OpenAI's format."""
         kind = _ERROR_TYPES.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
-        message = str(self)
-        if len(message) > _MAX_ERROR_CHARS:
-            message = f"{message[: _MAX_ERROR_CHARS // 2]}...{message[-_MAX_ERROR_CHARS // 2 :]}"
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        message, param = _shorten(str(self)), self.param and _shorten(self.param)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
 
-def model_not_found(requested: str | None, served: str) -> ApiError:
+def _shorten(text: str) -> str:
+    half = _MAX_ERROR_CHARS // 2
+    return text if len(text) <= _MAX_ERROR_CHARS else f"{text[:half]}...{text[-half:]}"
+
+
+def model_not_found(requested: str, served: str) -> ApiError:
     """Return the error for a model other than the served one."""
-    message = f"The model {requested!r} does not exist. This server has {served!r}."
+    message = f"The model {_shorten(requested)!r} does not exist. This server has {served!r}."
     return ApiError(404, message, "model", "model_not_found")
 
 
@@ -137,7 +140,9 @@ class ChatMessage(_Part):
     """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(min_length=1)
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(
+        min_length=1, fail_fast=True
+    )
     tool_calls: list[Any] | None = Field(None, max_length=0)
     function_call: None = None
     audio: None = None
@@ -158,7 +163,7 @@ class ChatMessage(_Part):
         return any(isinstance(part, ImagePart) for part in self.content)
 
     def for_processor(self) -> Message:
-        """Return the message as the processor takes it; its images are passed separately."""
+        """Return the message in the processor's format; its images are passed separately."""
         role = "system" if self.role == "developer" else self.role
         parts = [
             {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
@@ -168,17 +173,26 @@ class ChatMessage(_Part):
 
 
 class StreamOptions(_Part):
-    """Whether token counts follow a stream."""
+    """Options of a stream: whether token counts follow it."""
 
     include_usage: bool | None = None
 
 
-class Chat(BaseModel):
+class _Body(BaseModel):
+    """A request body. `parse_body` refuses the fields that it neither has nor ignores."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def ignores(cls, name: str, value: Any) -> bool:
+        """Return whether a field that the body does not have may be there."""
+        return False
+
+
+class Chat(_Body):
     """Messages of a request."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
 
     @property
     def image_urls(self) -> Iterator[tuple[str, str]]:
@@ -191,8 +205,6 @@ class Chat(BaseModel):
 
 class ChatCompletionRequest(Chat):
     """Body of POST /v1/chat/completions. Fields that do not affect the answer are ignored."""
-
-    model_config = ConfigDict(extra="allow")  # `parse_chat_completion` refuses the unsupported ones
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -209,16 +221,19 @@ class ChatCompletionRequest(Chat):
     def _as_list(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
 
+    @classmethod
+    def ignores(cls, name: str, value: Any) -> bool:
+        """Return whether a field does not affect the answer, or not with this value."""
+        return name in _IGNORED or value is None or value in _NEUTRAL.get(name, ())
+
     @property
     def requested_tokens(self) -> int | None:
         """Maximum answer length, if the request sets one."""
         return self.max_completion_tokens or self.max_tokens
 
 
-class ImageRequest(BaseModel):
+class ImageRequest(_Body):
     """Body of POST /api/image."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     image_url: ImageUrl
 
@@ -236,14 +251,14 @@ class AttentionRequest(Chat):
     layer: int | None = Field(None, ge=0)
 
 
-_Body = TypeVar("_Body", bound=BaseModel)
+Parsed = TypeVar("Parsed", bound=_Body)
 
 
-def parse_body(model: type[_Body], body: bytes, limits: Limits) -> _Body:
+def parse_body(model: type[Parsed], body: bytes | bytearray, limits: Limits) -> Parsed:
     """Parse and validate a request body.
 
     Raises:
-        ApiError: 400, naming the part that is wrong.
+        ApiError: 400, naming the first part that is wrong or unsupported.
     """
     try:
         raw = from_json(body, allow_inf_nan=False)
@@ -251,6 +266,11 @@ def parse_body(model: type[_Body], body: bytes, limits: Limits) -> _Body:
         raise ApiError(400, f"Invalid JSON in the request body: {error}.", code="invalid_json") from error
     if not isinstance(raw, dict):
         raise ApiError(400, "The request body must be a JSON object.", code="invalid_json")
+    for name, value in raw.items():
+        if name not in model.model_fields and not model.ignores(name, value):
+            name = _shorten(name)
+            message = f"Unsupported parameter: '{name}' is not supported by this server."
+            raise ApiError(400, message, name, "unsupported_parameter")
     messages = raw.get("messages")
     if isinstance(messages, list):  # before each one is validated
         _check_maximum("messages", len(messages), limits.max_messages)
@@ -260,18 +280,13 @@ def parse_body(model: type[_Body], body: bytes, limits: Limits) -> _Body:
         raise _explain(error) from error
 
 
-def parse_chat_completion(body: bytes, limits: Limits) -> ChatCompletionRequest:
+def parse_chat_completion(body: bytes | bytearray, limits: Limits) -> ChatCompletionRequest:
     """Parse a chat completion request.
 
     Raises:
         ApiError: 400, naming the part that is wrong, unsupported, or over a limit.
     """
     request = parse_body(ChatCompletionRequest, body, limits)
-    for name, value in (request.model_extra or {}).items():
-        if name not in _IGNORED and value is not None and value not in _NEUTRAL.get(name, ()):
-            shown = name if len(name) <= 100 else f"{name[:100]}..."
-            message = f"Unsupported parameter: '{shown}' is not supported by this server."
-            raise ApiError(400, message, shown, "unsupported_parameter")
     if request.stream_options and not request.stream:
         message = "'stream_options' is only allowed when 'stream' is true."
         raise ApiError(400, message, "stream_options")
@@ -286,7 +301,7 @@ def parse_chat_completion(body: bytes, limits: Limits) -> ChatCompletionRequest:
     return request
 
 
-def parse_attention(body: bytes, limits: Limits) -> AttentionRequest:
+def parse_attention(body: bytes | bytearray, limits: Limits) -> AttentionRequest:
     """Parse an attention request.
 
     Raises:
@@ -314,9 +329,9 @@ def _check_chat(messages: Sequence[ChatMessage], limits: Limits) -> None:
         if message.role != "user" and message.has_images:
             raise ApiError(400, "Only messages with the role 'user' may have images.", f"{where}.content")
     parts = [part for message in messages for part in message.content]
-    images = sum(isinstance(part, ImagePart) for part in parts)
-    _check_maximum("images", images, limits.max_images)
-    _check_maximum("characters", sum(len(message.text) for message in messages), limits.max_text_chars)
+    texts = [len(part.text) for part in parts if isinstance(part, TextPart)]
+    _check_maximum("images", len(parts) - len(texts), limits.max_images)
+    _check_maximum("characters", sum(texts), limits.max_text_chars)
 
 
 def _check_maximum(what: str, count: int, maximum: int) -> None:
@@ -339,7 +354,7 @@ def _explain(error: ValidationError) -> ApiError:
 
 
 class ChatCompletion:
-    """Builds the response to one request: a whole object, or the chunks of a stream."""
+    """Response to one request: a whole object, or the chunks of a stream."""
 
     def __init__(self, model: str, prompt_tokens: int) -> None:
         self._model = model
@@ -389,7 +404,7 @@ class EventStream:
         self._send = send
 
     async def send(self, value: dict[str, Any] | str, last: bool = False) -> None:
-        """Send one event: an object as JSON, or text as it is."""
+        """Send one event: an object as JSON, or text unchanged."""
         if not self.begun:
             self.begun = True
             await self._send({"type": "http.response.start", "status": 200, "headers": list(self._HEADERS)})

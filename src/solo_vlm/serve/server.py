@@ -1,4 +1,4 @@
-"""The server's socket and its life: from binding the address to a graceful shutdown."""
+"""Server lifecycle, from binding the address to graceful shutdown."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def serve_model(
         host: Name or address to listen on.
         port: Port to listen on; 0 picks a free one.
         limits: Limits on each request and on all together.
-        api_keys: Keys of which API requests must send one; empty if none is required.
-        on_ready: Callback for the server's URL.
+        api_keys: Accepted API keys; empty if none is required.
+        on_ready: Called with the server's URL once it accepts connections.
 
     Raises:
         SoloError: The address is not available, or the model cannot be loaded.
@@ -78,7 +78,7 @@ class Address:
 
 @contextmanager
 def bind(host: str, port: int) -> Iterator[Address]:
-    """Bind an address, so that a conflict shows before a model is loaded.
+    """Bind an address early, so that a conflict is reported before a model is loaded.
 
     Args:
         host: Name or address; 0.0.0.0 and :: stand for all interfaces.
@@ -109,7 +109,7 @@ def _advise(host: str, port: int) -> Iterator[None]:
 
 @contextmanager
 def _signals_only_for_uvicorn() -> Iterator[None]:
-    """Ignore the signal that uvicorn raises again once it has stopped: it would kill a finished process."""
+    """Ignore the signal that uvicorn raises again after its shutdown, which would kill the process."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:

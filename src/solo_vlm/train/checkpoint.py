@@ -1,4 +1,4 @@
-"""Sharded, asynchronous checkpoints of a run, and export to a folder of transformers."""
+"""Sharded, asynchronous checkpoints of a run, and export to a model folder for transformers."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class TrainState:
     """Progress of a run.
 
     Attributes:
-        step: optimizer steps done, including skipped ones.
-        total_steps: optimizer steps of the whole run.
-        tokens: tokens processed, including padding.
-        skipped_steps: steps skipped for a non-finite loss or gradient.
-        data: merged state of the data loaders of all ranks.
+        step: Optimizer steps done, including skipped ones.
+        total_steps: Optimizer steps of the whole run.
+        tokens: Tokens processed, including padding.
+        skipped_steps: Steps skipped for a non-finite loss or gradient.
+        data: Merged state of the data loaders of all ranks.
     """
 
     step: int = 0
@@ -69,14 +69,14 @@ class TrainState:
 
 
 class Checkpointer:
-    """Saves checkpoints as folders `step-NNNNNNNN` of torch's distributed checkpoints.
+    """Writer of checkpoints, as folders `step-NNNNNNNN` in torch's distributed format.
 
     They hold the trainable parameters, the optimizer's moments, `training_state.json`, and the checksums of
     all files. No RNG state is needed, because each step reseeds. Any number of processes can load them.
 
     Args:
-        keep: number of newest checkpoints to keep.
-        asynchronous: whether `save` returns before the files are written.
+        keep: Number of newest checkpoints to keep.
+        asynchronous: Whether `save` returns before the files are written.
     """
 
     def __init__(self, folder: Path, keep: int, asynchronous: bool, context: DistributedContext) -> None:
@@ -84,7 +84,7 @@ class Checkpointer:
         self._keep = keep
         self._asynchronous = asynchronous
         self._context = context
-        # A group of its own, because a background thread communicates.
+        # A separate group, because a background thread communicates.
         self._group = None if context.mesh is None else dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
         self._finalizer = ThreadPoolExecutor(1, "checkpoint-finalizer")
         self._pending: Future[Any] | None = None
@@ -173,7 +173,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """Load the trainable parameters, and the optimizer's moments, in place.
 
     Raises:
-        SoloError: a file is missing, damaged or not the checkpoint's, or the tensors do not fit the model.
+        SoloError: A file is missing, damaged or not the checkpoint's, or the tensors do not fit the model.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if damage := find_damage(path, rank, ranks):
@@ -190,7 +190,7 @@ def find_damage(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """Compare the files of a checkpoint with its checksums.
 
     Args:
-        rank: number of this process among `ranks`, which divide the files to read among them.
+        rank: Number of this process among `ranks`, which divide the files to read among them.
 
     Returns:
         Description of the first damage, with the name of the file; None if there is none.
@@ -243,15 +243,15 @@ def export_model(
 
 
 def export_checkpoint(run: Path, out: Path, step: int | None = None) -> int:
-    """Save a checkpoint of a finished or unfinished run as a folder for `from_pretrained`; return its step.
+    """Export a checkpoint of a finished or unfinished run for `from_pretrained`; return its step.
 
     Args:
-        run: output directory of the run; its `recipe.yaml` names the base model.
-        out: folder to write.
-        step: step of the checkpoint; default: the newest.
+        run: Output directory of the run; its `recipe.yaml` names the base model.
+        out: Folder to write.
+        step: Step of the checkpoint; default: the newest.
 
     Raises:
-        SoloError: there is no such checkpoint, or the base model is missing.
+        SoloError: There is no such checkpoint, or the base model is missing.
     """
     if not (run / "recipe.yaml").is_file():
         raise SoloError(f"{run} is not the output directory of a run: it has no recipe.yaml")

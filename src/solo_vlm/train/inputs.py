@@ -12,7 +12,7 @@ from solo_vlm.utils.files import write_text
 
 _INPUTS_FILE = "inputs.json"
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".bin", ".gguf")
-# Large files are hashed by evenly spaced blocks: further training changes weights everywhere.
+# Large files are hashed by evenly spaced blocks: more training changes weights everywhere.
 _BLOCK_SIZE, _BLOCKS = 1 << 16, 256
 
 
@@ -43,10 +43,10 @@ def check_inputs(out: Path, inputs: dict[str, str], prefix: str = "") -> None:
     """Compare fingerprints with those written when the run in `out` started, if any were.
 
     Args:
-        prefix: compare only names that start with it.
+        prefix: Compare only names that start with it.
 
     Raises:
-        SoloError: a file was changed, added or removed.
+        SoloError: A file was changed, added or removed.
     """
     saved = out / _INPUTS_FILE
     if not saved.is_file():

@@ -38,7 +38,7 @@ _SAVED_OPERATORS = {
 def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[PreTrainedModel, Any]:
     """Load a SOLO model and its processor, or a plain LLM and its tokenizer.
 
-    Weights are in float32, or in 4 bits if the recipe asks for it.
+    Weights are in float32, or in 4 bits if the recipe quantizes them.
     """
     encoder = load_encoder(path)
     options: dict[str, Any] = {"dtype": "float32"}
@@ -106,7 +106,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings | None, new_tokens: 
     and loss see an ordinary model with fewer trainable parameters.
 
     Args:
-        new_tokens: train the rows of the vision tokens in the token embedding and in the head. They are
+        new_tokens: Train the rows of the vision tokens in the token embedding and in the head. They are
             separate parameters that replace the frozen rows, so neither gradients nor weight decay can
             change other rows.
     """
@@ -130,7 +130,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings | None, new_tokens: 
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
-    """Whether `add_adapters` was called on the model."""
+    """Return whether `add_adapters` was called on the model."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 

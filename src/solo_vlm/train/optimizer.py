@@ -49,9 +49,9 @@ def learning_rate(step: int, total_steps: int, settings: OptimizerSettings) -> f
     """Return the learning rate of a step: linear warm-up, then cosine decay (SOLO paper, section 3).
 
     Args:
-        step: index of the step, from 0; the first step already has a positive rate.
-        total_steps: steps of the whole run.
-        settings: warm-up and bounds.
+        step: Index of the step, from 0; the first step already has a positive rate.
+        total_steps: Steps of the whole run.
+        settings: Warm-up and bounds.
     """
     peak, minimum = settings.learning_rate, settings.min_learning_rate
     if step < settings.warmup_steps:

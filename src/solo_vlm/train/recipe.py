@@ -16,15 +16,15 @@ class OptimizerSettings(Settings):
     """AdamW and its learning-rate schedule; the defaults are those of the paper's pre-training.
 
     Attributes:
-        learning_rate: peak learning rate, reached after warm-up.
-        patch_learning_rate: peak learning rate of the patch embedding (default: `learning_rate`). Small
+        learning_rate: Peak learning rate, reached after warm-up.
+        patch_learning_rate: Peak learning rate of the patch embedding (default: `learning_rate`). Small
             decoders need a smaller one. Its ratio to `learning_rate` is constant over the schedule.
-        min_learning_rate: learning rate at the end of the cosine decay; at most `learning_rate`.
-        warmup_steps: steps of linear warm-up.
-        weight_decay: weight decay of matrices; norms and biases are not decayed.
+        min_learning_rate: Learning rate at the end of the cosine decay; at most `learning_rate`.
+        warmup_steps: Steps of linear warm-up.
+        weight_decay: Weight decay of matrices; norms and biases are not decayed.
         betas: Adam's betas.
         eps: Adam's epsilon.
-        max_grad_norm: gradient norm above which gradients are clipped.
+        max_grad_norm: Gradient norm above which gradients are clipped.
     """
 
     learning_rate: PositiveFloat = 5e-5
@@ -49,12 +49,12 @@ class OptimizerSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Checkpoints of the run.
+    """Settings of checkpoints.
 
     Attributes:
-        save_interval: steps between checkpoints.
-        keep: number of checkpoints to keep, newest first.
-        asynchronous: write in the background while training continues, from a copy in main memory.
+        save_interval: Steps between checkpoints.
+        keep: Number of checkpoints to keep, newest first.
+        asynchronous: Whether to write in the background, from a copy in main memory.
     """
 
     save_interval: PositiveInt = 500
@@ -63,11 +63,11 @@ class CheckpointSettings(Settings):
 
 
 class ParallelSettings(Settings):
-    """Parallelism. Processes form groups of `tensor`; the data are divided among the groups (FSDP).
+    """Parallelism. Processes form groups of size `tensor`, and the data is divided among the groups (FSDP).
 
     Attributes:
-        tensor: tensor-parallel degree; 2 in the paper.
-        reshard: free the gathered weights of a layer after its forward pass and gather them again for its
+        tensor: Tensor-parallel degree; 2 in the paper.
+        reshard: Free the gathered weights of a layer after its forward pass and gather them again for its
             backward pass: less memory, more communication.
     """
 
@@ -79,10 +79,10 @@ class LoraSettings(Settings):
     """LoRA (Hu et al. 2021) in place of full fine-tuning; the patch embedding stays fully trainable.
 
     Attributes:
-        rank: rank of the adapters.
-        alpha: scale of the adapters, applied as alpha / rank.
-        dropout: dropout probability of the adapters' inputs.
-        targets: names of the linear layers to adapt; default: all linear layers of the decoder.
+        rank: Rank of the adapters.
+        alpha: Scale of the adapters, applied as alpha / rank.
+        dropout: Dropout probability of the adapters' inputs.
+        targets: Names of the linear layers to adapt; default: all linear layers of the decoder.
     """
 
     rank: PositiveInt = 16
@@ -92,12 +92,12 @@ class LoraSettings(Settings):
 
 
 class ValidationSettings(Settings):
-    """Loss on held-out data.
+    """Settings of the loss on held-out data.
 
     Attributes:
-        sources: held-out sources, given as in `data.sources`.
-        interval: steps between evaluations.
-        sequences: packed sequences to evaluate, the same ones each time.
+        sources: Held-out sources, given as in `data.sources`.
+        interval: Steps between evaluations.
+        sequences: Packed sequences to evaluate, the same ones each time.
     """
 
     sources: list[SourceSettings] = Field(min_length=1)
@@ -109,30 +109,30 @@ class Recipe(Settings):
     """One stage of training: a model, data, and how to train on them.
 
     Attributes:
-        root: folder that relative paths refer to.
-        model: folder or hub id of the model to start from: a SOLO model, or a plain LLM to train on text.
-        out: output directory of the run; the trained model is saved as `out/model`.
-        data: sources and packing.
-        steps: optimizer steps; null: until the data end (`data.epochs`), with the number for the
+        root: Folder that relative paths refer to.
+        model: Folder or hub ID of the model to start from: a SOLO model, or a plain LLM to train on text.
+        out: Output directory of the run; the trained model is saved as `out/model`.
+        data: Sources and packing.
+        steps: Optimizer steps; null: until the data end (`data.epochs`), with the number for the
             learning-rate schedule estimated.
-        global_batch: packed sequences per step over all processes.
+        global_batch: Packed sequences per step over all processes.
         precision: "bf16" computes in bfloat16 with float32 weights, "fp32" computes in float32.
-        optimizer: optimizer and learning-rate schedule.
+        optimizer: Optimizer and learning-rate schedule.
         trainable: "all" parameters, the "patch_embedding" alone, or the "new_tokens" (the patch embedding
             and the rows of the vision tokens).
-        lora: train low-rank adapters instead of the decoder's weights.
-        quantize: keep the frozen decoder under the adapters in 4 bits ("nf4": QLoRA, Dettmers et al. 2023).
-        activation_checkpointing: activations recomputed in the backward pass: "none"; "selective", all but
+        lora: Train low-rank adapters instead of the decoder's weights.
+        quantize: Keep the frozen decoder under the adapters in 4 bits ("nf4": QLoRA, Dettmers et al. 2023).
+        activation_checkpointing: Activations recomputed in the backward pass: "none"; "selective", all but
             the results of matrix products and attention; "full", whole layers.
-        compile: compile the decoder's layers with torch.compile.
-        float8: compute matrix products in float8, on hardware that supports it.
-        parallel: tensor and data parallelism.
-        validation: held-out data, if any.
-        checkpoint: when checkpoints are saved, and how many are kept.
-        log_interval: steps between lines of metrics.
-        trackers: where metrics are logged in addition to `metrics.jsonl`.
-        max_nonfinite: consecutive steps that may be skipped for a non-finite loss or gradient.
-        seed: seed of everything random except the data order (`data.seed`).
+        compile: Compile the decoder's layers with torch.compile.
+        float8: Compute matrix products in float8, on hardware that supports it.
+        parallel: Tensor and data parallelism.
+        validation: Held-out data, if any.
+        checkpoint: Checkpoint intervals and retention.
+        log_interval: Steps between lines of metrics.
+        trackers: Destinations of metrics in addition to `metrics.jsonl`.
+        max_nonfinite: Consecutive steps that may be skipped for a non-finite loss or gradient.
+        seed: Seed of everything random except the data order (`data.seed`).
     """
 
     root: str = "."
@@ -159,12 +159,12 @@ class Recipe(Settings):
 
     @property
     def mixture(self) -> Mixture:
-        """Training data, with the model that reads them."""
+        """Training data, with the model that reads it."""
         return Mixture(root=self.root, model=self.model, data=self.data)
 
     @property
     def validation_mixture(self) -> Mixture | None:
-        """Held-out data as a single stream, so that they are the same for any number of processes."""
+        """Held-out data as a single stream, so that it is the same for any number of processes."""
         if self.validation is None:
             return None
         changes = {"sources": self.validation.sources, "epochs": 1, "streams": 1, "workers": 0}

@@ -59,8 +59,8 @@ class TrainResult:
     """Result of `train`.
 
     Attributes:
-        model: folder of the trained model.
-        metrics: summary of the run: steps, tokens, seconds, counts of samples by skip reason.
+        model: Folder of the trained model.
+        metrics: Summary of the run: steps, tokens, seconds, counts of samples by skip reason.
     """
 
     model: Path
@@ -75,11 +75,11 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     uninterrupted run bit for bit.
 
     Args:
-        resume: fail unless there is a checkpoint to resume from.
-        progress: progress display; default: a new one on stderr.
+        resume: Fail unless there is a checkpoint to resume from.
+        progress: Progress display; default: a new one on stderr.
 
     Raises:
-        SoloError: model or data cannot be read, the output directory belongs to another run, there is nothing
+        SoloError: Model or data cannot be read, the output directory belongs to another run, there is nothing
             to resume, the recipe cannot be divided among the processes, or losses are no longer finite.
         Stopped: SIGTERM or SIGINT was received, and the run is saved.
     """
@@ -178,7 +178,7 @@ class Trainer:
         return TrainResult(model, summary)
 
     def train_step(self) -> bool:
-        """Run one optimizer step; return False if the data have ended before it."""
+        """Run one optimizer step; return False if the data has ended before it."""
         recipe, context, state = self.recipe, self.context, self.state
 
         # This rank's packed sequences of the global batch, and token counts over all ranks.
@@ -282,7 +282,7 @@ class Trainer:
         samples = [self.loader.names(sequence) if sequence else [] for sequence in sequences]
         is_bad = [not math.isfinite(loss) for loss in result.losses]
         bad = [name for names, flag in zip(samples, is_bad, strict=True) if flag for name in names]
-        # With finite losses the gradient is to blame, and any sample may be the cause.
+        # If all losses are finite, the gradient is not, and any sample may be the cause.
         named = list(chain.from_iterable(self.context.gather(bad))) or list(
             chain.from_iterable(self.context.gather(list(chain.from_iterable(samples))))
         )
@@ -372,10 +372,10 @@ class StepResult:
     """Result of one optimizer step.
 
     Attributes:
-        loss: mean loss over all supervised tokens of the global batch.
-        gradient_norm: global gradient norm before clipping.
-        is_finite: whether both are finite; otherwise the weights were not updated.
-        losses: contributions of this process's sequences to `loss`.
+        loss: Mean loss over all supervised tokens of the global batch.
+        gradient_norm: Global gradient norm before clipping.
+        is_finite: Whether both are finite; otherwise the weights were not updated.
+        losses: Contributions of this process's sequences to `loss`.
     """
 
     loss: float
@@ -395,9 +395,9 @@ def optimizer_step(
     """Run one optimizer step on the token-averaged loss; skip the update if loss or gradient is not finite.
 
     Args:
-        optimizer: optimizer of its trainable parameters, with the learning rate set.
-        batches: this process's packed sequences of the global batch; each gets a forward and backward pass.
-        supervised: supervised tokens of the global batch over all processes.
+        optimizer: Optimizer of its trainable parameters, with the learning rate set.
+        batches: This process's packed sequences of the global batch; each gets a forward and backward pass.
+        supervised: Supervised tokens of the global batch over all processes.
     """
     losses = forward_backward(model, batches, supervised, autocast(recipe, context))
     (loss,) = context.sum(sum(losses))

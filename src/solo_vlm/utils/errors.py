@@ -10,8 +10,8 @@ class SoloError(Exception):
     """Invalid user input; the message says what is wrong and what to do.
 
     Attributes:
-        exit_code: exit code of the command.
-        raised_by_all: whether all processes of a run raise it, so that only the first one prints it.
+        exit_code: Exit code of the command.
+        raised_by_all: Whether all processes of a run raise it, so that only the first one prints it.
     """
 
     exit_code = 2

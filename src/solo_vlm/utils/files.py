@@ -39,7 +39,7 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it to `path` on success, remove it on failure."""
+    """Yield a temporary folder next to `path`; rename it to `path` on success, remove it on failure."""
     check_new(path)
     with writing(path):
         partial = _new_partial(path)
@@ -58,7 +58,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file name beside `path`; replace `path` on success, remove the file on failure."""
+    """Yield a temporary file name next to `path`; replace `path` on success, remove the file on failure."""
     with writing(path):
         partial = _new_partial(path)
         try:
@@ -71,7 +71,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as a whole, in UTF-8."""
+    """Write a UTF-8 text file atomically."""
     with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -101,7 +101,7 @@ def explain_refusal(error: BaseException, path: Path | None = None) -> SoloError
     """Return the one-line error for an exception behind which the system refused to write; None for others.
 
     Args:
-        path: what was written; default: the file that the system names.
+        path: What was written. Default: the file that the system names.
     """
     found = next(filter(None, map(_refusal, _causes(error))), None)
     if found is None:
@@ -121,7 +121,7 @@ def lock_output_dir(out: Path) -> IO[str] | None:
     """Lock a folder against other runs until the returned file is closed; None if unsupported.
 
     Raises:
-        SoloError: another process holds the lock, or the folder is not writable.
+        SoloError: Another process holds the lock, or the folder is not writable.
     """
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def try_lock(file: IO[str] | IO[bytes]) -> bool:
     """Lock an open file against other processes until it is closed; return whether that is supported.
 
     Raises:
-        BlockingIOError: another process holds the lock.
+        BlockingIOError: Another process holds the lock.
     """
     try:
         import fcntl
@@ -171,7 +171,7 @@ def remove_partial(folder: Path, name: str = "*") -> None:
     """Remove temporary files and folders of killed processes; those of running ones stay.
 
     Args:
-        name: pattern of the final names.
+        name: Pattern of the final names.
     """
     for path in folder.glob(f"{_PREFIX}[0-9]*-{name}"):
         number = path.name.removeprefix(_PREFIX).partition("-")[0]
@@ -208,11 +208,9 @@ def _refusal(error: BaseException) -> tuple[int, str | None] | None:
         number, name = int(match[1]), None
     else:
         return None
-    return (
-        (number, os.fsdecode(name) if isinstance(name, str | bytes) else None)
-        if number in _REFUSALS
-        else None
-    )
+    if number not in _REFUSALS:
+        return None
+    return number, os.fsdecode(name) if isinstance(name, str | bytes) else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -1,4 +1,4 @@
-"""Crash-safe JSON Lines files, from which killed work resumes."""
+"""Crash-safe JSON Lines files, from which interrupted work resumes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class LinesFile:
     """Append-only JSON Lines file of one process; records survive a crash once `append` has returned.
 
     Args:
-        path: file, created if missing. A truncated last line is dropped.
+        path: File, created if missing. A truncated last line is dropped.
 
     Attributes:
-        records: records read when the file was opened.
+        records: Records read when the file was opened.
 
     Raises:
-        SoloError: the file exists and is not JSON Lines of objects, another process has it open, or it cannot
+        SoloError: The file exists and is not JSON Lines of objects, another process has it open, or it cannot
             be written.
     """
 

@@ -22,10 +22,10 @@ class Settings(BaseModel):
         """Validate plain settings.
 
         Args:
-            origin: file name for error messages.
+            origin: File name for error messages.
 
         Raises:
-            SoloError: names the invalid key, and the closest known key for an unknown one.
+            SoloError: Names the invalid key, and the closest known key for an unknown one.
         """
         try:
             return cls.model_validate(settings)
@@ -37,11 +37,11 @@ class Settings(BaseModel):
         """Read a YAML file, which may inherit from the file named by its `base` key.
 
         Args:
-            path: path, or name of a recipe of the package such as `quickstart/stage1`.
+            path: Path, or name of a recipe of the package such as `quickstart/stage1`.
             overrides: `a.b=value` each.
 
         Raises:
-            SoloError: no such file, or an invalid key or value.
+            SoloError: No such file, or an invalid key or value.
         """
         kind = cls.__name__.removesuffix("Settings").lower()
         settings = read_settings(find_settings(path, kind), kind)
@@ -124,7 +124,7 @@ def describe_changes(changes: dict[str, tuple[Any, Any]], limit: int = 3) -> str
 
 
 def _recipes() -> list[Path]:
-    """Return the folders of the package's recipes: inside an installed package, beside it in a checkout."""
+    """Return the recipe folders: inside an installed package, or next to the package in a checkout."""
     package = Path(__file__).parents[1]
     return [package / "recipes", package.parents[1] / "recipes"]
 

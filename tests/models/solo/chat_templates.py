@@ -63,14 +63,14 @@ class Family:
     """A family's special tokens and chat template, and what is right for it.
 
     Attributes:
-        template: the family's own.
-        expected: see above; of the template that takes its place, where one does.
-        eos: of the tokenizer.
-        bos: of the tokenizer.
-        tokens: other special tokens.
-        plain_tokens: other tokens that are in the vocabulary, but not special.
-        source: which template is used.
-        systems: several system messages are kept (True), or such a chat is refused (False).
+        template: The family's own.
+        expected: See above; of the template that takes its place, where one does.
+        eos: Of the tokenizer.
+        bos: Of the tokenizer.
+        tokens: Other special tokens.
+        plain_tokens: Other tokens that are in the vocabulary, but not special.
+        source: Which template is used.
+        systems: Several system messages are kept (True), or such a chat is refused (False).
     """
 
     template: str

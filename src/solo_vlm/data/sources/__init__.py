@@ -1,4 +1,4 @@
-"""Where samples come from: files that can be read shard by shard, in any order, any number of times."""
+"""Sources of samples: files read shard by shard, in any order, any number of times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from solo_vlm.utils.errors import SoloError
 
 
 class Source(Protocol):
-    """A data set, as numbered shards of rows (a parquet row group, a block of JSON lines, a tar)."""
+    """Data set of numbered shards of rows (a parquet row group, a block of JSON lines, a tar)."""
 
     name: str
 
@@ -30,14 +30,14 @@ class Source(Protocol):
         """Name file and row, for messages."""
 
     def fingerprint(self) -> str:
-        """Changes when files are added, removed or rewritten."""
+        """Return a hash that changes when files are added, removed or rewritten."""
 
 
 class SharedShards:
-    """A source whose shards are read and held once for all streams of a process that have them open.
+    """Source whose shards are read once and shared by all streams of a process that have them open.
 
     Args:
-        source: what is read.
+        source: Source to read from.
     """
 
     def __init__(self, source: Source) -> None:
@@ -49,10 +49,10 @@ class SharedShards:
         return len(self._source)
 
     def __reduce__(self) -> tuple[type[SharedShards], tuple[Source]]:
-        return SharedShards, (self._source,)  # another process holds shards of its own
+        return SharedShards, (self._source,)  # another process holds its own shards
 
     def read(self, shard: int) -> Sequence[dict[str, Any]]:
-        """All rows of a shard, the same object as long as somebody holds it."""
+        """Return all rows of a shard, the same object while any stream holds it."""
         if (rows := self._held.get(shard)) is None:
             rows = self._held[shard] = self._source.read(shard)
         return rows
@@ -62,7 +62,7 @@ class SharedShards:
         return self._source.where(shard, row)
 
     def fingerprint(self) -> str:
-        """Fingerprint of the source."""
+        """Return the fingerprint of the source."""
         return self._source.fingerprint()
 
 
@@ -82,17 +82,17 @@ def open_source(path: str | Path) -> Source:
     or -text.idx (the original SOLO code's packed data in Megatron's files).
 
     Raises:
-        SoloError: nothing is there, or the files are of no known or of several formats.
+        SoloError: There are no files, or they have an unknown format or several formats.
     """
     try:
         files = find_files(str(path), list(_FORMATS))
     except SoloError:
         raise
-    except Exception as error:  # every file system has its own for no package, no credentials, no network
+    except Exception as error:  # file systems have own errors for missing packages, credentials, network
         raise SoloError(f"cannot read {path}: {error}") from error
     if not files:
         raise SoloError(f"no data files at {path}")
-    # Megatron leaves .jsonl files with counts beside its data.
+    # Megatron writes .jsonl files with counts next to its data.
     files = [file for file in files if file.name.endswith(TEXT_INDEX)] or files
     formats = {_format(file) for file in files}
     if len(formats) > 1 or None in formats:
@@ -102,10 +102,10 @@ def open_source(path: str | Path) -> Source:
 
 
 def all_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Every row of a file, a folder of files, or a glob pattern, in file order.
+    """Yield every row of a file, a folder of files, or a glob pattern, in file order.
 
     Raises:
-        SoloError: see `open_source`; or a row is broken.
+        SoloError: A row is broken, or as for `open_source`.
     """
     source = open_source(path)
     for shard in range(len(source)):
@@ -113,11 +113,11 @@ def all_rows(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def fingerprints(sources: Sequence[Source]) -> list[tuple[str, str]]:
-    """(name, fingerprint) of each source, in order."""
+    """Return (name, fingerprint) of each source, in order."""
     return [(source.name, source.fingerprint()) for source in sources]
 
 
 def _format(file: DataFile) -> str | None:
-    """The known suffix of a file; compressed and plain JSON lines are one format."""
+    """Return the format's suffix, if it is known; compressed and plain JSON lines are one format."""
     suffix = next((suffix for suffix in _FORMATS if file.name.lower().endswith(suffix)), None)
     return ".jsonl" if suffix and suffix.startswith(".jsonl") else suffix

@@ -1,4 +1,4 @@
-"""Data files wherever fsspec reaches: local disk, S3, the hub, https. Reads are retried."""
+"""Data files on any file system of fsspec (local disk, S3, the hub, https), with retries."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ R = TypeVar("R")
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".lz4": "lz4"}
 
-_OPEN_AT_A_TIME = 16  # files whose footers or lines are looked through when a source is opened
+_OPEN_AT_A_TIME = 16  # files indexed in parallel when a source is opened
 _ATTEMPTS = 5
 _FIRST_WAIT = 0.5  # seconds, doubled each time
 _NETWORKING = ("aiohttp", "asyncio", "botocore", "httpx", "httpx2")  # not all of their errors are OSErrors
 
 
 def retried(read: Callable[P, R]) -> Callable[P, R]:
-    """Try again, with growing waits, when the disk or the network fails; then let the error through."""
+    """Retry with exponential backoff when the disk or the network fails; then raise the error."""
     return retry(
-        retry=retry_if_exception(_may_pass),
+        retry=retry_if_exception(_is_transient),
         stop=stop_after_attempt(_ATTEMPTS),
         wait=wait_exponential_jitter(multiplier=_FIRST_WAIT, max=30),
         reraise=True,
     )(read)
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether a second try can help. Broken content stays broken, a missing file missing."""
+def _is_transient(error: BaseException) -> bool:
+    """Return whether a retry can help: not if content is broken or a file is missing."""
     if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
         return False
     if isinstance(error, OSError):
-        return _of_the_system(error)
+        return _is_system_error(error)
     return type(error).__module__.partition(".")[0] in _NETWORKING
 
 
-def _of_the_system(error: OSError) -> bool:
-    """Whether disk or network failed. Broken content is an OSError of pyarrow's: a plain one, unnumbered."""
+def _is_system_error(error: OSError) -> bool:
+    """Return whether disk or network failed; pyarrow raises OSError without errno for broken content."""
     return error.errno is not None or type(error) is not OSError
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file of a source.
+    """File of a source.
 
     Attributes:
-        url: path, or URL with the protocol of a file system of fsspec (`s3://`, `hf://`, `https://`).
-        size: bytes.
+        url: Local path, or URL of a file system of fsspec (`s3://`, `hf://`, `https://`).
+        size: Size in bytes.
     """
 
     url: str
@@ -67,28 +67,28 @@ class DataFile:
 
     @property
     def name(self) -> str:
-        """Without folders."""
+        """File name without folders."""
         return self.url.rsplit("/", 1)[-1]
 
     @property
     def folder(self) -> str:
-        """What relative paths in the file count from."""
+        """Folder that relative paths in the file refer to."""
         return self.url.rpartition("/")[0]
 
     def open(self, ahead: bool = True) -> BinaryIO:
         """Open for reading; the file object can seek.
 
         Args:
-            ahead: fetch more from far away than was asked for, as is good for reading from end to end.
+            ahead: Whether to read ahead from remote files, for sequential reading.
         """
         system, path = fsspec.core.url_to_fs(self.url)
         return system.open(path, "rb", **({} if ahead else {"cache_type": "none"}))
 
     def read(self, *places: tuple[int, int]) -> list[bytes]:
-        """What stands between the (start, end) bytes of each place, and nothing more is fetched.
+        """Return the bytes of each (start, end) range, fetching nothing else.
 
         Raises:
-            SoloError: a web server cannot send parts of a file.
+            SoloError: A web server does not support range requests.
         """
         filled = [(start, end) for start, end in places if end > start]
         system, path = fsspec.core.url_to_fs(self.url)
@@ -97,22 +97,22 @@ class DataFile:
             if isinstance(part, Exception):
                 raise part
             if len(part) > end - start:
-                raise SoloError(f"{self.url}: its server cannot send parts of files; download it first")
+                raise SoloError(f"{self.url}: its server does not support range requests; download it first")
         return [parts.pop(0) if end > start else b"" for start, end in places]
 
     def read_decompressed(self) -> bytes:
-        """The whole content; .gz, .zst and .lz4 are decompressed, and one that is cut short is an error."""
+        """Return the whole content, decompressed if it is .gz, .zst or .lz4; raise if it is truncated."""
         codec = CODECS[self.name[self.name.rindex(".") :].lower()]
         with self.open() as stream, pa.CompressedInputStream(stream, codec) as plain:
             return plain.read()
 
 
 def read_url(url: str) -> bytes:
-    """The content of a file wherever fsspec reaches.
+    """Return the content of a file on any file system of fsspec.
 
     Raises:
-        ValueError, ImportError: the protocol is not known, or its package not installed.
-        OSError: there is no such file, or the network failed.
+        ValueError, ImportError: The protocol is unknown, or its package is not installed.
+        OSError: There is no such file, or the network failed.
     """
     system, path = fsspec.core.url_to_fs(url)
     return system.cat_file(path)
@@ -120,15 +120,15 @@ def read_url(url: str) -> bytes:
 
 @retried
 def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
-    """A file as it is, or what a folder or a glob pattern holds with one of these suffixes, sorted.
+    """Find the data files of a path: a single file, or those of a folder or a glob pattern, sorted.
 
     Args:
-        path: local path or URL.
-        suffixes: such as ".parquet", in any case; a single file is taken whatever its suffix.
+        path: Local path or URL.
+        suffixes: Suffixes of data files, such as ".parquet", in any case. A single file may have any suffix.
 
     Raises:
-        SoloError: a folder is named like a file, as those of Spark are, or there are data files in a folder
-            of the folder: they would be passed over.
+        SoloError: A folder is named like a data file, as Spark's are, or a subfolder contains data files,
+            which would be missed.
     """
     system, root = fsspec.core.url_to_fs(path)
     if system.isfile(root):
@@ -140,17 +140,17 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
         kinds = {
             entry["name"]: entry["type"]
             for entry in found
-            # Hidden files and folders are left alone: they may be somebody's half-written ones.
+            # Hidden files and folders may be incomplete downloads of other programs.
             if not any(part.startswith(".") for part in entry["name"][fixed:].split("/"))
         }
         names = sorted(name for name in kinds if _is_data(name, suffixes))
         if folder := next((name for name in names if kinds[name] == "directory"), None):
-            raise SoloError(f"{folder} is a folder among files: make it a source of its own, or move it away")
+            raise SoloError(f"{folder} is a folder among files: make it a separate source, or move it away")
         for folder in [name for name, kind in kinds.items() if listed and kind == "directory"]:
             if any(_is_data(name, suffixes) for name in system.ls(folder, detail=False)):
                 raise SoloError(
-                    f"{folder}, a folder in {path}, has data files, too: name all by a pattern, such as "
-                    f"{path.rstrip('/')}/**/*{suffixes[0]}, or make each folder a source of its own"
+                    f"{folder}, a folder in {path}, has data files, too: use a pattern for all, such as "
+                    f"{path.rstrip('/')}/**/*{suffixes[0]}, or make each folder a separate source"
                 )
     local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
     sizes = system.sizes(names)
@@ -165,7 +165,7 @@ def _is_data(name: str, suffixes: Sequence[str]) -> bool:
 
 
 def fingerprint(files: Sequence[DataFile]) -> str:
-    """Changes when files are added, removed, renamed or change in size."""
+    """Return a hash that changes when files are added, removed, renamed or change in size."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.size}\n".encode())
@@ -173,13 +173,13 @@ def fingerprint(files: Sequence[DataFile]) -> str:
 
 
 def read_each(read: Callable[[DataFile], R], files: Sequence[DataFile]) -> list[R]:
-    """What `read` returns for each file; several at a time, since far away files take long to answer."""
+    """Return `read` of each file, called in parallel because remote files have a high latency."""
     with ThreadPoolExecutor(_OPEN_AT_A_TIME) as pool:
         return list(pool.map(read, files))
 
 
 class BrokenShard(Sequence[Any]):
-    """Stands for a shard that cannot be read: one row, which raises what is wrong when it is asked for."""
+    """Placeholder of an unreadable shard: one row, which raises the error when it is accessed."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -194,23 +194,23 @@ class BrokenShard(Sequence[Any]):
 
 
 def broken_shard(error: Exception, where: str) -> BrokenShard:
-    """What stands for a shard whose content pyarrow could not make sense of.
+    """Return the placeholder of a shard that pyarrow cannot parse.
 
     Args:
-        error: pyarrow's; that of a failing disk or network is raised again, since the shard may be whole.
-        where: file, and place in it.
+        error: Error of pyarrow. A disk or network error is raised again, since the shard may be intact.
+        where: File and position, for the message.
     """
-    if isinstance(error, OSError) and _of_the_system(error):
+    if isinstance(error, OSError) and _is_system_error(error):
         raise error
     return BrokenShard(SampleError("broken-shard", f"{where}: {error}"))
 
 
 class ShardIndex:
-    """Where each shard lies: a file, and numbers that say where in it, in a few bytes: there can be millions.
+    """Compact index of possibly millions of shards: the file of each, and numbers that locate it there.
 
     Args:
-        files: in order.
-        find_shards: for a file (shards, numbers), such as the first and last byte of each shard.
+        files: Files in order.
+        find_shards: Function that returns (shards, numbers) of a file, such as each shard's byte range.
     """
 
     def __init__(
@@ -218,13 +218,13 @@ class ShardIndex:
     ) -> None:
         self.files = files
         shards = read_each(find_shards, files)
-        self._ends = np.cumsum([len(of_file) for of_file in shards])
+        self._ends = np.cumsum([len(numbers) for numbers in shards])
         self._numbers = np.concatenate(shards)
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __getitem__(self, shard: int) -> tuple[DataFile, list[int]]:
-        """The file of a shard, and its numbers there."""
+        """Return the file of a shard, and the numbers that locate it there."""
         file = int(np.searchsorted(self._ends, shard, side="right"))
         return self.files[file], self._numbers[shard].tolist()

@@ -19,8 +19,8 @@ _LINES_PER_SHARD = 256
 class JsonlSource:
     """Rows of .jsonl files, plain or compressed (.gz, .zst, .lz4).
 
-    Blocks of a plain file can be read alone. A compressed file can only be read from its beginning, so it is
-    one shard: split large data over many files. Relative image paths count from the folder of the file.
+    Blocks of a plain file are read independently. A compressed file can only be read from its beginning, so
+    it is one shard: split large data over many files. Relative image paths refer to the folder of the file.
     """
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
@@ -45,12 +45,12 @@ class JsonlSource:
         return f"{file.url}, block at byte {start}, row {row}"
 
     def fingerprint(self) -> str:
-        """Names and sizes of the files."""
+        """Return a hash of the files' names and sizes."""
         return fingerprint(self._shards.files)
 
 
 class _Rows(Sequence[dict[str, Any]]):
-    """Lines that are parsed when they are asked for."""
+    """Lines that are parsed when they are accessed."""
 
     def __init__(self, lines: list[bytes], folder: str) -> None:
         self._lines = lines
@@ -71,7 +71,7 @@ class _Rows(Sequence[dict[str, Any]]):
 
 @retried
 def _blocks(file: DataFile) -> NDArray[np.int64]:
-    """(blocks, 2) bytes at which blocks of whole lines start and end."""
+    """Return (blocks, 2) byte positions at which blocks of whole lines start and end."""
     if file.name.lower().endswith(tuple(CODECS)):
         return np.array([[0, file.size]])
     borders, position = [0], 0
@@ -95,8 +95,8 @@ def _read_block(file: DataFile, start: int, end: int) -> bytes:
 def as_chat_row(value: Any) -> Any:
     """Convert a row of the original SOLO data to the schema; return anything else unchanged.
 
-    The shapes: `{"messages": [turn, ...]}`, `{"id", "conversations": [turn, ...]}`, a list of turns, and one
-    turn alone. A turn has `role` and `content`: a string, or parts of text and `image_url`.
+    A row is `{"messages": [turn, ...]}`, `{"id", "conversations": [turn, ...]}`, a list of turns, or a single
+    turn. A turn has `role` and `content`: a string, or parts of text and `image_url`.
     """
     if isinstance(value, list):
         return {"messages": value}

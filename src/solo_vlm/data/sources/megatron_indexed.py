@@ -1,8 +1,8 @@
 """The packed data of the original SOLO code in Megatron's indexed files, unpacked into chats.
 
 A set is four pairs of files, PREFIX-text, -role, -vision_patch and -vision_patch_indices (.bin and .idx). An
-array is a pack: documents with a BOS of role PACK_SEP between. Patches are normalized pixels in float16,
-which tells the 256 levels apart, so that images come back exactly.
+array is a pack: documents separated by a BOS of role PACK_SEP. Patches are normalized pixels in float16,
+which distinguishes all 256 levels, so images are restored exactly.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _VISION_TOKENS = ("<vision>", "<vpatch>", "<vrow_sep>", "<vframe_sep>", "</visio
 class MegatronIndexedSource:
     """Rows of the original SOLO data; a shard is a pack, a row is one of its documents.
 
-    Texts are decoded with the `tokenizer.model` that encoded them: it must lie beside the data, or one folder
-    above. So any model can be trained on the data, and packs are made anew.
+    Texts are decoded with the `tokenizer.model` that encoded them, which must be next to the data or one
+    folder above. So any model can be trained on the data, and documents are packed again.
 
     Args:
-        name: for messages.
-        files: the `-text.idx` file of each set.
+        name: Name of the source in messages.
+        files: The `-text.idx` file of each set.
 
     Raises:
-        SoloError: a file or the tokenizer is missing or broken, or the four of a set do not fit together.
+        SoloError: A file or the tokenizer is missing or broken, or the files of a set do not match.
     """
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
@@ -56,7 +56,7 @@ class MegatronIndexedSource:
         return int(self._ends[-1])
 
     def read(self, shard: int) -> Sequence[dict[str, Any]]:
-        """All documents of a pack. One whose image the packer has cut says so when it is asked for."""
+        """Return all documents of a pack; accessing one with a cut image raises SampleError."""
         return _Documents(*self._place(shard))
 
     def where(self, shard: int, row: int) -> str:
@@ -65,11 +65,11 @@ class MegatronIndexedSource:
         return f"{packed.prefix}, pack {pack}, document {row}"
 
     def fingerprint(self) -> str:
-        """Names and sizes of the files."""
+        """Return a hash of the files' names and sizes."""
         return fingerprint(self._files)
 
     def _place(self, shard: int) -> tuple[_PackedSet, int]:
-        """The set of a shard, and the number of its pack there."""
+        """Return the set of a shard, and the number of its pack there."""
         number = int(np.searchsorted(self._ends, shard, side="right"))
         packed = self._sets[number]
         return packed, shard - int(self._ends[number]) + len(packed)
@@ -87,7 +87,9 @@ class _PackedSet:
             if not np.array_equal(other.sizes, self.text.sizes):
                 raise SoloError(f"{self.prefix}: its text, roles and patch indices differ in length")
         if len(self.patch) != len(self.text):
-            raise SoloError(f"{self.prefix}: it has {len(self.text)} packs, but patches of {len(self.patch)}")
+            raise SoloError(
+                f"{self.prefix}: {len(self.text)} packs of text, but {len(self.patch)} of patches"
+            )
         self.tokenizer = self._tokenizer(text_index.folder)
         self.vision_ids = [self.tokenizer.piece_to_id(token) for token in _VISION_TOKENS]
 
@@ -98,7 +100,7 @@ class _PackedSet:
         index, data = (f"{self.prefix}-{feature}.{suffix}" for suffix in ("idx", "bin"))
         if not _exists(data) and _exists(f"{data}.lz4"):
             raise SoloError(
-                f"{data}.lz4 cannot be read at any place: decompress it first (lz4 -d {data}.lz4)"
+                f"{data}.lz4 does not support random access: decompress it first (lz4 -d {data}.lz4)"
             )
         for file in (index, data):
             if not _exists(file):
@@ -118,7 +120,7 @@ class _PackedSet:
 
 
 class _Documents(Sequence[dict[str, Any]]):
-    """Documents of a pack; a document's patches are read when it is asked for."""
+    """Documents of a pack; a document's patches are read when it is accessed."""
 
     def __init__(self, packed: _PackedSet, pack: int) -> None:
         self._set = packed
@@ -143,17 +145,17 @@ class _Documents(Sequence[dict[str, Any]]):
         }
 
     def _parts(self, start: int, end: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(role, content part), in order."""
+        """Yield (role, content part), in order."""
         opening, patch, row_separator, _, closing = self._set.vision_ids
         vision = np.isin(self._tokens, self._set.vision_ids)
         while start < end:
             if vision[start] and self._tokens[start] != opening:
-                raise SampleError("cut-image", "the packer has cut an image")
+                raise SampleError("cut-image", "an image was cut by the packer")
             role = self._role(start)
             if vision[start]:
                 closed = np.flatnonzero(self._tokens[start:end] == closing)
                 if not len(closed):
-                    raise SampleError("cut-image", "the packer has cut an image")
+                    raise SampleError("cut-image", "an image was cut by the packer")
                 stop = start + int(closed[0])
                 image = self._tokens[start:stop]
                 rows = 1 + int((image == row_separator).sum())
@@ -173,11 +175,11 @@ class _Documents(Sequence[dict[str, Any]]):
         return _ROLES[role]
 
     def _image(self, patches: NDArray[np.int64], rows: int) -> bytes:
-        """The image of these patches, as a file without compression."""
+        """Return the image of these patches, as an uncompressed file."""
         from PIL import Image
 
         if not len(patches) or len(patches) % rows or (np.diff(patches) != 1).any():
-            raise SampleError("cut-image", f"{len(patches)} patches in {rows} rows are no image")
+            raise SampleError("cut-image", f"{len(patches)} patches in {rows} rows are not an image")
         first, last = int(patches[0]), int(patches[-1])
         stored = self._set.patch.read(self._pack, first * _PATCH_DIM, (last + 1) * _PATCH_DIM)
         pixels = _pixels(stored.reshape(-1, 3, _PATCH_SIZE, _PATCH_SIZE))
@@ -190,7 +192,7 @@ class _Documents(Sequence[dict[str, Any]]):
 
 
 def _pixels(patches: NDArray[Any]) -> NDArray[np.uint8]:
-    """(patches, 3, size, size) normalized floats to pixels."""
+    """Convert (patches, 3, size, size) normalized floats to pixels."""
     from solo_vlm.models.solo.configuration_solo import IMAGENET_MEAN, IMAGENET_STD
 
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -206,7 +208,7 @@ def _exists(url: str) -> bool:
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, arrays, documents
-# 1 to 8 as in fairseq, from which Megatron has them; 9 and 10 are the original SOLO code's own, for patches.
+# 1 to 8 are those of fairseq and Megatron; the original SOLO code adds 9 and 10 for patches.
 _DTYPES = {
     1: np.uint8,
     2: np.int8,
@@ -222,14 +224,14 @@ _DTYPES = {
 
 
 class IndexedFile:
-    """Arrays of one dimension, numbered; each can be read alone, whole or in part.
+    """Numbered one-dimensional arrays, each of which can be read in whole or in part.
 
     Args:
-        index: the `.idx` file; the `.bin` lies beside it.
-        data: the `.bin` file.
+        index: The `.idx` file, next to the `.bin` file.
+        data: The `.bin` file.
 
     Raises:
-        SoloError: either is broken, or they do not belong together.
+        SoloError: Either is broken, or they do not match.
     """
 
     def __init__(self, index: DataFile, data: DataFile) -> None:
@@ -242,7 +244,7 @@ class IndexedFile:
         return len(self.sizes)
 
     def read(self, number: int, start: int = 0, end: int | None = None) -> NDArray[np.generic]:
-        """Elements `start` to `end` of an array; by default all."""
+        """Return elements `start` to `end` of an array; by default all."""
         size = int(self.sizes[number])
         end = size if end is None else end
         if not 0 <= start <= end <= size:
@@ -256,10 +258,10 @@ def _read_index(file: DataFile) -> tuple[np.dtype[np.generic], NDArray[np.int32]
     with file.open() as stream:
         header = stream.read(_HEADER.size)
         if len(header) < _HEADER.size or header[: len(_MAGIC)] != _MAGIC:
-            raise SoloError(f"{file.url} is no index of Megatron's (of its 'mmap' kind)")
+            raise SoloError(f"{file.url} is not an index of Megatron (of its 'mmap' kind)")
         _, version, kind, arrays, _ = _HEADER.unpack(header)
         if version != 1 or kind not in _DTYPES:
-            raise SoloError(f"{file.url} is of a version or type that is not known ({version}, {kind})")
+            raise SoloError(f"{file.url} has an unknown version ({version}) or type ({kind})")
         body = stream.read(arrays * (4 + 8))
     if len(body) < arrays * (4 + 8):
         raise SoloError(f"{file.url} is truncated: it should list {arrays} arrays")

@@ -1,4 +1,4 @@
-"""Parquet files: a reader whose shards are row groups, and the writer of the project's own data sets."""
+"""Parquet files: a reader whose shards are row groups, and a writer of samples."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ _NEEDED = ("messages", *COLUMNS)
 
 
 class ParquetSource:
-    """Rows of parquet files. Images stay the encoded bytes that they are in the file; relative paths count
-    from its folder.
+    """Rows of parquet files.
+
+    Images stay encoded bytes, as in the file. Relative paths refer to its folder.
 
     Raises:
-        SoloError: a file has no readable footer, so that nobody can say what it holds.
+        SoloError: A file has no readable footer.
     """
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
@@ -37,7 +38,7 @@ class ParquetSource:
         return len(self._shards)
 
     def read(self, shard: int) -> Sequence[dict[str, Any]]:
-        """All rows of a row group; a broken one is a single row that says so."""
+        """Return all rows of a row group; accessing a row of a broken one raises SampleError."""
         file, (group,) = self._shards[shard]
         try:
             return _Rows(_read_group(file, group), file.folder)
@@ -50,12 +51,12 @@ class ParquetSource:
         return f"{file.url}, row group {group}, row {row}"
 
     def fingerprint(self) -> str:
-        """Names and sizes of the files."""
+        """Return a hash of the files' names and sizes."""
         return fingerprint(self._shards.files)
 
 
 class _Rows(Sequence[dict[str, Any]]):
-    """Rows of a table, made Python objects one at a time: images are not held twice."""
+    """Rows of a table, converted to Python objects one at a time, so images are not held twice."""
 
     def __init__(self, table: pa.Table, folder: str) -> None:
         self._table = table
@@ -69,7 +70,7 @@ class _Rows(Sequence[dict[str, Any]]):
         for name, column in zip(self._table.column_names, self._table.columns, strict=True):
             try:
                 row[name] = column[index].as_py()
-            except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is no UTF-8, a date
+            except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is not UTF-8, a date
                 if name in _NEEDED:
                     raise SampleError("schema", f"column {name} cannot be read: {error}") from error
         return locate_images(row, self._folder)
@@ -82,7 +83,7 @@ def _read_group(file: DataFile, group: int) -> pa.Table:
 
 
 def _filled_groups(file: DataFile) -> NDArray[np.int64]:
-    """(row groups that have rows, 1) numbers of them."""
+    """Return the numbers of the row groups that have rows, (row groups, 1)."""
     metadata = _read_metadata(file)
     rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     return np.flatnonzero(np.array(rows, np.int64))[:, None]
@@ -97,7 +98,7 @@ def _read_metadata(file: DataFile) -> pq.FileMetaData:
         raise SoloError(f"{file.url} is not a readable parquet file: {error}") from error
 
 
-# Of a row group, what a stream holds in memory. A loader has hundreds open: 64 streams, 4 each, all sources.
+# A stream holds row groups in memory, and a loader has hundreds open: 64 streams, 4 each, all sources.
 _ROWS_PER_GROUP, _BYTES_PER_GROUP = 256, 4_000_000
 _NOTE_KEY = "solo_vlm"
 
@@ -120,12 +121,12 @@ SCHEMA = pa.schema(
 def write_samples(
     path: Path, samples: Iterable[dict[str, Any]], note: Callable[[], dict[str, Any]] | None = None
 ) -> int:
-    """Write rows of `SCHEMA`; the file appears when it is complete. Returns their number.
+    """Write rows of `SCHEMA` to a file, which appears when it is complete; return their number.
 
     Args:
-        path: the file.
-        samples: the rows; read once, a row group at a time.
-        note: called after the last row; what it returns is kept in the file, for `read_note`.
+        path: File to write.
+        samples: Rows, iterated once, a row group at a time.
+        note: Called after the last row; its result is stored in the file for `read_note`.
     """
     count = 0
     with new_file(path) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
@@ -138,7 +139,7 @@ def write_samples(
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
-    """The note that `write_samples` left in a file; None where there is no such file or note."""
+    """Return the note that `write_samples` stored in a file; None if there is no such file or note."""
     try:
         metadata = pq.read_metadata(path).metadata or {}
     except (pa.ArrowInvalid, FileNotFoundError):

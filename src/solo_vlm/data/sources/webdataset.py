@@ -14,8 +14,8 @@ from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources.files import DataFile, broken_shard, fingerprint, retried
 from solo_vlm.data.values import COLUMNS, load_json, locate_images, natural_key
 
-_LINKS = 8  # that may lead to one another
-_NOWHERE = (-1, -1)  # the place of a link whose target is not there
+_MAX_LINKS = 8  # longest chain of links
+_MISSING = (-1, -1)  # position of a link without a target
 
 
 class WebDatasetSource:
@@ -23,7 +23,7 @@ class WebDatasetSource:
 
     A row with a `.json` that has `messages` is a chat; its images are the row's image members, in natural
     order of their names. Any other is a document: its images, then the caption in `.txt`, or in the JSON's
-    `caption` or `text`. Relative paths in the JSON count from the folder of the tar.
+    `caption` or `text`. Relative paths in the JSON refer to the folder of the tar.
     """
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
@@ -34,7 +34,7 @@ class WebDatasetSource:
         return len(self._files)
 
     def read(self, shard: int) -> Sequence[dict[str, Any]]:
-        """All rows of a tar. Where it is cut short, the last row says so when it is asked for."""
+        """Return all rows of a tar; if it is truncated, accessing the last one raises SampleError."""
         file = self._files[shard]
         try:
             return _Rows(file, *_index(file))
@@ -46,7 +46,7 @@ class WebDatasetSource:
         return f"{self._files[shard].url}, row {row}"
 
     def fingerprint(self) -> str:
-        """Names and sizes of the files."""
+        """Return a hash of the files' names and sizes."""
         return fingerprint(self._files)
 
 
@@ -57,12 +57,12 @@ class _Member(NamedTuple):
 
 
 class _Rows(Sequence[dict[str, Any]]):
-    """Samples of a tar, read from their place in the file when they are asked for."""
+    """Samples of a tar, read from their position in the file when they are accessed."""
 
     def __init__(self, file: DataFile, samples: list[list[_Member]], error: SampleError | None) -> None:
         self._file = file
         self._error = error
-        # Arrays: every stream has tars open, each with ten thousands of members.
+        # Arrays save memory: every stream has tars open, each with tens of thousands of members.
         members = [member for sample in samples for member in sample]
         self._extensions = [member.extension for member in members]
         self._places = np.array([(member.start, member.end) for member in members], np.int64)
@@ -76,15 +76,15 @@ class _Rows(Sequence[dict[str, Any]]):
             raise self._error
         own = slice(self._ends[index], self._ends[index + 1])
         places = self._places[own].tolist()
-        if any(tuple(place) == _NOWHERE for place in places):
-            raise SampleError("image", "a link to a file that the tar does not hold")
+        if any(tuple(place) == _MISSING for place in places):
+            raise SampleError("image", "a link to a file that is not in the tar")
         members = list(zip(self._extensions[own], _read(self._file, places), strict=True))
         return locate_images(_row(members), self._file.folder)
 
 
 @retried
 def _index(file: DataFile) -> tuple[list[list[_Member]], SampleError | None]:
-    """Where the members of each sample lie, and what is wrong with the end of the file."""
+    """Return the positions of each sample's members, and the error if the file is truncated."""
     members: list[tarfile.TarInfo] = []
     error = None
     with file.open() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -108,30 +108,30 @@ def _index(file: DataFile) -> tuple[list[list[_Member]], SampleError | None]:
 
 
 def _place(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tuple[int, int]:
-    """Where the content of a member begins and ends; that of a link is its target's."""
+    """Return start and end of a member's content, or of its target's if it is a link."""
     target: tarfile.TarInfo | None = member
-    for _ in range(_LINKS):
+    for _ in range(_MAX_LINKS):
         if target is None or not (target.islnk() or target.issym()):
             break
         folder = posixpath.dirname(target.name) if target.issym() else ""
         target = by_name.get(posixpath.normpath(posixpath.join(folder, target.linkname)))
     if target is None or not target.isfile():
-        return _NOWHERE
+        return _MISSING
     return target.offset_data, target.offset_data + target.size
 
 
 def _check_end(stream: BinaryIO, end: int) -> None:
-    """Refuse a tar that is cut off between two members, or has another one behind its end.
+    """Reject a tar that is truncated between two members or has data after its end.
 
     Raises:
-        tarfile.ReadError: it is so.
+        tarfile.ReadError: The tar is rejected.
     """
     stream.seek(end)
     if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("no mark at its end: it was cut short")
+        raise tarfile.ReadError("no end marker: the tar is truncated")
     while rest := stream.read(tarfile.RECORDSIZE):
         if rest.strip(b"\0"):
-            raise tarfile.ReadError("there is more behind its end, as in tars that were joined by cat")
+            raise tarfile.ReadError("there is data after its end, as in tars joined by cat")
 
 
 @retried
@@ -156,7 +156,7 @@ def _row(members: list[tuple[str, bytes]]) -> dict[str, Any]:
         return facts | {"image": images} if images else facts
     caption = _caption(content["txt"]) if "txt" in content else facts.get("caption") or facts.get("text")
     if not isinstance(caption, str) or not caption:
-        raise SampleError("no-caption", f"no text in .txt or .json beside {sorted([*names, *content])}")
+        raise SampleError("no-caption", f"no text in .txt or .json next to {sorted([*names, *content])}")
     parts = [*({"type": "image"} for _ in images), {"type": "text", "text": caption}]
     row = facts | {"messages": [{"role": "assistant", "content": parts}]}
     return row | {"images": images} if images else row
@@ -186,9 +186,9 @@ def _caption(data: bytes) -> str:
 
 
 def _check_for_lost_image(others: dict[str, bytes]) -> None:
-    """Refuse a row without images that has something else than text: its caption alone says little."""
+    """Reject a row without images that has members other than text, whose caption alone is of no use."""
     for extension, data in others.items():
         try:
             data.decode()
         except UnicodeDecodeError as error:
-            raise SampleError("image", f".{extension} is of no known image format") from error
+            raise SampleError("image", f".{extension} is not a known image format") from error

@@ -1,1 +1,1 @@
-"""The page: its static files, and attention over image patches. Otherwise it is a client of the API."""
+"""Web page: its static files, and attention over image patches. It is otherwise a client of the API."""

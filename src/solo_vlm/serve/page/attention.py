@@ -16,11 +16,11 @@ from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.serve.engine import INCOMPLETE, Prompt, merge_prompts
 
-_ROWS = 32  # query tokens whose attention, over all layers and heads, is in memory at once
+_ROWS = 32  # query tokens per pass, whose attention over all layers and heads is held in memory
 
 
 class WordAttention:
-    """Attention of a word in an answer. Keeps the maps of the latest answer, for further words of it."""
+    """Attention of a word in an answer. Caches the maps of the latest answer for its other words."""
 
     def __init__(self) -> None:
         self._key: tuple[bytes, ...] = ()
@@ -39,7 +39,7 @@ class WordAttention:
 
         Args:
             prompt: Chat that ends with the answer.
-            start, end: Characters of the word in the answer.
+            start, end: Character range of the word in the answer.
             layer: Single layer; None averages over all.
 
         Returns:
@@ -132,7 +132,7 @@ def tokens_of_span(start: int, end: int, text: str, token_ids: NDArray[Any], tok
     """Return the tokens that spell `text[start:end]`, or a part of it.
 
     Args:
-        start, end: Characters of the text, at least one.
+        start, end: Non-empty character range of the text.
         text: Text of the tokens, stripped of surrounding white space.
         token_ids: (num_tokens,) int64, the text and possibly special tokens after it.
     """

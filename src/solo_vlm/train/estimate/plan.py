@@ -23,15 +23,15 @@ _USABLE = 0.9  # share of the device memory; the rest covers what `memory.py` do
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do and need.
+    """Plan of a run: its steps and requirements.
 
     Attributes:
-        shape_from: where the model's configuration was read.
-        steps: optimizer steps; None if they depend on data that are missing.
-        data: estimate from a sample of the data; None if the data or the model's tokenizer are missing. Then
+        shape_from: Source of the model's configuration.
+        steps: Optimizer steps; None if they depend on missing data.
+        data: Estimate from a sample of the data; None if the data or the model's tokenizer are missing. Then
             one text document per sequence is assumed, which maximizes attention.
-        data_missing: what is missing, if anything.
-        mfu: assumed model FLOPs utilization.
+        data_missing: Reason for a missing estimate, if any.
+        mfu: Assumed model FLOPs utilization.
     """
 
     recipe: Recipe
@@ -160,12 +160,12 @@ def make_plan(
     """Plan a run. No weights are read, and the model need not exist yet.
 
     Args:
-        processes: number of processes, one per device.
-        mfu: assumed model FLOPs utilization: model FLOPs over peak FLOPs of the devices.
-        config_folder: folder whose `config.json` describes the model while it does not exist yet.
+        processes: Number of processes, one per device.
+        mfu: Assumed model FLOPs utilization: model FLOPs over peak FLOPs of the devices.
+        config_folder: Folder whose `config.json` describes the model while it does not exist yet.
 
     Raises:
-        SoloError: there is no configuration of the model, its family is not supported, or global batch or
+        SoloError: There is no configuration of the model, its family is not supported, or global batch or
             layers cannot be divided among the processes.
     """
     _check_end(recipe)
@@ -218,7 +218,7 @@ def _parallel_dims(recipe: Recipe, processes: int, shape: ModelShape) -> Paralle
 
 
 def _config_source(recipe: Recipe, config_folder: Path | None) -> str | Path:
-    """Return the model if it exists, else the known configuration, else the hub id."""
+    """Return the model if it exists, else the known configuration, else the hub ID."""
     if config_folder is None or recipe.mixture.at(recipe.model).exists():
         return recipe.mixture.model_source()
     known = config_folder / "config.json"

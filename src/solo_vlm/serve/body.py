@@ -1,0 +1,122 @@
+"""Bodies of requests: their type, bytes, time and number of values are limited while they arrive.
+
+Parsing and validation take memory and time per JSON value, so a million empty objects would cost far more
+than their bytes. They are counted before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request
+
+from solo_vlm.serve.limits import Limits
+from solo_vlm.serve.protocol import ApiError
+
+SMALL_BODY = 2**20
+"""Bytes up to which a body needs no room in the shared memory, so that text is read whatever else arrives."""
+
+
+class BodyMemory:
+    """Bytes of all bodies that are being read or prepared."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+
+    def take(self, size: int) -> None:
+        """Take room for more bytes; raise 429 if there is none."""
+        if self._taken + size > self._limit:
+            message = "Too many large requests are being read. Please retry later."
+            raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "1"})
+        self._taken += size
+
+    def give_back(self, size: int) -> None:
+        """Return room that was taken."""
+        self._taken -= size
+
+
+class Body:
+    """Body of one request, which holds its room in the shared memory until it is released."""
+
+    def __init__(self, limits: Limits, memory: BodyMemory) -> None:
+        self._limits = limits
+        self._memory = memory
+        self._data = bytearray()
+        self._room = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def take(self) -> bytearray:
+        """Hand the bytes over to their only reader."""
+        data, self._data = self._data, bytearray()
+        return data
+
+    def release(self) -> None:
+        """Give the room back, once nothing of the body is in memory."""
+        self._memory.give_back(self._room)
+        self._data, self._room = bytearray(), 0
+
+    async def read(self, request: Request) -> None:
+        """Read a JSON body.
+
+        Raises:
+            ApiError: 400, 408, 413, 415 or 429, once the body has too many values, times out, is too large,
+                has another type, or finds no room.
+        """
+        # Browsers send JSON to other sites only after a preflight request, which this server does not grant.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "Unsupported content type. Send JSON as Content-Type: application/json.")
+        self._check_size(int(request.headers.get("content-length", 0)))
+        counter = ValueCounter(self._limits.max_values)
+        seconds = self._limits.max_body_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                async for chunk in request.stream():
+                    self._make_room(len(self._data) + len(chunk))
+                    counter.feed(chunk)
+                    self._data += chunk
+        except TimeoutError as error:
+            message = f"The request body did not arrive within {seconds:g} s."
+            raise ApiError(408, message, code="timeout") from error
+
+    def _check_size(self, size: int) -> None:
+        if size > (limit := self._limits.max_request_bytes):
+            message = f"Request body too large: the maximum is {limit:,} bytes."
+            raise ApiError(413, message, code="request_too_large")
+
+    def _make_room(self, size: int) -> None:
+        self._check_size(size)
+        if (needed := size - SMALL_BODY - self._room) > 0:
+            self._memory.take(needed)
+            self._room += needed
+
+
+class ValueCounter:
+    """Counts the values of a JSON text from its commas and opening brackets, outside of strings.
+
+    Exact for every valid beginning of a text, which is as far as a parser gets.
+    """
+
+    def __init__(self, maximum: int) -> None:
+        self._maximum = maximum
+        self._values = 0
+        self._in_string = False
+        self._backslash = b""  # at the end of a chunk, it escapes the first character of the next one
+
+    def feed(self, chunk: bytes) -> None:
+        """Count the values of the next chunk.
+
+        Raises:
+            ApiError: 400, if there are too many.
+        """
+        text = (self._backslash + chunk).replace(rb"\\", b"")
+        self._backslash = b"\\" if text.endswith(b"\\") else b""
+        pieces = text.replace(rb"\"", b"").split(b'"')  # alternately outside and inside of strings
+        outside = b"".join(pieces[self._in_string :: 2])
+        self._in_string ^= len(pieces) % 2 == 0
+        self._values += sum(map(outside.count, (b",", b"[", b"{")))
+        if self._values > self._maximum:
+            message = f"Too many values in the request body: at most {self._maximum:,} are allowed."
+            raise ApiError(400, message, code="too_many_values")
