@@ -21,7 +21,7 @@ from solo_vlm.quickstart.data.files import ToySettings, draw_toy_data
 from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 from solo_vlm.train.metrics import read_metrics
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.utils.errors import SoloError, first_line, did_you_mean
+from solo_vlm.utils.errors import SoloError, did_you_mean, first_line
 from solo_vlm.utils.files import new_file
 from solo_vlm.utils.settings import Settings
 
