@@ -238,9 +238,7 @@ def load_encoder(path: str | Path) -> Encoder:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise SoloError(
-            f"cannot read a model's tokenizer from {path}: {first_line(error)}"
-        ) from error
+        raise SoloError(f"cannot read a model's tokenizer from {path}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise SoloError(f"the tokenizer of {path} has no EOS token: set eos_token in tokenizer_config.json")
     return Encoder(tokenizer)

@@ -420,9 +420,7 @@ def _run(model: Any, layers: list[nn.Module], length: int) -> tuple[list[_Attent
         with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
             model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
     except Exception as error:
-        raise SoloError(
-            f"cannot count FLOPs of {model.config.model_type}: {first_line(error)}"
-        ) from error
+        raise SoloError(f"cannot count FLOPs of {model.config.model_type}: {first_line(error)}") from error
     finally:
         _calls.reset(token)
         for hook in hooks:
