@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -78,3 +79,16 @@ def run(monkeypatch, capsys):
 def run_data(run):
     """Return a function like `run` for the commands of `solo data`."""
     return lambda *arguments: run("data", *arguments)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for 12 KB; the test is skipped where none can be mounted."""
+    from tests.factories import SmallDisk
+
+    try:
+        disk = SmallDisk(tmp_path / "disk")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    yield disk
+    disk.close()

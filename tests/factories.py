@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import tarfile
 from collections.abc import Iterable, Mapping
 from io import BytesIO
@@ -245,3 +246,24 @@ def _enter(rank, size, port, target, arguments):
             LOCAL_RANK="0",
         )
     target(*arguments)
+
+
+class SmallDisk:
+    """A file system of a few pages in memory; needs the right to mount it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self._mount("-t", "tmpfs", "-o", "size=12k", "tmpfs")
+
+    def resize(self, size: str) -> None:
+        self._mount("-o", f"remount,size={size}")
+
+    def allow_writing(self, allowed: bool) -> None:
+        self._mount("-o", f"remount,{'rw' if allowed else 'ro'}")
+
+    def close(self) -> None:
+        subprocess.run(["umount", "--lazy", self.folder], check=True)
+
+    def _mount(self, *arguments: str) -> None:
+        subprocess.run(["mount", *arguments, self.folder], check=True, capture_output=True)

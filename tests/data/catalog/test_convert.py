@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -65,7 +67,7 @@ def test_converted_folder_is_readable_by_training(tmp_path, raw):
     (example,) = report["examples"]["image-missing"]
     assert "train-1.parquet, row 1" in example
     assert [sample.images for sample in samples(tmp_path / "out")] == [[JPEG]] * 6
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == [
         REPORT_FILE,
         "vqav2--train-0.parquet",
         "vqav2--train-1.parquet",
@@ -258,7 +260,7 @@ def test_second_run_resumes_where_the_first_stopped(tmp_path, raw, monkeypatch):
     monkeypatch.setattr(conversion, "read_rows", read_rows)
     with pytest.raises(SoloError, match=r"train-2\.parquet.*the disk is offline"):
         convert("vqav2", [raw], out, workers=1)
-    assert sorted(path.name for path in out.iterdir()) == [
+    assert sorted(path.name for path in out.glob("[!.]*")) == [
         "train-0.parquet",
         "train-1.parquet",
     ]
@@ -307,9 +309,22 @@ def test_user_errors_are_reported(tmp_path, raw):
 def test_partial_files_of_a_killed_process_are_removed(tmp_path, raw):
     write_parquet(raw / "x.parquet", [USUAL["vqav2"][0]])
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".partial-1-x.parquet.parquet").write_bytes(b"half")
+    (tmp_path / "out" / ".partial-99999999-x.parquet.parquet").write_bytes(b"half")
     assert convert("vqav2", [raw], tmp_path / "out", workers=1)["samples"] == 1
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert not list((tmp_path / "out").glob(".partial-*"))
+
+
+def test_second_conversion_into_the_same_folder_is_refused(tmp_path, raw):
+    write_parquet(raw / "x.parquet", [USUAL["vqav2"][0]])
+    holder = "import sys; from pathlib import Path; from solo_vlm.utils.files import lock_output_dir\n"
+    holder += "held = lock_output_dir(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, tmp_path / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(SoloError, match="another run is writing to"):
+            convert("vqav2", [raw], tmp_path / "out", workers=1)
+        other.kill()
 
 
 def test_output_below_the_raw_folder_is_not_raw(tmp_path, raw):
