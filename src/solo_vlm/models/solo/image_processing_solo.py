@@ -1,6 +1,6 @@
 """SOLO's image processor, which converts images to raw pixel patches.
 
-Images keep their aspect ratio (unless a fixed size is asked for): both sides are resized to multiples of the
+Images keep their aspect ratio (unless a fixed size is set): both sides are resized to multiples of the
 patch size, nothing is cropped, and the patches of all images are concatenated, so nothing is padded.
 """
 
@@ -233,7 +233,7 @@ def _normalize(
 ) -> NDArray[Any]:
     """Return (pixel * factor - mean) / std of (num_patches, dim) uint8 patches, by channel, in float32.
 
-    Either step can be left out; with neither, the patches are returned as they are.
+    Either step can be omitted; without both, the patches are returned unchanged.
     """
     if not (do_rescale or do_normalize):
         return pixel_values
@@ -279,9 +279,9 @@ class SoloImageProcessor(PilBackend):
         do_resize: If False, both sides of every image must already be multiples of `patch_size`.
         resample: Pillow filter. SOLO-7B was trained with bilinear, which antialiases when it shrinks; see
             `resize` for the implementation.
-        do_rescale, rescale_factor, do_normalize, image_mean, image_std: As in all of transformers.
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std: As in transformers.
 
-    Images are always converted to RGB (see `load_image`), whatever `do_convert_rgb` says.
+    Images are always converted to RGB (see `load_image`), regardless of `do_convert_rgb`.
     """
 
     patch_size = 32
