@@ -377,8 +377,8 @@ def exchange(port: int, request: bytes) -> tuple[int, str]:
             suppress(ConnectionError),
             socket.create_connection(("127.0.0.1", port), timeout=30) as connection,
         ):
-            for start in range(0, len(request), 2**16):
-                connection.sendall(request[start : start + 2**16])
+            for start in range(0, len(request), 2**14):
+                connection.sendall(request[start : start + 2**14])
                 if start and select.select([connection], [], [], patience)[0]:
                     break
             response = HTTPResponse(connection)
