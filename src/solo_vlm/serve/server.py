@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import active_children
-from threading import active_count
 from types import FrameType
 from typing import cast
 
@@ -42,7 +41,7 @@ def serve_model(
     api_keys: Sequence[str],
     on_ready: Callable[[str], None],
 ) -> None:
-    """Serve a model until SIGTERM or SIGINT, then finish in-flight requests and return.
+    """Serve a model until SIGTERM or SIGINT, then finish in-flight requests and end the process.
 
     Args:
         load: Function that loads the model, called once the address is known to be free.
@@ -63,8 +62,7 @@ def serve_model(
         on_ready(address.url)
         with _signals_only_for_uvicorn():
             server.run(sockets=[address.socket])
-    if active_count() > 1:  # in a computation or a name lookup that cannot be interrupted
-        _leave()
+    _leave()
 
 
 class Server(uvicorn.Server):
@@ -116,7 +114,7 @@ class Server(uvicorn.Server):
 
 
 def _leave() -> None:
-    """End the process, and nothing else: threads that still run would hold it, or crash in its teardown."""
+    """End the process at once: threads that still run would hold its teardown, or crash in it."""
     for child in active_children():
         child.kill()
     os._exit(0)
