@@ -1,4 +1,4 @@
-"""What hostile requests cost `solo serve`, and what its other clients notice meanwhile.
+"""Cost of hostile requests to `solo serve` and to its other clients.
 
     python benchmarks/hostile.py [--only WORD] [--fuzz N] [--seed 0] [--json] [--out FILE]
 
@@ -57,7 +57,7 @@ class Cost:
 
 
 class Observer:
-    """Measures a server in threads of its own, while the context lasts."""
+    """Measurements of a server by threads, while the context lasts."""
 
     def __init__(self, host: str, process: psutil.Process) -> None:
         self._host = host

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import active_children
 from types import FrameType
-from typing import cast
+from typing import NoReturn, cast
 
 import uvicorn
 from starlette.applications import Starlette
@@ -40,7 +40,7 @@ def serve_model(
     limits: Limits,
     api_keys: Sequence[str],
     on_ready: Callable[[str], None],
-) -> None:
+) -> NoReturn:
     """Serve a model until SIGTERM or SIGINT, then finish in-flight requests and end the process.
 
     Args:
@@ -113,7 +113,7 @@ class Server(uvicorn.Server):
             connection.transport.abort()
 
 
-def _leave() -> None:
+def _leave() -> NoReturn:
     """End the process at once: threads that still run would hold its teardown, or crash in it."""
     for child in active_children():
         child.kill()
