@@ -29,7 +29,7 @@ from tests.factories import (
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """What the commands read: an LLM, a SOLO model, data, a run, images, a table."""
+    """Return a folder of inputs: an LLM, a SOLO model, data, a run, images, a table."""
     folder = tmp_path_factory.mktemp("inputs")
     for part in make_llm():
         part.save_pretrained(folder / "llm")

@@ -1,4 +1,4 @@
-"""A server in this process, on a real socket."""
+"""Server in this process, on a real socket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.factories import png
 
 @dataclass
 class Served:
-    """A running server."""
+    """Running server."""
 
     port: int
     engine: object
@@ -91,7 +91,7 @@ def served(solo, limits, api_keys=(), name="tiny", prefix_cache=None):
 
 @pytest.fixture(scope="module")
 def server(solo):
-    """A server with the default limits."""
+    """Run a server with the default limits."""
     from solo_vlm.serve.limits import Limits
 
     with served(solo, Limits()) as running:
@@ -100,7 +100,7 @@ def server(solo):
 
 @pytest.fixture
 def slow_model(solo, monkeypatch):
-    """Slow down every forward pass; returns a list with one entry per pass."""
+    """Slow down every forward pass; return a list with one entry per pass."""
     forward, steps = solo.model.model.forward, []
 
     def slow(*args, **kwargs):
@@ -124,13 +124,13 @@ def data_url(image) -> str:
 
 
 def question(text: str, *images, **options) -> dict:
-    """Body of a chat completion request."""
+    """Return the body of a chat completion request."""
     parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
     return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], **options}
 
 
 def encode_prompt(processor, messages, add_generation_prompt=False):
-    """Encode text and images apart, as the server does."""
+    """Encode text and images separately, like the server."""
     from solo_vlm.serve.engine import Prompt
     from solo_vlm.serve.images import EncodedImage
 

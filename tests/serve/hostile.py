@@ -95,8 +95,8 @@ def image_files() -> dict[str, bytes]:
         "GIF bomb": b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + animation.getvalue()[10:],
         "BMP bomb": b"BM"
         + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
-        "JPEG cut short": whole.getvalue()[:2000],
-        "PNG signature alone": b"\x89PNG\r\n\x1a\n",
+        "truncated JPEG": whole.getvalue()[:2000],
+        "PNG signature only": b"\x89PNG\r\n\x1a\n",
         "WebP of noise": b"RIFF\xff\xff\xff\x7fWEBPVP8 " + bytes(range(256)),
         "SVG with a file": SVG,
         "SVG of entities": ENTITIES,
@@ -110,7 +110,7 @@ def image_files() -> dict[str, bytes]:
 
 
 def bodies() -> dict[str, Any]:
-    """JSON values that are not a valid request, or one that must be refused."""
+    """Return JSON values that are invalid or must be rejected."""
     user = {"role": "user", "content": "x"}
     image = data_url(Image.new("RGB", (8, 8)))
 
@@ -196,7 +196,7 @@ def bodies() -> dict[str, Any]:
 
 
 def texts() -> dict[str, bytes]:
-    """Bodies that are not JSON."""
+    """Return bodies that are not JSON."""
     ok = json.dumps(question("x")).encode()
     return {
         "empty": b"",
@@ -278,7 +278,7 @@ def expensive_bodies(size: int) -> Iterator[tuple[str, bytes]]:
 
 
 def requests(limit: int) -> dict[str, bytes]:
-    """Whole HTTP requests.
+    """Return whole HTTP requests.
 
     Args:
         limit: Maximum body size of the server, in bytes.
@@ -289,7 +289,7 @@ def requests(limit: int) -> dict[str, bytes]:
     made |= {f"JSON: {name}": http(json.dumps(body).encode()) for name, body in bodies().items()}
     made |= page_requests()
     return made | {
-        "too large, by its own word": http(b"{", length=str(limit + 1)),
+        "too large by its content length": http(b"{", length=str(limit + 1)),
         "too large by far": http(b"{", length="9" * 15),
         "too large, in chunks": http(None)
         + b"".join(_chunk(b" " * 65_536) for _ in range(limit // 65_536 + 2)),
@@ -326,7 +326,7 @@ def requests(limit: int) -> dict[str, bytes]:
 
 
 def page_requests() -> dict[str, bytes]:
-    """Requests to the page's own endpoints."""
+    """Return requests to the page's own endpoints."""
     made = {}
     for path in ("/api/image", "/api/attention"):
         made |= {f"{path}: {name}": http(body, path=path) for name, body in texts().items()}
@@ -352,7 +352,7 @@ def http(
     length: str | None = None,
     extra: str = "",
 ) -> bytes:
-    """A request; without a body, the head of a chunked one."""
+    """Return a request; without a body, the head of a chunked one."""
     head = [f"{method} {path} HTTP/1.1", "Host: x"]
     head += [f"Content-Type: {kind}"] if kind else []
     head += ["Transfer-Encoding: chunked"] if body is None else [f"Content-Length: {length or len(body)}"]
@@ -369,7 +369,7 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _png(width: int, height: int, *extra: bytes) -> bytes:
-    """A PNG that claims a size."""
+    """Return a PNG that declares a size."""
     header = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     pixels = _png_chunk(b"IDAT", zlib.compress(bytes(1000)))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + pixels + _png_chunk(b"IEND", b"")

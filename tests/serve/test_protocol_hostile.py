@@ -59,7 +59,7 @@ def test_corpus_is_large_enough():
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_hostile_request_is_refused_with_a_message(server, name):
+def test_hostile_request_is_rejected_with_a_message(server, name):
     status, body = exchange(server.port, REQUESTS[name])
     assert 400 <= status < 500, body
     if body.startswith("{"):
@@ -73,7 +73,7 @@ def test_hostile_request_is_refused_with_a_message(server, name):
 
 
 @pytest.mark.slow
-def test_every_refusal_comes_within_two_seconds(server):
+def test_every_rejection_takes_at_most_two_seconds(server):
     """The one test that asserts a time: the server promises it."""
     seconds = {}
     for name, request in REQUESTS.items():

@@ -22,7 +22,7 @@ from solo_vlm.utils.files import lock_output_dir
 
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
-    """Settings of a run that was interrupted after a checkpoint."""
+    """Return the settings of a run that was interrupted after a checkpoint."""
     write_training_data(tmp_path, image_rows(4), text_rows(30))
     make_solo().save(tmp_path / "llama")
     (tmp_path / "held_out.parquet").write_bytes((tmp_path / "text.parquet").read_bytes())

@@ -94,7 +94,7 @@ class Body:
 
 
 class ValueCounter:
-    """Counts the values of a JSON text from its commas and opening brackets, outside of strings.
+    """Counter of a JSON text's values by its commas and opening brackets, outside of strings.
 
     Exact for every valid beginning of a text, which is as far as a parser gets.
     """

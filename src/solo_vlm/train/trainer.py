@@ -128,7 +128,8 @@ class Trainer:
         self.validator = Validator(recipe, self.processor, context) if recipe.validation else None
         try:
             self.shape: ModelShape | None = ModelShape.of(self.model.config)
-        except SoloError:  # unsupported family: no FLOPs, no MFU
+        except SoloError as error:
+            logger.warning("metrics will have no FLOPs: %s", error)
             self.shape = None
         device = recognize_device(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
         self.peak_flops = device.peak_flops * context.dims.world_size if device else None

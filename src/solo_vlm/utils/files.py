@@ -102,7 +102,7 @@ def explain_refusal(error: BaseException, path: Path | None = None) -> SoloError
     """Return the one-line error for an exception caused by the system's refusal to write; else None.
 
     Args:
-        path: What was written. Default: the file that the system names.
+        path: Path that was written. Default: the file that the system names.
     """
     found = next(filter(None, map(_refusal, _causes(error))), None)
     if found is None:
@@ -176,7 +176,7 @@ def try_lock(file: IO[str] | IO[bytes]) -> bool:
 
 
 def process_exists(number: int) -> bool:
-    """Whether a process of this machine has this number."""
+    """Return whether a process with this ID is running on this machine."""
     try:
         os.kill(number, 0)
     except ProcessLookupError:
