@@ -119,7 +119,7 @@ def explain_refusal(error: BaseException, path: Path | None = None) -> SoloError
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Whether a path lies in a folder once links are followed; the hub's cache has links to blobs."""
+    """Return whether a path lies in a folder, links followed; the hub's cache has links to blobs."""
     try:
         real = os.path.realpath(path)
     except ValueError:  # a zero byte

@@ -60,7 +60,7 @@ def _is_system_error(error: OSError) -> bool:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the files of a source may demand of their reader; they may come from a stranger.
+    """Bounds on what files, which may come from a stranger, can make their reader do.
 
     Attributes:
         allow_outside_paths: Whether rows may name images outside of the source's folder.
@@ -99,7 +99,7 @@ class DataFile:
         url: Local path, or URL of a file system of fsspec (`s3://`, `hf://`, `https://`).
         size: Size in bytes.
         root: Folder of the source, which images of its rows must lie in.
-        limits: What reading the file may demand.
+        limits: Bounds for reading the file.
         modified: Time of the last modification in ns; None for remote files.
     """
 
@@ -207,7 +207,7 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
     Args:
         path: Local path or URL.
         suffixes: Suffixes of data files, such as ".parquet", in any case. A single file may have any suffix.
-        limits: What reading the files may demand.
+        limits: Bounds for reading the files.
 
     Raises:
         SoloError: A folder is named like a data file, as Spark's are, or a subfolder contains data files,
