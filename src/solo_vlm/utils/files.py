@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -115,6 +116,24 @@ def explain_os_error(error: BaseException, path: Path | None = None) -> SoloErro
         f"cannot {verb} {named or 'the output'}: {os.strerror(number)}; {advice}, then run the same command "
         "again"
     )
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Return whether a path lies in a folder, links followed; the hub's cache has links to blobs."""
+    try:
+        real = os.path.realpath(path)
+    except ValueError:  # a zero byte
+        return False
+    return any(real == root or real.startswith(root.rstrip("/") + "/") for root in _content_roots(folder))
+
+
+@lru_cache
+def _content_roots(folder: str) -> list[str]:
+    """Return a folder, and for `models--a--b/snapshots/123` or below also `models--a--b/blobs`."""
+    root = Path(os.path.realpath(folder))
+    snapshots = (parent for parent in root.parents if parent.name == "snapshots")
+    blobs = [parent.with_name("blobs") for parent in snapshots]
+    return [str(root), *(str(found) for found in blobs if found.is_dir())]
 
 
 def lock_output_dir(out: Path) -> IO[str] | None:
