@@ -22,9 +22,8 @@ import numpy as np
 from aiohttp.connector import AddrInfoType
 from numpy.typing import NDArray
 
-from solo_vlm.data.encode import MAX_ASPECT_RATIO
 from solo_vlm.models.inspect import ImageSummary
-from solo_vlm.models.solo.image_loading_solo import ImageError, load_image, read_data_url
+from solo_vlm.models.solo.image_loading_solo import ImageError, load_pixels, read_data_url
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor, patches_to_image
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.protocol import ApiError
@@ -148,9 +147,9 @@ class ImageReader:
             if (image := self._cache.get(digest)) and image.size[0] * image.size[1] <= max_pixels:
                 self._cache.move_to_end(digest)
                 return image
-        picture = load_image(file, max_pixels=max_pixels, name="image")
-        pixel_values, grid = self._image_processor.encode_image(picture, MAX_ASPECT_RATIO)
-        image = EncodedImage(pixel_values, grid, picture.size, digest)
+        pixels = load_pixels(file, **self._options, max_pixels=max_pixels)
+        height, width = pixels.shape[:2]
+        image = EncodedImage(*self._image_processor.encode_pixels(pixels), (width, height), digest)
         with self._lock:
             if digest not in self._cache:
                 self._cache[digest] = image

@@ -26,6 +26,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
+from .image_limits_solo import MAX_ASPECT_RATIO, LimitError, check_aspect_ratio
 from .image_loading_solo import ChannelOrder, ImageError, LoadOptions, load_image, load_pixels
 
 try:
@@ -206,15 +207,13 @@ def _resize_to_patches(
     columns: int,
     patch_size: int,
     resample: int | None,
-    max_aspect_ratio: int | None,
+    max_aspect_ratio: float | None,
 ) -> NDArray[np.uint8]:
     """Resize an image of any size and cut it: (rows * columns, 3 * patch_size**2) uint8."""
-    short, long = sorted(pixels.shape[:2])
-    if max_aspect_ratio is not None and long > max_aspect_ratio * short:
-        raise ImageError(
-            f"aspect ratio {long / short:g} ({long} x {short} pixels) exceeds "
-            f"max_aspect_ratio={max_aspect_ratio}"
-        )
+    try:
+        check_aspect_ratio(*pixels.shape[:2], max_aspect_ratio)
+    except LimitError as error:
+        raise ImageError(str(error)) from error
     size = rows * patch_size, columns * patch_size
     if resample in _BILINEAR and pixels.shape[:2] != size:
         patches = enlarge_to_patches(pixels, rows, columns, patch_size)
@@ -324,7 +323,7 @@ class SoloImageProcessor(PilBackend):
         return super().preprocess(images, **kwargs)
 
     def encode_image(
-        self, source: Any, max_aspect_ratio: int | None = None, **options: Unpack[LoadOptions]
+        self, source: Any, **options: Unpack[LoadOptions]
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Read one image and convert it to model inputs, by the processor's own settings.
 
@@ -333,8 +332,8 @@ class SoloImageProcessor(PilBackend):
 
         Args:
             source: Bytes of an image file, path, URL, base64, `PIL.Image`, array or tensor; see `load_image`.
-            max_aspect_ratio: Maximum aspect ratio of an accepted image. Default: the processor's own.
-            **options: Limits on what may be read, as for `load_image`.
+            **options: Limits on what may be read, as for `load_image`. `max_aspect_ratio` is by default the
+                processor's own, or else `load_image`'s.
 
         Returns:
             `pixel_values`, (num_patches, 3 * patch_size**2) uint8, and `image_grid_thw`, (3,) int64:
@@ -343,10 +342,15 @@ class SoloImageProcessor(PilBackend):
         Raises:
             ImageError: The image cannot be read or used.
         """
-        pixels = load_pixels(source, **options)
+        options.setdefault("max_aspect_ratio", self.max_aspect_ratio or MAX_ASPECT_RATIO)
+        return self.encode_pixels(load_pixels(source, **options), options["max_aspect_ratio"])
+
+    def encode_pixels(
+        self, pixels: NDArray[np.uint8], max_aspect_ratio: float | None = None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Convert the (height, width, 3) uint8 pixels of an image to model inputs; see `encode_image`."""
         rows, columns = self.get_patch_grid(*pixels.shape[:2])
-        ratio = self.max_aspect_ratio if max_aspect_ratio is None else max_aspect_ratio
-        patches = _resize_to_patches(pixels, rows, columns, self.patch_size, self.resample, ratio)
+        patches = _resize_to_patches(pixels, rows, columns, self.patch_size, self.resample, max_aspect_ratio)
         return patches, np.array([1, rows, columns], np.int64)
 
     def normalize_patches(self, pixel_values: NDArray[np.uint8]) -> NDArray[Any]:
@@ -384,9 +388,15 @@ class SoloImageProcessor(PilBackend):
         return load_image(image, input_data_format=input_data_format)
 
     def _prepare_image_like_inputs(
-        self, images: Any, *args: Any, input_data_format: ChannelOrder | None = None, **kwargs: Any
+        self,
+        images: Any,
+        *args: Any,
+        input_data_format: ChannelOrder | None = None,
+        max_aspect_ratio: int | None = None,
+        **kwargs: Any,
     ) -> list[np.ndarray]:
-        return [load_pixels(image, input_data_format=input_data_format) for image in _flatten(images)]
+        options: LoadOptions = {"input_data_format": input_data_format, "max_aspect_ratio": max_aspect_ratio}
+        return [load_pixels(image, **options) for image in _flatten(images)]
 
     def _preprocess(
         self,
