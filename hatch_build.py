@@ -17,7 +17,7 @@ SOURCE = Path("src/solo_vlm/models/solo/enlarge.c")
 
 
 class CompiledKernel(BuildHookInterface):
-    """Compile `enlarge.so` next to its source and add it to the wheel, which becomes platform-specific."""
+    """Hook that compiles `enlarge.so` next to its source and adds it to the wheel, now platform-specific."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         source = Path(self.root) / SOURCE
@@ -30,7 +30,7 @@ class CompiledKernel(BuildHookInterface):
 
 
 def compiled(source: Path, library: Path) -> bool:
-    """Compile atomically, after removing any old library; return whether it worked."""
+    """Compile atomically, after removing any old library; return whether it succeeded."""
     library.unlink(missing_ok=True)
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform == "win32":
         return False
@@ -41,9 +41,7 @@ def compiled(source: Path, library: Path) -> bool:
     try:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        print(
-            f"{source.name} was not compiled; images are encoded somewhat slower ({error})", file=sys.stderr
-        )
+        print(f"{source.name} was not compiled; images are encoded more slowly ({error})", file=sys.stderr)
         return False
     partial.replace(library)
     return True

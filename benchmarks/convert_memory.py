@@ -1,8 +1,8 @@
-"""Peak memory of `solo convert` on made-up checkpoints.
+"""Peak memory of `solo convert` on synthetic checkpoints.
 
     python benchmarks/convert_memory.py [--gigabytes 2] [--json]
 
-Prints, for each format, the size of the weights and the most memory that the converting process ever held.
+Prints, per format, the size of the weights and the peak memory of the converting process.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ ARCHITECTURE = {
     "rms_norm_eps": 1e-5,
     "torch_dtype": "bfloat16",
 }
-# Runs the command, then says how much memory it took at most. Linux counts the memory of the process that
-# started this one into ru_maxrss, but not into VmHWM.
+# Runs the command and prints its peak memory. On Linux, ru_maxrss includes the memory of the parent process,
+# VmHWM does not.
 MEASURED = """
 import re, resource, sys
 from pathlib import Path
@@ -84,7 +84,7 @@ def layers_for(size: float) -> int:
     return max(1, round((size - outer) / layer))
 
 
-def make_release(folder: Path, layers: int, suffix: str) -> Path:
+def make_original(folder: Path, layers: int, suffix: str) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**ARCHITECTURE, "num_hidden_layers": layers}))
     weights = outer_weights()
@@ -98,7 +98,7 @@ def make_release(folder: Path, layers: int, suffix: str) -> Path:
 
 
 def make_megatron(folder: Path, layers: int) -> Path:
-    """Two ranks, each in one pickle."""
+    """Write a checkpoint of two ranks, each in one pickle."""
     arguments = Namespace(
         num_layers=layers,
         hidden_size=HIDDEN,
@@ -132,7 +132,7 @@ def make_megatron(folder: Path, layers: int) -> Path:
 
 
 def measure(verb: str, source: Path, out: Path) -> tuple[int, int]:
-    """Convert in a process of its own: bytes of weights, and bytes of memory at the peak."""
+    """Convert in a new process; return bytes of weights, and peak memory in bytes."""
     command = [sys.executable, "-c", MEASURED, verb, str(source), str(out)]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     facts, peak = result.stdout.strip().splitlines()
@@ -149,8 +149,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         runs = [
-            ("release, safetensors", "release", lambda: make_release(folder / "a", layers, "safetensors")),
-            ("release, .bin", "release", lambda: make_release(folder / "b", layers, "bin")),
+            ("release, safetensors", "release", lambda: make_original(folder / "a", layers, "safetensors")),
+            ("release, .bin", "release", lambda: make_original(folder / "b", layers, "bin")),
             ("megatron, 2 ranks", "megatron", lambda: make_megatron(folder / "c", layers)),
             ("to-release", "to-release", lambda: folder / "out1"),
         ]

@@ -1,17 +1,16 @@
-"""How fast images become packed sequences, how much memory that takes, and how much disk.
+"""Speed, memory and disk usage of the data path from images to packed sequences.
 
     python benchmarks/data_path.py [--images FOLDER] [--json]
 
-Speed on one core: the decoder alone, the whole path (decode, resize, cut into uint8 patches), the same path
-without what is compiled of this package (OpenCV resizes and splits, on one thread or on its own), by Pillow
-and NumPy alone, and the steps of the original code (from base64 by Pillow to normalised float32 patches by
-torch), in images per second of processor time, so that other programs on the machine disturb little; and
-photographs four times as wide and high, which shrink. Then, in seconds of the clock, the loader with 0, 1
-and 2 workers of one or two threads: parquet to packed sequences of 32,768 tokens. Last, the memory of the
-loader as the data grow.
+On one core, in images per second of processor time, which other programs on the machine hardly affect: the
+decoder alone; the whole path (decode, resize, cut into uint8 patches); the same path without the compiled
+library (OpenCV resizes and splits, on one thread or on its default threads); Pillow and NumPy alone; and the
+steps of the original code (from base64 by Pillow to normalized float32 patches by torch). Also photographs
+four times as wide and high, which shrink. Then, in wall-clock time, the loader with 0, 1 and 2 workers of one
+or two threads: parquet to packed sequences of 32,768 tokens. Last, the loader's memory as the data grows.
 
-The variants take turns, in the first part every ten images, and each figure is the median of the turns.
-Without `--images` photographs of about 500 x 375 are cut from the two that scikit-learn brings.
+The variants alternate, in the first part every ten images, and each result is the median of the turns.
+Without `--images`, photographs of about 500 x 375 are cut from the two in scikit-learn.
 """
 
 from __future__ import annotations
@@ -55,16 +54,16 @@ from solo_vlm.models.solo.image_loading_solo import load_pixels
 from solo_vlm.models.solo.image_processing_solo import LIBRARY, image_to_patches, resize
 from solo_vlm.quickstart.llm import train_tokenizer
 
-TURN = 10  # images: short, so that what disturbs one variant disturbs the others alike
+TURN = 10  # images: short, so that disturbances affect all variants alike
 STREAMS = 4
 LAYOUTS = ((0, 1), (1, 1), (2, 1), (0, 2), (1, 2))  # workers, threads
-GROUPS = 5 * STREAMS  # row groups of the smallest data: one more than streams hold open
+GROUPS = 5 * STREAMS  # row groups of the smallest data: one more than the streams keep open
 ROW_GROUP = 256
 CAPTION = "a photograph, as one would find it on the web, with a caption of some twenty words"
 
 
 def photographs(count: int, rng: np.random.Generator, quality: int) -> Iterator[bytes]:
-    """JPEGs of about 500 x 375."""
+    """Yield JPEGs of about 500 x 375 pixels."""
     from sklearn.datasets import load_sample_images
 
     originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427
@@ -95,7 +94,7 @@ def decode_by_pillow(data: bytes) -> np.ndarray:
 
 
 def path_by_pillow(data: bytes, processor: SoloImageProcessor) -> np.ndarray:
-    """Decode, resize and cut without OpenCV or torch: uint8 (patches, 3072)."""
+    """Decode, resize and cut without OpenCV or torch; return (num_patches, 3072) uint8."""
     image = Image.open(BytesIO(data)).convert("RGB")
     rows, columns = processor.get_patch_grid(image.height, image.width)
     resized = np.asarray(image.resize((columns * 32, rows * 32), Image.Resampling.BILINEAR))
@@ -104,14 +103,14 @@ def path_by_pillow(data: bytes, processor: SoloImageProcessor) -> np.ndarray:
 
 
 def path_by_opencv(data: bytes, processor: SoloImageProcessor) -> np.ndarray:
-    """The whole path where nothing was compiled."""
+    """Run the whole path without the compiled library."""
     pixels = load_pixels(data)
     rows, columns = processor.get_patch_grid(*pixels.shape[:2])
     return image_to_patches(resize(pixels, rows * 32, columns * 32), 32)
 
 
-def path_by_release(url: str, processor: SoloImageProcessor) -> torch.Tensor:
-    """The release's steps, torchvision's among them: a data URL to float32 (patches, 3072), normalised."""
+def path_by_original(url: str, processor: SoloImageProcessor) -> torch.Tensor:
+    """Run the original code's steps on a data URL; return normalized (num_patches, 3072) float32."""
     image = Image.open(BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB")
     rows, columns = processor.get_patch_grid(image.height, image.width)
     resized = image.resize((columns * 32, rows * 32), Image.Resampling.BILINEAR)
@@ -119,13 +118,13 @@ def path_by_release(url: str, processor: SoloImageProcessor) -> torch.Tensor:
     mean, std = (
         torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std)
     )
-    normalised = pixels.float().div(255).clone().sub_(mean).div_(std)
-    patches = normalised.unfold(1, 32, 32).unfold(2, 32, 32)  # (3, rows, columns, 32, 32)
+    normalized = pixels.float().div(255).clone().sub_(mean).div_(std)
+    patches = normalized.unfold(1, 32, 32).unfold(2, 32, 32)  # (3, rows, columns, 32, 32)
     return patches.permute(1, 2, 0, 3, 4).contiguous().view(rows * columns, -1)
 
 
 def one_core(images: Sequence[bytes], rounds: int, quality: int) -> dict[str, float]:
-    """Images per second of processor time, and ratios of them within a turn."""
+    """Return images per second of processor time, and their ratios within a turn."""
     processor = SoloImageProcessor()
     as_url = {data: f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for data in images}
     variants: dict[str, Callable[[bytes], Any]] = {
@@ -135,7 +134,7 @@ def one_core(images: Sequence[bytes], rounds: int, quality: int) -> dict[str, fl
         "opencv": lambda data: path_by_opencv(data, processor),
         "opencv_threads": lambda data: path_by_opencv(data, processor),
         "pillow": lambda data: path_by_pillow(data, processor),
-        "release": lambda data: path_by_release(as_url[data], processor),
+        "release": lambda data: path_by_original(as_url[data], processor),
     }
     taken = take_turns(variants, images, rounds)
     large = [enlarged(data, 4, quality) for data in images[:TURN]]
@@ -158,7 +157,7 @@ def one_core(images: Sequence[bytes], rounds: int, quality: int) -> dict[str, fl
 def take_turns(
     variants: dict[str, Callable[[bytes], Any]], images: Sequence[bytes], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of processor time an image, turn by turn."""
+    """Return seconds of processor time per image, by turn."""
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for start in [*range(0, len(images), TURN)] * rounds:
         batch = images[start : start + TURN]
@@ -173,7 +172,7 @@ def take_turns(
 
 
 def ratio(taken: dict[str, list[float]], name: str) -> float:
-    """How many times as fast the whole path is."""
+    """Return the speedup of the whole path over a variant."""
     return statistics.median(other / whole for other, whole in zip(taken[name], taken["whole"], strict=True))
 
 
@@ -187,7 +186,7 @@ def enlarged(data: bytes, times: int, quality: int) -> bytes:
 
 @dataclass(frozen=True)
 class StreamMaker:
-    """Makes the streams of one parquet file, in whichever process asks."""
+    """Factory of the streams of one parquet file, for any process."""
 
     path: Path
     encoder: Encoder
@@ -199,8 +198,8 @@ class StreamMaker:
 
 
 def make_encoder() -> Encoder:
-    """With the processor of a model too small to matter."""
-    logging.set_verbosity_error()  # it tells how the embeddings of new tokens are initialised
+    """Make an encoder with the processor of a tiny model."""
+    logging.set_verbosity_error()  # hides notes on the initialization of new embeddings
     tokenizer = train_tokenizer([CAPTION], vocab_size=300)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     llm = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes))
@@ -215,7 +214,7 @@ def packed(
 
 
 def loader_rates(path: Path, length: int, sequences: int, rounds: int) -> dict[tuple[int, int], float]:
-    """Images per second of the clock by workers and threads, from when the first sequences are there."""
+    """Return images per second of wall-clock time by workers and threads, after the first sequences."""
     rates: dict[tuple[int, int], list[float]] = {layout: [] for layout in LAYOUTS}
     encoder = make_encoder()
     for _ in range(rounds):
@@ -231,7 +230,7 @@ def loader_rates(path: Path, length: int, sequences: int, rounds: int) -> dict[t
 
 
 def loader_memory(folder: Path, growth: Sequence[int], sequences: int) -> dict[str, float]:
-    """Resident megabytes of the loader and its two workers, in a fresh process for each size of the data."""
+    """Return resident megabytes of the loader and two workers, in a new process per size of the data."""
     samples = [sample(jpeg(Image.effect_noise((32, 32), 50), quality=95)) for _ in range(ROW_GROUP)]
     memory = {}
     for times in growth:
@@ -246,7 +245,7 @@ def loader_memory(folder: Path, growth: Sequence[int], sequences: int) -> dict[s
 
 
 def resident_megabytes(path: Path, sequences: int) -> float:
-    """After so many packed sequences of 4,096 tokens: this process and those that it started."""
+    """Return resident megabytes of this process and its children after packed sequences of 4,096 tokens."""
     batches = packed(path, make_encoder(), 4096, workers=2)
     for _ in range(sequences):
         next(batches)
@@ -267,7 +266,7 @@ def sample(image: bytes) -> dict[str, Any]:
 
 
 def write_row_groups(path: Path, samples: Sequence[dict[str, Any]], count: int) -> None:
-    """The same samples in each of so many row groups."""
+    """Write `count` row groups, each with the same samples."""
     group = pa.Table.from_pylist(list(samples), SCHEMA)
     with pq.ParquetWriter(path, SCHEMA) as writer:
         for _ in range(count):
@@ -275,7 +274,7 @@ def write_row_groups(path: Path, samples: Sequence[dict[str, Any]], count: int) 
 
 
 def disk(folder: Path, images: Sequence[bytes]) -> float:
-    """Bytes of our parquet file over those of the JPEGs in it."""
+    """Return the size of a parquet file divided by that of its JPEGs."""
     path = folder / "written.parquet"
     write_samples(path, map(sample, images))
     return path.stat().st_size / sum(map(len, images))
@@ -305,20 +304,20 @@ def measure(images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="JPEGs to use, of this folder and below"
+        "--images", type=Path, metavar="FOLDER", help="folder of JPEGs to use, searched recursively"
     )
-    parser.add_argument("--photographs", type=int, default=200, help="how many at most (200)")
+    parser.add_argument("--photographs", type=int, default=200, help="maximum number of photographs (200)")
     parser.add_argument(
         "--quality",
         type=int,
         default=95,
-        help="of the JPEGs that are made (95, as cameras and ImageNet have)",
+        help="quality of synthetic JPEGs (95, as in cameras and ImageNet)",
     )
-    parser.add_argument("--rounds", type=int, default=9, help="how often everything is measured (9)")
-    parser.add_argument("--sequences", type=int, default=16, help="packed sequences from each loader (16)")
-    parser.add_argument("--length", type=int, default=32_768, help="tokens of each (32768)")
+    parser.add_argument("--rounds", type=int, default=9, help="number of measurements (9)")
+    parser.add_argument("--sequences", type=int, default=16, help="packed sequences per loader (16)")
+    parser.add_argument("--length", type=int, default=32_768, help="tokens per packed sequence (32768)")
     parser.add_argument(
-        "--growth", type=int, nargs="+", default=[1, 10, 100], help="sizes of data (1 10 100)"
+        "--growth", type=int, nargs="+", default=[1, 10, 100], help="relative sizes of the data (1 10 100)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()

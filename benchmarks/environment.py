@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Environment of a measurement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def environment() -> dict[str, object]:
-    """Processor, cores, system and versions, as plain values."""
+    """Return processor, cores, system and versions, as plain values."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -20,7 +20,7 @@ def environment() -> dict[str, object]:
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Return the name of the processor, if the system provides it."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

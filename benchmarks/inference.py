@@ -1,23 +1,23 @@
-"""How fast answers come: one image asked about again and again, and against LLaVA and the memory's bandwidth.
+"""Inference speed: repeated questions about one image, and comparisons with LLaVA and the memory bandwidth.
 
     python benchmarks/inference.py [--parts compute prefix speed] [--json] [--out FILE]
 
-Models have random weights, and a decoder of SmolLM2-135M's shape on a CPU (float32), of the paper's 7B model
-on a GPU (bfloat16).
+Models have random weights. The decoder has the shape of SmolLM2-135M on a CPU (float32), and that of the
+paper's 7B model on a GPU (bfloat16).
 
 - prefix: ten questions about one image of 1024 x 1024 pixels, each answered by two pipelines of the same
-  model, with a prefix cache and without, in turns. `prefix_speedup` is the ratio of their times for short
-  answers (8 tokens), reading the image included; longer ones stand beside it. `prefix_same_answers` says
-  whether all answers agree.
-- compute: FLOPs until the first token, counted and not timed. `flops_over_llava` is LLaVA's divided by ours.
-- speed: seconds until the first token, and tokens a second after it, for square images of several sizes and
-  batches of several chats, beside transformers' LLaVA with CLIP-L/336 and an equal decoder, in turns.
+  model, with and without a prefix cache, alternately. `prefix_speedup` is the ratio of their times for short
+  answers (8 tokens), including reading the image; results for longer answers are listed, too.
+  `prefix_same_answers` is true if all answers agree.
+- compute: FLOPs until the first token, counted, not timed. `flops_over_llava` is LLaVA's divided by SOLO's.
+- speed: seconds to the first token, and tokens per second after it, for square images of several sizes and
+  batches of several chats, alternating with transformers' LLaVA with CLIP-L/336 and an equal decoder.
   `ttft_over_llava` and `decode_over_llava` (by image size, for one chat at a time) are LLaVA's time divided
-  by ours: above 1, we are faster. Preparing pixels is left out for both. `share_of_bandwidth` compares a
-  decoding step with the time that it takes to read its weights, keys and values once.
+  by SOLO's: above 1, SOLO is faster. Image preprocessing is excluded for both. `share_of_bandwidth` compares
+  a decoding step with the time to read its weights, keys and values once.
 
-Figures are medians of the rounds; ratios are taken within a round. With `--out`, each part is written when it
-is done, beside what earlier calls have left there, such as other batches.
+Results are medians of the rounds; ratios are taken within a round. With `--out`, each part is written when it
+is done, and merged with the results of earlier calls, such as other batches.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def parse() -> argparse.Namespace:
         default=[336, 512, 768, 1024],
         help="sides of the images (336 to 1024)",
     )
-    add("--batches", nargs="+", type=int, default=[1, 4, 16], help="chats at once (1, 4 and 16)")
-    add("--rounds", type=int, default=10 if on_gpu else 3, help="that are measured (10 on a GPU, else 3)")
-    add("--answers", nargs="+", type=int, default=[8, 16, 32], help="tokens of an answer (8, 16 and 32)")
-    add("--tiny", action="store_true", help="tiny models: to try the benchmark itself")
+    add("--batches", nargs="+", type=int, default=[1, 4, 16], help="chats per batch (1, 4 and 16)")
+    add("--rounds", type=int, default=10 if on_gpu else 3, help="measured rounds (10 on a GPU, else 3)")
+    add("--answers", nargs="+", type=int, default=[8, 16, 32], help="tokens per answer (8, 16 and 32)")
+    add("--tiny", action="store_true", help="tiny models, to test the benchmark itself")
     add("--json", action="store_true", help="print one JSON object")
-    add("--out", type=Path, metavar="FILE", help="JSON, completed part by part")
+    add("--out", type=Path, metavar="FILE", help="JSON file, extended part by part")
     return parser.parse_args()
 
 
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def _add(results: dict[str, Any], part: dict[str, Any]) -> None:
-    """Put the figures of a part beside those of the same name."""
+    """Merge the results of a part into those of the same name."""
     for name, figure in part.items():
         earlier = results.get(name)
         results[name] = {**earlier, **figure} if isinstance(earlier, dict) else figure

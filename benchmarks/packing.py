@@ -1,11 +1,11 @@
-"""How full packed sequences are, and what it costs to make one, against simpler packers.
+"""Fill of packed sequences and cost of packing, compared with simpler packers.
 
     python benchmarks/packing.py [--json]
 
-Documents are made up: photographs of about 500 x 375 with a caption (204 to 209 tokens of image), web
-texts, and short captions. Fill leaves out the last two sequences, which hold what was left. "moved" is by
-how many places a document goes into a sequence later than it came, at most. Collation makes one sequence of
-32,768 tokens, 54% of them vision tokens, of encoded documents; its peak memory is what it allocates.
+Documents are synthetic: photographs of about 500 x 375 with a caption (204 to 209 tokens of image), web
+texts, and short captions. Fill excludes the last two sequences, which contain the remainder. "moved" is the
+maximum number of places by which a document is packed later than it arrived. Collation makes one sequence of
+32,768 tokens, 54% of them vision tokens, from encoded documents; its peak memory is what it allocates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from solo_vlm.data.packing import pack
 
 
 def next_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """In order of arrival; a document that does not fit opens the next sequence (as the release packs)."""
+    """Pack in order of arrival; a document that does not fit opens a new one, like the original code."""
     packs: list[list[int]] = [[]]
     room = capacity
     for index, length in enumerate(lengths):
@@ -39,7 +39,7 @@ def next_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def first_fit(lengths: list[int], capacity: int, opened: int = 16) -> list[list[int]]:
-    """Into the first of up to 16 open sequences with room; the oldest is closed for a new one."""
+    """Pack into the first of up to 16 open sequences that has room; close the oldest for a new one."""
     packs: list[list[int]] = []
     rooms: list[int] = []
     for index, length in enumerate(lengths):
@@ -55,7 +55,7 @@ def first_fit(lengths: list[int], capacity: int, opened: int = 16) -> list[list[
 
 
 def longest_first(lengths: list[int], capacity: int, buffer_size: int = 128) -> list[list[int]]:
-    """Always the longest waiting document that fits; where none does, it opens the next sequence."""
+    """Pack the longest waiting document that fits; if none does, it opens the next sequence."""
     packs: list[list[int]] = [[]]
     room = capacity
     waiting: list[tuple[int, int]] = []
@@ -74,7 +74,7 @@ def longest_first(lengths: list[int], capacity: int, buffer_size: int = 128) -> 
 
 
 def mixtures(rng: np.random.Generator) -> dict[str, tuple[int, list[int]]]:
-    """(capacity, lengths) by name."""
+    """Return (capacity, lengths) by name."""
     photographs = rng.integers(204, 210, 20_000) + rng.integers(10, 120, 20_000)
     texts = rng.geometric(1 / 1200, 4_000)
     captions = rng.integers(10, 60, 20_000)
@@ -88,17 +88,17 @@ def mixtures(rng: np.random.Generator) -> dict[str, tuple[int, list[int]]]:
 
 
 def fill(packs: list[list[int]], lengths: list[int], capacity: int) -> float:
-    """Mean share of a sequence that is documents."""
+    """Return the mean share of non-padding tokens in a sequence."""
     return statistics.mean(sum(lengths[i] for i in items) / capacity for items in packs[:-2])
 
 
 def moved(packs: list[list[int]]) -> int:
-    """Places by which a document goes into a sequence later than it came, at most."""
+    """Return the maximum number of places by which a document is packed later than it arrived."""
     return max(place - index for place, index in enumerate(index for items in packs for index in items))
 
 
 def documents_of_one_sequence(rng: np.random.Generator, length: int = 32_768) -> list[Document]:
-    """Photographs of 12 x 16 patches with texts, together one sequence with 54% vision tokens."""
+    """Return photographs of 12 x 16 patches with texts that fill one sequence with 54% vision tokens."""
     image, documents, room = 12 * 16 + 12 + 1, [], length
     text = round(image * 0.46 / 0.54)
     while room:
@@ -111,7 +111,7 @@ def documents_of_one_sequence(rng: np.random.Generator, length: int = 32_768) ->
 
 
 def collation(rng: np.random.Generator) -> dict[str, float]:
-    """Median milliseconds and peak megabytes of collating one sequence."""
+    """Return median milliseconds and peak megabytes of collating one sequence."""
     documents = documents_of_one_sequence(rng)
     times = []
     for _ in range(20):

@@ -176,7 +176,7 @@ def _data_url(rng: np.random.Generator) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="folder or hub id")
+    parser.add_argument("--model", help="folder or hub ID")
     parser.add_argument("--seconds", type=float, default=15.0, help="duration per number of clients")
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

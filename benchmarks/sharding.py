@@ -1,14 +1,14 @@
-"""What sharding costs a small model on one process, layer by layer, several layers at a time, and not at all.
+"""Overhead of sharding a small model on one process: per layer, per unit of several layers, and unsharded.
 
     python benchmarks/sharding.py [--json] [--out FILE]
 
-Whole steps of the engine with a decoder of SmolLM2-135M's 30 layers on one packed sequence. On a CPU its
-matrices are so small, and the sequence so short, that Python and torch's bookkeeping take most of the time,
-on one thread; on a CUDA GPU it has its own size and 8,192 tokens. "units" is what the engine does: layers are
-gathered together up to `FSDP_UNIT_SIZE` parameters (solo_vlm.train.parallel.sharding). "whole" is a model
-that is not sharded, under autocast.
+Whole training steps with a decoder of SmolLM2-135M's 30 layers on one packed sequence. On a CPU, its matrices
+are so small, and the sequence so short, that the overhead of Python and torch takes most of the time, on one
+thread; on a CUDA GPU it has the size of SmolLM2-135M and 8,192 tokens. "units" is what `solo train` does:
+layers are gathered together up to `FSDP_UNIT_SIZE` parameters (solo_vlm.train.parallel.sharding). "whole" is
+an unsharded model under autocast.
 
-The variants take turns; figures are medians of the rounds, ratios those within a round.
+The variants alternate; results are medians of the rounds, and ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def measure(rounds: int, warmup: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="that are measured (20)")
-    parser.add_argument("--warmup", type=int, default=5, help="rounds before (5)")
+    parser.add_argument("--rounds", type=int, default=20, help="measured rounds (20)")
+    parser.add_argument("--warmup", type=int, default=5, help="warm-up rounds (5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
     arguments = parser.parse_args()

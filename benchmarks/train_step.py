@@ -1,23 +1,23 @@
-"""How fast a training step is and what memory it takes, against padded batches, full logits and LLaVA.
+"""Speed and memory of a training step, compared with padded batches, full logits and LLaVA.
 
     python benchmarks/train_step.py [--parts steps loss 7b] [--json] [--out FILE] [--plot FILE]
 
-Samples are captioned photographs, and a model of SmolLM2-135M's shape with random weights (bfloat16 over
-float32 weights) takes whole steps, forward, backward and optimizer, on the same samples each time:
+Samples are captioned photographs. A model of SmolLM2-135M's shape with random weights (bfloat16 over float32
+weights) runs whole steps, forward, backward and optimizer, on the same samples each time:
 
-- packed: as `solo train` does it, documents in one row, logits in chunks and only where a label is;
+- packed: as in `solo train`, documents in one row, logits in chunks and only at supervised positions;
 - packed_full_logits: the same, but with logits at all positions;
-- padded: one sample a row, batches padded to their longest, logits at all positions, as the release trains;
+- padded: one sample per row, padded to the longest, logits at all positions, as in the original code;
 - llava: transformers' LLaVA with a frozen CLIP-L/336 encoder before the same decoder, in padded batches.
 
-The variants take turns, round after round; figures are medians of the rounds, ratios those within a round.
-Peak memory is that of a fresh process that takes one step. Tokens are those of documents, padding left out;
-LLaVA, whose images have other tokens, is compared by samples. Reading images is not part of a step.
+The variants alternate; results are medians of the rounds, and ratios are taken within a round. Peak memory is
+that of a new process that runs one step. Tokens are those of documents, without padding; LLaVA, whose images
+have other tokens, is compared by samples. Reading images is not part of a step.
 
 Parts: "steps", the above; "loss", the memory of the loss alone; and, on a CUDA GPU, "7b": as many layers of
-the paper's 7B model as fit, on packed sequences of 32,768 tokens. With `--out` each part is written when it
-is done, beside what earlier calls have left there, so that parts can be measured in calls of their own;
-`--parts` without a name measures nothing and only draws and prints. `mfu` is that of the fastest 7B
+the paper's 7B model as fit, on packed sequences of 32,768 tokens. With `--out`, each part is written when it
+is done, and merged with the results of earlier calls, so that parts can be measured in separate calls;
+`--parts` without a name measures nothing and only plots and prints. `mfu` is that of the fastest 7B
 configuration, else of "packed".
 """
 
@@ -44,7 +44,7 @@ Results = dict[str, Any]
 
 
 def measure(arguments: argparse.Namespace, earlier: Results) -> Iterator[Results]:
-    """What each part adds to the results, as soon as it is known."""
+    """Yield the results of each part as soon as they are known."""
     workload = Workload.of_tiny() if arguments.tiny else Workload(arguments.samples)
     if "steps" in arguments.parts:
         yield steps.measure(workload, arguments.precision, arguments.warmup, arguments.rounds)
@@ -61,29 +61,29 @@ def measure(arguments: argparse.Namespace, earlier: Results) -> Iterator[Results
 
 
 def with_mfu(results: Results) -> Results:
-    """The results with the headline utilisation, where the device is known."""
-    seven = [figures["mfu"] for figures in results.get("seven_b", {}).values() if "mfu" in figures]
+    """Return the results with the model FLOPs utilization, if the device is known."""
+    seven = [metrics["mfu"] for metrics in results.get("seven_b", {}).values() if "mfu" in metrics]
     small = results.get("variants", {}).get("packed", {}).get("mfu")
     mfu = max(seven, default=small)
     return results if mfu is None else {**results, "mfu": mfu}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What `environment` does not know: threads, or the GPU."""
+    """Return the number of threads, or the GPU, which `environment` does not include."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return {"device": "cpu", "threads": torch.get_num_threads()}
 
 
 def show(results: Results) -> None:
-    """Plain lines; tables within."""
+    """Print results as plain lines, with tables for nested ones."""
     for name, value in results.items():
         if not isinstance(value, dict):
             print(f"{name:34} {value:,.3f}")
             continue
         print(name)
-        for inner, figures in value.items():
-            row = figures.items() if isinstance(figures, dict) else [("", figures)]
+        for inner, metrics in value.items():
+            row = metrics.items() if isinstance(metrics, dict) else [("", metrics)]
             cells = (
                 f"{key} {cell:,.4g}" if isinstance(cell, float) else f"{key} {cell}" for key, cell in row
             )
@@ -94,24 +94,29 @@ def parse() -> argparse.Namespace:
     on_gpu = this_device().type != "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--parts", nargs="*", choices=("steps", "loss", "7b"), help="default: all that the machine can do")
-    add("--samples", type=int, default=112 if on_gpu else 8, help="a step (112 on a GPU, else 8)")
-    add("--rounds", type=int, default=10 if on_gpu else 5, help="that are measured (10 on a GPU, else 5)")
-    add("--warmup", type=int, default=3 if on_gpu else 1, help="rounds before (3 on a GPU, else 1)")
-    add("--precision", choices=("bf16", "fp32"), default="bf16", help="as in recipes (bf16)")
+    add("--parts", nargs="*", choices=("steps", "loss", "7b"), help="default: all that the machine supports")
+    add("--samples", type=int, default=112 if on_gpu else 8, help="samples per step (112 on a GPU, else 8)")
+    add("--rounds", type=int, default=10 if on_gpu else 5, help="measured rounds (10 on a GPU, else 5)")
+    add("--warmup", type=int, default=3 if on_gpu else 1, help="warm-up rounds (3 on a GPU, else 1)")
+    add("--precision", choices=("bf16", "fp32"), default="bf16", help="precision, as in recipes (bf16)")
     add(
         "--full-logits-tokens",
         type=int,
         default=32_768 if on_gpu else 8_192,
-        help="full logits are held over so many tokens, and their memory scaled to 32,768\n"
+        help="tokens over which full logits are held; their memory is scaled to 32,768\n"
         "(32,768 on a GPU, else 8,192)",
     )
-    add("--configurations", nargs="+", choices=seven_b.CONFIGURATIONS, help="of part 7b (all)")
-    add("--minutes", type=float, default=8, help="after which part 7b begins no other configuration (8)")
-    add("--tiny", action="store_true", help="tiny models and few samples: to try the benchmark itself")
+    add("--configurations", nargs="+", choices=seven_b.CONFIGURATIONS, help="configurations of part 7b (all)")
+    add(
+        "--minutes",
+        type=float,
+        default=8,
+        help="minutes after which part 7b starts no configuration (8)",
+    )
+    add("--tiny", action="store_true", help="tiny models and few samples, to test the benchmark itself")
     add("--json", action="store_true", help="print one JSON object")
-    add("--out", type=Path, metavar="FILE", help="JSON, completed part by part")
-    add("--plot", type=Path, metavar="FILE", help=".svg or .png")
+    add("--out", type=Path, metavar="FILE", help="JSON file, extended part by part")
+    add("--plot", type=Path, metavar="FILE", help="plot, as .svg or .png")
     arguments = parser.parse_args()
     if arguments.parts is None:
         arguments.parts = ["steps", "loss", *(["7b"] if on_gpu or arguments.tiny else [])]

@@ -101,7 +101,7 @@ def _area(image: bytes) -> int:
 
 @contextmanager
 def _serve(model: Path) -> Iterator[str]:
-    """Run the server, and give the address of its page."""
+    """Run the server, and yield the address of its page."""
     command = [sys.executable, "-m", "solo_vlm", "web", "--no-open", "--model", str(model), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -192,7 +192,7 @@ def _save_report(browser: Browser, report: Path, name: str) -> None:
 
 
 def _save(page: Page, name: str, full_page: bool = True) -> None:
-    """Take a screenshot, at most as high as 1,400 pixels, as a small PNG."""
+    """Save a screenshot of at most 1,400 pixels in height as a small PNG."""
     page.wait_for_timeout(300)
     size = page.viewport_size
     assert size is not None
@@ -219,7 +219,7 @@ DRAW: dict[str, Callable[[Browser, Path], None]] = {
 
 
 def main() -> None:
-    """Draw the pictures that are asked for, or all of them."""
+    """Draw the named pictures, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("names", nargs="*", choices=[*DRAW, []], help="pictures to draw; default: all")
     parser.add_argument(

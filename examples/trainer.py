@@ -40,7 +40,7 @@ class PackedTrainer(Trainer):
 
 
 class SaveLoader(TrainerCallback):
-    """Save the loader state of each process with the checkpoint."""
+    """Callback that saves the loader state of each process with the checkpoint."""
 
     def __init__(self, loader: PackedLoader) -> None:
         self.loader = loader

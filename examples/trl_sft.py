@@ -2,7 +2,7 @@
 
     python examples/trl_sft.py --model MODEL --data "chats/*.parquet" --out runs/trl --steps 1000 --lora
 
-A row holds OpenAI-style `messages` and any number of `images`; see docs/data.md.
+A row has OpenAI-style `messages` and any number of `images`; see docs/data.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from solo_vlm.train.attention import use_packed_attention
 
 
 class PackedCollator:
-    """Encode rows and concatenate them: no padding, and no attention between documents."""
+    """Collator that encodes rows and concatenates them without padding or attention between documents."""
 
     def __init__(self, processor: SoloProcessor) -> None:
         self.processor = processor

@@ -1,4 +1,4 @@
-"""Floating-point operations until the first token, which no machine changes, beside those of LLaVA."""
+"""FLOPs until the first token, which do not depend on the machine, compared with LLaVA."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from solo_vlm.models.flops import ModelShape, forward_flops
 from solo_vlm.models.solo.processing_solo import num_image_tokens
 
 SHAPES = ("smollm2-135m", "solo-7b")
-_TEXT = 20  # tokens beside the image
+_TEXT = 20  # text tokens after the image
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """LLaVA's FLOPs divided by ours, by decoder and image size: above 1, we compute less."""
+    """Return LLaVA's FLOPs divided by SOLO's, by decoder and image size; above 1, SOLO computes less."""
     return {"flops_over_llava": {shape: _by_size(shape, setting.sizes) for shape in SHAPES}}
 
 

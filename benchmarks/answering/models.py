@@ -1,4 +1,4 @@
-"""The models that are asked: SOLO and LLaVA with random weights around decoders of one shape."""
+"""Models of the inference benchmark: SOLO and LLaVA with random weights and decoders of the same shape."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from solo_vlm.generate import GenerationPipeline
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, and where.
+    """Settings of the inference benchmark.
 
     Attributes:
-        shape: Of the decoder, a folder of `recipes/`.
-        device: Where the models are.
-        dtype: Of weights and computation.
-        sizes: Sides of the square images, in pixels.
-        batches: Chats at once.
-        rounds: In each of which everything has its turn.
-        answers: Tokens of an answer; decoding is timed over the most.
-        tiny: Models of a few thousand weights, to try the benchmark itself.
+        shape: Shape of the decoder, named by a folder of `recipes/`.
+        device: Device of the models.
+        dtype: Data type of weights and computation.
+        sizes: Sides of the square images in pixels.
+        batches: Numbers of chats per batch.
+        rounds: Number of rounds, each of which measures every variant once.
+        answers: Numbers of tokens per answer; decoding is timed with the largest.
+        tiny: Whether to use models of a few thousand weights, to test the benchmark itself.
     """
 
     shape: str
@@ -49,7 +49,7 @@ class Setting:
 
     def solo(self) -> GenerationPipeline:
         model = self._random(SoloForConditionalGeneration, self.workload.config(self.shape))
-        model.generation_config.eos_token_id = None  # every answer is as long as every other
+        model.generation_config.eos_token_id = None  # all answers have the same length
         return GenerationPipeline(model, self.workload.processor)
 
     def llava(self) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Ten questions about one image of 1024 x 1024 pixels, with its prefix kept and without."""
+"""Ten questions about one image of 1024 x 1024 pixels, with and without a prefix cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUESTIONS = [
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """How many times faster all questions together are answered, by the length of the answers."""
+    """Return the speedup of answering all questions, by the length of the answers."""
     solo = setting.solo()
     by_length = {str(tokens): _take_turns(setting, solo, tokens) for tokens in setting.answers}
     first = by_length[str(setting.answers[0])]
@@ -51,14 +51,14 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 
 def _take_turns(setting: Setting, solo: GenerationPipeline, tokens: int) -> dict[str, Any]:
-    """Figures of answers of one length; with a prefix cache and without take turns at each question."""
+    """Return the timings for one length of answers; both variants alternate at each question."""
     image = photograph(*[max(setting.sizes)] * 2)
     rounds, same = [], True
-    for turn in range(1 + setting.rounds):  # the first warms up
+    for turn in range(1 + setting.rounds):  # the first is a warm-up
         pipelines = {"without": solo, "with": GenerationPipeline(solo.model, solo.processor, PrefixCache())}
         taken = dict.fromkeys(pipelines, 0.0)
         answers: dict[str, list[str]] = {name: [] for name in pipelines}
-        # A GPU loads kernels for every length of a prompt that it has not met.
+        # A GPU loads kernels for every new length of a prompt.
         for question in QUESTIONS if turn or setting.device.type != "cpu" else QUESTIONS[:2]:
             for name, pipeline in pipelines.items():
                 ask = partial(_ask, pipeline, question, image, tokens, answers[name])

@@ -1,4 +1,4 @@
-"""Time to the first token, and tokens a second after it, beside LLaVA and beside what the memory can do."""
+"""Time to the first token and decoding speed, compared with LLaVA and with the memory bandwidth."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ QUESTION = "two people and their dog by the river"
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """By batch and image size: seconds to the first token, tokens a second, and their ratios to LLaVA's.
+    """Return seconds to the first token, tokens per second, and ratios to LLaVA's, by batch and image size.
 
-    LLaVA sees every image at the one size of its encoder, so it has one turn a batch and round.
+    LLaVA sees every image at the fixed size of its encoder, so it is measured once per batch and round.
     """
     solo, llava = setting.solo(), setting.llava()
     bandwidth = memory_bandwidth(setting)
@@ -37,14 +37,14 @@ def measure(setting: Setting) -> dict[str, Any]:
         models: dict[str, tuple[PreTrainedModel, Any]] = {LLAVA: (llava, _for_llava(setting, solo, chats))}
         models |= {size: (solo.model, inputs) for size, inputs in chats.items()}
         rounds = []
-        for turn in range(1 + setting.rounds):  # the first warms up
+        for turn in range(1 + setting.rounds):  # the first is a warm-up
             taken = {name: _answer(setting, *model) for name, model in models.items()}
             print(f"batch {batch}, round {turn}: {taken}", file=sys.stderr)
             rounds.append(taken)
         by_batch[str(batch)] = {
             name: {
                 "prompt_tokens": inputs["input_ids"].shape[1],
-                **_figures(rounds[1:], name, batch * max(setting.answers)),
+                **_metrics(rounds[1:], name, batch * max(setting.answers)),
                 "share_of_bandwidth": _share_of_bandwidth(
                     model, inputs, rounds[1:], name, setting, bandwidth
                 ),
@@ -59,7 +59,7 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 
 def memory_bandwidth(setting: Setting) -> float:
-    """Bytes a second of a = b + s * c over arrays that no cache holds (STREAM's triad, the best of 11)."""
+    """Return bytes per second of a = b + s * c on arrays larger than any cache (STREAM triad, best of 11)."""
     length = 2**20 if setting.tiny else 2**26
     b, c = torch.rand(2, length, device=setting.device)
     a = torch.empty_like(b)
@@ -72,7 +72,7 @@ def memory_bandwidth(setting: Setting) -> float:
 
 @torch.inference_mode()
 def _answer(setting: Setting, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Seconds to the first token, and those of the tokens after it."""
+    """Return the seconds to the first token, and those of the following tokens."""
     state: dict[str, Any] = {}
 
     def take(**given: Any) -> None:
@@ -80,15 +80,15 @@ def _answer(setting: Setting, model: PreTrainedModel, inputs: Mapping[str, Tenso
         state["past_key_values"] = output.past_key_values
         state["input_ids"] = output.logits[:, -1:].argmax(-1)  # (batch, 1)
 
-    def go_on() -> None:
+    def decode() -> None:
         for _ in range(max(setting.answers)):
             take(**state)
 
-    return seconds(lambda: take(**inputs), setting.device), seconds(go_on, setting.device)
+    return seconds(lambda: take(**inputs), setting.device), seconds(decode, setting.device)
 
 
 def _for_llava(setting: Setting, solo: GenerationPipeline, chats: dict[str, Any]) -> dict[str, Tensor]:
-    """The same question about an image of LLaVA's own size."""
+    """Return LLaVA's inputs for the same question about an image of its fixed size."""
     ids = next(iter(chats.values()))["input_ids"].cpu().numpy()
     text = ~np.isin(ids[0], solo.model.config.vision_token_ids)
     at = int(text.argmin())  # where the image begins
@@ -101,7 +101,7 @@ def _for_llava(setting: Setting, solo: GenerationPipeline, chats: dict[str, Any]
     }
 
 
-def _figures(rounds: list[dict[str, tuple[float, float]]], name: str, tokens: int) -> dict[str, float]:
+def _metrics(rounds: list[dict[str, tuple[float, float]]], name: str, tokens: int) -> dict[str, float]:
     def over_llava(place: int) -> float:
         return statistics.median(taken[LLAVA][place] / taken[name][place] for taken in rounds)
 
@@ -121,7 +121,7 @@ def _share_of_bandwidth(
     setting: Setting,
     bandwidth: float,
 ) -> float:
-    """Of the memory's bandwidth, what reading the decoder, the head, keys and values once a step takes."""
+    """Return the share of memory bandwidth used by reading decoder, head, keys and values once per step."""
     decoder = model.model.language_model
     weights = sum(weight.numel() for weight in decoder.layers.parameters()) + model.lm_head.weight.numel()
     config = model.config.text_config

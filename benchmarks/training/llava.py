@@ -1,7 +1,7 @@
-"""LLaVA-1.5 as transformers has it, with a decoder of the same size, on the same images and texts.
+"""transformers' LLaVA-1.5 with a decoder of the same size, on the same images and texts.
 
-CLIP-L/14 at 336 pixels gives 576 tokens an image, whatever its size. The encoder is frozen; connector and
-decoder are trained (Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning", second stage).
+CLIP-L/14 at 336 pixels gives 576 tokens per image of any size. The encoder is frozen; connector and decoder
+are trained (Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning", second stage).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TINY_CLIP = ClipShape(image=56, patch=14, hidden=32, mlp=64, layers=2)
 
 
 class LlavaBaseline:
-    """A LLaVA model that stands in for a SOLO model in the engine's step."""
+    """LLaVA model in place of a SOLO model in the training step."""
 
     def __init__(
         self, config: SoloConfig, clip: ClipShape, recipe: Recipe, context: DistributedContext
@@ -48,18 +48,18 @@ class LlavaBaseline:
         return self.model.device
 
     def __call__(self, *, squares: Tensor, **inputs: Any) -> Any:
-        """The output of LLaVA's forward pass; its loss is transformers' own, over all logits."""
+        """Return the output of LLaVA's forward pass, with transformers' loss over all logits."""
         return self.model(pixel_values=squares, **inputs)
 
     def batch(
         self, images: Sequence[Image.Image], documents: Sequence[Document], vision: Ids
     ) -> dict[str, Tensor]:
-        """A padded batch.
+        """Return a padded batch.
 
         Args:
-            images: One a document.
-            documents: As SOLO reads them.
-            vision: Ids of SOLO's image tokens, which give way to LLaVA's.
+            images: One image per document.
+            documents: Documents, encoded for SOLO.
+            vision: IDs of SOLO's image tokens, which LLaVA's replace.
         """
         image = np.full(self.clip.patches, self.config.image_token_id)
         rows = []
@@ -73,15 +73,15 @@ class LlavaBaseline:
         return {**padded(rows), "squares": squares}
 
     def flops(self, lengths: Sequence[int], supervised: int) -> int:
-        """Of a training step on documents of these lengths, padding left out."""
+        """Return the FLOPs of a training step on documents of these lengths, without padding."""
         return self.shape.flops(lengths, len(lengths), supervised).training
 
 
 def llava_config(config: SoloConfig, clip: ClipShape) -> LlavaConfig:
-    """LLaVA with the decoder of a SOLO model, and the same id in the places of an image."""
+    """Return the configuration of LLaVA with a SOLO model's decoder and placeholder ID."""
     return LlavaConfig(
         vision_config=_clip_config(clip),
-        text_config=deepcopy(config.text_config),  # it will hold the kind of attention
+        text_config=deepcopy(config.text_config),  # transformers stores the attention implementation in it
         image_token_index=config.image_token_id,
         image_seq_length=clip.patches,
         attn_implementation="sdpa",
@@ -104,7 +104,7 @@ def _freeze_encoder(model: PreTrainedModel) -> None:
 
 
 def _square(image: Image.Image, side: int) -> Tensor:
-    """(3, side, side) float32, normalised as CLIP has it."""
+    """Return (3, side, side) float32, normalized for CLIP."""
     pixels = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
     normalized = (pixels - OPENAI_CLIP_MEAN) / np.array(OPENAI_CLIP_STD)
     return torch.from_numpy(normalized.astype(np.float32)).permute(2, 0, 1)

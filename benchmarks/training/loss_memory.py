@@ -1,4 +1,4 @@
-"""Memory of the loss alone: from hidden states to their gradient and that of the head."""
+"""Memory of the loss alone, from hidden states to their gradient and that of the head."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from solo_vlm.models.solo.modeling_solo import supervised_cross_entropy
 
 
 def measure(workload: Workload, full_tokens: int, precision: str) -> dict[str, Any]:
-    """Peak gigabytes of the loss over a packed sequence, each in a fresh process.
+    """Return peak gigabytes of the loss over a packed sequence, each measured in a new process.
 
     Args:
-        workload: Tells the sizes, and which share of the tokens carries a label.
-        full_tokens: Of the part of the sequence over which all logits are held; scaled to the whole.
-        precision: As in recipes.
+        workload: Sizes, and the share of supervised tokens.
+        full_tokens: Tokens over which all logits are held; their memory is scaled to the whole sequence.
+        precision: Precision, as in recipes.
     """
     tokens, share = workload.length, supervised_share(workload.sequence())
 
-    def peak(chunked: bool, length: int, labelled: float) -> float:
-        return in_fresh_process(_peak, workload, precision, chunked, length, labelled)
+    def peak(chunked: bool, length: int, labeled: float) -> float:
+        return in_fresh_process(_peak, workload, precision, chunked, length, labeled)
 
     chunked, every = peak(True, tokens, share), peak(True, tokens, 1.0)
     full = peak(False, full_tokens, share) * tokens / full_tokens
@@ -66,5 +66,5 @@ def _peak(workload: Workload, precision: str, chunked: bool, tokens: int, share:
         loss.backward()
         head.zero_grad()
 
-    forward_and_backward(*inputs(16))  # loads what is loaded at first use
+    forward_and_backward(*inputs(16))  # initializes libraries
     return peak_growth(partial(forward_and_backward, *inputs(tokens)), device)

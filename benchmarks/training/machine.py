@@ -1,4 +1,4 @@
-"""How time, memory and models are had on the machine at hand, a CPU or one GPU."""
+"""Timing, memory measurement and models on this machine, a CPU or one GPU."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ Result = TypeVar("Result")
 
 
 def this_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
+    """Return the accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def in_fresh_process(task: Callable[..., Result], *arguments: Any) -> Result:
-    """What a task returns in a process of its own, whose peak of memory is the task's."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as for the command `solo`, see there
+    """Run a task in a new process, so that its peak memory is the task's, and return the result."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in the command `solo`
     with ProcessPoolExecutor(1, get_context("spawn"), logging.set_verbosity_error) as fresh:
         return fresh.submit(task, *arguments).result()
 
 
 def seconds(task: Callable[[], Any], device: torch.device) -> float:
-    """Of the clock, until the device is done."""
+    """Return the wall-clock time of a task until the device has finished it."""
     _wait(device)
     started = time.perf_counter()
     task()
@@ -50,7 +50,7 @@ def seconds(task: Callable[[], Any], device: torch.device) -> float:
 
 @contextmanager
 def one_sharded_process(recipe: Recipe) -> Iterator[DistributedContext]:
-    """This process as one on a GPU is, with parameters that FSDP2 holds and casts; on a CPU, too."""
+    """Set up this process like a single GPU process, with parameters managed by FSDP2, also on a CPU."""
     with init_distributed(recipe) as alone:
         if alone.mesh is not None:
             yield alone
@@ -63,9 +63,9 @@ def one_sharded_process(recipe: Recipe) -> Iterator[DistributedContext]:
 
 
 def peak_growth(task: Callable[[], Any], device: torch.device) -> float:
-    """Gigabytes that a task needs at its peak, above what is held when it begins.
+    """Return the peak memory of a task in gigabytes, above the memory in use when it begins.
 
-    On a CPU it must be the first large task of a fresh process: the peak of a process never falls.
+    On a CPU, it must be the first large task of a new process, because a process's peak never falls.
     """
     if device.type == "cpu":
         held = psutil.Process().memory_info().rss
@@ -77,7 +77,7 @@ def peak_growth(task: Callable[[], Any], device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOPs a second in bfloat16 by the data sheet; None where it is not known."""
+    """Return the published FLOPs per second in bfloat16; None if they are unknown."""
     known = recognize_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return known.peak_flops if known else None
 
@@ -90,15 +90,15 @@ def random_model(
     freeze: Callable[[PreTrainedModel], None] = lambda model: None,
     unit: int = FSDP_UNIT_SIZE,
 ) -> PreTrainedModel:
-    """A model of random weights, held and cast as the engine does it on these processes.
+    """Make a model with random weights, sharded and cast as in training.
 
     Args:
-        kind: Its class, made of `config`.
-        config: Of the model.
-        recipe: See `shard`, as for `context` and `unit`.
-        context: Without a mesh the model is not sharded.
-        freeze: What is not to be trained.
-        unit: Parameters that are gathered at once.
+        kind: Class of the model, created from `config`.
+        config: Configuration of the model.
+        recipe: Recipe with precision and parallelism.
+        context: Context of the process; without a mesh, the model is not sharded.
+        freeze: Function that freezes parameters.
+        unit: Parameters gathered together; see `shard_model`.
     """
     torch.manual_seed(0)
     with context.device:

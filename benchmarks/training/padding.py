@@ -1,4 +1,4 @@
-"""Batches of one sample a row, padded to the longest."""
+"""Batches with one sample per row, padded to the longest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def padded(rows: Sequence[tuple[Ids, Ids]]) -> dict[str, Tensor]:
-    """Ids and labels of (rows, longest) with filling on the right, and the mask that hides it."""
+    """Return right-padded token IDs and labels, (rows, longest), and the attention mask."""
     ids, labels = ([torch.from_numpy(values) for values in column] for column in zip(*rows, strict=True))
     return {
         "input_ids": pad_sequence(ids, batch_first=True),

@@ -1,4 +1,4 @@
-"""The figures of a training step as a picture."""
+"""Plot of the training step benchmark."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _OURS, _OTHERS = "#2a6f97", "#b8c4cc"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Speed and memory of the variants side by side; the format follows the file's suffix."""
+    """Plot speed and memory of the variants; the suffix of the path sets the format."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "train_step"  # the same figures give the same file
+    matplotlib.rcParams["svg.hashsalt"] = "train_step"  # the same results give the same file
     from matplotlib import pyplot
 
     variants = results["variants"]
     names = [name for name in LABELS if name in variants]
-    panels = {"samples_per_second": "samples a second", "peak_memory_gb": "peak memory, GB"}
+    panels = {"samples_per_second": "samples per second", "peak_memory_gb": "peak memory, GB"}
     figure, axes = pyplot.subplots(1, len(panels), sharey=True, figsize=(9, 3), layout="constrained")
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         bars = axis.barh(

@@ -1,4 +1,4 @@
-"""Layers of the paper's 7B model on one GPU, on packed sequences of 32,768 tokens."""
+"""Training steps of layers of the paper's 7B model on one GPU, on packed sequences of 32,768 tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.trainer import optimizer_step
 
 SHAPE = "solo-7b"
-# Activation checkpointing, and whether layers are compiled; what is expected to be fastest comes first.
+# Activation checkpointing, and whether layers are compiled; the one expected to be fastest is first.
 CONFIGURATIONS = (
     "selective+compile",
     "full+compile",
@@ -31,15 +31,15 @@ CONFIGURATIONS = (
     "full",
     "none",
 )
-_USABLE = 0.9  # of a GPU's memory; the rest is for what `memory_per_device` does not count
-_FEWER = 0.75  # of the layers, where the estimate was too low
+_USABLE = 0.9  # share of a GPU's memory; the rest is for what `memory_per_device` does not count
+_FEWER = 0.75  # share of the layers to retry with if the estimate was too low
 
 
 def measure(workload: Workload, configuration: str, warmup: int, steps: int) -> dict[str, Any]:
-    """A configuration with as many layers as fit; each try in a fresh process.
+    """Measure a configuration with as many layers as fit, each attempt in a new process.
 
     Returns:
-        Figures of the median step; or "error", what went wrong with it.
+        Metrics of the median step, or the reason of a failure as "error".
     """
     checkpointing, _, compiled = configuration.partition("+")
     settings = {"activation_checkpointing": checkpointing, "compile": compiled == "compile"}
@@ -68,7 +68,7 @@ def _layers_that_fit(workload: Workload, settings: dict[str, Any]) -> int:
 
 
 def _planned(config: Any, recipe: Recipe) -> int:
-    """Bytes that a run is foretold to need."""
+    """Return the estimated memory of a run in bytes."""
     return memory_per_device(ModelShape.of(config), recipe, ParallelDims.from_recipe(recipe, 1)).total
 
 

@@ -1,4 +1,4 @@
-"""Whole training steps of all variants, in turns."""
+"""Whole training steps of all variants, alternately."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from solo_vlm.train.parallel.context import init_distributed
 
 
 def measure(workload: Workload, precision: str, warmup: int, rounds: int) -> dict[str, Any]:
-    """Speed and memory of all variants, and what they are trained on."""
+    """Return speed and memory of all variants, and their data."""
     memory = {name: in_fresh_process(_peak_memory, workload, precision, name) for name in NAMES}
     taken, variants, peak = in_fresh_process(_take_turns, workload, precision, warmup, rounds)
     _, documents = workload.draw()
@@ -27,10 +27,10 @@ def measure(workload: Workload, precision: str, warmup: int, rounds: int) -> dic
     def over(name: str) -> float:
         return statistics.median(other / ours for other, ours in zip(taken[name], taken[OURS], strict=True))
 
-    figures = {}
+    metrics = {}
     for name in NAMES:
         step = statistics.median(taken[name])
-        figures[name] = {
+        metrics[name] = {
             "step_seconds": step,
             "samples_per_second": len(lengths) / step,
             "peak_memory_gb": memory[name],
@@ -43,7 +43,7 @@ def measure(workload: Workload, precision: str, warmup: int, rounds: int) -> dic
         "speedup_over_padded": over(PADDED),
         "speedup_over_full_logits": over(FULL_LOGITS),
         "samples_per_second_over_llava": over(LLAVA),
-        "variants": figures,
+        "variants": metrics,
         "workload": {
             "parameters": ModelShape.of(workload.config(SHAPE)).parameters.total,
             "precision": precision,
@@ -63,7 +63,7 @@ def measure(workload: Workload, precision: str, warmup: int, rounds: int) -> dic
 def _take_turns(
     workload: Workload, precision: str, warmup: int, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, int]], float | None]:
-    """Seconds of each variant's steps; its slots and FLOPs; and what the device can do."""
+    """Return seconds of each variant's steps, its slots and FLOPs, and the device's peak FLOPs per second."""
     recipe = workload.recipe(precision=precision)
     taken: dict[str, list[float]] = {name: [] for name in NAMES}
     with init_distributed(recipe) as context:
@@ -80,7 +80,7 @@ def _take_turns(
 
 
 def _peak_memory(workload: Workload, precision: str, name: str) -> float:
-    """Gigabytes of a process that takes one step."""
+    """Return the peak gigabytes of a process that runs one step."""
     recipe = workload.recipe(precision=precision)
     with init_distributed(recipe) as context:
         variant = make_variants([name], workload, recipe, context)[name]

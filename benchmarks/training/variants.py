@@ -1,4 +1,4 @@
-"""Ways to train on the same samples, each through the step of the training engine."""
+"""Variants of training on the same samples, each with the optimizer step of `solo train`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = (OURS, PADDED, FULL_LOGITS, LLAVA)
 
 
 class FullLogits:
-    """A SOLO model whose loss is transformers' usual one, over the logits of all positions."""
+    """SOLO model with transformers' standard loss over the logits of all positions."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -48,14 +48,14 @@ class FullLogits:
 
 @dataclass
 class Variant:
-    """A way to train.
+    """Variant of training.
 
     Attributes:
-        model: What the engine's step takes for a model.
-        optimizer: Of its trainable parameters.
-        batches: Of one step, all samples together.
-        prepare: To be called before its steps.
-        flops: That a step needs, forward and backward, without padding.
+        model: Model, or a wrapper with the same interface.
+        optimizer: Optimizer of its trainable parameters.
+        batches: Batches of one step, with all samples.
+        prepare: Called before its steps.
+        flops: FLOPs of a step, forward and backward, without padding.
     """
 
     model: Any
@@ -66,11 +66,11 @@ class Variant:
 
     @property
     def slots(self) -> int:
-        """Tokens computed in a step, padding among them."""
+        """Number of tokens computed per step, including padding."""
         return sum(batch["input_ids"].numel() for batch in self.batches)
 
     def step(self, recipe: Recipe, context: DistributedContext) -> float:
-        """Train once on all samples; the loss."""
+        """Run one step on all samples; return the loss."""
         supervised = num_supervised_tokens(self.batches)
         return optimizer_step(self.model, self.optimizer, self.batches, supervised, recipe, context).loss
 
@@ -78,7 +78,7 @@ class Variant:
 def make_variants(
     names: Sequence[str], workload: Workload, recipe: Recipe, context: DistributedContext
 ) -> dict[str, Variant]:
-    """The named variants; those of SOLO share one model and its optimizer."""
+    """Make the named variants; those of SOLO share one model and its optimizer."""
     images, documents = workload.draw()
     config = workload.config(SHAPE)
     lengths = [len(document) for document in documents]

@@ -1,4 +1,4 @@
-"""What is trained in the benchmark of a training step: captioned photographs, and models of two shapes."""
+"""Workload of the training step benchmark: captioned photographs, and models of two shapes."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class Workload:
     """Photographs whose long side is log-normal, and captions of evenly distributed lengths.
 
     Attributes:
-        samples: A step.
-        rows: Samples in a padded batch.
-        length: Of a packed sequence, where it is not made of those samples.
-        median: Of the long side, in pixels; with the spread below, 7% are at the largest size.
-        largest: Long side.
+        samples: Samples per step.
+        rows: Samples per padded batch.
+        length: Tokens of a packed sequence that is not made of those samples.
+        median: Median long side in pixels; with the spread below, 7% have the largest size.
+        largest: Maximum long side in pixels.
         spread: Standard deviation of the logarithm of the long side.
-        caption: Least and most tokens of a caption.
-        seed: Of sizes, pictures and captions.
-        tiny: Models so small that only the benchmark itself can be tried with them.
+        caption: Minimum and maximum tokens of a caption.
+        seed: Seed of sizes, pictures and captions.
+        tiny: Whether to use tiny models, to test the benchmark itself.
     """
 
     samples: int
@@ -68,26 +68,26 @@ class Workload:
         return cls(samples=6, rows=3, length=2048, median=100, largest=200, caption=(3, 9), tiny=True)
 
     def draw(self) -> tuple[list[Image.Image], list[Document]]:
-        """The photographs, and the samples as training reads them."""
+        """Return the photographs, and the samples encoded for training."""
         rng = np.random.default_rng(self.seed)
         images = [photograph(*size) for size in self.sizes(rng, self.samples)]
         return images, [document(image, self.words(rng)) for image in images]
 
     def sequence(self) -> list[Document]:
-        """Documents of exactly `length` tokens: photographs with captions, and in the end a text."""
+        """Return documents of exactly `length` tokens: photographs with captions, and a final text."""
         rng = np.random.default_rng(self.seed)
         documents: list[Document] = []
         room = self.length
         while True:
             (size,) = self.sizes(rng, 1)
             following = document(photograph(*size), self.words(rng))
-            if len(following) > room - 2:  # the least that is left is an empty text
+            if len(following) > room - 2:  # leaves room for an empty text
                 return [*documents, document(None, room - 2)]
             documents.append(following)
             room -= len(following)
 
     def sizes(self, rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
-        """Widths and heights: three quarters, upright or lying."""
+        """Return (width, height) with aspect ratios of 3:4 and 4:3."""
         longs = self.median * np.exp(self.spread * rng.standard_normal(count))
         sides = [(round(long), round(0.75 * long)) for long in longs.clip(32, self.largest)]
         return [
@@ -98,11 +98,11 @@ class Workload:
         return int(rng.integers(self.caption[0], self.caption[1] + 1))
 
     def config(self, shape: str, **decoder: Any) -> SoloConfig:
-        """The shape of a recipe's model, over the tokens of these samples.
+        """Return a configuration with the shape of a recipe's model and the vocabulary of these samples.
 
         Args:
             shape: Folder of `recipes/`.
-            **decoder: What shall differ in the decoder's configuration.
+            **decoder: Changes to the decoder's configuration.
         """
         settings = json.loads((RECIPES / shape / "config.json").read_text())
         settings["text_config"] |= (TINY_DECODER if self.tiny else {}) | decoder
@@ -111,16 +111,16 @@ class Workload:
 
     @property
     def processor(self) -> SoloProcessor:
-        """That of these samples."""
+        """Return the processor of these samples."""
         return _small().processor
 
     def recipe(self, **settings: Any) -> Recipe:
-        """Settings of the engine's parts, with one packed sequence a step; the paths are never read."""
+        """Return a recipe with one packed sequence per step, whose paths are never read."""
         data = {"sources": [{"path": "none"}], "sequence_length": self.length}
         return Recipe.parse({"model": "none", "out": "none", "global_batch": 1, "data": data, **settings})
 
     def of_many_batches(self, batches: int = 1000) -> dict[str, float]:
-        """Tokens of an image in the mean, and the share of padding in batches padded to their longest."""
+        """Return the mean number of tokens per image, and the share of padding in padded batches."""
         rng = np.random.default_rng(self.seed)
         processor = _small().processor.image_processor
         sizes = self.sizes(rng, batches * self.rows)
@@ -134,7 +134,7 @@ class Workload:
 
 
 def photograph(width: int, height: int) -> Image.Image:
-    """One of the photographs that scikit-learn brings (640 x 427), cut to shape and scaled."""
+    """Return one of scikit-learn's photographs (640 x 427), cropped and scaled."""
     original = _originals()[(width + height) % 2]
     scale = min(original.width / width, original.height / height)
     box = (0, 0, round(scale * width), round(scale * height))
@@ -142,7 +142,7 @@ def photograph(width: int, height: int) -> Image.Image:
 
 
 def document(image: Image.Image | None, words: int) -> Document:
-    """An image and a text of so many tokens, encoded as in training."""
+    """Return an image with a text of `words` tokens, encoded as in training."""
     text = " ".join(islice(cycle(TEXT.split()), words))  # the tokenizer has one token for each word
     parts = [{"type": "text", "text": text}]
     if image is None:
@@ -156,7 +156,7 @@ def document(image: Image.Image | None, words: int) -> Document:
 
 
 def supervised_share(documents: Sequence[Document]) -> float:
-    """Of all tokens, those that carry a label."""
+    """Return the share of supervised tokens."""
     supervised = sum(int((document.labels != IGNORE_INDEX).sum()) for document in documents)
     return supervised / sum(map(len, documents))
 
@@ -170,7 +170,7 @@ def _originals() -> list[Image.Image]:
 
 @cache
 def _small() -> SoloModelAndProcessor:
-    """A processor, and a model too small to matter: it knows the ids of the image tokens."""
+    """Return a processor with a tiny model, which has the IDs of the image tokens."""
     tokenizer = train_tokenizer([TEXT] * 2)
     llm = AutoModelForCausalLM.from_config(LlamaConfig(**TINY_DECODER | {"vocab_size": len(tokenizer)}))
     return compose(llm, tokenizer)

@@ -51,18 +51,18 @@ BORDER = 4
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Bytes of an image file, and the name of its class."""
+class LabeledImage:
+    """Bytes of an image file with the name of its class."""
 
     image: bytes
     label: str
 
 
-def read(folder: Path) -> list[Labelled]:
+def read(folder: Path) -> list[LabeledImage]:
     """Read the parquet files of a folder in order."""
     paths = sorted(folder.glob("*.parquet"))
     rows = (row for path in paths for row in pq.read_table(path).to_pylist())
-    return [Labelled(row["image"]["bytes"], row["label"]) for row in rows]
+    return [LabeledImage(row["image"]["bytes"], row["label"]) for row in rows]
 
 
 def augmented(image: bytes, rng: np.random.Generator) -> bytes:
@@ -77,7 +77,9 @@ def augmented(image: bytes, rng: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def stage1(samples: Sequence[Labelled], copies: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def stage1(
+    samples: Sequence[LabeledImage], copies: int, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
     """Yield augmented documents of image and class name, `copies` per sample."""
     for _ in range(copies):
         for index in rng.permutation(len(samples)):
@@ -85,12 +87,12 @@ def stage1(samples: Sequence[Labelled], copies: int, rng: np.random.Generator) -
             yield named(sample, augmented(sample.image, rng))
 
 
-def named(sample: Labelled, image: bytes) -> dict[str, Any]:
+def named(sample: LabeledImage, image: bytes) -> dict[str, Any]:
     """Return a document of an image and its class name."""
     return row([("assistant", [IMAGE, text(sample.label)])], image)
 
 
-def questions(samples: Sequence[Labelled], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def questions(samples: Sequence[LabeledImage], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     """Yield one question per sample, of one of three kinds."""
     ask = (name_question, kind_question, yes_no_question)
     for index in rng.permutation(len(samples)):
@@ -112,10 +114,10 @@ def kind_question(label: str, rng: np.random.Generator) -> tuple[str, str]:
 def yes_no_question(label: str, rng: np.random.Generator) -> tuple[str, str]:
     """Ask whether the image shows a class, which is correct with probability 1/2."""
     others = sorted({*ANIMALS, "airplane", "automobile", "ship", "truck"} - {label})
-    right = rng.random() < 0.5
-    named = label if right else others[rng.integers(len(others))]
+    is_in_picture = rng.random() < 0.5
+    named = label if is_in_picture else others[rng.integers(len(others))]
     article = "an" if named[0] in "aeiou" else "a"
-    return f"Is there {article} {named} in this picture?", "yes" if right else "no"
+    return f"Is there {article} {named} in this picture?", "yes" if is_in_picture else "no"
 
 
 IMAGE = {"type": "image", "text": None}
@@ -146,7 +148,7 @@ def write_llm(out: Path) -> None:
     options = {"gguf_file": next(source.glob("*.gguf")).name}
     read = AutoModelForCausalLM.from_pretrained(source, **options)
     config = read.config
-    del config.quantization_config  # the weights are dequantized, but transformers would refuse to save
+    del config.quantization_config  # the weights are dequantized, but transformers would not save them
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -160,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="folder with CIFAR-10's training images")
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
-    parser.add_argument("--copies", type=int, default=4, help="of each training image for stage 1 (4)")
+    parser.add_argument("--copies", type=int, default=4, help="copies per training image in stage 1 (4)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     samples = read(arguments.source)

@@ -67,7 +67,7 @@ def test_saved_conversation_resumes(conversation, solo_folder, tmp_path, picture
     assert ask(other, "and now?").num_patches == 0
     for text in ("", "{", "[]", '{"messages": []}', '{"messages": [{"role": "user", "content": 3}]}'):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(SoloError, match="holds no conversation"):
+        with pytest.raises(SoloError, match="is not a conversation"):
             other.load(tmp_path / "bad.json")
     with pytest.raises(SoloError, match="cannot write"):
         other.save(tmp_path / "a.png" / "chat.json")

@@ -203,7 +203,7 @@ def test_tokenizer_of_another_model_is_refused(tmp_path):
     settings = original_settings(TEXT_TOKENS + 3, num_hidden_layers=1)
     source = write_original(tmp_path / "source", original_weights(settings), settings)
     write_sentencepiece(source, VISION)
-    with pytest.raises(SoloError, match="do not belong together"):
+    with pytest.raises(SoloError, match="do not match"):
         convert_original(source, tmp_path / "solo")
 
 
@@ -272,7 +272,7 @@ def test_truncated_shard_is_refused(source, tmp_path, suffix):
 def test_truncation_error_names_the_first_affected_key(source, tmp_path):
     folder = source("safetensors", 1)
     cut(folder / "model.safetensors")
-    refused(folder, tmp_path, "model.safetensors is truncated: ", "not all there")
+    refused(folder, tmp_path, "model.safetensors is truncated: ", "is incomplete")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -294,7 +294,7 @@ def test_missing_and_unknown_keys_are_refused(source, tmp_path):
     folder = source("safetensors", 1, num_hidden_layers=2)
     refused(folder, tmp_path, "lacks", "layers.1.")
     folder = source("safetensors", 1, weights={"model.vision_tower.weight": torch.zeros(2)})
-    refused(folder, tmp_path, "model.vision_tower.weight", "no weight of this model")
+    refused(folder, tmp_path, "model.vision_tower.weight", "not a weight of this model")
 
 
 def test_index_with_an_extra_key_is_refused(source, tmp_path):

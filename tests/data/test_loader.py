@@ -232,7 +232,7 @@ def test_states_that_do_not_fit_are_refused(run):
         run.loader(0, 4).load_state_dict(merged)
 
 
-def test_data_that_changed_are_refused_by_name(run, tmp_path):
+def test_changed_data_is_rejected_by_source_name(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
     copy = Run(folder, run.weight_by)
@@ -242,7 +242,7 @@ def test_data_that_changed_are_refused_by_name(run, tmp_path):
     with pytest.raises(SoloError, match=r"data changed since the checkpoint: files of source \S+/pages "):
         copy.loader().load_state_dict(state)
     loader = PackedLoader(VirtualStream, STREAMS, LENGTH, 0, sources=copy.loader().sources[:2])
-    with pytest.raises(SoloError, match="knows 3 sources, the mixture has 2"):
+    with pytest.raises(SoloError, match="it has 3 sources, the mixture has 2"):
         loader.load_state_dict(state)
     loader = PackedLoader(VirtualStream, STREAMS // 2, LENGTH, 0, sources=copy.loader().sources)
     with pytest.raises(SoloError, match="streams = 8, not 4"):

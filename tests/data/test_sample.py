@@ -140,7 +140,7 @@ def test_empty_image_column_is_no_image(column, empty):
     ("row", "reason", "message"),
     [
         (chat("What?", images=["a.png"]), "image-count", "more images than image parts"),
-        (chat("<image> or <image>?", image="a.png"), "image-count", "2 times <image> for 1 images"),
+        (chat("<image> or <image>?", image="a.png"), "image-count", "2 <image> placeholders for 1 images"),
         (chat([{"type": "image", "path": "b.png"}, TEXT], image="a.png"), "image-count", "more images than"),
         (chat("What?", image="a.png", images=["b.png"]), "image-count", "image and images differ"),
         (chat("<image>\nWhat?", images=[]), "image-count", "images is empty: there is no image"),

@@ -156,7 +156,7 @@ def test_no_network_and_offline_mode(hub, options, run, monkeypatch):
     ("arguments", "message"),
     [
         (["tiny-solo"], "owner/name"),
-        (["owner/tiny solo"], "no valid repository name"),
+        (["owner/tiny solo"], "not a valid repository name"),
         (["owner/tiny-solo", "--dry-run"], "--out DIR"),
         (["owner/tiny-solo", "--out", "somewhere"], "--dry-run"),
     ],

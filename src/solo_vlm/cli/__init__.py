@@ -1,4 +1,4 @@
-"""The command line `solo`: one file per verb, with heavy imports deferred until it runs.
+"""Command line `solo`: one module per command, with heavy imports deferred until it runs.
 
 May import: convert, data, evaluate, experiments, generate, hub, models, quickstart, serve, train, utils.
 """
@@ -60,7 +60,7 @@ app.add_typer(evaluate, name="eval")
 def main() -> None:
     """Run the command `solo`. A `SoloError` is printed as one line and sets the exit status."""
     # Bound the time that OpenMP threads spin at barriers: on a busy machine, unbounded spinning takes the
-    # core from the very thread that is waited for, and training almost stops.
+    # core from the thread that the others wait for, and training almost stops.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]

@@ -1,4 +1,4 @@
-"""Shared by the verbs: consoles, JSON output, progress bars, and options that several verbs have."""
+"""Shared parts of the commands: consoles, JSON output, progress bars, common options."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ExecutorOption = Annotated[
 ProcessesOption = Annotated[int, typer.Option(min=1, help="Maximum number of concurrent runs.")]
 QuantizeOption = Annotated[
     Literal["int8", "nf4"] | None,
-    typer.Option(help="Hold the weights in 8 or 4 bits (pip install 'solo-vlm\\[quantize]')."),
+    typer.Option(help="Quantize the weights to 8 or 4 bits (pip install 'solo-vlm\\[quantize]')."),
 ]
 
 
@@ -64,7 +64,7 @@ def print_table(
 
 
 def print_whole(table: Table) -> None:
-    """Print a table wider than the terminal if it does not fit, rather than without some of its text."""
+    """Print a table in full, wider than the terminal if it does not fit, instead of truncating text."""
     from rich.cells import cell_len
     from rich.measure import Measurement
 

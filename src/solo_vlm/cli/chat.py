@@ -28,7 +28,7 @@ _HELP = """/image PATH|URL   show the model an image with your next message
 
 
 def chat(
-    model: Annotated[str, typer.Option(help="Folder or hub id of a SOLO model.")],
+    model: Annotated[str, typer.Option(help="Folder or hub ID of a SOLO model.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 512,
     temperature: Annotated[
         float, typer.Option(min=0.0, max=2.0, help="Sampling temperature; 0 decodes greedily.")
@@ -63,7 +63,7 @@ def chat(
 
 
 def _accept_any_bytes() -> None:
-    """Let invalid UTF-8 reach the code that refuses it with a message, instead of crashing the input loop."""
+    """Let invalid UTF-8 reach the code that rejects it with a message, instead of crashing the input loop."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=errors)

@@ -69,7 +69,7 @@ def run(
     ] = "auto",
     engine: Annotated[
         Literal["transformers", "vllm", "openai"],
-        typer.Option(help="Run the model here, or ask a served one through its OpenAI API."),
+        typer.Option(help="Run the model here, or query a served one through its OpenAI API."),
     ] = "transformers",
     base_url: Annotated[
         str | None, typer.Option(help=f"URL of the API, up to /v1. Default for vllm: {_VLLM_URL}.")
@@ -256,7 +256,7 @@ def _served(
 
     if engine == "vllm":
         base_url = base_url or _VLLM_URL
-        api_key = api_key or os.environ.get("OPENAI_API_KEY", "none")  # vLLM checks keys only if told to
+        api_key = api_key or os.environ.get("OPENAI_API_KEY", "none")  # vLLM checks keys only on request
     info = ModelInfo(model, engine, more={"base_url": base_url} if base_url else {})
     return ServerBackend(model, base_url, api_key, concurrency), info
 

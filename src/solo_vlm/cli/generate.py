@@ -13,11 +13,11 @@ from solo_vlm.utils.errors import SoloError
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="Folder or hub id of a SOLO model.")],
+    model: Annotated[str, typer.Option(help="Folder or hub ID of a SOLO model.")],
     prompt: Annotated[str, typer.Option(help="Question or instruction.")],
     image: Annotated[list[str] | None, typer.Option(help="Path or URL of an image; repeatable.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder: answer about each of its images.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With --images: JSON-lines file of the answers.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --images: JSON Lines file of the answers.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="With --images: images per batch.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 256,
     temperature: Annotated[
@@ -29,8 +29,8 @@ def generate(
 ) -> None:
     """Answer a prompt about images; the text streams as it is generated.
 
-    With --images, answer about each image of a folder and write the answers to --out. A run that was
-    interrupted resumes where it stopped.
+    With --images, answer about each image of a folder and write the answers to --out. An interrupted run
+    resumes where it stopped.
     """
     quiet_libraries()
     from solo_vlm.generate import GenerationPipeline, check_prompt, open_images, user_turn
@@ -39,7 +39,7 @@ def generate(
     check_prompt(prompt)
     if images is not None:
         if image or temperature or out is None:
-            raise SoloError("--images FOLDER needs --out FILE and excludes --image and --temperature")
+            raise SoloError("--images FOLDER needs --out FILE and does not support --image and --temperature")
         names = find_images(images)
         pipeline = GenerationPipeline.from_pretrained(model, quantize=quantize, compile=compile)
         request = {"prompt": prompt, "model": model, "max_new_tokens": max_new_tokens}

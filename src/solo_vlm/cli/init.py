@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def init(
-    llm: Annotated[str, typer.Option(help="Hub id or local folder of a causal language model.")],
+    llm: Annotated[str, typer.Option(help="Hub ID or local folder of a causal language model.")],
     out: Annotated[Path, typer.Option(help="New folder for the model.")],
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file in that folder.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -55,7 +55,7 @@ def init(
         return print_json(facts)
     STDOUT.print(
         f"{out}: {facts['llm']} with {facts['parameters']:,} parameters, of which "
-        f"{facts['patch_embedding']:,} embed patches; ask it after training: solo train RECIPE model={out}\n"
+        f"{facts['patch_embedding']:,} embed patches; train it next: solo train RECIPE model={out}\n"
         f"chat template: {solo.chat_template_name}; answers end at {' '.join(facts['stop_tokens'])}",
         markup=False,
     )

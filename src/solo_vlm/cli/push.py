@@ -22,9 +22,9 @@ def push(
         Path | None, typer.Option("--eval", help="Folder of the model's evaluation.")
     ] = None,
     license: Annotated[
-        str | None, typer.Option("--license", help="Hub id of the license of the weights.")
+        str | None, typer.Option("--license", help="Hub ID of the license of the weights.")
     ] = None,
-    base_model: Annotated[str | None, typer.Option(help="Hub id of the LLM the model was made from.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub ID of the LLM the model was made from.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write to --out; upload nothing.")] = False,
     out: Annotated[Path | None, typer.Option(help="New folder for --dry-run.")] = None,
     json: JsonOption = False,

@@ -31,6 +31,6 @@ def quickstart(
     STDOUT.print(results_table(metrics))
     STDOUT.print(f"report: {out / 'report.html'}")
     STDOUT.print(
-        f"ask it: solo generate --model {out / 'sft/model'} --image {out / 'examples/digit.png'} "
+        f"try it: solo generate --model {out / 'sft/model'} --image {out / 'examples/digit.png'} "
         '--prompt "Which digit is this?"'
     )

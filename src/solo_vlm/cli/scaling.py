@@ -30,7 +30,7 @@ app = typer.Typer(help="Count FLOPs, run scaling sweeps, and fit scaling laws.",
 @app.command()
 def flops(
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a SOLO model or an LLM. Default: SOLO-7B.")
+        str | None, typer.Option(help="Folder or hub ID of a SOLO model or an LLM. Default: SOLO-7B.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A config.json, instead of --model.")] = None,
     image: Annotated[

@@ -21,7 +21,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _KEY_VARIABLE = "SOLO_API_KEY"
 _PREFIX_CACHE_GB = 1.0
 
-ModelOption = Annotated[str, typer.Option(help="Folder or hub id of a SOLO model.")]
+ModelOption = Annotated[str, typer.Option(help="Folder or hub ID of a SOLO model.")]
 PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
 HostOption = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")]
 KeysOption = Annotated[
@@ -58,7 +58,7 @@ def serve(
     api_key_file: KeysOption = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="Type of the weights; auto: as stored."),
+        typer.Option(help="Data type of the weights; auto: as stored."),
     ] = "auto",
     quantize: QuantizeOption = None,
     device: Annotated[str | None, typer.Option(help="Default: the accelerator, if there is one.")] = None,
@@ -108,10 +108,12 @@ def web(
         bool, typer.Option("--open/--no-open", help="Open the page in the browser.")
     ] = True,
 ) -> None:
-    """Serve a model and open its page in the browser: drop an image, see its patches, talk about it."""
+    """Serve a model and open its page in the browser: drop an image, see its patches, chat about it."""
     limits = Limits(
         max_image_bytes=max_image_mib * 2**20,
-        max_request_bytes=max(Limits.max_request_bytes, 4 * max_image_mib * 2**20),  # three such in base64
+        max_request_bytes=max(
+            Limits.max_request_bytes, 4 * max_image_mib * 2**20
+        ),  # three such images in base64
         max_pixels=max_megapixels * 10**6,
         max_tokens=max_new_tokens,
         max_drain_seconds=5.0,
@@ -119,7 +121,7 @@ def web(
 
     def on_ready(url: str) -> None:
         STDOUT.print(f"solo web: {url}  (press Ctrl-C to stop)")
-        if open_browser:  # in a thread: a text browser returns when it is closed
+        if open_browser:  # in a thread, because a text browser blocks until it is closed
             Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
     name, api_keys = "/".join(Path(model).parts[-2:]), _api_keys(api_key_file, host)
@@ -127,7 +129,7 @@ def web(
 
 
 def _serve(model: str, options: dict[str, Any], prefix_cache: float, *arguments: Any) -> None:
-    """Load the model with some options and pass the rest on to `serve_model`."""
+    """Load the model with some options and pass the others to `serve_model`."""
     quiet_libraries()
     try:
         from solo_vlm.serve.server import serve_model

@@ -116,7 +116,7 @@ def _model_lines(plan: Plan) -> list[str]:
 def _run_lines(plan: Plan) -> list[str]:
     recipe, dims, device = plan.recipe, plan.dims, plan.device
     length, batch = recipe.data.sequence_length, recipe.global_batch
-    run = "until the data end"
+    run = "until the data ends"
     if plan.steps is not None:
         about = "" if recipe.steps else "about "
         run = f"{about}{plan.steps:,} steps, {plan.sequences:,} sequences, {plan.tokens:,} tokens"
@@ -150,7 +150,7 @@ def _advice_lines(plan: Plan) -> list[str]:
         return []
     ways = [f"  {way:<34}{_gib(total)}" for way, total in plan.ways_to_fit().items()]
     return [
-        "It does not fit; a tenth of the memory must stay free for what is not counted here.",
+        "It does not fit: a tenth of the memory must stay free for what is not counted here.",
         *(["Total memory with other settings:", *ways] if ways else []),
         "More processes (--processes) share the weights; shorter sequences (data.sequence_length) reduce "
         "activations.",

@@ -5,7 +5,7 @@ takes all tensors at once, so its format is read and written here: 8 bytes with 
 (little endian), the header with dtype, shape and byte range of each tensor, then the tensors.
 
 Pickles are read without executing anything in them: `torch.load` on the "meta" device restores only their
-structure and records where each tensor lies in the file.
+structure and records the location of each tensor in the file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_SHARD_BYTES = 5 * 10**9
 _CANDIDATES = ("model.safetensors", "pytorch_model.bin")
 # A Megatron checkpoint stores its arguments (with members of Megatron's enums) and RNG states (numpy arrays)
-# beside the weights. Only the arguments are needed.
+# next to the weights. Only the arguments are needed.
 _INERT_PACKAGES = ("megatron.", "numpy.")
 
 
@@ -121,17 +121,17 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name.
 
     Raises:
-        SoloError: The file is no safetensors file, or truncated; the message names the first key affected.
+        SoloError: The file is truncated or not a safetensors file; the message names the first affected key.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
-            raise SoloError(f"{file} is no safetensors file, or truncated inside its header")
+            raise SoloError(f"{file} is not a safetensors file, or is truncated inside its header")
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
-            raise SoloError(f"{file} is no safetensors file: its header is not JSON") from error
+            raise SoloError(f"{file} is not a safetensors file: its header is not JSON") from error
     header.pop("__metadata__", None)
     tensors = {}
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -144,7 +144,7 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
         if end - start != tensor.span:
             raise SoloError(f"{file} is corrupt: {key} of shape {list(shape)} has {end - start} bytes")
         if end > size:
-            raise SoloError(f"{file} is truncated: {key} is not all there; fetch it again")
+            raise SoloError(f"{file} is truncated: {key} is incomplete; fetch it again")
         tensors[key] = tensor
     return tensors
 
@@ -152,7 +152,7 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
 def open_pickle(file: Path, of_megatron: bool = False) -> Any:
     """Return the content of a pickled checkpoint with its tensors on the "meta" device.
 
-    `locate` tells where the values of such a tensor lie.
+    `locate` returns the location of such a tensor's values.
 
     Args:
         file: File written by `torch.save`.
@@ -177,7 +177,7 @@ def open_pickle(file: Path, of_megatron: bool = False) -> Any:
             f"{file} contains {found}: refused, and nothing in it was run; get the weights as safetensors"
         ) from error
     except Exception as error:  # torch raises any type on a broken file
-        raise SoloError(f"{file} cannot be read: truncated, or no PyTorch checkpoint") from error
+        raise SoloError(f"{file} cannot be read: truncated, or not a PyTorch checkpoint") from error
 
 
 def locate(file: Path, key: str, tensor: Tensor) -> StoredTensor:
@@ -197,14 +197,14 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        SoloError: The file cannot be read, or holds something else.
+        SoloError: The file cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise SoloError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise SoloError(f"{file} holds no JSON object")
+        raise SoloError(f"{file} is not a JSON object")
     return content
 
 
@@ -255,7 +255,7 @@ def _open_file(file: Path) -> dict[str, StoredTensor]:
         return open_safetensors(file)
     content = open_pickle(file)
     if not isinstance(content, Mapping):
-        raise SoloError(f"{file} holds no tensors by name")
+        raise SoloError(f"{file} contains no tensors by name")
     return {key: locate(file, key, value) for key, value in content.items() if isinstance(value, Tensor)}
 
 

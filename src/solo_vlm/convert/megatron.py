@@ -2,7 +2,7 @@
 
 A checkpoint is a grid of pickles, one per pipeline stage and tensor-parallel rank:
 
-- Ranks hold consecutive rows of some weights, consecutive columns of others.
+- Ranks hold consecutive rows of some weights and consecutive columns of others.
 - `query_key_value` holds per key-value head: its query heads, the key head, the value head.
 - Rows within a query or key head are interleaved (0, d/2, 1, d/2 + 1, ...): Megatron-LLM rotates adjacent
   pairs, transformers the two halves.
@@ -184,7 +184,7 @@ def _arguments(content: Any, file: Path) -> dict[str, Any]:
         return vars(arguments)
     if isinstance(arguments, Mapping):
         return dict(arguments)
-    raise SoloError(f"{file} holds no training arguments (args)")
+    raise SoloError(f"{file} has no training arguments (args)")
 
 
 def _tensors(content: Any, file: Path, first_layer: int) -> Iterator[tuple[str, StoredTensor]]:
@@ -268,14 +268,14 @@ def _plan(checkpoint: MegatronCheckpoint, config: SoloConfig, rotary: Rotary) ->
 
 @dataclass(frozen=True)
 class _WeightSlice:
-    """Where one weight of a decoder is found in Megatron's tensors.
+    """Location of one weight of a decoder in Megatron's tensors.
 
     Attributes:
         name: Megatron's name, without "layers.N.".
         axis: Axis along which ranks hold parts: 0 (rows), 1 (columns), or None (every rank holds the whole).
         fused_rows: Rows of Megatron's whole tensor if it holds more than this weight. None: as many as the
             weight has, or more (padding at the end).
-        select: Returns this weight's share of one rank's part.
+        select: Function that returns this weight's share of one rank's part.
     """
 
     name: str
@@ -353,7 +353,7 @@ class _FusedAttention:
 
 
 def _weight_slices(attention: _FusedAttention, intermediate_size: int) -> dict[str, _WeightSlice]:
-    """Return where each weight is found, by its name in the model, or by its name within a layer."""
+    """Return the location of each weight, by its name in the model, or by its name within a layer."""
     fused = "self_attention.query_key_value"
     mlp = "mlp.dense_h_to_4h"
     return {

@@ -35,7 +35,7 @@ class Converted:
         dtype: Dtype of the token embedding.
         vocabulary: Rows of the token embedding.
         tokens: Number of tokens of the tokenizer; None if the source has none.
-        vision_token_ids: Ids of `<vpatch>`, `<vision>`, `<vrow_sep>`, `</vision>`.
+        vision_token_ids: IDs of `<vpatch>`, `<vision>`, `<vrow_sep>`, `</vision>`.
         layout: Layout of images in chats; None without a tokenizer.
     """
 
@@ -68,7 +68,7 @@ def plan_weights(config: SoloConfig, found: Mapping[str, StoredTensor]) -> dict[
     expected = expected_shapes(config)
     for name, tensor in found.items():
         if name not in expected and not name.endswith(_OBSOLETE_BUFFERS):
-            raise SoloError(f"{tensor.file}: {tensor.key} is no weight of this model")
+            raise SoloError(f"{tensor.file}: {tensor.key} is not a weight of this model")
     weights = {}
     for name, shape in expected.items():
         if name not in found:
@@ -105,7 +105,7 @@ def write_model_folder(
     """
     if tokenizer is None:
         logger.warning(
-            "%s has no tokenizer: the new folder gets no processor, and its config the vision token ids of "
+            "%s has no tokenizer: the new folder gets no processor, and its config the vision token IDs of "
             "SOLO-7B (32000 to 32004)",
             tokenizer_folder,
         )

@@ -1,4 +1,4 @@
-"""Collating of documents into one packed batch of fixed length."""
+"""Collation of documents into one packed batch of fixed length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from solo_vlm.data.encode import IGNORE_INDEX, Document
 class PackedBatch(TypedDict):
     """Packed batch; every key is an argument of the model's `forward`.
 
-    There is no `attention_mask`: documents are told apart by `position_ids`, which restart with each.
+    There is no `attention_mask`: documents are separated by `position_ids`, which restart with each one.
     """
 
     input_ids: Tensor  # (1, length) int64
@@ -39,12 +39,12 @@ def collate(
 ) -> PackedBatch:
     """Concatenate documents into one row of exactly `length` tokens, padded without labels.
 
-    Padding is a document of its own, so no other document attends to it.
+    Padding is a separate document, so no other document attends to it.
 
     Args:
-        documents: Documents of the row, in order; none gives a row of padding.
+        documents: Documents of the row, in order; an empty sequence gives a row of padding.
         length: Tokens per row.
-        pad_token_id: Token id of the padding.
+        pad_token_id: Token ID of the padding.
         patch_dim: Width of `pixel_values` for a row without documents.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Encoding of samples as token ids, labels and uint8 patches, the same for training and inference."""
+"""Encoding of samples as token IDs, labels and uint8 patches, the same for training and inference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Document:
 
     Attributes:
         input_ids: (length,) int64.
-        labels: (length,) int64; the id itself where it is supervised, else -100. See `make_labels`.
+        labels: (length,) int64, the token ID where it is supervised, else -100. See `make_labels`.
         pixel_values: (num_patches, 3 * patch_size**2) uint8, one patch per `<vpatch>` token.
         image_grid_thw: (num_images, 3) int64: 1, rows, columns.
 
@@ -58,7 +58,7 @@ class Document:
 
 
 def make_labels(input_ids: NDArray[np.int64], supervised: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the labels of a document: ids where supervised, else -100.
+    """Return the labels of a document: token IDs where supervised, else -100.
 
     The first token never has a label, because in a packed sequence it would be predicted from the previous
     document.
@@ -74,12 +74,12 @@ def encode(
     vision_loss: bool = False,
     lock: AbstractContextManager[Any] | None = None,
 ) -> Document:
-    """Encode one sample; what the assistant says is supervised, and the token that ends its turn.
+    """Encode one sample; the assistant's text and the tokens that end its turns are supervised.
 
     Args:
         sample: Sample to encode.
         processor: Processor of the model.
-        vision_loss: Supervise the tokens of images, too.
+        vision_loss: Whether to supervise the tokens of images, too.
         lock: Held while the tokenizer runs, for threads that share it.
 
     Raises:
@@ -172,7 +172,7 @@ def encode_text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Document:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes samples for a SOLO model, or texts for a plain LLM. Thread-safe.
+    """Encoder of samples for a SOLO model, or of texts for a plain LLM. Thread-safe.
 
     Attributes:
         processor: Processor of a SOLO model, or tokenizer of an LLM.
@@ -188,12 +188,12 @@ class Encoder:
         """Encode a training sample.
 
         Raises:
-            SampleError: See `encode` and `encode_text`; or no token is supervised ("unsupervised").
+            SampleError: No token is supervised ("unsupervised"), or as for `encode` and `encode_text`.
         """
         if self.sees_images:
             document = encode(sample, self.processor, self.vision_loss, self._lock)
             if (document.labels == IGNORE_INDEX).all():
-                raise SampleError("unsupervised", "the assistant says nothing, so no token has a label")
+                raise SampleError("unsupervised", "the assistant's turns are empty, so no token has a label")
             return document
         with self._lock:
             return encode_text(sample, self.processor)
@@ -216,7 +216,7 @@ class Encoder:
 
     @property
     def vision_ids(self) -> NDArray[np.int64]:
-        """Ids of all tokens in an image's layout."""
+        """IDs of all tokens in an image's layout."""
         layout = self.processor.image_input_ids(2, 1) if self.sees_images else ()
         return np.unique(np.asarray(layout, np.int64))
 
@@ -225,7 +225,7 @@ def load_encoder(path: str | Path) -> Encoder:
     """Load the encoder of a SOLO model, or of a plain LLM.
 
     Raises:
-        SoloError: The folder holds neither, or its tokenizer has no EOS token.
+        SoloError: The folder contains neither, or its tokenizer has no EOS token.
     """
     from transformers import AutoTokenizer
 

@@ -34,19 +34,19 @@ AllReduce = Callable[[Sequence["LoadedSequence"], bool], tuple[list[int], bool]]
 
 
 class PackedLoader:
-    """Loads the packed sequences of one rank; resumable, with an order independent of ranks and workers.
+    """Resumable loader of one rank's packed sequences, in an order independent of ranks and workers.
 
-    Several ranks stay in step with `take_together`. Iteration is for a single rank, or for endless data.
+    Several ranks stay synchronized with `take_together`. Iteration is for a single rank, or endless data.
 
     Args:
-        make_stream: Creates stream number s, in the worker that owns it.
+        make_stream: Factory of stream number s, called in the worker that owns it.
         streams: Number of virtual streams, a multiple of `ranks * workers`.
         length: Tokens per batch.
-        pad_token_id: Token id of the padding.
+        pad_token_id: Token ID of the padding.
         rank: Data-parallel rank of this process.
         ranks: Number of data-parallel ranks.
-        workers: Number of worker processes that read ahead; 0 reads in this process.
-        sources: Sources of the mixture, in order, to name samples and to detect changed data.
+        workers: Number of worker processes that prefetch; 0 reads in this process.
+        sources: Sources of the mixture, in order, to name samples and detect changed data.
         patch_dim: Width of `pixel_values` in a batch without documents; 0 for a plain LLM.
         threads: Threads per reading process, each filling the sequences of other streams. Every reading
             process turns off OpenCV's own threads.
@@ -93,7 +93,7 @@ class PackedLoader:
         self._turns: Iterator[_Slot | SoloError] | None = None
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield this rank's packed batches to the end of its data; other ranks may end earlier or later."""
+        """Yield this rank's packed batches until its data ends; other ranks may end earlier or later."""
         while not self.ended:
             for sequence in self.take(self._ranks):
                 yield sequence.batch
@@ -110,7 +110,7 @@ class PackedLoader:
 
         Args:
             size: Number of sequences over all ranks.
-            all_reduce: Collective that shares the ranks' findings; called equally often on all ranks.
+            all_reduce: Collective over all ranks, called equally often on each.
 
         Returns:
             This rank's sequences, padded with None to the same length on all ranks.
@@ -150,11 +150,11 @@ class PackedLoader:
         return found
 
     def close(self) -> None:
-        """Stop the worker processes; the next `take` reads again what they had prefetched."""
+        """Stop the worker processes; the next `take` reads prefetched sequences again."""
         self._turns = None
 
     def _read(self, slot: int) -> Iterator[_Slot | SoloError]:
-        """Yield the rank's slots from this one on, without end."""
+        """Yield the rank's slots endlessly, starting with this one."""
         turn = self._own.index(slot % self._streams)
         order = self._own[turn:] + self._own[:turn]
         dataset = _Slots(self._make_stream, self._form, order, dict(self._states), self._threads)
@@ -168,7 +168,7 @@ class PackedLoader:
         return iter(loader)
 
     def empty_batch(self) -> PackedBatch:
-        """Return a batch of padding, for a rank without a sequence while others have one."""
+        """Return a batch of padding, for a rank that has no sequence while others do."""
         return collate([], **self._form)
 
     def names(self, sequence: LoadedSequence) -> list[str]:
@@ -197,13 +197,13 @@ class PackedLoader:
         return {"slots": slots[0], "streams": streams, "data": states[0]["data"]}
 
     def load_state_dict(self, state: State) -> None:
-        """Resume after the last consumed slot of a run, whatever its ranks and workers were.
+        """Resume after the last consumed slot of a run with any number of ranks and workers.
 
         Args:
             state: Merged state of the run, see `merge`.
 
         Raises:
-            SoloError: The data have changed, or the state was written by a version with another order.
+            SoloError: The data has changed, or the state was written by a version with another order.
         """
         _check_unchanged(state["data"], self._data)
         self._slots = state["slots"]
@@ -254,13 +254,13 @@ class LoadedSequence:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the documents, without the padding behind them."""
+        """Tokens of the documents, without padding."""
         return int(self.batch["cu_seq_lens_q"][self.documents])
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Slot of a stream, with the stream's state after it; empty once the stream has ended."""
+    """Slot of a stream with the stream's state after it; empty once the stream has ended."""
 
     stream: int
     state: State
@@ -279,7 +279,7 @@ class _Slot:
 
 
 class _Slots(IterableDataset[_Slot | SoloError]):
-    """Endless slots of some streams, round robin; a worker yields every workers-th of them.
+    """Endless round-robin slots of some streams; each of n workers yields every n-th slot.
 
     A worker cannot tell when the others have ended, so the loader decides when to stop.
     """
@@ -300,7 +300,7 @@ class _Slots(IterableDataset[_Slot | SoloError]):
         self._reader_for = os.getpid()
 
     def __iter__(self) -> Iterator[_Slot | SoloError]:
-        # OpenCV's own threads cost half again the CPU time of a photograph and save no time.
+        # OpenCV's threads cost 50% more CPU time per photograph and save no time.
         cv2.setNumThreads(1)
         worker = get_worker_info()
         if worker:
@@ -316,7 +316,7 @@ class _Slots(IterableDataset[_Slot | SoloError]):
         turns = cycle(streams)
         if self._threads == 1:
             yield from map(next, turns)
-        # At most one slot per stream at a time, because each needs the state after the one before.
+        # At most one slot per stream at a time, because each needs the state after the previous one.
         count = min(self._threads, len(streams))
         with ThreadPoolExecutor(count) as pool:
             ahead: deque[Future[_Slot]] = deque(pool.submit(next, slots) for slots in islice(turns, count))
@@ -337,7 +337,7 @@ class _Slots(IterableDataset[_Slot | SoloError]):
 
 
 def _end_with(owner: int) -> None:
-    """End this worker when its owner says so or is gone, but not on signals to the whole process group.
+    """End this worker when its owner requests it or exits, but not on signals to the process group.
 
     The owner handles those signals, and needs its workers until it has saved a checkpoint.
     """
@@ -364,7 +364,7 @@ def _end_with(owner: int) -> None:
 
 
 def _check_unchanged(before: State, now: State) -> None:
-    """Refuse the state of other data or another order, whose keys would name other samples."""
+    """Reject the state of other data or another order, whose keys would refer to other samples."""
     if before.get("order") != now["order"]:
         raise SoloError(
             "the checkpoint was written by a version of solo-vlm that reads data in another order: "
@@ -376,7 +376,7 @@ def _check_unchanged(before: State, now: State) -> None:
         )
     if len(before["sources"]) != len(now["sources"]):
         raise SoloError(
-            f"the data changed since the checkpoint: it knows {len(before['sources'])} sources, "
+            f"the data changed since the checkpoint: it has {len(before['sources'])} sources, "
             f"the mixture has {len(now['sources'])}"
         )
     for (old_name, old), (name, new) in zip(before["sources"], now["sources"], strict=True):

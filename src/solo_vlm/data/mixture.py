@@ -38,7 +38,7 @@ class DataSettings(Settings):
         sources: Sources of .parquet, .jsonl, .tar or -text.idx files, with their weights.
         sequence_length: Tokens per packed sequence.
         weight_by: Unit of the weights: "tokens", "samples", or packed "sequences" of a single source each.
-        epochs: Epochs over each source; null: endless.
+        epochs: Epochs over each source; endless if null.
         streams: Number of virtual streams; must be divisible by ranks x workers.
         workers: Worker processes per rank; 0 reads in the training process.
         threads: Threads per worker process; they pack sequences of different streams in parallel.
@@ -63,11 +63,11 @@ class DataSettings(Settings):
 
 
 class Mixture(Settings):
-    """Data and the model that reads them; a recipe file can be read as a mixture, too.
+    """Training data and the model that reads it; a recipe file can be read as a mixture, too.
 
     Attributes:
         root: Folder that relative paths refer to.
-        model: Folder or hub id of a SOLO model, or of a plain LLM (text only).
+        model: Folder or hub ID of a SOLO model, or of a plain LLM (text only).
         data: Sources and packing.
     """
 
@@ -83,7 +83,7 @@ class Mixture(Settings):
         return Path(self.root) / path
 
     def model_source(self) -> str | Path:
-        """Return the model's folder under the root, else its hub id; a `STAGE/model` is always a folder."""
+        """Return the model's folder under the root, else its hub ID; `STAGE/model` is always a folder."""
         folder = self.at(self.model)
         return folder if folder.exists() or folder.name == "model" else self.model
 
@@ -102,7 +102,7 @@ class Mixture(Settings):
         return tuple(map(self.source_path, self.source_names()))
 
     def source_path(self, path: str) -> str:
-        """Resolve a source path relative to the root; URLs stay as they are."""
+        """Resolve a source path relative to the root; return URLs unchanged."""
         return path if "://" in path else str(self.at(path))
 
     def open_sources(self) -> list[Source]:
@@ -120,7 +120,7 @@ class Mixture(Settings):
 
 @dataclass(frozen=True)
 class StreamFactory:
-    """Creates the virtual streams of a mixture; picklable for worker processes."""
+    """Factory of a mixture's virtual streams, picklable for worker processes."""
 
     sources: Sequence[Source]
     settings: DataSettings

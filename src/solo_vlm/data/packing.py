@@ -1,4 +1,4 @@
-"""Fixed-length sequences from documents of any length: in order of arrival, the end of each by best fit."""
+"""Packing of documents into sequences of one fixed length, in order of arrival, completed by best fit."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ T = TypeVar("T")
 
 @dataclass
 class Packer(Generic[T]):
-    """Packs a stream of items in their order of arrival, as nearly as full packs allow.
+    """Packer of a stream of items, in order of arrival as far as full packs allow.
 
-    One pack is open, and `buffer_size` items wait. The item that has waited longest goes into the pack if it
-    fits; if not, the longest that does fit, the best fit for the room that is left; where none fits, the pack
-    is closed. Nothing is split. Ties go to the item that came first, so that the result depends on the order
-    of arrival alone.
+    One pack is open, and up to `buffer_size` items wait. The oldest item goes into the pack; if it does not
+    fit, the longest one that does (best fit); if none fits, the pack is closed. Items are never split. Ties
+    go to the oldest item, so the result depends only on the order of arrival.
 
-    Taking the longest item first would fill packs as well, but leave the short ones behind: a short run, or
-    one over few held-out samples, would see another distribution of lengths than its data's.
+    Starting with the longest item would fill packs as well, but delay short ones: a short run, or one over
+    few held-out samples, would see a biased distribution of lengths.
 
     Args:
-        capacity: Tokens in a pack.
-        buffer_size: Items to choose from; 128 fill 32,768-token packs to over 99.7%.
+        capacity: Tokens per pack.
+        buffer_size: Number of items to choose from; 128 fill 32,768-token packs to over 99.7%.
     """
 
     capacity: int
@@ -49,7 +48,7 @@ class Packer(Generic[T]):
         return [item for item, _ in self._waiting.values()]
 
     def add(self, item: T, length: int) -> list[T] | None:
-        """Take an item; return a pack if that closed one.
+        """Add an item; return the pack if that closed one.
 
         Raises:
             ValueError: The item is longer than a pack, or empty.
@@ -58,14 +57,14 @@ class Packer(Generic[T]):
         return self._place() if len(self._waiting) > self.buffer_size else None
 
     def drain(self) -> list[T] | None:
-        """With no more items to come: the next pack of what is left, or None when nothing is."""
+        """Return the next pack of the remaining items, or None if there are none, after the last `add`."""
         while self._waiting:
             if (closed := self._place()) is not None:
                 return closed
         return self._close() if self._open else None
 
     def restore(self, open_pack: Iterable[tuple[T, int]], waiting: Iterable[tuple[T, int]]) -> None:
-        """Bring an empty packer into the state that `open` and `waiting` told, given (item, length) pairs."""
+        """Restore into an empty packer what `open` and `waiting` returned, as (item, length) pairs."""
         for item, length in open_pack:
             self._open.append(item)
             self._room -= length
@@ -74,13 +73,13 @@ class Packer(Generic[T]):
 
     def _enqueue(self, item: T, length: int) -> None:
         if not 0 < length <= self.capacity:
-            raise ValueError(f"an item of {length} tokens does not go into a pack of {self.capacity}")
+            raise ValueError(f"an item of {length} tokens does not fit into a pack of {self.capacity}")
         self._waiting[self._arrivals] = item, length
         insort(self._by_length, (length, -self._arrivals))
         self._arrivals += 1
 
     def _place(self) -> list[T] | None:
-        """Move one item into the open pack; return the pack that had to be closed for it, if any."""
+        """Move one item into the open pack; return the pack that was closed for it, if any."""
         closed = None if self._by_length[0][0] <= self._room else self._close()
         arrival, (_, length) = next(iter(self._waiting.items()))
         if length > self._room:

@@ -1,4 +1,4 @@
-"""One sample is one chat. This file says what a chat may look like on disk and reads it into one form."""
+"""Samples: validation of chats in all supported row formats, and conversion to one form."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from solo_vlm.data.values import (
 
 IMAGE_PLACEHOLDER = "<image>"
 
-Part = str | tuple[ImageSource | None]  # a text; an image, with its source or waiting for one
+Part = str | tuple[ImageSource | None]  # a text, or an image with its source, if it is known
 _WAITING: Part = (None,)
 
 
 class SampleError(ValueError):
-    """A sample that cannot be used. `reason` is a short, countable name; the message has the details."""
+    """Unusable sample. `reason` is a short name for counting; the message has the details."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {printable(detail)}")
@@ -45,14 +45,14 @@ class SampleError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """A chat with its images, in the one form that everything behind the sources works on.
+    """Chat with its images, in the form that all code after the sources uses.
 
     Attributes:
-        messages: `{"role": ..., "content": [{"type": "text", "text": ...} | {"type": "image"}, ...]}`. Only
-            assistant turns: a document (pre-training). With user turns: a conversation.
-        images: Encoded bytes, or a path or a URL (http(s), data, file, or one for fsspec); in order of the
-            image parts.
-        id: The data set's name for the sample, where it has one.
+        messages: Turns, `{"role": ..., "content": [{"type": "text", "text": ...} | {"type": "image"}, ...]}`.
+            Assistant turns alone form a document (pre-training); with user turns, it is a conversation.
+        images: Images in order of the image parts: encoded bytes, a path, or a URL (http(s), data, file, or
+            one for fsspec).
+        id: ID of the sample in its data set, if it has one.
     """
 
     messages: list[dict[str, Any]]
@@ -71,10 +71,10 @@ class _TextPart(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _holds_no_image(cls, part: dict[str, Any]) -> dict[str, Any]:
+    def _reject_image(cls, part: dict[str, Any]) -> dict[str, Any]:
         for key in part.keys() & PART_KEYS:
             if image_source(part[key]) is not None:
-                raise ValueError(f"a text part has an image in {key}: give the image a part of its own")
+                raise ValueError(f"a text part has an image in {key}: put the image into a separate part")
         return part
 
 
@@ -88,15 +88,17 @@ class _ImagePart(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _holds_no_unread_image(cls, part: dict[str, Any]) -> dict[str, Any]:
+    def _reject_unread_image(cls, part: dict[str, Any]) -> dict[str, Any]:
         for key in part.keys() - {"type", *PART_KEYS}:
             values = part[key].values() if isinstance(part[key], dict) else [part[key]]
             if any(map(looks_like_image, values)):
-                raise ValueError(f"an image part has an image in {key}, which is not read: call it image")
+                raise ValueError(
+                    f"an image part has an image in {key}, which is not read: rename it to image"
+                )
         return part
 
     def source(self) -> ImageSource | None:
-        """The image that the part itself carries, if it does."""
+        """Return the part's own image, if it has one."""
         return next((source for key in PART_KEYS if (source := getattr(self, key)) is not None), None)
 
 
@@ -120,7 +122,7 @@ class _Message(_ImageHolder):
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
     def parts(self) -> list[Part]:
-        """The content, with the message's own images in their places."""
+        """Return the content with the message's own images inserted."""
         parts: list[Part] = [
             part.text if isinstance(part, _TextPart) else (part.source(),) for part in self.content
         ]
@@ -133,15 +135,15 @@ class _Row(_ImageHolder):
 
 
 def parse_sample(row: dict[str, Any]) -> Sample:
-    """Validate one row and bring it into the form of `Sample`.
+    """Validate one row and convert it to a `Sample`.
 
-    A row has `messages` in OpenAI's style. An image part carries its image (`image`, `path`, `url`, `base64`
-    or `image_url`), or takes the next one of the row's `images` or `image`. Where no message has image parts,
-    the images stand where the texts have `<image>`; where they do not, `image` comes before the first text of
-    the user, or of a document. A message may have `image` or `images` of its own.
+    A row has `messages` in OpenAI's style. An image part contains its image (`image`, `path`, `url`, `base64`
+    or `image_url`), or takes the next one of the row's `images` or `image`. If no message has image parts,
+    the images replace `<image>` in the texts; without placeholders, `image` precedes the first text of the
+    user, or of a document. A message may have its own `image` or `images`.
 
     Raises:
-        SampleError: With the field at fault; `reason` is "schema", "image-count" or "image-column".
+        SampleError: The row is invalid; `reason` is "schema", "image-count" or "image-column".
     """
     try:
         parsed = _Row.model_validate(row)
@@ -171,12 +173,12 @@ def _plain(part: Part) -> dict[str, str]:
 
 
 def _place(contents: list[list[Part]], images: Sequence[ImageSource], before: int | None) -> list[list[Part]]:
-    """Give images to the parts that wait for one, to the marks in texts, or to the beginning of a message.
+    """Assign images to parts without one, to placeholders in texts, or to the beginning of a message.
 
     Args:
         contents: Parts of messages.
-        images: As many as there are places.
-        before: Number of the message that images without a place come before; None: they need a place.
+        images: Images, one per place.
+        before: Index of the message that starts with images without a place; None if they are an error.
     """
     parts = [part for content in contents for part in content]
     waiting = parts.count(_WAITING)
@@ -186,7 +188,9 @@ def _place(contents: list[list[Part]], images: Sequence[ImageSource], before: in
             contents = [[piece for part in content for piece in _split(part)] for content in contents]
             waiting = marks
         elif marks:
-            raise SampleError("image-count", f"{marks} times {IMAGE_PLACEHOLDER} for {len(images)} images")
+            raise SampleError(
+                "image-count", f"{marks} {IMAGE_PLACEHOLDER} placeholders for {len(images)} images"
+            )
         elif before is not None:
             contents = list(contents)
             contents[before] = [_WAITING] * len(images) + contents[before]
@@ -199,7 +203,7 @@ def _place(contents: list[list[Part]], images: Sequence[ImageSource], before: in
 
 
 def _split(part: Part) -> list[Part]:
-    """The text before, between and after the marks, without blanks around it; an image that waits at each."""
+    """Split a text at its placeholders into stripped texts and images without a source."""
     if not isinstance(part, str) or IMAGE_PLACEHOLDER not in part:
         return [part]
     pieces: list[Part] = []
@@ -209,7 +213,7 @@ def _split(part: Part) -> list[Part]:
 
 
 def _check_for_lost_image(row: dict[str, Any], parsed: _Row) -> None:
-    """Refuse to take a row for text alone whose image is empty, or in a column that is not read."""
+    """Reject a row without images if its image is empty or in a column that is not read."""
     asked = [
         part.text
         for message in parsed.messages
@@ -231,5 +235,5 @@ def _check_for_lost_image(row: dict[str, Any], parsed: _Row) -> None:
     for name, value in columns:
         if looks_like_image(value):
             raise SampleError(
-                "image-column", f"{name} looks like an image; call it image or images to use it"
+                "image-column", f"{name} looks like an image; rename it to image or images to use it"
             )

@@ -1,9 +1,9 @@
 """Virtual streams: one order of packed sequences for any number of processes, with exact resume.
 
-The data are dealt to a fixed number S of streams: stream s owns every S-th shard of every source, plus an
+The data is divided among a fixed number S of streams: stream s owns every S-th shard of every source, plus an
 equal part of the shards that do not divide evenly. Each stream mixes, shuffles and packs independently, and
-packed sequence g comes from stream g mod S. Ranks and workers only divide the streams among them: they change
-who reads, never the order. The state of a stream is keys and counters, a few kilobytes; it travels with every
+packed sequence g comes from stream g mod S. Ranks and workers divide the streams: they affect which process
+reads, never the order. The state of a stream is keys and counters, a few kilobytes; it travels with every
 packed sequence, so prefetching does not affect it.
 """
 
@@ -31,14 +31,14 @@ Held = tuple[Key, Document]
 Encode = Callable[[Sample], Document]
 WeightBy = Literal["samples", "tokens", "sequences"]
 
-ORDER_VERSION = 2  # increased whenever the same data and seed give another order; older states are refused
+ORDER_VERSION = 2  # increased if the same data and seed give another order; older states are rejected
 
 LISTED = 20  # skipped samples that a stream lists; it counts all
 
-_OPEN_SHARDS = 4  # shards that a stream draws rows from at a time
+_OPEN_SHARDS = 4  # shards per stream from which rows are drawn at a time
 _MAX_ERROR_LENGTH = 500  # characters kept of a skipped sample's error
-_MIN_ROWS = 1000  # rows assumed when max_skipped is applied to fewer; also the limit in a row
-_MIN_PART_ROWS = 64  # smaller parts of a shard are not made: each stream then reads all of it
+_MIN_ROWS = 1000  # rows assumed when max_skipped is applied to fewer; also the limit of a series
+_MIN_PART_ROWS = 64  # shards with smaller parts are not divided: each stream reads all of them
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class PackedSequence:
 
 
 class VirtualStream:
-    """One of S streams: draws samples from its part of a mixture and packs them.
+    """Stream that draws samples from its part of a mixture and packs them.
 
-    Sources take turns by weighted round-robin: the source furthest behind its weight is next, so proportions
-    are exact at any time. A source that has run out (`epochs`) leaves the mixture. Weights count samples or
+    Sources alternate by weighted round-robin: the source furthest behind its weight is next, so proportions
+    are exact at any time. An exhausted source (`epochs`) leaves the mixture. Weights count samples or
     tokens, with documents of all sources in one sequence; or packed sequences, each of a single source. Every
     stream starts at its own phase of the round-robin, so the sequences of one step are a fair draw from the
     mixture.
@@ -71,12 +71,12 @@ class VirtualStream:
         index: Number of this stream, from 0.
         streams: Number of streams.
         mixture: Sources with weights.
-        encode: Encodes a sample as a document.
+        encode: Function that encodes a sample as a document.
         length: Tokens per packed sequence.
         seed: Seed of the order.
-        epochs: Passes over each source. Default: endless.
-        weight_by: What weights count: "samples", "tokens" or "sequences".
-        buffer_size: Documents that a packer may hold back; with "sequences" every source has its own packer.
+        epochs: Number of passes over each source. Default: endless.
+        weight_by: Unit of the weights: "samples", "tokens" or "sequences".
+        buffer_size: Documents that a packer may hold; with "sequences", every source has its own packer.
         max_skipped: Fraction of samples that may be unusable before the run stops.
     """
 
@@ -132,7 +132,7 @@ class VirtualStream:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Resume from a state; documents that the packers held back are read again."""
+        """Resume from a state; documents that the packers held are read again."""
         for cursor, saved in zip(self._cursors, state["cursors"], strict=True):
             cursor.load_state_dict(saved)
         self._consumed = list(state["consumed"])
@@ -158,7 +158,7 @@ class VirtualStream:
         return group.packer.drain()
 
     def _draw(self, group: _SourceGroup) -> bool:
-        """Encode the group's next usable sample; return False if all its sources have run out."""
+        """Encode the group's next usable sample; return False if all its sources are exhausted."""
         while behind := [number for number in group.sources if not self._cursors[number].exhausted]:
             number = min(behind, key=self._progress)
             first_pass = self._cursors[number].epoch == 0
@@ -182,7 +182,7 @@ class VirtualStream:
         return False
 
     def _progress(self, number: int) -> float:
-        """Return what has been consumed of a source in units of its weight."""
+        """Return the consumption of a source in units of its weight."""
         return self._consumed[number] / self._weights[number]
 
     def _pieces_of(self, number: int, shard: int, row: int) -> list[Document]:
@@ -268,10 +268,10 @@ class Share(NamedTuple):
 
 
 def deal(shards: int, stream: int, streams: int, first: int = 0) -> tuple[Share, int]:
-    """Deal the shards of a source so evenly that all streams end at nearly the same time.
+    """Divide the shards of a source so evenly that all streams end at nearly the same time.
 
-    Every stream gets equally many whole shards. The remainder, fewer shards than streams, is divided into as
-    few parts as give every stream one, and some a second.
+    Every stream gets the same number of whole shards. The remaining shards, fewer than streams, are divided
+    into the smallest number of parts that gives every stream one, and some streams a second one.
 
     Args:
         shards: Number of shards of the source.
@@ -338,7 +338,7 @@ class _Cursor:
         """Read the raw sample of a key.
 
         Raises:
-            SampleError: The file is broken there.
+            SampleError: The row is broken.
         """
         return self._rows(shard)[row]
 
@@ -393,7 +393,7 @@ class _Cursor:
         if piece not in self._row_orders:
             shard, part, parts = self._piece(piece)
             rows = np.arange(len(self._rows(shard)))
-            # An endless source counts no passes, so all streams may read a shard too small to divide.
+            # An endless source does not count passes, so all streams may read a shard too small to divide.
             if parts > 1 and (self._epochs is not None or len(rows) >= _MIN_PART_ROWS * parts):
                 chance = np.random.default_rng(_chance(f"{self._shard_seed}/parts/{shard}"))
                 rows = chance.permutation(rows)[part::parts]
@@ -417,8 +417,8 @@ class _Cursor:
 def _phases(weights: Sequence[float], stream: int, seed: str) -> list[float]:
     """Return the initial consumption of each source, as if the round-robin had been running before.
 
-    One source, drawn by weight, is due at once; the others at a random time within their period. Streams are
-    then at different turns, and the first sequences of any few streams are a fair draw of the sources.
+    One source, drawn by weight, is due at once; the others at a random time within their period. So streams
+    are at different positions, and the first sequences of any few streams are a fair sample of the sources.
     """
     ends = np.cumsum(weights)
     # Multiples of the golden ratio cover [0, 1) evenly for any number of streams.

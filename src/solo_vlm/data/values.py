@@ -1,4 +1,4 @@
-"""Field values of rows: texts, ids and images in any form."""
+"""Field values of rows: texts, IDs and images in any form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 
 def load_json(text: str | bytes) -> Any:
-    """As `json.loads`.
+    """Parse JSON like `json.loads`.
 
     Raises:
         ValueError: Invalid or too deeply nested JSON.
@@ -25,7 +25,7 @@ def check_text(text: str) -> str:
     """Return the text unchanged.
 
     Raises:
-        ValueError: It has half of a surrogate pair, which no tokenizer can read.
+        ValueError: The text contains half a surrogate pair, which no tokenizer can read.
     """
     try:
         text.encode()
@@ -38,18 +38,18 @@ def check_text(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with lone surrogates escaped."""
+    """Return the text with lone surrogates escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:
-    """A key that compares digits as numbers: img2 before img10."""
+    """Return a sort key that compares digits as numbers: img2 before img10."""
     pieces = re.split(r"(\d+)", name.lower())
     return [(piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece) for piece in pieces]
 
 
 def sample_id(value: Any) -> str | None:
-    """A name from an `id` of any type; None where there is none (NaN is how pandas writes that)."""
+    """Convert an `id` of any type to a string; None for a missing one, which pandas writes as NaN."""
     if value is None or value != value:
         return None
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else printable(str(value))
@@ -58,13 +58,13 @@ def sample_id(value: Any) -> str | None:
 ImageSource = bytes | str
 
 PART_KEYS = ("image", "path", "url", "base64", "image_url")
-"""Fields of a content part that may hold its image; the first that is filled counts."""
+"""Fields of a content part that may contain its image; the first non-empty one is used."""
 
 STRUCT_KEYS = ("bytes", *PART_KEYS)
-"""The same of a struct that stands for an image."""
+"""Fields of an image struct that may contain the image; the first non-empty one is used."""
 
 COLUMNS = ("image", "images")
-"""Fields of a row, or of a message, that hold images."""
+"""Fields of a row or a message that contain images."""
 
 _NAMING_KEYS = ("image", "path", "url", "image_url")  # fields that may hold a path
 
@@ -83,7 +83,7 @@ _IMAGE_NAME = re.compile(r"\S+\.(avif|bmp|gif|hei[cf]|jfif|jp2|jpe?g?|png|tiff?|
 
 
 def image_source(value: Any) -> ImageSource | None:
-    """The image that a value of any form stands for; None where it is empty.
+    """Return the image that a value of any form contains; None if it is empty.
 
     Raises:
         ValueError: The value cannot be an image.
@@ -99,14 +99,14 @@ def image_source(value: Any) -> ImageSource | None:
         forms = f"bytes, text or a struct with one of {', '.join(STRUCT_KEYS)}"
         raise ValueError(f"an image is {forms}, not {type(value).__name__}")
     try:
-        os.fsencode(value)  # a file's name may have bytes that are no text
+        os.fsencode(value)  # a file name may contain bytes that are not text
     except UnicodeEncodeError as error:
-        raise ValueError(f"{printable(value[:200])} is no path, URL or base64") from error
+        raise ValueError(f"{printable(value[:200])} is not a path, URL or base64") from error
     return value
 
 
 def image_sources(value: Any) -> list[ImageSource]:
-    """The images of a column: one, or a list.
+    """Return the images of a column, which holds one or a list.
 
     Raises:
         ValueError: An item of the list is empty, or cannot be an image.
@@ -121,21 +121,20 @@ def image_sources(value: Any) -> list[ImageSource]:
 
 
 def data_url(value: Any) -> Any:
-    """Base64 as a data URL, which cannot be taken for a path; anything else as it is."""
+    """Convert base64 to a data URL, which cannot be mistaken for a path; return other values unchanged."""
     if not isinstance(value, str) or not value or value[:5].lower() == "data:":
         return value
     return f"data:;base64,{value}"
 
 
 def locate_images(row: dict[str, Any], folder: str) -> dict[str, Any]:
-    """A row whose images no longer depend on the working directory.
+    """Resolve the images of a row, so that they no longer depend on the working directory.
 
-    Wherever a row can name an image, a relative path counts from the folder, and bare base64 becomes a data
-    URL.
+    Relative paths become relative to the folder, and bare base64 becomes a data URL.
 
     Args:
-        row: Of any shape; what does not look like the schema stays as it is.
-        folder: Of the file that holds the row: a path or a URL.
+        row: Row in any format; fields outside the schema are returned unchanged.
+        folder: Path or URL of the folder of the row's file.
     """
     row = _with_columns(row, folder)
     if isinstance(row.get("messages"), list):
@@ -144,7 +143,7 @@ def locate_images(row: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def looks_like_image(value: Any) -> bool:
-    """Whether a value in a place where no image is expected holds one or names one."""
+    """Return whether a value of a field that is not for images contains or names an image."""
     if isinstance(value, list):
         return looks_like_image(next(filter(_is_filled, value), None))
     if isinstance(value, dict):
@@ -160,12 +159,12 @@ def looks_like_image(value: Any) -> bool:
 
 
 def is_base64_image(text: str) -> bool:
-    """Whether a text is an image of a common format in base64."""
+    """Return whether a text is an image of a common format in base64."""
     return _IMAGE_DATA.match(text) is not None and _is_base64(text)
 
 
 def local_path(text: str) -> str:
-    """The path in a file URL, which may be relative though its standard knows no such thing."""
+    """Return the path of a file URL, which may be relative in practice, though not by the standard."""
     return unquote(_FILE_URL.sub("", text, count=1)) if _FILE_URL.match(text) else text
 
 
@@ -174,7 +173,7 @@ def _is_filled(value: Any) -> bool:
 
 
 def _with_columns(holder: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Its `image` and `images`: each a value or a list of them."""
+    """Return a copy with located `image` and `images`, each of which is a value or a list."""
 
     def located(value: Any) -> Any:
         if isinstance(value, list):
@@ -212,14 +211,14 @@ def _located_text(text: str, folder: str) -> str:
         return text
     path = local_path(text)
     if path != text and path.startswith("/"):
-        return text  # a file URL as it should be
+        return text  # already an absolute file URL
     absolute = path if path.startswith("/") else f"{folder}/{path}"
     return str(data_url(text)) if _is_base64(path) and not _is_path(absolute, path) else absolute
 
 
 def _is_path(absolute: str, text: str) -> bool:
-    """Whether a text without a dot is a path rather than base64."""
-    if "://" in absolute:  # asking far away takes long
+    """Return whether a text without a dot is a path rather than base64."""
+    if "://" in absolute:  # a remote lookup is slow
         return not is_base64_image(text)
     return len(absolute) <= _LONGEST_PATH and os.path.isfile(absolute)  # noqa: PTH113 - Path.is_file raises
 

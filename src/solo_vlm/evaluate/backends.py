@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """Answers requests greedily, in any order; `BatchGenerator` is one."""
+    """Model or server that answers requests greedily, in any order, such as `BatchGenerator`."""
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
         """Yield outputs in batches as they are ready; consume requests lazily, possibly from another thread.
@@ -26,10 +26,10 @@ class Backend(Protocol):
 
 
 class ServerBackend:
-    """A model behind an OpenAI-compatible API: `solo serve`, vLLM, or any other.
+    """Model behind an OpenAI-compatible API, such as `solo serve` or vLLM.
 
     Args:
-        model: Name of the model at the server.
+        model: Name of the model on the server.
         base_url: URL such as http://localhost:8000/v1. Default: OPENAI_BASE_URL, or OpenAI's own.
         api_key: API key. Default: OPENAI_API_KEY.
         concurrency: Maximum in-flight requests.
@@ -59,7 +59,7 @@ class ServerBackend:
             raise SoloError("no key for the API: pass --api-key, or set OPENAI_API_KEY") from error
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
-        """See `Backend`."""
+        """Generate as specified by `Backend`."""
         pending: set[Future[GenerationOutput]] = set()
         pool = ThreadPoolExecutor(self.concurrency)
         try:

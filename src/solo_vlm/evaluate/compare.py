@@ -12,7 +12,7 @@ from solo_vlm.utils.errors import SoloError
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs on one task, on the rows that both have.
+    """Comparison of two runs on one task, on the rows that both have.
 
     Attributes:
         n: Number of shared rows.

@@ -52,11 +52,11 @@ def load_benchmark(benchmark: Benchmark, data_root: Path | None) -> Dataset:
     """Load a benchmark's split with the columns of the hub's dataset.
 
     Args:
-        benchmark: What to load.
+        benchmark: Benchmark to load.
         data_root: Folder with one folder per task; None loads from the hub, through its cache.
 
     Raises:
-        SoloError: The data is missing or unreadable; the message says what to download to where.
+        SoloError: The data is missing or unreadable; the message gives the download command.
     """
     from datasets import Dataset, load_dataset
 
@@ -76,7 +76,7 @@ def load_benchmark(benchmark: Benchmark, data_root: Path | None) -> Dataset:
                 kwargs = {"task": benchmark.name, "data": data, "version": _CACHE_VERSION}
                 data = Dataset.from_generator(_convert_dataset, gen_kwargs=kwargs)
         else:
-            # datasets caches rows by the arguments: size and time stand for the content.
+            # datasets caches rows by the arguments: size and time identify the content.
             stats = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
             kwargs = {"task": benchmark.name, "files": stats, "version": _CACHE_VERSION}
             data = Dataset.from_generator(_convert_files, gen_kwargs=kwargs)
@@ -89,7 +89,7 @@ def find_benchmark(benchmark: Benchmark, data_root: Path) -> tuple[str, list[Pat
     """Return format and files of a benchmark's split below a data root, ignoring files of other splits.
 
     Raises:
-        SoloError: There are none; the message says what to download to where.
+        SoloError: There are none; the message gives the download command.
     """
     folder = data_root / benchmark.name
     for file_format in _FORMATS:
@@ -212,7 +212,7 @@ class EncodedRows(Sequence[Row]):
 
     @property
     def image_columns(self) -> list[str]:
-        """Columns that hold an image or a list of images."""
+        """Columns with an image or a list of images."""
         from datasets import Image as ImageFeature
 
         return [
@@ -272,7 +272,7 @@ class Rows:
 
 
 def decoded(value: Any) -> Any:
-    """Decode a cell that holds an image or a list of images; return any other cell unchanged.
+    """Decode a cell with an image or a list of images; return any other cell unchanged.
 
     Raises:
         ImageError: An image cannot be read.
@@ -296,7 +296,7 @@ def _columns(data: Dataset) -> Iterator[Row]:
 
 
 def _filled(data: Dataset, name: str) -> NDArray[np.bool_]:
-    """Return (rows,) whether each row has an image in this column."""
+    """Return a (rows,) mask of the rows with an image in this column."""
     column = data.data.column(name)
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         return pc.fill_null(pc.list_value_length(column), 0).to_numpy() > 0

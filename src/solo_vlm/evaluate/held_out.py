@@ -28,7 +28,7 @@ class HeldOutQuestion:
 
     @property
     def chat(self) -> list[Message]:
-        """The turns up to the question, with their images."""
+        """Turns up to the question, with their images."""
         images = map(load_image, self.sample.images)
         return [
             {
@@ -98,13 +98,15 @@ def accuracy(answers: Sequence[HeldOutAnswer]) -> float:
     return sum(answer.correct for answer in answers) / len(answers)
 
 
-def _question(source: Source, unit: int, number: int, row: dict[str, Any]) -> HeldOutQuestion:
+def _question(source: Source, shard: int, number: int, row: dict[str, Any]) -> HeldOutQuestion:
     try:
         sample = parse_sample(row)
     except SampleError as error:
-        raise SoloError(f"{source.where(unit, number)}: {error}") from error
+        raise SoloError(f"{source.where(shard, number)}: {error}") from error
     if [message["role"] for message in sample.messages[-2:]] != ["user", "assistant"]:
-        raise SoloError(f"{source.where(unit, number)}: the chat does not end with a question and its answer")
+        raise SoloError(
+            f"{source.where(shard, number)}: the chat does not end with a question and its answer"
+        )
     return HeldOutQuestion(sample)
 
 

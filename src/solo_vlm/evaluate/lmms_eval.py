@@ -44,12 +44,12 @@ class BackendModel(lmms):
     """lmms-eval adapter around a backend.
 
     Args:
-        backend: Generates the responses.
+        backend: Backend that generates the responses.
         saved: File of earlier responses, which are reused, and of new ones; None keeps none.
         max_new_tokens: Maximum length of an answer, overriding the tasks.
-        stop_at_blank_line: Whether an answer ends at a blank line where the task says so. lmms-eval adds this
+        stop_at_blank_line: Whether an answer ends at a blank line if the task says so. lmms-eval adds this
             to every task without a stop string, and it would cut off answers that reason first.
-        on_progress: Called with the number of responses done and in total.
+        on_progress: Called with the completed and the total number of responses.
     """
 
     is_simple = False
@@ -74,7 +74,7 @@ class BackendModel(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the responses in order of the requests, "" for a row that failed.
 
-        `responses` has the result of each row, or why it failed, by row number.
+        `responses` has the result of each row, or the reason why it failed, by row number.
         """
         done: dict[int, SavedAnswer] = {}
         if self._file is not None:
@@ -98,7 +98,7 @@ class BackendModel(lmms):
         raise NotImplementedError("tasks scored by likelihood are not supported")
 
     def clean(self) -> None:
-        """Called at the end to free the model; the backend belongs to the caller."""
+        """Keep the model, which lmms-eval would free here; the backend belongs to the caller."""
 
     def limit(self, settings: Mapping[str, Any]) -> int:
         """Return the maximum length of an answer under the settings of a task."""
@@ -149,9 +149,9 @@ class Solo(BackendModel):
         pretrained: Folder or hub ID.
         batch_size: Chats per batch.
         dtype: "auto" (as stored) or the name of a torch dtype.
-        device: Default: the accelerator, if there is one.
+        device: Device of the model. Default: the accelerator, if there is one.
         max_new_tokens, stop_at_blank_line: See `BackendModel`.
-        max_batch_size: Passed by lmms-eval; without effect.
+        max_batch_size: Ignored; lmms-eval passes it.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Solo(BackendModel):
         )
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """See `BackendModel`; shows a progress bar."""
+        """Generate as `BackendModel` does, with a progress bar."""
         with Progress() as progress:
             bar = progress.add_task("answering")
             self._on_progress = lambda done, total: progress.update(bar, completed=done, total=total)
@@ -194,7 +194,7 @@ def _image_hashes(row: Mapping[str, Any]) -> list[str]:
 
 
 class LocalTask(ConfigurableMessagesTask):
-    """A benchmark's stock task of lmms-eval, with its prompts and scores, on rows with its dataset's columns.
+    """Stock task of lmms-eval for a benchmark, with its prompts and scores, on rows with its columns.
 
     Images are decoded when the prompt is built, so an unreadable image fails its own row only.
     """
@@ -236,13 +236,13 @@ def run_task(
     """Generate responses to all rows of a task through lmms-eval; the model keeps them.
 
     Args:
-        task: Can be run once.
-        benchmark: The benchmark of the task.
-        model: Generates and keeps the responses.
+        task: Task, which can be run once.
+        benchmark: Benchmark of the task.
+        model: Model that generates and keeps the responses.
         limit: Maximum number of rows, from the first.
 
     Returns:
-        Scores by metric as lmms-eval gives them (some are fractions, some are points); why there are none.
+        Scores by metric in lmms-eval's units (some fractions, some points), and the reason if there are none.
 
     Raises:
         SoloError: The backend fails.

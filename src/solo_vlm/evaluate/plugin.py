@@ -1,4 +1,4 @@
-"""Entry point for lmms-eval, loaded while `lmms_eval.models` is being imported: the adapter cannot be yet."""
+"""Entry point for lmms-eval, loaded during the import of `lmms_eval.models`, before the adapter can be."""
 
 from __future__ import annotations
 

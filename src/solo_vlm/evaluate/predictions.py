@@ -53,7 +53,7 @@ class Prediction:
 
 
 def present(value: Any) -> TypeGuard[Any]:
-    """Whether a cell of a table has a value: not None, NaN or blank text."""
+    """Return whether a cell of a table has a value: not None, NaN or blank text."""
     return value is not None and value == value and (not isinstance(value, str) or value.strip() != "")
 
 
@@ -240,7 +240,7 @@ def _parse_json(text: str) -> Any:
 
 
 def _unique_entries(pairs: list[tuple[str, Any]]) -> Row:
-    """Refuse duplicate keys of an object; json would keep the last."""
+    """Reject duplicate keys of an object; json would keep the last."""
     entries = dict(pairs)
     if len(entries) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)

@@ -1,4 +1,4 @@
-"""Reports of an evaluation run: scores beside published ones, categories, answers with their images."""
+"""Reports of an evaluation run: scores next to published ones, categories, answers with their images."""
 
 from __future__ import annotations
 

@@ -33,14 +33,14 @@ class ModelInfo:
     name: str  # folder, hub ID, or name at a server
     backend: str  # what runs it
     sha256: str | None = None  # hash of its weights, see `weights_hash`; None if they are not local
-    more: Mapping[str, Any] = field(default_factory=dict)  # on record too, such as the chat template
+    more: Mapping[str, Any] = field(default_factory=dict)  # recorded too, such as the chat template
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {"name": self.name, "backend": self.backend, "sha256": self.sha256, **self.more}
 
     def matches(self, run: Mapping[str, Any]) -> bool:
-        """Whether a run with this metadata had the same model, possibly at another path or URL."""
+        """Return whether a run with this metadata had the same model, possibly at another path or URL."""
         may_differ = {"base_url", "name"} if self.sha256 else {"base_url"}
         ours, theirs = (
             {key: value for key, value in model.items() if key not in may_differ}
@@ -67,8 +67,8 @@ class EvaluationRun:
         """Generate responses to the rows of benchmarks, report, and return the score of each benchmark.
 
         Raises:
-            SoloError: lmms-eval is missing; the folder holds something else, or a run of another model; or
-                the backend fails. Responses so far are kept.
+            SoloError: lmms-eval is missing, the folder is not empty and has no run of this model, or the
+                backend fails. Earlier responses are kept.
         """
         try:
             import solo_vlm.evaluate.lmms_eval  # noqa: F401

@@ -27,14 +27,14 @@ class SavedAnswer:
 
 
 class AnswerFile(LinesFile):
-    """Append-only file of answers, from which a killed run resumes."""
+    """Append-only file of answers, from which an interrupted run resumes."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
             self._saved = {record["row"]: SavedAnswer(**record) for record in self.records}
         except (KeyError, TypeError) as error:
-            raise SoloError(f"{path} does not hold answers ({error}): remove it to start over") from error
+            raise SoloError(f"{path} is not a file of answers ({error}): remove it to start over") from error
 
     def get(self, row: int, request: str) -> SavedAnswer | None:
         """Return the response to exactly this request, if there is one; failed rows are retried."""
@@ -75,12 +75,12 @@ class RunFolder:
         """Read the scores.
 
         Raises:
-            SoloError: The file is missing, unreadable or holds something else.
+            SoloError: The file is missing, unreadable or not a file of scores.
         """
         try:
             return [Score.from_dict(score) for score in self._read("scores.json")]
         except (AttributeError, KeyError, TypeError) as error:
-            raise SoloError(f"{self.path / 'scores.json'} does not hold scores: {error}") from error
+            raise SoloError(f"{self.path / 'scores.json'} is not a file of scores: {error}") from error
 
     def write_scores(self, scores: Iterable[Score]) -> None:
         """Write the scores."""

@@ -1,4 +1,4 @@
-"""Run many commands concurrently, such as training runs: as local processes, or as tasks on a Ray cluster."""
+"""Launcher of many concurrent commands, such as training runs, as local processes or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Job:
-    """A command, and the log file for its output."""
+    """Command with the log file of its output."""
 
     name: str
     command: list[str]
@@ -49,7 +49,7 @@ class Job:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A training run, one of many below the same root.
+    """One of many training runs below the same root.
 
     Attributes:
         name: Unique name below that root.
@@ -94,7 +94,7 @@ def train_runs(
 
     Interrupted runs resume from their newest checkpoints. For the arguments see `run_jobs`.
     """
-    # Starting the longest runs first leaves only short ones to wait for at the end.
+    # Longest runs first, so that only short ones are left at the end.
     runs = sorted(runs, key=lambda run: run.recipe.steps or 0, reverse=True)
     pending = {run.name: run for run in runs if not run.finished}
     for job in finish_jobs([run.job() for run in pending.values()], processes, executor, on_wait):
@@ -104,7 +104,7 @@ def train_runs(
 def finish_jobs(
     jobs: Sequence[Job], processes: int, executor: Executor, on_wait: Callable[[], None] = lambda: None
 ) -> Iterator[Job]:
-    """Run jobs as `run_jobs` does, yield each that succeeds; raise SoloError at the end if any failed."""
+    """Run jobs like `run_jobs`, and yield each that succeeds; raise SoloError at the end if any failed."""
     failed = []
     for job, status in run_jobs(jobs, processes, executor, on_wait):
         if status:

@@ -1,4 +1,4 @@
-"""Chat with a model: streamed or batched answers, and a cache of shared prompt prefixes.
+"""Generation: streamed or batched answers to chats, and a cache of shared prompt prefixes.
 
 May import: data, models, utils.
 """

@@ -1,4 +1,4 @@
-"""Key-value caches: one with spare room for new tokens, and one that shares the prefixes of prompts."""
+"""Key-value caches: one preallocated for new tokens, and one that shares prefixes between prompts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PrefixCache:
             prompt: Result of `prompt_key`.
 
         Returns:
-            Length of the prefix in tokens, always less than the prompt's, and a new cache that holds its keys
+            Length of the prefix in tokens, always less than the prompt's, and a new cache with its keys
             and values.
         """
         with self._lock:
@@ -66,7 +66,7 @@ class PrefixCache:
         """Keep the keys and values of a prompt and its answer.
 
         Args:
-            tokens: Result of `prompt_key`, followed by the ids of the answer.
+            tokens: Result of `prompt_key`, followed by the IDs of the answer.
             cache: Cache returned by `find`, filled since then; it may lack the last tokens.
         """
         tokens = tokens[: cache.get_seq_length()]
@@ -107,14 +107,14 @@ def supports_prefix_cache(config: PreTrainedConfig) -> bool:
 
 
 def prompt_key(inputs: Mapping[str, Any], image_token_id: int) -> Prompt:
-    """Return what identifies a prompt: its token ids, with a digest of the whole image for each patch.
+    """Return the identity of a prompt: its token IDs, with a digest of the whole image for each patch.
 
     Prompts with different images therefore differ from the first patch on, and never within an image.
 
     Args:
         inputs: Model inputs of one chat: `input_ids` (1, length), and `pixel_values` and `image_grid_thw` if
             it has images.
-        image_token_id: Id of the token that stands for a patch.
+        image_token_id: ID of the placeholder of a patch.
 
     Returns:
         (length,) int64; digests are negative.
@@ -192,7 +192,7 @@ class _Node:
 
 
 def _slice(layers: _KeyValues, part: slice) -> _KeyValues:
-    # Copies, not views: a view would keep the memory of the whole alive.
+    # Copy: a view would keep the whole tensor in memory.
     return [(keys[..., part, :].clone(), values[..., part, :].clone()) for keys, values in layers]
 
 
@@ -216,7 +216,7 @@ def preallocated_cache() -> Cache:
 
 
 def has_full_attention(config: PreTrainedConfig) -> bool:
-    """Return whether every layer attends to all earlier tokens, so that full-length layers waste nothing."""
+    """Return whether every layer attends to all earlier tokens, so that full-length caches waste nothing."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 

@@ -21,7 +21,7 @@ class Conversation:
     A failed call leaves the conversation unchanged.
 
     Args:
-        pipeline: Model with its processor; with a prefix cache, a question costs only its own tokens.
+        pipeline: Model with its processor; with a prefix cache, only new tokens are computed.
     """
 
     def __init__(self, pipeline: GenerationPipeline) -> None:
@@ -58,7 +58,7 @@ class Conversation:
         self.turns, self._pending_images = [], []
 
     def save(self, path: Path) -> None:
-        """Write the turns as JSON with the paths of the images: a sample that training can read, too.
+        """Write the turns as JSON with the paths of the images, which is also a training sample.
 
         Raises:
             SoloError: The file cannot be written.
@@ -74,7 +74,7 @@ class Conversation:
         """Replace the conversation by a saved one.
 
         Raises:
-            SoloError: The file holds no conversation, or an image has moved.
+            SoloError: The file is not a conversation, or an image has moved.
         """
         try:
             row = load_json(path.read_bytes())
@@ -82,7 +82,7 @@ class Conversation:
         except OSError as error:
             raise SoloError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, TypeError, SampleError) as error:
-            raise SoloError(f"{path} holds no conversation: {error}") from error
+            raise SoloError(f"{path} is not a conversation: {error}") from error
         images = iter(_image_parts([str(source) for source in sample.images]))
         turns = [
             {

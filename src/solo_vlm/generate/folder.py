@@ -1,4 +1,4 @@
-"""Answer one prompt about every image of a folder; an interrupted run resumes where it stopped."""
+"""Answers to one prompt about every image of a folder; an interrupted run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def answer_folder(
     Args:
         images: Names relative to the folder, see `find_images`.
         request: `prompt`, `max_new_tokens`, and any other values to repeat on each line.
-        out: JSON-lines file to create or complete.
-        on_progress: Callback for the number of finished images and their total.
+        out: JSON Lines file to create or complete.
+        on_progress: Called with the completed and the total number of images.
 
     Raises:
         SoloError: `out` is another kind of file, or answers a different request.
@@ -122,6 +122,6 @@ def _check_same_request(request: dict[str, Any], records: dict[Any, dict[str, An
         for name, value in request.items():
             if record.get(name) != value:
                 raise SoloError(
-                    f"{out} holds answers to another request ({name} {record.get(name)!r}, now {value!r}): "
+                    f"{out} has answers to another request ({name} {record.get(name)!r}, now {value!r}): "
                     "choose another name or remove the file"
                 )

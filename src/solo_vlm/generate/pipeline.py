@@ -1,4 +1,4 @@
-"""Answer chats with a SOLO model: one at a time as a stream, or in batches."""
+"""Answers of a SOLO model to chats: one at a time as a stream, or in batches."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class GenerationRequest:
 
     Attributes:
         request_id: Identifier chosen by the caller; the output repeats it.
-        messages: Chat that ends with a user turn; image parts hold `PIL.Image`s.
+        messages: Chat that ends with a user turn; image parts contain `PIL.Image`s.
         max_new_tokens: Maximum length of the answer.
     """
 
@@ -64,12 +64,12 @@ class GenerationRequest:
 class GenerationOutput:
     """Generated text with token counts and timings, or the reason why there is none.
 
-    A backend leaves at None what it does not measure.
+    Values that a backend does not measure are None.
 
     Attributes:
         request_id: Identifier of the request.
-        text: Answer without surrounding whitespace; None if the request failed.
-        error: Why the request failed.
+        text: Answer without surrounding white space; None if the request failed.
+        error: Reason for the failure.
         finish_reason: "stop" (an end token), "length", or "cancelled" (by the caller).
         prompt_tokens: Tokens of the prompt, image tokens included.
         cached_tokens: Prompt tokens found in the prefix cache.
@@ -118,7 +118,7 @@ class GenerationPipeline:
         compile: bool = False,
     ) -> None:
         if prefix_cache and compile:
-            raise SoloError("compile and a prefix cache exclude each other: choose one")
+            raise SoloError("compile and a prefix cache are incompatible: choose one")
         model.generation_config.eos_token_id = stop_ids(model.generation_config, processor)
         self.model = model
         self.processor = processor
@@ -139,14 +139,14 @@ class GenerationPipeline:
         """Load a model and its processor.
 
         Args:
-            path: Model folder or hub id, see `load_model`.
+            path: Model folder or hub ID, see `load_model`.
             dtype: "auto" (as stored) or the name of a torch dtype; with `quantize`, the compute dtype.
             device: Device name. Default: the accelerator if there is one.
-            quantize: Hold the decoder's weights in 8 or 4 bits, see `quantization_config`.
+            quantize: Format of quantized decoder weights, 8 or 4 bits; see `quantization_config`.
             prefix_cache, compile: See the class.
 
         Raises:
-            SoloError: The path holds no readable SOLO model, or the options exclude each other.
+            SoloError: The path has no readable SOLO model, or the options are incompatible.
         """
         settings = None
         if quantize:
@@ -173,7 +173,7 @@ class GenerationPipeline:
 
         Args:
             chat: Messages that end with a user turn.
-            on_text: Callback for text; leading whitespace is stripped.
+            on_text: Callback for text; leading white space is stripped.
             max_new_tokens: Maximum length of the answer, capped at the model's context length.
             temperature: Softmax temperature; 0 decodes greedily.
             top_p: Sample from the smallest set of tokens whose probabilities sum to this.
@@ -219,13 +219,13 @@ class GenerationPipeline:
         length = inputs["input_ids"].shape[1]
         if self.context_length and length >= self.context_length:
             raise ContextError(
-                f"the chat has {length} tokens, the model's context {self.context_length}: shorten it"
+                f"the chat has {length} tokens, but the model's context is {self.context_length}: shorten it"
             )
         return inputs.to(self.model.device)
 
     @torch.inference_mode()
     def generate(self, inputs: Any, max_new_tokens: int, **options: Any) -> tuple[torch.Tensor, int]:
-        """Generate token ids; a single chat goes through the prefix cache.
+        """Generate token IDs; a single chat goes through the prefix cache.
 
         Args:
             inputs: Result of `encode`.
@@ -296,7 +296,7 @@ class GenerationPipeline:
 
 
 class BatchGenerator:
-    """Answer many requests in batches of similar length, encoding ahead while the model works.
+    """Generator of answers in batches of similar length, which encodes ahead while the model works.
 
     Args:
         batch_size: Maximum number of chats per batch.
@@ -391,7 +391,7 @@ def open_images(sources: Sequence[str]) -> list[Image.Image]:
 
 
 def _prefetch(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items; another thread prepares the next ones in the meantime."""
+    """Yield the items while another thread prepares the next ones."""
     end: Any = object()
     with ThreadPoolExecutor(1) as executor:
         pending = deque(executor.submit(next, items, end) for _ in range(_PREFETCH))
@@ -401,7 +401,7 @@ def _prefetch(items: Iterator[T]) -> Iterator[T]:
 
 
 class _TextCallback(TextStreamer):
-    """Pass pieces of text to a callback, without leading whitespace, and time the first token."""
+    """Streamer that passes text without leading white space to a callback, and times the first token."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -423,7 +423,7 @@ class _TextCallback(TextStreamer):
 
 
 class _Cancel(StoppingCriteria):
-    """End all answers as soon as the callback returns True."""
+    """Stopping criterion that ends all answers as soon as the callback returns True."""
 
     def __init__(self, should_stop: Callable[[], bool]) -> None:
         self._should_stop = should_stop

@@ -1,4 +1,4 @@
-"""Publish a trained model: model card, self-contained folder, upload to the Hugging Face Hub.
+"""Publication of a trained model: model card, self-contained folder, upload to the Hugging Face Hub.
 
 May import: convert, data, evaluate, models, train, utils.
 """

@@ -1,6 +1,6 @@
-"""The model card: what a model is, how it was trained, its scores and its limits.
+"""Model card: architecture, training, scores and limits of a model.
 
-A card names no paths, hosts or users of the machine that the model was trained on.
+A card contains no paths, hosts or users of the machine that the model was trained on.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def model_card(
     Args:
         repo_id: Repository on the hub, `owner/name`.
         runs: Training runs that led to the model, in order.
-        license, base_model: Hub ids of the weights' license, and of the LLM the model was made from.
+        license, base_model: Hub IDs of the weights' license, and of the LLM the model was made from.
 
     Raises:
         SoloError: The folder cannot be read.
@@ -260,7 +260,7 @@ class Evaluation:
         """Read the evaluation of a model.
 
         Raises:
-            SoloError: The folder is no evaluation, or evaluates other weights.
+            SoloError: The folder is not an evaluation, or evaluates other weights.
         """
         run = RunFolder(folder)
         scores, metadata = run.read_scores(), run.read_metadata()
@@ -297,7 +297,7 @@ def _result(score: Score) -> EvalResult:
 def catalog_entry(path: str) -> DataSet | None:
     """Return the catalog entry that the last part of a path, or its folder, is named after.
 
-    `slimpajama-stage1` counts as `slimpajama`: recipes name the shares of the stages so.
+    `slimpajama-stage1` counts as `slimpajama`, because recipes name the shares of the stages like this.
     """
     for part in reversed(_parts(path)[-2:]):
         name = part.partition(".")[0]

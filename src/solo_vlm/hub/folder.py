@@ -1,4 +1,4 @@
-"""The published folder: weights, settings, code and card, loadable with `trust_remote_code=True` anywhere."""
+"""Published folder: weights, settings, code and card, loadable with `trust_remote_code=True` anywhere."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ _IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "image_processing_solo.SoloImagePr
 
 
 def check_publishable(model: Path) -> None:
-    """Check that a folder holds a complete SOLO model in this project's format.
+    """Check that a folder contains a complete SOLO model in this project's format.
 
     Raises:
-        SoloError: It does not; the message says what it holds and what to do.
+        SoloError: It does not; the message states the reason and what to do.
     """
     config = model / "config.json"
     if not config.is_file():
         if (model / "adapter_config.json").is_file():
             raise SoloError(
-                f"{model} holds only an adapter: push the merged model that training wrote, "
+                f"{model} contains only an adapter: push the merged model that training wrote, "
                 f"{model.parent / 'model'}"
             )
         raise SoloError(f"{model} is not a model folder: it has no config.json")
@@ -67,7 +67,7 @@ def check_publishable(model: Path) -> None:
             f"`solo convert release {model} NEW_FOLDER`"
         )
     if settings.get("model_type") != SoloConfig.model_type:
-        raise SoloError(f"{model} holds a {settings.get('model_type')}, not a SOLO model")
+        raise SoloError(f"{model} contains a {settings.get('model_type')} model, not a SOLO model")
     if not (model / "processor_config.json").is_file():
         raise SoloError(f"{model} has no processor_config.json: a model cannot be used without its processor")
     if not weight_files(model):
@@ -102,7 +102,7 @@ def write_folder(
 
 
 def code_files() -> list[Path]:
-    """Return the modules that a published folder carries: the mapped classes' and what they import."""
+    """Return the modules of a published folder: those of the mapped classes, and their imports."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
     package = Path(solo_vlm.models.solo.__path__[0])
@@ -140,7 +140,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def _drop_origins(settings: Any) -> None:
-    """Drop the places transformers read a model or tokenizer from: often paths of this machine."""
+    """Drop the source of a model or tokenizer, which is often a path of this machine."""
     if not isinstance(settings, dict):
         return
     for name in ("_name_or_path", "name_or_path"):

@@ -1,4 +1,4 @@
-"""Publish a model with its card: write the folder, or upload it to the Hugging Face Hub."""
+"""Publication of a model with its card: write the folder, or upload it to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from solo_vlm.utils.files import new_folder
 
 @dataclass(frozen=True)
 class Publication:
-    """A model and everything its card is made from.
+    """Model to publish, with the inputs of its card.
 
     Attributes:
         model: Folder of a SOLO model.
         repo_id: Repository on the hub, `owner/name`.
         runs: Folders of the training runs that led to the model, in order.
         evaluation: Folder of the model's evaluation.
-        license: Hub id of the license of the weights.
-        base_model: Hub id of the LLM the model was made from.
+        license: Hub ID of the license of the weights.
+        base_model: Hub ID of the LLM the model was made from.
     """
 
     model: Path
@@ -60,7 +60,7 @@ class Publication:
             URL of the repository.
 
         Raises:
-            SoloError: See `write`; or the hub is unreachable, denies access, or refuses the content.
+            SoloError: The hub is unreachable, denies access or rejects the content, or as for `write`.
         """
         self._check()
         with TemporaryDirectory(prefix="solo-push-") as name:
@@ -71,7 +71,7 @@ class Publication:
         try:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
-            raise SoloError(f"{self.repo_id!r} is no valid repository name: {error}") from error
+            raise SoloError(f"{self.repo_id!r} is not a valid repository name: {error}") from error
         if "/" not in self.repo_id:
             raise SoloError(f"{self.repo_id!r} has no owner: use owner/name")
         check_publishable(self.model)

@@ -1,4 +1,4 @@
-"""SOLO models: make one from an LLM, load, save, count, inspect; `solo` is the model itself.
+"""SOLO models: creation from an LLM, loading, saving, counting, inspection; `solo` is the model itself.
 
 This module registers SOLO with transformers' Auto classes at the moment transformers loads them.
 

@@ -12,7 +12,7 @@ forward pass, so every family of decoders is counted by the code that runs it. W
 - No recomputation (see `Flops.hardware`).
 
 All but attention is linear in the number of tokens, so counts at two lengths give any length. What remains
-quadratic belongs to families with an attention of their own, which is then taken as causal without a window.
+quadratic belongs to families with their own attention, which is then counted as causal without a window.
 """
 
 from __future__ import annotations
@@ -139,12 +139,12 @@ class ModelShape:
         return tuple(window for _, window in self.attention)
 
     def with_patch(self, patch: int) -> ModelShape:
-        """Return the shape with a patch embedding for patches of so many values; 0 removes it."""
+        """Return the shape with a patch embedding for `patch` values per patch; 0 removes it."""
         parameters = replace(self.parameters, patch_embedding=patch * self.hidden)
         return replace(self, patch=patch, parameters=parameters)
 
     def splits(self, parts: int) -> bool:
-        """Return whether tensor parallelism can split every layer into so many parts."""
+        """Return whether tensor parallelism can split every layer into `parts`."""
         return not any(size % parts for size in (self.heads, self.key_heads, self.mlp))
 
 
@@ -213,7 +213,7 @@ class Flops:
         return 2 * (self.layers + self.head + self.patches) + 3 * self.attention
 
     def hardware(self, recompute: Recompute = "none") -> int:
-        """Like `training`, plus what is computed twice.
+        """Return the FLOPs of `training`, plus recomputation.
 
         The chunked loss always computes the logits twice. With "selective" activation checkpointing, results
         of matrix products and attention are kept, so nothing counted here is recomputed. With "full"
@@ -266,9 +266,9 @@ def training_flops(
 
 
 def image_flops(shape: ModelShape, rows: int, columns: int, before: int = 0) -> Flops:
-    """Return the FLOPs that an image of so many patches adds to a document after `before` tokens.
+    """Return the FLOPs that an image of rows x columns patches adds to a document after `before` tokens.
 
-    The head is not run on it.
+    They do not include the head.
     """
     return _span(shape, num_image_tokens(rows, columns), before, patches=rows * columns)
 
@@ -309,7 +309,7 @@ _COUNTING = "solo_counting"
 def _record_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention that only records its sizes; tensors are (batch, heads, length, dim)."""
+    """Record the sizes of an attention call without computing it; tensors are (batch, heads, length, dim)."""
     window = options.get("sliding_window")
     _calls.get().append(
         _AttentionCall(query.shape[1], key.shape[1], query.shape[3], value.shape[3], window or None)

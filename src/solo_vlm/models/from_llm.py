@@ -1,4 +1,4 @@
-"""Make a SOLO model from an LLM: add four tokens and one linear layer; the rest stays unchanged."""
+"""Creation of a SOLO model from an LLM, by adding four tokens and one linear layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from solo_vlm.utils.files import new_folder
 
 logger = logging.getLogger(__name__)
 
-# <vpatch> comes first: servers take the most frequent id of an image as its placeholder, and among equals the
+# <vpatch> comes first: servers take the most frequent ID of an image as its placeholder, and among equals the
 # smallest, which matters for an image of one patch.
 _VISION_TOKENS = {
     "image_token": "<vpatch>",
@@ -92,7 +92,7 @@ def from_llm(
     paper's template.
 
     Args:
-        llm: Hub id or local folder of a causal language model.
+        llm: Hub ID or local folder of a causal language model.
         gguf_file: GGUF file in that folder; its weights are dequantized.
         dtype: "auto" (as stored; float32 for GGUF), or the name of a torch dtype.
         seed: Seed for the new weights.

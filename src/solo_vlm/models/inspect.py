@@ -1,4 +1,4 @@
-"""How an image enters the model: its size in patches and tokens, and a drawing of the patch grid."""
+"""Inspection of an image as the model sees it: size in patches and tokens, and a picture of the grid."""
 
 from __future__ import annotations
 

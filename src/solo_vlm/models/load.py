@@ -1,4 +1,4 @@
-"""Load SOLO models and processors from a folder or the hub, quantized or not, and save them."""
+"""Loading of SOLO models and processors from a folder or the hub, with quantization, and saving."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load_model(
     """Load a SOLO model in evaluation mode.
 
     Args:
-        path: Folder or hub id; an original checkpoint works too.
+        path: Folder or hub ID; an original checkpoint works too.
         dtype: "auto" (as stored) or the name of a torch dtype.
         device: Device of the model. Default: the accelerator if there is one.
         quantization_config: Configuration of transformers for quantizing the weights while they are read.
@@ -45,7 +45,7 @@ def load_model(
     if settings and not _is_solo(settings):  # transformers would load it as a SOLO-7B with random weights
         kind = settings.get("model_type")
         raise SoloError(
-            f"{path} is not a SOLO model but {kind or 'of no model_type'}: "
+            f"{path} is not a SOLO model but {kind or 'has no model_type'}: "
             f"solo init --llm {path} makes one from an LLM"
         )
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
@@ -75,10 +75,10 @@ def load_processor(path: str | Path) -> SoloProcessor:
 
 
 def is_solo(path: str | Path) -> bool:
-    """Return whether a folder or hub id holds a SOLO model or an original checkpoint.
+    """Return whether a folder or hub ID contains a SOLO model or an original checkpoint.
 
     Args:
-        path: Folder or hub id; a `Path` is never a hub id.
+        path: Folder or hub ID; a `Path` is never a hub ID.
 
     Raises:
         SoloError: The path is not readable.
@@ -96,7 +96,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     """Load the configuration of a SOLO model or a plain LLM.
 
     Args:
-        path: Folder, hub id, or a file in the format of `config.json`.
+        path: Folder, hub ID, or a file in the format of `config.json`.
 
     Raises:
         SoloError: The path is not readable.
@@ -109,7 +109,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
 
 
 def _use_original_vocabulary(model: SoloForConditionalGeneration, path: str | Path) -> None:
-    """Set the vision ids of the tokenizer, if there is one, and suppress those tokens in generation."""
+    """Set the vision IDs of the tokenizer, if there is one, and suppress those tokens in generation."""
     if not Path(path).is_dir() or has_tokenizer(Path(path)):
         tokenizer = original_tokenizer(path, rows=model.config.text_config.vocab_size)
         for name, token_id in tokenizer_vision_ids(tokenizer).items():
@@ -202,7 +202,7 @@ def pad_left(tokenizer: Any) -> None:
 
 
 def stop_ids(settings: Any, processor: SoloProcessor | None = None) -> list[int]:
-    """Return the ids of all tokens that end an answer.
+    """Return the IDs of all tokens that end an answer.
 
     Args:
         settings: `GenerationConfig` or model configuration, with `eos_token_id`.

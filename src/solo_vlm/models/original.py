@@ -28,12 +28,12 @@ _SENTENCEPIECE = "tokenizer.model"
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder holds a tokenizer."""
+    """Return whether a folder contains a tokenizer."""
     return any((folder / name).is_file() for name in (_SENTENCEPIECE, "tokenizer.json"))
 
 
 def copy_sentencepiece(source: Path, folder: Path) -> bool:
-    """Copy the SentencePiece model, which converting back and reading packed data need.
+    """Copy the SentencePiece model, which is needed to convert back and to read packed data.
 
     Returns:
         Whether `source` has one.
@@ -53,7 +53,7 @@ def original_tokenizer(
     row are dropped. Some checkpoints lack `<|im_start|>` and `<|im_end|>`, which their chats do not use.
 
     Args:
-        source: Folder or hub id with a `tokenizer.model` or a `tokenizer.json`.
+        source: Folder or hub ID with a `tokenizer.model` or a `tokenizer.json`.
         rows: Rows of the token embedding. Default: the number of tokens, counting all vision and location
             tokens.
         max_rows: Upper bound for the default of `rows`.
@@ -67,8 +67,8 @@ def original_tokenizer(
         rows = rows if max_rows is None else min(rows, max_rows)
     if rows < _base(backend) + len(VISION_TOKENS):
         raise SoloError(
-            f"{source}: the vision tokens start at id {_base(backend)}, but the model has {rows} rows of "
-            "tokens: tokenizer and weights do not belong together"
+            f"{source}: the vision tokens start at ID {_base(backend)}, but the model has {rows} rows of "
+            "tokens: tokenizer and weights do not match"
         )
     backend = _drop_rowless(backend, rows)
     _add_missing(backend, rows)
@@ -84,7 +84,7 @@ def original_tokenizer(
 
 
 def tokenizer_vision_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Return the vision token ids of a `SoloConfig` as an original tokenizer has them."""
+    """Return the vision token IDs of a `SoloConfig` as an original tokenizer has them."""
     return vision_token_ids(tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)))
 
 

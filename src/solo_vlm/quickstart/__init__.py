@@ -1,4 +1,4 @@
-"""The whole recipe, small: embedded data, a decoder trained as an LLM, all stages, scores, report.
+"""The whole recipe on a small scale: embedded data, a tiny LLM, all training stages, scores, a report.
 
 May import: data, evaluate, generate, models, train, utils.
 """

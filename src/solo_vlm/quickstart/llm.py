@@ -1,4 +1,4 @@
-"""The small LLM of the quickstart: a byte-level tokenizer, and a Llama with random weights."""
+"""The quickstart's LLM: a byte-level tokenizer, and a small Llama with random weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
 
 
 def training_texts(data: Path, names: Sequence[str] = ("text", "sft")) -> Iterator[str]:
-    """Yield the texts that train the tokenizer: toy data, with chats formatted by the chat template."""
+    """Yield the tokenizer's training texts: toy data, with chats formatted as by the chat template."""
     for name in names:
         for row in all_rows(data / f"{name}.parquet"):
             for message in parse_sample(row).messages:

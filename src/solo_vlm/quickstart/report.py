@@ -1,4 +1,4 @@
-"""Report of a quickstart: scores, loss curve, and held-out images with the model's answers."""
+"""Quickstart report: scores, loss curve, and held-out images with the model's answers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def results_table(metrics: dict[str, Any]) -> Table:
 
 
 def write_loss_curve(path: Path, metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Plot the loss of all stages (their lines of `metrics.jsonl`), one after the other, as a PNG file."""
+    """Plot the loss of all stages in sequence (their lines of `metrics.jsonl`) as a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -66,7 +66,7 @@ def _smooth(losses: np.ndarray, window: int = 9) -> np.ndarray:
 
 
 def write_examples(folder: Path, answers: Answers) -> None:
-    """Save the first held-out image of each kind, for trying out the model."""
+    """Save the first held-out image of each kind, for trying the model."""
     folder.mkdir()
     for kind, name in (("digits", "digit"), ("captions", "caption"), ("qa", "question")):
         answers[kind][0].image.save(folder / f"{name}.png")

@@ -372,7 +372,7 @@ class _CountRequests:
             await self._app(scope, receive, record_status)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
-            if scope["path"].startswith(_MODELS):  # one label, whatever names clients request
+            if scope["path"].startswith(_MODELS):  # one label for all names that clients request
                 path = f"{_MODELS}{{name}}"
             self._metrics.count_request(path, status)
 

@@ -345,7 +345,7 @@ class RowSampler(LogitsProcessor):
     """Logits processor that samples each row with its own parameters, under greedy search.
 
     The argmax of logits plus Gumbel noise is a sample of their softmax (Gumbel 1954). Each row draws its
-    noise from its own generator, so a seed gives the same answer whatever else is in the batch.
+    noise from its own generator, so a seed gives the same answer regardless of the rest of the batch.
     """
 
     def __init__(self, params: Sequence[SamplingParams], device: torch.device) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from aiohttp.connector import AddrInfoType
 from numpy.typing import NDArray
 
 from solo_vlm.models.inspect import ImageSummary
-from solo_vlm.models.solo.image_loading_solo import ImageError, load_pixels, read_data_url
+from solo_vlm.models.solo.image_loading_solo import ImageError, read_data_url
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor, patches_to_image
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.protocol import ApiError
@@ -33,7 +34,9 @@ Source = tuple[str, str | bytes]
 """An image's place in the request, and its data URL or downloaded file."""
 
 _MAX_ESCAPES = 1_000_000  # percent escapes per request: decoding them is far slower than base64
-_FORMATS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
+_MAX_SECONDS = 3.0  # of processor time for a request's images: one takes at most two
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
 
 _GLOBAL_UNICAST = ip_network("2000::/3")  # all assigned addresses of the public internet (RFC 4291)
 _AZURE_METADATA = ip_address("168.63.129.16")  # the one cloud with its metadata at a public address
@@ -105,18 +108,20 @@ class ImageReader:
             ApiError: 400, for a file that is not an image, damaged, or over a limit.
         """
         images: list[EncodedImage] = []
-        escapes = 0
+        escapes, started = 0, time.thread_time()
         pixels_left = self._limits.max_pixels
         for param, source in sources:
             if isinstance(source, str) and (escapes := escapes + source.count("%")) > _MAX_ESCAPES:
                 raise _invalid(param, "Too much percent-encoding in data URLs. Use base64.")
             file = self._from_data_url(source, param) if isinstance(source, str) else source
-            if not _FORMATS.match(file):
+            if not _STARTS.match(file):
                 raise _invalid(param, "Unsupported image format. Use JPEG, PNG, WebP, GIF or BMP.")
             try:
                 image = self._encode(file, pixels_left)
             except ImageError as error:
                 raise _invalid(param, f"Invalid image: {error}.") from error
+            if time.thread_time() - started > _MAX_SECONDS:
+                raise _invalid(param, f"The images take more than {_MAX_SECONDS:g} s to decode. Send fewer.")
             pixels_left -= image.size[0] * image.size[1]
             images.append(image)
         return images
@@ -147,7 +152,9 @@ class ImageReader:
             if (image := self._cache.get(digest)) and image.size[0] * image.size[1] <= max_pixels:
                 self._cache.move_to_end(digest)
                 return image
-        pixels = load_pixels(file, **self._options, max_pixels=max_pixels)
+        pixels = self._image_processor.load_pixels(
+            file, max_pixels=max_pixels, formats=_FORMATS, name="image"
+        )
         height, width = pixels.shape[:2]
         image = EncodedImage(*self._image_processor.encode_pixels(pixels), (width, height), digest)
         with self._lock:

@@ -47,7 +47,7 @@ class Limits:
         float, Option(min=0, help="Time limit for in-flight requests at shutdown.")
     ] = 30.0
     max_cached_image_bytes: Annotated[
-        int, Option(min=0, help="Memory for encoded images in bytes; 0 encodes every image anew.")
+        int, Option(min=0, help="Memory for encoded images in bytes; 0 disables the cache.")
     ] = 128 * 2**20
     allow_image_urls: Annotated[
         bool, Option("--allow-image-urls", help="Download images from public http(s) addresses.")

@@ -13,7 +13,7 @@ _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250) 
 
 
 class Metrics:
-    """Counters, histograms and gauges of one server, in a registry of its own."""
+    """Counters, histograms and gauges of one server, in their own registry."""
 
     def __init__(self, engine: Engine) -> None:
         registry = self._registry = CollectorRegistry()

@@ -28,7 +28,7 @@ _IGNORED = frozenset(
     }
 )
 
-# Parameters that change the answer, with the values that leave it as it is. Any other value and any unknown
+# Parameters that change the answer, with the values that leave it unchanged. Any other value and any unknown
 # field is an error: an answer that silently ignores part of the request is worse than none.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("n", "best_of", "repetition_penalty", "length_penalty"), (1,)),
@@ -404,7 +404,7 @@ class EventStream:
         self._send = send
 
     async def send(self, value: dict[str, Any] | str, last: bool = False) -> None:
-        """Send one event: an object as JSON, or text as it is."""
+        """Send one event: an object as JSON, or text unchanged."""
         if not self.begun:
             self.begun = True
             await self._send({"type": "http.response.start", "status": 200, "headers": list(self._HEADERS)})

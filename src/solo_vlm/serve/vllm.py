@@ -46,7 +46,7 @@ def vllm_command(
     """Return the command that starts vLLM's own OpenAI server.
 
     Args:
-        model: Folder or hub id.
+        model: Folder or hub ID.
         name: Model name in requests.
         limits: Limits, of which only `max_batch`, `max_images` and `max_tokens` may differ from the defaults.
         dtype: Type of the weights; "auto" is as stored, but never float32.
@@ -82,7 +82,7 @@ def exec_vllm(command: Sequence[str], api_keys: Sequence[str]) -> None:
         SoloError: vLLM is not installed, or there are several keys.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise SoloError("--engine vllm needs vLLM, in an environment of its own: pip install vllm solo-vlm")
+        raise SoloError("--engine vllm needs vLLM, in a separate environment: pip install vllm solo-vlm")
     if len(api_keys) > 1:
         raise SoloError(f"--engine vllm supports one API key, not {len(api_keys)}")
     # Not on the command line, where every user of the machine could read it.

@@ -1,4 +1,4 @@
-"""Training: runs recipes, and writes checkpoints, metrics, a manifest and the trained model.
+"""Training: recipes, the training loop, parallelism, checkpoints, metrics and estimates.
 
 May import: data, models, utils.
 """

@@ -77,7 +77,7 @@ def packed_attention(
 
 
 def _supports_flash(query: Tensor) -> bool:
-    """Whether torch's flash attention supports the device, head_dim and dtype (not float32) of a query."""
+    """Return whether torch's flash attention supports a query's device, head_dim and dtype (not float32)."""
     head_dim = query.shape[-1]
     is_half = _compute_dtype(query) in (torch.bfloat16, torch.float16)
     return query.device.type == "cuda" and is_half and head_dim % 8 == 0 and head_dim <= 256
@@ -152,7 +152,7 @@ def _groups(bounds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
     One call for many short documents saves most of the time on CPU. Lengths in a group differ by less than a
     factor of two; padding follows a document's own tokens, where causality hides it. Long documents are
-    groups of their own.
+    separate groups.
     """
     starts, lengths = bounds[:-1], bounds.diff()
     group = torch.log2(lengths.double()).ceil()
@@ -179,7 +179,7 @@ def _image_mask(images: Tensor, mask: Tensor | None) -> Tensor:
     """Return a (documents, 1, length, length) bool mask that also allows attention within each image.
 
     Args:
-        images: (documents, length), image of each patch, -1 for text; padding has no image of its own.
+        images: (documents, length), image of each patch, -1 for text; padding has no image.
         mask: (length, length), see `_window_mask`; None: causal.
     """
     if mask is None:

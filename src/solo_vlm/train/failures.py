@@ -70,7 +70,7 @@ class StopRequest:
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
-        """Let no signal interrupt the body, which saves."""
+        """Defer KeyboardInterrupt until the body, which saves, has finished."""
         before, self._may_interrupt = self._may_interrupt, False
         try:
             yield
@@ -95,7 +95,7 @@ def catch_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
 
 @dataclass(frozen=True)
 class Failure:
-    """The failure that ends a run.
+    """Failure that ends a run.
 
     Attributes:
         message: Error message; unexpected errors include the process and host.
@@ -149,7 +149,7 @@ def fail_together(store: Store, rank: int, stop: StopRequest) -> Iterator[None]:
 
 
 class _Watch(threading.Thread):
-    """Ends this process when another one has published a failure, or when the store is gone."""
+    """Thread that ends this process when another one publishes a failure, or the store is lost."""
 
     def __init__(self, store: Store, rank: int) -> None:
         super().__init__(name="failure-watch", daemon=True)
@@ -221,7 +221,7 @@ def _delay_exit(failure: Failure) -> None:
 
 
 def _hosts_store(rank: int) -> bool:
-    """Whether other processes may lose the store when this one exits."""
+    """Return whether other processes may lose the store when this one exits."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return _has_other_agents()
     return rank == 0

@@ -55,7 +55,7 @@ class Tracker(Protocol):
 
 
 class MetricsLogger:
-    """Writes metrics to `metrics.jsonl`, the trackers and the live view.
+    """Writer of metrics to `metrics.jsonl`, the trackers and the live view.
 
     Args:
         done: Steps done before a resume; later lines of `metrics.jsonl` are dropped.
@@ -104,7 +104,7 @@ class LiveView(Progress):
 class ProgressLines(Progress):
     """Progress as plain lines, for output that is not a terminal.
 
-    Prints a line when a task starts and finishes, and one per unfinished task every `interval` seconds.
+    A line is printed when a task starts and finishes, and every `interval` seconds while it runs.
     """
 
     def __init__(self, console: Console, interval: float = 10.0) -> None:
@@ -208,7 +208,7 @@ class _TensorBoard:
 
 
 class _HostedTracker:
-    """Weights & Biases, or Trackio, which has the same interface."""
+    """Tracker of Weights & Biases, or of Trackio, which has the same interface."""
 
     def __init__(self, name: str, recipe: Recipe, folder: Path) -> None:
         try:

@@ -38,7 +38,7 @@ _SAVED_OPERATORS = {
 def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[PreTrainedModel, Any]:
     """Load a SOLO model and its processor, or a plain LLM and its tokenizer.
 
-    Weights are in float32, or in 4 bits if the recipe asks for it.
+    Weights are in float32, or in 4 bits if the recipe quantizes them.
     """
     encoder = load_encoder(path)
     options: dict[str, Any] = {"dtype": "float32"}
@@ -130,7 +130,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings | None, new_tokens: 
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
-    """Whether `add_adapters` was called on the model."""
+    """Return whether `add_adapters` was called on the model."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 

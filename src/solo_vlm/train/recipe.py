@@ -49,12 +49,12 @@ class OptimizerSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Checkpoints of the run.
+    """Settings of checkpoints.
 
     Attributes:
         save_interval: Steps between checkpoints.
         keep: Number of checkpoints to keep, newest first.
-        asynchronous: Write in the background while training continues, from a copy in main memory.
+        asynchronous: Whether to write in the background, from a copy in main memory.
     """
 
     save_interval: PositiveInt = 500
@@ -63,7 +63,7 @@ class CheckpointSettings(Settings):
 
 
 class ParallelSettings(Settings):
-    """Parallelism. Processes form groups of `tensor`; the data are divided among the groups (FSDP).
+    """Parallelism. Processes form groups of size `tensor`, and the data is divided among the groups (FSDP).
 
     Attributes:
         tensor: Tensor-parallel degree; 2 in the paper.
@@ -92,7 +92,7 @@ class LoraSettings(Settings):
 
 
 class ValidationSettings(Settings):
-    """Loss on held-out data.
+    """Settings of the loss on held-out data.
 
     Attributes:
         sources: Held-out sources, given as in `data.sources`.
@@ -110,7 +110,7 @@ class Recipe(Settings):
 
     Attributes:
         root: Folder that relative paths refer to.
-        model: Folder or hub id of the model to start from: a SOLO model, or a plain LLM to train on text.
+        model: Folder or hub ID of the model to start from: a SOLO model, or a plain LLM to train on text.
         out: Output directory of the run; the trained model is saved as `out/model`.
         data: Sources and packing.
         steps: Optimizer steps; null: until the data end (`data.epochs`), with the number for the
@@ -128,9 +128,9 @@ class Recipe(Settings):
         float8: Compute matrix products in float8, on hardware that supports it.
         parallel: Tensor and data parallelism.
         validation: Held-out data, if any.
-        checkpoint: When checkpoints are saved, and how many are kept.
+        checkpoint: Checkpoint intervals and retention.
         log_interval: Steps between lines of metrics.
-        trackers: Where metrics are logged in addition to `metrics.jsonl`.
+        trackers: Destinations of metrics in addition to `metrics.jsonl`.
         max_nonfinite: Consecutive steps that may be skipped for a non-finite loss or gradient.
         seed: Seed of everything random except the data order (`data.seed`).
     """
@@ -159,12 +159,12 @@ class Recipe(Settings):
 
     @property
     def mixture(self) -> Mixture:
-        """Training data, with the model that reads them."""
+        """Training data, with the model that reads it."""
         return Mixture(root=self.root, model=self.model, data=self.data)
 
     @property
     def validation_mixture(self) -> Mixture | None:
-        """Held-out data as a single stream, so that they are the same for any number of processes."""
+        """Held-out data as a single stream, so that it is the same for any number of processes."""
         if self.validation is None:
             return None
         changes = {"sources": self.validation.sources, "epochs": 1, "streams": 1, "workers": 0}

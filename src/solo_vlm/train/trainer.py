@@ -176,7 +176,7 @@ class Trainer:
         return TrainResult(model, summary)
 
     def train_step(self) -> bool:
-        """Run one optimizer step; return False if the data have ended before it."""
+        """Run one optimizer step; return False if the data has ended before it."""
         recipe, context, state = self.recipe, self.context, self.state
 
         # This rank's packed sequences of the global batch, and token counts over all ranks.
@@ -280,7 +280,7 @@ class Trainer:
         samples = [self.loader.names(sequence) if sequence else [] for sequence in sequences]
         is_bad = [not math.isfinite(loss) for loss in result.losses]
         bad = [name for names, flag in zip(samples, is_bad, strict=True) if flag for name in names]
-        # With finite losses the gradient is to blame, and any sample may be the cause.
+        # If all losses are finite, the gradient is not, and any sample may be the cause.
         named = list(chain.from_iterable(self.context.gather(bad))) or list(
             chain.from_iterable(self.context.gather(list(chain.from_iterable(samples))))
         )

@@ -1,4 +1,4 @@
-"""General helpers without logic of ours: settings, files, JSON lines, pages, errors.
+"""General helpers, independent of the models: settings, files, JSON Lines, pages, errors.
 
 May import: nothing of the project.
 """

@@ -21,7 +21,7 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it to `path` on success, remove it on failure."""
+    """Yield a temporary folder next to `path`; rename it to `path` on success, remove it on failure."""
     check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
@@ -38,7 +38,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file name beside `path`; replace `path` on success, remove the file on failure."""
+    """Yield a temporary file name next to `path`; replace `path` on success, remove the file on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
@@ -49,13 +49,13 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as a whole, in UTF-8."""
+    """Write a UTF-8 text file atomically."""
     with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove temporary files and folders left behind by killed processes."""
+    """Remove temporary files and folders left by killed processes."""
     for path in folder.glob(f"{_PREFIX}*"):
         path.unlink() if path.is_file() else shutil.rmtree(path)
 

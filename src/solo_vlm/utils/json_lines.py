@@ -1,4 +1,4 @@
-"""Crash-safe JSON Lines files, from which killed work resumes."""
+"""Crash-safe JSON Lines files, from which interrupted work resumes."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ _DPI = 120
 
 
 def render(package: str, template: str, **values: Any) -> str:
-    """Render a Jinja template that lies in a package.
+    """Render a Jinja template of a package.
 
-    HTML templates extend `base.html.jinja`, which lies beside this module, and have their values escaped.
+    HTML templates extend `base.html.jinja`, next to this module, and have their values escaped.
     """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package, ""), PackageLoader("solo_vlm.utils", "")]),

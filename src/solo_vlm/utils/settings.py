@@ -124,7 +124,7 @@ def describe_changes(changes: dict[str, tuple[Any, Any]], limit: int = 3) -> str
 
 
 def _recipes() -> list[Path]:
-    """Return the folders of the package's recipes: inside an installed package, beside it in a checkout."""
+    """Return the recipe folders: inside an installed package, or next to the package in a checkout."""
     package = Path(__file__).parents[1]
     return [package / "recipes", package.parents[1] / "recipes"]
 

@@ -68,7 +68,7 @@ def test_what_can_go_wrong(tmp_path, program):
         download(get("vqav2"), urls, tmp_path / "tars", str(program), 1, 1)
     with pytest.raises(SoloError, match="get it from BAAI/CapsFusion-120M"):
         download(get("capfusion"), tmp_path / "nothing", tmp_path / "tars", str(program), 1, 1)
-    with pytest.raises(SoloError, match="is not installed; in an environment of its own"):
+    with pytest.raises(SoloError, match="is not installed; install it in its own environment"):
         download(get("capfusion"), urls, tmp_path / "tars", str(tmp_path / "none"), 1, 1)
     with pytest.raises(SoloError, match="exit code 3"):
         download(get("capfusion"), urls, tmp_path / "tars", str(program), 1, 1)

@@ -157,6 +157,6 @@ def test_with_option_texts_shows_empty_options_as_empty():
 
 @pytest.mark.parametrize("text", ["cat, dog, bird", "cat; dog", "cat|dog", "cat\n\nbird"])
 def test_ambiguous_options_text_is_refused(text):
-    with pytest.raises(SoloError, match="are no list: write them as JSON"):
+    with pytest.raises(SoloError, match="are not a list: write them as JSON"):
         options_of({"question": "Which?", "options": text, "answer": "B"})
     assert options_of({"question": "Which?", "options": "cat\ndog\n", "answer": "B"}) == ["cat", "dog"]

@@ -237,7 +237,7 @@ def test_dry_run_of_paper_recipe_without_weights_or_data(run):
 def test_dry_run_prints_plan(run):
     status, out, _ = run("train", "solo-7b/sft", "--dry-run", "--processes", "8", "--device", "h100")
     assert status == 0
-    assert "H100" in out and "until the data end" in out
+    assert "H100" in out and "until the data ends" in out
 
 
 def test_plan_that_does_not_fit_suggests_overrides(run):

@@ -1,1 +1,1 @@
-"""The paper's data sets: where each comes from, how its raw rows look, and how they become samples."""
+"""The paper's data sets: source, raw format and conversion to samples."""

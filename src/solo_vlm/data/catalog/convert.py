@@ -1,7 +1,7 @@
-"""Conversion of raw files to sample files, by processes of this machine or a Ray cluster, with a report.
+"""Conversion of raw files to sample files, in local processes or on a Ray cluster, with a report.
 
 A piece is one raw file, or a share of the rows of a large one. It becomes one parquet file, which appears
-when it is complete and holds its own report: all that a later run needs to resume.
+when it is complete and contains its own report, so that a later run can resume.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def convert(
         name: Name of the data set in the catalog.
         raw: Folders of raw files, or the files.
         out: Folder for the sample files and the report.
-        executor: `local`, or `ray`: this machine, or the cluster at RAY_ADDRESS, whose machines must all see
-            the raw files and `out`.
+        executor: `local` for this machine, or `ray` for the cluster at RAY_ADDRESS, all of whose machines
+            need access to the raw files and `out`.
         workers: Maximum number of pieces in progress; default: one per CPU.
         on_progress: Called with the completed and the total number of pieces.
 
@@ -217,7 +217,7 @@ def _convert(piece: Piece) -> Report:
 
 
 def _source(piece: Piece) -> dict[str, Any]:
-    """Return what identifies a raw file, to notice that it was replaced."""
+    """Return the identity of a raw file, to detect that it was replaced."""
     return {"data_set": piece.data_set, "file": piece.file.name, "bytes": piece.file.stat().st_size}
 
 

@@ -1,6 +1,6 @@
-"""Download of URL lists by img2dataset, a program with an environment of its own.
+"""Download of URL lists by img2dataset, in its own environment.
 
-Its versions of pandas, OpenCV and others do not go together with this package's, so it runs as a command.
+Its pins of pandas, OpenCV and others conflict with this package's, so it runs as a command.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from solo_vlm.data.catalog.entry import DataSet, UrlList
 from solo_vlm.utils.errors import SoloError
 
 _INSTALL = "python -m venv .venv-img2dataset && .venv-img2dataset/bin/pip install img2dataset"
-_LONG_SIDE = 1024  # the processor never shows a model more
+_LONG_SIDE = 1024  # the processor's default `longest_edge`
 
 
 def download(data_set: DataSet, urls: Path, out: Path, program: str, processes: int, threads: int) -> None:
     """Download the images of a URL list as WebDataset tars, which the data set's converter reads.
 
-    The program resumes where it stopped, and leaves a `*_stats.json` beside each tar with the failures.
+    The program resumes where it stopped, and writes a `*_stats.json` with the failures next to each tar.
 
     Args:
-        data_set: An entry with a `url_list`.
-        urls: The published list, or a folder of its files.
+        data_set: Catalog entry with a `url_list`.
+        urls: Published list, or a folder of its files.
         out: Folder for the tars.
         program: Name or path of `img2dataset`.
-        processes: Of the program.
-        threads: Of each process.
+        processes: Number of processes of the program.
+        threads: Number of threads per process.
 
     Raises:
-        SoloError: The set is no URL list, the list or the program is missing, or the program fails.
+        SoloError: The set is not a URL list, the list or the program is missing, or the program fails.
     """
     if data_set.url_list is None:
         raise SoloError(f"{data_set.title} is not a list of URLs: fetch it from {data_set.source}")
@@ -39,7 +39,7 @@ def download(data_set: DataSet, urls: Path, out: Path, program: str, processes: 
         raise SoloError(f"{urls} does not exist: get it from {data_set.source}")
     found = shutil.which(program)
     if found is None:
-        raise SoloError(f"{program} is not installed; in an environment of its own: {_INSTALL}")
+        raise SoloError(f"{program} is not installed; install it in its own environment: {_INSTALL}")
     if data_set.url_list.format == "tsv":
         urls = _with_header(data_set.url_list, urls, out)
     command = download_command(data_set.url_list, urls, out, found, processes, threads)
@@ -52,7 +52,7 @@ def download(data_set: DataSet, urls: Path, out: Path, program: str, processes: 
 def download_command(
     url_list: UrlList, urls: Path, out: Path, program: str, processes: int, threads: int
 ) -> list[str]:
-    """The command. Images within the size limit keep their bytes; larger ones shrink to it."""
+    """Return the command, which keeps the bytes of images within the size limit and shrinks larger ones."""
     settings = {
         "url_list": urls,
         "input_format": url_list.format,
@@ -71,7 +71,7 @@ def download_command(
 
 
 def _with_header(url_list: UrlList, urls: Path, out: Path) -> Path:
-    """The published table has no header, which the program needs: a copy with one, beside the tars."""
+    """Write a copy of the published table with the header that the program needs, next to the tars."""
     headed = out.with_name(f"{out.name}-urls.tsv")
     headed.parent.mkdir(parents=True, exist_ok=True)
     with urls.open("rb") as source, headed.open("wb") as target:

@@ -55,7 +55,7 @@ class DataSet:
         name: Name on the command line.
         title: Name in the paper.
         source: Hub ID (`owner/name`, followed by `:` and a configuration or file) or URL.
-        license: License stated by the source; "(unchecked)" if that page was not at hand.
+        license: License stated by the source; "(unchecked)" if that page was not available.
         raw_schema: Description of a raw row.
         evidence: Where the raw format was seen, or what it is based on.
         files: Patterns that match the raw files below a folder.

@@ -44,7 +44,7 @@ def caption_request(
 
 
 def downloaded(row: RawRow, folder: RawFolder, url_field: str, text_field: str) -> SampleRow:
-    """Build a document from a downloaded pair, or from a row of the URL list, whose URL is kept as it is."""
+    """Build a document from a downloaded pair, or from a row of the URL list, whose URL is kept."""
     if "columns" in row:
         row = dict(zip((text_field, url_field), list_field(row, "columns"), strict=False))
     if row.get("status", "success") != "success":
@@ -80,7 +80,7 @@ def _class_names(root: Path) -> dict[str, str]:
     path = root / CLASS_LIST
     if not path.is_file():
         raise SoloError(
-            f"{path} is missing: write lines of a WordNet id and a name, such as 'n01440764 tench'"
+            f"{path} is missing: write lines of a WordNet ID and a name, such as 'n01440764 tench'"
         )
     lines = path.read_text(encoding="utf-8").splitlines()
     pairs = [line.split(maxsplit=1) for line in lines if len(line.split(maxsplit=1)) == 2]
@@ -157,7 +157,7 @@ def llava_chat(row: RawRow, folder: RawFolder, image_prefix: str = "") -> Sample
 
 
 def llava_document(row: RawRow, folder: RawFolder, answers_only: bool = False) -> SampleRow:
-    """Build a document from a LLaVA row: all turns, or the answers alone where questions are mere prompts."""
+    """Build a document from a LLaVA row: all turns, or only the answers where questions are mere prompts."""
     if answers_only:
         values = [value for speaker, value in _llava_turns(row) if speaker == "assistant"]
     else:

@@ -104,7 +104,7 @@ def field(row: Any, name: str) -> Any:
     """Return a field of a raw row.
 
     Raises:
-        SampleError: The field is missing: the raw data are not in the expected format ("raw-schema").
+        SampleError: The field is missing: the raw data is not in the expected format ("raw-schema").
     """
     if not isinstance(row, dict) or name not in row:
         raise SampleError("raw-schema", f"no field {name}")
@@ -160,13 +160,13 @@ class RawFolder:
         return {"bytes": self._read(value), "path": None}
 
     def _read(self, name: str) -> bytes:
-        # An absolute path belongs to the machine where the data were made: only its last part is of use.
+        # An absolute path is that of the machine that made the data: only its last part is useful.
         relative = Path(name).name if Path(name).is_absolute() else name
         for folder in _IMAGE_FOLDERS:
             base = self.root.absolute() / folder
             path = Path(os.path.normpath(base / relative))
             if not path.is_relative_to(base):
-                raise SampleError("image-path", f"{name} lies outside {self.root}")
+                raise SampleError("image-path", f"{name} is outside {self.root}")
             if path.is_file():
                 return path.read_bytes() or self._refuse(name)
         return self._refuse(name)

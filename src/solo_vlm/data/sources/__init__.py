@@ -49,7 +49,7 @@ class SharedShards:
         return len(self._source)
 
     def __reduce__(self) -> tuple[type[SharedShards], tuple[Source]]:
-        return SharedShards, (self._source,)  # another process holds shards of its own
+        return SharedShards, (self._source,)  # another process holds its own shards
 
     def read(self, shard: int) -> Sequence[dict[str, Any]]:
         """Return all rows of a shard, the same object while any stream holds it."""

@@ -156,7 +156,7 @@ def _row(members: list[tuple[str, bytes]]) -> dict[str, Any]:
         return facts | {"image": images} if images else facts
     caption = _caption(content["txt"]) if "txt" in content else facts.get("caption") or facts.get("text")
     if not isinstance(caption, str) or not caption:
-        raise SampleError("no-caption", f"no text in .txt or .json beside {sorted([*names, *content])}")
+        raise SampleError("no-caption", f"no text in .txt or .json next to {sorted([*names, *content])}")
     parts = [*({"type": "image"} for _ in images), {"type": "text", "text": caption}]
     row = facts | {"messages": [{"role": "assistant", "content": parts}]}
     return row | {"images": images} if images else row

@@ -1,1 +1,1 @@
-"""Looking at data before training: statistics, verification, samples as the model sees them."""
+"""Inspection of data before training: statistics, verification, samples as the model sees them."""

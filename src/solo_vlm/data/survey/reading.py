@@ -1,4 +1,4 @@
-"""Read, encode and sample rows without packing, to inspect or estimate the data."""
+"""Reading, encoding and sampling of rows without packing, to inspect or estimate the data."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from solo_vlm.data.encode import Document, Encoder, fit_to_length
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources import Source
 
-OnProgress = Callable[[int, int], None]  # shards done, shards in all
+OnProgress = Callable[[int, int], None]  # completed shards, total shards
 
 
 @dataclass(frozen=True)
 class ReadRow:
-    """A row as training would see it.
+    """Row as training would see it.
 
     Attributes:
-        where: Its place, for messages.
-        images: How many images it has.
-        documents: What it is encoded to; several where a long text is cut, none where it cannot be used.
-        error: Why it cannot be used.
+        where: File and row, for messages.
+        images: Number of images.
+        documents: Encoded documents: several if a long text was cut, none if the row is unusable.
+        error: Reason why the row is unusable.
     """
 
     where: str
@@ -35,7 +35,7 @@ class ReadRow:
 
 
 class ShardProgress:
-    """Counts the shards that are done, over all sources, and passes the count on."""
+    """Counter of completed shards over all sources, which reports to `on_progress`."""
 
     def __init__(self, total: int, on_progress: OnProgress) -> None:
         self._done = 0
@@ -50,13 +50,13 @@ class ShardProgress:
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads and encodes rows of a source.
+    """Reader and encoder of a source's rows.
 
     Args:
-        source: Where they are.
-        encoder: Makes a document of a sample.
-        length: Tokens in a packed sequence.
-        on_shard: Called when a shard is done.
+        source: Source of the rows.
+        encoder: Encoder of samples to documents.
+        length: Tokens per packed sequence.
+        on_shard: Called after each shard.
     """
 
     source: Source
@@ -65,13 +65,13 @@ class RowReader:
     on_shard: Callable[[], None] = lambda: None
 
     def read_all(self) -> Iterator[ReadRow]:
-        """Every row once, in order."""
+        """Yield every row once, in order."""
         for shard in range(len(self.source)):
             rows = self.source.read(shard)
             yield from self.read(shard, rows, range(len(rows)))
 
     def read(self, shard: int, rows: Sequence[dict[str, Any]], chosen: Iterable[int]) -> Iterator[ReadRow]:
-        """Chosen rows of a shard that is open already."""
+        """Yield the chosen rows of a shard that is already open."""
         for row in chosen:
             where = self.source.where(shard, row)
             try:
@@ -84,12 +84,12 @@ class RowReader:
         self.on_shard()
 
 
-_SHARDS = 64  # to read at most: reading a shard costs as much as encoding some of its rows
+_MAX_SHARDS = 64  # reading a shard costs as much as encoding some of its rows
 _NORMAL_95 = 1.96
 
 
 class DrawnRows(NamedTuple):
-    """A shard that was read, and the rows of it that were drawn."""
+    """Rows sampled from one shard."""
 
     shard: int
     rows: Sequence[dict[str, Any]]
@@ -97,14 +97,14 @@ class DrawnRows(NamedTuple):
 
 
 def shards_to_read(shards: int, samples: int) -> int:
-    """How many shards a sample of that many rows is drawn from: at least two rows from each."""
-    return min(shards, _SHARDS, max(samples // 2, 1))
+    """Return the number of shards to draw that many rows from, at least two rows from each."""
+    return min(shards, _MAX_SHARDS, max(samples // 2, 1))
 
 
 def draw_rows(source: Source, samples: int, generator: np.random.Generator) -> Iterator[DrawnRows]:
-    """Draw about `samples` rows: one shard from each of equally long spans, equally many rows per shard.
+    """Draw about `samples` rows: one shard from each of equally long ranges, and equally many rows per shard.
 
-    A shard that has fewer rows gives all it has.
+    A shard with fewer rows contributes all of them.
     """
     count = shards_to_read(len(source), samples)
     borders = np.linspace(0, len(source), count + 1).astype(int)
@@ -118,11 +118,11 @@ def draw_rows(source: Source, samples: int, generator: np.random.Generator) -> I
 
 @dataclass(frozen=True)
 class Estimate:
-    """Totals over all rows, and how far the truth may be off.
+    """Estimated totals over all rows.
 
     Attributes:
-        totals: One a figure.
-        variances: Of the totals.
+        totals: (columns,), estimated sum of each column.
+        variances: (columns,), variance of each total.
     """
 
     totals: NDArray[np.float64]
@@ -130,17 +130,17 @@ class Estimate:
 
     @property
     def margins(self) -> NDArray[np.float64]:
-        """The truth lies this far from the total, or nearer, with a probability of about 95%."""
+        """Half-widths of the approximate 95% confidence intervals of the totals."""
         return _NORMAL_95 * np.sqrt(self.variances)
 
 
 def estimate_totals(shards: int, drawn: Sequence[tuple[int, NDArray[np.float64]]]) -> Estimate:
-    """Totals from a sample in two stages (Cochran, Sampling Techniques, section 11.7).
+    """Estimate totals from a two-stage sample (Cochran, Sampling Techniques, section 11.7).
 
     Args:
-        shards: Of the source.
-        drawn: For each shard that was read its number of rows, and the figures of the rows that were drawn,
-            (rows drawn, figures).
+        shards: Number of shards of the source.
+        drawn: Per sampled shard, its number of rows, and the values of the sampled rows,
+            (sampled rows, columns).
     """
     scale = shards / len(drawn)
     shard_totals = np.stack([_scaled_sum(*shard) for shard in drawn])
@@ -151,13 +151,13 @@ def estimate_totals(shards: int, drawn: Sequence[tuple[int, NDArray[np.float64]]
     return Estimate(scale * shard_totals.sum(axis=0), variances)
 
 
-def _scaled_sum(count: int, figures: NDArray[np.float64]) -> NDArray[np.float64]:
-    return figures.sum(axis=0) * (count / max(len(figures), 1))
+def _scaled_sum(count: int, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return values.sum(axis=0) * (count / max(len(values), 1))
 
 
-def _variance_within(count: int, figures: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Variance of a shard's total, where not all of its rows were drawn."""
-    drawn = len(figures)
+def _variance_within(count: int, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the variance of a shard's total that sampling its rows causes."""
+    drawn = len(values)
     if drawn < 2 or drawn == count:
-        return np.zeros(figures.shape[1])
-    return count**2 * (1 - drawn / count) * figures.var(axis=0, ddof=1) / drawn
+        return np.zeros(values.shape[1])
+    return count**2 * (1 - drawn / count) * values.var(axis=0, ddof=1) / drawn

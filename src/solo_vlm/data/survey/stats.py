@@ -1,4 +1,4 @@
-"""What a mixture holds, as in the paper's Table 1: packed sequences, images, text and vision tokens."""
+"""Statistics of a mixture, as in the paper's Table 1: packed sequences, images, text and vision tokens."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ from solo_vlm.data.survey.reading import (
 )
 from solo_vlm.models.solo.processing_solo import num_vision_tokens
 
-FIGURES = ("samples", "images", "tokens", "text_tokens", "vision_tokens")
+COUNTS = ("samples", "images", "tokens", "text_tokens", "vision_tokens")
 
-_TRIAL_PACKS = 256  # packed sequences that an estimate of the fill is taken from
+_TRIAL_PACKS = 256  # packed sequences from which the fill is estimated
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What a source, or all of them, holds when each row is read once.
+    """Statistics of one epoch of a source, or of all sources.
 
     Attributes:
-        instances: Packed sequences, each source packed alone.
-        figures: Totals by the names of `FIGURES`; samples are the rows that can be used.
-        margins: By the same names, how far the truth may lie from an estimate, in 95 cases of 100.
-        skipped: Rows that cannot be used, by reason.
+        instances: Number of packed sequences, with each source packed alone.
+        totals: Totals by name, one for each of `COUNTS`; samples are the usable rows.
+        margins: Half-widths of the 95% confidence intervals of estimated totals, by name.
+        skipped: Number of unusable rows by reason.
     """
 
     instances: int
-    figures: dict[str, int]
-    margins: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FIGURES, 0))
+    totals: dict[str, int]
+    margins: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     skipped: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self, sequence_length: int) -> dict[str, Any]:
-        """Plain values, for JSON, with what follows from them."""
-        figures = self.figures
+        """Return plain values for JSON, with derived shares and intervals."""
+        totals = self.totals
         intervals = {
-            name: [max(figures[name] - margin, 0), figures[name] + margin]
+            name: [max(totals[name] - margin, 0), totals[name] + margin]
             for name, margin in self.margins.items()
         }
         return {
             "instances": self.instances,
-            **figures,
-            "text_share": _ratio(figures["text_tokens"], figures["tokens"]),
-            "vision_share": _ratio(figures["vision_tokens"], figures["tokens"]),
-            "fill": _ratio(figures["tokens"], self.instances * sequence_length),
+            **totals,
+            "text_share": _ratio(totals["text_tokens"], totals["tokens"]),
+            "vision_share": _ratio(totals["vision_tokens"], totals["tokens"]),
+            "fill": _ratio(totals["tokens"], self.instances * sequence_length),
             "skipped": self.skipped,
             "interval_95": intervals,
         }
@@ -65,12 +65,12 @@ class Stats:
 
 @dataclass(frozen=True)
 class MixtureStats:
-    """The sources of a mixture, whatever their weights.
+    """Statistics of the sources of a mixture, regardless of their weights.
 
     Attributes:
-        sources: By their paths in the mixture.
-        sequence_length: Tokens of a packed sequence.
-        rows_drawn: A source, for an estimate; None where everything was read.
+        sources: Statistics by path in the mixture.
+        sequence_length: Tokens per packed sequence.
+        rows_drawn: Rows sampled per source for an estimate; None if all were read.
     """
 
     sources: dict[str, Stats]
@@ -79,17 +79,17 @@ class MixtureStats:
 
     @property
     def total(self) -> Stats:
-        """Sums over the sources."""
+        """Totals over the sources."""
         sources = self.sources.values()
         return Stats(
             sum(source.instances for source in sources),
-            {name: sum(source.figures[name] for source in sources) for name in FIGURES},
-            {name: round(math.hypot(*(source.margins[name] for source in sources))) for name in FIGURES},
+            {name: sum(source.totals[name] for source in sources) for name in COUNTS},
+            {name: round(math.hypot(*(source.margins[name] for source in sources))) for name in COUNTS},
             dict(sum((Counter(source.skipped) for source in sources), Counter())),
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; a source's share is that of all tokens."""
+        """Return plain values for JSON; a source's share is its share of all tokens."""
         total = self.total.as_dict(self.sequence_length)
         return {
             "exact": self.rows_drawn is None,
@@ -98,7 +98,7 @@ class MixtureStats:
             "sources": [
                 {
                     "source": path,
-                    "share": _ratio(source.figures["tokens"], total["tokens"]),
+                    "share": _ratio(source.totals["tokens"], total["tokens"]),
                     **source.as_dict(self.sequence_length),
                 }
                 for path, source in self.sources.items()
@@ -113,13 +113,13 @@ def mixture_stats(
     samples: int | None = 1000,
     on_progress: OnProgress = lambda done, total: None,
 ) -> MixtureStats:
-    """Count what a mixture holds.
+    """Count or estimate the content of a mixture.
 
     Args:
-        mixture: The sources, and how they are packed.
-        encoder: Of the model that shall read them.
-        samples: Rows to draw from each source for an estimate; None reads everything.
-        on_progress: Called with the shards read and their number.
+        mixture: Sources and packing settings.
+        encoder: Encoder of the model.
+        samples: Rows to sample per source for an estimate; None reads all rows.
+        on_progress: Called with the completed and the total number of shards.
 
     Raises:
         SoloError: A source is missing.
@@ -141,7 +141,7 @@ def mixture_stats(
 class _Summary(NamedTuple):
     """Counts of a row, its document lengths, and the reason to skip it."""
 
-    figures: list[int]
+    counts: list[int]
     lengths: list[int]
     reason: str | None
 
@@ -150,19 +150,19 @@ def _summarize(row: ReadRow) -> _Summary:
     lengths = [len(document) for document in row.documents]
     vision = sum(num_vision_tokens(document.image_grid_thw) for document in row.documents)
     tokens = sum(lengths)
-    figures = [int(row.error is None), row.images, tokens, tokens - vision, vision]
-    return _Summary(figures, lengths, row.error.reason if row.error else None)
+    counts = [int(row.error is None), row.images, tokens, tokens - vision, vision]
+    return _Summary(counts, lengths, row.error.reason if row.error else None)
 
 
 def _count(reader: RowReader, packing_buffer: int) -> Stats:
-    """Read every row; only sums are kept."""
-    totals = np.zeros(len(FIGURES), np.int64)
+    """Read every row, keeping only sums."""
+    totals = np.zeros(len(COUNTS), np.int64)
     skipped: Counter[str] = Counter()
     packer: Packer[None] = Packer(reader.length, packing_buffer)
     instances = 0
     for row in reader.read_all():
-        figures, lengths, reason = _summarize(row)
-        totals += figures
+        counts, lengths, reason = _summarize(row)
+        totals += counts
         skipped.update([reason] if reason else [])
         instances += sum(packer.add(None, length) is not None for length in lengths)
     instances += sum(1 for _ in iter(packer.drain, None))
@@ -170,42 +170,40 @@ def _count(reader: RowReader, packing_buffer: int) -> Stats:
 
 
 def _estimate(reader: RowReader, packing_buffer: int, samples: int, generator: np.random.Generator) -> Stats:
-    """Read some rows, and scale what they hold."""
+    """Read a sample of rows, and scale their counts."""
     drawn: list[tuple[int, list[_Summary]]] = []
     for shard, rows, chosen in draw_rows(reader.source, samples, generator):
         drawn.append((len(rows), [_summarize(row) for row in reader.read(shard, rows, chosen)]))
     summaries = [summary for _, rows in drawn for summary in rows]
     reasons = sorted({summary.reason for summary in summaries if summary.reason})
-    # A reason to skip is one more figure of a row: 1 where it applies.
-    width = len(FIGURES) + len(reasons)
-    figures = [
-        [[*row.figures, *(row.reason == name for name in reasons)] for row in rows] for _, rows in drawn
-    ]
+    # Each reason to skip is one more column: 1 for the rows that it applies to.
+    width = len(COUNTS) + len(reasons)
+    counts = [[[*row.counts, *(row.reason == name for name in reasons)] for row in rows] for _, rows in drawn]
     estimate = estimate_totals(
         len(reader.source),
         [
             (count, np.array(of_shard, float).reshape(-1, width))
-            for (count, _), of_shard in zip(drawn, figures, strict=True)
+            for (count, _), of_shard in zip(drawn, counts, strict=True)
         ],
     )
     totals = _named(estimate.totals)
     lengths = [length for summary in summaries for length in summary.lengths]
     instances = estimate_instances(totals["tokens"], lengths, reader.length, packing_buffer, generator)
-    skipped = dict(zip(reasons, map(round, estimate.totals[len(FIGURES) :]), strict=True))
+    skipped = dict(zip(reasons, map(round, estimate.totals[len(COUNTS) :]), strict=True))
     return Stats(instances, totals, _named(estimate.margins), skipped)
 
 
 def estimate_instances(
     tokens: int, lengths: list[int], capacity: int, packing_buffer: int, generator: np.random.Generator
 ) -> int:
-    """Packed sequences that so many tokens will fill, from a trial with lengths drawn again and again.
+    """Estimate the number of packed sequences by packing documents with resampled lengths.
 
     Args:
-        tokens: Of the source.
-        lengths: Of the documents that were read.
-        capacity: Tokens in a packed sequence.
-        packing_buffer: Documents to choose from when packing.
-        generator: Of the trial.
+        tokens: Number of tokens of the source.
+        lengths: Lengths of the sampled documents.
+        capacity: Tokens per packed sequence.
+        packing_buffer: Documents that the packer chooses from.
+        generator: Random generator of the lengths.
     """
     if not lengths:
         return 0
@@ -216,13 +214,13 @@ def estimate_instances(
     if documents <= enough:
         return len(pack(trial, capacity, packing_buffer))
     packer: Packer[int] = Packer(capacity, packing_buffer)
-    # Only what is packed from a full buffer: that is how nearly all of a large source is packed.
+    # Count only sequences packed from a full buffer, as nearly all of a large source is.
     closed = [packed for length in trial if (packed := packer.add(length, length)) is not None]
     return math.ceil(tokens * len(closed) / sum(map(sum, closed)))
 
 
 def _named(values: NDArray[Any]) -> dict[str, int]:
-    return {name: round(float(value)) for name, value in zip(FIGURES, values, strict=False)}
+    return {name: round(float(value)) for name, value in zip(COUNTS, values, strict=False)}
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -1,4 +1,4 @@
-"""Read all data once, and say what cannot be used and why, before a long run meets it."""
+"""Verification of all data before a long run: every unusable row, with the reason."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from solo_vlm.utils.json_lines import json_line
 
 @dataclass(frozen=True)
 class Verification:
-    """What reading everything has shown.
+    """Result of reading all data.
 
     Attributes:
-        sources: What became of the rows of each source, by its path in the mixture.
-        max_skipped: Fraction of rows that may be unusable.
+        sources: Report of each source's rows, by its path in the mixture.
+        max_skipped: Maximum fraction of unusable rows.
     """
 
     sources: dict[str, Report]
@@ -42,7 +42,7 @@ class Verification:
         return self.rejected <= self.max_skipped * self.rows
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "passed": self.passed,
             "rows": self.rows,
@@ -61,10 +61,10 @@ def verify_mixture(
     """Read every row of every source once, as training would: schema, images, chat template, length.
 
     Args:
-        mixture: The sources.
-        encoder: Of the model that shall read them.
-        report_file: Gets a line of JSON for each row that cannot be used; appears when all is read.
-        on_progress: Called with the shards read and their number.
+        mixture: Mixture of the sources.
+        encoder: Encoder of the model.
+        report_file: JSON Lines file to write, with one line per unusable row; appears when complete.
+        on_progress: Called with the completed and the total number of shards.
 
     Raises:
         SoloError: A source is missing, or has no rows.

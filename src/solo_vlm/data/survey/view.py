@@ -1,4 +1,4 @@
-"""Samples as the model sees them, on one HTML page: patches, and tokens with what is supervised coloured."""
+"""HTML page of samples as the model sees them: patches, and tokens with the supervised ones colored."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from solo_vlm.models.solo.processing_solo import num_image_tokens
 from solo_vlm.utils.files import write_text
 from solo_vlm.utils.pages import image_url, render
 
-_TOKENS_SHOWN = 3000  # of a sample; a page with all of a book's would open slowly
+_TOKENS_SHOWN = 3000  # per sample; the page of a whole book would open slowly
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token, or a run of equal ones of an image."""
+    """One token, or a run of equal tokens of an image."""
 
     text: str
     kind: str
@@ -34,14 +34,14 @@ class Token:
 
 
 def write_gallery(path: Path, mixture: Mixture, encoder: Encoder, samples: int, seed: int = 0) -> int:
-    """Write samples of a mixture as one HTML file that needs nothing else. Returns how many.
+    """Write samples of a mixture as one self-contained HTML file; return their number.
 
     Args:
-        path: Of the file.
-        mixture: The sources; each gives as many samples, or all that it has.
-        encoder: Of the model that shall read them.
-        samples: How many to show.
-        seed: Of the choice.
+        path: HTML file to write.
+        mixture: Sources, each with an equal number of samples, or all that it has.
+        encoder: Encoder of the model.
+        samples: Number of samples to show.
+        seed: Seed of the random choice.
 
     Raises:
         SoloError: A source is missing.
@@ -61,7 +61,7 @@ def write_gallery(path: Path, mixture: Mixture, encoder: Encoder, samples: int, 
 
 
 def _card(source: str, row: ReadRow, encoder: Encoder) -> dict[str, Any]:
-    """What the page tells of a row. Of a long text that is cut, it shows the first piece."""
+    """Return the page's content for a row; of a long text that is cut, the first piece."""
     facts = {"source": source, "where": row.where, "error": row.error, "pieces": len(row.documents)}
     if row.error is not None:
         return facts
@@ -81,7 +81,7 @@ def _card(source: str, row: ReadRow, encoder: Encoder) -> dict[str, Any]:
 
 
 def seen_images(document: Document) -> Iterator[tuple[Image.Image, int, int]]:
-    """Each image put together again from its patches, with its rows and columns."""
+    """Yield each image, reassembled from its patches, with its rows and columns."""
     start = 0
     for _, rows, columns in document.image_grid_thw.tolist():
         patches = document.pixel_values[start : start + rows * columns]
@@ -90,7 +90,7 @@ def seen_images(document: Document) -> Iterator[tuple[Image.Image, int, int]]:
 
 
 def shown_tokens(document: Document, vision: NDArray[np.bool_], tokenizer: Any) -> Iterator[Token]:
-    """Tokens in order, each as its text; equal neighbours within an image are one run."""
+    """Yield tokens as text, in order; equal adjacent tokens within an image form one run."""
     kinds = np.where(vision, "vision", np.where(document.labels != IGNORE_INDEX, "supervised", "context"))
     runs = groupby(enumerate(zip(document.input_ids.tolist(), kinds.tolist(), strict=True)), key=_run)
     for (_, token_id, kind), members in runs:
@@ -103,7 +103,7 @@ def _run(item: tuple[int, tuple[int, str]]) -> tuple[int, int, str]:
 
 
 def _text(token_id: int, tokenizer: Any) -> str:
-    """What a token spells; where it is a part of a character, or begins a word, its own name tells more."""
+    """Return a token's text, or its name in the vocabulary if it is part of a character or begins a word."""
     name, text = tokenizer.convert_ids_to_tokens(token_id), tokenizer.decode([token_id])
     if "\ufffd" in text or not text:
         return name

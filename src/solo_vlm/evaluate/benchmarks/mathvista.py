@@ -81,7 +81,7 @@ class Problem:
 
     choices: list[str]  # texts of the options; empty for a free-form question
     answer_type: str  # "text", "integer", "float" or "list"
-    precision: int | None  # decimals of a float; None if the row does not say
+    precision: int | None  # decimals of a float; None if the row does not specify them
 
     @classmethod
     def of(cls, prediction: Prediction) -> Self:
@@ -113,9 +113,9 @@ class Problem:
         return read_list(response) if self.answer_type == "list" else self.normalize(clean(response))
 
     def read_extraction(self, extraction: str) -> str | None:
-        """Read an answer that a language model extracted, as MathVista's calculate_score.py.
+        """Read an answer that a language model extracted, like MathVista's calculate_score.py.
 
-        A text that is no option counts as the nearest one by edit distance.
+        A text that is not an option counts as the nearest one by edit distance.
         """
         extraction = clean(extraction)
         if not extraction:
@@ -206,7 +206,7 @@ def with_llm_judge(judge: LlmJudge) -> Benchmark:
         MATHVISTA,
         scorer=judge,
         metric="correct answers / questions, in percent; answers extracted by the language model "
-        f"{judge.model}; a text that is no option counts as the nearest one",
+        f"{judge.model}; a text that is not an option counts as the nearest one",
         source="Lu et al. 2023, arXiv 2310.02255, with its calculate_score.py; the prompt is this project's",
     )
 

@@ -38,13 +38,13 @@ _SHOWN = 300  # matches per kind on the page; thousands of images would open slo
 
 @dataclass(frozen=True)
 class Match:
-    """A training sample with an image or an n-gram of a benchmark's row."""
+    """Training sample that shares an image or an n-gram with a benchmark's row."""
 
     kind: Literal["image", "question"]
     task: str  # name of the benchmark
     id: str  # ID of the row
     source: str  # name of the training source
-    where: str  # place in the source
+    where: str  # file and row in the source
     distance: int | None = None  # Hamming distance of the images' hashes
     words: str | None = None  # shared n-gram
     picture: str | None = field(default=None, repr=False)  # thumbnail of the training image as a data URL
@@ -104,7 +104,7 @@ def check_mixture(
         mixture: Training data.
         distance: Maximum Hamming distance of the 64-bit hashes of two images.
         workers: Number of worker processes; 0 reads in this process.
-        on_progress: Called with the number of shards read and in total.
+        on_progress: Called with the completed and the total number of shards.
 
     Raises:
         SoloError: A source is missing.

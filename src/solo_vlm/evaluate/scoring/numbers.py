@@ -1,4 +1,4 @@
-"""Extract a number from a response."""
+"""Extraction of a number from a response."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _typed(text: str) -> str:
 
 
 def _is_list(text: str) -> bool:
-    """Whether a text consists of several numbers and nothing else."""
+    """Return whether a text consists of several numbers and nothing else."""
     return len(set(_tokens(text))) > 1 and _BETWEEN_NUMBERS.fullmatch(_TOKEN.sub("", text)) is not None
 
 

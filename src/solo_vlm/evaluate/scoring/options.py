@@ -14,7 +14,7 @@ from solo_vlm.evaluate.scoring.extract import parse_literal, same_text, without_
 from solo_vlm.utils.errors import SoloError
 
 _UNKNOWN = [""] * 5  # no benchmark here has more options
-_LETTERS = ascii_lowercase[:10]  # other single-letter columns are no options: VLMEvalKit's tables go to I
+_LETTERS = ascii_lowercase[:10]  # other single-letter columns are not options: VLMEvalKit's tables go to I
 _LIST_COLUMNS = ("options", "choices")
 _CHOICE_COLUMNS = tuple(f"choice_{letter}" for letter in _LETTERS)
 
@@ -41,11 +41,11 @@ def options_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def options_in_columns(row: Mapping[str, Any]) -> list[str]:
-    """Like `options_of`, but from columns only; empty if no column has options."""
+    """Return `options_of` a row from its columns only; empty if no column has options."""
     for columns in (_LETTERS, _CHOICE_COLUMNS):
         if sum(column in row for column in columns) > 1:
             texts = [_text(row.get(column)) for column in columns]
-            # A column that this row lacks is no option, even if the reference has its letter.
+            # A column that this row lacks is not an option, even if the reference has its letter.
             last = max((place for place, column in enumerate(columns) if column in row), default=0)
             if options := _trimmed(texts[: last + 1], row):
                 return options
@@ -94,7 +94,7 @@ def as_list(value: Any) -> list[str]:
 
 
 def parsed(text: str) -> dict[str, Any] | list[Any] | None:
-    """Return the object or list that a text holds as JSON, Python or NumPy, or None."""
+    """Return the object or list that a text contains as JSON, Python or NumPy, or None."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -140,7 +140,7 @@ def _lines(text: str) -> list[str]:
         return []
     if len(lines) < 2 or not all(lines):
         raise SoloError(
-            f"the options {text[:80]!r} are no list: write them as JSON, one per line, or in columns"
+            f"the options {text[:80]!r} are not a list: write them as JSON, one per line, or in columns"
         )
     return lines
 
@@ -156,7 +156,7 @@ def _by_label(options: Mapping[Any, Any]) -> list[str]:
 
 
 def _placed(options: Sequence[tuple[str, Any]]) -> list[str]:
-    """Return the texts ordered by labels if all are letters or all are numbers, else as they are."""
+    """Return the texts ordered by labels if all are letters or all are numbers, else in the given order."""
     letters = [_single_letter(label) for label, _ in options]
     if all(letters):
         places = [ascii_uppercase.index(str(letter)) for letter in letters]

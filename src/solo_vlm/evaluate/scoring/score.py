@@ -18,14 +18,14 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """One response, compared with the reference.
+    """Response, compared with the reference.
 
     Attributes:
         prediction: The response and its row.
         extracted: Answer extracted from the response (a letter, yes or no, a value); None if unreadable.
         reference: Correct answer in the same form.
         correct: Whether the two are equal.
-        problem: Why the row cannot be scored: no response, or no usable reference.
+        problem: Reason why the row cannot be scored: no response, or no usable reference.
     """
 
     prediction: Prediction
@@ -86,11 +86,11 @@ class Score:
     Attributes:
         task: Name of the benchmark on the command line.
         title: Name of the benchmark in print.
-        score: Value between 0 and `maximum`; percent unless `metric` says otherwise.
+        score: Value between 0 and `maximum`, in percent unless `metric` specifies otherwise.
         interval: 95% interval (low, high) under resampling of the questions.
         n: Number of scored rows.
         expected_n: Rows of the whole benchmark.
-        metric: How the score is computed.
+        metric: Definition of the score.
         source: Paper or script that defines the metric.
         raw: Further metrics of the same answers by name, such as lmms-eval's own.
         unreadable: Number of responses without an extractable answer; they count as wrong.
@@ -176,7 +176,7 @@ def bootstrap_interval(units: Sequence[Unit]) -> tuple[float, float]:
 def paired_difference(
     units: Sequence[Unit], others: Sequence[Unit]
 ) -> tuple[float, tuple[float, float], float]:
-    """Compare two runs by paired bootstrap over the same units, which are in the same order.
+    """Compare two runs by paired bootstrap over the same units in the same order.
 
     Returns:
         The second score minus the first; its 95% interval; the two-sided p-value of no difference: twice the
@@ -262,18 +262,18 @@ class Benchmark:
         title: Name in print.
         harness_task: Name of the task in lmms-eval.
         hub_id: Dataset on the hub, under the name that lmms-eval 0.7.3 uses.
-        hub_files: Pattern of the files that hold the split.
+        hub_files: Pattern of the files of the split.
         license: License stated by the dataset card; "(unchecked)" if the card was not available.
         size: Rows of the whole benchmark.
         size_source: Source of `size`.
-        metric: How the score is computed.
+        metric: Definition of the score.
         source: Paper or script that defines the metric.
-        scorer: Extracts answers and compares them with the references.
+        scorer: Function that extracts answers and compares them with the references.
         hub_config: Configuration of the dataset, if it has several.
         is_scored: Whether a row is part of the score; other rows are filtered out and counted.
-        units: Returns the units of scored answers.
-        interval: Returns the 95% interval of a score from its units.
-        raw: Returns further metrics of the same answers.
+        units: Function that returns the units of scored answers.
+        interval: Function that returns the 95% interval of a score from its units.
+        raw: Function that returns further metrics of the same answers.
         maximum: Score of a perfect model.
         note: Differences from other implementations.
     """
@@ -330,7 +330,7 @@ class Benchmark:
         )
 
     def filter(self, answers: Sequence[ScoredAnswer]) -> list[ScoredAnswer]:
-        """Return the answers that are part of the score; raises as `summarize`."""
+        """Return the answers that are part of the score; raise like `summarize`."""
         seen = set()
         for answer in answers:
             if answer.prediction.id in seen:

@@ -1,4 +1,4 @@
-"""Measure models on held-out data: accuracy of generated answers, and loss.
+"""Measurement of models on held-out data: accuracy of generated answers, and loss.
 
 One job per model runs `python -m solo_vlm.experiments.ablations.measure RUN TASK`.
 """
@@ -46,7 +46,7 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model to measure on held-out data.
+    """Measurement of a model on held-out data.
 
     Attributes:
         kind: "accuracy" (share of correct generated answers) or "loss" (nats per supervised token).
@@ -60,11 +60,11 @@ class Measurement:
 
     @property
     def answers(self) -> Path:
-        """JSON lines that receive the generated answers."""
+        """JSON Lines file of the generated answers."""
         return answers_file(self.file)
 
     def result(self) -> Result | None:
-        """Return the result, or None if it has not been measured."""
+        """Return the result, or None if there is none yet."""
         return Result(**json.loads(self.file.read_text())) if self.file.is_file() else None
 
 

@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a pipeline, which writes one model.
+    """Stage of a pipeline, which writes one model.
 
     Attributes:
         run_name: Name of the run: stage, seed, and a digest of everything that the model depends on (data,
             settings, preceding stages).
-        source: Folder below the root, or hub id, of the input model.
+        source: Folder below the root, or hub ID, of the input model.
         parent: Stage that writes the input model; None for a given model.
         settings: Recipe of a training stage, or settings of `init`; None for the quickstart's decoder with
             random weights.
@@ -88,13 +88,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The stages of one variant under one seed.
+    """Stages of one variant with one seed.
 
     Attributes:
         variant: Name of the variant, or `base`.
-        seed: Shared by all variants, which makes their differences paired.
-        outputs: By stage name, the stage whose model is current after that point: of a skipped stage the
-            preceding one, or None for the given LLM.
+        seed: Seed, shared by all variants, so that their differences are paired.
+        outputs: Stage whose model is current after each stage name; for a skipped stage, the preceding one,
+            or None for the given LLM.
     """
 
     variant: str
@@ -112,7 +112,7 @@ class Pipeline:
 
 
 def build_pipelines(ablation: Ablation, fraction: float = 1.0) -> list[Pipeline]:
-    """Build the pipelines of all variants under all seeds, ordered by variant.
+    """Build the pipelines of all variants and seeds, ordered by variant.
 
     `fraction` is the share of the steps of every stage to train.
     """
@@ -143,7 +143,7 @@ def _with_parents(stages: Iterable[Stage | None], needed: Callable[[Stage], bool
 
 
 def make_plan(ablation: Ablation, fraction: float = 1.0) -> dict[str, Any]:
-    """Return what an ablation would run, as plain values.
+    """Return the plan of an ablation, as plain values.
 
     `variants` has the changes and stages of each variant, and each stage its `steps` and the folders of its
     runs (one per seed) with whether they are finished; `missing` counts runs and steps.
@@ -178,10 +178,10 @@ def prepare_data(settings: AblationSettings) -> None:
 
 
 def shuffle_images(source: Path, out: Path, seed: int = 0) -> None:
-    """Write a copy of a source with its images permuted at random among the samples.
+    """Write a copy of a source with its images randomly permuted among the samples.
 
-    The permutation breaks the relation between image and text, and keeps everything else: a sample exchanges
-    its images with a sample that has the same number of images. All samples are held in memory.
+    The permutation breaks the relation between image and text and keeps everything else: samples exchange
+    images only with samples that have the same number of images. All samples are held in memory.
     """
     samples = [parse_sample(row) for row in all_rows(source)]
     by_images: dict[int, list[int]] = defaultdict(list)  # number of images -> indices of samples
@@ -291,7 +291,7 @@ class _PipelineBuilder:
             changes = merge(read_settings(find_settings(name, "recipe", self.folder), "recipe"), changes)
         recipe = Recipe.parse({**changes, "root": str(self.root), "model": source, "out": ""}, origin)
         if recipe.steps is None and self.fraction != 1:
-            raise SoloError(f"{origin} has no steps to take a fraction of")
+            raise SoloError(f"{origin} has no steps, so --fraction does not apply")
         return recipe.model_copy(
             update={
                 "steps": recipe.steps and max(1, round(recipe.steps * self.fraction)),
@@ -301,7 +301,7 @@ class _PipelineBuilder:
         )
 
     def _fingerprint(self, path: str) -> str:
-        """Return the fingerprint of data; empty for missing data, which nothing was trained on yet."""
+        """Return the fingerprint of data; empty for missing data, which no run has used yet."""
         if path not in self._fingerprints:
             try:
                 self._fingerprints[path] = open_source(path).fingerprint()

@@ -1,4 +1,4 @@
-"""Compare the variants of an ablation: means over seeds, paired differences, tables, plot, HTML report."""
+"""Comparison of an ablation's variants: means over seeds, paired differences, tables, plot, HTML report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SCHEMA = pa.schema(
 
 
 class Row(NamedTuple):
-    """Result of one variant under one seed: a row of `results.parquet`."""
+    """Result of one variant with one seed: a row of `results.parquet`."""
 
     variant: str
     seed: int
@@ -65,10 +65,10 @@ class Estimate(NamedTuple):
 def estimate(values: Sequence[float]) -> Estimate:
     """Estimate the mean of at least two independent values, with an interval from Student's t distribution.
 
-    Equal values give an interval of zero width, which says more about the resolution of the metric than about
-    the true mean.
+    Equal values give an interval of zero width, which reflects the resolution of the metric rather than the
+    true mean.
 
-    Applied to the differences of a variant from the base under the same seeds, this is the paired t-test.
+    Applied to the differences of a variant from the base with the same seeds, this is the paired t-test.
     """
     from scipy.stats import ttest_1samp
 
@@ -82,7 +82,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All variants on one metric.
+    """Comparison of all variants on one metric.
 
     Attributes:
         kind: "accuracy" (higher is better) or "loss".
@@ -117,7 +117,7 @@ class Report:
 
     Attributes:
         fraction: Share of the steps that was trained.
-        steps: Steps by variant and stage; None if the stage trains until its data end.
+        steps: Steps by variant and stage; None if the stage trains until its data ends.
     """
 
     ablation: Ablation
@@ -143,7 +143,7 @@ class Report:
 
     @property
     def notes(self) -> list[str]:
-        """How to read the intervals and p-values."""
+        """Notes on reading the intervals and p-values."""
         from scipy.stats import t
 
         settings = self.ablation.settings

@@ -1,4 +1,4 @@
-"""Run an ablation: train the stages that are missing, measure the models, compare the variants."""
+"""Run of an ablation: training of missing stages, measurement of the models, comparison of the variants."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_ablation(
     processes: int = 1,
     executor: Executor = "local",
 ) -> tuple[Report, Path]:
-    """Train and measure whatever is missing, then compare the variants.
+    """Train and measure what is missing, then compare the variants.
 
     A repeated call keeps finished work; interrupted runs resume from their newest checkpoints, and
     interrupted measurements after their last answer.
@@ -123,7 +123,7 @@ def _measure(missing: Sequence[Measurement], progress: Progress, processes: int,
 
 
 class _Refresh:
-    """Callback that moves a progress bar, at most once per second, by reading the output of jobs."""
+    """Callback that updates a progress bar, at most once per second, from the output of jobs."""
 
     def __init__(self, progress: Progress, title: str, total: int, completed: Callable[[], int]) -> None:
         self._progress = progress

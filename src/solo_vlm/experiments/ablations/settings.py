@@ -15,7 +15,7 @@ from solo_vlm.utils.errors import SoloError, did_you_mean
 from solo_vlm.utils.settings import Settings, find_settings, list_settings, override, read_settings
 
 BASE = "base"  # the variant without changes, which the others are compared with
-INIT = "init"  # the stage that turns an LLM into a SOLO model
+INIT = "init"  # the stage that makes a SOLO model from an LLM
 
 StageSettings = dict[str, dict[str, Any] | None]
 
@@ -24,7 +24,7 @@ _SET_BY_PIPELINE = ("root", "model", "out", "seed")
 
 
 class InitSettings(Settings):
-    """The stage `init`: turn an LLM into a SOLO model.
+    """Settings of the stage `init`, which makes a SOLO model from an LLM.
 
     Attributes:
         image_size: `{longest_edge: pixels}`, or `{height: pixels, width: pixels}` to resize every image to
@@ -56,7 +56,7 @@ class HeldOutSettings(Settings):
 
 
 class AxisSettings(Settings):
-    """The x axis of the plots, for variants that can be ordered.
+    """X axis of the plots, for variants that can be ordered.
 
     Attributes:
         label: Label with the unit.
@@ -72,11 +72,11 @@ class AblationSettings(Settings):
 
     Attributes:
         root: Folder for data, models and results. Ablations with the same root share identical runs.
-        question: The question that the ablation answers.
-        toy_data: Draw the embedded toy data into `data/` first.
+        question: Question that the ablation answers.
+        toy_data: Toy data to write to `data/` first.
         shuffle_images: Files to derive, by path: each is a copy of the named file with its images permuted
             at random among the samples.
-        llm: Folder or hub id of the LLM to start from (a SOLO model, if no stage is `init`). Default: the
+        llm: Folder or hub ID of the LLM to start from (a SOLO model, if no stage is `init`). Default: the
             quickstart's decoder with random weights.
         stages: Stages in order. `init` takes `InitSettings`. Every other stage is a training recipe without
             `root`, `model`, `out` and `seed`, or a set of changes to the recipe named by its key `recipe`:
@@ -108,7 +108,7 @@ class AblationSettings(Settings):
 
     @property
     def variant_names(self) -> tuple[str, ...]:
-        """The base, then the variants."""
+        """Names of the base and the variants."""
         return (BASE, *self.variants)
 
     @model_validator(mode="after")
@@ -135,7 +135,7 @@ class AblationSettings(Settings):
 
 @dataclass(frozen=True)
 class Ablation:
-    """An ablation as loaded from its file.
+    """Ablation, loaded from a file.
 
     Attributes:
         name: Stem of the file name.

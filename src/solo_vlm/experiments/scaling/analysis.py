@@ -1,4 +1,4 @@
-"""Read a table of points, fit every law that it determines, and predict the held-out runs."""
+"""Analysis of a table of points: fits of every law that it determines, and predictions of held-out runs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Analysis:
     Attributes:
         mixture: Fit of the mixture law; None if text and vision tokens are not given separately.
         isoflop: Fit of the IsoFLOP profiles; None if there are too few.
-        notes: Why a fit is missing, and other remarks.
+        notes: Reasons for missing fits, and other remarks.
     """
 
     table: Table

@@ -1,4 +1,4 @@
-"""Fit curves to log losses by Huber loss with L-BFGS, and bootstrap confidence intervals.
+"""Curve fitting to log losses by Huber loss with L-BFGS, and bootstrap confidence intervals.
 
 `scipy.stats.bootstrap` resamples with replacement, which often leaves too few distinct points to determine a
 law; `scipy.optimize.least_squares(loss="huber")` does not take the fractional weights that avoid this.
@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 Curve = Callable[[Array], tuple[Array, Array]]
 
 DELTA = 1e-3
-_SCALE = 1e4  # L-BFGS-B stops at absolute gradients: the objective must not be tiny near the minimum
+_SCALE = 1e4  # L-BFGS-B stops at absolute gradients, so the objective must not be tiny near the minimum
 _OPTIONS = {"maxiter": 1000, "ftol": 1e-13, "gtol": 1e-8}
 _SINGULAR = 1e-12  # curvatures below this share of the largest are noise
 
@@ -61,7 +61,7 @@ def bootstrap_minima(
 
     The weights follow the flat Dirichlet distribution (Rubin 1981, "The Bayesian Bootstrap"; Xu et al. 2020,
     "Applications of the Fractional-Random-Weight Bootstrap"). Every point keeps some weight; resampling with
-    replacement drops points, and a small grid of sizes then often determines no law.
+    replacement drops points, so a small grid of sizes often does not determine a law.
 
     Args:
         starts: Initial parameters, (p,) each, starting with the best fit. Each resample keeps its lowest

@@ -107,7 +107,7 @@ class ScalingLaw:
 
 @dataclass(frozen=True)
 class ScalingFit:
-    """A fitted law with its bootstrap distribution.
+    """Fitted law with its bootstrap distribution.
 
     Attributes:
         resampled: Fits to resampled data (see `fit_scaling_law`).
@@ -194,7 +194,7 @@ def fit_scaling_law(
 def check_points(loss: Array, inputs: Mapping[str, Array], parameters: int = _PARAMETERS) -> None:
     """Check that the points can determine a law."""
     if len(loss) <= parameters:
-        raise SoloError(f"{len(loss)} points: a law with {parameters} parameters needs more points than that")
+        raise SoloError(f"{len(loss)} points are too few: a law with {parameters} parameters needs more")
     for name, values in inputs.items():
         if len(values) != len(loss):
             raise SoloError(f"{len(values)} values of {name} for {len(loss)} losses")
@@ -271,7 +271,7 @@ class MixtureLaw:
 
 @dataclass(frozen=True)
 class MixtureFit:
-    """A fitted mixture law; attributes as in `ScalingFit`."""
+    """Fitted mixture law; attributes as in `ScalingFit`."""
 
     law: MixtureLaw
     resampled: Sequence[MixtureLaw]

@@ -1,4 +1,4 @@
-"""Run a sweep: train decoders of several sizes at several budgets, and collect one row per run in a table."""
+"""Sweep: training of decoders of several sizes at several budgets, and a table with one row per run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _SCHEMA = pa.schema(
 
 
 class HoldoutSettings(Settings):
-    """A run that laws are not fitted to and have to predict.
+    """Run that laws are not fitted to, but must predict.
 
     Attributes:
         name: Name of the size.
@@ -66,7 +66,7 @@ class HoldoutSettings(Settings):
 
 
 class SweepSettings(Settings):
-    """Sizes x budgets, one training run each.
+    """Grid of sizes x budgets, with one training run each.
 
     The decoders start from random weights. Learning rates follow the width as in muP for Adam (Yang et al.
     2022, "Tensor Programs V", table 3): rates of matrices scale with 1 / width, their initial standard
@@ -75,14 +75,14 @@ class SweepSettings(Settings):
 
     Attributes:
         root: Folder of the sweep; data paths and `llm` are relative to it.
-        llm: Folder or hub id of an LLM that provides the architecture and the tokenizer of all sizes.
-        toy_data: Draw the embedded toy data first, and write `llm` from them if it is missing.
+        llm: Folder or hub ID of an LLM that provides the architecture and the tokenizer of all sizes.
+        toy_data: Toy data to write first; `llm` is made from it if it is missing.
         recipe: Recipe of every run without `root`, `model`, `out` and `steps`; needs validation data.
         base_width: Hidden size that the learning rates of the recipe refer to.
         sizes: Changes to the configuration of the LLM (`hidden_size`, `num_hidden_layers`, ...), by name.
         tokens: Budgets in tokens, the same for every size. Alternative to `flops`.
         flops: Budgets C in FLOPs, for IsoFLOP profiles: N parameters are trained on D = C / (6 N) tokens.
-        count: Which parameters N counts.
+        count: Definition of N: which parameters it counts.
         holdout: Runs to predict.
     """
 
@@ -116,7 +116,7 @@ class SweepSettings(Settings):
 
 @dataclass(frozen=True)
 class SweepRun(TrainingRun):
-    """One training run of a sweep; laws are not fitted to `holdout` runs."""
+    """Training run of a sweep; laws are not fitted to `holdout` runs."""
 
     size: str
     holdout: bool
@@ -135,7 +135,7 @@ def run_sweep(
     Args:
         processes: Maximum number of concurrent runs.
         executor: See `launcher.run_jobs`.
-        progress: Called with the name of each finished run, the number of finished runs, and of all runs.
+        progress: Called with the name of each finished run, and the completed and total number of runs.
 
     Raises:
         SoloError: The settings fit neither the LLM nor earlier runs in the root, or a run failed.
@@ -196,7 +196,7 @@ def scaled_rates(recipe: dict[str, Any], width: int, base_width: int) -> dict[st
 
 
 def run_results(run: SweepRun, count: str) -> dict[str, Any]:
-    """Return the table row of a finished run; `count` says which parameters N counts."""
+    """Return the table row of a finished run; `count` defines which parameters N counts."""
     n = count_parameters(run.folder / "model")
     steps = read_metrics(run.folder)
     d = {
@@ -231,7 +231,7 @@ def write_sized_model(
     """Write an untrained SOLO model, unless it exists.
 
     Args:
-        llm: Folder or hub id of the LLM that provides configuration and tokenizer.
+        llm: Folder or hub ID of the LLM that provides configuration and tokenizer.
         size: Changes to that configuration.
         base_width: Hidden size at which weights have the configured initial standard deviation; it scales
             with width^-1/2 (Yang et al. 2022, "Tensor Programs V", table 3).

@@ -140,7 +140,7 @@ _MARK = "\ue002{index}\ue003"
 
 
 class ChatTemplateError(ValueError):
-    """The template refuses a chat, or its answers cannot be separated from its prompts."""
+    """Chat that the template rejects, or whose answers cannot be separated from its prompts."""
 
 
 def cut_turns(
@@ -229,7 +229,7 @@ def check_roles(roles: Sequence[str], render: Render) -> None:
     """Check that a chat template keeps every message of a chat with these roles, in order.
 
     Raises:
-        ChatTemplateError: The template leaves out, repeats or moves a message.
+        ChatTemplateError: The template omits, repeats or moves a message.
     """
     marks = [_MARK.format(index=index) for index in range(len(roles))]
     text = render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)], False)

@@ -24,11 +24,11 @@ class SoloConfig(PreTrainedConfig):
             one with its `model_type`. Default: Mistral-7B-v0.1, the paper's LLM, with the new tokens.
         vision_patch_size: Side of a square patch in pixels; a patch has `3 * vision_patch_size**2` values.
         image_mean: Mean per channel for normalizing uint8 patches, after division by 255.
-        image_std: Standard deviation per channel, likewise.
-        image_token_id: Id of `<vpatch>`, the placeholder of one patch.
-        vision_start_token_id: Id of `<vision>`, before an image.
-        vision_row_token_id: Id of `<vrow_sep>`, between two rows of patches.
-        vision_end_token_id: Id of `</vision>`, after an image.
+        image_std: Standard deviation per channel, also after division by 255.
+        image_token_id: ID of `<vpatch>`, the placeholder of one patch.
+        vision_start_token_id: ID of `<vision>`, before an image.
+        vision_row_token_id: ID of `<vrow_sep>`, between two rows of patches.
+        vision_end_token_id: ID of `</vision>`, after an image.
         bidirectional_images: Whether patches of an image attend to each other in both directions. The paper's
             model, and every export to other software, is causal throughout.
         use_cache: Whether forward passes outside of training return a key/value cache by default.
@@ -74,7 +74,7 @@ class SoloConfig(PreTrainedConfig):
 
     @property
     def vision_token_ids(self) -> tuple[int, int, int, int]:
-        """Ids of `<vpatch>`, `<vision>`, `<vrow_sep>` and `</vision>`."""
+        """IDs of `<vpatch>`, `<vision>`, `<vrow_sep>` and `</vision>`."""
         return (
             self.image_token_id,
             self.vision_start_token_id,

@@ -17,7 +17,7 @@ MAX_SIDE = 65_535
 """Limit of width and height; JPEG's own."""
 
 MAX_ASPECT_RATIO = 200
-"""Default limit of the long side divided by the short one: a longer image shows nothing once it is resized."""
+"""Default limit of the aspect ratio, as in Qwen2-VL: a narrower image is unrecognizable once resized."""
 
 MAX_FILE_BYTES = 2**30
 """Limit of a file's size."""
@@ -156,8 +156,8 @@ def check_decoder(image: ImageFile.ImageFile, file: BinaryIO) -> None:
     in_python = any(tile.codec_name in Image.DECODERS for tile in image.tile)
     if in_python and (pixels := image.width * image.height) > _MAX_PYTHON_PIXELS:
         raise LimitError(
-            f"{pixels:,} pixels in a rare encoding ({image.format}, {image.tile[0].codec_name}) exceed its limit "
-            f"of {_MAX_PYTHON_PIXELS:,}; save it as PNG"
+            f"{pixels:,} pixels exceed the limit of {_MAX_PYTHON_PIXELS:,} of this {image.format} encoding "
+            f"({image.tile[0].codec_name}); save it as PNG"
         )
     if image.format == "TIFF":
         _check_tiff(image, file)

@@ -68,7 +68,7 @@ _BAND_PIXELS = 2**22  # large images are converted in bands of rows, which bound
 
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2  # a photometric interpretation, a sample format
-_PNG_GREY_STEP = {"L;2": 85, "L;4": 17}
+_PNG_GRAY_STEP = {"L;2": 85, "L;4": 17}
 """Raw mode of a 2- or 4-bit PNG -> factor that Pillow applies to its samples but not to its tRNS."""
 
 _SRGB_TOLERANCE = 2
@@ -110,15 +110,15 @@ _NOT_PIXELS = (  # first bytes of files often mistaken for images -> error messa
 
 
 class ImageError(ValueError):
-    """The data is not a usable image. A retry gives the same error."""
+    """Unusable image data. A retry gives the same error."""
 
 
 class ImageFetchError(ImageError, OSError):
-    """The data could not be read: missing file, no permission, disk or network failure. A retry may help."""
+    """Unreadable data: missing file, no permission, disk or network failure. A retry may help."""
 
 
 class ImageMissingError(ImageFetchError):
-    """The file or page does not exist (missing file, HTTP 404 and 410). A retry gives the same error."""
+    """Missing file or page (HTTP 404 and 410). A retry gives the same error."""
 
 
 def image_suffixes() -> frozenset[str]:
@@ -190,7 +190,7 @@ def load_image(source: Any, **options: Unpack[LoadOptions]) -> Image.Image:
             than this factor. Default: `MAX_ASPECT_RATIO`; None accepts any.
         formats: Formats of files that are read, by Pillow's names. Default: `FORMATS`.
         name: Name of the image in error messages. Default: the path, URL or kind of source.
-        input_data_format: Axis order of an array, where it must not be guessed.
+        input_data_format: Axis order of an array. Default: inferred from its shape.
         allow_paths: Whether a string may name a local file. Servers turn this off for user input.
         allow_urls: Whether `http(s)://` is fetched. Servers turn this off, or check the address first.
         timeout: Maximum duration of a download, and maximum silence of the server, in seconds (default: 30).
@@ -227,7 +227,7 @@ def load_pixels(source: Any, **options: Unpack[LoadOptions]) -> NDArray[np.uint8
 
 
 def _load(source: Any, options: _Options) -> Image.Image | np.ndarray:
-    """Return the image, or its pixels where they were decoded without Pillow."""
+    """Return the image, or its pixels if they were decoded without Pillow."""
     name, order = options.name, options.input_data_format
     if isinstance(source, Image.Image):
         name = name or f"{source.mode} image in memory"
@@ -503,8 +503,8 @@ def _prepare_png(image: Image.Image) -> Image.Image | None:
     if image.format != "PNG" or not isinstance(image, ImageFile.ImageFile) or not image.tile or key is None:
         return None
     raw_mode = image.tile[0].args
-    if raw_mode in _PNG_GREY_STEP:
-        image.info["transparency"] = key * _PNG_GREY_STEP[raw_mode]
+    if raw_mode in _PNG_GRAY_STEP:
+        image.info["transparency"] = key * _PNG_GRAY_STEP[raw_mode]
     if raw_mode != "RGB;16B":
         return None
     file: Any = image.fp
@@ -567,11 +567,11 @@ def _to_8_bit_gray(image: Image.Image, name: str) -> tuple[Image.Image, Image.Im
     values = np.asarray(image)
     packed_12_bit = tags.get(_TIFF_BITS) == (12,)
     levels = _to_bytes(values, name, full_range=4095 if packed_12_bit else 65535)
-    grey = Image.fromarray(255 - levels if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO else levels)
+    gray = Image.fromarray(255 - levels if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO else levels)
     if "icc_profile" in image.info:
-        grey.info["icc_profile"] = image.info["icc_profile"]
+        gray.info["icc_profile"] = image.info["icc_profile"]
     key = image.info.get("transparency")
-    return grey, None if key is None else Image.fromarray((values != key) * np.uint8(255))
+    return gray, None if key is None else Image.fromarray((values != key) * np.uint8(255))
 
 
 def _color_space(image: Image.Image) -> str:

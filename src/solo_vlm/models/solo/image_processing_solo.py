@@ -1,6 +1,6 @@
 """SOLO's image processor, which converts images to raw pixel patches.
 
-Images keep their aspect ratio (unless a fixed size is asked for): both sides are resized to multiples of the
+Images keep their aspect ratio (unless a fixed size is set): both sides are resized to multiples of the
 patch size, nothing is cropped, and the patches of all images are concatenated, so nothing is padded.
 """
 
@@ -207,19 +207,21 @@ def _resize_to_patches(
     columns: int,
     patch_size: int,
     resample: int | None,
-    max_aspect_ratio: float | None,
 ) -> NDArray[np.uint8]:
     """Resize an image of any size and cut it: (rows * columns, 3 * patch_size**2) uint8."""
-    try:
-        check_aspect_ratio(*pixels.shape[:2], max_aspect_ratio)
-    except LimitError as error:
-        raise ImageError(str(error)) from error
     size = rows * patch_size, columns * patch_size
     if resample in _BILINEAR and pixels.shape[:2] != size:
         patches = enlarge_to_patches(pixels, rows, columns, patch_size)
         if patches is not None:
             return patches
     return image_to_patches(resize(pixels, *size, resample), patch_size)
+
+
+def _check_aspect_ratio(pixels: np.ndarray, max_aspect_ratio: float | None) -> None:
+    try:
+        check_aspect_ratio(*pixels.shape[:2], max_aspect_ratio)
+    except LimitError as error:
+        raise ImageError(str(error)) from error
 
 
 def _normalize(
@@ -232,7 +234,7 @@ def _normalize(
 ) -> NDArray[Any]:
     """Return (pixel * factor - mean) / std of (num_patches, dim) uint8 patches, by channel, in float32.
 
-    Either step can be left out; with neither, the patches are returned as they are.
+    Either step can be omitted; without both, the patches are returned unchanged.
     """
     if not (do_rescale or do_normalize):
         return pixel_values
@@ -278,9 +280,9 @@ class SoloImageProcessor(PilBackend):
         do_resize: If False, both sides of every image must already be multiples of `patch_size`.
         resample: Pillow filter. SOLO-7B was trained with bilinear, which antialiases when it shrinks; see
             `resize` for the implementation.
-        do_rescale, rescale_factor, do_normalize, image_mean, image_std: As in all of transformers.
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std: As in transformers.
 
-    Images are always converted to RGB (see `load_image`), whatever `do_convert_rgb` says.
+    Images are always converted to RGB (see `load_image`), regardless of `do_convert_rgb`.
     """
 
     patch_size = 32
@@ -342,15 +344,19 @@ class SoloImageProcessor(PilBackend):
         Raises:
             ImageError: The image cannot be read or used.
         """
-        options.setdefault("max_aspect_ratio", self.max_aspect_ratio or MAX_ASPECT_RATIO)
-        return self.encode_pixels(load_pixels(source, **options), options["max_aspect_ratio"])
+        return self.encode_pixels(self.load_pixels(source, **options))
 
-    def encode_pixels(
-        self, pixels: NDArray[np.uint8], max_aspect_ratio: float | None = None
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Convert the (height, width, 3) uint8 pixels of an image to model inputs; see `encode_image`."""
+    def load_pixels(self, source: Any, **options: Unpack[LoadOptions]) -> NDArray[np.uint8]:
+        """Read one image into (height, width, 3) uint8 pixels, by the rules of `encode_image`."""
+        max_aspect_ratio = options.setdefault("max_aspect_ratio", self.max_aspect_ratio or MAX_ASPECT_RATIO)
+        pixels = load_pixels(source, **options)
+        _check_aspect_ratio(pixels, max_aspect_ratio)  # an array has no header to check
+        return pixels
+
+    def encode_pixels(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Convert (height, width, 3) uint8 pixels of any size to model inputs; see `encode_image`."""
         rows, columns = self.get_patch_grid(*pixels.shape[:2])
-        patches = _resize_to_patches(pixels, rows, columns, self.patch_size, self.resample, max_aspect_ratio)
+        patches = _resize_to_patches(pixels, rows, columns, self.patch_size, self.resample)
         return patches, np.array([1, rows, columns], np.int64)
 
     def normalize_patches(self, pixel_values: NDArray[np.uint8]) -> NDArray[Any]:
@@ -417,9 +423,10 @@ class SoloImageProcessor(PilBackend):
     ) -> BatchFeature:
         patches, grids = [np.empty((0, 3 * patch_size**2), np.uint8)], []
         for image in images:
+            _check_aspect_ratio(image, max_aspect_ratio)
             height, width = image.shape[:2]
             rows, columns = self._grid(height, width, patch_size, size, resize_rule, do_resize)
-            patches.append(_resize_to_patches(image, rows, columns, patch_size, resample, max_aspect_ratio))
+            patches.append(_resize_to_patches(image, rows, columns, patch_size, resample))
             grids.append((1, rows, columns))
 
         # A single image, the common case, needs no copy.

@@ -1,6 +1,6 @@
 """SOLO: a decoder-only transformer that reads raw image patches through one linear layer.
 
-The decoder is any language model of transformers, unchanged, with its own attention back-ends, caches, LoRA,
+The decoder is any language model of transformers, unchanged, with its own attention backends, caches, LoRA,
 quantization and parallel plans. Source: "A Single Transformer for Scalable Vision-Language
 Modeling" (TMLR 2024), section 2.
 """
@@ -81,7 +81,7 @@ class SoloPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model, also from an original SOLO checkpoint (which is then saved in this format).
 
-        An original checkpoint gets the vision ids of SOLO-7B; `solo_vlm.models.load.load_model` reads them
+        An original checkpoint gets the vision IDs of SOLO-7B; `solo_vlm.models.load.load_model` reads them
         from its tokenizer.
         """
         kwargs.setdefault("key_mapping", ORIGINAL_KEYS)
@@ -348,8 +348,8 @@ def image_index(input_ids: Tensor, image_token_id: int, vision_start_token_id: i
 
     Args:
         input_ids: (batch, length) int64.
-        image_token_id: Id of `<vpatch>`.
-        vision_start_token_id: Id of `<vision>`.
+        image_token_id: ID of `<vpatch>`.
+        vision_start_token_id: ID of `<vision>`.
 
     Returns:
         (batch, length) int64, counted from 0; -1 at positions without a patch.

@@ -38,12 +38,12 @@ _TEXT_FIELDS = (
 
 
 def is_original(settings: dict[str, Any]) -> bool:
-    """Return whether a `config.json` is original: "mistral" by model_type, told by its architecture."""
+    """Return whether a `config.json` is original: its model_type is "mistral", but not its architecture."""
     return ORIGINAL_ARCHITECTURE in (settings.get("architectures") or ())
 
 
 def config_from_original(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a `SoloConfig` for an original `config.json`, with SOLO-7B's vision ids."""
+    """Return the settings of a `SoloConfig` for an original `config.json`, with SOLO-7B's vision IDs."""
     text = {name: settings[name] for name in (*_TEXT_FIELDS, "rope_parameters") if name in settings}
     return {
         "model_type": "solo",
@@ -56,7 +56,7 @@ def config_from_original(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def vision_token_ids(ids: Sequence[int]) -> dict[str, int]:
-    """Return the vision ids of a `SoloConfig` from the ids of `VISION_TOKENS`."""
+    """Return the vision IDs of a `SoloConfig` from the ids of `VISION_TOKENS`."""
     by_token = dict(zip(VISION_TOKENS, ids, strict=True))
     return {
         "vision_start_token_id": by_token["<vision>"],

@@ -1,4 +1,4 @@
-"""Convert chats, texts and images to model inputs, by the same code in training and inference."""
+"""Conversion of chats, texts and images to model inputs, with the same code in training and inference."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ class SoloProcessor(ProcessorMixin):
         chat_template: Jinja source.
         image_token: Spelling of `<vpatch>`, which differs where the LLM already had such a token.
         vision_start_token, vision_row_token, vision_end_token: Spelling of `<vision>`, `<vrow_sep>` and
-            `</vision>`, likewise.
+            `</vision>`, which may differ too.
         image_layout: "paper" (the chat template places images), or "original" (the layout of SOLO-7B, with a
-            chat template of its own).
+            specific chat template).
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class SoloProcessor(ProcessorMixin):
         return f"{self.vision_start_token}{body}{self._closing_token}"
 
     def image_input_ids(self, rows: int, columns: int) -> NDArray[np.int64]:
-        """Return the token ids of one image, (num_image_tokens,) int64."""
+        """Return the token IDs of one image, (num_image_tokens,) int64."""
         ids = np.full((rows, columns + 1), self.image_token_id, dtype=np.int64)
         ids[:, -1] = self._row_id
         ids[-1, -1] = self._closing_id
@@ -230,7 +230,7 @@ class SoloProcessor(ProcessorMixin):
 
     @property
     def end_of_turn_ids(self) -> list[int]:
-        """Ids of the tokens that end an answer: EOS and the end-of-turn tokens of the chat template."""
+        """IDs of the tokens that end an answer: EOS and the end-of-turn tokens of the chat template."""
         return sorted(self.tokenizer.convert_tokens_to_ids(list(self._end_tokens())))
 
     def _end_tokens(self) -> set[str]:

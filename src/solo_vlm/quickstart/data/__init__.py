@@ -1,4 +1,4 @@
-"""The embedded default data: small drawn scenes, real handwritten digits, generated text."""
+"""Embedded toy data: synthetic scenes, real handwritten digits, generated text."""
 
 from solo_vlm.data.sources.parquet import SCHEMA
 

@@ -1,4 +1,4 @@
-"""Parquet files of the toy data: one per stage and three held out; or chosen sizes of each kind."""
+"""Parquet files of the toy data: one per stage and three held out, or any number of samples per kind."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def write_toy_data(
     heldout_captions: int = 200,
     heldout_qa: int = 300,
 ) -> dict[str, int]:
-    """Writes the toy data as `out_dir`/NAME.parquet; returns the rows of each name.
+    """Write the toy data as `out_dir`/NAME.parquet; return the number of rows by name.
 
-    The same seed and sizes give the same bytes. The held-out files are the same for every seed,
-    and no image of theirs is in a training file.
+    The same seed and sizes give the same bytes. The held-out files are the same for every seed, and none of
+    their images is in a training file.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     held_out = {
@@ -65,7 +65,7 @@ def write_toy_data(
             held_out_question_sample(i, _rng(_HELD_OUT_SEED, "heldout_qa", i)) for i in range(heldout_qa)
         ],
     }
-    hidden = {image for samples in held_out.values() for s in samples for image in _images(s)}
+    held_out_images = {image for samples in held_out.values() for s in samples for image in _images(s)}
     training: dict[str, tuple[Build, int]] = {
         "text": (text_sample, text),
         "stage1": (stage1_sample, stage1),
@@ -75,18 +75,20 @@ def write_toy_data(
     }
     rows = {}
     for name, (build, count) in training.items():
-        samples = _training_samples(name, build, count, seed, hidden)
+        samples = _training_samples(name, build, count, seed, held_out_images)
         rows[name] = _write(out_dir / f"{name}.parquet", samples)
     for name, kept in held_out.items():
         rows[name] = _write(out_dir / f"{name}.parquet", kept)
     return rows
 
 
-def _training_samples(name: str, build: Build, count: int, seed: int, hidden: set[bytes]) -> Iterator[Sample]:
-    """`count` samples, each from its own seed, and built anew where it shows a hidden image."""
+def _training_samples(
+    name: str, build: Build, count: int, seed: int, held_out_images: set[bytes]
+) -> Iterator[Sample]:
+    """Yield `count` samples, each from its own seed; one with a held-out image is built again."""
     for index in range(count):
         tries = (build(_rng(seed, name, index, again)) for again in itertools.count())
-        yield next(sample for sample in tries if hidden.isdisjoint(_images(sample)))
+        yield next(sample for sample in tries if held_out_images.isdisjoint(_images(sample)))
 
 
 def _rng(seed: int, name: str, *numbers: int) -> np.random.Generator:
@@ -102,24 +104,24 @@ def _write(path: Path, samples: Iterable[Sample]) -> int:
 
 
 _KINDS = ("text", "stage1", "stage2", "stage3", "sft", "heldout_digits", "heldout_captions", "heldout_qa")
-_AGAIN = ("text", "stage2")  # kinds of training data of which some can be held out
+_WITH_HELD_OUT = ("text", "stage2")  # kinds of training data with a held-out split
 
 
 class ToySettings(Settings):
-    """How many samples of each kind of toy data: one file each, none where there are 0.
+    """Number of samples per kind of toy data; 0 writes no file.
 
     Attributes:
-        text: Texts.
-        stage1: Images with class names.
-        stage2: Images with captions.
-        stage3: Images with captions, questions and answers.
-        sft: Chats.
-        heldout_digits: Questions about handwritten digits that no training file has.
-        heldout_captions: Requests for captions of such images.
-        heldout_qa: Questions about such images.
-        heldout_text: Texts that are none of `text`.
-        heldout_stage2: Images with captions that are none of `stage2`.
-        seed: Of the draw; `heldout_text` and `heldout_stage2` have the next one.
+        text: Number of texts.
+        stage1: Number of images with class names.
+        stage2: Number of images with captions.
+        stage3: Number of images with captions, questions and answers.
+        sft: Number of chats.
+        heldout_digits: Number of questions about held-out handwritten digits.
+        heldout_captions: Number of caption requests for held-out images.
+        heldout_qa: Number of questions about held-out images.
+        heldout_text: Number of texts that differ from those of `text`.
+        heldout_stage2: Number of images with captions that differ from those of `stage2`.
+        seed: Seed of the samples. `heldout_text` and `heldout_stage2` use the next one.
     """
 
     text: NonNegativeInt = 0
@@ -136,10 +138,10 @@ class ToySettings(Settings):
 
 
 def draw_toy_data(folder: Path, settings: ToySettings) -> None:
-    """Write `folder/KIND.parquet` for each kind, unless that was done before.
+    """Write `folder/KIND.parquet` for each kind, unless the folder is already complete.
 
     Raises:
-        SoloError: What is there was drawn with other settings.
+        SoloError: The folder contains toy data with other settings.
     """
     mark = folder / "toy.json"
     if mark.is_file():
@@ -147,7 +149,7 @@ def draw_toy_data(folder: Path, settings: ToySettings) -> None:
             raise SoloError(f"{folder} holds other toy data: remove {folder.parent}, or choose another root")
         return
     _write_kinds(folder, settings.seed, settings.model_dump())
-    for kind in _AGAIN:
+    for kind in _WITH_HELD_OUT:
         _hold_out(folder, kind, getattr(settings, f"heldout_{kind}"), settings.seed + 1)
     write_text(mark, settings.model_dump_json() + "\n")
 
@@ -164,7 +166,7 @@ def _hold_out(folder: Path, kind: str, count: int, seed: int) -> None:
         return
     known = {_content(row) for row in all_rows(folder / f"{kind}.parquet")}
     with tempfile.TemporaryDirectory(dir=folder) as fresh:
-        # Twice as many, as some will turn out to be known: short texts of a small vocabulary repeat.
+        # Generate a surplus: short texts with a small vocabulary repeat those in `known`.
         _write_kinds(Path(fresh), seed, {kind: 2 * count})
         new = [row for row in all_rows(Path(fresh) / f"{kind}.parquet") if _content(row) not in known]
     write_samples(folder / f"heldout_{kind}.parquet", new[:count])

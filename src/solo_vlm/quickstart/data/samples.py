@@ -1,8 +1,7 @@
-"""Chat samples of every stage, built from the scenes, the digits and the texts.
+"""Chat samples of every stage, built from scenes, digits and texts.
 
-A sample is {"id", "messages": [{"role", "content": [part, ...]}], "images": [{"bytes", "path"}]};
-its parts are {"type": "image"} or {"type": "text", "text"}, and the n-th image part means the n-th
-image.
+A sample is {"id", "messages": [{"role", "content": [part, ...]}], "images": [{"bytes", "path"}]}. A part is
+{"type": "image"} or {"type": "text", "text"}; the n-th image part refers to the n-th image.
 """
 
 import io
@@ -34,7 +33,7 @@ Sample = dict[str, Any]
 Build = Callable[[np.random.Generator], Sample]
 Draw = Callable[[np.random.Generator], Scene]
 
-# How often a stage draws each kind of scene.
+# Sampling probabilities of the scenes, per stage.
 _NAMED: dict[Draw, float] = {
     training_digit: 0.5,
     single_object: 0.25,
@@ -49,7 +48,7 @@ _CAPTIONED: dict[Draw, float] = {
     training_digit: 0.12,
     single_object: 0.03,
 }
-_ASKED: dict[Draw, float] = {  # more of what takes longest to learn: heights of bars, places of two things
+_ASKED: dict[Draw, float] = {  # more of what is slowest to learn: heights of bars, positions of two objects
     two_objects: 0.33,
     bar_chart: 0.31,
     counted_objects: 0.13,
@@ -60,26 +59,26 @@ _ASKED: dict[Draw, float] = {  # more of what takes longest to learn: heights of
 
 
 def text_sample(rng: np.random.Generator) -> Sample:
-    """A text of the language model's corpus."""
+    """Build a text of the LLM's corpus."""
     return pretraining_sample(texts.document(rng))
 
 
 def stage1_sample(rng: np.random.Generator) -> Sample:
-    """An image of one thing, and the name of its class: "red circle", "seven", "b"."""
+    """Build an image of one object with its class name: "red circle", "seven", "b"."""
     scene = _draw(rng, _NAMED)
     return pretraining_sample(scene.name, scene.image)
 
 
 def stage2_sample(rng: np.random.Generator) -> Sample:
-    """An image and its caption."""
+    """Build an image with its caption."""
     scene = _draw(rng, _CAPTIONED)
     return pretraining_sample(scene.caption, scene.image)
 
 
 def stage3_sample(rng: np.random.Generator) -> Sample:
-    """An image with its caption, with two to four questions and their answers, or with both.
+    """Build an image with its caption, with two to four questions and answers, or with both.
 
-    Questions alone can only be answered from the image; after a caption its words would do.
+    Without a caption, questions can only be answered from the image.
     """
     scene = _draw(rng, _ASKED)
     kind = rng.random()
@@ -93,7 +92,7 @@ def stage3_sample(rng: np.random.Generator) -> Sample:
 
 
 def instruction_sample(rng: np.random.Generator) -> Sample:
-    """A question without an image, a caption request, or one to three questions on an image."""
+    """Build a chat: a question without an image, a caption request, or one to three questions on an image."""
     kind = rng.random()
     if kind < 0.1:
         return chat_sample([texts.question(rng)])
@@ -105,30 +104,30 @@ def instruction_sample(rng: np.random.Generator) -> Sample:
 
 
 def held_out_digit_sample(index: int) -> Sample:
-    """The held-out digit number `index`, and which it is."""
+    """Build the question which digit the held-out image number `index` shows."""
     scene = held_out_digit(index)
     return chat_sample([(DIGIT_QUESTION, scene.name)], scene.image)
 
 
 def held_out_caption_sample(index: int, rng: np.random.Generator) -> Sample:
-    """A request for a caption: the families take turns, half of the pairs are reserved ones."""
+    """Build a caption request; scene families alternate, and half of the pairs are reserved ones."""
     scene = _held_out_scene(index, rng)
     return chat_sample([(CAPTION_REQUEST, scene.caption)], scene.image)
 
 
 def held_out_question_sample(index: int, rng: np.random.Generator) -> Sample:
-    """One question: the families take turns, half of the pairs are reserved ones."""
+    """Build one question; scene families alternate, and half of the pairs are reserved ones."""
     scene = _held_out_scene(index, rng)
     return chat_sample(_some(rng, scene.questions, 1), scene.image)
 
 
 def pretraining_sample(text: str, image: Image.Image | None = None) -> Sample:
-    """A chat of one assistant turn: the image, if any, then the text."""
+    """Build a chat of one assistant turn: the image, if any, then the text."""
     return _sample([_turn("assistant", text, image is not None)], image)
 
 
 def chat_sample(exchanges: Sequence[Question], image: Image.Image | None = None) -> Sample:
-    """A chat of questions and answers; the image, if any, precedes the first question."""
+    """Build a chat of questions and answers; the image, if any, precedes the first question."""
     messages = []
     for number, (question, answer) in enumerate(exchanges):
         messages.append(_turn("user", question, image is not None and number == 0))

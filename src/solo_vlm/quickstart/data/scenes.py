@@ -1,4 +1,4 @@
-"""Small drawn scenes and real handwritten digits, each with a caption, questions and answers."""
+"""Synthetic scenes and real handwritten digits, each with a caption, questions and answers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from .vocabulary import COLOURS, LETTERS, NUMBERS, SHAPES, WORDS, plural, with_article
+from .vocabulary import COLORS, LETTERS, NUMBERS, SHAPES, WORDS, plural, with_article
 
 PATCH = 32  # pixels: one cell of a page becomes one patch of the model
 TALLEST_BAR = 5
 _OVERSAMPLING = 4
-_SHADE = 12  # greatest change of a colour channel from one drawing to the next
+_SHADE = 12  # maximum jitter of a color channel
 _INK = (30, 30, 40)
 
 RGB = tuple[int, int, int]
 
 
 class Page:
-    """A light page of `rows` x `columns` cells; `image` is RGB uint8.
+    """Light page of `rows` x `columns` cells; `image` is RGB uint8.
 
-    A cell is PATCH pixels wide, or in one page out of four a little less, so that the page must be
-    resized (with its aspect kept) to fill whole patches.
+    Cells are PATCH pixels wide, and slightly smaller in one of four pages, which the processor must resize to
+    whole patches.
     """
 
     def __init__(self, rng: np.random.Generator, rows: int, columns: int) -> None:
@@ -36,27 +36,27 @@ class Page:
         self.background: RGB = (red, green, blue)
         self.image = Image.new("RGB", (columns * self.cell, rows * self.cell), self.background)
 
-    def shape(self, shape: str, colour: str, row: int, column: int) -> None:
-        """Draws a shape, two thirds to five sixths of a cell wide, near the middle of a cell."""
+    def shape(self, shape: str, color: str, row: int, column: int) -> None:
+        """Draw a shape of two thirds to five sixths of a cell's width near the center of a cell."""
         size = int(self.rng.integers(self.cell * 2 // 3, self.cell * 5 // 6 + 1))
         slack = (self.cell - size) // 2
         reach = min(slack, 2)
         dx, dy = self.rng.integers(-reach, reach + 1, size=2).tolist()
         corner = (column * self.cell + slack + dx, row * self.cell + slack + dy)
-        self.image.paste(self._shade(COLOURS[colour]), corner, shape_mask(shape, size))
+        self.image.paste(self._shade(COLORS[color]), corner, shape_mask(shape, size))
 
     def letters(self, word: str, row: int = 0) -> None:
-        """Writes a word on one base line, a letter to a cell."""
-        colour = self._shade(_INK)
+        """Write a word on one baseline, one letter per cell."""
+        color = self._shade(_INK)
         size = int(self.rng.integers(self.cell * 3 // 4, self.cell * 7 // 8 + 1))
         lift = int(self.rng.integers(-1, 2))
         for column, letter in enumerate(word):
             dx = int(self.rng.integers(-1, 2))
             corner = (column * self.cell + dx, row * self.cell + lift)
-            self.image.paste(colour, corner, letter_mask(letter, size, self.cell))
+            self.image.paste(color, corner, letter_mask(letter, size, self.cell))
 
     def bars(self, heights: list[tuple[str, int]]) -> None:
-        """Draws one bar to a column, (colour, 1 to TALLEST_BAR), over faint lines at each unit."""
+        """Draw one bar per column, (color, 1 to TALLEST_BAR), over faint lines at each unit."""
         draw = ImageDraw.Draw(self.image)
         right, bottom = self.image.width - 1, self.image.height - 2
         unit = bottom / (TALLEST_BAR + 0.25)
@@ -65,21 +65,21 @@ class Page:
             y = round(bottom - step * unit)
             draw.line((0, y, right, y), fill=line)
         width = int(self.rng.integers(self.cell // 2, self.cell * 3 // 4 + 1))
-        for column, (colour, height) in enumerate(heights):
+        for column, (color, height) in enumerate(heights):
             x = column * self.cell + (self.cell - width) // 2 + int(self.rng.integers(-1, 2))
             box = (x, round(bottom - height * unit), x + width - 1, bottom)
-            draw.rectangle(box, fill=self._shade(COLOURS[colour]))
+            draw.rectangle(box, fill=self._shade(COLORS[color]))
         draw.line((0, bottom + 1, right, bottom + 1), fill=_INK)
 
-    def _shade(self, colour: RGB) -> RGB:
+    def _shade(self, color: RGB) -> RGB:
         change = self.rng.integers(-_SHADE, _SHADE + 1, size=3)
-        red, green, blue = np.clip(np.add(colour, change), 0, 255).tolist()
+        red, green, blue = np.clip(np.add(color, change), 0, 255).tolist()
         return red, green, blue
 
 
 @cache
 def shape_mask(shape: str, size: int) -> Image.Image:
-    """How much of each pixel a shape covers: an "L" image of `size` x `size` pixels."""
+    """Return the coverage of each pixel by a shape, as an "L" image of `size` x `size` pixels."""
     large = size * _OVERSAMPLING
     mask = Image.new("L", (large, large))
     draw = ImageDraw.Draw(mask)
@@ -106,11 +106,11 @@ def shape_mask(shape: str, size: int) -> Image.Image:
 
 @cache
 def letter_mask(letter: str, size: int, cell: int) -> Image.Image:
-    """How much of each pixel of a cell a letter covers: "L", `cell` x `cell` pixels."""
+    """Return the coverage of each pixel by a letter, as an "L" image of `cell` x `cell` pixels."""
     mask = Image.new("L", (cell, cell))
-    base_line = cell * 0.72  # leaves room for the tails of g, j, p and y
+    baseline = cell * 0.72  # leaves room for the descenders of g, j, p and y
     font = _font(size)
-    ImageDraw.Draw(mask).text((cell / 2, base_line), letter, fill=255, font=font, anchor="ms")
+    ImageDraw.Draw(mask).text((cell / 2, baseline), letter, fill=255, font=font, anchor="ms")
     return mask
 
 
@@ -119,16 +119,16 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-_COLOUR_NAMES = tuple(COLOURS)
-_RESERVED_SHARE = 10  # one pair out of so many is reserved
+_COLOR_NAMES = tuple(COLORS)
+_RESERVED_MODULUS = 10  # one of this many pairs is reserved
 
 Question = tuple[str, str]
-Thing = tuple[str, str]  # (colour, shape)
+Thing = tuple[str, str]  # (color, shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A drawn image (RGB uint8), the only right caption of it, its class name, its questions."""
+    """Synthetic RGB image with its only correct caption, its class name and its questions."""
 
     image: Image.Image
     caption: str
@@ -137,18 +137,18 @@ class Scene:
 
 
 def single_object(rng: np.random.Generator) -> Scene:
-    """One shape, alone on a page of one cell or in some cell of a page of up to 2 x 2."""
-    colour, shape = _thing(rng)
+    """Draw one shape, on a page of one cell or in a random cell of a page of up to 2 x 2."""
+    color, shape = _thing(rng)
     rows, columns = (1, 1) if rng.random() < 0.7 else rng.integers(1, 3, size=2).tolist()
     page = Page(rng, rows, columns)
-    page.shape(shape, colour, int(rng.integers(rows)), int(rng.integers(columns)))
-    return _one_of(page, colour, shape)
+    page.shape(shape, color, int(rng.integers(rows)), int(rng.integers(columns)))
+    return _one_of(page, color, shape)
 
 
 def two_objects(rng: np.random.Generator, reserved: bool = False) -> Scene:
-    """Two different shapes, the first left of or above the second.
+    """Draw two different shapes, the first left of or above the second.
 
-    The pairs for which `is_reserved` holds are drawn with `reserved` and never without.
+    Pairs for which `is_reserved` is true are drawn only with `reserved`, and only they are.
     """
     while True:
         first, second, beside = _thing(rng), _thing(rng), bool(rng.random() < 0.5)
@@ -161,49 +161,49 @@ def two_objects(rng: np.random.Generator, reserved: bool = False) -> Scene:
     places = ("on the left", "on the right") if beside else ("at the top", "at the bottom")
     questions: list[Question] = [("How many shapes are there?", "two")]
     for thing, place, other in zip((first, second), places, (second, first), strict=True):
-        colour, shape = thing
-        questions.append((f"What is {place}?", with_article(f"{colour} {shape}")))
-        questions.append((f"Where is the {colour} {shape}?", place))
+        color, shape = thing
+        questions.append((f"What is {place}?", with_article(f"{color} {shape}")))
+        questions.append((f"Where is the {color} {shape}?", place))
         if shape != other[1]:
-            questions.append((f"What colour is the {shape}?", colour))
-        if colour != other[0]:
-            questions.append((f"What shape is {colour}?", shape))
+            questions.append((f"What colour is the {shape}?", color))
+        if color != other[0]:
+            questions.append((f"What shape is {color}?", shape))
     return Scene(page.image, caption, caption, tuple(questions))
 
 
 def pair_caption(first: Thing, second: Thing, beside: bool) -> str:
-    """The caption of two things: "a red circle left of a blue square"."""
+    """Return the caption of two objects: "a red circle left of a blue square"."""
     relation = "left of" if beside else "above"
     return f"{with_article(' '.join(first))} {relation} {with_article(' '.join(second))}"
 
 
 def is_reserved(caption: str) -> bool:
-    """Whether a pair's caption is one of the tenth that only held-out data may hold."""
-    return zlib.crc32(caption.encode()) % _RESERVED_SHARE == 0
+    """Return whether a pair's caption is among the tenth that is reserved for held-out data."""
+    return zlib.crc32(caption.encode()) % _RESERVED_MODULUS == 0
 
 
 def counted_objects(rng: np.random.Generator) -> Scene:
-    """One to five equal shapes in the cells of a page of 3 columns and 2 or 3 rows."""
-    colour, shape = _thing(rng)
+    """Draw one to five equal shapes in the cells of a page of 3 columns and 2 or 3 rows."""
+    color, shape = _thing(rng)
     count, rows, columns = int(rng.integers(1, 6)), int(rng.integers(2, 4)), 3
     page = Page(rng, rows, columns)
     for cell in sorted(rng.permutation(rows * columns)[:count].tolist()):
-        page.shape(shape, colour, *divmod(cell, columns))
+        page.shape(shape, color, *divmod(cell, columns))
     if count == 1:
-        return _one_of(page, colour, shape)
+        return _one_of(page, color, shape)
     number, shapes = NUMBERS[count], plural(shape)
     questions = (
         ("How many shapes are there?", number),
         (f"How many {shapes} are there?", number),
-        ("What colour are they?", colour),
+        ("What colour are they?", color),
         ("What shape are they?", shapes),
     )
-    caption = f"{number} {colour} {shapes}"
+    caption = f"{number} {color} {shapes}"
     return Scene(page.image, caption, caption, questions)
 
 
 def written_word(rng: np.random.Generator) -> Scene:
-    """A word of three letters, a letter to a cell."""
+    """Draw a word of three letters, one per cell."""
     word = WORDS[rng.integers(len(WORDS))]
     page = Page(rng, 1, len(word))
     page.letters(word)
@@ -216,7 +216,7 @@ def written_word(rng: np.random.Generator) -> Scene:
 
 
 def written_letter(rng: np.random.Generator) -> Scene:
-    """A single letter on a page of one cell."""
+    """Draw a single letter on a page of one cell."""
     letter = LETTERS[rng.integers(len(LETTERS))]
     page = Page(rng, 1, 1)
     page.letters(letter)
@@ -225,30 +225,30 @@ def written_letter(rng: np.random.Generator) -> Scene:
 
 
 def bar_chart(rng: np.random.Generator) -> Scene:
-    """Three bars of different colours, one to a column, of height 1 to TALLEST_BAR."""
-    colours = [_COLOUR_NAMES[index] for index in rng.permutation(len(_COLOUR_NAMES))[:3]]
+    """Draw three bars of different colors and heights of 1 to TALLEST_BAR, one per column."""
+    colors = [_COLOR_NAMES[index] for index in rng.permutation(len(_COLOR_NAMES))[:3]]
     heights = rng.integers(1, TALLEST_BAR + 1, size=3).tolist()
     page = Page(rng, 1, 3)
-    page.bars(list(zip(colours, heights, strict=True)))
+    page.bars(list(zip(colors, heights, strict=True)))
     questions: list[Question] = []
-    for colour, height in zip(colours, heights, strict=True):
-        questions.append((f"How high is the {colour} bar?", NUMBERS[height]))
+    for color, height in zip(colors, heights, strict=True):
+        questions.append((f"How high is the {color} bar?", NUMBERS[height]))
     for word, height in (("tallest", max(heights)), ("shortest", min(heights))):
         if heights.count(height) == 1:
-            questions.append((f"Which bar is the {word}?", colours[heights.index(height)]))
-    questions.append(("Which bar is on the left?", colours[0]))
-    questions.append(("Which bar is on the right?", colours[-1]))
-    caption = chart_caption(colours, heights)
+            questions.append((f"Which bar is the {word}?", colors[heights.index(height)]))
+    questions.append(("Which bar is on the left?", colors[0]))
+    questions.append(("Which bar is on the right?", colors[-1]))
+    caption = chart_caption(colors, heights)
     return Scene(page.image, caption, caption, tuple(questions))
 
 
-def chart_caption(colours: list[str], heights: list[int]) -> str:
-    """The caption of a chart: "a bar chart: red two, green five, blue three"."""
-    bars = (f"{colour} {NUMBERS[height]}" for colour, height in zip(colours, heights, strict=True))
+def chart_caption(colors: list[str], heights: list[int]) -> str:
+    """Return the caption of a chart: "a bar chart: red two, green five, blue three"."""
+    bars = (f"{color} {NUMBERS[height]}" for color, height in zip(colors, heights, strict=True))
     return f"a bar chart: {', '.join(bars)}"
 
 
-# What held-out captions and questions are drawn from, in equal shares.
+# Scene families of held-out captions and questions, in equal shares.
 FAMILIES: dict[str, Callable[[np.random.Generator], Scene]] = {
     "single": single_object,
     "pair": two_objects,
@@ -259,23 +259,23 @@ FAMILIES: dict[str, Callable[[np.random.Generator], Scene]] = {
 
 
 def _thing(rng: np.random.Generator) -> Thing:
-    return _COLOUR_NAMES[rng.integers(len(_COLOUR_NAMES))], SHAPES[rng.integers(len(SHAPES))]
+    return _COLOR_NAMES[rng.integers(len(_COLOR_NAMES))], SHAPES[rng.integers(len(SHAPES))]
 
 
-def _one_of(page: Page, colour: str, shape: str) -> Scene:
+def _one_of(page: Page, color: str, shape: str) -> Scene:
     questions = (
-        ("What colour is it?", colour),
+        ("What colour is it?", color),
         ("What shape is it?", shape),
         ("How many shapes are there?", "one"),
     )
-    name = f"{colour} {shape}"
+    name = f"{color} {shape}"
     return Scene(page.image, with_article(name), name, questions)
 
 
 HELD_OUT_DIGITS = 300
 DIGIT_QUESTION = "Which digit is this?"
 _SPLIT_SEED = 0
-_SCAN = 8  # pixels a side
+_SCAN = 8  # side in pixels
 _FULL_INK = 16  # the scans' largest value
 
 
@@ -289,7 +289,7 @@ class DigitSplit:
 
 @cache
 def digit_splits() -> tuple[DigitSplit, DigitSplit]:
-    """The training and the held-out digits, each label in proportion; the same ones always."""
+    """Return the fixed training and held-out splits, stratified by label."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -308,30 +308,30 @@ def digit_splits() -> tuple[DigitSplit, DigitSplit]:
 
 
 def training_digit(rng: np.random.Generator) -> Scene:
-    """A digit of the training split, a little moved, turned and resized."""
+    """Draw a digit of the training split, slightly shifted, rotated and scaled."""
     split, _ = digit_splits()
     index = int(rng.integers(len(split.labels)))
-    turn, growth = rng.uniform(-0.1, 0.1), rng.uniform(0.95, 1.05)
+    angle, scale = rng.uniform(-0.1, 0.1), rng.uniform(0.95, 1.05)
     shift = rng.uniform(-0.5, 0.5, size=2)
-    return _scene(split, index, turn, growth, (shift[0], shift[1]))
+    return _scene(split, index, angle, scale, (shift[0], shift[1]))
 
 
 def held_out_digit(index: int) -> Scene:
-    """The held-out digit number `index`, as it is."""
+    """Draw the held-out digit number `index` unchanged."""
     _, split = digit_splits()
     return _scene(split, index, 0.0, 1.0, (0.0, 0.0))
 
 
-def _scene(split: DigitSplit, index: int, turn: float, growth: float, shift: tuple[float, float]) -> Scene:
-    """One patch that shows a scan turned (radians), grown (factor) and moved (scan pixels)."""
+def _scene(split: DigitSplit, index: int, angle: float, scale: float, shift: tuple[float, float]) -> Scene:
+    """Build one patch from a scan that is rotated (radians), scaled (factor) and shifted (scan pixels)."""
     name = NUMBERS[split.labels[index]]
     parity = "odd" if split.labels[index] % 2 else "even"
-    step = _SCAN / PATCH / growth  # scan pixels from one drawn pixel to the next
-    cos, sin = step * np.cos(turn), step * np.sin(turn)
-    centre, middle = _SCAN / 2, PATCH / 2
+    step = _SCAN / PATCH / scale  # scan pixels per drawn pixel
+    cos, sin = step * np.cos(angle), step * np.sin(angle)
+    center, middle = _SCAN / 2, PATCH / 2
     placing = (
-        *(cos, -sin, centre - shift[0] - (cos - sin) * middle),
-        *(sin, cos, centre - shift[1] - (sin + cos) * middle),
+        *(cos, -sin, center - shift[0] - (cos - sin) * middle),
+        *(sin, cos, center - shift[1] - (sin + cos) * middle),
     )
     image = Image.fromarray(split.scans[index]).transform(
         (PATCH, PATCH),

@@ -1,4 +1,4 @@
-"""Generated English: the text corpus of the language model and text-only questions and answers."""
+"""Generated English text: the LLM's corpus, and text-only questions with answers."""
 
 from collections.abc import Callable, Collection
 
@@ -7,8 +7,8 @@ import numpy as np
 from .scenes import TALLEST_BAR, Thing, chart_caption, is_reserved, pair_caption
 from .vocabulary import (
     ANIMALS,
-    COLOUR_OF,
-    COLOURS,
+    COLOR_OF,
+    COLORS,
     CORNERS,
     LETTERS,
     NAMES,
@@ -23,19 +23,19 @@ from .vocabulary import (
     with_article,
 )
 
-_COLOUR_NAMES = tuple(COLOURS)
+_COLOR_NAMES = tuple(COLORS)
 
 Question = tuple[str, str]
 
 
 def document(rng: np.random.Generator) -> str:
-    """A short text: one to three passages on unrelated themes, each of one to three sentences."""
+    """Generate a text of one to three passages on unrelated topics, each of one to three sentences."""
     passages = (_PASSAGES[rng.integers(len(_PASSAGES))] for _ in range(rng.integers(1, 4)))
     return " ".join(passage(rng) for passage in passages)
 
 
 def question(rng: np.random.Generator) -> Question:
-    """A question that needs no image, and its answer in the short form of the scenes' answers."""
+    """Generate a question that needs no image, and an answer as short as those of the scenes."""
     return _QUESTIONS[rng.integers(len(_QUESTIONS))](rng)
 
 
@@ -43,14 +43,14 @@ def question(rng: np.random.Generator) -> Question:
 
 
 def _objects(rng: np.random.Generator) -> str:
-    colour, shape = _one(rng, _COLOUR_NAMES), _one(rng, SHAPES)
-    thing = with_article(f"{colour} {shape}")
+    color, shape = _one(rng, _COLOR_NAMES), _one(rng, SHAPES)
+    thing = with_article(f"{color} {shape}")
     return _one(
         rng,
         (
             f"{thing}.",
-            f"There is {thing} here. What colour is it? {colour}. What shape is it? {shape}.",
-            f"{_one(rng, NAMES)} draws {thing}. The {shape} is {colour}.",
+            f"There is {thing} here. What colour is it? {color}. What shape is it? {shape}.",
+            f"{_one(rng, NAMES)} draws {thing}. The {shape} is {color}.",
             f"{thing}. How many shapes are there? one.",
         ),
     )
@@ -76,14 +76,14 @@ def _pair(rng: np.random.Generator) -> str:
 
 def _count(rng: np.random.Generator) -> str:
     number = NUMBERS[rng.integers(2, 6)]
-    colour, shapes = _one(rng, _COLOUR_NAMES), plural(_one(rng, SHAPES))
+    color, shapes = _one(rng, _COLOR_NAMES), plural(_one(rng, SHAPES))
     return _one(
         rng,
         (
-            f"{number} {colour} {shapes}.",
-            f"There are {number} {colour} {shapes}. How many {shapes} are there? {number}.",
-            f"{_one(rng, NAMES)} sees {number} {shapes}. What colour are they? {colour}.",
-            f"{number} {colour} {shapes}. What shape are they? {shapes}.",
+            f"{number} {color} {shapes}.",
+            f"There are {number} {color} {shapes}. How many {shapes} are there? {number}.",
+            f"{_one(rng, NAMES)} sees {number} {shapes}. What colour are they? {color}.",
+            f"{number} {color} {shapes}. What shape are they? {shapes}.",
         ),
     )
 
@@ -115,16 +115,16 @@ def _alphabet(rng: np.random.Generator) -> str:
 
 
 def _chart(rng: np.random.Generator) -> str:
-    colours, heights, caption = _bars(rng)
+    colors, heights, caption = _bars(rng)
     bar = int(rng.integers(3))
     endings = [
         "",
-        f" How high is the {colours[bar]} bar? {NUMBERS[heights[bar]]}.",
-        f" The bar on the left is {colours[0]} and the bar on the right is {colours[2]}.",
+        f" How high is the {colors[bar]} bar? {NUMBERS[heights[bar]]}.",
+        f" The bar on the left is {colors[0]} and the bar on the right is {colors[2]}.",
     ]
     for word, height in (("tallest", max(heights)), ("shortest", min(heights))):
         if heights.count(height) == 1:
-            endings.append(f" Which bar is the {word}? {colours[heights.index(height)]}.")
+            endings.append(f" Which bar is the {word}? {colors[heights.index(height)]}.")
     return f"{caption}.{_one(rng, endings)}"
 
 
@@ -160,13 +160,13 @@ def _numbers(rng: np.random.Generator) -> str:
 
 
 def _world(rng: np.random.Generator) -> str:
-    noun, other, word = _one(rng, COLOUR_OF), _one(rng, SHAPE_OF), _one(rng, OPPOSITES)
+    noun, other, word = _one(rng, COLOR_OF), _one(rng, SHAPE_OF), _one(rng, OPPOSITES)
     small, large = _two_sizes(rng)
     shape = _one(rng, CORNERS)
     return _one(
         rng,
         (
-            f"The colour of {noun} is {COLOUR_OF[noun]}.",
+            f"The colour of {noun} is {COLOR_OF[noun]}.",
             f"The shape of {other} is a {SHAPE_OF[other]}.",
             f"The opposite of {word} is {OPPOSITES[word]}.",
             f"A {large} is bigger than {with_article(small)}.",
@@ -219,11 +219,11 @@ def _ask_spelling(rng: np.random.Generator) -> Question:
 
 
 def _ask_world(rng: np.random.Generator) -> Question:
-    noun, other, word = _one(rng, COLOUR_OF), _one(rng, SHAPE_OF), _one(rng, OPPOSITES)
+    noun, other, word = _one(rng, COLOR_OF), _one(rng, SHAPE_OF), _one(rng, OPPOSITES)
     animal, shape = _one(rng, ANIMALS), _one(rng, CORNERS)
     legs, _, home = ANIMALS[animal]
     questions: tuple[Question, ...] = (
-        (f"What colour is {noun}?", COLOUR_OF[noun]),
+        (f"What colour is {noun}?", COLOR_OF[noun]),
         (f"What shape is {other}?", SHAPE_OF[other]),
         (f"What is the opposite of {word}?", OPPOSITES[word]),
         (f"How many legs has {with_article(animal)}?", NUMBERS[legs]),
@@ -240,9 +240,9 @@ def _ask_pair(rng: np.random.Generator) -> Question:
 
 
 def _ask_chart(rng: np.random.Generator) -> Question:
-    colours, heights, caption = _bars(rng)
+    colors, heights, caption = _bars(rng)
     bar = int(rng.integers(3))
-    return f"{caption}. How high is the {colours[bar]} bar?", NUMBERS[heights[bar]]
+    return f"{caption}. How high is the {colors[bar]} bar?", NUMBERS[heights[bar]]
 
 
 _QUESTIONS: tuple[Callable[[np.random.Generator], Question], ...] = (
@@ -258,11 +258,11 @@ def _one(rng: np.random.Generator, choices: Collection[str]) -> str:
 
 
 def _allowed_pair(rng: np.random.Generator) -> tuple[Thing, Thing, bool, str]:
-    """Two different things, whether they are side by side, their caption; none is reserved."""
+    """Return two different objects, whether they are side by side, and their caption; none is reserved."""
     while True:
         first, second = (
-            (_one(rng, _COLOUR_NAMES), _one(rng, SHAPES)),
-            (_one(rng, _COLOUR_NAMES), _one(rng, SHAPES)),
+            (_one(rng, _COLOR_NAMES), _one(rng, SHAPES)),
+            (_one(rng, _COLOR_NAMES), _one(rng, SHAPES)),
         )
         beside = bool(rng.random() < 0.5)
         caption = pair_caption(first, second, beside)
@@ -275,9 +275,9 @@ def _places(beside: bool) -> tuple[str, str]:
 
 
 def _bars(rng: np.random.Generator) -> tuple[list[str], list[int], str]:
-    colours = [_COLOUR_NAMES[index] for index in rng.permutation(len(_COLOUR_NAMES))[:3]]
+    colors = [_COLOR_NAMES[index] for index in rng.permutation(len(_COLOR_NAMES))[:3]]
     heights = rng.integers(1, TALLEST_BAR + 1, size=3).tolist()
-    return colours, heights, chart_caption(colours, heights)
+    return colors, heights, chart_caption(colors, heights)
 
 
 def _parity(number: int) -> str:
@@ -285,6 +285,6 @@ def _parity(number: int) -> str:
 
 
 def _two_sizes(rng: np.random.Generator) -> tuple[str, str]:
-    """Two names, the smaller thing's first."""
+    """Return two names, the smaller object's first."""
     low, high = sorted(rng.permutation(len(SIZES))[:2].tolist())
     return SIZES[low], SIZES[high]

@@ -1,8 +1,8 @@
-"""Words and facts shared by the drawn scenes and the generated text."""
+"""Words and facts shared by scenes and generated text."""
 
 from __future__ import annotations
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 40),
     "green": (40, 155, 60),
     "blue": (40, 80, 215),
@@ -38,17 +38,17 @@ WORDS: tuple[str, ...] = (
 
 
 def plural(noun: str) -> str:
-    """The plural of a regular noun: "circles", "crosses", "boxes"."""
+    """Return the plural of a regular noun: "circles", "crosses", "boxes"."""
     return noun + ("es" if noun.endswith(("s", "x")) else "s")
 
 
 def with_article(phrase: str) -> str:
-    """The phrase after its indefinite article: "a red ring", "an orange ring"."""
+    """Return a phrase with its indefinite article: "a red ring", "an orange ring"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-# noun -> colour
-COLOUR_OF: dict[str, str] = {
+# noun -> color
+COLOR_OF: dict[str, str] = {
     "grass": "green",
     "the sun": "yellow",
     "the sea": "blue",
@@ -91,7 +91,7 @@ ANIMALS: dict[str, tuple[int, str, str]] = {
     "rat": (4, "squeaks", "nest"),
 }
 
-# from the smallest to the largest
+# smallest first
 SIZES: tuple[str, ...] = ("ant", "bee", "rat", "hen", "cat", "fox", "dog", "pig", "cow", "van")
 
 OPPOSITES: dict[str, str] = {
@@ -107,7 +107,7 @@ OPPOSITES: dict[str, str] = {
     "day": "night",
 }
 
-# how many corners a shape has
+# shape -> number of corners
 CORNERS: dict[str, int] = {"circle": 0, "triangle": 3, "square": 4, "ring": 0}
 
 NAMES: tuple[str, ...] = ("Ann", "Ben", "Eva", "Sam", "Tom", "Zoe")

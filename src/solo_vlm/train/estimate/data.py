@@ -1,4 +1,4 @@
-"""Estimate of what a run reads, from a sample of its data; small sources are read completely."""
+"""Estimate of a run's data from a sample; small sources are read completely."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from solo_vlm.models.solo.processing_solo import num_vision_tokens
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
-_ROWS = 1000  # rows drawn per source at first, as by `solo data stats`
-_MAX_ROWS = 8192  # rows drawn at most, if the first sample is too imprecise; smaller sources are read whole
+_ROWS = 1000  # rows of the first sample per source, as in `solo data stats`
+_MAX_ROWS = 8192  # maximum rows if the first sample is too imprecise; smaller sources are read completely
 _MARGIN = 0.01  # sufficient margin of error of a source's tokens, at 95% confidence
 _MAX_SIMULATED = 50_000  # documents up to which the run's packing is simulated, in a few seconds
 
 
 @dataclass(frozen=True)
 class DataEstimate:
-    """What a run reads.
+    """Estimate of a run's data.
 
     Attributes:
         sequences: Packed sequences in all epochs (`data.epochs`), or in one if that is not set.
@@ -46,7 +46,7 @@ class DataEstimate:
 
 
 def estimate_data(recipe: Recipe, encoder: Encoder) -> DataEstimate:
-    """Estimate what a run reads from a deterministic sample of each source."""
+    """Estimate the data of a run from a deterministic sample of each source."""
     samples = [_sample_source(recipe, encoder, source) for source in recipe.mixture.open_sources()]
     if not sum(sample.totals.tokens for sample in samples):
         raise SoloError("no row of the data can be used: see solo data verify")
@@ -175,7 +175,7 @@ def _count_sequences(
 
 
 class _SimulatedSource:
-    """Source whose rows are document lengths: sampled ones where read, else drawn from the sample."""
+    """Source whose rows are document lengths, either read or resampled."""
 
     def __init__(self, sample: _SourceSample, seed: int) -> None:
         self.name = sample.source.name

@@ -33,7 +33,7 @@ class Device:
     """Published specifications of an accelerator.
 
     Attributes:
-        memory: Bytes.
+        memory: Memory in bytes.
         peak_flops: FLOPs per second of dense bfloat16 matrix products with float32 accumulation.
     """
 
@@ -48,7 +48,7 @@ def _device(name: str, gibibytes: float, teraflops: float) -> Device:
 
 # Without sparsity, for which data sheets give twice the FLOPs. Sources: NVIDIA's data sheets of the A100,
 # H100, H200, L4 and L40S; the appendices of its whitepapers on GA102 (RTX 3090), Ada (4090) and RTX
-# Blackwell (5090). The L4 and the L40S have 24 and 48 GB, minus what error correction takes.
+# Blackwell (5090). The L4 and the L40S have 24 and 48 GB, minus the share of error correction.
 DEVICES = (
     _device("A100-40GB", 40, 312),
     _device("A100-80GB", 80, 312),
@@ -92,7 +92,7 @@ class Memory:
         optimizer: Shard of Adam's two moments in float32.
         gathered: Temporarily unsharded tensors: weights, in the compute precision, of two FSDP units
             (`layers_per_fsdp_unit`; the next one is prefetched) or, without `parallel.reshard`, of all, and
-            those outside of layers; gradients of one unit and of what is outside, before they are reduced.
+            those outside of layers; gradients of one unit and of those, before they are reduced.
         activations: Activations saved for the backward pass, and the peak working memory of the backward
             pass of one layer or one chunk of the loss.
     """

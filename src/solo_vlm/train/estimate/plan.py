@@ -23,14 +23,14 @@ _USABLE = 0.9  # share of the device memory; the rest covers what `memory.py` do
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do and need.
+    """Plan of a run: its steps and requirements.
 
     Attributes:
-        shape_from: Where the model's configuration was read.
-        steps: Optimizer steps; None if they depend on data that are missing.
+        shape_from: Source of the model's configuration.
+        steps: Optimizer steps; None if they depend on missing data.
         data: Estimate from a sample of the data; None if the data or the model's tokenizer are missing. Then
             one text document per sequence is assumed, which maximizes attention.
-        data_missing: What is missing, if anything.
+        data_missing: Reason for a missing estimate, if any.
         mfu: Assumed model FLOPs utilization.
     """
 
@@ -218,7 +218,7 @@ def _parallel_dims(recipe: Recipe, processes: int, shape: ModelShape) -> Paralle
 
 
 def _config_source(recipe: Recipe, config_folder: Path | None) -> str | Path:
-    """Return the model if it exists, else the known configuration, else the hub id."""
+    """Return the model if it exists, else the known configuration, else the hub ID."""
     if config_folder is None or recipe.mixture.at(recipe.model).exists():
         return recipe.mixture.model_source()
     known = config_folder / "config.json"

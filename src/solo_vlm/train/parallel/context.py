@@ -22,8 +22,8 @@ from solo_vlm.utils.settings import describe_changes, find_changes
 
 DP, TP = "dp", "tp"  # mesh dimensions
 
-LONG_TIMEOUT = timedelta(minutes=30)  # where one process may work alone: reading or writing a large model
-SHORT_TIMEOUT = timedelta(minutes=5)  # where all work alike: at startup and between steps
+LONG_TIMEOUT = timedelta(minutes=30)  # if one process may work alone: reading or writing a large model
+SHORT_TIMEOUT = timedelta(minutes=5)  # if all processes do the same: at startup and between steps
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class ParallelDims:
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process's place in the run, and collectives with the other processes.
+    """Rank of this process in the run, and collectives with the other processes.
 
     Attributes:
         mesh: Device mesh (dp, tp), or None for a single process that needs no process group.
@@ -148,7 +148,7 @@ class DistributedContext:
 
     @contextmanager
     def long_timeout(self) -> Iterator[None]:
-        """Allow collectives in the body as long as it takes to write a large model."""
+        """Extend the timeout of collectives in the body for writing a large model."""
         self.set_timeout(LONG_TIMEOUT)
         yield
         self.set_timeout(SHORT_TIMEOUT)

@@ -42,7 +42,7 @@ def layers_per_fsdp_unit(num_layers: int, layer_size: int, unit_size: int = FSDP
     """Return how many layers are gathered, and their gradients reduced, together; sizes are in parameters.
 
     Each unit costs a constant overhead of Python and communication, which dominates small models sharded
-    layer by layer. Large layers are units of their own to limit the weights gathered at a time.
+    layer by layer. Large layers are separate units, to limit the weights gathered at a time.
     """
     units = min(num_layers, max(1, math.ceil(num_layers * layer_size / unit_size)))
     return math.ceil(num_layers / units)

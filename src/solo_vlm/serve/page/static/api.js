@@ -1,4 +1,4 @@
-// Client of the server's API. A failure is an Error whose message can be shown as it is.
+// Client of the server's API. A failure is an Error whose message can be shown unchanged.
 
 const KEY = "solo-api-key"; // in sessionStorage: forgotten with the tab
 
