@@ -75,7 +75,7 @@ def jpegs() -> dict[str, Callable[[], bytes]]:
     return {
         "JPEG of 1,000 scans": lambda: jpeg_of_scans(1000),
         "JPEG of scans, 1 MB": lambda: jpeg_of_scans(16_000),
-        "JPEG of scans, all bytes": lambda: jpeg_of_scans(180_000),
+        "JPEG of scans, all bytes": lambda: jpeg_of_scans(135_000),
         "JPEG of 2,000 scans, small": lambda: jpeg_of_scans(2000, 2000, 2000),
         "JPEG of baseline scans": lambda: jpeg_of_baseline_scans(800_000),
         "JPEG of comments": lambda: jpeg_before_scan(comment * 2_600_000),

@@ -200,5 +200,5 @@ class MeteredFile:
         """
         self._reads += 1
         if self._reads > _MAX_READS:
-            raise LimitError(f"more than {_MAX_READS:,} pieces; save it anew")
+            raise LimitError(f"its header has more than {_MAX_READS:,} parts; save it anew")
         return self._file.read(size)

@@ -510,9 +510,11 @@ def _prepare_png(image: Image.Image) -> Image.Image | None:
     file: Any = image.fp
     low = Image.open(file)
     low.tile = [low.tile[0]._replace(args="RGB;16L")]  # decodes the low byte of each sample
-    high_key, low_key = np.divmod(key, 256)
-    opaque = (np.asarray(image) != high_key).any(axis=2)  # (height, width)
-    opaque |= (np.asarray(low) != low_key).any(axis=2)
+    opaque = np.zeros((image.height, image.width), bool)
+    for part, part_key in zip((image, low), np.divmod(key, 256), strict=True):
+        samples = np.asarray(part)  # (height, width, 3)
+        for channel, value in enumerate(part_key):
+            opaque |= samples[..., channel] != value
     return Image.fromarray(opaque * np.uint8(255))
 
 
