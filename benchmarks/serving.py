@@ -35,7 +35,7 @@ from solo_vlm.utils.files import new_file
 
 CLIENTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 32
-WORDS = ("what", "where", "which", "colour", "is", "there", "on", "the", "left", "of", "this", "red")
+WORDS = ("what", "where", "which", "color", "is", "there", "on", "the", "left", "of", "this", "red")
 
 
 @dataclass

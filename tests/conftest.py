@@ -1,9 +1,10 @@
-"""Fixtures that many tests share."""
+"""Fixtures shared by many tests."""
 
 from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -13,10 +14,10 @@ from PIL import Image
 
 from solo_vlm.cli import main
 
-# A name that is no folder is not looked up on the hub. Read when transformers is imported, so it comes first.
+# Unknown names are not looked up on the hub. Read when transformers is imported, so it comes first.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# A profile's example takes as long as it takes. `make fuzz` selects the second by --hypothesis-profile.
+# Examples have no deadline. `make fuzz` selects the second profile by --hypothesis-profile.
 settings.register_profile("test", deadline=None, derandomize=True)
 settings.register_profile(
     "fuzz",
@@ -30,7 +31,7 @@ settings.load_profile("test")
 
 @pytest.fixture(scope="session")
 def solo():
-    """A small SOLO model with its processor."""
+    """Return a small SOLO model with its processor."""
     from tests.factories import make_solo
 
     return make_solo()
@@ -38,7 +39,7 @@ def solo():
 
 @pytest.fixture(scope="session")
 def solo_folder(tmp_path_factory):
-    """A small SOLO model in a folder, to be read."""
+    """Return a read-only folder with a small SOLO model."""
     from tests.factories import make_solo
 
     folder = tmp_path_factory.mktemp("models") / "solo"
@@ -48,7 +49,7 @@ def solo_folder(tmp_path_factory):
 
 @pytest.fixture
 def picture():
-    """Makes a reproducible image of noise."""
+    """Return a function that makes a reproducible image of noise."""
 
     def make(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
         pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -59,7 +60,7 @@ def picture():
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run the command `solo` in this process: exit code, stdout, stderr."""
+    """Return a function that runs `solo` in this process: exit code, stdout, stderr."""
 
     def solo_command(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["solo", *map(str, arguments)])
@@ -76,5 +77,18 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def run_data(run):
-    """As `run`, for the verbs of `solo data`."""
+    """Return a function like `run` for the commands of `solo data`."""
     return lambda *arguments: run("data", *arguments)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for 12 KB; the test is skipped where none can be mounted."""
+    from tests.factories import SmallDisk
+
+    try:
+        disk = SmallDisk(tmp_path / "disk")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    yield disk
+    disk.close()

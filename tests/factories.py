@@ -1,4 +1,4 @@
-"""Small models, chats, data and runs that tests of several packages share."""
+"""Small models, chats, data and runs shared by tests of several packages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import tarfile
 from collections.abc import Iterable, Mapping
 from io import BytesIO
@@ -30,7 +31,7 @@ from solo_vlm.quickstart.llm import train_tokenizer
 
 # ------------------------------------------------------------------------------- models and images
 
-ROOT = Path(__file__).parents[1]  # of the repository
+ROOT = Path(__file__).parents[1]  # root of the repository
 
 TEXTS = ["a red circle left of a blue square. what is this? seven. [INST] [/INST] hello world"] * 3
 SIZES = {
@@ -54,7 +55,7 @@ LLM_CONFIGS = {
 
 
 def make_llm(family: str = "llama", seed: int = 0):
-    """A tiny random causal language model with a real tokenizer."""
+    """Make a tiny random causal language model with a real tokenizer."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = train_tokenizer(TEXTS, vocab_size=320)
@@ -72,13 +73,13 @@ def make_llm(family: str = "llama", seed: int = 0):
 def make_solo(family: str = "llama", seed: int = 0) -> SoloModelAndProcessor:
     llm, tokenizer = make_llm(family, seed)
     solo = compose(llm, tokenizer, seed=seed)
-    # A patch embedding this small at first would hide mistakes with images from a comparison of logits.
+    # The small initial patch embedding would hide errors with images from comparisons of logits.
     solo.model.model.embed_vision_patch.weight.data.mul_(20.0)
     return solo
 
 
 def ask(prompt: str, *images: Image.Image) -> list[dict]:
-    """A chat of one user turn."""
+    """Return a chat of one user turn."""
     parts = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
 
@@ -95,7 +96,7 @@ def tar_bytes(members: Mapping[str, bytes] | Iterable[tuple[str, bytes]]) -> byt
 
 
 def png(image: Image.Image) -> bytes:
-    """An image as the bytes of a PNG file."""
+    """Return an image as the bytes of a PNG file."""
     buffer = BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -103,7 +104,7 @@ def png(image: Image.Image) -> bytes:
 
 # ----------------------------------------------------------------------------------------- chats
 
-CHAT_COLOURS = ("red", "blue")
+CHAT_COLORS = ("red", "blue")
 
 
 def turn(role: str, text: str, images: int = 0) -> dict[str, Any]:
@@ -112,12 +113,12 @@ def turn(role: str, text: str, images: int = 0) -> dict[str, Any]:
 
 
 def picture_chat(number: int) -> dict[str, Any]:
-    """Two turns about an image of two patches or four."""
-    colour = CHAT_COLOURS[number % 2]
-    image = Image.new("RGB", (64, 32 * (1 + number % 3 // 2)), colour)
+    """Return a chat of two turns about an image of two or four patches."""
+    color = CHAT_COLORS[number % 2]
+    image = Image.new("RGB", (64, 32 * (1 + number % 3 // 2)), color)
     messages = [
         turn("user", "what is this?", images=1),
-        turn("assistant", colour),
+        turn("assistant", color),
         turn("user", "hello"),
         turn("assistant", "world"),
     ]
@@ -125,12 +126,12 @@ def picture_chat(number: int) -> dict[str, Any]:
 
 
 def text_chat() -> dict[str, Any]:
-    """One turn without an image."""
+    """Return a chat without an image."""
     return {"messages": [turn("user", "what is seven?"), turn("assistant", "seven")], "images": []}
 
 
 def write_chats(folder: Path, count: int = 16) -> None:
-    """`pictures.parquet`, `texts.parquet`, and `chats.parquet` with both, in turn."""
+    """Write `pictures.parquet`, `texts.parquet`, and `chats.parquet` with both, alternately."""
     pictures, texts = [picture_chat(number) for number in range(count)], [text_chat()] * count
     both = [chat for pair in zip(pictures, texts, strict=True) for chat in pair]
     for name, rows in (("pictures", pictures), ("texts", texts), ("chats", both)):
@@ -139,23 +140,23 @@ def write_chats(folder: Path, count: int = 16) -> None:
 
 # --------------------------------------------------------------------------------- training runs
 
-COLOURS = ("red", "blue", "green")
+COLORS = ("red", "blue", "green")
 
 
 def image_rows(count):
-    """Rows that name the colour of an image of two patches."""
+    """Return rows that name the color of an image of two patches."""
     rows = []
-    for colour in COLOURS * count:
-        picture = png(Image.new("RGB", (64, 32), colour))
+    for color in COLORS * count:
+        picture = png(Image.new("RGB", (64, 32), color))
         question = [{"type": "image", "text": None}, {"type": "text", "text": "what is this?"}]
-        answer = [{"type": "text", "text": colour}]
+        answer = [{"type": "text", "text": color}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         rows.append({"messages": messages, "images": [{"bytes": picture, "path": None}]})
     return rows
 
 
 def text_rows(count):
-    """Rows of text alone."""
+    """Return text-only rows."""
     return [
         {
             "messages": [
@@ -167,13 +168,13 @@ def text_rows(count):
 
 
 def write_training_data(folder, images, texts):
-    """The files that `run_settings` names."""
+    """Write the files that `run_settings` refers to."""
     for name, rows in (("images", images), ("text", texts)):
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet", row_group_size=4)
 
 
 def run_settings(folder, out, **changes):
-    """A recipe for them, as plain settings."""
+    """Return a recipe for `write_training_data`, as plain settings."""
     return {
         "root": str(folder),
         "model": "llama",
@@ -196,7 +197,7 @@ def run_settings(folder, out, **changes):
 
 
 def run_recipe(plain):
-    """Train by such settings in this process."""
+    """Train in this process with the settings of `run_settings`."""
     from solo_vlm.train import Recipe, train
 
     train(Recipe.parse(plain))
@@ -208,7 +209,7 @@ def read_steps(out):
 
 
 class ProcessGroup:
-    """Processes that torchrun would start, forked from one that has imported everything already."""
+    """Processes like torchrun's, forked from one that has already imported everything."""
 
     def __init__(self, size, target, *arguments):
         context = multiprocessing.get_context("forkserver")
@@ -235,7 +236,7 @@ class ProcessGroup:
 
 def _enter(rank, size, port, target, arguments):
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers, as under torchrun
+    multiprocessing.set_start_method("fork", force=True)  # start method of loader workers, as under torchrun
     if size > 1:
         os.environ.update(
             RANK=str(rank),
@@ -245,3 +246,24 @@ def _enter(rank, size, port, target, arguments):
             LOCAL_RANK="0",
         )
     target(*arguments)
+
+
+class SmallDisk:
+    """A file system of a few pages in memory; needs the right to mount it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self._mount("-t", "tmpfs", "-o", "size=12k", "tmpfs")
+
+    def resize(self, size: str) -> None:
+        self._mount("-o", f"remount,size={size}")
+
+    def allow_writing(self, allowed: bool) -> None:
+        self._mount("-o", f"remount,{'rw' if allowed else 'ro'}")
+
+    def close(self) -> None:
+        subprocess.run(["umount", "--lazy", self.folder], check=True)
+
+    def _mount(self, *arguments: str) -> None:
+        subprocess.run(["mount", *arguments, self.folder], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""Rules of the layout: who may import whom, no cycles, tests that mirror the modules."""
+"""Rules of the layout: allowed imports, no cycles, tests that mirror the modules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODULES = {module_name(path): path for path in SOURCE.rglob("*.py")}
 
 
 def imported_modules(name: str) -> Iterator[str]:
-    """Yield the project's modules that a module imports, lazily or not, but for type checkers alone."""
+    """Yield the project's modules that a module imports, lazily or not, except for type checkers only."""
     path = MODULES[name]
     package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
     for node in _running_code(ast.parse(path.read_text(encoding="utf-8"))):
@@ -71,7 +71,7 @@ def test_package_imports_only_what_its_docstring_allows(package):
             assert packages <= allowed | {package}, name
 
 
-def test_no_arrow_points_back():
+def test_package_imports_are_acyclic():
     graph = {
         package: {
             target.split(".")[0]
@@ -102,7 +102,7 @@ def test_published_modules_import_only_each_other():
             assert all(target.startswith("models.solo") for target in imported_modules(name)), name
 
 
-def test_no_loose_module_beside_the_packages():
+def test_no_loose_module_next_to_the_packages():
     assert {path.stem for path in SOURCE.glob("*.py")} == ENTRY_POINTS
 
 

@@ -26,15 +26,15 @@ def name_of(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors that MkDocs makes of a page's headings."""
+    """Return the anchors that MkDocs derives from a page's headings."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
 def command_lines(text: str) -> Iterator[tuple[str, bool]]:
-    """Yield the `solo` commands of a page, and whether each can be run as it is.
+    """Yield the `solo` commands of a page, and whether each is complete.
 
-    Commands in code blocks can, after prompts and comments are removed. Code spans may omit arguments.
+    Commands in code blocks are complete, without prompts and comments. Code spans may omit arguments.
     """
     for block in re.findall(r"^```(?:bash|text|ini)?\n(.*?)^```$", text, re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
@@ -97,7 +97,7 @@ def test_commands_exist_with_their_options(page):
 @pytest.mark.parametrize(
     "line", ["nothing", "data nothing", "serve --model m --nothing", "serve --model m --port many"]
 )
-def test_wrong_commands_would_be_found(line):
+def test_invalid_commands_are_detected(line):
     with pytest.raises(Exception, match=r"nothing|integer"):
         parse(command_line(True), "solo", line.split())
 
@@ -126,7 +126,7 @@ def test_paths_in_the_architecture_exist():
         assert (PACKAGE / path).exists() or (ROOT / path).exists(), path
 
 
-def test_the_architecture_lists_the_imports_that_packages_allow():
+def test_architecture_lists_the_allowed_imports():
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", text, re.M))
     for initializer in PACKAGE.glob("*/__init__.py"):
@@ -154,7 +154,7 @@ def test_every_picture_is_shown():
         assert picture.is_dir() or picture.name in text, picture.name
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 

@@ -1,4 +1,4 @@
-"""What users of the installed package rely on: light imports, one version, complete wheels, true docs."""
+"""Installed package: light imports, one version, complete wheels, valid README."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ HEAVY = {"torch", "transformers", "numpy", "PIL", "pyarrow", "pydantic", "sklear
 
 
 def modules_after(statement: str) -> set[str]:
-    """The top-level modules a fresh interpreter has loaded once it has run the statement."""
+    """Return the top-level modules that a new interpreter has loaded after the statement."""
     code = f"{statement}\nimport sys\nprint('\\n'.join({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
+def test_importing_the_package_loads_no_heavy_module() -> None:
     loaded = modules_after("import solo_vlm; solo_vlm.__version__; dir(solo_vlm)")
     assert "solo_vlm" in loaded
     assert not loaded & HEAVY
 
 
-def test_the_command_answers_without_the_heavy_modules() -> None:
+def test_command_line_loads_no_heavy_module() -> None:
     loaded = modules_after("from solo_vlm.cli import main")
     assert not loaded & {"torch", "transformers", "sklearn", "matplotlib"}
 
 
-def test_one_version_everywhere() -> None:
+def test_version_is_the_same_everywhere() -> None:
     import solo_vlm
 
     assert PYPROJECT["project"]["dynamic"] == ["version"]
@@ -49,7 +49,7 @@ def test_one_version_everywhere() -> None:
     assert installed == solo_vlm.__version__, "installed before the version changed: pip install -e . again"
 
 
-def test_the_console_script_resolves() -> None:
+def test_console_script_resolves() -> None:
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="solo")
     assert script.value == PYPROJECT["project"]["scripts"]["solo"]
     assert callable(script.load())
@@ -70,7 +70,7 @@ def test_torchvision_is_never_imported_or_required() -> None:
         assert not re.search(r"^[\s\"']*torchvision", (ROOT / name).read_text(encoding="utf-8"), re.M), name
 
 
-def test_the_constraints_pin_every_direct_dependency_and_no_cuda() -> None:
+def test_constraints_pin_every_direct_dependency_and_no_cuda() -> None:
     def normal(name: str) -> str:
         return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -82,12 +82,14 @@ def test_the_constraints_pin_every_direct_dependency_and_no_cuda() -> None:
         for requirement in requirements:
             match = re.match(r"[A-Za-z0-9._-]+", requirement)
             assert match and normal(match[0]) in pinned, requirement
-    assert not any("+" in version for version in pins.values()), "a local build suffix is no pin for others"
+    assert not any("+" in version for version in pins.values()), (
+        "a local build suffix does not pin other builds"
+    )
     assert not {name for name in pinned if name.startswith(("nvidia", "cuda", "triton"))}
     assert "solo-vlm" not in pinned
 
 
-def test_the_readme_names_only_make_targets_that_exist() -> None:
+def test_readme_names_only_existing_make_targets() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.M))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,8 +99,8 @@ def test_the_readme_names_only_make_targets_that_exist() -> None:
     assert {"quickstart", "test"} <= named
 
 
-def test_the_readme_links_into_docs_only() -> None:
-    """The site's front page is the README: a link to a file outside docs/ would be broken there."""
+def test_readme_links_into_docs_only() -> None:
+    """The README is the site's home page, where links to files outside docs/ would be broken."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", readme):
         if re.match(r"[a-z]+:|#", target):
@@ -112,7 +114,7 @@ def test_the_readme_links_into_docs_only() -> None:
     ("compiler", "source"), [("no-such-compiler", "int main;"), ("cc", "no C")], ids=["none", "fails"]
 )
 def test_failed_compilation_leaves_no_files(tmp_path, monkeypatch, capsys, compiler, source) -> None:
-    """An old library would go on with what its source no longer says."""
+    """An outdated library must not stay in use."""
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
@@ -126,8 +128,8 @@ def test_failed_compilation_leaves_no_files(tmp_path, monkeypatch, capsys, compi
 
 
 @pytest.mark.slow
-def test_the_wheel_is_complete(tmp_path: Path) -> None:
-    """Built through the source distribution, so that this one is complete as well."""
+def test_wheel_is_complete(tmp_path: Path) -> None:
+    """The wheel is built from the source distribution, which must be complete, too."""
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
         capture_output=True,

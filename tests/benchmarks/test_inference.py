@@ -1,4 +1,4 @@
-"""The benchmark of inference compares what it says it compares."""
+"""Inference benchmark: equal questions, decoders and answers in all variants."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def setting():
     return Setting("smollm2-135m", torch.device("cpu"), torch.float32, (64, 128), (2,), 1, (3,), tiny=True)
 
 
-def test_both_ways_answer_all_questions_alike(setting):
+def test_answers_with_and_without_prefix_cache_agree(setting):
     figures = prefix.measure(setting)
     assert figures["prefix_same_answers"]
     assert figures["prefix"]["questions"] == 10
@@ -30,7 +30,7 @@ def test_both_ways_answer_all_questions_alike(setting):
     assert figures["prefix_speedup"] == pytest.approx(one["seconds_without"] / one["seconds_with"])
 
 
-def test_solo_and_llava_hear_the_same_question(setting):
+def test_solo_and_llava_get_the_same_question(setting):
     solo = setting.solo()
     chats = {"64": solo.encode([[speed.user_turn(speed.QUESTION, [speed.photograph(64, 64)])]] * 2)}
     llava = speed._for_llava(setting, solo, chats)
@@ -50,7 +50,7 @@ def test_decoders_are_equal(setting):
 
 
 @pytest.mark.slow
-def test_the_script_prints_its_figures(tmp_path):
+def test_script_prints_its_results(tmp_path):
     out = tmp_path / "out.json"
     options = ["--rounds", "1", "--sizes", "64", "128", "--batches", "1", "2", "--answers", "2", "--out", out]
     command = [sys.executable, SCRIPT, "--tiny", "--json", *options]

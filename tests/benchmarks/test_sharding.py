@@ -1,4 +1,4 @@
-"""The benchmark of sharding runs, on one process, and compares its ways of sharding."""
+"""Sharding benchmark: it runs on one process and compares all variants."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.factories import ROOT
 SCRIPT = ROOT / "benchmarks" / "sharding.py"
 
 
-def test_it_compares_three_ways(tmp_path) -> None:
+def test_script_compares_three_ways_of_sharding(tmp_path) -> None:
     out = tmp_path / "results.json"
     command = [sys.executable, str(SCRIPT), "--rounds", "1", "--warmup", "0", "--json", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The benchmark of a training step compares what it says it compares."""
+"""Training step benchmark: equal samples, losses and results in all variants."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def workload():
 
 
 def losses(workload, start) -> dict[str, list[float]]:
-    """Two steps of each variant, each with a model and an optimizer of its own."""
+    """Return the losses of two steps of each variant, each with its own model and optimizer."""
     recipe = workload.recipe(precision="fp32")
     with start(recipe) as context:
         found = {}
@@ -39,7 +39,7 @@ def losses(workload, start) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("start", [init_distributed, one_sharded_process])
-def test_all_ways_of_training_solo_take_the_same_steps(workload, start):
+def test_all_solo_variants_have_the_same_losses(workload, start):
     found = losses(workload, start)
     assert found[PADDED] == pytest.approx(found[OURS], rel=1e-4)
     assert found[FULL_LOGITS] == pytest.approx(found[OURS], rel=1e-4)
@@ -47,7 +47,7 @@ def test_all_ways_of_training_solo_take_the_same_steps(workload, start):
     assert found[LLAVA][1] < found[LLAVA][0]
 
 
-def test_llava_reads_the_same_captions(workload):
+def test_llava_gets_the_same_captions(workload):
     recipe = workload.recipe()
     with init_distributed(recipe) as context:
         variants = make_variants(NAMES, workload, recipe, context)
@@ -72,13 +72,13 @@ def test_llava_reads_the_same_captions(workload):
     assert trained == {"language_model", "multi_modal_projector"}
 
 
-def test_a_sequence_is_full(workload):
+def test_packed_sequence_is_full(workload):
     documents = workload.sequence()
     assert sum(map(len, documents)) == workload.length
     assert all(len(document.pixel_values) for document in documents[:-1])
 
 
-def test_padding_of_many_batches_is_that_of_drawn_ones(workload):
+def test_estimated_padding_matches_sampled_batches(workload):
     many = replace(workload, samples=300)
     lengths = np.array([len(document) for document in many.draw()[1]]).reshape(-1, workload.rows)
     drawn = 1 - lengths.sum() / (lengths.max(axis=1).sum() * workload.rows)
@@ -88,17 +88,17 @@ def test_padding_of_many_batches_is_that_of_drawn_ones(workload):
 def test_layers_of_the_7b_model_train(workload, monkeypatch):
     monkeypatch.setattr(seven_b, "init_distributed", one_sharded_process)
     settings = {"activation_checkpointing": "selective"}
-    figures = seven_b._train(workload, settings, layers=2, warmup=0, steps=1)
-    assert figures["layers"] == 2
-    assert figures["tokens_per_second"] == pytest.approx(workload.length / figures["step_seconds"])
+    metrics = seven_b._train(workload, settings, layers=2, warmup=0, steps=1)
+    assert metrics["layers"] == 2
+    assert metrics["tokens_per_second"] == pytest.approx(workload.length / metrics["step_seconds"])
 
 
 @pytest.mark.slow
-def test_the_script_prints_its_figures(tmp_path):
+def test_script_prints_its_results(tmp_path):
     out, plot = tmp_path / "out.json", tmp_path / "plot.svg"
     command = [sys.executable, SCRIPT, "--tiny", "--json", "--out", out, "--plot", plot]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    figures = json.loads(printed)
+    metrics = json.loads(printed)
     for name in (
         "tokens_per_second",
         "speedup_over_padded",
@@ -106,7 +106,7 @@ def test_the_script_prints_its_figures(tmp_path):
         "samples_per_second_over_llava",
         "loss_memory_ratio",
     ):
-        assert math.isfinite(figures[name]) and figures[name] > 0, name
-    assert figures == json.loads(out.read_text())
-    assert figures["seven_b"]["full"]["tokens_per_second"] > 0
+        assert math.isfinite(metrics[name]) and metrics[name] > 0, name
+    assert metrics == json.loads(out.read_text())
+    assert metrics["seven_b"]["full"]["tokens_per_second"] > 0
     assert plot.read_text().count("</svg>") == 1

@@ -107,7 +107,7 @@ def test_commands_and_messages_from_a_pipe(run, monkeypatch, solo_folder, tmp_pa
     assert sample.messages[0]["content"][-1]["text"] == "what is [/bold] this?"
 
 
-def test_invalid_utf8_is_refused_without_losing_the_conversation(solo_folder, tmp_path, picture):
+def test_invalid_utf8_is_rejected_without_losing_the_conversation(solo_folder, tmp_path, picture):
     odd = str(tmp_path / "caf\udce9.png")
     picture(64, 64).save(odd)
     lines = [
@@ -158,7 +158,7 @@ def test_saved_conversation_finds_its_images_from_any_folder(
         other.load(tmp_path / "deep.json")
 
 
-def test_ctrl_c_ends_the_answer_but_not_the_program(solo_folder):
+def test_ctrl_c_stops_the_answer_but_not_the_program(solo_folder):
     with Terminal(SOLO, "chat", "--model", solo_folder, "--max-new-tokens", "400") as terminal:
         terminal.wait_for("you:")
         terminal.type("hello\n")

@@ -43,7 +43,7 @@ def bad_image(tmp_path, picture):
         elif kind == "empty":
             path.write_bytes(b"")
         elif kind == "text":
-            path.write_text("this is no picture")
+            path.write_text("this is not a picture")
         elif kind == "bomb":
             bomb(path)
         return path
@@ -141,7 +141,7 @@ def test_prompt_with_a_surrogate_is_a_one_line_error(run, solo_folder, tmp_path,
 
 
 def test_json_output_escapes_non_utf8_file_names(solo_folder, tmp_path, picture):
-    """Runs as a process, whose stdout rejects surrogates."""
+    """Run the command as a process, whose stdout rejects surrogates."""
     name = str(tmp_path / "caf\udce9.png")  # é in Latin-1
     picture().save(name)
     arguments = ["generate", "--model", str(solo_folder), "--image", name, "--prompt", "hi", "--json"]
@@ -180,7 +180,7 @@ def test_train_rejects_an_invalid_recipe(run, tmp_path):
     assert code == 2
 
 
-def test_quickstart_refuses_a_foreign_folder(run, tmp_path):
+def test_quickstart_rejects_a_foreign_folder(run, tmp_path):
     (tmp_path / "precious.txt").write_text("keep me")
     code, _, error = run("quickstart", "--out", tmp_path)
     assert code == 2

@@ -1,4 +1,4 @@
-"""`solo data`: the catalog's verbs as a user meets them."""
+"""`solo data`: commands of the catalog, with their output and errors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_convert(run_data, tmp_path):
         (["download", "vqav2", "--urls", ".", "--out", "o"], "not a list of URLs"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(run_data, arguments, message, tmp_path, monkeypatch):
+def test_user_error_is_one_line_with_exit_code_2(run_data, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, error = run_data(*arguments)
     assert (code, out) == (2, "")

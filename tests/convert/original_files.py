@@ -146,7 +146,7 @@ def write_megatron(
     pipeline: int,
     padded_rows: int,
     interleaved: bool = True,
-    of_training: bool = True,
+    is_trained: bool = True,
     extra: dict | None = None,
 ) -> Path:
     """Split original weights as Megatron-LLM does, into `tensor` x `pipeline` pickles.
@@ -154,15 +154,15 @@ def write_megatron(
     Deliberately loops over heads and rows, where the code under test works with shapes.
 
     Args:
-        of_training: Use the names of a checkpoint saved in training (`encoder`, nested), not of one that was
-            converted and not yet trained (`transformer`, flat).
+        is_trained: Whether to use the names of a checkpoint saved in training (`encoder`, nested), not those
+            of one that was converted but not yet trained (`transformer`, flat).
         extra: Further members of every pickle.
     """
     iteration = folder / "iter_0000300"
     heads, groups = settings["num_attention_heads"], settings["num_key_value_heads"]
     size = settings["hidden_size"] // heads
     layers_per_stage = settings["num_hidden_layers"] // pipeline
-    body, attention = ("encoder", "self_attention") if of_training else ("transformer", "attention")
+    body, attention = ("encoder", "self_attention") if is_trained else ("transformer", "attention")
 
     def rows(whole: torch.Tensor, rank: int) -> torch.Tensor:
         share = whole.shape[0] // tensor
@@ -207,14 +207,14 @@ def write_megatron(
             model = {body: decoder}
             patches = rows(weights["model.embed_vision_patch.weight"], rank)
             words = rows(padded(weights["model.embed_tokens.weight"]), rank)
-            if of_training:  # every stage has a patch embedding; only the first one is trained
+            if is_trained:  # every stage has a patch embedding; only the first one is trained
                 model["embed_vision_patch"] = {"weight": patches if stage == 0 else torch.zeros_like(patches)}
             elif stage == 0:
                 model["embed_vision_patch"] = patches
             if stage == 0:
                 model["embedding"] = (
                     {"word_embeddings": {"weight": words}}
-                    if of_training
+                    if is_trained
                     else {"word_embeddings.weight": words}
                 )
             if stage == pipeline - 1:

@@ -13,7 +13,7 @@ BENCHMARK = ROOT / "benchmarks" / "convert_memory.py"
 
 
 @pytest.mark.slow
-def test_peak_memory_of_a_conversion():
+def test_conversion_peak_memory_is_bounded():
     result = subprocess.run(
         [sys.executable, BENCHMARK, "--gigabytes", "2"], check=True, capture_output=True, text=True
     )

@@ -37,7 +37,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def expected(weights, tmp_path_factory) -> dict[str, torch.Tensor]:
-    """The same weights, converted from the original format."""
+    """Return the same weights, converted from the original format."""
     folder = tmp_path_factory.mktemp("expected")
     convert_original(write_original(folder / "source", weights, SETTINGS), folder / "solo")
     return read(folder / "solo")
@@ -70,7 +70,7 @@ def test_identical_tensors_from_any_split(tensor, pipeline, weights, expected, t
 
 
 def test_names_from_before_the_first_training_step(weights, expected, tmp_path):
-    source = write_megatron(tmp_path / "megatron", weights, SETTINGS, 2, 1, PADDED, of_training=False)
+    source = write_megatron(tmp_path / "megatron", weights, SETTINGS, 2, 1, PADDED, is_trained=False)
     convert_megatron(source, tmp_path / "solo", vocabulary=ROWS)
     assert_identical(read(tmp_path / "solo"), expected)
 
@@ -155,7 +155,7 @@ def test_checkpoint_with_a_distributed_optimizer(weights, expected, tmp_path):
 
 
 def with_foreign_objects() -> dict:
-    """Objects of classes that are not installed: Megatron's enums and numpy's RNG states."""
+    """Return objects of classes that are not installed: Megatron's enums and numpy's RNG states."""
     import sys
     from enum import Enum
     from types import ModuleType
@@ -186,7 +186,7 @@ def test_objects_of_megatron_become_placeholders(weights, expected, tmp_path, mo
 
 
 class Code:
-    """Makes a folder when it is unpickled."""
+    """Object that makes a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -206,7 +206,7 @@ def refused(source: Path, tmp_path: Path, *mentioned: str) -> None:
     assert not list((tmp_path / "out").glob("**/*"))
 
 
-def test_code_is_refused_and_not_run(weights, tmp_path):
+def test_code_in_pickles_is_rejected_and_not_run(weights, tmp_path):
     trace = tmp_path / "trace"
     source = write_megatron(
         tmp_path / "megatron", weights, SETTINGS, 1, 1, PADDED, extra={"hook": Code(trace)}
@@ -230,7 +230,7 @@ def broken(weights, tmp_path):
     return make
 
 
-def test_missing_and_truncated_ranks_are_refused(broken, tmp_path):
+def test_missing_and_truncated_ranks_are_rejected(broken, tmp_path):
     source, file = broken(lambda content: None)
     file.write_bytes(file.read_bytes()[:5000])
     refused(source, tmp_path, str(file), "truncated")
@@ -238,7 +238,7 @@ def test_missing_and_truncated_ranks_are_refused(broken, tmp_path):
     refused(source, tmp_path, f"{file} is missing")
 
 
-def test_part_of_the_wrong_shape_is_refused(broken, tmp_path):
+def test_part_of_the_wrong_shape_is_rejected(broken, tmp_path):
     key = "layers.1.mlp.dense_4h_to_h.weight"
 
     def change(content):
@@ -248,12 +248,12 @@ def test_part_of_the_wrong_shape_is_refused(broken, tmp_path):
     refused(source, tmp_path, str(file), key, "[64, 23]", "down_proj")
 
 
-def test_missing_part_is_refused(broken, tmp_path):
+def test_missing_part_is_rejected(broken, tmp_path):
     source, _ = broken(lambda content: content["model"]["language_model"].pop("embed_vision_patch"))
     refused(source, tmp_path, "embed_vision_patch is in 1 of 2 parts only")
 
 
-def test_missing_arguments_missing_model_and_interleaved_pipelines_are_refused(weights, tmp_path):
+def test_missing_arguments_missing_model_and_interleaved_pipelines_are_rejected(weights, tmp_path):
     for member, said in (("args", "args"), ("model", "no language model")):
         source = write_megatron(tmp_path / member, weights, SETTINGS, 1, 1, PADDED, extra={member: None})
         refused(source, tmp_path, said)

@@ -199,7 +199,7 @@ def test_rows_of_the_weights_override_the_config(tmp_path):
     assert convert_original(source, tmp_path / "solo").vocabulary == ROWS
 
 
-def test_tokenizer_of_another_model_is_refused(tmp_path):
+def test_tokenizer_of_another_model_is_rejected(tmp_path):
     settings = original_settings(TEXT_TOKENS + 3, num_hidden_layers=1)
     source = write_original(tmp_path / "source", original_weights(settings), settings)
     write_sentencepiece(source, VISION)
@@ -207,7 +207,7 @@ def test_tokenizer_of_another_model_is_refused(tmp_path):
         convert_original(source, tmp_path / "solo")
 
 
-def test_broken_tokenizer_is_refused(tmp_path):
+def test_broken_tokenizer_is_rejected(tmp_path):
     settings = original_settings(ROWS, num_hidden_layers=1)
     source = write_original(tmp_path / "source", original_weights(settings), settings)
     (source / "tokenizer.model").write_bytes(b"no protocol buffer")
@@ -227,7 +227,7 @@ def test_without_tokenizer_no_processor_is_written(tmp_path, caplog):
 
 
 class Code:
-    """Makes a folder when it is unpickled."""
+    """Object that makes a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -262,7 +262,7 @@ def source(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_truncated_shard_is_refused(source, tmp_path, suffix):
+def test_truncated_shard_is_rejected(source, tmp_path, suffix):
     folder = source(suffix)
     file = next(folder.glob(f"*-00001-of-*.{suffix}"))
     cut(file)
@@ -276,7 +276,7 @@ def test_truncation_error_names_the_first_affected_key(source, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_missing_shard_is_refused(source, tmp_path, suffix):
+def test_missing_shard_is_rejected(source, tmp_path, suffix):
     folder = source(suffix)
     file = next(folder.glob(f"*-00002-of-*.{suffix}"))
     file.unlink()
@@ -284,20 +284,20 @@ def test_missing_shard_is_refused(source, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_wrong_shape_is_refused(source, tmp_path, suffix):
+def test_wrong_shape_is_rejected(source, tmp_path, suffix):
     key = "model.layers.0.mlp.up_proj.weight"
     folder = source(suffix, 1, weights={key: torch.zeros(48, 63)})
     refused(folder, tmp_path, f"model.{suffix}", key, "[48, 63]", "[48, 64]")
 
 
-def test_missing_and_unknown_keys_are_refused(source, tmp_path):
+def test_missing_and_unknown_keys_are_rejected(source, tmp_path):
     folder = source("safetensors", 1, num_hidden_layers=2)
     refused(folder, tmp_path, "lacks", "layers.1.")
     folder = source("safetensors", 1, weights={"model.vision_tower.weight": torch.zeros(2)})
     refused(folder, tmp_path, "model.vision_tower.weight", "not a weight of this model")
 
 
-def test_index_with_an_extra_key_is_refused(source, tmp_path):
+def test_index_with_an_extra_key_is_rejected(source, tmp_path):
     folder = source("safetensors")
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -308,7 +308,7 @@ def test_index_with_an_extra_key_is_refused(source, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [None, 2, 4])
-def test_pickle_with_code_is_refused_and_not_run(source, tmp_path, protocol):
+def test_pickle_with_code_is_rejected_and_not_run(source, tmp_path, protocol):
     trace = tmp_path / "trace"
     folder = source("bin", 1)
     file = folder / "pytorch_model.bin"
@@ -323,14 +323,14 @@ def test_pickle_with_code_is_refused_and_not_run(source, tmp_path, protocol):
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"PK\x03\x04 broken", b"\xff" * 9])
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_other_file_formats_are_refused(source, tmp_path, name, content):
+def test_other_file_formats_are_rejected(source, tmp_path, name, content):
     folder = source("safetensors", 1)
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(content)
     refused(folder, tmp_path, name)
 
 
-def test_missing_weights_broken_config_and_other_models_are_refused(source, tmp_path, original):
+def test_missing_weights_broken_config_and_other_models_are_rejected(source, tmp_path, original):
     folder = source("safetensors", 1, architectures=["MistralForCausalLM"])
     refused(folder, tmp_path, "not a checkpoint of the original SOLO code")
     (folder / "config.json").write_text("{")

@@ -1,4 +1,4 @@
-"""A mixture of captions and texts whose counts follow from the sizes and words that it was made of."""
+"""Mixture of captions and texts with known counts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import yaml
 from PIL import Image
 from tests.factories import png
 
-LENGTH = 64  # tokens of a packed sequence
+LENGTH = 64  # tokens per packed sequence
 SIZES = {(32, 32): 3, (64, 32): 4, (33, 64): 7, (96, 90): 13}  # width, height -> tokens of the layout
 
 
 @dataclass
 class Made:
-    """Where the mixture is, and what it holds.
+    """Mixture with its expected counts.
 
     Attributes:
-        file: Of the mixture.
-        captions: (tokens of the image's layout, tokens of text) of each caption.
+        file: File of the mixture.
+        captions: (image tokens, text tokens) of each caption.
         texts: Tokens of each text.
     """
 
@@ -80,11 +80,11 @@ def made(tmp_path_factory, solo) -> Made:
 
 @pytest.fixture
 def broken(tmp_path, made, picture) -> Path:
-    """A mixture file over rows that cannot be used, one for each reason but two without messages."""
+    """Return a mixture file with unusable rows, one per reason but two without messages."""
     good = png(picture(64, 64))
     rows = [
         caption(good, "a red circle"),
-        caption(good[:200], "cut short"),
+        caption(good[:200], "truncated"),
         caption(png(picture(512, 512)), "too long for the packed sequence"),
         {"messages": [], "images": []},
         {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}], "images": []},

@@ -1,4 +1,4 @@
-"""A mixture of images, texts and captions, and processes that read it and may be killed at any time."""
+"""Mixture of images, texts and captions, and reader processes that may be killed at any time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WORDS = ["red", "circle", "blue", "square", "seven", "what", "hello", "world"]
 
 
 def write_run(folder: Path, solo) -> int:
-    """A model and three sources of different sizes, with something broken; the number of good samples."""
+    """Write a model and three sources with some broken rows; return the number of valid samples."""
     solo.save(folder / "model")
     rng = np.random.default_rng(0)
 
@@ -72,7 +72,7 @@ def write_run(folder: Path, solo) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What to read and how; a plain object for processes."""
+    """Settings of a run, picklable for processes."""
 
     folder: Path
     weight_by: str = "tokens"
@@ -101,7 +101,7 @@ class Run:
 def digests(
     loader: PackedLoader, rank: int, ranks: int, slots: int, state: dict | None = None
 ) -> Iterator[tuple[int, str]]:
-    """Each of a rank's slots up to `slots`, with a hash of its batch and the state of its stream after it."""
+    """Yield each of a rank's slots up to `slots`, with a hash of its batch and of its stream's state."""
     first = 0
     if state is not None:
         loader.load_state_dict(state)
@@ -117,7 +117,7 @@ def digests(
 
 
 def steps(loaders: list[PackedLoader], size: int) -> list[list[tuple[str, ...]]]:
-    """Names of the samples of each step of `size` packed sequences; a thread for each rank's process."""
+    """Return the sample names of each step of `size` packed sequences, with one thread per rank."""
     told = [([], True)] * len(loaders)
     barrier = threading.Barrier(len(loaders))
 
@@ -141,12 +141,12 @@ def steps(loaders: list[PackedLoader], size: int) -> list[list[tuple[str, ...]]]
 def read_rank(
     run: Run, rank: int, ranks: int, workers: int, slots: int, state: dict | None, out: Path
 ) -> None:
-    """Read a rank's slots; write a line for each, and now and then a state.
+    """Read a rank's slots; write a line per slot, and a state at intervals.
 
-    To be run in a process, which leads a group of its own: it can be killed together with its workers.
+    Runs in a process that leads its own group, so that it can be killed together with its workers.
     """
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # workers that need not import everything again
+    multiprocessing.set_start_method("fork", force=True)  # workers need not import everything again
     torch.set_num_threads(1)
     loader = run.loader(rank, ranks, workers)
     with (out / f"{rank}.jsonl").open("w") as lines:
@@ -159,7 +159,7 @@ def read_rank(
 
 
 def last_state(out: Path, ranks: int) -> dict | None:
-    """The newest state that all ranks have left, as one."""
+    """Return the newest state that all ranks have written, merged; None if there is none."""
     for done in sorted({int(file.name.split("-")[1]) for file in out.glob("state-*")}, reverse=True):
         files = [out / f"state-{done}-{rank}.json" for rank in range(ranks)]
         if all(file.exists() for file in files):
@@ -168,7 +168,7 @@ def last_state(out: Path, ranks: int) -> dict | None:
 
 
 def lines_of(out: Path) -> dict[int, str]:
-    """Digest of each slot that was read; a line that was cut off by a kill is none."""
+    """Return the digest of each slot that was read, ignoring a line truncated by a kill."""
     lines = [line for file in out.glob("*.jsonl") for line in file.read_text().split("\n")[:-1]]
     return dict(map(json.loads, lines))
 

@@ -1,4 +1,4 @@
-"""The benchmark of the data path runs, on photographs of the caller's, too."""
+"""Data path benchmark: it runs on its own photographs and on given ones."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ TINY = ["--photographs", "4", "--rounds", "1", "--sequences", "1", "--length", "
 
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
-def test_the_benchmark_prints_what_it_promises(tmp_path, own):
+def test_script_prints_its_results(tmp_path, own):
     for index in range(2):
         Image.effect_noise((500, 375), 50).convert("RGB").save(tmp_path / f"{index}.jpg")
     images = ["--images", str(tmp_path)] if own else []
@@ -25,7 +25,9 @@ def test_the_benchmark_prints_what_it_promises(tmp_path, own):
     assert results["photographs"] == (2 if own else 4)
     for name in ("images_per_second", "whole_over_decode_only", "whole_over_pillow"):
         assert results[name] > 0
-    assert 0.9 < results["bytes_on_disk_over_jpeg"] < 1.1  # four images are little beside a file's metadata
+    assert (
+        0.9 < results["bytes_on_disk_over_jpeg"] < 1.1
+    )  # the file's metadata is not negligible for four images
     assert results["most_levels_from_pillow"] <= 1
     assert set(results["loader_images_per_second"]) == {"0", "1", "2"}
     assert len(results["loader_memory_mb"]) == 2

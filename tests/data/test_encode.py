@@ -1,4 +1,4 @@
-"""What is supervised in an encoded sample."""
+"""Supervised tokens of encoded samples."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from solo_vlm.data.encode import IGNORE_INDEX, Document, Encoder
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.models.from_llm import compose
 
-EOS_LAST = (  # <|im_end|> between turns, EOS behind the chat, as in OLMo 3
+EOS_LAST = (  # <|im_end|> between turns, EOS after the chat, as in OLMo 3
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
     "{% if m['role'] == 'assistant' and loop.last %}{{ eos_token }}{% else %}{{ '<|im_end|>\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-EOS_BEHIND = (  # <|im_end|> after every turn, EOS behind the loop
+EOS_AFTER_LOOP = (  # <|im_end|> after every turn, EOS after the loop
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% else %}{{ eos_token }}{% endif %}"
@@ -28,7 +28,7 @@ def sample_of(*turns: tuple[str, str]):
 
 
 def supervised(processor, document) -> list[str]:
-    """What is supervised, in one string a stretch, without white space."""
+    """Return the supervised text, one string per run of tokens, without white space."""
     starts = np.flatnonzero(np.diff(document.labels != IGNORE_INDEX, prepend=False))
     stretches = [piece for piece in np.split(document.labels, starts) if piece[0] != IGNORE_INDEX]
     return ["".join(processor.tokenizer.decode(piece).split()) for piece in stretches]
@@ -36,9 +36,9 @@ def supervised(processor, document) -> list[str]:
 
 @pytest.mark.parametrize(
     ("template", "expected"),
-    [(EOS_LAST, ["a1<|im_end|>", "a2</s>"]), (EOS_BEHIND, ["a1<|im_end|>", "a2<|im_end|>"])],
+    [(EOS_LAST, ["a1<|im_end|>", "a2</s>"]), (EOS_AFTER_LOOP, ["a1<|im_end|>", "a2<|im_end|>"])],
 )
-def test_with_eos_only_behind_the_chat_the_answers_alone_are_supervised(template, expected):
+def test_only_answers_are_supervised_if_eos_only_ends_the_chat(template, expected):
     llm, tokenizer = make_llm()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     llm.resize_token_embeddings(len(tokenizer))
@@ -50,12 +50,12 @@ def test_with_eos_only_behind_the_chat_the_answers_alone_are_supervised(template
     assert [text.count(said) for said in ("q1", "a1", "q2", "a2")] == [1, 1, 1, 1]
 
 
-def test_a_chat_that_begins_with_the_assistant_is_trained_on(solo):
+def test_chat_starting_with_the_assistant_is_encoded(solo):
     document = Encoder(solo.processor)(sample_of(("assistant", "a0"), ("user", "q1"), ("assistant", "a1")))
     assert supervised(solo.processor, document) == ["a0</s>", "a1</s>"]
 
 
-def test_all_system_messages_are_kept_or_the_row_is_skipped_with_the_reason(solo):
+def test_system_messages_are_kept_or_the_row_is_rejected(solo):
     encoder = Encoder(solo.processor)
     document = encoder(sample_of(("system", "s1"), ("system", "s2"), ("user", "q"), ("assistant", "a")))
     text = solo.processor.tokenizer.decode(document.input_ids).replace(" ", "")
@@ -64,7 +64,7 @@ def test_all_system_messages_are_kept_or_the_row_is_skipped_with_the_reason(solo
         encoder(sample_of(("system", "s1"), ("assistant", "a")))
 
 
-def test_patches_and_grids_of_a_document_must_agree(solo, picture):
+def test_document_with_inconsistent_grids_is_rejected(solo, picture):
     image = {"type": "image", "image": png(picture(64, 64))}
     sample = parse_sample({"messages": [{"role": "assistant", "content": [image]}]})
     document = Encoder(solo.processor)(sample)
@@ -75,7 +75,7 @@ def test_patches_and_grids_of_a_document_must_agree(solo, picture):
 
 
 @pytest.mark.parametrize("turns", ["document", "chat"])
-def test_vision_loss_adds_the_tokens_of_images_and_nothing_else(solo, picture, turns):
+def test_vision_loss_only_adds_image_tokens(solo, picture, turns):
     image, answer = {"type": "image", "image": png(picture(64, 64))}, {"type": "text", "text": "a red circle"}
     if turns == "document":
         messages = [{"role": "assistant", "content": [image, answer]}]
@@ -92,14 +92,14 @@ def test_vision_loss_adds_the_tokens_of_images_and_nothing_else(solo, picture, t
     np.testing.assert_array_equal(np.delete(more.labels, layout), np.delete(plain.labels, layout))
 
 
-def test_chat_without_a_turn_of_the_assistant_is_unsupervised(solo):
+def test_chat_without_an_assistant_turn_is_rejected(solo):
     sample = sample_of(("user", "what is this?"))
     with pytest.raises(SampleError, match="turns are empty") as error:
         Encoder(solo.processor)(sample)
     assert error.value.reason == "unsupervised"
 
 
-def test_tokens_of_images_are_enough_to_learn_from_where_they_are_supervised(solo, picture):
+def test_image_tokens_alone_suffice_with_vision_loss(solo, picture):
     sample = parse_sample({"messages": ask("what?", png(picture(64, 64)))})
     assert (Encoder(solo.processor, vision_loss=True)(sample).labels != IGNORE_INDEX).sum() == 7
     with pytest.raises(SampleError, match="unsupervised"):

@@ -1,4 +1,4 @@
-"""Images named by path or URL: what may pass is tried again and then raised, what cannot is a bad sample."""
+"""Images by path or URL: transient errors are retried and then raised, permanent ones are bad samples."""
 
 import errno
 import threading
@@ -48,7 +48,7 @@ def caption(image) -> Sample:
     return Sample([{"role": "assistant", "content": content}], [image])
 
 
-def test_a_server_that_recovers_loses_nothing(solo, site):
+def test_recovering_server_is_retried(solo, site):
     fetched = encode(caption(f"{site}/recovers.png"), solo.processor)
     assert _Site.asked == 3
     expected = encode(caption(PICTURE), solo.processor)
@@ -56,7 +56,7 @@ def test_a_server_that_recovers_loses_nothing(solo, site):
     np.testing.assert_array_equal(fetched.input_ids, expected.input_ids)
 
 
-def test_a_server_that_stays_down_is_an_error_and_no_skipped_sample(solo, site):
+def test_permanent_server_failure_is_raised_not_skipped(solo, site):
     with pytest.raises(OSError, match=r"down\.png: HTTP 503") as caught:
         encode(caption(f"{site}/down.png"), solo.processor)
     assert not isinstance(caught.value, SampleError)
@@ -64,7 +64,7 @@ def test_a_server_that_stays_down_is_an_error_and_no_skipped_sample(solo, site):
 
 
 @pytest.mark.parametrize("page", ["none.png", "gone.png"])
-def test_a_page_that_is_not_there_is_a_bad_sample(solo, site, page):
+def test_missing_page_is_a_bad_sample(solo, site, page):
     with pytest.raises(SampleError, match=rf"{page}: HTTP 4") as caught:
         encode(caption(f"{site}/{page}"), solo.processor)
     assert caught.value.reason == "image"
@@ -72,7 +72,7 @@ def test_a_page_that_is_not_there_is_a_bad_sample(solo, site, page):
 
 
 @pytest.mark.parametrize("name", ["none.png", "folder", "folder/a.png/b.png", "x" * 5000, "nul\0"])
-def test_a_file_that_is_not_there_is_a_bad_sample(solo, tmp_path, name):
+def test_missing_file_is_a_bad_sample(solo, tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.png").write_bytes(PICTURE)
     with pytest.raises(SampleError) as caught:
@@ -80,14 +80,14 @@ def test_a_file_that_is_not_there_is_a_bad_sample(solo, tmp_path, name):
     assert caught.value.reason == "image"
 
 
-def test_a_disk_that_recovers_loses_nothing(solo, tmp_path, monkeypatch):
+def test_recovering_disk_is_retried(solo, tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(PICTURE)
     failures = iter([errno.EIO, errno.ESTALE])
     opened = type(tmp_path).open
 
     def flaky(path, *arguments, **options):
         if number := next(failures, None):
-            raise OSError(number, "the disk is away")
+            raise OSError(number, "the disk is offline")
         return opened(path, *arguments, **options)
 
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
@@ -99,7 +99,7 @@ def test_a_disk_that_recovers_loses_nothing(solo, tmp_path, monkeypatch):
     assert next(failures, None) is None
 
 
-def test_image_far_away_is_read_and_a_missing_one_is_a_bad_sample(solo):
+def test_remote_image_is_read_and_a_missing_one_is_a_bad_sample(solo):
     fsspec.filesystem("memory").pipe("memory://rows/a.png", PICTURE)
     document = encode(caption("memory://rows/a.png"), solo.processor)
     np.testing.assert_array_equal(

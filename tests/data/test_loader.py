@@ -1,4 +1,4 @@
-"""Packed batches on any number of ranks and workers: the same order, to the very end and after any kill."""
+"""Loader: the same order for any number of ranks and workers, to the end and after any kill."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KILLS = 20
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, solo):
-    """Folder of a run, and how many good samples its sources have."""
+    """Return the folder of a run, and the number of valid samples in its sources."""
     folder = tmp_path_factory.mktemp("run")
     return folder, write_run(folder, solo)
 
@@ -55,7 +55,7 @@ def run(written, request):
 
 @pytest.fixture(scope="module")
 def whole(run):
-    """Digests of the uninterrupted run in one process, with empty batches up to the end of all streams."""
+    """Return digests of the uninterrupted run in one process, with empty batches until all streams end."""
     loader = run.loader()
     for _ in loader:
         pass
@@ -66,7 +66,7 @@ def is_empty(batch) -> bool:
     return bool((batch["labels"] == IGNORE_INDEX).all())
 
 
-def test_two_epochs_see_every_sample_twice(written, run):
+def test_two_epochs_yield_every_sample_twice(written, run):
     loader, seen = run.loader(), Counter()
     while not loader.ended:
         for sequence in loader.take(3):
@@ -81,7 +81,7 @@ def test_two_epochs_see_every_sample_twice(written, run):
 
 
 @pytest.mark.parametrize("size", [1, 3, 6, 16])
-def test_steps_are_full_to_the_last_and_the_same_for_any_layout(run, size):
+def test_steps_are_full_and_equal_for_any_layout(run, size):
     expected = steps([run.loader()], size)
     assert all(len(step) == size for step in expected[:-1])
     total = sum(len(step) for step in expected)
@@ -95,7 +95,7 @@ def test_steps_are_full_to_the_last_and_the_same_for_any_layout(run, size):
     [*(("tokens", *layout) for layout in LAYOUTS), ("sequences", 1, 2)],
     indirect=["run"],
 )
-def test_layouts_share_one_order_to_the_end(run, whole, ranks, workers):
+def test_order_is_independent_of_ranks_and_workers(run, whole, ranks, workers):
     read = {}
     for rank in range(ranks):
         read |= digests(run.loader(rank, ranks, workers), rank, ranks, len(whole))
@@ -111,8 +111,8 @@ def test_threads_do_not_change_the_order(run, whole, workers, threads):
     assert dict(digests(threaded.loader(workers=workers), 0, 1, len(whole))) == whole
 
 
-def test_streams_that_have_ended_leave_empty_slots(run):
-    """Where a stream's sequences stand does not depend on when others end."""
+def test_ended_streams_leave_empty_slots(run):
+    """The slots of a stream do not depend on when others end."""
     loader, filled = run.loader(), Counter()
     holes = 0
     while not loader.ended:
@@ -122,12 +122,12 @@ def test_streams_that_have_ended_leave_empty_slots(run):
             continue
         assert slot // STREAMS == filled[slot % STREAMS]
         filled[slot % STREAMS] += 1
-    assert holes > STREAMS  # else this would show nothing
+    assert holes > STREAMS  # otherwise the test would be vacuous
     assert filled.total() == loader.counts()["sequences"] == sum(1 for _ in run.loader())
     assert loader.take(STREAMS) == []
 
 
-def test_an_empty_batch_is_padding_alone(run):
+def test_empty_batch_is_padding_only(run):
     batch = run.loader().empty_batch()
     assert batch["input_ids"].tolist() == [[0] * LENGTH]
     assert batch["labels"].tolist() == [[IGNORE_INDEX] * LENGTH]
@@ -137,8 +137,8 @@ def test_an_empty_batch_is_padding_alone(run):
     assert batch["cu_seq_lens_q"].tolist() == [0, LENGTH]
 
 
-def test_a_run_cut_anywhere_goes_on_with_other_ranks(run, whole):
-    """Without processes, and so in no time; for those see the test that kills them."""
+def test_resume_at_any_slot_with_other_ranks_matches_uninterrupted_run(run, whole):
+    """Runs without processes, which `test_resume_after_sigkill_matches_uninterrupted_run` adds."""
     chance = random.Random(run.weight_by)
     for _ in range(4):
         ranks, later_ranks = chance.choices([1, 2, 4], k=2)
@@ -156,8 +156,8 @@ def test_a_run_cut_anywhere_goes_on_with_other_ranks(run, whole):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("run", ["tokens"], indirect=True)
-def test_killed_runs_go_on_exactly(run, whole, tmp_path):
-    """Ranks are processes; they and their workers are killed wherever they are, also while writing."""
+def test_resume_after_sigkill_matches_uninterrupted_run(run, whole, tmp_path):
+    """Ranks are processes; they and their workers are killed at any time, also while writing."""
     chance = random.Random(0)
     killed = 0
     for trial in range(3 * KILLS):  # some end before they are killed
@@ -180,7 +180,7 @@ def test_killed_runs_go_on_exactly(run, whole, tmp_path):
 
 
 def start(run, layout, slots, state, out) -> list:
-    """A process for each rank."""
+    """Start one process per rank."""
     out.mkdir()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["solo_vlm.data.loader", "solo_vlm.models.solo.processing_solo"])
@@ -195,31 +195,31 @@ def start(run, layout, slots, state, out) -> list:
 
 
 def kill_at(lines: int, processes: list, out) -> bool:
-    """Kill all processes some moment after they have written that many lines; False where all had ended."""
+    """Kill all processes shortly after they have written some lines; return False if all had ended."""
     while len(lines_of(out)) < lines and any(process.is_alive() for process in processes):
         time.sleep(0.01)
     time.sleep(random.Random(lines).uniform(0, 0.05))
     alive = any(process.is_alive() for process in processes)
     for process in processes:
-        with contextlib.suppress(ProcessLookupError):  # it has ended, or has not come to lead its group
+        with contextlib.suppress(ProcessLookupError):  # it has ended, or does not lead its group yet
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join()
     return alive
 
 
-def test_a_state_holds_what_was_yielded_not_what_workers_have_read_ahead(run, whole):
+def test_state_excludes_prefetched_sequences(run, whole):
     loader = run.loader(workers=2)
     iterator = iter(loader)
     for _ in islice(iterator, 5):
         pass
-    time.sleep(0.2)  # they read on
+    time.sleep(0.2)  # workers continue to prefetch
     assert loader.state_dict()["slots"] == 5
     assert len(loader.state_dict()["streams"]) == 5
     assert dict(digests(run.loader(), 0, 1, 6, loader.state_dict())) == {5: whole[5]}
 
 
-def test_states_that_do_not_fit_are_refused(run):
+def test_incompatible_states_are_rejected(run):
     one, other = run.loader(0, 2), run.loader(1, 2)
     one.take(2)
     with pytest.raises(SoloError, match="same position"):
@@ -227,7 +227,7 @@ def test_states_that_do_not_fit_are_refused(run):
     other.take(2)
     merged = PackedLoader.merge([one.state_dict(), other.state_dict()])
     assert merged["slots"] == 2
-    merged["data"].pop("order")  # as it was before orders had a version
+    merged["data"].pop("order")  # as in states from before order versions
     with pytest.raises(SoloError, match="a version of solo-vlm that reads data in another order"):
         run.loader(0, 4).load_state_dict(merged)
 
@@ -250,7 +250,7 @@ def test_changed_data_is_rejected_by_source_name(run, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_users_error_in_a_worker_is_one_line_as_everywhere(workers):
+def test_user_error_in_a_worker_is_raised_unchanged(workers):
     loader = PackedLoader(_refuse, STREAMS, LENGTH, 0, workers=workers)
     with pytest.raises(SoloError, match=r"\Astream 0 is closed\Z"):
         next(iter(loader))
@@ -261,16 +261,16 @@ def _refuse(index: int) -> VirtualStream:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_opencv_starts_no_threads_beside_those_of_the_loader(workers):
+def test_opencv_threads_are_disabled_in_readers(workers):
     before = cv2.getNumThreads()
     cv2.setNumThreads(2)
     try:
-        loader = PackedLoader(_tell_threads, STREAMS, LENGTH, 0, workers=workers)
+        loader = PackedLoader(_report_threads, STREAMS, LENGTH, 0, workers=workers)
         with pytest.raises(SoloError, match=r"\A1 thread\Z"):
             next(iter(loader))
     finally:
         cv2.setNumThreads(before)
 
 
-def _tell_threads(index: int) -> VirtualStream:
+def _report_threads(index: int) -> VirtualStream:
     raise SoloError(f"{cv2.getNumThreads()} thread")

@@ -1,4 +1,4 @@
-"""The packer: nothing lost, nothing too long, well filled."""
+"""Packer: no item is lost, no pack overflows, packs are well filled."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=200)
 
 
 @given(LENGTHS, st.integers(1, 40))
-def test_every_item_is_packed_once_and_no_pack_overflows(lengths, buffer_size):
+def test_every_item_is_packed_once_without_overflow(lengths, buffer_size):
     packs = pack(lengths, CAPACITY, buffer_size)
     assert sorted(item for items in packs for item in items) == list(range(len(lengths)))
     assert all(0 < sum(lengths[item] for item in items) <= CAPACITY for items in packs)
 
 
 @given(LENGTHS, st.integers(1, 40))
-def test_the_oldest_goes_first_and_the_longest_that_fits_takes_the_rest(lengths, buffer_size):
-    """Against a brute force that looks at every waiting item every time."""
+def test_oldest_item_is_packed_first_then_best_fit(lengths, buffer_size):
+    """The reference is a brute-force search over all waiting items."""
     waiting: list[int] = []
     packs: list[list[int]] = [[]]
 
@@ -47,8 +47,8 @@ def test_the_oldest_goes_first_and_the_longest_that_fits_takes_the_rest(lengths,
     assert pack(lengths, CAPACITY, buffer_size) == [items for items in packs if items]
 
 
-def test_short_items_do_not_wait_for_long_ones():
-    """The first packs hold items of all lengths in their shares, whatever the buffer."""
+def test_short_items_are_not_delayed():
+    """The first packs contain items of all lengths in proportion, with any buffer."""
     lengths = np.random.default_rng(0).integers(8, 14, 2_000)
     first = [item for items in pack(lengths.tolist(), CAPACITY, buffer_size=128)[:20] for item in items]
     assert max(abs(place - item) for place, item in enumerate(first)) < 32
@@ -56,7 +56,7 @@ def test_short_items_do_not_wait_for_long_ones():
 
 
 @given(LENGTHS, st.data())
-def test_a_restored_packer_goes_on_alike(lengths, data):
+def test_restored_packer_continues_identically(lengths, data):
     cut = data.draw(st.integers(0, len(lengths)))
     whole = Packer(CAPACITY, 8)
     for item, length in enumerate(lengths[:cut]):
@@ -69,16 +69,16 @@ def test_a_restored_packer_goes_on_alike(lengths, data):
 
 
 @pytest.mark.parametrize("length", [0, CAPACITY + 1])
-def test_what_cannot_be_packed_is_refused(length):
+def test_item_of_invalid_length_is_rejected(length):
     with pytest.raises(ValueError, match=f"{length} tokens"):
         pack([length], CAPACITY)
 
 
-def test_sequences_are_full():
-    """Captions of photographs and web texts at the paper's length; 128 documents to choose from."""
+def test_realistic_sequences_are_full():
+    """Documents are captions of photographs and web texts, at the paper's length with the default buffer."""
     rng = np.random.default_rng(0)
     captions, texts = rng.integers(150, 350, 20_000), rng.geometric(1 / 1200, 3_000).clip(1, 32_768)
     lengths = rng.permutation(np.concatenate([captions, texts])).tolist()
     packs = pack(lengths, 32_768, buffer_size=128)
     fill = [sum(lengths[i] for i in items) / 32_768 for items in packs]
-    assert np.mean(fill[:-4]) >= 0.997  # the last ones are what was left
+    assert np.mean(fill[:-4]) >= 0.997  # the last packs contain the remainder

@@ -1,4 +1,4 @@
-"""What a sample may look like, and what is said of one that may not."""
+"""Supported row formats, and errors about others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMAGE = {"type": "image", "text": None}
         ({"type": "image_url", "image_url": "https://x/a.png"}, "https://x/a.png"),
     ],
 )
-def test_an_image_part_may_carry_its_image(part, source):
+def test_image_part_may_contain_its_image(part, source):
     sample = parse_sample(user(part, TEXT))
     assert sample.images == [source]
     assert sample.messages[0]["content"] == [{"type": "image"}, TEXT]
@@ -34,13 +34,13 @@ def test_an_image_part_may_carry_its_image(part, source):
 @pytest.mark.parametrize(
     "stored", [b"jpeg", "a.png", {"bytes": b"jpeg", "path": None}, {"bytes": None, "path": "a.png"}]
 )
-def test_image_parts_take_the_rows_images_in_order(stored):
+def test_image_parts_take_the_images_of_the_row_in_order(stored):
     sample = parse_sample({**user(IMAGE, TEXT, IMAGE), "images": [stored, "second.png"]})
     assert sample.images[0] in (b"jpeg", "a.png")
     assert sample.images[1] == "second.png"
 
 
-def test_a_string_is_one_text_part():
+def test_string_content_is_one_text_part():
     row = {"id": 7, "messages": [{"role": "assistant", "content": "hi"}], "other": 1}
     sample = parse_sample(row)
     assert sample.messages == [{"role": "assistant", "content": [TEXT]}]
@@ -60,13 +60,13 @@ def test_a_string_is_one_text_part():
         ({**user(TEXT), "images": ["a.png"]}, "image-count", "more images than image parts"),
     ],
 )
-def test_a_broken_row_says_where(row, reason, message):
+def test_broken_row_error_names_the_field(row, reason, message):
     with pytest.raises(SampleError, match=message) as error:
         parse_sample(row)
     assert error.value.reason == reason
 
 
-# --- images without a part of their own ---------------------------------------------------------------
+# --- images without a separate part -------------------------------------------------------------------
 
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
@@ -84,7 +84,7 @@ def chat(question: object, *more: dict, **columns: object) -> dict:
 
 
 def shown(row: dict) -> tuple[list[str], list]:
-    """Texts of the turns with [] for an image, and the images."""
+    """Return the texts of the turns with [] for an image, and the images."""
     sample = parse_sample(row)
     texts = ["|".join(part.get("text", "[]") for part in m["content"]) for m in sample.messages]
     return texts, sample.images
@@ -104,24 +104,24 @@ def shown(row: dict) -> tuple[list[str], list]:
     ],
 )
 def test_image_column_comes_before_the_users_first_text(value, image):
-    assert shown(chat("What colour?", image=value)) == (["Be brief.", "[]|What colour?", "red"], [image])
+    assert shown(chat("What color?", image=value)) == (["Be brief.", "[]|What color?", "red"], [image])
     document = {"messages": [{"role": "assistant", "content": "a red dot"}], "image": value}
     assert shown(document) == (["[]|a red dot"], [image])
 
 
 @pytest.mark.parametrize("columns", [{"image": ["a", "b"]}, {"images": ["a", "b"]}])
-def test_images_stand_where_the_text_has_marks(columns):
+def test_images_replace_placeholders_in_text(columns):
     more = ({"role": "user", "content": "And <image>?"}, {"role": "assistant", "content": "blue"})
-    row = chat("<image>\nWhat colour?", *more, **columns)
-    assert shown(row) == (["Be brief.", "[]|What colour?", "red", "And|[]|?", "blue"], ["a", "b"])
+    row = chat("<image>\nWhat color?", *more, **columns)
+    assert shown(row) == (["Be brief.", "[]|What color?", "red", "And|[]|?", "blue"], ["a", "b"])
 
 
-def test_image_column_fills_the_part_that_waits_for_it():
+def test_image_column_fills_an_empty_image_part():
     assert shown(chat([TEXT, IMAGE], image="a.png")) == (["Be brief.", "hi|[]", "red"], ["a.png"])
     assert shown(chat([TEXT, IMAGE], image="a.png", images=["a.png"]))[1] == ["a.png"]
 
 
-def test_message_may_hold_its_own_images():
+def test_message_may_have_its_own_images():
     first = {"role": "user", "content": "What?", "images": ["a.png"]}
     second = {"role": "user", "content": "This <image> or <image>?", "image": ["b.png", "c.png"]}
     answer = {"role": "assistant", "content": "red"}
@@ -132,7 +132,7 @@ def test_message_may_hold_its_own_images():
 
 @pytest.mark.parametrize("empty", [None, float("nan"), "", b"", [], {"bytes": None, "path": None}])
 @pytest.mark.parametrize("column", ["image", "images"])
-def test_empty_image_column_is_no_image(column, empty):
+def test_empty_image_column_is_ignored(column, empty):
     assert shown(chat("What?", **{column: empty})) == (["Be brief.", "What?", "red"], [])
 
 
@@ -166,7 +166,7 @@ def test_empty_image_column_is_no_image(column, empty):
         (chat([{"type": "image_url", "image_url": {"url": None}}, TEXT]), "image-count", "more image parts"),
     ],
 )
-def test_images_that_have_no_clear_place_are_refused(row, reason, message):
+def test_ambiguous_images_are_rejected(row, reason, message):
     with pytest.raises(SampleError, match=message) as error:
         parse_sample(row)
     assert error.value.reason == reason
@@ -192,7 +192,7 @@ def test_unknown_column_that_looks_like_an_image_is_named(value):
     row["messages"][1]["photo"] = value
     with pytest.raises(SampleError, match=r"messages\.1\.photo looks like an image"):
         parse_sample(row)
-    assert shown(chat("What?", image="a.png", photo=value))[1] == ["a.png"]  # it has its image
+    assert shown(chat("What?", image="a.png", photo=value))[1] == ["a.png"]  # the row has its image
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_other_unknown_columns_are_ignored(value):
     assert shown(chat("What <image> tags are", meta=value))[1] == []
 
 
-# --- odd text and ids ---------------------------------------------------------------------------------
+# --- invalid text and IDs -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_other_unknown_columns_are_ignored(value):
         ({"$oid": 1}, "{'$oid': 1}"),
     ],
 )
-def test_row_is_used_whatever_its_id(value, name):
+def test_row_is_used_with_any_id(value, name):
     assert parse_sample(chat("What?", id=value)).id == name
 
 
@@ -232,7 +232,7 @@ def test_row_is_used_whatever_its_id(value, name):
         chat([{"type": "image", "image_url": {"url": "https://x/\ud83d.png"}}]),
     ],
 )
-def test_lone_surrogate_is_refused_in_printable_words(row):
+def test_lone_surrogate_error_is_printable(row):
     with pytest.raises(SampleError) as error:
         parse_sample(row)
     assert error.value.reason == "schema"

@@ -1,4 +1,4 @@
-"""Files of every format, whole, broken and behind an unreliable disk."""
+"""Files of every format: intact, broken, and on an unreliable disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMPRESS = {
 
 
 def arrow_compressed(data: bytes, codec: str) -> bytes:
-    """A stream as the codec's own tool writes it (lz4: the frame format)."""
+    """Compress like the codec's own tool (lz4: the frame format)."""
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, codec) as stream:
         stream.write(data)
@@ -53,7 +53,7 @@ def parquet_bytes() -> bytes:
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_json_lines_plain_and_compressed(tmp_path, suffix):
+def test_json_lines_are_read_plain_and_compressed(tmp_path, suffix):
     (tmp_path / f"x{suffix}").write_bytes(COMPRESS[suffix](LINES))
     source = open_source(tmp_path / f"x{suffix}")
     assert texts(source) == [f"row {i}" for i in range(600)]
@@ -96,7 +96,7 @@ def test_webdataset_captions_and_chats(tmp_path, picture):
         rows[3]
 
 
-def test_relative_images_count_from_the_file(tmp_path):
+def test_relative_image_paths_refer_to_the_folder_of_the_file(tmp_path):
     parts = [{"type": "image", "path": "p/1.png"}, {"type": "image"}, {"type": "image"}]
     row = {"messages": [{"role": "user", "content": parts}], "images": ["2.png", "https://x/3.png"]}
     (tmp_path / "x.jsonl").write_text(json.dumps(row))
@@ -104,7 +104,7 @@ def test_relative_images_count_from_the_file(tmp_path):
     assert sample.images == [f"{tmp_path}/p/1.png", f"{tmp_path}/2.png", "https://x/3.png"]
 
 
-def test_relative_images_of_parquet_and_tar_count_from_the_file(tmp_path, monkeypatch):
+def test_relative_image_paths_in_parquet_and_tar_refer_to_the_folder_of_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
     turn = {"role": "user", "content": content}
@@ -145,7 +145,7 @@ COMMON_IMAGES = {
 }
 
 
-def test_image_suffixes_are_all_that_the_library_reads():
+def test_image_suffixes_cover_what_pillow_reads():
     assert {f".{suffix}" for suffix in COMMON_IMAGES} <= image_suffixes()
     Image.init()
     opened = {
@@ -156,7 +156,7 @@ def test_image_suffixes_are_all_that_the_library_reads():
 
 
 @pytest.mark.parametrize("suffix", sorted([*COMMON_IMAGES, "JPEG", "svg", "seg.png"]))
-def test_image_suffix_of_a_tar_is_an_image(tmp_path, suffix):
+def test_tar_member_with_image_suffix_is_an_image(tmp_path, suffix):
     (tmp_path / "x.tar").write_bytes(tar_bytes({f"1.{suffix}": b"content", "1.txt": b"a cat"}))
     sample = parse_sample(open_source(tmp_path / "x.tar").read(0)[0])
     assert sample.images == [b"content"]
@@ -164,7 +164,7 @@ def test_image_suffix_of_a_tar_is_an_image(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("file_format", ["AVIF", "JPEG2000", "WEBP"])
-def test_image_of_a_tar_is_read_or_its_row_is_a_counted_skip(tmp_path, solo, file_format):
+def test_tar_image_is_read_or_its_row_is_skipped_and_counted(tmp_path, solo, file_format):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "image", file_format)
     suffix = {"AVIF": "avif", "JPEG2000": "jp2", "WEBP": "webp"}[file_format]
     data = (tmp_path / "image").read_bytes()
@@ -191,14 +191,14 @@ def test_image_of_a_tar_is_read_or_its_row_is_a_counted_skip(tmp_path, solo, fil
         ({"1.png": b"", "1.txt": b"a cat"}, "schema"),
     ],
 )
-def test_caption_never_comes_without_its_image(tmp_path, members, reason):
+def test_caption_is_never_read_without_its_image(tmp_path, members, reason):
     (tmp_path / "x.tar").write_bytes(tar_bytes(members))
     with pytest.raises(SampleError) as error:
         parse_sample(open_source(tmp_path / "x.tar").read(0)[0])
     assert error.value.reason == reason
 
 
-def test_two_members_of_one_name_are_refused(tmp_path):
+def test_duplicate_tar_members_are_rejected(tmp_path):
     members = [("1.png", b"a"), ("1.txt", b"cat"), ("1.png", b"b"), ("1.txt", b"dog")]
     (tmp_path / "x.tar").write_bytes(tar_bytes(members))
     with pytest.raises(SampleError, match="duplicate"):
@@ -206,13 +206,13 @@ def test_two_members_of_one_name_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("caption", [b"\xef\xbb\xbfa cat\r\n", b"a cat\n", b"\xef\xbb\xbfa cat"])
-def test_bom_and_line_ends_are_no_part_of_a_caption(tmp_path, caption):
+def test_bom_and_line_ends_are_stripped_from_captions(tmp_path, caption):
     (tmp_path / "x.tar").write_bytes(tar_bytes({"1.png": b"x", "1.txt": caption}))
     sample = parse_sample(open_source(tmp_path / "x.tar").read(0)[0])
     assert sample.messages[0]["content"][1]["text"] == "a cat"
 
 
-def test_member_images_outrank_names_in_the_json_of_a_tar(tmp_path):
+def test_tar_member_images_override_paths_in_json(tmp_path):
     chat = {
         "messages": [{"role": "user", "content": "<image>\nWhat?"}],
         "image": "1.png",
@@ -224,7 +224,7 @@ def test_member_images_outrank_names_in_the_json_of_a_tar(tmp_path):
 
 @pytest.mark.parametrize("depth", [300, 3_000, 100_000])
 @pytest.mark.parametrize("column", ["messages", "images", "image", "meta"])
-def test_deep_json_costs_at_most_its_row(tmp_path, depth, column):
+def test_deeply_nested_json_affects_only_its_row(tmp_path, depth, column):
     turns = json.dumps({"messages": [{"role": "user", "content": "a"}]})
     deep = f'{turns[:-1]}, "{column}": {"[" * depth}{"]" * depth}}}'
     (tmp_path / "x.jsonl").write_text(f"{turns}\n{deep}\n{turns}\n")
@@ -238,7 +238,7 @@ def test_deep_json_costs_at_most_its_row(tmp_path, depth, column):
         assert column == "meta"
 
 
-def test_release_rows_keep_their_image(tmp_path):
+def test_original_rows_keep_their_image(tmp_path):
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "a cat"}]
     lines = [{"id": 1, "conversations": turns, "image": "a.png"}, {**turns[1], "image": "a.png"}]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -246,7 +246,7 @@ def test_release_rows_keep_their_image(tmp_path):
     assert [parse_sample(rows[i]).images for i in range(2)] == [[f"{tmp_path}/a.png"]] * 2
 
 
-def test_value_that_is_no_text_costs_one_row_of_a_parquet_file(tmp_path):
+def test_undecodable_value_affects_one_row_of_a_parquet_file(tmp_path):
     good, bad = (pa.array([text], pa.binary()).view(pa.string()) for text in (b"hello", b"\xff"))
     contents = pa.concat_arrays([good, bad])
     messages = pa.ListArray.from_arrays(
@@ -268,7 +268,7 @@ def test_value_that_is_no_text_costs_one_row_of_a_parquet_file(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".jsonl.lz4", ".tar"])
-def test_a_truncated_shard_is_one_broken_row(tmp_path, suffix, picture):
+def test_truncated_shard_is_one_broken_row(tmp_path, suffix, picture):
     members = {f"{i}.png": png(picture(seed=i)) for i in range(3)} | {f"{i}.txt": b"x" for i in range(3)}
     data = tar_bytes(dict(sorted(members.items()))) if suffix == ".tar" else COMPRESS[suffix](LINES)
     (tmp_path / f"x{suffix}").write_bytes(data[: len(data) // 2])
@@ -276,11 +276,11 @@ def test_a_truncated_shard_is_one_broken_row(tmp_path, suffix, picture):
     with pytest.raises(SampleError, match="broken-shard") as error:
         rows[len(rows) - 1]
     assert f"x{suffix}" in str(error.value)
-    if suffix == ".tar":  # what is whole is kept
+    if suffix == ".tar":  # intact rows are kept
         assert parse_sample(rows[0]).images
 
 
-def test_a_broken_row_group_does_not_take_the_others_along(tmp_path):
+def test_broken_row_group_does_not_affect_others(tmp_path):
     data = bytearray(parquet_bytes())
     start = pq.read_metadata(io.BytesIO(data)).row_group(1).column(0)
     offset = start.dictionary_page_offset or start.data_page_offset
@@ -301,27 +301,27 @@ def test_a_broken_row_group_does_not_take_the_others_along(tmp_path):
         (None, b"", "no data files"),
     ],
 )
-def test_what_cannot_be_opened_is_said(tmp_path, name, content, message):
+def test_unreadable_source_is_reported(tmp_path, name, content, message):
     if name:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SoloError, match=message):
         open_source(tmp_path / (name or "missing.parquet"))
 
 
-def test_mixed_formats_in_a_folder_are_refused(tmp_path):
+def test_mixed_formats_in_a_folder_are_rejected(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet_bytes())
     (tmp_path / "b.jsonl").write_bytes(LINES)
     with pytest.raises(SoloError, match="one of the formats"):
         open_source(tmp_path)
 
 
-def test_a_protocol_that_is_unknown_is_said():
+def test_unknown_protocol_is_reported():
     with pytest.raises(SoloError, match="nowhere"):
         open_source("nowhere://bucket/x.parquet")
 
 
 class FlakyFileSystem(MemoryFileSystem):
-    """Fails the first `failures` times that a file is read, as a network does."""
+    """File system whose first `failures` reads fail, like those of a network."""
 
     protocol = "flaky"
     store: dict = {}  # noqa: RUF012 (as in the class it derives from)
@@ -355,7 +355,7 @@ def flaky(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl", "x.jsonl.gz"])
-def test_a_disk_that_recovers_loses_nothing(flaky, name):
+def test_recovering_disk_is_retried(flaky, name):
     source = open_source(f"flaky://data/{name}")
     flaky.failures = 3
     assert texts(source) == [f"row {i}" for i in range(600)]
@@ -363,7 +363,7 @@ def test_a_disk_that_recovers_loses_nothing(flaky, name):
 
 
 class HubError(OSError):
-    """As huggingface_hub's: an OSError without a number."""
+    """OSError without errno, like huggingface_hub's."""
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ class HubError(OSError):
     ],
 )
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
-def test_a_disk_that_does_not_recover_is_an_error_and_no_skipped_sample(flaky, name, error, monkeypatch):
+def test_permanent_disk_failure_is_raised_not_skipped(flaky, name, error, monkeypatch):
     monkeypatch.setattr(flaky, "error", error)
     source = open_source(f"flaky://data/{name}")
     flaky.failures = 10**6
@@ -383,7 +383,7 @@ def test_a_disk_that_does_not_recover_is_an_error_and_no_skipped_sample(flaky, n
         source.read(0)
 
 
-def test_a_fingerprint_changes_with_the_files(tmp_path):
+def test_fingerprint_changes_with_the_files(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES)
     before = open_source(tmp_path).fingerprint()
     assert open_source(tmp_path).fingerprint() == before
@@ -392,7 +392,7 @@ def test_a_fingerprint_changes_with_the_files(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
-def test_link_in_a_tar_is_the_file_that_it_leads_to(tmp_path, kind):
+def test_tar_links_are_resolved(tmp_path, kind):
     def write(target: str) -> None:
         with tarfile.open(tmp_path / "x.tar", "w") as tar:
             for name, data in (("one/1.png", b"red"), ("two/2.txt", b"a cat")):
@@ -413,7 +413,7 @@ def test_link_in_a_tar_is_the_file_that_it_leads_to(tmp_path, kind):
 
 
 @pytest.mark.parametrize("fault", ["cut between members", "joined by cat"])
-def test_tar_that_ends_early_says_so_and_keeps_its_rows(tmp_path, fault):
+def test_truncated_tar_keeps_its_rows_and_is_reported(tmp_path, fault):
     data = tar_bytes({"1.txt": b"one", "2.txt": b"two"})
     (tmp_path / "x.tar").write_bytes(data[:2048] if fault == "cut between members" else data + data)
     rows = open_source(tmp_path / "x.tar").read(0)
@@ -423,7 +423,7 @@ def test_tar_that_ends_early_says_so_and_keeps_its_rows(tmp_path, fault):
         rows[2]
 
 
-def test_suffix_may_have_capitals(tmp_path):
+def test_suffix_is_case_insensitive(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES)
     (tmp_path / "b.JSONL").write_bytes(LINES)
     (tmp_path / "c.JsonL.GZ").write_bytes(gzip.compress(LINES))
@@ -431,7 +431,7 @@ def test_suffix_may_have_capitals(tmp_path):
     assert sum(len(source.read(shard)) for shard in range(len(source))) == 3 * len(ROWS)
 
 
-def test_folder_named_like_a_file_is_refused_among_files(tmp_path):
+def test_folder_named_like_a_data_file_is_rejected(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES)
     (tmp_path / "b.jsonl").mkdir()
     (tmp_path / "b.jsonl" / "part.jsonl").write_bytes(LINES)
@@ -440,7 +440,7 @@ def test_folder_named_like_a_file_is_refused_among_files(tmp_path):
     assert len(open_source(tmp_path / "b.jsonl"))
 
 
-def test_data_files_in_a_folder_of_a_folder_are_not_passed_over(tmp_path):
+def test_data_files_in_subfolders_are_reported(tmp_path):
     for folder in (tmp_path, tmp_path / "more", tmp_path / ".hidden"):
         folder.mkdir(exist_ok=True)
         pq.write_table(pa.table({"id": [folder.name]}), folder / "a.parquet")

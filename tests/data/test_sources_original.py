@@ -1,4 +1,4 @@
-"""The release's pre-training data as sources: JSON lines in four shapes, and Megatron's packed files."""
+"""The original pre-training data as sources: JSON Lines in four formats, and Megatron's packed files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def base64_image(image: Image.Image) -> dict:
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_the_four_shapes_are_one(compressed, tmp_path, picture, solo):
+def test_all_row_formats_give_the_same_sample(compressed, tmp_path, picture, solo):
     document = turn("assistant", base64_image(picture(64, 32)), text("a red circle"))
     rows = [
         {"messages": [document]},
@@ -65,7 +65,7 @@ def test_the_four_shapes_are_one(compressed, tmp_path, picture, solo):
     assert parse_sample(read[1]).id == "7"
 
 
-def test_text_alone_and_chats(tmp_path, picture):
+def test_text_only_rows_and_chats_are_read(tmp_path, picture):
     rows = [
         {"role": "assistant", "content": "only text, as a string"},
         {"id": 1, "conversations": [turn("user", text("what?"), base64_image(picture())), turn("assistant")]},
@@ -79,7 +79,7 @@ def test_text_alone_and_chats(tmp_path, picture):
     assert len(samples[2].messages) == 2
 
 
-def test_other_rows_are_left_to_the_schema(tmp_path):
+def test_other_rows_are_left_to_schema_validation(tmp_path):
     rows = [{"conversations": [{"from": "human", "value": "x"}]}, {"text": "y"}, [1], [], "z"]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shard = open_source(tmp_path / "data.jsonl").read(0)
@@ -92,7 +92,7 @@ def test_other_rows_are_left_to_the_schema(tmp_path):
 
 
 def write_indexed(prefix: Path, arrays: list, dtype: type, code: int) -> None:
-    """A .bin and .idx pair, field by field."""
+    """Write a .bin and .idx pair, field by field."""
     arrays = [np.asarray(array, dtype=dtype) for array in arrays]
     Path(f"{prefix}.bin").write_bytes(b"".join(array.tobytes() for array in arrays))
     offsets = np.cumsum([0, *[array.nbytes for array in arrays]])[:-1]
@@ -105,7 +105,7 @@ def write_indexed(prefix: Path, arrays: list, dtype: type, code: int) -> None:
 
 
 class Packer:
-    """Encodes and packs as the release's preprocessing did."""
+    """Encoder and packer like the original preprocessing."""
 
     def __init__(self, pieces) -> None:
         self.pieces = pieces
@@ -180,7 +180,7 @@ def test_every_level_of_a_pixel_survives_float16():
     np.testing.assert_array_equal(_pixels(stored[None, :, :, None])[0, :, :, 0], np.tile(levels, (3, 1)))
 
 
-def test_packs_come_back_as_the_documents_that_went_in(packer, photos, tmp_path):
+def test_packs_are_unpacked_to_the_original_documents(packer, photos, tmp_path):
     documents = [
         [(ASSISTANT, photos[0]), (ASSISTANT, "a red circle")],
         [(ASSISTANT, "only text. héllo")],
@@ -219,7 +219,7 @@ def test_reencoding_reproduces_the_original_tokens_and_patches(packer, photos, t
     np.testing.assert_array_equal(first.pixel_values, processor.image_processor(photos[0])["pixel_values"])
 
 
-def test_an_image_that_the_packer_has_cut_is_a_broken_row(packer, photos, tmp_path):
+def test_image_cut_by_the_packer_is_a_broken_row(packer, photos, tmp_path):
     packer.pack([(ASSISTANT, "a cat"), (ASSISTANT, photos[0])])
     packer.pack([(ASSISTANT, photos[0]), (ASSISTANT, "a cat")])
     packer.pack([(ASSISTANT, "hello")])
@@ -254,7 +254,7 @@ def test_an_image_that_the_packer_has_cut_is_a_broken_row(packer, photos, tmp_pa
         ),
     ],
 )
-def test_broken_sets_are_named(packer, photos, tmp_path, breaking, said):
+def test_broken_sets_are_reported(packer, photos, tmp_path, breaking, said):
     packer.pack([(ASSISTANT, photos[1]), (ASSISTANT, "a red circle")])
     folder = packer.write(tmp_path / "data")
     before = open_source(folder).fingerprint()
@@ -268,7 +268,7 @@ def cut(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
 
-def test_a_mixture_streams_them(packer, photos, tmp_path):
+def test_mixture_streams_packed_sets(packer, photos, tmp_path):
     from solo_vlm.data.streams import MixtureItem, VirtualStream
 
     for number in range(4):

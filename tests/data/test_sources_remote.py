@@ -1,4 +1,4 @@
-"""Sources far away: S3 from a server of this machine, https with range requests, paths of the hub."""
+"""Remote sources: S3 on a local server, HTTP with range requests, hub paths."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def texts(source) -> list[str]:
 
 
 class S3:
-    """A server with a bucket that holds FILES; it can be stopped and started again."""
+    """Restartable S3 server with a bucket of FILES."""
 
     def __init__(self) -> None:
         self._port = 0
@@ -77,7 +77,7 @@ def s3():
         patch.setenv("AWS_ACCESS_KEY_ID", "any")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "any")
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
-        patch.setattr(s3fs.S3FileSystem, "retries", 1)  # the tries that count here are the project's
+        patch.setattr(s3fs.S3FileSystem, "retries", 1)  # only the project's own retries count here
         s3fs.S3FileSystem.clear_instance_cache()
         system = fsspec.filesystem("s3")
         system.mkdir("bucket")
@@ -90,7 +90,7 @@ def s3():
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
-    """What is slept between two tries, without sleeping."""
+    """Return the list of waits between retries, which are skipped."""
     slept: list[float] = []
     monkeypatch.setattr("tenacity.nap.time.sleep", slept.append)
     return slept
@@ -103,7 +103,7 @@ def test_every_format_is_read_from_s3(s3, name):
     assert f"s3://bucket/data/{name}" in source.where(0, 0)
 
 
-def test_a_folder_and_a_pattern_on_s3(s3):
+def test_folder_and_glob_pattern_on_s3(s3):
     fsspec.filesystem("s3").pipe("s3://bucket/more/1.parquet", FILES["a.parquet"])
     fsspec.filesystem("s3").pipe("s3://bucket/more/0.parquet", FILES["a.parquet"])
     for path in ("s3://bucket/more", "s3://bucket/more/*.parquet"):
@@ -114,7 +114,7 @@ def test_a_folder_and_a_pattern_on_s3(s3):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_server_that_comes_back_loses_nothing(s3, name, monkeypatch):
+def test_restarted_server_is_retried(s3, name, monkeypatch):
     source = open_source(f"s3://bucket/data/{name}")
     waited: list[float] = []
 
@@ -131,7 +131,7 @@ def test_a_server_that_comes_back_loses_nothing(s3, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_server_that_stays_away_is_an_error_and_no_skipped_sample(s3, name, waits):
+def test_stopped_server_is_an_error_not_a_skipped_sample(s3, name, waits):
     from botocore.exceptions import ConnectionError
 
     source = open_source(f"s3://bucket/data/{name}")
@@ -148,7 +148,7 @@ def test_a_server_that_stays_away_is_an_error_and_no_skipped_sample(s3, name, wa
 
 @pytest.fixture
 def web():
-    """A web server with FILES; (its address, the ranges that it was asked for)."""
+    """Run a web server with FILES; yield (its address, the requested ranges)."""
     flask = pytest.importorskip("flask")
     from werkzeug.serving import make_server
 
@@ -169,15 +169,15 @@ def web():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_format_is_read_from_a_web_server(web, name):
+def test_every_format_is_read_over_http(web, name):
     address, ranges = web
     assert texts(open_source(f"{address}/{name}")) == TEXTS
-    assert ranges or name.endswith(".gz")  # parts of the file, not the whole of it for every shard
+    assert ranges or name.endswith(".gz")  # ranges of the file, not the whole file per shard
     assert type(fsspec.filesystem("https")) is type(fsspec.filesystem("http"))
 
 
 class Hub(huggingface_hub.HfApi):
-    """A hub with one data set, by what HfApi promises."""
+    """Fake hub with one data set and HfApi's interface."""
 
     def repo_info(self, repo_id, *, repo_type=None, **options):
         assert (repo_id, repo_type) == ("owner/pictures", "dataset")
@@ -203,8 +203,8 @@ class Hub(huggingface_hub.HfApi):
 
 
 @pytest.mark.parametrize("path", ["train", "train/*.parquet", "train/1.parquet"])
-def test_paths_of_the_hub(path, monkeypatch):
-    """`hf://` goes to the hub's own file system, with the data set's path in it."""
+def test_hub_paths_are_read(path, monkeypatch):
+    """`hf://` is resolved by the hub's file system with the path in the data set."""
     asked = []
 
     def open_file(self, path, mode="rb", **options):

@@ -1,4 +1,4 @@
-"""The order of packed sequences: every sample as often as promised, and the same after any interruption."""
+"""Order of packed sequences: every sample once per epoch, in proportion, and exact resume."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = {"a": 300, "b": 120}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two sources; the text of a sample names it, its number of words is its length."""
+    """Return a folder of two sources; a sample's text names it, and its number of words is its length."""
     folder = tmp_path_factory.mktemp("data")
     for name, count in ROWS.items():
         rng = np.random.default_rng(count)
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 
 def encode(sample: Sample) -> Document:
-    """A word is a token; its id says which sample it is from."""
+    """Encode each word as one token, whose ID identifies the sample."""
     words = sample.messages[0]["content"][0]["text"].split()
     if words[0] == "bad":
         raise SampleError("image", "broken")
@@ -84,10 +84,10 @@ def load(make, count, rank=0, ranks=1, workers=0, state=None, streams=4):
     return batches, loader.state_dict()
 
 
-# 64 streams are more than a source has row groups; 4, more than it has blocks of lines.
+# 64 streams exceed a source's row groups; 4 exceed its blocks of lines.
 @pytest.mark.parametrize(("suffix", "streams"), [("parquet", 4), ("parquet", 64), ("jsonl", 4)])
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_epochs_see_every_sample_that_often(folder, epochs, suffix, streams):
+def test_each_epoch_yields_every_sample_once(folder, epochs, suffix, streams):
     batches, _ = load(MakeStream(folder, streams, epochs, suffix=suffix), 10**6, streams=streams)
     make = MakeStream(folder, 1, 1, suffix=suffix)
     once = Counter(token for pack in make(0) for document in pack.documents for token in document.input_ids)
@@ -107,7 +107,7 @@ def test_ranks_and_workers_do_not_change_the_order(folder):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 40), st.sampled_from([None, 2]))
-def test_a_run_cut_anywhere_goes_on_exactly(folder, cut, epochs):
+def test_resume_at_any_slot_matches_uninterrupted_run(folder, cut, epochs):
     make = MakeStream(folder, epochs=epochs)
     whole, _ = load(make, 60)
     first, state = load(make, cut)
@@ -123,8 +123,8 @@ def test_workers_may_change_on_resume(folder):
     assert load(make, 13, workers=0, state=state)[0] == whole[7:]
 
 
-def test_packed_sequences_of_one_source_keep_their_proportions(folder):
-    """As in the paper: each data set packed alone, its sequences mixed by number."""
+def test_sequence_weights_keep_their_proportions(folder):
+    """As in the paper, data sets are packed separately, and their sequences are mixed by number."""
     stream = MakeStream(folder, 1, weights=(3.0, 1.0), weight_by="sequences", suffix="jsonl")(0)
     order = []
     for _, pack in zip(range(200), stream, strict=False):
@@ -135,14 +135,14 @@ def test_packed_sequences_of_one_source_keep_their_proportions(folder):
         assert abs(order[start:end].count("b") - (end - start) / 4) < 1
 
 
-def test_a_source_that_runs_out_leaves_its_share_to_the_others(folder):
+def test_exhausted_source_leaves_its_share_to_the_others(folder):
     stream = MakeStream(folder, 1, epochs=1, weights=(1.0, 9.0), weight_by="sequences")(0)
     order = [pack.keys[0][0] for pack in stream]
     assert order[-20:] == [0] * 20
 
 
 @pytest.mark.parametrize("weight_by", ["tokens", "samples"])
-def test_the_mixture_keeps_its_proportions(folder, weight_by):
+def test_mixture_keeps_its_proportions(folder, weight_by):
     stream = MakeStream(folder, 1, weights=(3.0, 1.0), weight_by=weight_by)(0)
     counts = Counter()
     for _, pack in zip(range(300), stream, strict=False):
@@ -162,7 +162,7 @@ def test_order_is_shuffled_and_differs_between_epochs(folder):
 
 
 @given(st.integers(1, 300), st.integers(1, 70), st.integers(0, 69))
-def test_shards_are_dealt_completely_and_evenly(shards, streams, first):
+def test_shards_are_divided_completely_and_evenly(shards, streams, first):
     first %= streams
     shares = [deal(shards, stream, streams, first) for stream in range(streams)]
     pieces = [
@@ -184,7 +184,7 @@ def test_shards_are_dealt_completely_and_evenly(shards, streams, first):
         assert following == (first + len(longest)) % streams
 
 
-def test_a_source_with_fewer_shards_than_streams_is_read_by_all_of_them_without_end(tmp_path):
+def test_endless_source_with_few_shards_is_read_by_all_streams(tmp_path):
     rows = [{"messages": [{"role": "assistant", "content": f"a{i}"}]} for i in range(40)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     for streams in (7, 64):
@@ -199,7 +199,7 @@ def test_a_source_with_fewer_shards_than_streams_is_read_by_all_of_them_without_
         assert max(seen.values()) < 2 * min(seen.values())
 
 
-PAPER_STAGE_2 = {  # packed sequences of each data set, the paper's Table 1
+PAPER_STAGE_2 = {  # packed sequences per data set, from the paper's Table 1
     "CapFusion": 204_978,
     "WebSight": 71_579,
     "CC3M": 32_760,
@@ -213,7 +213,7 @@ PAPER_STAGE_2 = {  # packed sequences of each data set, the paper's Table 1
 
 
 @pytest.mark.parametrize("batch", [8, 128])
-def test_a_steps_mixture_varies_no_more_than_random_draws_do(tmp_path, batch):
+def test_mixture_of_a_step_varies_at_most_like_random_draws(tmp_path, batch):
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "a1"}]}))
     source = open_source(tmp_path / "x.jsonl")
     mixture = [MixtureItem(source, weight) for weight in PAPER_STAGE_2.values()]
@@ -231,8 +231,8 @@ def test_a_steps_mixture_varies_no_more_than_random_draws_do(tmp_path, batch):
         assert abs(shares.mean() - weight) < 0.01
 
 
-def test_streams_that_weigh_tokens_are_out_of_step(folder):
-    """A rare source of long documents comes in another round of each stream, but for its first document."""
+def test_token_weighted_streams_have_different_phases(folder):
+    """A rare source of long documents is due in another round in each stream, after the first document."""
     rounds = Counter()
     for index in range(16):
         stream = MakeStream(folder, 16, weights=(0.97, 0.03))(index)
@@ -242,7 +242,7 @@ def test_streams_that_weigh_tokens_are_out_of_step(folder):
     assert max(rounds.values()) < 8
 
 
-def test_a_broken_row_that_comes_again_and_again_counts_once(tmp_path):
+def test_repeated_broken_row_counts_once(tmp_path):
     rows = [{"messages": [{"role": "assistant", "content": text}]} for text in ["bad", *(["a1"] * 39)]]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     stream = VirtualStream(0, 1, [MixtureItem(open_source(tmp_path / "a.parquet"))], encode, 8)
@@ -252,7 +252,7 @@ def test_a_broken_row_that_comes_again_and_again_counts_once(tmp_path):
     assert (counts["unusable_rows"], counts["rows"]) == (1, 40)
 
 
-def test_resuming_reads_only_the_documents_that_were_held_back(folder, monkeypatch):
+def test_resume_reads_only_the_held_documents(folder, monkeypatch):
     make = MakeStream(folder)
     _, state = load(make, 30)
     reads = []
@@ -282,7 +282,7 @@ def test_unusable_samples_are_skipped_and_counted(tmp_path):
     assert skipped == {"image": 1, "json": 1}
 
 
-def test_data_without_anything_usable_stops_with_the_reasons(tmp_path):
+def test_unusable_data_stops_the_run_with_the_reasons(tmp_path):
     row = {"messages": [{"role": "assistant", "content": "bad"}]}
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     stream = VirtualStream(0, 1, [MixtureItem(open_source(tmp_path / "x.jsonl"))], encode, LENGTH)
@@ -291,12 +291,12 @@ def test_data_without_anything_usable_stops_with_the_reasons(tmp_path):
     assert "x.jsonl, block at byte 0, row 0: image: broken" in str(error.value)
 
 
-def test_layouts_that_cannot_work_are_refused(folder):
+def test_indivisible_layouts_are_rejected(folder):
     with pytest.raises(SoloError, match="4 streams cannot be divided among 3 ranks"):
         PackedLoader(MakeStream(folder), 4, LENGTH, 0, ranks=3)
 
 
-def test_long_texts_are_cut_and_images_never():
+def test_long_texts_are_cut_but_images_never():
     ids = np.arange(150)
     text = Document(ids, ids.copy(), np.empty((0, 3072), np.uint8), np.empty((0, 3), np.int64))
     pieces = list(fit_to_length(text, LENGTH))
@@ -308,7 +308,7 @@ def test_long_texts_are_cut_and_images_never():
         list(fit_to_length(image, LENGTH))
 
 
-def test_a_collated_batch_tells_where_documents_begin():
+def test_collated_batch_has_document_boundaries():
     def document(*ids: int) -> Document:
         tokens = np.array(ids)
         return Document(tokens, tokens.copy(), np.zeros((1, 3072), np.uint8), np.array([[1, 1, 1]]))
@@ -325,7 +325,7 @@ def test_a_collated_batch_tells_where_documents_begin():
 
 
 @pytest.mark.parametrize("layout", ["blank block", "empty files"])
-def test_stream_whose_share_has_no_rows_reads_those_of_the_others_without_end(tmp_path, layout):
+def test_endless_stream_with_an_empty_share_reads_all_shards(tmp_path, layout):
     lines = "".join(
         json.dumps({"messages": [{"role": "assistant", "content": f"a{i}"}]}) + "\n" for i in range(256)
     )
@@ -354,14 +354,14 @@ def test_stream_whose_share_has_no_rows_reads_those_of_the_others_without_end(tm
     assert ids(islice(again, 6)) == ids(whole[3:])
 
 
-def test_source_without_any_row_is_refused_without_end(tmp_path):
+def test_endless_source_without_rows_is_rejected(tmp_path):
     (tmp_path / "blank.jsonl").write_text("\n" * 600)
     source = open_source(tmp_path / "blank.jsonl")
     with pytest.raises(SoloError, match=r"blank\.jsonl has no rows"):
         next(iter(VirtualStream(1, 2, [MixtureItem(source)], encode, LENGTH)))
 
 
-def test_held_document_that_can_no_longer_be_read_refuses_the_resume(tmp_path):
+def test_resume_with_an_unreadable_held_document_is_rejected(tmp_path):
     lines = [json.dumps({"messages": [{"role": "assistant", "content": f"a{i}"}]}) for i in range(90)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
 

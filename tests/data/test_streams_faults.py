@@ -1,4 +1,4 @@
-"""Whatever is wrong with data is skipped, and counted by source and reason."""
+"""Unusable data is skipped, and counted by source and reason."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from solo_vlm.data.streams import LISTED, MixtureItem, VirtualStream
 from solo_vlm.utils.errors import SoloError
 
 LENGTH = 128
-# As the templates of many LLMs do.
+# As in the templates of many LLMs.
 ALTERNATE = """{%- for message in messages if not loop.first and message.role == loop.previtem.role -%}
   {{- raise_exception('roles must alternate') -}}
 {%- endfor -%}"""
 
 
 def bomb() -> bytes:
-    """A PNG of a hundred bytes that claims 20,000 x 20,000 pixels."""
+    """Return a PNG of a hundred bytes that declares 20,000 x 20,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -146,7 +146,7 @@ def test_each_fault_is_counted_by_source_and_reason(tmp_path, picture, solo):
         assert entry["error"].startswith(f"{entry['reason']}: ")
 
 
-def test_odd_text_costs_its_row_and_an_odd_id_nothing(tmp_path, solo):
+def test_invalid_text_is_skipped_and_an_invalid_id_ignored(tmp_path, solo):
     rows = [line("half a pair \ud83d"), "[" * 3000 + "]" * 3000, line("odd id", id=float("nan"))]
     rows += [line("lost", photo="a.png"), line("missing", image="\udce9.png"), line("good")]
     (tmp_path / "x.jsonl").write_text("\n".join(rows))
@@ -158,11 +158,11 @@ def test_odd_text_costs_its_row_and_an_odd_id_nothing(tmp_path, solo):
     assert state["counts"]["documents"] == 2
     reasons = Counter(entry["reason"] for entry in state["skipped"])
     assert reasons == {"schema": 1, "json": 1, "image-column": 1, "image": 1}
-    json.dumps(state, ensure_ascii=False).encode()  # manifests and checkpoints can hold it
+    json.dumps(state, ensure_ascii=False).encode()  # manifests and checkpoints can store it
 
 
 @pytest.mark.parametrize("bad", [LISTED + 5, 2])
-def test_the_first_ones_are_listed_and_all_are_counted(tmp_path, bad, solo):
+def test_first_skipped_samples_are_listed_and_all_are_counted(tmp_path, bad, solo):
     (tmp_path / "x.jsonl").write_text("\n".join([line("good")] * 200 + ["no JSON"] * bad))
     mixture = [MixtureItem(open_source(tmp_path / "x.jsonl"))]
     stream = VirtualStream(0, 1, mixture, Encoder(solo.processor), LENGTH, epochs=1, max_skipped=0.5)
@@ -173,7 +173,7 @@ def test_the_first_ones_are_listed_and_all_are_counted(tmp_path, bad, solo):
     assert len(state["skipped"]) == min(bad, LISTED)
 
 
-def test_too_many_stop_the_run_with_the_list(tmp_path, solo):
+def test_too_many_skipped_samples_stop_the_run_with_a_list(tmp_path, solo):
     (tmp_path / "x.jsonl").write_text("\n".join([line("good"), "no JSON"] * 100))
     source = open_source(tmp_path / "x.jsonl")
 

@@ -1,4 +1,4 @@
-"""Field values of rows: texts, ids and images in any form."""
+"""Field values of rows: texts, IDs and images in any form."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from solo_vlm.data.values import (
 from solo_vlm.models.solo.image_loading_solo import load_image
 
 
-def test_names_sort_by_number():
+def test_names_sort_numerically():
     names = [f"{folder}/img{number}.png" for folder in ("A", "b2", "b10") for number in range(12)]
     assert sorted(sorted(names), key=natural_key) == names
 
 
 @pytest.mark.parametrize("text", ["", "café", "\U0001f600", "nul \0"])
-def test_text_is_kept(text):
+def test_valid_text_is_unchanged(text):
     assert check_text(text) == printable(text) == text
 
 
 @pytest.mark.parametrize(("text", "place"), [("\ud83d", 0), ("ab\udcff", 2), ("\ude00\ud83d", 0)])
-def test_lone_surrogates_are_named(text, place):
+def test_lone_surrogates_are_reported(text, place):
     with pytest.raises(ValueError, match=rf"character {place} \('\\ud") as error:
         check_text(text)
     str(error.value).encode()
@@ -39,7 +39,7 @@ def test_lone_surrogates_are_named(text, place):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", b"\xff", ""])
-def test_json_that_cannot_be_read_is_a_value_error(text):
+def test_unreadable_json_is_a_value_error(text):
     with pytest.raises(ValueError):
         load_json(text)
 
@@ -77,10 +77,10 @@ def located(place: str, value: str, folder: object) -> object:
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """The folder of the rows, and a working directory with another image of the same name."""
+    """Return the folder of the rows; the working directory has another image of the same name."""
     for name, color in (("rows", "red"), ("elsewhere", "blue")):
         (tmp_path / name / "sub").mkdir(parents=True)
-        for file in ("colour.png", "sub/x y#1.png", "a" * 48):
+        for file in ("color.png", "sub/x y#1.png", "a" * 48):
             Image.new("RGB", (8, 8), color).save(tmp_path / name / file, "PNG")
     monkeypatch.chdir(tmp_path / "elsewhere")
     return tmp_path / "rows"
@@ -89,9 +89,9 @@ def folders(tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     "name",
-    ["colour.png", "./sub/../colour.png", "sub/x y#1.png", "file:colour.png", "file://colour.png", "a" * 48],
+    ["color.png", "./sub/../color.png", "sub/x y#1.png", "file:color.png", "file://color.png", "a" * 48],
 )
-def test_relative_path_counts_from_the_rows_folder(folders, place, name):
+def test_relative_path_refers_to_the_folder_of_the_row(folders, place, name):
     assert load_image(located(place, name, folders)).getpixel((0, 0)) == (255, 0, 0)
 
 
@@ -128,7 +128,7 @@ def test_urls_are_kept(place, url):
     assert located(place, url, "/rows") == url
 
 
-def test_paths_in_a_file_far_away_count_from_its_folder():
+def test_paths_in_a_remote_file_refer_to_its_folder():
     hashed = "0123456789abcdef" * 4
     text = base64.b64encode(RED).decode()
     for place in PLACES:
@@ -147,19 +147,19 @@ def test_paths_in_a_file_far_away_count_from_its_folder():
         {"image": [[["a"]]]},
     ],
 )
-def test_rows_of_another_shape_are_left_to_the_schema(odd):
+def test_rows_of_another_format_are_left_to_schema_validation(odd):
     assert locate_images(odd, "/rows") == odd
 
 
 @pytest.mark.parametrize("empty", [None, "", float("nan")])
 @pytest.mark.parametrize("key", ["bytes", "image", "base64"])
-def test_empty_field_of_a_struct_leaves_the_image_to_the_others(folders, key, empty):
-    shown = locate_images(row(images=[{key: empty, "path": "colour.png"}]), str(folders))
-    assert parse_sample(shown).images == [str(folders / "colour.png")]
+def test_empty_struct_fields_are_skipped(folders, key, empty):
+    shown = locate_images(row(images=[{key: empty, "path": "color.png"}]), str(folders))
+    assert parse_sample(shown).images == [str(folders / "color.png")]
 
 
 @pytest.mark.parametrize(
     "value", [[None, "cat.jpg"], [float("nan"), RED], {"bytes": float("nan"), "path": "cat.jpg"}, [[RED]]]
 )
-def test_image_behind_empty_values_is_recognised(value):
+def test_image_after_empty_values_is_recognized(value):
     assert looks_like_image(value)

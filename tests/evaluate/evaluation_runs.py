@@ -57,7 +57,7 @@ def open_task(task: str, data_root: Path, cache: Path) -> Rows:
 
 
 class ScriptedBackend:
-    """Returns scripted answers in batches of three, last row first, and records the requested rows."""
+    """Backend with scripted answers in batches of three, last row first, which records the requested rows."""
 
     def __init__(self, answers: list[str]) -> None:
         self.answers = answers

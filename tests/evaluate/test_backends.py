@@ -26,7 +26,7 @@ def pipeline(solo):
 
 @pytest.fixture
 def chats(picture):
-    """Short and long chats without, with one and with several images."""
+    """Return short and long chats with no, one and several images."""
     images = [picture(32 * (1 + n % 4), 32 * (1 + n % 3), seed=n) for n in range(20)]
     prompts = ["what is this?", "a red circle left of a blue square. " * 6, "seven"]
     return [ask(prompts[n % 3], *images[n : n + n % 3]) for n in range(18)]
@@ -41,7 +41,7 @@ def answers_by_number(backend, chats, max_new_tokens=6) -> dict[int, GenerationO
 def test_batched_answers_equal_single_answers(pipeline, chats, batch_size):
     found = answers_by_number(BatchGenerator(pipeline, batch_size), chats)
     assert [found[n].text for n in range(len(chats))] == [pipeline.answer([chat], 6)[0] for chat in chats]
-    assert len({answer.text for answer in found.values()}) > 3  # the model tells the chats apart
+    assert len({answer.text for answer in found.values()}) > 3  # the model distinguishes the chats
 
 
 def test_batches_group_chats_of_similar_length(pipeline, chats, monkeypatch):
@@ -150,7 +150,7 @@ def test_server_receives_images_and_concurrent_requests(serve, picture):
         np.testing.assert_array_equal(sent[image.size], np.asarray(image))
 
 
-def test_refused_request_fails_alone(serve):
+def test_rejected_request_fails_alone(serve):
     found = answers_by_number(
         ServerBackend("m", serve().url, "x", concurrency=1), [ask("refuse"), ask("hello")]
     )

@@ -54,14 +54,14 @@ def test_compare_table(run, make_run):
     assert "Paired bootstrap" in out
 
 
-def test_runs_on_different_data_are_refused(run, make_run):
+def test_runs_on_different_data_are_rejected(run, make_run):
     other = [{**row, "question": "Another?"} for row in make_rows("ai2d")]
     code, _, error = run("eval", "compare", make_run("a", "ai2d"), make_run("b", "ai2d", rows=other))
     assert code == 2
     assert "row 0 is another question" in error
 
 
-def test_runs_without_a_common_task_are_refused(run, make_run, tmp_path):
+def test_runs_without_a_common_task_are_rejected(run, make_run, tmp_path):
     for other in (make_run("b", "mme"), tmp_path / "nowhere"):
         code, _, error = run("eval", "compare", make_run("a", "ai2d"), other)
         assert code == 2

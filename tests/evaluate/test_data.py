@@ -310,7 +310,7 @@ def test_hub_columns_as_text_in_tsv(task, options, answer, png, tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["", "AB", "E", "A, B"])
-def test_reference_that_is_not_exactly_one_option_is_refused(answer, png, tmp_path):
+def test_reference_that_is_not_exactly_one_option_is_rejected(answer, png, tmp_path):
     rows = vlmevalkit_rows("ai2d", png)
     rows[2]["answer"] = answer
     write_tsv(tmp_path / "ai2d" / "AI2D_TEST.tsv", rows)
@@ -318,7 +318,7 @@ def test_reference_that_is_not_exactly_one_option_is_refused(answer, png, tmp_pa
         load_benchmark(get("ai2d"), tmp_path)
 
 
-def test_duplicate_question_is_refused(png, tmp_path):
+def test_duplicate_question_is_rejected(png, tmp_path):
     from solo_vlm.evaluate.data import Rows
 
     write_tsv(tmp_path / "mmstar" / "MMStar.tsv", vlmevalkit_rows("mmstar", png))

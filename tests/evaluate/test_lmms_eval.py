@@ -11,7 +11,7 @@ from solo_vlm.generate import GenerationOutput, GenerationPipeline, GenerationRe
 
 
 class ConstantBackend:
-    """Returns one text for every request and records the requests."""
+    """Backend that returns one text for every request and records the requests."""
 
     def __init__(self, text):
         self.text = text

@@ -139,7 +139,7 @@ def test_formats_of_options_and_references(row, response, tmp_path):
     assert rescore(get("ai2d"), write(path, [{**row, "response": "A"}])).score == 0
 
 
-def test_numeric_reference_is_no_index_if_options_have_columns(tmp_path):
+def test_numeric_reference_is_not_an_index_if_options_have_columns(tmp_path):
     rows = [{"A": "3", "B": "1", "answer": "1", "prediction": "B"}]
     assert rescore(get("ai2d"), write(tmp_path / "x.csv", rows)).score == 100
 
@@ -283,7 +283,7 @@ def test_unscorable_file_is_a_one_line_error(run, tmp_path, name, content, messa
         (["--task", "mathvista", "--judge-url", "http://x"], "needs --judge MODEL"),
     ],
 )
-def test_invalid_options_are_refused(run, options, message):
+def test_invalid_options_are_rejected(run, options, message):
     code, _, error = run("eval", "rescore", *options, "--predictions", "nowhere.csv")
     assert code == 2
     assert message in error
@@ -362,7 +362,7 @@ def test_byte_order_mark_in_files_of_a_run_is_ignored(tmp_path):
 
 @pytest.mark.parametrize("column", ["pid", "index", "id", "Index"])
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_duplicate_row_ids_are_refused(run, tmp_path, column, kind):
+def test_duplicate_row_ids_are_rejected(run, tmp_path, column, kind):
     rest = {name: value for name, value in ROW.items() if name != "index"}
     rows = [{column: name, **rest} for name in (5, 6, 5)]
     header = ",".join(rows[0]) + "\n"
@@ -398,7 +398,7 @@ def test_row_ids_are_compared_as_text_within_a_split(tmp_path):
         ("x.json", '{"1": {"answer": "A"}, "1": {"answer": "B"}}', "called '1'"),
     ],
 )
-def test_duplicate_names_with_different_values_are_refused(tmp_path, name, text, message):
+def test_duplicate_names_with_different_values_are_rejected(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(SoloError, match=message):
         read_table(tmp_path / name)
@@ -413,13 +413,13 @@ def test_duplicate_names_with_different_values_are_refused(tmp_path, name, text,
         ("deep.jsonl", "[" * 100_000),
     ],
 )
-def test_malformed_table_is_refused(tmp_path, name, text):
+def test_malformed_table_is_rejected(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(SoloError, match=f"cannot read .*{name}"):
         read_table(tmp_path / name)
 
 
-def test_duplicate_columns_of_a_sheet_are_refused(tmp_path):
+def test_duplicate_columns_of_a_sheet_are_rejected(tmp_path):
     book = Workbook()
     book.active.append(["answer", "Prediction", "prediction", None, None])
     book.active.append(["A", "A", "B", None, None])
@@ -428,7 +428,7 @@ def test_duplicate_columns_of_a_sheet_are_refused(tmp_path):
         read_table(tmp_path / "x.xlsx")
 
 
-def test_dates_made_by_excel_are_refused(tmp_path):
+def test_dates_made_by_excel_are_rejected(tmp_path):
     book = Workbook()
     book.active.append(["answer", "prediction"])
     book.active.append(["A", datetime(2026, 3, 5)])
@@ -445,7 +445,7 @@ def test_dates_made_by_excel_are_refused(tmp_path):
         '{"id": "1", "response": ["A"], "row": {"answer": "A"}}',
     ],
 )
-def test_malformed_prediction_of_a_run_is_refused(tmp_path, line):
+def test_malformed_prediction_of_a_run_is_rejected(tmp_path, line):
     (tmp_path / "x.jsonl").write_text(line + "\n")
     with pytest.raises(SoloError, match="line 1 is not a prediction"):
         rescore(get("mmstar"), tmp_path / "x.jsonl")

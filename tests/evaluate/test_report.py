@@ -105,7 +105,7 @@ def test_report_is_self_contained_without_scripts(finished):
         image = Image.open(BytesIO(base64.b64decode(data)))
         assert image.get_format_mimetype() == kind
         kinds[kind] += 1
-    assert kinds["image/png"] == 2  # a plot a task
+    assert kinds["image/png"] == 2  # one plot per task
     assert kinds["image/jpeg"] >= 2 * 12
 
 

@@ -54,7 +54,7 @@ def evaluate(task, rows, backend, out, **settings):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_oracle_is_perfect_for_us_and_lmms_eval(task, opened, tmp_path):
+def test_oracle_is_perfect_for_solo_vlm_and_lmms_eval(task, opened, tmp_path):
     rows = opened[task]
     score = evaluate(task, rows, ScriptedBackend(correct_answers(task, rows)), tmp_path)
     assert score.score == score.maximum
@@ -147,7 +147,7 @@ def test_missing_data_error_has_the_download_command(whole_run, run, tmp_path):
 
 
 class Endless(ScriptedBackend):
-    """Hangs after four batches, until the process is killed."""
+    """Backend that hangs after four batches, until the process is killed."""
 
     def generate(self, requests):
         for number, batch in enumerate(super().generate(requests)):
@@ -222,7 +222,7 @@ def test_replaced_image_regenerates_the_answer(tmp_path):
     assert len(backend.asked) == 1
 
 
-def test_folder_of_another_model_is_refused(opened, tmp_path):
+def test_folder_of_another_model_is_rejected(opened, tmp_path):
     rows = opened["ai2d"]
     evaluate("ai2d", rows, ScriptedBackend(["A"] * 6), tmp_path)
     other = EvaluationRun(tmp_path, ModelInfo("told", "test", "1" * 64))
@@ -314,9 +314,9 @@ def test_failing_backend_keeps_finished_answers(opened, tmp_path):
     class Broken(ScriptedBackend):
         def generate(self, requests):
             yield [GenerationOutput(next(iter(requests)).request_id, "A")]
-            raise SoloError("the server is gone")
+            raise SoloError("the server is offline")
 
-    with pytest.raises(SoloError, match="the server is gone"):
+    with pytest.raises(SoloError, match="the server is offline"):
         evaluate("ai2d", opened["ai2d"], Broken([]), tmp_path)
     backend = ScriptedBackend(["A"] * 6)
     evaluate("ai2d", opened["ai2d"], backend, tmp_path)

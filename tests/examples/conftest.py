@@ -1,4 +1,4 @@
-"""A small model, and chats to fine-tune it on."""
+"""Small model, and chats for fine-tuning it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.factories import make_solo, write_chats
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """`model/`, `chats.parquet` and `mixture.yaml`."""
+    """Return a folder with `model/`, `chats.parquet` and `mixture.yaml`."""
     folder = tmp_path_factory.mktemp("examples")
     write_chats(folder)
     make_solo().save(folder / "model")

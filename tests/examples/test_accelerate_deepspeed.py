@@ -1,4 +1,4 @@
-"""Accelerate with DeepSpeed takes the steps of a plain loop, on one process and on two."""
+"""Accelerate with DeepSpeed matches a plain loop, on one process and on two."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def expected(folder) -> list[float]:
 
 
 @pytest.mark.parametrize(("processes", "stage"), [(1, 2), (2, 2), (2, 3)])
-def test_losses_are_those_of_a_plain_loop(folder, tmp_path, expected, processes, stage):
+def test_losses_match_a_plain_loop(folder, tmp_path, expected, processes, stage):
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(processes), str(EXAMPLE)),

@@ -1,4 +1,4 @@
-"""transformers' Trainer takes the steps that our engine takes, resumes exactly, and isolates documents."""
+"""transformers' Trainer matches `solo train`, resumes exactly, and isolates documents."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_recipe(folder: Path, out: Path) -> Recipe:
 
 
 def make_trainer(recipe: Recipe, out: Path, kind: type[PackedTrainer] = PackedTrainer) -> PackedTrainer:
-    """As the example's, with the engine's optimizer and a constant rate."""
+    """Make the example's trainer with the optimizer of `solo train` and a constant rate."""
     args = TrainingArguments(
         output_dir=str(out),
         max_steps=STEPS,
@@ -60,7 +60,7 @@ def losses(trainer: PackedTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_losses_are_the_engines_and_resume_is_exact(folder, tmp_path):
+def test_losses_match_solo_train_and_resume_is_exact(folder, tmp_path):
     recipe = make_recipe(folder, tmp_path / "engine")
     train(recipe)
     lines = (tmp_path / "engine" / "metrics.jsonl").read_text().splitlines()
@@ -77,7 +77,7 @@ def test_losses_are_the_engines_and_resume_is_exact(folder, tmp_path):
 
 
 def test_packed_documents_do_not_attend_to_each_other(folder, tmp_path):
-    """With the Trainer's and the model's defaults, cache and attention included."""
+    """Uses the defaults of Trainer and model, including cache and attention."""
     compared = []
 
     class Watching(PackedTrainer):
@@ -98,11 +98,11 @@ def test_packed_documents_do_not_attend_to_each_other(folder, tmp_path):
             return super().compute_loss(model, inputs, **options)
 
     make_trainer(make_recipe(folder, tmp_path), tmp_path / "out", Watching).train()
-    assert len(compared) > 2 * STEPS * BATCH  # several documents a sequence
+    assert len(compared) > 2 * STEPS * BATCH  # several documents per sequence
     assert all(compared)
 
 
-def test_the_example_runs_and_goes_on(folder, tmp_path):
+def test_example_runs_and_resumes(folder, tmp_path):
     for steps in (2, 4):
         main(folder / "model", str(folder / "mixture.yaml"), tmp_path / "out", steps, batch=1)
     state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
@@ -112,7 +112,7 @@ def test_the_example_runs_and_goes_on(folder, tmp_path):
 
 
 @pytest.mark.distributed
-def test_two_processes_take_the_steps_of_one(folder, tmp_path):
+def test_two_processes_match_one(folder, tmp_path):
     curves = []
     for processes in (1, 2):
         out = tmp_path / str(processes)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_it_trains_on_what_the_assistant_says(folder, tmp_path, lora):
+def test_assistant_turns_are_trained(folder, tmp_path, lora):
     from trl_sft import PackedCollator, main
 
     rows = pq.read_table(folder / "chats.parquet").to_pylist()

@@ -86,7 +86,7 @@ def test_shared_image_is_computed_once(picture):
     assert ours[-1].num_patches == 1024
 
 
-def test_images_of_equal_size_are_told_apart(picture):
+def test_images_of_equal_size_are_distinguished(picture):
     without, cached = pipelines("qwen3")
     one, other = picture(64, 64, seed=0), picture(64, 64, seed=1)
     asked = [(one, one), (one, other), (other, one), (other, other), (one, one)]
@@ -101,7 +101,7 @@ def test_images_of_equal_size_are_told_apart(picture):
     assert known[4] > text + 2 * image
 
 
-def test_images_of_equal_patches_and_different_grids_are_told_apart():
+def test_equal_patches_with_different_grids_are_distinguished():
     without, cached = pipelines("llama")
     for size in ((96, 64), (64, 96), (96, 64)):
         chat = ask("what is this?", Image.new("RGB", size, "red"))
@@ -154,7 +154,7 @@ def test_decoders_with_recurrent_layers_are_not_cached():
 
 
 def states(tokens: np.ndarray) -> DynamicCache:
-    """Two layers that hold at each position a number that encodes all tokens up to it."""
+    """Return two layers whose value at each position encodes all tokens up to it."""
     codes = torch.tensor(np.cumsum(tokens * 7 ** np.arange(len(tokens))), dtype=torch.float64)
     keys = codes.view(1, 1, -1, 1)
     cache = DynamicCache()

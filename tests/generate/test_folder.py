@@ -21,7 +21,7 @@ REQUEST = {"prompt": "what is this?", "max_new_tokens": 4}
 
 @pytest.fixture
 def photos(tmp_path, picture):
-    """Images of several sizes in two folders, with a broken, a hidden and a text file."""
+    """Return images of several sizes in two folders, with a broken, a hidden and a text file."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     (folder / ".hidden").mkdir()
@@ -30,7 +30,7 @@ def photos(tmp_path, picture):
         picture(64, 32 * number, seed=number).save(folder / "more" / f"{number} é.JPG", "JPEG")
     picture().save(folder / ".hidden" / "img.png")
     (folder / "img3.png").write_bytes(b"no image")
-    (folder / "notes.txt").write_text("no image either")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
@@ -86,10 +86,10 @@ def test_killed_run_resumes(solo_folder, photos, tmp_path):
         counts = answer_folder(pipeline, ORDER, photos, REQUEST, out)
         assert out.read_bytes() == whole.read_bytes()
         assert counts.new == 7 - kept
-        assert len(encoded) == counts.new - (kept < 3)  # the broken one is not encoded about
+        assert len(encoded) == counts.new - (kept < 3)  # no prompt is encoded for the broken image
 
 
-def test_file_of_another_request_is_refused(solo_folder, photos, tmp_path):
+def test_file_of_another_request_is_rejected(solo_folder, photos, tmp_path):
     out = tmp_path / "answers.jsonl"
     pipeline = GenerationPipeline.from_pretrained(solo_folder)
     answer_folder(pipeline, ORDER, photos, REQUEST, out)

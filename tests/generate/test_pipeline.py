@@ -24,7 +24,7 @@ def test_static_cache_gives_the_same_answers(family, picture):
         assert static.stream(chats[0], lambda text: None, max_new_tokens).text == expected[0]
 
 
-def test_compile_and_prefix_cache_exclude_each_other():
+def test_compile_with_prefix_cache_is_rejected():
     with pytest.raises(SoloError, match="choose one"):
         pipeline(compile=True, prefix_cache=PrefixCache())
 
@@ -72,13 +72,13 @@ def test_lowest_temperature_equals_greedy_decoding():
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("chat",)])
-def test_infinite_temperature_is_refused(command, run):
+def test_infinite_temperature_is_rejected(command, run):
     code, _, errors = run(*command, "--model", "none", "--temperature", "inf")
     assert code == 2
     assert "--temperature" in errors
 
 
-def test_plain_llm_is_refused_instead_of_loaded_with_random_weights(tmp_path, run):
+def test_plain_llm_is_rejected_instead_of_loaded_with_random_weights(tmp_path, run):
     llm, tokenizer = make_llm()
     llm.save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")

@@ -1,4 +1,4 @@
-"""A trained model with its runs and evaluation, in folders whose names must not be published."""
+"""Trained model with its runs and evaluation, in folders whose names must not be published."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def evaluate():
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory, evaluate):
-    """Two finished runs, `stage1` and `sft`, and `evaluation` of the second run's model."""
+    """Return a folder with two finished runs, `stage1` and `sft`, and the latter's `evaluation`."""
     home = tmp_path_factory.mktemp("alice-at-her-desk")
     broken = {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}], "images": []}
     for name, rows in (
@@ -79,7 +79,7 @@ def publication(home):
 
 @pytest.fixture(scope="session")
 def published(publication, tmp_path_factory):
-    """Published folder."""
+    """Return the published folder."""
     out = tmp_path_factory.mktemp("published") / "tiny-solo"
     publication.write(out)
     return out
@@ -87,7 +87,7 @@ def published(publication, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photo(tmp_path_factory):
-    """JPEG that needs no resizing."""
+    """Return a JPEG that needs no resizing."""
     file = tmp_path_factory.mktemp("photo") / "photo.jpg"
     Image.radial_gradient("L").resize((96, 64)).convert("RGB").save(file, quality=95)
     return file

@@ -1,4 +1,4 @@
-"""Model card: it matches the runs and the evaluation, and names nothing of the machine they ran on."""
+"""Model card: it matches the runs and the evaluation, and reveals nothing about their machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from solo_vlm.utils.errors import SoloError
 
 
 def tables(text):
-    """Rows of the card's tables by their first cell; a later row replaces an equal one."""
+    """Return the rows of the card's tables by their first cell; later rows replace earlier ones."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return {row[0]: row[1:] for row in rows}
 
@@ -151,7 +151,7 @@ def test_card_without_runs_and_evaluation(publication, tmp_path):
     assert "This card gives no evidence of quality." in card.text
 
 
-def test_scores_of_other_weights_are_refused(publication, home, tmp_path, evaluate):
+def test_scores_of_other_weights_are_rejected(publication, home, tmp_path, evaluate):
     evaluate(tmp_path / "other", home / "stage1/model")
     with pytest.raises(SoloError, match="another model"):
         replace(publication, evaluation=tmp_path / "other").write(tmp_path / "out")

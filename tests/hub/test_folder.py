@@ -36,7 +36,7 @@ def test_published_folder_pads_left_and_stops_at_end_of_answer(tmp_path, has_gen
     assert json.loads(tokenizer_config.read_text())["padding_side"] == "right"  # unchanged
 
 
-def test_other_folders_are_refused(tmp_path):
+def test_other_folders_are_rejected(tmp_path):
     llm, _ = make_llm()
     llm.save_pretrained(tmp_path / "llm")
     cases = {

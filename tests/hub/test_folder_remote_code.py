@@ -81,7 +81,7 @@ with open(out + ".json", "w") as file:
 
 @pytest.fixture(scope="module")
 def elsewhere(published, photo, tmp_path_factory):
-    """Facts, arrays and printed text from a process without solo_vlm."""
+    """Return facts, arrays and printed text of a process without solo_vlm."""
     example = re.search(r"```python\n(.*?)```", (published / "README.md").read_text(), re.S)[1]
     example = example.replace('"owner/tiny-solo"', "folder")
     assert example.count("(folder,") == 2

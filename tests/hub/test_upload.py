@@ -1,4 +1,4 @@
-"""`solo push` against a local server that speaks the hub's protocol."""
+"""`solo push` against a local server with the hub's API."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def hub(monkeypatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def options(home):
-    """Arguments of a push with every option."""
+    """Return the arguments of a push with every option."""
     runs = ["--run", home / "stage1", "--run", home / "sft"]
     evaluation = ["--eval", home / "evaluation", "--license", "apache-2.0", "--base-model", "owner/tiny-llm"]
     return [home / "sft/model", "owner/tiny-solo", *runs, *evaluation]
@@ -132,7 +132,7 @@ def test_denied_write_access(token, owner, hub, options, run, monkeypatch):
     assert len(error.splitlines()) == 1
 
 
-def test_card_that_the_hub_refuses(hub, options, run):
+def test_card_rejected_by_the_hub_is_reported(hub, options, run):
     code, _, error = run("push", *options[:2], "--license", "unknown")
     assert code == 2
     assert '"license" must be one of the known ones' in error
@@ -161,7 +161,7 @@ def test_no_network_and_offline_mode(hub, options, run, monkeypatch):
         (["owner/tiny-solo", "--out", "somewhere"], "--dry-run"),
     ],
 )
-def test_invalid_arguments_are_refused(arguments, message, options, run):
+def test_invalid_arguments_are_rejected(arguments, message, options, run):
     code, _, error = run("push", options[0], *arguments)
     assert code == 2
     assert message in error

@@ -47,7 +47,7 @@ CONFIGS = {
     "qwen2": lambda **sizes: Qwen2Config(**sizes),
     "smollm3": lambda **sizes: SmolLM3Config(mlp_bias=True, attention_bias=True, **sizes),
 }
-# Large enough that matrices outweigh what nobody counts, and attention is not negligible.
+# Large enough that matrices dominate uncounted operations, and attention is not negligible.
 DECODER = LlamaConfig(
     hidden_size=96,
     intermediate_size=256,
@@ -126,7 +126,9 @@ def test_image_flops_match_the_counter():
     expected = counted(lambda: model(**inputs).loss)
     assert flops.hardware("full") == pytest.approx(expected, rel=0.01)
     use_activation_checkpointing(model, "selective")
-    expected = counted(lambda: model(**inputs).loss) - flops.attention  # it keeps that of fused kernels only
+    expected = (
+        counted(lambda: model(**inputs).loss) - flops.attention
+    )  # it includes attention of fused kernels only
     assert flops.hardware("selective") == pytest.approx(expected, rel=0.01)
 
 
@@ -264,12 +266,12 @@ def meta_parameters(config) -> int:
 
 
 def counted(loss) -> int:
-    """What torch counts in forward and backward pass; its eager attention computes all pairs."""
+    """Count forward and backward pass with torch, whose eager attention computes all pairs."""
     with FlopCounterMode(display=False) as counter:
         loss().backward()
     return counter.get_total_flops()
 
 
 def not_causal(flops: Flops, length: int) -> Flops:
-    """The count of one document whose tokens all attend to all, as eager attention has it."""
+    """Return the count of one document whose tokens all attend to each other, as in eager attention."""
     return replace(flops, attention=flops.attention * 2 * length // (length + 1))

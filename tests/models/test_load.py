@@ -1,4 +1,4 @@
-"""Folders that plain transformers answers from as this project does: padding on the left, the right ends."""
+"""Saved folders work the same in plain transformers: left padding and stop tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def padding_side(folder) -> str:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_transformers_batch_of_unequal_prompts_equals_single_prompts(family, picture, tmp_path):
     solo = make_solo(family)
-    solo.processor.tokenizer.padding_side = "right"  # as training tools set it
+    solo.processor.tokenizer.padding_side = "right"  # as set by training tools
     solo.save(tmp_path / "solo")
     assert padding_side(tmp_path / "solo") == "left"
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "solo").eval()
@@ -84,9 +84,7 @@ def test_folder_without_stop_tokens_still_stops(tmp_path):
     del settings["eos_token_id"]
     (tmp_path / "solo/generation_config.json").write_text(json.dumps(settings))
     pipeline = GenerationPipeline.from_pretrained(tmp_path / "solo", device="cpu")
-    assert set(pipeline.eos_token_ids) == ends - {
-        max(ends)
-    }  # <|stop|> was known to the generation config alone
+    assert set(pipeline.eos_token_ids) == ends - {max(ends)}  # only the generation config had <|stop|>
     assert set(pipeline.model.generation_config.eos_token_id) == set(pipeline.eos_token_ids)
 
 

@@ -1,4 +1,4 @@
-"""The layout "original": the very tokens that SOLO-7B was fine-tuned on, from SentencePiece itself."""
+"""Image layout "original": the tokens that SOLO-7B was fine-tuned on, computed with SentencePiece."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def processor(folder) -> SoloProcessor:
 
 
 def image(rows: int, columns: int, close: int = START) -> list[int]:
-    """`<vision>`, rows of `<vpatch>` with `<vrow_sep>` between, and `<vision>` again."""
+    """Return `<vision>`, rows of `<vpatch>` separated by `<vrow_sep>`, and `<vision>` again."""
     between = [ROW, *[PATCH] * columns]
     return [START, *[PATCH] * columns, *between * (rows - 1), close]
 
 
 def turns(pieces, *said: str) -> tuple[list[int], list[bool]]:
-    """Original fine-tuning format: turns tokenized singly, questions stripped, answers closed with EOS."""
+    """Tokenize in the original fine-tuning format: separate turns, stripped questions, EOS after answers."""
     ids, supervised = [], []
     for number, text in enumerate(said):
         if number % 2 == 0:
@@ -98,7 +98,7 @@ def test_image_of_a_later_turn_precedes_that_turn(processor, pieces):
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\ue000\ue001"), max_size=30)
 )
-def test_any_text_is_split_as_by_sentencepiece(text, processor, pieces):
+def test_any_text_is_tokenized_like_sentencepiece(text, processor, pieces):
     ids = processor.tokenizer.encode(text, add_special_tokens=False)
     assert ids == pieces.encode(text.replace("\x00", "\x00"))
 
@@ -123,7 +123,7 @@ def test_prompt_string_and_chat_give_the_same_tokens(processor, picture):
     np.testing.assert_array_equal(plain["pixel_values"], encoded["pixel_values"])
 
 
-def test_the_layout_is_saved_and_can_be_chosen_on_loading(processor, tmp_path):
+def test_layout_is_saved_and_can_be_chosen_on_loading(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     question = chat("what is this?", image_in=0)
     for layout, close in ((None, START), ("original", START), ("paper", END)):

@@ -1,4 +1,4 @@
-"""The toy data against truths found without its own drawing code: pixels, components, files."""
+"""Toy data against independent measurements: pixels, connected components, files."""
 
 import io
 import re
@@ -27,7 +27,7 @@ from solo_vlm.quickstart.data import (
 )
 from solo_vlm.quickstart.data.scenes import two_objects
 
-COLOURS = {
+COLORS = {
     "red": (220, 30, 40),
     "green": (40, 155, 60),
     "blue": (40, 80, 215),
@@ -48,19 +48,19 @@ def draw(family: str, seed: int) -> Scene:
 
 
 def coverage(image: Image.Image) -> np.ndarray:
-    """(height, width) bool: the pixels that clearly differ from the page."""
+    """Return a (height, width) mask of the pixels that clearly differ from the page."""
     pixels = np.asarray(image).astype(int)
     return np.abs(pixels - pixels[0, 0]).max(axis=-1) > 80
 
 
-def colour_name(image: Image.Image, where: np.ndarray) -> str:
-    """The colour nearest to the median of the pixels chosen by `where`."""
+def color_name(image: Image.Image, where: np.ndarray) -> str:
+    """Return the color nearest to the median of the pixels selected by `where`."""
     middle = np.median(np.asarray(image)[where], axis=0)
-    return min(COLOURS, key=lambda name: float(np.abs(middle - COLOURS[name]).sum()))
+    return min(COLORS, key=lambda name: float(np.abs(middle - COLORS[name]).sum()))
 
 
 def shape_name(mask: np.ndarray) -> str:
-    """The shape of one component, from its holes, its area and its widths."""
+    """Return the shape of one component, from its holes, area and widths."""
     height, width = mask.shape
     holes = ndimage.label(~np.pad(mask, 1))[1] - 1
     if any((~mask[height // 3 : -height // 3, width // 3 : -width // 3]).ravel()) and (
@@ -78,14 +78,14 @@ def shape_name(mask: np.ndarray) -> str:
 
 
 def things(image: Image.Image) -> list[tuple[str, str]]:
-    """The (colour, shape) of each connected component, by rows, then by columns."""
+    """Return (color, shape) of each connected component, by rows, then by columns."""
     labels, count = ndimage.label(coverage(image))
     found = []
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         cell_row = (box[0].start + box[0].stop) // 2 // 28
-        found.append((cell_row, box[1].start, colour_name(image, labels == number), labels[box]))
+        found.append((cell_row, box[1].start, color_name(image, labels == number), labels[box]))
     assert len(found) == count
-    return [(colour, shape_name(mask > 0)) for _, _, colour, mask in sorted(found, key=_place)]
+    return [(color, shape_name(mask > 0)) for _, _, color, mask in sorted(found, key=_place)]
 
 
 def _place(thing: tuple[int, int, str, np.ndarray]) -> tuple[int, int]:
@@ -94,18 +94,18 @@ def _place(thing: tuple[int, int, str, np.ndarray]) -> tuple[int, int]:
 
 @settings(max_examples=60, deadline=None)
 @given(seeds)
-def test_single_caption_names_what_is_drawn(seed: int) -> None:
+def test_single_caption_matches_the_image(seed: int) -> None:
     scene = draw("single", seed)
-    ((colour, shape),) = things(scene.image)
-    assert re.sub("^an? ", "", scene.caption) == scene.name == f"{colour} {shape}"
+    ((color, shape),) = things(scene.image)
+    assert re.sub("^an? ", "", scene.caption) == scene.name == f"{color} {shape}"
     answers = dict(scene.questions)
-    assert answers["What colour is it?"] == colour
+    assert answers["What colour is it?"] == color
     assert answers["What shape is it?"] == shape
 
 
 @settings(max_examples=100, deadline=None)
 @given(seeds, st.booleans())
-def test_pair_caption_names_what_is_drawn(seed: int, reserved: bool) -> None:
+def test_pair_caption_matches_the_image(seed: int, reserved: bool) -> None:
     scene = two_objects(np.random.default_rng(seed), reserved)
     assert is_reserved(scene.caption) == reserved
     one, other = (" ".join(thing) for thing in things(scene.image))
@@ -125,33 +125,33 @@ def test_pair_caption_names_what_is_drawn(seed: int, reserved: bool) -> None:
 def test_count_is_the_number_of_connected_components(seed: int) -> None:
     scene = draw("count", seed)
     seen = things(scene.image)
-    (colour, shape), count = seen[0], len(seen)
-    assert set(seen) == {(colour, shape)}
+    (color, shape), count = seen[0], len(seen)
+    assert set(seen) == {(color, shape)}
     shapes = "crosses" if shape == "cross" else f"{shape}s"
-    expected = f"{NUMBERS[count]} {colour} {shapes}" if count > 1 else f"{colour} {shape}"
+    expected = f"{NUMBERS[count]} {color} {shapes}" if count > 1 else f"{color} {shape}"
     assert re.sub("^an? ", "", scene.caption) == expected
     assert dict(scene.questions)["How many shapes are there?"] == NUMBERS[count]
 
 
 @settings(max_examples=60, deadline=None)
 @given(seeds)
-def test_chart_heights_are_the_bars_heights_in_pixels(seed: int) -> None:
+def test_chart_values_match_bar_heights_in_pixels(seed: int) -> None:
     scene = draw("chart", seed)
     columns = np.split(np.asarray(scene.image), 3, axis=1)
     bars = []
     for column in columns:
         middle = column[:-1, column.shape[1] // 2]  # without the axis
         saturated = np.ptp(middle.astype(int), axis=-1) > 60
-        colour = colour_name(Image.fromarray(middle[None]), saturated[None])
-        bars.append((colour, saturated.sum()))
+        color = color_name(Image.fromarray(middle[None]), saturated[None])
+        bars.append((color, saturated.sum()))
     unit = (scene.image.height - 2) / 5.25
     heights = [NUMBERS[round(pixels / unit)] for _, pixels in bars]
-    names = [colour for colour, _ in bars]
+    names = [color for color, _ in bars]
     expected = ", ".join(f"{name} {height}" for name, height in zip(names, heights, strict=True))
     assert scene.caption == f"a bar chart: {expected}"
     answers = dict(scene.questions)
-    for colour, height in zip(names, heights, strict=True):
-        assert answers[f"How high is the {colour} bar?"] == height
+    for color, height in zip(names, heights, strict=True):
+        assert answers[f"How high is the {color} bar?"] == height
     levels = [NUMBERS.index(height) for height in heights]
     for word, level in (("tallest", max(levels)), ("shortest", min(levels))):
         asked = answers.get(f"Which bar is the {word}?")
@@ -160,7 +160,7 @@ def test_chart_heights_are_the_bars_heights_in_pixels(seed: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seeds)
-def test_word_has_a_letter_in_each_cell(seed: int) -> None:
+def test_word_has_one_letter_per_cell(seed: int) -> None:
     scene = draw("word", seed)
     word = scene.caption.removeprefix("the word ")
     answers = dict(scene.questions)
@@ -170,11 +170,11 @@ def test_word_has_a_letter_in_each_cell(seed: int) -> None:
     cells = np.split(coverage(scene.image), len(word), axis=1)
     assert all(cell.sum() > 15 for cell in cells)
     blank = scene.image.width // len(word)
-    assert not coverage(scene.image)[:, blank - 1].any()  # no letter leaves its cell
+    assert not coverage(scene.image)[:, blank - 1].any()  # no letter exceeds its cell
 
 
-def test_the_same_letter_looks_alike_and_others_do_not() -> None:
-    """Masks of the words' first letters: nearest neighbours carry the same letter."""
+def test_equal_letters_look_alike_and_others_do_not() -> None:
+    """The nearest neighbors among masks of first letters have the same letter."""
     letters, masks = [], []
     for seed in range(250):
         scene = draw("word", seed)
@@ -193,7 +193,7 @@ def test_the_same_letter_looks_alike_and_others_do_not() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seeds, st.sampled_from(sorted(FAMILIES)))
-def test_images_are_small_and_keep_whole_cells(seed: int, family: str) -> None:
+def test_images_are_small_with_whole_cells(seed: int, family: str) -> None:
     image = draw(family, seed).image
     assert image.mode == "RGB"
     cell = np.gcd(*image.size)
@@ -203,7 +203,7 @@ def test_images_are_small_and_keep_whole_cells(seed: int, family: str) -> None:
     assert cell >= 28
 
 
-def test_digits_are_split_once_and_for_all() -> None:
+def test_digit_split_is_fixed() -> None:
     from sklearn.datasets import load_digits
 
     train, held_out = digit_splits()
@@ -260,7 +260,7 @@ def test_every_row_follows_the_schema(folder: Path, name: str) -> None:
             assert decoded.mode == "RGB"
 
 
-def test_sft_has_several_turns_and_text_alone(folder: Path) -> None:
+def test_sft_has_multi_turn_and_text_only_chats(folder: Path) -> None:
     read = rows(folder, "sft")
     assert {len(row["messages"]) // 2 for row in read} == {1, 2, 3}
     assert any(not row["images"] for row in read)
@@ -269,7 +269,7 @@ def test_sft_has_several_turns_and_text_alone(folder: Path) -> None:
     assert DIGIT_QUESTION in requests
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     sizes = dict.fromkeys(SIZES, 40) | dict.fromkeys(without_digits(), 10)
     for out, seed in (("one", 3), ("two", 3), ("three", 4)):
         write_toy_data(tmp_path / out, seed, **sizes)
@@ -302,7 +302,7 @@ def test_reserved_pairs_are_only_held_out(folder: Path) -> None:
     assert sum(map(is_reserved, pairs)) == len(pairs) // 2 == 6
 
 
-def test_the_corpus_holds_the_words_of_captions_and_answers(folder: Path) -> None:
+def test_corpus_contains_the_words_of_captions_and_answers(folder: Path) -> None:
     def words(name: str) -> set[str]:
         return {w.strip(".,:?") for row in rows(folder, name) for t in texts(row) for w in t.split()}
 

@@ -93,7 +93,7 @@ def test_repeated_quickstart_gives_the_same_metrics(quickstart):
 @pytest.mark.slow
 @pytest.mark.timeout(2700)  # minutes at rest; a busy machine takes several times as long
 def test_full_quickstart_reaches_its_scores(tmp_path):
-    """Runs the command on all cores."""
+    """Run the command on all cores."""
     command = [Path(sys.executable).with_name("solo"), "quickstart", "--out", tmp_path / "run", "--json"]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""A server in this process, on a real socket."""
+"""Server in this process, on a real socket."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from tests.factories import png
@@ -17,10 +17,12 @@ from tests.factories import png
 
 @dataclass
 class Served:
-    """A running server."""
+    """Running server."""
 
     port: int
     engine: object
+    server: object
+    thread: threading.Thread
 
     @property
     def url(self) -> str:
@@ -68,30 +70,30 @@ class Served:
 @contextmanager
 def served(solo, limits, api_keys=(), name="tiny", prefix_cache=None):
     """Serve a model while the context lasts."""
-    import uvicorn
-
     from solo_vlm.generate import GenerationPipeline
     from solo_vlm.serve.app import make_app
     from solo_vlm.serve.engine import Engine
+    from solo_vlm.serve.server import Server, bind
 
     pipeline = GenerationPipeline(solo.model, solo.processor, prefix_cache)
     engine = Engine(pipeline, limits.max_batch, limits.max_batch_tokens)
     app = make_app(engine, name, limits, api_keys)
-    config = uvicorn.Config(app, port=0, http="h11", ws="none", log_config=None, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait_until(lambda: server.started)
-        yield Served(server.servers[0].sockets[0].getsockname()[1], engine)
-    finally:
-        server.should_exit = True
-        thread.join()
+    with bind("127.0.0.1", 0) as address:
+        address.listen()
+        server = Server(app, replace(limits, max_drain_seconds=1))
+        thread = threading.Thread(target=server.run, args=([address.socket],))
+        thread.start()
+        try:
+            wait_until(lambda: server.started)
+            yield Served(address.socket.getsockname()[1], engine, server, thread)
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="module")
 def server(solo):
-    """A server with the default limits."""
+    """Run a server with the default limits."""
     from solo_vlm.serve.limits import Limits
 
     with served(solo, Limits()) as running:
@@ -100,7 +102,7 @@ def server(solo):
 
 @pytest.fixture
 def slow_model(solo, monkeypatch):
-    """Slow down every forward pass; returns a list with one entry per pass."""
+    """Slow down every forward pass; return a list with one entry per pass."""
     forward, steps = solo.model.model.forward, []
 
     def slow(*args, **kwargs):
@@ -124,13 +126,13 @@ def data_url(image) -> str:
 
 
 def question(text: str, *images, **options) -> dict:
-    """Body of a chat completion request."""
+    """Return the body of a chat completion request."""
     parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
     return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], **options}
 
 
 def encode_prompt(processor, messages, add_generation_prompt=False):
-    """Encode text and images apart, as the server does."""
+    """Encode text and images separately, like the server."""
     from solo_vlm.serve.engine import Prompt
     from solo_vlm.serve.images import EncodedImage
 

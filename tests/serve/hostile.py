@@ -5,9 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import select
+import socket
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from http.client import HTTPResponse
 from typing import Any
 
 from PIL import Image
@@ -95,8 +100,8 @@ def image_files() -> dict[str, bytes]:
         "GIF bomb": b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + animation.getvalue()[10:],
         "BMP bomb": b"BM"
         + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
-        "JPEG cut short": whole.getvalue()[:2000],
-        "PNG signature alone": b"\x89PNG\r\n\x1a\n",
+        "truncated JPEG": whole.getvalue()[:2000],
+        "PNG signature only": b"\x89PNG\r\n\x1a\n",
         "WebP of noise": b"RIFF\xff\xff\xff\x7fWEBPVP8 " + bytes(range(256)),
         "SVG with a file": SVG,
         "SVG of entities": ENTITIES,
@@ -110,7 +115,7 @@ def image_files() -> dict[str, bytes]:
 
 
 def bodies() -> dict[str, Any]:
-    """JSON values that are not a valid request, or one that must be refused."""
+    """Return JSON values that are invalid or must be rejected."""
     user = {"role": "user", "content": "x"}
     image = data_url(Image.new("RGB", (8, 8)))
 
@@ -196,7 +201,7 @@ def bodies() -> dict[str, Any]:
 
 
 def texts() -> dict[str, bytes]:
-    """Bodies that are not JSON."""
+    """Return bodies that are not JSON."""
     ok = json.dumps(question("x")).encode()
     return {
         "empty": b"",
@@ -220,8 +225,12 @@ def texts() -> dict[str, bytes]:
     }
 
 
-def expensive_bodies(size: int) -> Iterator[tuple[str, bytes]]:
-    """Bodies of a size that cost more than their bytes where they are parsed or validated as they come."""
+def costly_bodies(size: int) -> dict[str, Callable[[], bytes]]:
+    """Bodies of a size that cost more than their bytes if they are parsed or validated as they come."""
+
+    def fill(before: bytes, unit: bytes, after: bytes) -> bytes:
+        return before + unit * ((size - len(before) - len(after)) // len(unit)) + after
+
     user = b'{"messages": [{"role": "user", "content": "x"}], '
     content = (b'{"messages": [{"role": "user", "content": [', b"]}]}")
     text = (b'{"messages": [{"role": "user", "content": "', b'"}]}')
@@ -229,7 +238,7 @@ def expensive_bodies(size: int) -> Iterator[tuple[str, bytes]]:
         (b'{"messages": [{"role": "user", "content": "x", ', b"}]}"),
         (b'{"messages": [', b"]}"),
     )
-    for name, before, unit, after in [
+    cases = [
         ("empty parts", content[0], b"{},", b"{}" + content[1]),
         ("parts without text", content[0], b'{"type": "text"},', b"{}" + content[1]),
         ("parts of unknown type", content[0], b'{"type": "x"},', b"{}" + content[1]),
@@ -273,12 +282,12 @@ def expensive_bodies(size: int) -> Iterator[tuple[str, bytes]]:
             b"a",
             b'"}}' + content[1],
         ),
-    ]:
-        yield name, before + unit * ((size - len(before) - len(after)) // len(unit)) + after
+    ]
+    return {name: partial(fill, *parts) for name, *parts in cases}
 
 
 def requests(limit: int) -> dict[str, bytes]:
-    """Whole HTTP requests.
+    """Return whole HTTP requests.
 
     Args:
         limit: Maximum body size of the server, in bytes.
@@ -289,7 +298,7 @@ def requests(limit: int) -> dict[str, bytes]:
     made |= {f"JSON: {name}": http(json.dumps(body).encode()) for name, body in bodies().items()}
     made |= page_requests()
     return made | {
-        "too large, by its own word": http(b"{", length=str(limit + 1)),
+        "too large by its content length": http(b"{", length=str(limit + 1)),
         "too large by far": http(b"{", length="9" * 15),
         "too large, in chunks": http(None)
         + b"".join(_chunk(b" " * 65_536) for _ in range(limit // 65_536 + 2)),
@@ -326,7 +335,7 @@ def requests(limit: int) -> dict[str, bytes]:
 
 
 def page_requests() -> dict[str, bytes]:
-    """Requests to the page's own endpoints."""
+    """Return requests to the page's own endpoints."""
     made = {}
     for path in ("/api/image", "/api/attention"):
         made |= {f"{path}: {name}": http(body, path=path) for name, body in texts().items()}
@@ -352,12 +361,30 @@ def http(
     length: str | None = None,
     extra: str = "",
 ) -> bytes:
-    """A request; without a body, the head of a chunked one."""
+    """Return a request; without a body, the head of a chunked one."""
     head = [f"{method} {path} HTTP/1.1", "Host: x"]
     head += [f"Content-Type: {kind}"] if kind else []
     head += ["Transfer-Encoding: chunked"] if body is None else [f"Content-Length: {length or len(body)}"]
     head += [extra] if extra else []
     return "\r\n".join([*head, "", ""]).encode() + (body or b"")
+
+
+def exchange(port: int, request: bytes) -> tuple[int, str]:
+    """Send bytes; return status and body. Stops sending when the server answers, as a good client does."""
+    for patience in (0, 0.002, 0.02, 0.2):
+        # Data that arrives after the server has closed the connection makes TCP drop the response.
+        with (
+            suppress(ConnectionError),
+            socket.create_connection(("127.0.0.1", port), timeout=30) as connection,
+        ):
+            for start in range(0, len(request), 2**14):
+                connection.sendall(request[start : start + 2**14])
+                if start and select.select([connection], [], [], patience)[0]:
+                    break
+            response = HTTPResponse(connection)
+            response.begin()
+            return response.status, response.read().decode()
+    raise AssertionError("no answer before the connection was closed")
 
 
 def _chunk(data: bytes) -> bytes:
@@ -369,7 +396,7 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _png(width: int, height: int, *extra: bytes) -> bytes:
-    """A PNG that claims a size."""
+    """Return a PNG that declares a size."""
     header = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     pixels = _png_chunk(b"IDAT", zlib.compress(bytes(1000)))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + pixels + _png_chunk(b"IEND", b"")

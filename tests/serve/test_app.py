@@ -1,4 +1,4 @@
-"""OpenAI's chat API as its official client sees it, the page's endpoints, limits and disconnects."""
+"""OpenAI's chat API through its official client, the page's endpoints, limits and disconnects."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def expected(solo, chat) -> str:
     return GenerationPipeline(solo.model, solo.processor).answer([chat], TOKENS)[0]
 
 
-def test_answer_is_the_models_own(client, solo, picture):
+def test_answer_equals_the_models_own(client, solo, picture):
     image = picture(96, 64)
     parts = question("what is this?", image)["messages"]
     reply = client.chat.completions.create(model="tiny", messages=parts, max_tokens=TOKENS)
@@ -47,7 +47,7 @@ def test_answer_is_the_models_own(client, solo, picture):
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
 
 
-def test_chat_of_several_turns_and_images(client, solo, picture):
+def test_chat_with_several_turns_and_images(client, solo, picture):
     one, two = picture(64, 64, seed=1), picture(32, 96, seed=2)
     messages = [
         {"role": "developer", "content": "be brief"},
@@ -106,7 +106,7 @@ def test_seed_reproduces_a_sample(server):
     assert sample(1) == sample(1) != sample(2)
 
 
-def test_stop_string_ends_the_answer_and_is_not_part_of_it(server):
+def test_stop_string_ends_the_answer_and_is_excluded(server):
     whole = server.ask(question("hello", max_tokens=TOKENS))[1]["choices"][0]["message"]["content"]
     middle = whole[len(whole) // 2 :][:2]
     choice = server.ask(question("hello", max_tokens=TOKENS, stop=["never there", middle]))[1]["choices"][0]
@@ -166,7 +166,7 @@ def test_text_that_spells_special_tokens_stays_text(server, solo, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["one", "two"])
-def test_only_the_right_keys_are_accepted(solo, key):
+def test_only_valid_keys_are_accepted(solo, key):
     with served(solo, Limits(), ["one", "two"]) as server:
         client = OpenAI(base_url=server.url, api_key=key, max_retries=0)
         assert client.models.list().data
@@ -194,7 +194,7 @@ def test_metrics_count_requests_tokens_and_times(solo, picture):
         assert server.metric("solo_running") == server.metric("solo_waiting") == 0
 
 
-def test_unsupported_parameter_is_an_error_in_openais_form(client, picture):
+def test_unsupported_parameter_is_an_error_in_openais_format(client, picture):
     with pytest.raises(APIError, match="'tools' is not supported") as error:
         client.chat.completions.create(
             model="tiny",
@@ -208,7 +208,7 @@ def test_unsupported_parameter_is_an_error_in_openais_form(client, picture):
     ("field", "value"),
     [("max_new_tokens", 1), ("num_beams", 4), ("stop_sequences", ["a"]), ("eos_token_id", 3)],
 )
-def test_unknown_fields_are_refused(server, field, value):
+def test_unknown_fields_are_rejected(server, field, value):
     status, reply = server.ask({"messages": [{"role": "user", "content": "x"}], field: value})
     assert status == 400
     assert (reply["error"]["code"], reply["error"]["param"]) == ("unsupported_parameter", field)
@@ -242,7 +242,7 @@ NULLS = (
 
 
 def test_null_fields_and_empty_lists_count_as_absent(client, server, picture):
-    """Clients send messages back as they got them: `message.model_dump()` has all of these."""
+    """Clients send messages back unchanged: `message.model_dump()` has all of these fields."""
     image = {"type": "image_url", "image_url": {"url": data_url(picture()), "detail": None}}
     user = {"role": "user", "content": [image, {"type": "text", "text": "hi"}]}
     plain = [user, {"role": "assistant", "content": "seven"}, {"role": "user", "content": "and now?"}]
@@ -285,7 +285,7 @@ def test_null_fields_and_empty_lists_count_as_absent(client, server, picture):
         {"role": "assistant", "content": "x", "refusal": "I will not"},
     ],
 )
-def test_unsupported_message_content_is_refused(server, message):
+def test_unsupported_message_content_is_rejected(server, message):
     status, reply = server.ask({"messages": [message, {"role": "user", "content": "hi"}]})
     assert status == 400
     assert reply["error"]["param"].startswith("messages.0.")
@@ -302,7 +302,7 @@ def test_unsupported_message_content_is_refused(server, message):
         {"length_penalty": 2.0},
     ],
 )
-def test_vllm_parameters_that_change_the_answer_are_refused(server, option):
+def test_vllm_parameters_that_change_the_answer_are_rejected(server, option):
     status, reply = server.ask(question("hi", max_tokens=1, **option))
     assert (status, reply["error"]["code"]) == (400, "unsupported_parameter")
 
@@ -327,7 +327,7 @@ def closed_gate(monkeypatch):
 
 
 def send(server, body) -> socket.socket:
-    """Send a request; the caller reads the response, or leaves."""
+    """Send a request; the caller reads the response or disconnects."""
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
     text = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n"
@@ -390,7 +390,7 @@ def test_disconnects_during_image_decoding_do_not_pile_up_work(solo, monkeypatch
         for wave in (1, 2, 3):
             connections = [send(server, question("hello", picture())) for _ in range(9)]
             wait_until(lambda: len(begun) >= 4)
-            time.sleep(0.2)  # in which more would begin, if they could
+            time.sleep(0.2)  # time in which more could start
             for connection in connections:
                 connection.close()
             wait_until(lambda: server.metric(left) == 9 * wave)  # noqa: B023 - used within the loop
@@ -526,13 +526,13 @@ def test_attention_runs_between_batches(solo, slow_model, picture):
         (answered("x " * 600), (0, 1), "messages", "maximum context length is 512 tokens"),
     ],
 )
-def test_attention_of_something_else_is_refused(server, messages, span, param, message):
+def test_invalid_attention_request_is_rejected(server, messages, span, param, message):
     status, body = attend(server, messages, *span)
     assert (status, body["error"]["param"]) == (400, param)
     assert message in body["error"]["message"]
 
 
-def test_attention_of_an_answer_longer_than_the_server_generates_is_refused(solo):
+def test_attention_of_an_answer_over_max_tokens_is_rejected(solo):
     with served(solo, Limits(max_tokens=5)) as server:
         assert attend(server, answered("x", answer="a"), 0, 1)[0] == 200
         status, body = attend(server, answered("x", answer="hello " * 50 + "world"), 0, 1)
@@ -540,7 +540,7 @@ def test_attention_of_an_answer_longer_than_the_server_generates_is_refused(solo
 
 
 @pytest.mark.parametrize("path", ["/api/image", "/api/attention"])
-def test_page_endpoints_refuse_unknown_fields_and_count_as_requests(solo, path):
+def test_page_endpoints_reject_unknown_fields_and_count_as_requests(solo, path):
     with served(solo, Limits(max_concurrent=1)) as server:
         for body in ({}, {"model": "tiny"}, {"image_url": {"url": "x"}, "messages": [], "n": 1}):
             status, reply = server.ask(body, path)
@@ -574,7 +574,7 @@ def test_page_endpoints_share_slots_and_keys_with_the_api(solo, closed_gate, pic
         ({"Origin": "null"}, 403),
     ],
 )
-def test_pages_of_other_sites_are_refused(server, picture, headers, status):
+def test_cross_site_requests_are_rejected(server, picture, headers, status):
     headers = {name: value.format(host=f"127.0.0.1:{server.port}") for name, value in headers.items()}
     assert server.ask(question("x", max_tokens=1), **headers)[0] == status
     assert server.ask({"image_url": {"url": data_url(picture())}}, "/api/image", **headers)[0] == status
@@ -603,14 +603,14 @@ def test_page_is_complete_and_loads_nothing_from_elsewhere(server):
         assert server.fetch(f"/page/{other}")[0] == 404
 
 
-def test_model_card_tells_the_page_size_and_limits(server, solo):
+def test_model_entry_has_size_and_limits_for_the_page(server, solo):
     card = json.loads(server.get("/v1/models"))["data"][0]
     assert (card["layers"], card["max_model_len"]) == (2, 512)
     assert card["parameters"] == sum(weights.numel() for weights in solo.model.parameters())
     assert card["limits"]["max_image_bytes"] == Limits().max_image_bytes
 
 
-def test_usage_tells_cached_prompt_tokens():
+def test_usage_includes_cached_prompt_tokens():
     """A follow-up question about the same image reuses its prefix."""
     with served(make_solo(), Limits(), prefix_cache=PrefixCache()) as server:
         image = Image.new("RGB", (96, 64), "red")

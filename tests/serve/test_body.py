@@ -13,8 +13,7 @@ from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.protocol import ApiError
 
 from .conftest import question, served, wait_until
-from .hostile import expensive_bodies, http
-from .test_protocol_hostile import exchange
+from .hostile import costly_bodies, exchange, http
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.text() | st.text('\\"[{,:}]', max_size=20)
@@ -43,10 +42,9 @@ def test_values_are_counted_whatever_the_strings_and_chunks(value, ascii_only, s
         assert refused == (maximum < expected)
 
 
-@pytest.mark.parametrize("name", dict(expensive_bodies(2**10)))
-def test_expensive_body_is_refused(server, name):
-    body = dict(expensive_bodies(2**19))[name]
-    status, _, answer = server.post(body)
+@pytest.mark.parametrize("name", costly_bodies(2**19))
+def test_costly_body_is_refused(server, name):
+    status, _, answer = server.post(costly_bodies(2**19)[name]())
     error = json.loads(answer)["error"]
     assert 400 <= status < 500 and error.keys() == {"message", "type", "param", "code"}, error
     assert len(answer) < 1500

@@ -1,4 +1,4 @@
-"""Sampling and padding against brute force; streamed text against the tokenizer's decoding of the whole."""
+"""Sampling and padding against brute force; streamed text against decoding the whole answer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_top_p_drops_the_tail():
     )
 
 
-def test_greedy_row_keeps_its_scores_beside_a_sampled_one():
+def test_greedy_row_keeps_its_scores_next_to_a_sampled_one():
     sampler = RowSampler([SamplingParams(1), SamplingParams(1, temperature=1.0, seed=3)], torch.device("cpu"))
     scores = sampler(torch.zeros(2, 1), LOGITS.repeat(2, 1))
     assert torch.equal(scores[0], LOGITS)

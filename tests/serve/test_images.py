@@ -1,4 +1,4 @@
-"""Images in requests: every data URL that the library reads; downloads from public addresses only."""
+"""Images in requests: all data URLs that the library reads; downloads from public addresses only."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_server_reads_what_the_library_reads(name):
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_neither_reads_an_invalid_data_url(name):
+def test_library_and_server_reject_invalid_data_urls(name):
     with pytest.raises(ImageError):
         load_image(UNREADABLE[name])
     with pytest.raises(ApiError) as error:
@@ -105,7 +105,7 @@ def test_neither_reads_an_invalid_data_url(name):
     assert (error.value.status, error.value.param, error.value.code) == (400, "x", "invalid_image")
 
 
-def test_answers_do_not_depend_on_the_form_of_the_data_url(server):
+def test_answers_do_not_depend_on_the_format_of_the_data_url(server):
     client = OpenAI(base_url=server.url, api_key="none", max_retries=0)
     body = question("what is this?", load_image(FILE), max_tokens=8)
     expected = client.chat.completions.create(model="tiny", **body)
@@ -132,7 +132,7 @@ def test_percent_encoding_is_limited_per_request():
 
 
 class CountingProcessor(SoloImageProcessor):
-    """Counts the images that it encodes."""
+    """Image processor that counts the images that it encodes."""
 
     encoded = 0
 
@@ -180,7 +180,7 @@ def test_pixels_of_cached_images_count_towards_the_limit():
         (png(Image.new("L", (2000, 1))), "2000 x 1|2,000 x 1"),
     ],
 )
-def test_unusable_image_is_refused(file, message):
+def test_unusable_image_is_rejected(file, message):
     with pytest.raises(ApiError, match=message) as error:
         ImageReader(SoloImageProcessor(), Limits(max_pixels=10_000)).read([("x", file)])
     assert (error.value.status, error.value.code) == (400, "invalid_image")
@@ -225,7 +225,7 @@ def test_other_addresses_are_not_public(address):
 
 
 class Host(ThreadingHTTPServer):
-    """A web server that records requested paths."""
+    """Web server that records requested paths."""
 
     daemon_threads = True
 
@@ -310,7 +310,7 @@ def test_image_at_a_public_address_is_read(server, public, solo, image):
         assert status == 200 and body["choices"][0]["message"]["content"] == expected
 
 
-def test_redirect_to_a_private_address_is_refused(server, public, private):
+def test_redirect_to_a_private_address_is_rejected(server, public, private):
     status, body = server.ask(about(f"{address(public)}/to/{address(private)}/x.png"))
     assert status == 400 and "public address" in body["error"]["message"]
 
@@ -318,11 +318,11 @@ def test_redirect_to_a_private_address_is_refused(server, public, private):
 @pytest.mark.parametrize(
     "target", ["file:///etc/passwd", "ftp://127.0.0.2/x", "/to/" * 9 + "x", "http://[", "//"]
 )
-def test_redirect_to_another_scheme_is_refused(server, public, target):
+def test_redirect_to_another_scheme_is_rejected(server, public, target):
     assert server.ask(about(f"{address(public)}/to/{target}"))[0] == 400
 
 
-def test_dns_rebinding_is_refused(server, public, private, monkeypatch):
+def test_dns_rebinding_is_rejected(server, public, private, monkeypatch):
     resolve, answers = socket.getaddrinfo, iter([PUBLIC, *["127.0.0.1"] * 5])
 
     def rebinding(host, port, *arguments, **options):
@@ -369,6 +369,6 @@ def test_downloads_together_are_limited_to_the_size_of_a_request(solo, public, m
         ("slow", "timed out after 1 s"),
     ],
 )
-def test_missing_large_packed_or_slow_download_is_refused(server, public, page, message):
+def test_missing_large_compressed_or_slow_download_is_rejected(server, public, page, message):
     status, body = server.ask(about(f"{address(public)}/{page}"))
     assert status == 400 and message in body["error"]["message"]

@@ -1,4 +1,4 @@
-"""Addresses, and `solo serve` and `solo web` as processes: clients, keys, signals, mistakes."""
+"""Addresses, and `solo serve` and `solo web` as processes: clients, keys, signals, user errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_ipv6_address_is_in_brackets():
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
-def test_foreign_address_is_refused(host):
+def test_foreign_address_is_rejected(host):
     with (
         pytest.raises(SoloError, match=f"cannot listen on {host}, port 8000: .*--port"),
         bind(host, 8000),
@@ -179,7 +179,7 @@ def test_key_file_without_keys_is_one_line(run, folder, tmp_path, content):
 
 
 @pytest.mark.parametrize("option", [("--device", "cpu"), ("--quantize", "nf4"), ("--prefix-cache", "2")])
-def test_options_unsupported_by_vllm_are_refused(run, folder, option):
+def test_options_unsupported_by_vllm_are_rejected(run, folder, option):
     code, _, err = run("serve", "--model", folder, "--engine", "vllm", *option)
     assert code == 2 and option[0] in err
 
@@ -219,7 +219,7 @@ def test_web_with_missing_model_is_one_line(run, tmp_path):
 
 @pytest.mark.parametrize("opens", [True, False])
 def test_web_opens_the_page_once_it_listens(folder, tmp_path, opens):
-    """A stand-in for the browser fetches the page that it is told to open."""
+    """A fake browser fetches the page that it is asked to open."""
     browser, opened = tmp_path / "browser.py", tmp_path / "opened"
     browser.write_text(
         "import sys, urllib.request\n"

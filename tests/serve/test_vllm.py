@@ -41,7 +41,7 @@ def test_command_has_the_limits_that_vllm_supports():
 
 
 @pytest.mark.parametrize("limits", [Limits(allow_image_urls=True), Limits(max_seconds=1.0)])
-def test_limit_unsupported_by_vllm_is_refused(limits):
+def test_limit_unsupported_by_vllm_is_rejected(limits):
     with pytest.raises(SoloError, match="--engine vllm does not support --"):
         vllm_command("folder", "name", "127.0.0.1", 8000, limits)
 
@@ -51,7 +51,7 @@ def test_limit_unsupported_by_vllm_is_refused(limits):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model with a head size that vLLM has kernels for."""
+    """Return a tiny model with a head size that vLLM supports."""
     tokenizer = train_tokenizer(TEXTS, vocab_size=320)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(folder, tmp_path_factory):
-    """A LoRA adapter with random weights, large enough to change answers."""
+    """Return a LoRA adapter with random weights, large enough to change answers."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
@@ -92,7 +92,7 @@ def adapter(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vllm(folder, adapter, tmp_path_factory):
-    """A client of `solo serve --engine vllm` with model and adapter."""
+    """Yield a client of `solo serve --engine vllm` with model and adapter."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "solo_vlm", "serve", "--model", str(folder), "--port", str(port)]

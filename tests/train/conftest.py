@@ -6,7 +6,7 @@ from tests.factories import ProcessGroup, image_rows, make_solo, text_rows, writ
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Folder with training data (colors, texts of several lengths) and models of three families."""
+    """Return a folder with training data (colors, texts of several lengths) and models of three families."""
     folder = tmp_path_factory.mktemp("runs")
     write_training_data(folder, image_rows(24), text_rows(64))
     for family in ("llama", "mistral", "qwen3"):
@@ -16,7 +16,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def start():
-    """Function that starts a group of processes; those still running after the test are killed."""
+    """Return a function that starts a group of processes, killed after the test if still running."""
     groups = []
 
     def start(size, target, *arguments):

@@ -126,7 +126,7 @@ def test_export_checkpoint_writes_model_of_its_step(runs, tmp_path, monkeypatch)
         export_checkpoint(tmp_path / "out", tmp_path / "again", 5)
 
 
-def test_export_of_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_export_of_a_folder_without_a_run_is_rejected(tmp_path):
     with pytest.raises(SoloError, match="is not the output directory of a run"):
         export_checkpoint(tmp_path, tmp_path / "out")
 

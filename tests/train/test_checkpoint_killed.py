@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def whole(runs, tmp_path_factory):
-    """Losses and durations of uninterrupted runs, by number of processes."""
+    """Return losses and durations of uninterrupted runs, by number of processes."""
     from tests.factories import ProcessGroup
 
     curves = {}
@@ -46,7 +46,7 @@ def run_and_die_in_a_save(plain, where):
 
         return call
 
-    if where == "before the name":
+    if where == "before the rename":
         Path.rename = dying(Path.rename)
     else:
         filesystem._write_item = dying(filesystem._write_item)
@@ -54,7 +54,7 @@ def run_and_die_in_a_save(plain, where):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("where", ["before the name", "between two files"])
+@pytest.mark.parametrize("where", ["before the rename", "between two files"])
 def test_resume_after_sigkill_during_save_matches_whole_run(runs, tmp_path, start, whole, where, size):
     plain = run_settings(runs, tmp_path / "out")
     group = start(size, run_and_die_in_a_save, plain, where)

@@ -31,7 +31,7 @@ def take(*arguments):
     if next(taken, None) is None:
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise RuntimeError("the cause of all")
+        raise RuntimeError("the root cause")
     return optimizer_step(*arguments)
 
 if int(os.environ["RANK"]) == victim:
@@ -45,7 +45,7 @@ main()
 
 @pytest.fixture
 def torchrun(runs, tmp_path):
-    """Function that starts torchrun on a small run; processes left over are terminated."""
+    """Return a function that starts torchrun on a small run; leftover processes are terminated."""
     (tmp_path / "script.py").write_text(SCRIPT)
     started = []
 
@@ -97,7 +97,7 @@ def test_all_processes_exit_when_one_fails(torchrun):
     assert process.returncode == 1
     assert tracebacks(printed) == 1
     assert "process 1 on" in last_words(printed)
-    assert "RuntimeError: the cause of all" in last_words(printed)
+    assert "RuntimeError: the root cause" in last_words(printed)
 
 
 @pytest.mark.distributed
@@ -112,7 +112,7 @@ def test_all_machines_exit_when_one_process_fails(torchrun, victim):
     assert [agent.returncode for agent in agents] == [1, 1]
     assert sum(map(tracebacks, printed)) == 1
     for output in printed:
-        assert "RuntimeError: the cause of all" in last_words(output)
+        assert "RuntimeError: the root cause" in last_words(output)
 
 
 @pytest.mark.distributed

@@ -16,13 +16,13 @@ from tests.factories import (
 )
 
 from solo_vlm.train import Recipe, train, trainer
-from solo_vlm.train.run_folder import lock_output_dir
 from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import lock_output_dir
 
 
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
-    """Settings of a run that was interrupted after a checkpoint."""
+    """Return the settings of a run that was interrupted after a checkpoint."""
     write_training_data(tmp_path, image_rows(4), text_rows(30))
     make_solo().save(tmp_path / "llama")
     (tmp_path / "held_out.parquet").write_bytes((tmp_path / "text.parquet").read_bytes())
@@ -58,7 +58,7 @@ def test_resume_with_changed_model_or_validation_data_is_rejected(tmp_path, stop
 
 
 def test_second_run_in_locked_output_dir_is_rejected(tmp_path):
-    holder = "import sys; from pathlib import Path; from solo_vlm.train.run_folder import lock_output_dir\n"
+    holder = "import sys; from pathlib import Path; from solo_vlm.utils.files import lock_output_dir\n"
     holder += "held = lock_output_dir(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", holder, tmp_path / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -39,9 +39,9 @@ from solo_vlm.utils.errors import SoloError
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """Folder with images of two colors, some text, and a model."""
+    """Return a folder with images of two colors, some text, and a model."""
     folder = tmp_path_factory.mktemp("run")
-    images = [{"bytes": png(Image.new("RGB", (32, 32), colour)), "path": None} for colour in ("red", "blue")]
+    images = [{"bytes": png(Image.new("RGB", (32, 32), color)), "path": None} for color in ("red", "blue")]
     rows = [
         {
             "messages": [
@@ -92,7 +92,7 @@ def test_model_learns_to_name_colors(run_folder, tmp_path):
     curve = losses(tmp_path / "out")
     assert curve[-1] < 0.2 * curve[0]
     pipeline = GenerationPipeline.from_pretrained(trained.model)
-    chats = [ask("what is this?", Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue")]
+    chats = [ask("what is this?", Image.new("RGB", (32, 32), color)) for color in ("red", "blue")]
     assert pipeline.answer(chats, max_new_tokens=5) == ["red", "blue"]
     assert list((tmp_path / "out" / "tensorboard").iterdir())
 
@@ -138,7 +138,7 @@ def test_manifest_reproduces_run(run_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def documents(run_folder):
-    """A model, and sixteen documents with and without images."""
+    """Return a model, and sixteen documents with and without images."""
     model, processor = load_base_model(run_folder / "start")
     encoder = Encoder(processor)
     rows = [
@@ -279,7 +279,7 @@ def test_resume_after_stop_is_bit_exact(runs, tmp_path, monkeypatch):
 
 @pytest.fixture
 def poisoned(runs, tmp_path):
-    """Folder with a model that returns NaN for one rare word, and one sample with that word."""
+    """Return a folder with a model that outputs NaN for one rare word, and one sample with that word."""
     solo = make_solo("mistral")
     (word,) = solo.processor.tokenizer.encode("seven", add_special_tokens=False)[:1]
     solo.model.get_input_embeddings().weight.data[word] = float("nan")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from PIL import Image
-from tests.factories import CHAT_COLOURS, ask, make_solo, write_chats
+from tests.factories import CHAT_COLORS, ask, make_solo, write_chats
 
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.train import Recipe, train
@@ -43,14 +43,14 @@ def test_mixture_of_image_and_text_chats_is_learned(trained):
     assert max(seen) > 0
 
     pipeline = GenerationPipeline.from_pretrained(trained.model)
-    pictures = [ask("what is this?", Image.new("RGB", (64, 32), colour)) for colour in CHAT_COLOURS]
+    pictures = [ask("what is this?", Image.new("RGB", (64, 32), color)) for color in CHAT_COLORS]
     later = [
         [
             *picture,
-            {"role": "assistant", "content": [{"type": "text", "text": colour}]},
+            {"role": "assistant", "content": [{"type": "text", "text": color}]},
             {"role": "user", "content": [{"type": "text", "text": "hello"}]},
         ]
-        for picture, colour in zip(pictures, CHAT_COLOURS, strict=True)
+        for picture, color in zip(pictures, CHAT_COLORS, strict=True)
     ]
     answers = pipeline.answer([*pictures, *later, ask("what is seven?")], max_new_tokens=5)
     assert answers == ["red", "blue", "world", "world", "seven"]

@@ -54,7 +54,7 @@ def heads_for_flash():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Folder with a model and training data."""
+    """Return a folder with a model and training data."""
     path = tmp_path_factory.mktemp("gpu")
     write_training_data(path, image_rows(40), text_rows(120))
     make_solo("llama").save(path / "llama")
@@ -213,8 +213,8 @@ def test_memory_and_speed_settings_keep_losses(folder, whole, changes):
 
 
 def test_cached_and_streamed_answers_agree(folder, whole):
-    """In a batch, alone, with the prefix cache, compiled, and on CPU."""
-    chats = [[user_turn("what is this?", [Image.new("RGB", (64, 32), colour)])] for colour in ("red", "blue")]
+    """Answers agree in a batch, alone, with the prefix cache, compiled, and on CPU."""
+    chats = [[user_turn("what is this?", [Image.new("RGB", (64, 32), color)])] for color in ("red", "blue")]
     pipeline = GenerationPipeline.from_pretrained(folder / "whole" / "model")
     assert pipeline.model.device.type == DEVICE
     cached = GenerationPipeline(pipeline.model, pipeline.processor, PrefixCache())

@@ -1,7 +1,7 @@
 """Interrupted runs resume, possibly in another layout, with the losses of uninterrupted runs.
 
 Every pair of (layout, feature on or off, interruption, layout at resume) occurs in a row of `ROWS`; that is
-13 runs in place of the 1,152 of the full product.
+13 runs instead of the 1,152 of the full product.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_rows_cover_every_pair_of_factors():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Folder with data for about ten steps and a model."""
+    """Return a folder with data for about ten steps and a model."""
     folder = tmp_path_factory.mktemp("interruptions")
     write_training_data(folder, image_rows(16), text_rows(120))
     make_solo().save(folder / "llama")
@@ -137,7 +137,7 @@ def run_until(plain, interruption, victim, step=STEP):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """Function that runs each setting once without interruption and returns its output directory."""
+    """Return a function that runs each setting once without interruption, for its output directory."""
     groups = {}
 
     def start(layout, features):

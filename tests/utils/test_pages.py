@@ -8,7 +8,7 @@ from jinja2 import UndefinedError
 from solo_vlm.utils.pages import render
 
 
-def test_value_that_a_template_needs_is_not_left_out_in_silence(tmp_path, monkeypatch):
+def test_missing_template_value_is_an_error(tmp_path, monkeypatch):
     package = tmp_path / "reports"
     package.mkdir()
     (package / "__init__.py").touch()

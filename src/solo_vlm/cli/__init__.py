@@ -27,6 +27,7 @@ from solo_vlm.cli.scaling import app as scaling
 from solo_vlm.cli.serve import serve, web
 from solo_vlm.cli.train import train
 from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import explain_refusal
 
 app = typer.Typer(
     name="solo",
@@ -58,14 +59,18 @@ app.add_typer(evaluate, name="eval")
 
 
 def main() -> None:
-    """Run the command `solo`. A `SoloError` is printed as one line and sets the exit status."""
+    """Run the command `solo`.
+
+    A `SoloError` is printed as one line and sets the exit status, and so is an error behind which the system
+    refused to write or to read a file.
+    """
     # Bound the time that OpenMP threads spin at barriers: on a busy machine, unbounded spinning takes the
     # core from the thread that the others wait for, and training almost stops.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(arguments)
+        _run(arguments)
     except SoloError as error:
         if debug:
             raise
@@ -76,3 +81,27 @@ def main() -> None:
     except KeyboardInterrupt:
         print("solo: stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _run(arguments: list[str]) -> None:
+    try:
+        try:
+            app(arguments)
+        finally:
+            _flush_output()
+    except Exception as error:
+        refusal = None if isinstance(error, SoloError) else explain_refusal(error)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def _flush_output() -> None:
+    """Write what stdout has buffered; at exit, Python would report a failure in several lines."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough
+            raise SystemExit(1) from None
+        raise

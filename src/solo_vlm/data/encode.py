@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from solo_vlm.data.sample import Sample, SampleError
 from solo_vlm.data.sources.files import read_url, retried
 from solo_vlm.data.values import ImageSource
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -236,9 +236,7 @@ def load_encoder(path: str | Path) -> Encoder:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise SoloError(
-            f"cannot read a model's tokenizer from {path}: {str(error).splitlines()[0]}"
-        ) from error
+        raise SoloError(f"cannot read a model's tokenizer from {path}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise SoloError(f"the tokenizer of {path} has no EOS token: set eos_token in tokenizer_config.json")
     return Encoder(tokenizer)

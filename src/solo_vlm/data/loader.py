@@ -27,6 +27,7 @@ from solo_vlm.data.sources import Source, fingerprints
 from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
 from solo_vlm.models.solo.processing_solo import num_vision_tokens
 from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import process_exists
 
 MakeStream = Callable[[int], VirtualStream]
 # (sequences of this rank, whether its data ended) -> (number of sequences per rank, whether all data ended)
@@ -347,18 +348,11 @@ def _end_with(owner: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 
     def wait() -> None:
-        while is_alive():
+        while process_exists(owner):
             sent = signal.sigtimedwait(signals, 5.0)
             if sent and sent.si_pid == owner:
                 break
         os._exit(0)
-
-    def is_alive() -> bool:
-        try:
-            os.kill(owner, 0)
-        except ProcessLookupError:
-            return False
-        return True
 
     threading.Thread(target=wait, daemon=True).start()
 

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.sources import SharedShards, Source, open_source
+from solo_vlm.data.sources.files import Limits
 from solo_vlm.data.streams import MixtureItem, VirtualStream, WeightBy
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import Settings
@@ -45,6 +46,11 @@ class DataSettings(Settings):
         packing_buffer: Documents that a packer chooses from.
         vision_loss: Also supervise vision tokens: whether a patch, a new row or the end of the image follows.
             The paper's loss is on text alone.
+        allow_outside_paths: Whether rows may name images outside of their source's folder, by absolute paths,
+            `..`, links or URLs other than http(s).
+        max_row_bytes: Size of a JSON line, or of a sample in a tar, above which it is skipped.
+        max_shard_bytes: Size of a decompressed file or a parquet row group, which is read as a whole, above
+            which the run stops.
         max_skipped: Fraction of unusable samples above which the run stops and lists them.
         seed: Seed of the order.
     """
@@ -58,6 +64,9 @@ class DataSettings(Settings):
     threads: PositiveInt = 1
     packing_buffer: PositiveInt = 128
     vision_loss: bool = False
+    allow_outside_paths: bool = False
+    max_row_bytes: PositiveInt = Limits.max_row_bytes
+    max_shard_bytes: PositiveInt = Limits.max_shard_bytes
     max_skipped: float = Field(0.01, ge=0, le=1)
     seed: int = 0
 
@@ -111,7 +120,8 @@ class Mixture(Settings):
         Raises:
             SoloError: A source is missing, unreadable or empty.
         """
-        sources = [open_source(path) for path in self.source_paths()]
+        limits = Limits(self.data.allow_outside_paths, self.data.max_row_bytes, self.data.max_shard_bytes)
+        sources = [open_source(path, limits) for path in self.source_paths()]
         for source in sources:
             if not len(source):
                 raise SoloError(f"{source.name} has no rows")

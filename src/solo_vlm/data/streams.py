@@ -31,7 +31,7 @@ Held = tuple[Key, Document]
 Encode = Callable[[Sample], Document]
 WeightBy = Literal["samples", "tokens", "sequences"]
 
-ORDER_VERSION = 2  # increased if the same data and seed give another order; older states are rejected
+ORDER_VERSION = 3  # increased if the same data and seed give another order; older states are rejected
 
 LISTED = 20  # skipped samples that a stream lists; it counts all
 

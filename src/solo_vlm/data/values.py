@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import re
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
+
+from solo_vlm.utils.files import is_inside
 
 
 def load_json(text: str | bytes) -> Any:
     """Parse JSON like `json.loads`.
 
     Raises:
-        ValueError: Invalid or too deeply nested JSON.
+        ValueError: Invalid or too deeply nested JSON, or an object has a key twice.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError("too deeply nested") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ValueError(f"the key {printable(key[:100])!r} occurs twice in an object")
+    return found
 
 
 def check_text(text: str) -> str:
@@ -44,7 +55,7 @@ def printable(text: str) -> str:
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:
     """Return a sort key that compares digits as numbers: img2 before img10."""
-    pieces = re.split(r"(\d+)", name.lower())
+    pieces = re.split(r"(\d{1,99})", name.lower())  # Python converts no number of over 4,300 digits
     return [(piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece) for piece in pieces]
 
 
@@ -70,6 +81,7 @@ _NAMING_KEYS = ("image", "path", "url", "image_url")  # fields that may hold a p
 
 _LONGEST_PATH = 4096
 _BASE64 = re.compile(r"[\w+/\-\s]{41,}={0,2}\s*", re.ASCII)  # the smallest images take about 30 bytes
+_OPEN_URL = re.compile(r"https?://|data:", re.IGNORECASE)  # names no file of this machine, nor of an account
 _URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 _FILE_URL = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
 _IMAGE_HEAD = re.compile(
@@ -127,7 +139,11 @@ def data_url(value: Any) -> Any:
     return f"data:;base64,{value}"
 
 
-def locate_images(row: dict[str, Any], folder: str) -> dict[str, Any]:
+class OutsidePathError(ValueError):
+    """A row names a file outside of the folder that its images must lie in."""
+
+
+def locate_images(row: dict[str, Any], folder: str, root: str | None = None) -> dict[str, Any]:
     """Resolve the images of a row, so that they no longer depend on the working directory.
 
     Relative paths become relative to the folder, and bare base64 becomes a data URL.
@@ -135,17 +151,23 @@ def locate_images(row: dict[str, Any], folder: str) -> dict[str, Any]:
     Args:
         row: Row in any format; fields outside the schema are returned unchanged.
         folder: Path or URL of the folder of the row's file.
+        root: Path or URL of the folder that images must lie in, unless the row has them, or http(s) URLs of
+            them. Default: images may lie anywhere.
+
+    Raises:
+        OutsidePathError: An image lies outside of `root`, perhaps through a link.
     """
-    row = _with_columns(row, folder)
+    place = _Place(folder, root)
+    row = _with_columns(row, place)
     if isinstance(row.get("messages"), list):
-        row["messages"] = [_with_parts(message, folder) for message in row["messages"]]
+        row["messages"] = [_with_parts(message, place) for message in row["messages"]]
     return row
 
 
 def looks_like_image(value: Any) -> bool:
     """Return whether a value of a field that is not for images contains or names an image."""
-    if isinstance(value, list):
-        return looks_like_image(next(filter(_is_filled, value), None))
+    while isinstance(value, list):
+        value = next(filter(_is_filled, value), None)
     if isinstance(value, dict):
         value = next((value[key] for key in STRUCT_KEYS if _is_filled(value.get(key))), None)
     if isinstance(value, bytes):
@@ -172,24 +194,31 @@ def _is_filled(value: Any) -> bool:
     return bool(value) and value == value  # NaN is pandas' None
 
 
-def _with_columns(holder: dict[str, Any], folder: str) -> dict[str, Any]:
+class _Place(NamedTuple):
+    """Folder of a row's file, and the folder that its images must lie in, if there is one."""
+
+    folder: str
+    root: str | None
+
+
+def _with_columns(holder: dict[str, Any], place: _Place) -> dict[str, Any]:
     """Return a copy with located `image` and `images`, each of which is a value or a list."""
 
     def located(value: Any) -> Any:
         if isinstance(value, list):
-            return [_located(item, folder) for item in value]
-        return _located(value, folder)
+            return [_located(item, place) for item in value]
+        return _located(value, place)
 
     return holder | {key: located(holder[key]) for key in COLUMNS if key in holder}
 
 
-def _with_parts(message: Any, folder: str) -> Any:
+def _with_parts(message: Any, place: _Place) -> Any:
     if not isinstance(message, dict):
         return message
-    message = _with_columns(message, folder)
+    message = _with_columns(message, place)
     if isinstance(message.get("content"), list):
         message["content"] = [
-            part | {key: _located(part[key], folder) for key in _NAMING_KEYS if key in part}
+            part | {key: _located(part[key], place) for key in _NAMING_KEYS if key in part}
             if isinstance(part, dict)
             else part
             for part in message["content"]
@@ -197,23 +226,41 @@ def _with_parts(message: Any, folder: str) -> Any:
     return message
 
 
-def _located(value: Any, folder: str) -> Any:
+def _located(value: Any, place: _Place) -> Any:
     if isinstance(value, str):
-        return _located_text(value, folder)
+        return _located_text(value, place)
     if isinstance(value, dict):
+        if _is_filled(value.get("bytes")):  # the path beside them is where they once were
+            place = place._replace(root=None)
         names = {key: value[key] for key in _NAMING_KEYS if isinstance(value.get(key), str)}
-        return value | {key: _located_text(name, folder) for key, name in names.items()}
+        return value | {key: _located_text(name, place) for key, name in names.items()}
     return value
 
 
-def _located_text(text: str, folder: str) -> str:
-    if not text or _URL.match(text):
+def _located_text(text: str, place: _Place) -> str:
+    if not text or _OPEN_URL.match(text):
         return text
     path = local_path(text)
-    if path != text and path.startswith("/"):
-        return text  # already an absolute file URL
-    absolute = path if path.startswith("/") else f"{folder}/{path}"
-    return str(data_url(text)) if _is_base64(path) and not _is_path(absolute, path) else absolute
+    if _URL.match(text) or (path != text and path.startswith("/")):  # an absolute file URL
+        _check_inside(path, place.root)
+        return text
+    absolute = path if path.startswith("/") else f"{place.folder}/{path}"
+    if _is_base64(path) and not _is_path(absolute, path):
+        return str(data_url(text))
+    _check_inside(absolute, place.root)
+    return absolute
+
+
+def _check_inside(location: str, root: str | None) -> None:
+    if root is None or _OPEN_URL.match(location):
+        return
+    if "://" in root:
+        prefix = posixpath.normpath(root) + "/"
+        inside = "::" not in location and posixpath.normpath(location).startswith(prefix)
+    else:
+        inside = "://" not in location and is_inside(location, root)
+    if not inside:
+        raise OutsidePathError(f"{printable(location[:200])} is outside of {root}")
 
 
 def _is_path(absolute: str, text: str) -> bool:

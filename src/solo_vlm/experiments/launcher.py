@@ -66,7 +66,7 @@ class TrainingRun:
     @property
     def finished(self) -> bool:
         """Whether the run has completed all of its steps."""
-        if not (self.folder / "manifest.json").is_file():
+        if not (self.folder / "model").is_dir():
             return False
         if changed := describe_recipe_changes(Recipe.load(self.folder / "recipe.yaml"), self.recipe):
             raise SoloError(

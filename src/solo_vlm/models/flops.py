@@ -36,7 +36,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoMo
 from transformers.pytorch_utils import Conv1D
 
 from solo_vlm.models.solo.processing_solo import num_image_tokens
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 
 Lengths = Sequence[int] | NDArray[np.integer[Any]]
 Recompute = Literal["none", "selective", "full"]
@@ -392,8 +392,8 @@ def _build(text: Any) -> Any:
             return AutoModelForCausalLM.from_config(
                 text, attn_implementation=attention, experts_implementation="batched_mm"
             ).eval()
-    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise SoloError(f"cannot count {text.model_type}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # code of any family, or of a model's own
+        raise SoloError(f"cannot count {text.model_type}: {first_line(error)}") from error
 
 
 def _layers(model: Any, text: Any) -> list[nn.Module]:
@@ -419,10 +419,8 @@ def _run(model: Any, layers: list[nn.Module], length: int) -> tuple[list[_Attent
     try:
         with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
             model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise SoloError(
-            f"cannot count FLOPs of {model.config.model_type}: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:
+        raise SoloError(f"cannot count FLOPs of {model.config.model_type}: {first_line(error)}") from error
     finally:
         _calls.reset(token)
         for hook in hooks:

@@ -25,7 +25,7 @@ from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, SoloProcessor
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import new_folder
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def _load(llm: str | Path, gguf_file: str | None, dtype: str) -> tuple[Any, PreT
             source, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise SoloError(f"cannot read a language model from {source}: {reason}") from error
     if gguf_file:
         model = _without_quantization(model, llm)

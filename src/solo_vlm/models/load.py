@@ -19,7 +19,7 @@ from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.original_solo import is_original
 from solo_vlm.models.solo.processing_solo import SoloProcessor
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 
 PATCH_EMBEDDING = "embed_vision_patch"
 HEAD = "lm_head"
@@ -58,7 +58,7 @@ def load_model(
     try:
         return model.to(where).eval()
     except (AssertionError, RuntimeError) as error:  # no such device, or out of memory
-        raise SoloError(f"cannot put the model on {where}: {str(error).splitlines()[0]}") from error
+        raise SoloError(f"cannot put the model on {where}: {first_line(error)}") from error
 
 
 def load_processor(path: str | Path) -> SoloProcessor:
@@ -88,7 +88,7 @@ def is_solo(path: str | Path) -> bool:
     try:
         settings = PreTrainedConfig.get_config_dict(str(path))[0]
     except (OSError, ValueError) as error:
-        raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
+        raise SoloError(f"cannot read a model from {path}: {first_line(error)}") from error
     return _is_solo(settings)
 
 
@@ -105,7 +105,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     try:
         return kind.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
+        raise SoloError(f"cannot read a model from {path}: {first_line(error)}") from error
 
 
 def _use_original_vocabulary(model: SoloForConditionalGeneration, path: str | Path) -> None:
@@ -135,7 +135,7 @@ def _load(cls: Any, path: str | Path, **options: Any) -> Any:
     try:
         return cls.from_pretrained(str(path), **options)
     except Exception as error:  # transformers raises any type on a broken file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise SoloError(f"cannot load {path}: {reason}") from error
 
 

@@ -20,7 +20,7 @@ from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.models.solo.original_solo import CHAT_TOKENS, LOCATION_TOKENS, VISION_TOKENS, vision_token_ids
 from solo_vlm.models.solo.processing_solo import ImageLayout, SoloProcessor
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def _backend(source: str | Path) -> Tokenizer:
             return AutoTokenizer.from_pretrained(source).backend_tokenizer
         backend = LlamaTokenizer.from_pretrained(source).backend_tokenizer
     except Exception as error:  # sentencepiece and tokenizers raise any type on a broken file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise SoloError(f"cannot read the tokenizer of {source}: {reason}") from error
     # SentencePiece puts a space before a text even if it starts with one; transformers does not.
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

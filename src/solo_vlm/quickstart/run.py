@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,7 +21,7 @@ from solo_vlm.train.metrics import progress_bar, read_metrics
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.trainer import TrainResult, train
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import write_text
+from solo_vlm.utils.files import LOCK, lock_output_dir, remove, write_text, writing
 
 STAGES = ("llm", "stage1", "stage2", "stage3", "sft")
 _MARK = "quickstart.json"
@@ -43,8 +43,14 @@ def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str,
     Raises:
         SoloError: `out` exists and is not from a quickstart.
     """
+    _check_output_dir(out)
+    with lock_output_dir(out) or nullcontext():
+        _empty_output_dir(out)
+        return _run(out, seed, fraction)
+
+
+def _run(out: Path, seed: int, fraction: float) -> dict[str, Any]:
     started = time.perf_counter()
-    _prepare_output_dir(out)
     with progress_bar() as progress:
         task = progress.add_task("data and tokenizer", total=1)
         write_toy_data(out / "data", seed)
@@ -83,13 +89,21 @@ def run_quickstart(out: Path, seed: int = 0, fraction: float = 1.0) -> dict[str,
     return metrics
 
 
-def _prepare_output_dir(out: Path) -> None:
-    """Create the folder, or empty that of an earlier quickstart."""
-    if out.exists() and not (out / _MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
+def _check_output_dir(out: Path) -> None:
+    """Refuse a folder with something else than an earlier quickstart."""
+    if (out / _MARK).is_file() or not out.exists():
+        return
+    if not out.is_dir() or any(path.name != LOCK for path in out.iterdir()):
         raise SoloError(f"{out} exists and is not from a quickstart: choose another folder with --out")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / _MARK).write_text("{}\n")
+
+
+def _empty_output_dir(out: Path) -> None:
+    """Remove all but the lock and the mark, which comes first, so that this can be repeated."""
+    with writing(out):
+        (out / _MARK).write_text("{}\n")
+        for path in out.iterdir():
+            if path.name not in (LOCK, _MARK):
+                remove(path)
 
 
 def _recipe(stage: str, out: Path, seed: int, fraction: float) -> Recipe:

@@ -1,12 +1,10 @@
-"""Bodies of requests: their type, bytes, time and number of values are limited while they arrive.
+"""Bodies of requests: their type, bytes and number of values are limited while they arrive.
 
 Parsing and validation take memory and time per JSON value, so a million empty objects would cost far more
 than their bytes. They are counted before.
 """
 
 from __future__ import annotations
-
-import asyncio
 
 from starlette.requests import Request
 
@@ -62,24 +60,18 @@ class Body:
         """Read a JSON body.
 
         Raises:
-            ApiError: 400, 408, 413, 415 or 429, once the body has too many values, times out, is too large,
-                has another type, or finds no room.
+            ApiError: 400, 413, 415 or 429, once the body has too many values, is too large, has another type,
+                or finds no room.
         """
         # Browsers send JSON to other sites only after a preflight request, which this server does not grant.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "Unsupported content type. Send JSON as Content-Type: application/json.")
         self._check_size(int(request.headers.get("content-length", 0)))
         counter = ValueCounter(self._limits.max_values)
-        seconds = self._limits.max_body_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                async for chunk in request.stream():
-                    self._make_room(len(self._data) + len(chunk))
-                    counter.feed(chunk)
-                    self._data += chunk
-        except TimeoutError as error:
-            message = f"The request body did not arrive within {seconds:g} s."
-            raise ApiError(408, message, code="timeout") from error
+        async for chunk in request.stream():
+            self._make_room(len(self._data) + len(chunk))
+            counter.feed(chunk)
+            self._data += chunk
 
     def _check_size(self, size: int) -> None:
         if size > (limit := self._limits.max_request_bytes):
@@ -94,7 +86,7 @@ class Body:
 
 
 class ValueCounter:
-    """Counts the values of a JSON text from its commas and opening brackets, outside of strings.
+    """Counter of a JSON text's values by its commas and opening brackets, outside of strings.
 
     Exact for every valid beginning of a text, which is as far as a parser gets.
     """

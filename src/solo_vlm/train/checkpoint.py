@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
+import zlib
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.storage import WriteResult
 from transformers import PreTrainedModel
 
 from solo_vlm.models.load import save_model
+from solo_vlm.train.inputs import check_inputs, fingerprint_model
 from solo_vlm.train.model import (
     adapter_state_dict,
     has_adapters,
@@ -32,10 +39,14 @@ from solo_vlm.train.optimizer import MOMENTS, named_trainable
 from solo_vlm.train.parallel.context import LONG_TIMEOUT, DistributedContext
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_folder
+from solo_vlm.utils.files import new_folder, remove, sync, write_text, writing
 
 _STATE_FILE = "training_state.json"
+_METADATA_FILE = ".metadata"  # torch's
+_CHECKSUMS_FILE = "checksums.json"
+_NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL_PREFIX = ".partial-"  # as in utils/files.py, but with a name that all processes know
+_BLOCK_SIZE = 1 << 20
 
 
 @dataclass
@@ -60,8 +71,8 @@ class TrainState:
 class Checkpointer:
     """Writer of checkpoints, as folders `step-NNNNNNNN` in torch's distributed format.
 
-    They hold the trainable parameters, the optimizer's moments and `training_state.json`. No RNG state is
-    needed, because each step reseeds. Any number of processes can load them.
+    They hold the trainable parameters, the optimizer's moments, `training_state.json`, and the checksums of
+    all files. No RNG state is needed, because each step reseeds. Any number of processes can load them.
 
     Args:
         keep: Number of newest checkpoints to keep.
@@ -88,7 +99,10 @@ class Checkpointer:
         if not self._context.broadcast_from_rank0(lambda: _create_partial(path, partial, state)):
             return
         future: Any = async_save(
-            tensors, checkpoint_id=partial, process_group=self._group, no_dist=self._group is None
+            tensors,
+            storage_writer=_ChecksumWriter(partial),
+            process_group=self._group,
+            no_dist=self._group is None,
         )
         # Rank 0 finishes last, because it collects the metadata of all ranks.
         is_main = self._context.is_main_process
@@ -108,39 +122,96 @@ class Checkpointer:
         """
         pending, self._pending = self._pending, None
         if pending:
-            pending.result(timeout)
+            with writing(self._folder):
+                pending.result(timeout)
 
     def _finalize(self, written: Future[Any], partial: Path, path: Path) -> None:
         """Rename a complete checkpoint and delete old ones, in the background."""
-        written.result()
-        partial.rename(path)
-        _sync_folder(path.parent)
-        for old in sorted(path.parent.glob("step-*"))[: -self._keep]:
+        try:
+            written.result()
+            sync(partial)
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # of a failed save: it may have filled the disk
+        sync(path.parent)
+        for old in find_checkpoints(path.parent)[: -self._keep]:
             # Renamed first, so that a crash does not leave half a checkpoint under a valid name.
             shutil.rmtree(old.rename(old.with_name(f"{_PARTIAL_PREFIX}{old.name}")))
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint, if any."""
-    return max(folder.glob("step-*"), default=None)
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a folder, oldest first; copies under other names do not count."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def remove_partial_checkpoints(folder: Path) -> None:
+    """Remove what a crash has left behind, half saved or half deleted; needs the lock of the run."""
+    for path in folder.glob(f"{_PARTIAL_PREFIX}step-*"):
+        remove(path)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint from the name of its folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def load_train_state(path: Path) -> TrainState:
     """Read the progress of the run from a checkpoint."""
     try:
-        return TrainState(**json.loads((path / _STATE_FILE).read_text()))
+        state = TrainState(**json.loads((path / _STATE_FILE).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise SoloError(f"cannot resume from {path}: {_STATE_FILE} is not readable: {error}") from error
+    if state.step != step_of(path):
+        raise SoloError(f"cannot resume from {path}: {_STATE_FILE} is of step {state.step}: rename it")
+    if not state.data:
+        raise SoloError(f"cannot resume from {path}: {_STATE_FILE} has no position in the data")
+    return state
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Load the trainable parameters, and the optimizer's moments, in place."""
+    """Load the trainable parameters, and the optimizer's moments, in place.
+
+    Raises:
+        SoloError: A file is missing, damaged or not the checkpoint's, or the tensors do not fit the model.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if damage := find_damage(path, rank, ranks):
+        raise SoloError(f"cannot load the checkpoint {path}: {damage}; {_advise_older(path)}")
     tensors = _trained_tensors(model, optimizer)
     try:
         load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise SoloError(f"cannot resume from {path}: {reason}") from error
+        raise SoloError(f"cannot load the checkpoint {path}: {reason}") from error
+
+
+def find_damage(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """Compare the files of a checkpoint with its checksums.
+
+    Args:
+        rank: Number of this process among `ranks`, which divide the files to read among them.
+
+    Returns:
+        Description of the first damage, with the name of the file; None if there is none.
+    """
+    try:
+        expected = json.loads((path / _CHECKSUMS_FILE).read_text())
+        checksums = {str(name): (int(size), str(value)) for name, (size, value) in expected.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{_CHECKSUMS_FILE} is missing or damaged ({error})"
+    found = {file.name for file in path.iterdir()}
+    if missing := sorted(checksums.keys() - found):
+        return f"{missing[0]} is missing"
+    if extra := sorted(found - checksums.keys() - {_CHECKSUMS_FILE}):
+        return f"{extra[0]} is not one of its files"
+    for name in sorted(checksums)[rank::ranks]:
+        size, value = checksums[name]
+        if (actual := (path / name).stat().st_size) != size:
+            return f"{name} has {actual:,} bytes, but {size:,} were written"
+        if _checksum(path / name) != value:
+            return f"{name} is damaged: its checksum differs"
+    return None
 
 
 def export_model(
@@ -186,10 +257,12 @@ def export_checkpoint(run: Path, out: Path, step: int | None = None) -> int:
         raise SoloError(f"{run} is not the output directory of a run: it has no recipe.yaml")
     recipe = Recipe.load(run / "recipe.yaml")
     folder = run / "checkpoints"
-    path = latest_checkpoint(folder) if step is None else folder / f"step-{step:08d}"
-    if path is None or not path.is_dir():
-        steps = ", ".join(str(int(found.name[5:])) for found in sorted(folder.glob("step-*")))
+    by_step = {step_of(found): found for found in find_checkpoints(folder)}
+    path = by_step.get(max(by_step, default=0) if step is None else step)
+    if path is None:
+        steps = ", ".join(map(str, by_step))
         raise SoloError(f"{run} has no such checkpoint" + (f"; there are steps {steps}" if steps else ""))
+    check_inputs(run, fingerprint_model(recipe), prefix=f"{recipe.model}/")
     model, processor = load_base_model(recipe.mixture.model_source())
     set_trainable(model, recipe.model_copy(update={"quantize": None}))
     load_checkpoint(path, model)
@@ -198,7 +271,7 @@ def export_checkpoint(run: Path, out: Path, step: int | None = None) -> int:
             model.save_pretrained(adapter, state_dict=adapter_state_dict(model))
             model = merge_adapter(load_base_model(recipe.mixture.model_source())[0], Path(adapter))
     _save_folder(out, model, processor)
-    return int(path.name.removeprefix("step-"))
+    return step_of(path)
 
 
 def _create_partial(path: Path, partial: Path, state: TrainState) -> bool:
@@ -207,8 +280,60 @@ def _create_partial(path: Path, partial: Path, state: TrainState) -> bool:
         return False
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / _STATE_FILE).write_text(json.dumps(asdict(state)))
+    try:
+        write_text(partial / _STATE_FILE, json.dumps(asdict(state)))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return True
+
+
+class _ChecksumWriter(FileSystemWriter):
+    """Torch's writer, with checksums: each process computes those of its files, rank 0 collects them."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        written = super().write_data(plan, planner)
+        folder, names = Path(self.path), {result.storage_data.relative_path for result in written.wait()}
+        own = folder / f"{plan.storage_data.prefix}{_CHECKSUMS_FILE}"
+        write_text(own, json.dumps(_checksums(folder, sorted(names))))
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        folder = Path(self.path)
+        parts = list(folder.glob(f"__*_{_CHECKSUMS_FILE}"))
+        own = _checksums(folder, [_METADATA_FILE, _STATE_FILE])
+        for part in parts:
+            own |= json.loads(part.read_text())
+        write_text(folder / _CHECKSUMS_FILE, json.dumps(own, indent=1))
+        for part in parts:
+            part.unlink()
+
+
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Return size and checksum of files by name."""
+    return {name: ((folder / name).stat().st_size, _checksum(folder / name)) for name in names}
+
+
+def _checksum(file: Path) -> str:
+    """Return the CRC-32 of a file: it finds damage, not intent, and costs less than reading the file."""
+    value, block = 0, memoryview(bytearray(_BLOCK_SIZE))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            value = zlib.crc32(block[:count], value)
+    return f"{value:08x}"
+
+
+def _advise_older(path: Path) -> str:
+    """Return the end of the message about a damaged checkpoint: the newest intact one before it."""
+    older = [found for found in find_checkpoints(path.parent) if step_of(found) < step_of(path)]
+    intact = next((found for found in reversed(older) if find_damage(found) is None), None)
+    if intact is None:
+        return "there is no older one that is intact: start a new run with out=..."
+    return (
+        f"{intact.name} is intact: move {path.name} to another folder, and the same command uses step "
+        f"{step_of(intact)}"
+    )
 
 
 def _trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
@@ -234,12 +359,3 @@ def _trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
 def _save_folder(path: Path, model: PreTrainedModel, processor: Any, **options: Any) -> None:
     with new_folder(path) as folder:
         save_model(folder, model, processor, **options)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

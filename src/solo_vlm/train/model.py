@@ -18,7 +18,7 @@ from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.sharding import decoder_layers, load_full_state_dict, shard_model
 from solo_vlm.train.recipe import LoraSettings, Recipe
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 
 _FLOAT8_CAPABILITY = (8, 9)  # CUDA compute capability: Ada, Hopper and later
 
@@ -52,7 +52,7 @@ def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[Pre
     try:
         return AutoModelForCausalLM.from_pretrained(path, **options), encoder.processor
     except (OSError, ValueError, KeyError) as error:
-        raise SoloError(f"cannot read a model from {path}: {str(error).splitlines()[0]}") from error
+        raise SoloError(f"cannot read a model from {path}: {first_line(error)}") from error
 
 
 def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:

@@ -113,8 +113,8 @@ class Recipe(Settings):
         model: Folder or hub ID of the model to start from: a SOLO model, or a plain LLM to train on text.
         out: Output directory of the run; the trained model is saved as `out/model`.
         data: Sources and packing.
-        steps: Optimizer steps; null: until the data end (`data.epochs`), with the number for the
-            learning-rate schedule estimated.
+        steps: Optimizer steps; null: until the data ends (`data.epochs`), with an estimated number for the
+            learning-rate schedule.
         global_batch: Packed sequences per step over all processes.
         precision: "bf16" computes in bfloat16 with float32 weights, "fp32" computes in float32.
         optimizer: Optimizer and learning-rate schedule.

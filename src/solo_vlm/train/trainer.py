@@ -43,9 +43,9 @@ from solo_vlm.train.optimizer import learning_rate, make_optimizer, set_learning
 from solo_vlm.train.parallel.context import LONG_TIMEOUT, SHORT_TIMEOUT, DistributedContext, init_distributed
 from solo_vlm.train.parallel.sharding import average_replicated_gradients, reshard
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.run_folder import lock_output_dir, prepare_output_dir, write_manifest
+from solo_vlm.train.run_folder import prepare_output_dir, write_manifest
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import write_text
+from solo_vlm.utils.files import lock_output_dir, write_text, writing
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
         init_distributed(recipe, stop) as context,
         catch_signals(stop),
         nullcontext(progress) if progress else progress_bar(quiet=not context.is_main_process) as shown,
+        writing(recipe.output_dir),
     ):
         return Trainer(recipe, resume, context, shown, stop).run()
 
@@ -127,7 +128,8 @@ class Trainer:
         self.validator = Validator(recipe, self.processor, context) if recipe.validation else None
         try:
             self.shape: ModelShape | None = ModelShape.of(self.model.config)
-        except SoloError:  # unsupported family: no FLOPs, no MFU
+        except SoloError as error:
+            logger.warning("metrics will have no FLOPs: %s", error)
             self.shape = None
         device = recognize_device(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
         self.peak_flops = device.peak_flops * context.dims.world_size if device else None
@@ -168,11 +170,12 @@ class Trainer:
             "parallel": {"world_size": self.context.dims.world_size, **asdict(self.context.dims)},
         }
         skipped = list(chain.from_iterable(self.context.gather(self.loader.skipped())))
-        model = export_model(self.out, self.model, self.processor, self.recipe, self.context)
+        # The model comes last, because it marks a finished run.
         if self.context.is_main_process:
             lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in skipped)
             write_text(self.out / "skipped.jsonl", "".join(lines))
             write_manifest(self.out / "manifest.json", self.recipe, self.sources, summary)
+        model = export_model(self.out, self.model, self.processor, self.recipe, self.context)
         return TrainResult(model, summary)
 
     def train_step(self) -> bool:

@@ -22,3 +22,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of an error message that suggests the closest known name; empty if none is close."""
     near = get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,16 +1,35 @@
-"""Atomic creation of files and folders: the final name appears only when they are complete."""
+"""Creation of files and folders: the final name appears only when they are complete and on disk."""
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 from solo_vlm.utils.errors import SoloError
 
+LOCK = ".lock"
+
 _PREFIX = ".partial-"
+
+# Why the system refuses: what cannot be done, and what to do about it.
+_REFUSALS = {
+    errno.ENOSPC: ("write", "free space there"),
+    errno.EDQUOT: ("write", "free space there, or raise the quota"),
+    errno.EFBIG: ("write", "raise the limit for the size of files"),
+    errno.EROFS: ("write", "make it writable, or choose another place"),
+    errno.EACCES: ("access", "change its permissions, or choose another place"),
+    errno.EPERM: ("access", "change its permissions, or choose another place"),
+}
+# safetensors and tokenizers write in Rust, which reports the number in the text alone.
+_RUST_ERROR = re.compile(r"os error (\d+)")
 
 
 def check_new(path: Path) -> None:
@@ -23,29 +42,33 @@ def check_new(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `path`; rename it to `path` on success, remove it on failure."""
     check_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing(path):
+        partial = _new_partial(path)
+        partial.mkdir()
+        try:
+            yield partial
+            for written in partial.rglob("*"):
+                sync(written)
+            if path.exists():
+                path.rmdir()
+            partial.rename(path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file name next to `path`; replace `path` on success, remove the file on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        partial = _new_partial(path)
+        try:
+            yield partial
+            sync(partial)
+            partial.replace(path)
+            sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,12 +77,170 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def remove_partial(folder: Path) -> None:
-    """Remove temporary files and folders left by killed processes."""
-    for path in folder.glob(f"{_PREFIX}*"):
-        path.unlink() if path.is_file() else shutil.rmtree(path)
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _partial(path: Path) -> Path:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise SoloError, naming the path, if the system refuses what the body writes: no space, read-only."""
+    try:
+        yield
+    except BaseException as error:  # torch's error of a distributed checkpoint is not an Exception
+        refusal = None if isinstance(error, SoloError) else explain_refusal(error, path)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def explain_refusal(error: BaseException, path: Path | None = None) -> SoloError | None:
+    """Return the one-line error for an exception caused by the system's refusal to write; else None.
+
+    Args:
+        path: Path that was written. Default: the file that the system names.
+    """
+    found = next(filter(None, map(_refusal, _causes(error))), None)
+    if found is None:
+        return None
+    number, name = found
+    verb, advice = _REFUSALS[number]
+    # What cannot be accessed may be an input. Of a copy that does not fit, the system names the source.
+    is_input = path and name and verb == "access" and not _is_below(path.parent, name)
+    named = name if path is None or is_input else path
+    return SoloError(
+        f"cannot {verb} {named or 'the output'}: {os.strerror(number)}; {advice}, then run the same command "
+        "again"
+    )
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Return whether a path lies in a folder, links followed; the hub's cache has links to blobs."""
+    try:
+        real = os.path.realpath(path)
+    except ValueError:  # a zero byte
+        return False
+    return any(real == root or real.startswith(root.rstrip("/") + "/") for root in _content_roots(folder))
+
+
+@lru_cache
+def _content_roots(folder: str) -> list[str]:
+    """Return a folder, and for `models--a--b/snapshots/123` or below also `models--a--b/blobs`."""
+    root = Path(os.path.realpath(folder))
+    snapshots = (parent for parent in root.parents if parent.name == "snapshots")
+    blobs = [parent.with_name("blobs") for parent in snapshots]
+    return [str(root), *(str(found) for found in blobs if found.is_dir())]
+
+
+def lock_output_dir(out: Path) -> IO[str] | None:
+    """Lock a folder against other runs until the returned file is closed; None if unsupported.
+
+    Raises:
+        SoloError: Another process holds the lock, or the folder is not writable.
+    """
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / LOCK).open("w")
+    try:
+        is_locked = try_lock(file)
+    except BlockingIOError as error:
+        file.close()
+        raise SoloError(f"another run is writing to {out}: wait for it, or choose another folder") from error
+    if not is_locked:
+        file.close()
+        return None
+    return file
+
+
+def try_lock(file: IO[str] | IO[bytes]) -> bool:
+    """Lock an open file against other processes until it is closed; return whether that is supported.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader workers
+    except BlockingIOError:
+        raise
+    except OSError:  # file system without locks
+        return False
+    return True
+
+
+def process_exists(number: int) -> bool:
+    """Return whether a process with this ID is running on this machine."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def remove_partial(folder: Path, name: str = "*") -> None:
+    """Remove temporary files and folders of killed processes; those of running ones stay.
+
+    Args:
+        name: Pattern of the final names.
+    """
+    for path in folder.glob(f"{_PREFIX}[0-9]*-{name}"):
+        number = path.name.removeprefix(_PREFIX).partition("-")[0]
+        if number.isdecimal() and not process_exists(int(number)):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _new_partial(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_partial(path.parent, glob.escape(path.name))
     # The suffix stays last, for writers that infer the format from it.
-    return path.with_name(f"{_PREFIX}{os.getpid()}-{path.name}")
+    partial = path.with_name(f"{_PREFIX}{os.getpid()}-{path.name}")
+    remove(partial)
+    return partial
+
+
+def _is_below(folder: Path, name: str) -> bool:
+    return Path(name).absolute().is_relative_to(folder.absolute())
+
+
+def _refusal(error: BaseException) -> tuple[int, str | None] | None:
+    """Return the number of the system's refusal and the file it names, if the error is one."""
+    if isinstance(error, OSError) and error.errno is not None:
+        number, name = error.errno, error.filename
+    elif match := _RUST_ERROR.search(str(error)):
+        number, name = int(match[1]), None
+    else:
+        return None
+    if number not in _REFUSALS:
+        return None
+    return number, os.fsdecode(name) if isinstance(name, str | bytes) else None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those it was raised for, also in other processes of a distributed checkpoint."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop(0)
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        waiting += [one.__cause__, one.__context__]
+        waiting += [failure for failure, _ in getattr(one, "failures", {}).values()]

@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import try_lock, writing
 
 
 class LinesFile:
-    """Append-only JSON Lines file; records survive a crash once `append` has returned.
+    """Append-only JSON Lines file of one process; records survive a crash once `append` has returned.
 
     Args:
         path: File, created if missing. A truncated last line is dropped.
@@ -21,14 +22,24 @@ class LinesFile:
         records: Records read when the file was opened.
 
     Raises:
-        SoloError: The file exists and is not JSON Lines of objects.
+        SoloError: The file exists and is not JSON Lines of objects, another process has it open, or it cannot
+            be written.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = path.open("a+b")
+        self._path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b", buffering=0)
         try:
-            self.records = self._read()
+            try_lock(self._file)
+            with writing(path):
+                self.records = self._read()
+        except BlockingIOError as error:
+            self._file.close()
+            raise SoloError(
+                f"another process is writing to {path}: wait for it, or choose another"
+            ) from error
         except ValueError as error:
             self._file.close()
             raise SoloError(
@@ -42,10 +53,16 @@ class LinesFile:
         self._file.close()
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Append records and sync them to disk."""
-        self._file.writelines(map(json_line, records))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Append records and sync them to disk; all of them, or none if they do not fit."""
+        with writing(self._path):
+            end, data = self._file.seek(0, os.SEEK_END), memoryview(b"".join(map(json_line, records)))
+            try:
+                while data:
+                    data = data[self._file.write(data) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(end)
+                raise
 
     def _read(self) -> list[dict[str, Any]]:
         self._file.seek(0)

@@ -1,6 +1,6 @@
-"""A usual raw row of every data set, in its true shape, and the words of the sample that it becomes.
+"""Typical raw row of every data set, in its original format, and the text of the resulting sample.
 
-Roles are abbreviated: u(ser), a(ssistant), s(ystem). <> stands for an image.
+Roles are abbreviated: u(ser), a(ssistant), s(ystem). <> is an image.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 JPEG = b"\xff\xd8\xff\xe0 a photograph"
 
-# Images that the rows name by a path.
+# Images that rows refer to by path.
 FILES = (
     "000000012.jpg",
     "GCC_train_000000012.jpg",
@@ -124,7 +124,7 @@ _FROM_THE_CAULDRON = {
     "diagram-image-to-text": ("Explain the diagram.", "Start leads to step 1.", "diagram_image_to_text"),
     "infographicvqa": (_short("Which country has the most users?"), "India", "infographic_vqa"),
     "st-vqa": (_short("What does the sign say?"), "Stop", "st_vqa"),
-    "textcaps": ("Write a caption that uses the text.", "A bottle labelled Ale.", "textcaps"),
+    "textcaps": ("Write a caption that uses the text.", "A bottle labeled Ale.", "textcaps"),
     "textvqa": (_short("What brand is it?"), "Nokia", "textvqa"),
     "ocr-vqa-sft": ("What is the genre of this book?", "Travel.", "ocrvqa"),
     "rendered-text": ("Transcribe the text.", "the quick brown fox", "rendered_text"),
@@ -133,7 +133,7 @@ _FROM_THE_CAULDRON = {
     "aokvqa": ("What is the man waiting for?\nChoices: bus, taxi", "Answer: taxi", "aokvqa"),
     "tallyqa": (_short("How many sheep are there?"), "12.", "tallyqa"),
     "visual7w": ("Where is the cat?\nChoices:\nA. Bed.\nB. Sofa.", "Answer: B", "visual7w"),
-    "cocoqa": (_short("What is the colour of the car?"), "Red.", "cocoqa"),
+    "cocoqa": (_short("What is the color of the car?"), "Red.", "cocoqa"),
     "vqav2": (_short("Is it raining?"), "Yes.", "vqav2"),
 }
 
@@ -175,13 +175,13 @@ FINETUNING: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "lvis-instruct4v": (
         llava(
-            "coco/train2017/000000033471.jpg", "<image>\nWhat colour is the bus?", "Red.", "And it says?", "5"
+            "coco/train2017/000000033471.jpg", "<image>\nWhat color is the bus?", "Red.", "And it says?", "5"
         ),
-        "u:<>What colour is the bus?|a:Red.|u:And it says?|a:5",
+        "u:<>What color is the bus?|a:Red.|u:And it says?|a:5",
     ),
     "sharegpt4v": (
-        llava("sam/images/sa_1.jpg", "What do you see?\n<image>", "A harbour at dusk."),
-        "u:What do you see?<>|a:A harbour at dusk.",
+        llava("sam/images/sa_1.jpg", "What do you see?\n<image>", "A harbor at dusk."),
+        "u:What do you see?<>|a:A harbor at dusk.",
     ),
     "laion-gpt4v": (
         {

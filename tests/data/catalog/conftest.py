@@ -1,4 +1,4 @@
-"""Raw folders with the files that rows name."""
+"""Raw folders with the files that rows refer to."""
 
 from __future__ import annotations
 

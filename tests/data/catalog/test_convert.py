@@ -1,10 +1,12 @@
-"""Conversion of whole folders: formats, shares, restart, broken files, engines."""
+"""Conversion of whole folders: formats, shares, resume, broken files, executors."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -55,7 +57,7 @@ def texts(out: Path) -> set[str]:
     return {sample.messages[-1]["content"][-1]["text"] for sample in samples(out)}
 
 
-def test_a_folder_becomes_files_that_training_reads(tmp_path, raw):
+def test_converted_folder_is_readable_by_training(tmp_path, raw):
     row = USUAL["vqav2"][0]
     write_parquet(raw / "vqav2" / "train-0.parquet", [row] * 5)
     write_parquet(raw / "vqav2" / "train-1.parquet", [row, {**row, "images": []}])
@@ -65,7 +67,7 @@ def test_a_folder_becomes_files_that_training_reads(tmp_path, raw):
     (example,) = report["examples"]["image-missing"]
     assert "train-1.parquet, row 1" in example
     assert [sample.images for sample in samples(tmp_path / "out")] == [[JPEG]] * 6
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == [
         REPORT_FILE,
         "vqav2--train-0.parquet",
         "vqav2--train-1.parquet",
@@ -74,7 +76,7 @@ def test_a_folder_becomes_files_that_training_reads(tmp_path, raw):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".lz4"])
-def test_compressed_lines(tmp_path, suffix):
+def test_compressed_json_lines_are_converted(tmp_path, suffix):
     content = lines([*SLIMPAJAMA, WEB]) + b'{"text": broken\n\n[1]\n'
     packed = {"": content, ".gz": gzip.compress(content)}
     for codec in ("zst", "lz4"):
@@ -86,7 +88,7 @@ def test_compressed_lines(tmp_path, suffix):
     assert "Document 39." in texts(tmp_path / "out")
 
 
-def test_tars_of_the_downloader(tmp_path):
+def test_img2dataset_tars_are_converted(tmp_path):
     members = {
         "1.jpg": JPEG,
         "1.txt": b"a cat",
@@ -100,7 +102,7 @@ def test_tars_of_the_downloader(tmp_path):
     assert report["rejected"] == {"raw-schema": 1}
 
 
-def test_the_downloaders_own_table_is_no_raw_file(tmp_path):
+def test_img2dataset_statistics_are_not_raw_files(tmp_path):
     write_tar(tmp_path / "raw" / "00000.tar", {"1.jpg": JPEG, "1.txt": b"a cat"})
     write_parquet(
         tmp_path / "raw" / "00000.parquet", [{"url": "https://x/1", "caption": "a cat", "key": "1"}]
@@ -108,7 +110,7 @@ def test_the_downloaders_own_table_is_no_raw_file(tmp_path):
     assert convert("cc3m", [tmp_path / "raw"], tmp_path / "out", workers=1)["samples"] == 1
 
 
-def test_a_list_of_urls_stays_one(tmp_path):
+def test_url_list_needs_a_download_first(tmp_path):
     (tmp_path / "list.tsv").write_text("a cat\thttps://x/1.jpg\na dog\thttps://x/2.jpg\n")
     convert("cc3m", [tmp_path / "list.tsv"], tmp_path / "out", workers=1)
     assert [sample.images for sample in samples(tmp_path / "out")] == [
@@ -119,7 +121,7 @@ def test_a_list_of_urls_stays_one(tmp_path):
         convert("cc3m", [tmp_path], tmp_path / "other")
 
 
-def test_tars_of_classes(tmp_path, raw):
+def test_class_tars_are_converted(tmp_path, raw):
     write_tar(raw / "n02084071.tar", {"n02084071_1.JPEG": JPEG, "n02084071_2.JPEG": JPEG, "n1_1.JPEG": JPEG})
     report = convert("imagenet-21k", [raw], tmp_path / "out", workers=1)
     assert texts(tmp_path / "out") == {"dog"}
@@ -127,7 +129,7 @@ def test_tars_of_classes(tmp_path, raw):
 
 
 @pytest.mark.parametrize("kind", ["tar", "zst", "parquet", "json"])
-def test_a_truncated_file_keeps_what_it_has(tmp_path, kind, raw):
+def test_truncated_file_keeps_its_intact_rows(tmp_path, kind, raw):
     row = llava("gqa/images/2327515.jpg", "<image>\nQ" + "x" * 400, "A")
     files = {
         "tar": ("cc3m", "0.tar"),
@@ -160,7 +162,7 @@ def test_a_truncated_file_keeps_what_it_has(tmp_path, kind, raw):
     assert file in report["examples"]["file-broken"][0]
 
 
-def test_an_array_of_json_is_read_in_pieces(monkeypatch):
+def test_json_array_is_read_in_chunks(monkeypatch):
     monkeypatch.setattr(raw_files, "_CHUNK", 7)
     rows = [{"n": 1}, {"text": "ein Käfer ] , [" * 9}, {"n": {"deep": [1, {"x": None}]}}]
     for content in (json.dumps(rows), json.dumps(rows, indent=2), lines(rows).decode(), "", "[]", " [\n] "):
@@ -172,7 +174,7 @@ def test_an_array_of_json_is_read_in_pieces(monkeypatch):
     assert error.reason == "file-broken"
 
 
-def test_half_a_character_is_rejected_and_a_whole_one_kept(tmp_path):
+def test_lone_surrogate_is_rejected_and_a_pair_is_kept(tmp_path):
     row = llava("https://x/1.jpg", "<image>\nQ \U0001f600", "A \ud83d")
     for name, content in (("a.jsonl", lines([row])), ("b.json", json.dumps([row]).encode())):
         (tmp_path / name).write_bytes(content)
@@ -184,7 +186,7 @@ def test_half_a_character_is_rejected_and_a_whole_one_kept(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["a.jsonl", "a.json"])
-def test_deep_nesting_and_a_bom_cost_no_other_row(tmp_path, file):
+def test_deep_nesting_and_bom_affect_no_other_row(tmp_path, file):
     row = json.dumps(llava("https://x/1.jpg", "<image>\nQ", "A"))
     deep = f'{{"id": {"[" * 3000}"]}}"{"]" * 3000}}}'
     rows = [row, deep, row]
@@ -194,14 +196,14 @@ def test_deep_nesting_and_a_bom_cost_no_other_row(tmp_path, file):
     assert (report["samples"], report["rejected"]) == (2, {"json": 1})
 
 
-def test_deep_nesting_that_never_ends_ends_the_file():
+def test_endless_nesting_ends_the_file():
     text = '[{"n": 1}, {"n": ' + "[" * 3000
     first, last = raw_files.json_values(io.StringIO(text))
     assert first == {"n": 1}
     assert last.reason == "file-broken"
 
 
-def test_captions_of_another_encoding_are_rejected_and_a_bom_is_none(tmp_path):
+def test_captions_of_another_encoding_are_rejected_and_a_bom_is_dropped(tmp_path):
     write_tar(
         tmp_path / "raw" / "0.tar",
         {
@@ -215,7 +217,7 @@ def test_captions_of_another_encoding_are_rejected_and_a_bom_is_none(tmp_path):
     assert texts(tmp_path / "out") == {"a cat", "café"}
 
 
-def test_lines_of_a_table_of_another_encoding_are_rejected(tmp_path):
+def test_tsv_lines_of_another_encoding_are_rejected(tmp_path):
     lines_ = [b"\xef\xbb\xbfa cat\thttps://x/1.jpg\r\n", b"caf\xe9\thttps://x/2.jpg\n"]
     (tmp_path / "Train_GCC-training.tsv").write_bytes(b"".join(lines_))
     report = convert("cc3m", [tmp_path / "Train_GCC-training.tsv"], tmp_path / "out", workers=1)
@@ -225,7 +227,7 @@ def test_lines_of_a_table_of_another_encoding_are_rejected(tmp_path):
 
 
 @pytest.mark.parametrize(("id", "name"), [(float("nan"), None), (1.5, "1.5"), (b"a\xff", "a\\xff"), (7, "7")])
-def test_row_is_converted_whatever_its_id(tmp_path, id, name):
+def test_row_is_converted_with_any_id(tmp_path, id, name):
     write_parquet(
         tmp_path / "raw" / "0.parquet", [{"link": "https://x/1.jpg", "caption": "A cat.", "message_id": id}]
     )
@@ -233,7 +235,7 @@ def test_row_is_converted_whatever_its_id(tmp_path, id, name):
     assert [sample.id for sample in samples(tmp_path / "out")] == [name]
 
 
-def test_a_large_file_is_shared_and_every_row_converted_once(tmp_path, raw, monkeypatch):
+def test_large_file_is_divided_and_every_row_converted_once(tmp_path, raw, monkeypatch):
     monkeypatch.setattr(conversion, "_SHARE_BYTES", 600)
     rows = [llava("gqa/images/2327515.jpg", "<image>\nQ?", f"A{n}") for n in range(23)]
     (raw / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
@@ -243,7 +245,7 @@ def test_a_large_file_is_shared_and_every_row_converted_once(tmp_path, raw, monk
     assert texts(tmp_path / "out") == {f"A{n}" for n in range(23)}
 
 
-def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, raw, monkeypatch):
+def test_second_run_resumes_where_the_first_stopped(tmp_path, raw, monkeypatch):
     for n in range(4):
         write_parquet(raw / f"train-{n}.parquet", [USUAL["vqav2"][0]] * (n + 1))
     out, read = tmp_path / "out", []
@@ -252,13 +254,13 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, raw, monkeypatch
         read.append(path.name)
         if len(read) == 3:
             yield next(raw_files.read_rows(path))
-            raise OSError(5, "the disk is gone")
+            raise OSError(5, "the disk is offline")
         yield from raw_files.read_rows(path)
 
     monkeypatch.setattr(conversion, "read_rows", read_rows)
-    with pytest.raises(SoloError, match=r"train-2\.parquet.*the disk is gone"):
+    with pytest.raises(SoloError, match=r"train-2\.parquet.*the disk is offline"):
         convert("vqav2", [raw], out, workers=1)
-    assert sorted(path.name for path in out.iterdir()) == [
+    assert sorted(path.name for path in out.glob("[!.]*")) == [
         "train-0.parquet",
         "train-1.parquet",
     ]
@@ -267,13 +269,13 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, raw, monkeypatch
     assert report["samples"] == 1 + 2 + 3 + 4
     assert convert("vqav2", [raw], out, workers=1) == report
     assert len(read) == 5
-    # A raw file that was fetched again is converted again.
+    # A raw file that was downloaded again is converted again.
     write_parquet(raw / "train-0.parquet", [USUAL["vqav2"][0]] * 7)
     assert convert("vqav2", [raw], out, workers=1)["samples"] == 7 + 2 + 3 + 4
     assert read[5:] == ["train-0.parquet"]
 
 
-def test_progress_is_told(tmp_path, raw):
+def test_progress_is_reported(tmp_path, raw):
     for n in range(2):
         write_parquet(raw / f"train-{n}.parquet", [USUAL["vqav2"][0]])
     seen: list[tuple[int, int]] = []
@@ -281,7 +283,7 @@ def test_progress_is_told(tmp_path, raw):
     assert seen == [(0, 2), (1, 2), (2, 2)]
 
 
-def test_mistakes_of_the_user(tmp_path, raw):
+def test_user_errors_are_reported(tmp_path, raw):
     out = tmp_path / "out"
     with pytest.raises(
         SoloError, match=r"no \*\.parquet in .*: get VQAv2 from HuggingFaceM4/the_cauldron:vqav2"
@@ -304,15 +306,28 @@ def test_mistakes_of_the_user(tmp_path, raw):
         convert("vqav2", [raw / "notes.txt"], tmp_path / "new", workers=1)
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path, raw):
+def test_partial_files_of_a_killed_process_are_removed(tmp_path, raw):
     write_parquet(raw / "x.parquet", [USUAL["vqav2"][0]])
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".partial-1-x.parquet.parquet").write_bytes(b"half")
+    (tmp_path / "out" / ".partial-99999999-x.parquet.parquet").write_bytes(b"half")
     assert convert("vqav2", [raw], tmp_path / "out", workers=1)["samples"] == 1
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert not list((tmp_path / "out").glob(".partial-*"))
 
 
-def test_new_files_below_the_raw_folder_are_not_raw(tmp_path, raw):
+def test_second_conversion_into_the_same_folder_is_refused(tmp_path, raw):
+    write_parquet(raw / "x.parquet", [USUAL["vqav2"][0]])
+    holder = "import sys; from pathlib import Path; from solo_vlm.utils.files import lock_output_dir\n"
+    holder += "held = lock_output_dir(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, tmp_path / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(SoloError, match="another run is writing to"):
+            convert("vqav2", [raw], tmp_path / "out", workers=1)
+        other.kill()
+
+
+def test_output_below_the_raw_folder_is_not_raw(tmp_path, raw):
     write_parquet(raw / "x.parquet", [USUAL["vqav2"][0]])
     for _ in range(2):
         assert convert("vqav2", [raw], raw / "converted", workers=1)["files"] == 1
@@ -332,12 +347,12 @@ def engine_makes_the_same(engine, tmp_path, raw):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_pool_of_processes(tmp_path, raw):
+def test_process_pool_gives_the_same_files(tmp_path, raw):
     engine_makes_the_same("local", tmp_path, raw)
 
 
 @pytest.mark.slow
-def test_ray(tmp_path, raw):
+def test_ray_gives_the_same_files(tmp_path, raw):
     ray = pytest.importorskip("ray")
     try:
         engine_makes_the_same("ray", tmp_path, raw)
@@ -349,7 +364,7 @@ def test_ray(tmp_path, raw):
         ray.shutdown()
 
 
-def test_without_ray_the_user_is_told(tmp_path, raw, monkeypatch):
+def test_missing_ray_names_the_extra(tmp_path, raw, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     write_parquet(raw / "x.parquet", [USUAL["vqav2"][0]])
     with pytest.raises(SoloError, match=r"pip install 'solo-vlm\[ray\]'"):

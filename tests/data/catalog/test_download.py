@@ -1,4 +1,4 @@
-"""The downloader runs as a command: what it is told, and what is said when it cannot run."""
+"""Download by img2dataset: its arguments, and errors when it cannot run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from solo_vlm.utils.errors import SoloError
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """A stand-in that writes down its arguments beside the output folder, and fails for a list named so."""
+    """Return a fake img2dataset that records its arguments, and fails for a list named "fail"."""
     path = tmp_path / "img2dataset"
     path.write_text(
         f"#!{sys.executable}\n"
@@ -32,7 +32,7 @@ def told(tmp_path: Path) -> dict[str, str]:
     return json.loads((tmp_path / "tars.json").read_text())
 
 
-def test_parquet_lists_go_as_they_are(tmp_path, program):
+def test_parquet_lists_are_passed_unchanged(tmp_path, program):
     (tmp_path / "lists").mkdir()
     download(get("capfusion"), tmp_path / "lists", tmp_path / "tars", str(program), 4, 32)
     assert told(tmp_path) == {
@@ -52,7 +52,7 @@ def test_parquet_lists_go_as_they_are(tmp_path, program):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_a_table_without_header_gets_one(tmp_path, program, encoding):
+def test_table_without_header_gets_one(tmp_path, program, encoding):
     table = tmp_path / "Train_GCC-training.tsv"
     table.write_text("a bus\thttps://x/1.jpg\n", encoding=encoding)
     download(get("cc3m"), table, tmp_path / "tars", str(program), 1, 1)
@@ -61,7 +61,7 @@ def test_a_table_without_header_gets_one(tmp_path, program, encoding):
     assert table.read_text(encoding=encoding) == "a bus\thttps://x/1.jpg\n"
 
 
-def test_what_can_go_wrong(tmp_path, program):
+def test_download_errors_are_reported(tmp_path, program):
     urls = tmp_path / "fail.parquet"
     urls.write_bytes(b"")
     with pytest.raises(SoloError, match="VQAv2 is not a list of URLs"):

@@ -1,4 +1,4 @@
-"""The catalog's figures against the totals that the paper prints, and the page that shows them."""
+"""Catalog: counts against the paper's totals, and the documentation page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "catalog.md"
         (3, 1_279_664_194, 797_032_867, 482_631_327, 38_324),
     ],
 )
-def test_the_stages_add_up_to_the_papers_totals(stage, tokens, text_tokens, vision_tokens, instances):
+def test_stages_sum_to_the_papers_totals(stage, tokens, text_tokens, vision_tokens, instances):
     counts = [count for entry in DATA_SETS.values() for count in entry.stages if count.stage == stage]
     assert sum(count.tokens for count in counts) == tokens
     assert sum(count.text_tokens for count in counts) == text_tokens
@@ -26,7 +26,7 @@ def test_the_stages_add_up_to_the_papers_totals(stage, tokens, text_tokens, visi
     assert sum(count.instances for count in counts) == instances
 
 
-def test_each_entry_is_complete():
+def test_every_entry_is_complete():
     for entry in DATA_SETS.values():
         assert bool(entry.stages) != bool(entry.group)
         for fact in (entry.title, entry.source, entry.license, entry.raw_schema, entry.evidence, entry.files):
@@ -34,7 +34,7 @@ def test_each_entry_is_complete():
     assert sum(bool(entry.samples) for entry in DATA_SETS.values()) == 32
 
 
-def test_the_page_shows_the_catalog():
+def test_documentation_shows_the_catalog():
     assert markdown_table(DATA_SETS.values()) in PAGE.read_text(encoding="utf-8"), (
         "docs/catalog.md is out of date: paste the output of `solo data list --markdown`"
     )

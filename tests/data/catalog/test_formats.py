@@ -1,4 +1,4 @@
-"""Every converter on rows in the true raw shape, odd ones among them."""
+"""Converters on rows in the original raw formats, including unusual ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIELDS = sorted({field for row, _ in USUAL.values() for field in row} | {"role",
 
 
 def words(row: dict[str, Any]) -> str:
-    """The sample in short: `role:text` with <> for an image, turns divided by |."""
+    """Return a sample in short form: `role:text` with <> for an image, and turns separated by |."""
     sample = parse_sample(row)
     assert all(sample.images)
     return "|".join(
@@ -34,13 +34,13 @@ def convert(name: str, row: dict[str, Any], raw: Path) -> dict[str, Any]:
     return get(name).convert(row, RawFolder(raw))
 
 
-def test_every_data_set_has_a_row():
+def test_every_data_set_has_a_test_row():
     assert list(USUAL) == list(DATA_SETS)
     assert (len(PRETRAINING), len(FINETUNING)) == (12, 33)
 
 
 @pytest.mark.parametrize("name", USUAL)
-def test_a_usual_row(name, raw):
+def test_typical_row_is_converted(name, raw):
     row, expected = USUAL[name]
     sample = convert(name, row, raw)
     assert words(sample) == expected
@@ -48,21 +48,21 @@ def test_a_usual_row(name, raw):
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
-def test_pre_training_is_one_turn_of_the_assistant(name, raw):
+def test_pretraining_sample_is_one_assistant_turn(name, raw):
     messages = convert(name, USUAL[name][0], raw)["messages"]
     assert [message["role"] for message in messages] == ["assistant"]
 
 
 @pytest.mark.parametrize("name", USUAL)
-def test_a_row_of_something_else_is_rejected(name, raw):
+def test_row_of_another_format_is_rejected(name, raw):
     with pytest.raises(SampleError):
         convert(name, {"unknown": 1}, raw)
 
 
 ODD: list[tuple[str, dict[str, Any], str]] = [
-    # Several names of a class: the first; tars of single classes spell the extension otherwise.
+    # The first of several class names; tars of single classes use another extension.
     ("imagenet-21k", {"key": "n07747607_3", "jpeg": JPEG}, "a:<>blood orange"),
-    # The list of URLs itself, and the downloader's parquet files.
+    # The URL list itself, and img2dataset's parquet files.
     ("capfusion", {"image_url": "https://x/1.jpg", "laion_2b": "fox!", "capsfusion": "A fox."}, "a:<>A fox."),
     ("capfusion", {"key": "1", "jpg": JPEG, "caption": "A fox.", "status": "success"}, "a:<>A fox."),
     ("cc3m", {"columns": ["a cat", "https://x/1.jpg"]}, "a:<>a cat"),
@@ -91,7 +91,7 @@ ODD: list[tuple[str, dict[str, Any], str]] = [
         },
         "u:<><>Which is it?|a:A|u:Sure?|a:Yes",
     ),
-    # Only a path, of the machine where the rows were made.
+    # Only a path on the machine that made the rows.
     (
         "okvqa",
         {
@@ -102,9 +102,9 @@ ODD: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("laion-gpt4v", {"caption": "A ring.", "link": "https://x/1", "image": {"bytes": JPEG}},
      "u:<>Describe this image in detail.|a:A ring."),
-    # No mark for the image: it comes first.
-    ("sharegpt4v", llava("sam/images/sa_1.jpg", "What is it?", "A harbour."), "u:<>What is it?|a:A harbour."),
-    # A mark in the middle of a later turn.
+    # Without a placeholder, the image comes first.
+    ("sharegpt4v", llava("sam/images/sa_1.jpg", "What is it?", "A harbor."), "u:<>What is it?|a:A harbor."),
+    # A placeholder in the middle of a later turn.
     (
         "release-sft",
         llava("gqa/images/2327515.jpg", "Hello.", "Hi.", "In <image> who is left?", "Ann."),
@@ -121,7 +121,7 @@ ODD: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "row", "expected"), ODD)
-def test_an_odd_row(name, row, expected, raw):
+def test_unusual_row_is_converted(name, row, expected, raw):
     assert words(convert(name, row, raw)) == expected
 
 
@@ -164,7 +164,7 @@ REJECTED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "row", "reason"), REJECTED)
-def test_a_broken_row_has_a_reason(name, row, reason, raw):
+def test_broken_row_is_rejected_with_a_reason(name, row, reason, raw):
     with pytest.raises(SampleError) as error:
         convert(name, row, raw)
     assert error.value.reason == reason
@@ -181,44 +181,44 @@ values = st.recursive(simple, lambda inner: st.lists(inner, max_size=3) | rows_o
 @pytest.mark.parametrize("name", {get(name).convert: name for name in USUAL}.values())
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(row=rows_of(values))
-def test_any_row_is_a_sample_or_rejected(name, raw, row):
-    """Rows with the right fields and anything in them."""
+def test_any_row_is_converted_or_rejected(name, raw, row):
+    """Rows have the expected fields with arbitrary values."""
     usual = USUAL[name][0]
     for attempt in (row, usual | row):
         with contextlib.suppress(SampleError):
             parse_sample(convert(name, attempt, raw))
 
 
-def test_an_empty_image_file_is_missing(raw):
+def test_empty_image_file_counts_as_missing(raw):
     (raw / "sam/images/sa_1.jpg").write_bytes(b"")
     with pytest.raises(SampleError, match="empty or not in"):
         convert("sharegpt4v", USUAL["sharegpt4v"][0], raw)
 
 
-def test_images_may_lie_in_a_folder_of_their_own(raw):
+def test_images_may_be_in_a_separate_folder(raw):
     (raw / "images").mkdir()
     (raw / "images" / "7.jpg").write_bytes(JPEG)
     sample = convert("detailed-captions", {"img_id": 7, "detailed_caption": "A bus."}, raw)
     assert sample["images"][0]["bytes"] == JPEG
 
 
-def test_without_the_list_of_classes_the_user_is_told(tmp_path):
+def test_missing_class_list_is_reported(tmp_path):
     with pytest.raises(SoloError, match=r"mapping\.txt is missing"):
         convert("imagenet-21k", {"key": "n02084071_1", "jpg": JPEG}, tmp_path)
 
 
-def test_the_id_is_kept(raw):
+def test_id_is_kept(raw):
     assert convert("llavar", USUAL["llavar"][0], raw)["id"] == "row-1"
     assert convert("ultrachat", USUAL["ultrachat"][0], raw)["id"] == "ab12"
     assert convert("vqav2", USUAL["vqav2"][0], raw)["id"] is None
 
 
-def test_an_unknown_name_gets_the_nearest():
+def test_unknown_name_suggests_the_closest():
     with pytest.raises(SoloError, match="did you mean capfusion"):
         get("capsfusion")
 
 
-def test_images_of_any_form_are_taken_in(tmp_path):
+def test_images_in_any_form_are_converted(tmp_path):
     text = base64.b64encode(JPEG + bytes(40)).decode()
     (tmp_path / "a b.jpg").write_bytes(JPEG)
     folder = RawFolder(tmp_path)

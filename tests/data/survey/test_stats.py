@@ -1,4 +1,4 @@
-"""The counts of a mixture, against what it was made of; the estimate, against what it estimates."""
+"""Statistics of a mixture: exact counts against the data, estimates against the exact counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTH = 64
 
 
 def pieces(length: int) -> list[int]:
-    """Lengths that a text is cut into."""
+    """Return the lengths of the pieces of a long text."""
     return [LENGTH] * (length // LENGTH) + ([length % LENGTH] if length % LENGTH else [])
 
 
@@ -31,7 +31,7 @@ def stats(made):
     return lambda samples: mixture_stats(mixture, encoder, samples).as_dict()
 
 
-def test_exact_counts_are_those_of_what_was_made(made, stats):
+def test_exact_counts_match_the_data(made, stats):
     facts = stats(None)
     captions, texts = facts["sources"]
     vision, text = (sum(column) for column in zip(*made.captions, strict=True))
@@ -52,7 +52,7 @@ def test_exact_counts_are_those_of_what_was_made(made, stats):
     assert total["vision_share"] == vision / (vision + text + sum(made.texts))
 
 
-def test_an_estimate_of_all_rows_is_exact(stats):
+def test_estimate_from_all_rows_is_exact(stats):
     exact, estimate = stats(None), stats(1000)
     assert estimate["exact"] is False
     for name in ("samples", "images", "tokens", "text_tokens", "vision_tokens"):
@@ -60,7 +60,7 @@ def test_an_estimate_of_all_rows_is_exact(stats):
         assert estimate["total"]["interval_95"][name] == [exact["total"][name]] * 2
 
 
-def test_an_estimate_reads_few_rows_and_is_near(stats):
+def test_estimate_reads_few_rows_and_is_close(stats):
     exact, estimate = stats(None), stats(40)
     low, high = estimate["total"]["interval_95"]["tokens"]
     assert low < estimate["total"]["tokens"] < high
@@ -69,8 +69,8 @@ def test_an_estimate_reads_few_rows_and_is_near(stats):
     assert estimate["total"]["instances"] == pytest.approx(exact["total"]["instances"], rel=0.2)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    """Shards of unlike size and content: 400 samples, each of 30 shards and 4 rows of these."""
+def test_95_percent_intervals_cover_the_true_total():
+    """Shards differ in size and content; 400 samples, each of 4 rows from each of 30 shards."""
     rng = np.random.default_rng(1)
     rows = [rng.gamma(2, 10 + shard % 7, (int(rng.integers(6, 20)), 1)) for shard in range(150)]
     truth = sum(shard.sum() for shard in rows)
@@ -85,7 +85,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert 0.91 < held / 400 < 0.98
 
 
-def test_rows_are_drawn_evenly_over_shards(made):
+def test_rows_are_sampled_evenly_over_shards(made):
     source = open_source(made.folder / "captions.parquet")  # 24 shards of 5 rows
     drawn = list(draw_rows(source, 20, np.random.default_rng(0)))
     assert len(drawn) == 10
@@ -94,7 +94,7 @@ def test_rows_are_drawn_evenly_over_shards(made):
     assert all(len(rows) == 5 and len(chosen) == len(set(chosen)) == 2 for _, rows, chosen in drawn)
 
 
-def test_packed_sequences_of_a_large_source_are_estimated_by_a_trial():
+def test_packed_sequences_of_a_large_source_are_estimated_from_a_sample():
     lengths = np.random.default_rng(0).integers(1, 1001, 20_000)
     truth = len(pack(map(int, lengths), 1000))
     drawn = lengths[::40].tolist()
@@ -103,7 +103,7 @@ def test_packed_sequences_of_a_large_source_are_estimated_by_a_trial():
     assert estimate_instances(0, [], 1000, 128, np.random.default_rng(0)) == 0
 
 
-def test_rows_that_cannot_be_used_are_counted_by_reason(broken, run_data):
+def test_unusable_rows_are_counted_by_reason(broken, run_data):
     for options in (["--exact"], ["--samples", 100]):
         code, out, error = run_data("stats", broken, "--json", *options)
         assert (code, error) == (0, "")
@@ -113,7 +113,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(broken, run_data):
         assert texts["skipped"] == {}
 
 
-def test_the_table(made, run_data):
+def test_table_has_counts_and_intervals(made, run_data):
     code, out, error = run_data("stats", made.file, "data.sequence_length=128", "--samples", 50)
     assert (code, error) == (0, "")
     assert "Estimate from up to 50 rows per source" in out
@@ -124,7 +124,7 @@ def test_the_table(made, run_data):
     assert "Estimate" not in out
 
 
-def test_a_recipe_is_a_mixture(made, tmp_path):
+def test_recipe_is_accepted_as_mixture(made, tmp_path):
     recipe = {**yaml.safe_load(made.file.read_text()), "out": "run", "steps": 3}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -133,7 +133,7 @@ def test_a_recipe_is_a_mixture(made, tmp_path):
     assert mixture.source_paths() == (str(made.folder / "captions.parquet"), str(made.folder / "texts.jsonl"))
 
 
-def test_urls_stay_as_they_are():
+def test_urls_are_unchanged():
     settings = {"root": "r", "model": "m", "data": {"sources": [{"path": "s3://b/x"}, {"path": "y"}]}}
     assert Mixture.parse(settings).source_paths() == ("s3://b/x", "r/y")
 
@@ -148,7 +148,7 @@ def test_urls_stay_as_they_are():
     ],
 )
 @pytest.mark.parametrize("verb", ["stats", "verify", "view"])
-def test_a_mistake_is_one_line_and_exit_code_2(made, run_data, verb, overrides, message, tmp_path):
+def test_user_error_is_one_line_with_exit_code_2(made, run_data, verb, overrides, message, tmp_path):
     (made.folder / "empty.jsonl").touch()
     options = ["--out", tmp_path / "page.html"] if verb == "view" else []
     code, out, error = run_data(verb, made.file, *overrides, *options)
@@ -159,7 +159,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(made, run_data, verb, overrides, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_mixture_says_what_to_give(run_data):
+def test_missing_mixture_error_says_what_to_pass(run_data):
     assert run_data("stats", "nowhere.yaml")[::2] == (
         2,
         "solo: no mixture nowhere.yaml: give the path of a YAML file, or a name such as quickstart/stage1\n",

@@ -1,4 +1,4 @@
-"""Reading everything once: what is found, where, and with which exit code."""
+"""Verification of data: unusable rows with location and reason, and exit codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 
-def test_data_that_are_right_pass(made, run_data):
+def test_valid_data_passes(made, run_data):
     code, out, error = run_data("verify", made.file, "--json")
     assert (code, error) == (0, "")
     facts = json.loads(out)
@@ -18,7 +18,7 @@ def test_data_that_are_right_pass(made, run_data):
 
 
 @pytest.mark.parametrize(("verb", "total"), [("verify", ("rows", 60)), ("stats", ("total", 60))])
-def test_a_source_that_is_named_twice_counts_twice(made, run_data, verb, total):
+def test_source_listed_twice_counts_twice(made, run_data, verb, total):
     again = "data.sources=[{path: texts.jsonl}, {path: texts.jsonl}]"
     facts = json.loads(run_data(verb, made.file, again, "--json")[1])
     assert [source["source"] for source in facts["sources"]] == ["texts.jsonl", "texts.jsonl (2)"]
@@ -27,7 +27,7 @@ def test_a_source_that_is_named_twice_counts_twice(made, run_data, verb, total):
     assert (facts[name] if name == "rows" else facts[name]["samples"]) == count
 
 
-def test_what_cannot_be_used_is_counted_and_placed(broken, run_data, tmp_path):
+def test_unusable_rows_are_counted_and_located(broken, run_data, tmp_path):
     report = tmp_path / "report.jsonl"
     code, out, _ = run_data("verify", broken, "--json", "--report", report)
     facts = json.loads(out)
@@ -48,7 +48,7 @@ def test_what_cannot_be_used_is_counted_and_placed(broken, run_data, tmp_path):
     assert not list(tmp_path.glob(".partial-*"))
 
 
-def test_max_skipped_decides(broken, run_data):
+def test_max_skipped_sets_the_exit_code(broken, run_data):
     share = 5 / 36
     assert run_data("verify", broken, f"data.max_skipped={share + 1e-6}")[0] == 0
     code, out, error = run_data("verify", broken, f"data.max_skipped={share - 1e-6}")
@@ -57,8 +57,8 @@ def test_max_skipped_decides(broken, run_data):
     assert "5 of 36 rows cannot be used: MORE than data.max_skipped" in out
 
 
-def test_a_cut_file_is_found(made, run_data, tmp_path):
-    """The footer of a parquet file is at its end, so that damage in the middle shows only in reading."""
+def test_truncated_file_is_detected(made, run_data, tmp_path):
+    """The footer of a parquet file is at its end, so damage in the middle only shows on reading."""
     data = bytearray((made.folder / "captions.parquet").read_bytes())
     data[1000:3000] = bytes(2000)
     (tmp_path / "x.parquet").write_bytes(data)
@@ -67,7 +67,7 @@ def test_a_cut_file_is_found(made, run_data, tmp_path):
     assert json.loads(out)["sources"][0]["rejected"]["broken-shard"] >= 1
 
 
-def test_bad_text_and_deep_nesting_cost_their_rows_and_are_reported(made, run_data, tmp_path):
+def test_bad_text_and_deep_nesting_are_reported_per_row(made, run_data, tmp_path):
     good = json.dumps({"id": float("nan"), "messages": [{"role": "assistant", "content": "red"}]})
     surrogate = json.dumps({"messages": [{"role": "assistant", "content": "cut \ud83d"}]})
     missing = json.dumps({"messages": [{"role": "assistant", "content": "red"}], "image": "\udce9.png"})
@@ -87,7 +87,7 @@ def test_bad_text_and_deep_nesting_cost_their_rows_and_are_reported(made, run_da
     assert "\\ud83d" in lines[0]["error"]
 
 
-def test_source_of_blank_lines_is_refused_as_an_empty_one_is(made, run_data, tmp_path):
+def test_source_of_blank_lines_is_rejected_like_an_empty_one(made, run_data, tmp_path):
     (tmp_path / "blank.jsonl").write_text("\n\n")
     sources = f"data.sources=[{{path: {tmp_path / 'blank.jsonl'}}}]"
     code, _, error = run_data("verify", made.file, sources)

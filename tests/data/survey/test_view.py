@@ -1,4 +1,4 @@
-"""The page of samples: pixels, tokens and labels are those that the model gets."""
+"""Page of samples: pixels, tokens and labels equal the model's inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def encoded(solo, content: list[dict], *images):
     return Encoder(solo.processor)(parse_sample(row))
 
 
-def test_images_are_put_together_again_to_the_pixel(solo, picture):
+def test_images_are_reassembled_exactly(solo, picture):
     images = [picture(96, 64), picture(32, 128, seed=1)]  # multiples of the patch size are not resized
     document = encoded(solo, [{"type": "image"}, {"type": "image"}], *images)
     seen = list(seen_images(document))
@@ -44,7 +44,7 @@ def test_tokens_are_shown_with_their_kind(solo, picture):
     assert "what is this?" in "".join(token.text for token in tokens if token.kind == "context")
 
 
-def test_the_page(made, run_data, tmp_path):
+def test_page_is_self_contained(made, run_data, tmp_path):
     out = tmp_path / "page.html"
     code, stdout, error = run_data("view", made.file, "--out", out, "--samples", 7, "--json")
     assert (code, error) == (0, "")
@@ -62,7 +62,7 @@ def test_the_page(made, run_data, tmp_path):
     assert (tmp_path / "other.html").read_text() != page
 
 
-def test_what_is_skipped_shows_why(broken, run_data, tmp_path):
+def test_skipped_rows_are_shown_with_the_reason(broken, run_data, tmp_path):
     out = tmp_path / "page.html"
     assert run_data("view", broken, "--out", out, "--samples", 12)[0] == 0
     page = out.read_text()

@@ -43,7 +43,7 @@ def test_failed_row_counts_as_wrong_and_is_listed(task):
     [
         ("mmstar", [], "no rows"),
         ("mmstar", [{"question": "?"}], "no column answer or gt_answer; its columns are: question"),
-        ("mme", [{"answer": "yes", "question_id": "1", "category": "colour"}], "no subtask colour"),
+        ("mme", [{"answer": "yes", "question_id": "1", "category": "colors"}], "no subtask colors"),
         ("mathvista", [{"answer": "1"}], "no column question_type"),
         (
             "mathvista",
@@ -63,12 +63,12 @@ def test_failed_row_counts_as_wrong_and_is_listed(task):
         ("ai2d", [{"answer": "0", "options": [["a"], ["b"]]}], "an option must be a text"),
     ],
 )
-def test_unscorable_rows_are_refused(task, rows, message):
+def test_unscorable_rows_are_rejected(task, rows, message):
     with pytest.raises(SoloError, match=message):
         get(task).score([Prediction(str(n), "x", row) for n, row in enumerate(rows)])
 
 
-def test_duplicate_ids_are_refused():
+def test_duplicate_ids_are_rejected():
     twice = predictions("ai2d", oracle("ai2d"))[:1] * 2
     with pytest.raises(SoloError, match="two predictions have the ID 0"):
         get("ai2d").score(twice)

@@ -20,7 +20,7 @@ ENDPOINT = "/v1/chat/completions"
 
 @contextmanager
 def server(answer):
-    """An endpoint whose model answers `answer(prompt)`; yields its URL and the requests as they come."""
+    """Run an endpoint whose model answers `answer(prompt)`; yield its URL and the received requests."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -35,7 +35,7 @@ def test_acc_plus_needs_both_questions_of_an_image():
         flip = row["answer"] in wrong.get(row["question_id"], ())
         return {"Yes": "no", "No": "yes"}[row["answer"]] if flip else f"Answer: {row['answer'].lower()}"
 
-    score = get("mme").score(predictions("mme", answer))  # two images a subtask
+    score = get("mme").score(predictions("mme", answer))  # two images per subtask
     assert score.breakdown["count"].more == {"acc": 75, "acc_plus": 50}
     assert score.breakdown["OCR"].more == {"acc": 50, "acc_plus": 50}
     assert score.score == 2800 - 75 - 100
@@ -47,7 +47,7 @@ def test_image_without_its_second_question_has_no_acc_plus():
     assert score.partial
 
 
-def test_third_question_of_an_image_is_refused():
+def test_third_question_of_an_image_is_rejected():
     """With it, the image could never have both questions correct."""
     answered = predictions("mme", oracle("mme"))
     answered.append(Prediction("again", answered[0].response, answered[0].row))

@@ -219,7 +219,7 @@ def test_markup_around_a_letter(response):
         "It doesn't look like a dog",
     ],
 )
-def test_rejected_options_and_unclosed_reasoning_are_no_answer(response):
+def test_rejected_options_and_unclosed_reasoning_are_not_answers(response):
     assert read_choice(response, OPTIONS) is None
 
 

@@ -89,7 +89,7 @@ def test_unreadable_list_gives_no_options(text):
     assert options_of({"options": text, "answer": "A"}) == [""] * 5
 
 
-def test_options_that_are_not_texts_are_refused():
+def test_options_that_are_not_texts_are_rejected():
     with pytest.raises(SoloError, match="an option must be a text"):
         as_list([["dog"], ["cat"]])
 
@@ -156,7 +156,7 @@ def test_with_option_texts_shows_empty_options_as_empty():
 
 
 @pytest.mark.parametrize("text", ["cat, dog, bird", "cat; dog", "cat|dog", "cat\n\nbird"])
-def test_ambiguous_options_text_is_refused(text):
+def test_ambiguous_options_text_is_rejected(text):
     with pytest.raises(SoloError, match="are not a list: write them as JSON"):
         options_of({"question": "Which?", "options": text, "answer": "B"})
     assert options_of({"question": "Which?", "options": "cat\ndog\n", "answer": "B"}) == ["cat", "dog"]

@@ -29,7 +29,7 @@ PACKING = {"sequence_length": 64, "streams": 2, "packing_buffer": 8}
 
 @pytest.fixture(scope="session")
 def study_files(tmp_path_factory):
-    """Read-only folder with a small LLM, an ablation of it, its recipes and data."""
+    """Return a read-only folder with a small LLM, an ablation, its recipes and data."""
     folder = tmp_path_factory.mktemp("study")
     root = folder / "root"
     for part in make_llm("qwen3", seed=7):
@@ -65,7 +65,7 @@ def study_files(tmp_path_factory):
 
 @pytest.fixture
 def study(study_files, tmp_path):
-    """Writable copy of `study_files`."""
+    """Return a writable copy of `study_files`."""
     folder = shutil.copytree(study_files, tmp_path / "study")
     settings = (folder / "study.yaml").read_text()
     (folder / "study.yaml").write_text(settings.replace("set by the fixture", str(folder / "root")))
@@ -74,5 +74,5 @@ def study(study_files, tmp_path):
 
 @pytest.fixture
 def load(study):
-    """Load the study with overrides."""
+    """Return a function that loads the study with overrides."""
     return lambda *overrides: Ablation.load(str(study / "study.yaml"), overrides)

@@ -1,4 +1,4 @@
-"""Measurements: what is measured where, accuracy and loss."""
+"""Measurements: stages and data, accuracy and loss."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_measurements_follow_the_requested_stage_and_data(load, study):
 
 
 class Parrot:
-    """Always gives the same answer, and counts what it is asked."""
+    """Fake pipeline that always gives the same answer and records the questions."""
 
     def __init__(self, answer):
         self.text, self.asked = answer, []
@@ -80,7 +80,7 @@ def test_held_out_chat_without_question_is_rejected(tmp_path):
 
 
 def test_loss_is_the_mean_over_supervised_tokens(tmp_path, solo, picture):
-    """Packed as the recipe says, against every sample by itself."""
+    """Packed as in the recipe, compared with every sample alone."""
     samples = [pretraining_sample("a red circle left of a blue square.") for _ in range(3)]
     samples += [pretraining_sample("seven", picture(64, 32, seed=n)) for n in range(4)]
     samples += [chat_sample([("what is this?", "hello world")], picture(32, 32))]

@@ -1,4 +1,4 @@
-"""Pipelines: which stages they have and share, their data, initial models, and whole runs."""
+"""Pipelines: stages and shared stages, data, initial models, and whole runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from solo_vlm.utils.errors import SoloError
 
 
 def by_variant(ablation, **options):
-    """Pipelines of the first seed."""
+    """Return the pipelines of the first seed by variant."""
     pipelines = build_pipelines(ablation, **options)
     return {pipeline.variant: pipeline for pipeline in pipelines if pipeline.seed == 0}
 
@@ -55,7 +55,7 @@ def test_each_stage_starts_from_the_preceding_model(load):
     assert [stage.depth for stage in (init, stage1, sft)] == [0, 1, 2]
 
 
-def test_variants_differ_in_what_their_variant_changes_alone(load):
+def test_variants_differ_only_in_their_changes(load):
     variants = by_variant(load())
     base, other = variants["base"].outputs["sft"].run.recipe, variants["no-stage1"].outputs["sft"].run.recipe
     same = {"model", "out", "steps"}
@@ -86,7 +86,7 @@ def test_changing_a_stage_changes_all_later_runs(load):
     assert before["sft"] != after["sft"]
 
 
-def test_changed_data_change_the_runs_that_use_them(load, study):
+def test_changed_data_changes_the_runs_that_use_it(load, study):
     before = names(by_variant(load())["base"])
     write_samples(study / "root/data/sft.parquet", [pretraining_sample("red")] * 600)
     after = names(by_variant(load())["base"])
@@ -94,7 +94,7 @@ def test_changed_data_change_the_runs_that_use_them(load, study):
     assert before["sft"] != after["sft"]
 
 
-def test_a_seed_changes_weights_and_orders_and_is_shared_by_the_variants(load):
+def test_seed_changes_weights_and_order_and_is_shared_by_variants(load):
     pipelines = build_pipelines(load("stages.sft.data.seed=5"))
     assert [(pipeline.variant, pipeline.seed) for pipeline in pipelines[:3]] == [
         ("base", 0),
@@ -166,7 +166,7 @@ def test_shuffle_images_is_deterministic_per_seed(tmp_path, picture):
     assert dealt[0] == dealt[1] != dealt[2]
 
 
-def test_toy_data_are_drawn_once_and_reject_other_settings(tmp_path):
+def test_toy_data_is_written_once_and_rejects_other_settings(tmp_path):
     sizes = "{text: 20, stage1: 20, sft: 5, heldout_text: 4, heldout_digits: 2}"
 
     def prepare(drawn):
@@ -186,7 +186,7 @@ def test_toy_data_are_drawn_once_and_reject_other_settings(tmp_path):
 
 
 def started(load, *overrides, variant="base", seed=0):
-    """Model and processor that the stage `init` writes."""
+    """Return the model and processor written by the stage `init`."""
     pipeline = next(c for c in build_pipelines(load(*overrides)) if (c.variant, c.seed) == (variant, seed))
     stage = pipeline.outputs["init"]
     if not stage.has_model:

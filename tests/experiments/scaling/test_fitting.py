@@ -11,7 +11,7 @@ from solo_vlm.experiments.scaling.fitting import interval, objective
 from solo_vlm.experiments.scaling.laws import Coordinates
 
 
-def test_the_gradient_is_that_of_theobjective():
+def test_gradient_matches_the_objective():
     n, d, loss = runs(LAWS["hoffmann_2022"], seed=2, points=30)
     log_n, log_d = np.log(n), np.log(d)
     coordinates = Coordinates(log_n.mean(), log_d.mean())

@@ -16,7 +16,7 @@ PARAMETERS = ("E", "A", "B", "alpha", "beta")
 
 
 @pytest.mark.parametrize("name", LAWS)
-def test_noiseless_data_recover_the_law(name):
+def test_noiseless_data_recovers_the_law(name):
     law = LAWS[name]
     fit = fit_scaling_law(*runs(law, seed=0, points=60, noise=0), resamples=20)
     for parameter in PARAMETERS:

@@ -19,7 +19,7 @@ from solo_vlm.utils.errors import SoloError
 
 @pytest.fixture(scope="session")
 def llm(tmp_path_factory):
-    """A tiny LLM in a folder."""
+    """Return a folder with a tiny LLM."""
     folder = tmp_path_factory.mktemp("llm")
     for part in make_llm():
         part.save_pretrained(folder)
@@ -28,7 +28,7 @@ def llm(tmp_path_factory):
 
 @pytest.fixture
 def settings(llm, tmp_path):
-    """Make settings of a sweep of two sizes without data."""
+    """Return a function that makes settings of a sweep of two sizes without data."""
 
     def make(**changes):
         source = [{"path": "train.parquet"}]

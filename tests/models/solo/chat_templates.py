@@ -1,6 +1,6 @@
-"""Chat formats of well-known LLM families, written from their documentation, and what is right for each.
+"""Chat formats of well-known LLM families, written from their documentation, with the expected results.
 
-`expected` is the chat q1, a1, q2, a2 as text; what is to be supervised stands between « and ».
+`expected` is the chat q1, a1, q2, a2 as text, with supervised text between « and ».
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ GLM = (
 
 @dataclass(frozen=True)
 class Family:
-    """A family's special tokens and chat template, and what is right for it.
+    """Special tokens and chat template of a family, with the expected results.
 
     Attributes:
-        template: The family's own.
-        expected: See above; of the template that takes its place, where one does.
-        eos: Of the tokenizer.
-        bos: Of the tokenizer.
+        template: Chat template of the family.
+        expected: Expected chat, see above, rendered by the replacement if the template is replaced.
+        eos: EOS token of the tokenizer.
+        bos: BOS token of the tokenizer.
         tokens: Other special tokens.
-        plain_tokens: Other tokens that are in the vocabulary, but not special.
-        source: Which template is used.
-        systems: Several system messages are kept (True), or such a chat is refused (False).
+        plain_tokens: Other tokens of the vocabulary that are not special.
+        source: Source of the template that is used.
+        systems: Whether several system messages are kept (True) or rejected (False).
     """
 
     template: str
@@ -83,7 +83,7 @@ class Family:
     systems: bool = False
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A tokenizer of single bytes that decodes to exactly what it has encoded."""
+        """Make a tokenizer of single bytes whose decoding is exact."""
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -97,7 +97,7 @@ class Family:
 
 
 def paper(bos: str, eos: str) -> str:
-    """The chat in the SOLO paper's template."""
+    """Return the chat in the SOLO paper's template."""
     return f"{bos}[INST] q1 [/INST]«a1{eos}»[INST] q2 [/INST]«a2{eos}»"
 
 
@@ -426,7 +426,7 @@ FAMILIES = {
     ),
     "glm 4.5": Family(
         GLM.replace("BEFORE", r"'<think></think>\n'"),
-        # The paper's template with a tokenizer that has no BOS.
+        # The paper's template with a tokenizer without BOS.
         paper("", "<|endoftext|>"),
         eos="<|endoftext|>",
         tokens=(*ROLES, "[gMASK]", "<sop>"),

@@ -1,4 +1,4 @@
-"""Supervised are answers and the tokens that end them, in the chat formats of many LLM families."""
+"""Supervision of answers and their end tokens, in the chat formats of many LLM families."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def solo_of(name: str) -> SoloModelAndProcessor:
 
 
 def runs(processor, chat) -> list[tuple[str, bool]]:
-    """The text of an encoded chat, cut where supervision begins and ends."""
+    """Return the text of an encoded chat, cut where supervision begins and ends."""
     pairs = groupby(
         zip(chat.input_ids.tolist(), chat.supervised.tolist(), strict=True), key=lambda pair: pair[1]
     )
@@ -45,7 +45,7 @@ def runs(processor, chat) -> list[tuple[str, bool]]:
 
 
 def marked(processor, chat) -> str:
-    """The text of an encoded chat with what is supervised between « and »."""
+    """Return the text of an encoded chat with supervised text between « and »."""
     return "".join(f"«{text}»" if said else text for text, said in runs(processor, chat))
 
 
@@ -53,7 +53,7 @@ def marked(processor, chat) -> str:
 def test_answers_and_their_end_tokens_are_supervised(name):
     solo, family = solo_of(name), FAMILIES[name]
     assert solo.chat_template == family.source
-    # White space behind the last token carries nothing.
+    # White space after the last token is irrelevant.
     assert marked(solo.processor, solo.processor.encode_chat(CHAT)) == family.expected.rstrip()
 
 
@@ -212,7 +212,7 @@ def test_end_marker_of_several_tokens_is_rejected(caplog):
     assert "writes no token at the end" in caplog.text
 
 
-def test_a_chat_without_an_answer_has_no_labels(solo):
+def test_chat_without_an_answer_has_no_labels(solo):
     assert not solo.processor.encode_chat(CHAT[:1]).supervised.any()
 
 

@@ -1,4 +1,4 @@
-"""Pixel formats of files: bit depths, inverted greys, transparent colours, planes and colour profiles."""
+"""Pixel formats of files: bit depths, inverted grays, transparent colors, planes and color profiles."""
 
 import io
 import struct
@@ -11,18 +11,18 @@ from PIL import Image, ImageCms
 from solo_vlm.models.solo import image_loading_solo
 from solo_vlm.models.solo.image_loading_solo import ImageError, ImageMissingError, load_image, load_pixels
 
-GREY, RGB = 0, 2  # colour types of PNG
-WHITE_IS_ZERO, BLACK_IS_ZERO, TRUE_COLOUR = 0, 1, 2  # photometric interpretations of TIFF
+GRAY, RGB = 0, 2  # color types of PNG
+WHITE_IS_ZERO, BLACK_IS_ZERO, TRUE_COLOR = 0, 1, 2  # photometric interpretations of TIFF
 
 
 def png(samples: np.ndarray, bits: int, transparent: tuple[int, ...] | None = None) -> bytes:
-    """A PNG of (rows, columns) grey or (rows, columns, 3) RGB samples of any depth, with an optional tRNS."""
+    """Encode (rows, columns) gray or (rows, columns, 3) RGB samples of any depth as PNG."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     rows, columns = samples.shape[:2]
-    header = struct.pack(">IIBBBBB", columns, rows, bits, GREY if samples.ndim == 2 else RGB, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", columns, rows, bits, GRAY if samples.ndim == 2 else RGB, 0, 0, 0)
     lines = b"".join(b"\0" + pack_bits(row.ravel(), bits) for row in samples)
     key = b"" if transparent is None else chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
     body = chunk(b"IHDR", header) + key + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
@@ -30,7 +30,7 @@ def png(samples: np.ndarray, bits: int, transparent: tuple[int, ...] | None = No
 
 
 def pack_bits(values: np.ndarray, bits: int) -> bytes:
-    """Values of some bits each, most significant bit first, padded to whole bytes."""
+    """Pack values of `bits` bits each, most significant bit first, padded to whole bytes."""
     digits = (values[:, None].astype(np.uint32) >> np.arange(bits - 1, -1, -1, dtype=np.uint32)) & 1
     return np.packbits(digits.astype(np.uint8).ravel()).tobytes()
 
@@ -46,7 +46,7 @@ def tiff(
     order: str = "<",
     compressed: bool = False,
 ) -> bytes:
-    """A TIFF of one strip, or one for each plane."""
+    """Return a TIFF of one strip, or one per plane."""
     rows, columns = shape
     strips = [zlib.compress(strip) for strip in strips] if compressed else strips
     values = {
@@ -80,15 +80,15 @@ def tiff(
 
 
 def ramp(bits: int, columns: int = 64) -> np.ndarray:
-    """Two rows from 0 to the largest value, the second reversed."""
+    """Return two rows from 0 to the largest value, the second reversed."""
     row = np.rint(np.linspace(0, 2**bits - 1, columns)).astype(np.int64)
     return np.stack([row, row[::-1]])
 
 
 def levels(samples: np.ndarray, bits: int) -> np.ndarray:
-    """0..255 of the full range, as grey RGB."""
-    grey = np.rint(samples * 255 / (2**bits - 1)).astype(int)
-    return np.repeat(grey[..., None], 3, axis=2) if grey.ndim == 2 else grey
+    """Scale the full range to 0..255, as gray RGB."""
+    gray = np.rint(samples * 255 / (2**bits - 1)).astype(int)
+    return np.repeat(gray[..., None], 3, axis=2) if gray.ndim == 2 else gray
 
 
 def assert_close(source: object, expected: np.ndarray, within: int = 1) -> None:
@@ -97,13 +97,13 @@ def assert_close(source: object, expected: np.ndarray, within: int = 1) -> None:
         assert abs(pixels.astype(int) - expected).max() <= within
 
 
-# --- depths and inverted greys ------------------------------------------------------------------------
+# --- depths and inverted grays ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("photometric", [WHITE_IS_ZERO, BLACK_IS_ZERO])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_grey_tiff_of_any_depth(bits, photometric, compressed):
+def test_gray_tiff_of_any_depth(bits, photometric, compressed):
     samples = ramp(bits)
     packed = samples.astype("<u2").tobytes() if bits == 16 else b"".join(pack_bits(r, bits) for r in samples)
     expected = levels(samples, bits)
@@ -156,7 +156,7 @@ def test_tiff_of_unknown_depth_is_rejected():
 @pytest.mark.parametrize("planar", [1, 2])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_colour_tiff_chunky_and_planar(planar, bits, order, compressed):
+def test_color_tiff_chunky_and_planar(planar, bits, order, compressed):
     samples = np.stack([ramp(bits), ramp(bits)[::-1], ramp(bits) // 2], axis=2)
     stored = samples.astype(f"{order}u{bits // 8}")
     strips = [stored[..., c].tobytes() for c in range(3)] if planar == 2 else [stored.tobytes()]
@@ -164,7 +164,7 @@ def test_colour_tiff_chunky_and_planar(planar, bits, order, compressed):
         strips,
         samples.shape[:2],
         bits,
-        TRUE_COLOUR,
+        TRUE_COLOR,
         samples=3,
         planar=planar,
         order=order,
@@ -174,11 +174,11 @@ def test_colour_tiff_chunky_and_planar(planar, bits, order, compressed):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_grey_png_of_any_depth(bits):
+def test_gray_png_of_any_depth(bits):
     assert_close(png(ramp(bits), bits), levels(ramp(bits), bits))
 
 
-def test_16_bit_colour_png():
+def test_16_bit_color_png():
     samples = np.stack([ramp(16), ramp(16)[::-1], ramp(16) // 2], axis=2)
     assert_close(png(samples, 16), levels(samples, 16))
 
@@ -191,12 +191,12 @@ def test_pgm_of_any_range(largest):
     assert_close(b"P5 64 1 %d\n" % largest + body, expected)
 
 
-# --- transparent colours ------------------------------------------------------------------------------
+# --- transparent colors ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("place", [0, 20, 63])
-def test_transparent_grey_of_a_png(bits, place):
+def test_transparent_gray_of_a_png(bits, place):
     samples = ramp(bits)
     key = int(samples[0, place])
     expected = np.where((samples == key)[..., None], 255, levels(samples, bits))
@@ -206,7 +206,7 @@ def test_transparent_grey_of_a_png(bits, place):
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_transparent_colour_of_a_png(bits):
+def test_transparent_color_of_a_png(bits):
     samples = np.stack([ramp(bits), ramp(bits)[::-1], ramp(bits) // 2], axis=2)
     near = samples[0, 20].copy()
     near[2] ^= 1  # differs in the last bit only
@@ -217,7 +217,7 @@ def test_transparent_colour_of_a_png(bits):
     assert_close(png(samples, bits, transparent=tuple(key.tolist())), expected)
 
 
-# --- colour profiles ----------------------------------------------------------------------------------
+# --- color profiles ----------------------------------------------------------------------------------
 
 SRGB_TO_XYZ = [
     [0.4360747, 0.3850649, 0.1430804],
@@ -233,7 +233,7 @@ ADOBE_GAMMA = 563 / 256
 
 
 def profile(space: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntr", pcs: bytes = b"XYZ ") -> bytes:
-    """An ICC profile, version 2, of these tags."""
+    """Return an ICC profile, version 2, with these tags."""
     xyz = [0.9642, 1.0, 0.8249]
     tags = {b"wtpt": xyz_tag(xyz), b"desc": b"desc\0\0\0\0\0\0\0\x01\0".ljust(92, b"\0"), **tags}
     start = 128 + 4 + 12 * len(tags)
@@ -263,7 +263,7 @@ def adobe_rgb() -> bytes:
 
 
 def encode_srgb(linear: np.ndarray) -> np.ndarray:
-    """Levels of linear light (IEC 61966-2-1)."""
+    """Convert linear light to levels (IEC 61966-2-1)."""
     linear = np.clip(linear, 0, 1)
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
@@ -274,7 +274,7 @@ def adobe_to_srgb(pixels: np.ndarray) -> np.ndarray:
 
 
 def muted(width: int = 48, height: int = 32) -> np.ndarray:
-    """Smooth colours within sRGB's gamut, so that how others are clipped does not matter."""
+    """Return smooth colors within sRGB's gamut, so that clipping does not matter."""
     noise = np.random.default_rng(0).integers(60, 180, (4, 5, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -322,16 +322,16 @@ def test_profile_applies_to_palettes_and_transparency(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_grey_profile_is_converted_to_srgb(bits):
-    grey_profile = profile(b"GRAY", {b"kTRC": gamma_tag(1.8)})
+def test_gray_profile_is_converted_to_srgb(bits):
+    gray_profile = profile(b"GRAY", {b"kTRC": gamma_tag(1.8)})
     samples = ramp(bits)
     image = Image.fromarray(samples.astype(np.uint8 if bits == 8 else np.uint16))
     expected = encode_srgb((levels(samples, bits) / 255) ** 1.8)
-    assert_close(encoded(image, "PNG", icc_profile=grey_profile), expected, within=1.6)
+    assert_close(encoded(image, "PNG", icc_profile=gray_profile), expected, within=1.6)
 
 
 def test_cmyk_profile_is_converted_to_srgb():
-    """A profile in which paper is white, any full ink is black, and lightness is linear in between."""
+    """In the profile, paper is white, any full ink is black, and lightness is linear in between."""
     inks = np.zeros((2, 2, 2, 2, 3), np.uint8) + np.array([0, 128, 128], np.uint8)
     inks[0, 0, 0, 0, 0] = 255
     straight = bytes(range(256))
@@ -356,7 +356,7 @@ def test_cmyk_profile_is_converted_to_srgb():
         adobe_rgb()[:200],
         profile(b"GRAY", {b"kTRC": gamma_tag(1.8)}),
     ],
-    ids=["sRGB", "broken", "cut short", "of another colour space"],
+    ids=["sRGB", "broken", "cut short", "of another color space"],
 )
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
 def test_unusable_profiles_are_ignored(decoder, file_format, unusable):
@@ -378,7 +378,7 @@ def test_file_urls_follow_the_rules_of_paths(tmp_path):
         load_image("file://a b.png")
 
 
-def test_messages_about_odd_file_names_are_printable():
+def test_errors_about_undecodable_file_names_are_printable():
     with pytest.raises(ImageMissingError) as error:
         load_image("caf\udce9.png")
     str(error.value).encode()

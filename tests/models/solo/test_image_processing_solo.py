@@ -1,4 +1,4 @@
-"""Images: the resize rule, the patches, and every kind of file that a user may bring."""
+"""Images: resize rule, patches, and all kinds of files."""
 
 import base64
 import functools
@@ -22,7 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 from tests.factories import ROOT
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 wants torchvision else
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,
+)  # 5.17 requires torchvision otherwise
 
 from solo_vlm import SoloImageProcessor
 from solo_vlm.models.solo import image_loading_solo, image_processing_solo
@@ -57,7 +59,7 @@ def processor():
 
 
 def photo(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """A smooth picture with every corner different."""
+    """Make a smooth picture with different corners."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 4), dtype=np.uint8)
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
     return image if mode == "RGBA" else image.convert("RGB").convert(mode)
@@ -76,7 +78,7 @@ def _exif(orientation: int) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that declares a size and holds no pixels."""
+    """Return a PNG that declares a size but has no pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -128,7 +130,7 @@ def test_golden_resize_table():
 
 
 def original_size(width: int, height: int) -> tuple[int, int]:
-    """The resize rule of the original code, in floating point."""
+    """Compute the resize rule of the original code in floating point."""
     short, long = min(width, height), max(width, height)
     new_long = min(int(np.ceil(long / 32)) * 32, 1024)
     new_short = int(np.ceil(int(new_long * short / long) / 32)) * 32
@@ -159,19 +161,19 @@ def test_aspect_ratio_is_kept_within_one_patch(width, height):
 
 
 @given(sides, sides, st.integers(0, 200))
-def test_a_longer_short_side_never_gives_fewer_patches(width, height, extra):
+def test_longer_short_side_never_gives_fewer_patches(width, height, extra):
     short, long = sorted((width, height))
     assert patch_grid(min(short + extra, long), long)[0] >= patch_grid(short, long)[0]
 
 
 @given(sides, st.integers(1, 200))
-def test_an_enlarged_square_never_gets_fewer_patches(side, extra):
+def test_enlarged_square_never_gets_fewer_patches(side, extra):
     assert patch_grid(side + extra, side + extra)[0] >= patch_grid(side, side)[0]
 
 
 @given(sides, sides)
 def test_figure2_differs_only_at_exact_multiples(width, height):
-    """It adds a patch to a long side of 32, 64, ... 992, and to a short side scaled to a multiple of 32."""
+    """Figure 2 adds a patch to long sides of 32, 64, ... 992, and to short sides scaled to such multiples."""
     short, long = sorted((width, height))
     original = patch_grid(short, long)
     figure2 = patch_grid(short, long, rule="figure2")
@@ -206,7 +208,7 @@ def test_invalid_settings_are_rejected_at_construction(size):
 
 
 @pytest.mark.parametrize(("width", "height"), [(32, 32), (500, 375), (40, 900)])
-def test_a_fixed_size_stretches_every_image(tmp_path, width, height):
+def test_fixed_size_stretches_every_image(tmp_path, width, height):
     SoloImageProcessor(size={"height": 96, "width": 64}).save_pretrained(tmp_path)
     processor = SoloImageProcessor.from_pretrained(tmp_path)
     image = photo(width, height)
@@ -250,9 +252,9 @@ def test_float_output_is_the_normalized_uint8_output(processor):
     raw = processor(image)["pixel_values"]
     by_channel = raw.reshape(-1, 3, 1024).transpose(0, 2, 1).astype(np.float64)
     expected = ((by_channel / 255 - MEAN) / STD).transpose(0, 2, 1).reshape(-1, 3072)
-    normalised = processor(image, do_rescale=True, do_normalize=True)["pixel_values"]
-    assert normalised.dtype == np.float32
-    np.testing.assert_allclose(normalised, expected, atol=1e-6)
+    normalized = processor(image, do_rescale=True, do_normalize=True)["pixel_values"]
+    assert normalized.dtype == np.float32
+    np.testing.assert_allclose(normalized, expected, atol=1e-6)
     rescaled = processor(image, do_rescale=True)["pixel_values"]
     np.testing.assert_allclose(rescaled, raw / 255, atol=1e-7)
     one_mean = processor(image, do_rescale=True, do_normalize=True, image_mean=0.5, image_std=0.5)
@@ -283,15 +285,15 @@ def test_torch_output(processor):
     assert list(output) == processor.model_input_names
 
 
-def test_settings_of_a_call(processor):
+def test_call_settings_override_the_processors(processor):
     image = photo(300, 200)
     small = processor(image, patch_size=16, size={"longest_edge": 128}, resize_rule="figure2")
     assert small["image_grid_thw"].tolist() == [[1, *patch_grid(200, 300, 16, 128, "figure2")]]
     assert small["pixel_values"].shape[1] == 3 * 16 * 16
-    assert processor.get_patch_grid(200, 300) == (7, 10)  # the processor itself is as before
+    assert processor.get_patch_grid(200, 300) == (7, 10)  # the processor is unchanged
 
 
-def test_without_resize(processor):
+def test_do_resize_false_requires_multiples_of_the_patch_size(processor):
     image = photo(96, 64)
     output = processor(image, do_resize=False)
     assert output["image_grid_thw"].tolist() == [[1, 2, 3]]
@@ -355,12 +357,12 @@ def test_exported_code_runs_without_the_package(tmp_path, monkeypatch):
     )
 
 
-# --- other engines than Pillow give Pillow's pixels -----------------------------------------------
+# --- other libraries give Pillow's pixels ---------------------------------------------------------
 
 
 @pytest.fixture(params=["fast", "fallback"])
 def engine(request, monkeypatch):
-    """With what is compiled, simplejpeg and OpenCV, and as a checkpoint's copy of the code does without."""
+    """Run with the compiled library, simplejpeg and OpenCV, and without, like a published folder."""
     if request.param == "fallback":
         monkeypatch.setattr(image_processing_solo, "_library", None)
         monkeypatch.setattr(image_loading_solo, "simplejpeg", None)
@@ -409,7 +411,7 @@ def test_fill_bytes_between_segments_keep_the_orientation(place, filling):
 
 def test_truncated_jpegs_are_rejected():
     thumbnail = encoded(photo(20, 10), "JPEG")
-    exif = _exif(orientation=1) + thumbnail  # a file cut after it ends as a whole one does
+    exif = _exif(orientation=1) + thumbnail  # a file truncated after it ends like a complete one
     data = encoded(photo(60, 40), "JPEG", exif=exif, restart_marker_rows=1)
     assert load_pixels(data).shape == (40, 60, 3)
     for end in range(len(data)):
@@ -543,7 +545,7 @@ def test_enlarge_accepts_strided_pixels() -> None:
     [(65, 20, 32), (20, 65, 32), (20, 5, 32), (20, 20, 16), (20, 20, 48)],
     ids=["lower", "narrower", "five-pixels-wide", "half-lines", "lines-and-a-half"],
 )
-def test_unsupported_sizes_are_left_to_resize(height, width, patch_size) -> None:
+def test_unsupported_sizes_fall_back_to_resize(height, width, patch_size) -> None:
     assert enlarge_to_patches(noise(height, width), 2, 2, patch_size) is None
 
 
@@ -609,9 +611,9 @@ def test_batched_arrays(processor):
 
 
 def test_gray_arrays_and_axis_order(processor):
-    grey = np.asarray(photo(9, 6, "L"))
-    expected = np.repeat(grey[:, :, None], 3, axis=2)
-    for array in (grey, grey[:, :, None], grey[None], np.dstack([grey, np.full_like(grey, 255)])):
+    gray = np.asarray(photo(9, 6, "L"))
+    expected = np.repeat(gray[:, :, None], 3, axis=2)
+    for array in (gray, gray[:, :, None], gray[None], np.dstack([gray, np.full_like(gray, 255)])):
         np.testing.assert_array_equal(pixels(array), expected)
     assert load_image(np.ones((1, 500, 3), np.uint8)).size == (500, 1)  # a row of RGB
     assert load_image(np.ones((3, 500, 3), np.uint8)).size == (3, 500)  # both fit: channels first
@@ -674,7 +676,7 @@ def test_exif_orientation(orientation, file_format):
     image = load_image(data)
     assert image.size == (64, 40)
     assert abs(np.asarray(image).astype(int) - np.asarray(upright)).mean() < 3  # JPEG loses a little
-    np.testing.assert_array_equal(pixels(image), np.asarray(image))  # a second loading turns nothing
+    np.testing.assert_array_equal(pixels(image), np.asarray(image))  # loading it again does not rotate it
     np.testing.assert_array_equal(pixels(Image.open(io.BytesIO(data))), np.asarray(image))
 
 
@@ -695,7 +697,7 @@ def test_formats(tmp_path, file_format):
     image.save(path, file_format, **options)
     loaded = load_image(path)
     assert loaded.size == (32, 32)
-    # GIF has 256 colours.
+    # GIF has 256 colors.
     assert abs(np.asarray(loaded).astype(int) - np.asarray(image)).mean() < (
         12 if file_format == "GIF" else 0.01
     )
@@ -720,17 +722,17 @@ def test_cmyk_jpeg():
 
 def test_transparency_is_composited_on_white():
     rgba = np.asarray(photo(40, 30, "RGBA"))
-    colour, alpha = rgba[..., :3].astype(float), rgba[..., 3:] / 255
-    expected = colour * alpha + 255 * (1 - alpha)
-    grey = np.asarray(photo(40, 30, "L"))
-    grey_alpha = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(rgba[..., 3].copy())])
+    color, alpha = rgba[..., :3].astype(float), rgba[..., 3:] / 255
+    expected = color * alpha + 255 * (1 - alpha)
+    gray = np.asarray(photo(40, 30, "L"))
+    gray_alpha = Image.merge("LA", [Image.fromarray(gray), Image.fromarray(rgba[..., 3].copy())])
     for source in (Image.fromarray(rgba), encoded(Image.fromarray(rgba)), rgba, rgba.transpose(2, 0, 1)):
         assert abs(pixels(source) - expected).max() <= 1
-    expected_grey = np.repeat(grey[..., None] * alpha + 255 * (1 - alpha), 3, axis=2)
-    for source in (grey_alpha, encoded(grey_alpha), np.asarray(grey_alpha)):
-        assert abs(pixels(source) - expected_grey).max() <= 1
+    expected_gray = np.repeat(gray[..., None] * alpha + 255 * (1 - alpha), 3, axis=2)
+    for source in (gray_alpha, encoded(gray_alpha), np.asarray(gray_alpha)):
+        assert abs(pixels(source) - expected_gray).max() <= 1
     assert abs(pixels(Image.fromarray(rgba).convert("RGBa")) - expected).max() <= 3  # premultiplied: coarser
-    assert abs(pixels(grey_alpha.convert("La")) - expected_grey).max() <= 3
+    assert abs(pixels(gray_alpha.convert("La")) - expected_gray).max() <= 3
 
 
 def test_transparent_colors_are_composited_on_white():
@@ -744,8 +746,8 @@ def test_transparent_colors_are_composited_on_white():
     assert pixels(encoded(palette.convert("RGB"), transparency=(255, 0, 0))).tolist() == expected
     half = pixels(encoded(palette, transparency=bytes([128, 255])))
     assert half[0, 0].tolist() == [255, 127, 127]
-    grey = Image.fromarray(np.array([[7, 90]], np.uint8))
-    assert pixels(encoded(grey, transparency=7)).tolist() == [[[255] * 3, [90] * 3]]
+    gray = Image.fromarray(np.array([[7, 90]], np.uint8))
+    assert pixels(encoded(gray, transparency=7)).tolist() == [[[255] * 3, [90] * 3]]
 
 
 def test_sixteen_bits_use_their_full_range(tmp_path):
@@ -776,7 +778,7 @@ def test_float_images():
 
 @pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_animations_give_their_first_frame(file_format):
-    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue", "lime")]
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "blue", "lime")]
     options = {"lossless": True} if file_format == "WEBP" else {}
     data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
     assert Image.open(io.BytesIO(data)).n_frames == 3
@@ -792,7 +794,7 @@ def test_extreme_shapes(processor, width, height):
     assert np.unique(output["pixel_values"][:, :1024]).tolist() == [10]
 
 
-# --- files that are no image ----------------------------------------------------------------------
+# --- files other than images ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -869,7 +871,7 @@ def test_pixel_limit(tmp_path, name):
         load_image(path, max_pixels=4999)
     with pytest.raises(ImageError, match="limit"):
         load_image(Image.open(path), max_pixels=4999)
-    # What was loaded under a raised limit is not refused afterwards.
+    # An image loaded with a raised limit is accepted afterwards.
     assert load_image(load_image(path, max_pixels=5000), max_pixels=10).size == (100, 50)
 
 

@@ -24,7 +24,7 @@ GOLDEN = ROOT / "tests" / "golden" / "original_tiny"
 
 
 def golden_model() -> SoloForConditionalGeneration:
-    """The tiny original checkpoint with its weights renamed by hand."""
+    """Return the tiny original checkpoint with manually renamed weights."""
     stored = json.loads((GOLDEN / "config.json").read_text())
     golden = np.load(GOLDEN / "golden.npz")
     vision, patch, row, _, end = golden["special_ids"].tolist()
@@ -66,7 +66,7 @@ def test_logits_equal_the_original_code():
 
 
 def documents(solo, picture):
-    """Text-only and image documents, and a chat, mixed."""
+    """Return text-only and image documents, and a chat, mixed."""
     text = [{"type": "text", "text": "a red circle"}]
     image = [{"type": "image"}, *text]
     samples = [
@@ -212,7 +212,7 @@ def test_loss_equals_plain_cross_entropy_and_its_gradient(picture):
         torch.testing.assert_close(gradient[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_a_batch_without_supervision_or_images_has_zero_loss_and_gradient():
+def test_batch_without_supervision_or_images_has_zero_loss_and_gradient():
     solo = make_solo()
     ids = torch.tensor([[5, 6, 7]])
     empty = torch.empty((0, solo.model.config.patch_dim), dtype=torch.uint8)

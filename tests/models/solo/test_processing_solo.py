@@ -1,4 +1,4 @@
-"""Token layout of images, chats as tokens, and text that pretends to be a token."""
+"""Token layout of images, chats as tokens, and text that spells special tokens."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_labels_follow_roles_over_several_turns(solo):
     assert encoded.input_ids[0] == solo.processor.tokenizer.bos_token_id
 
 
-def test_a_document_is_bos_content_eos(solo):
+def test_document_is_bos_content_eos(solo):
     parts = [{"type": "image"}, {"type": "text", "text": "a red circle"}]
     encoded = solo.processor.encode_chat([{"role": "assistant", "content": parts}], [(1, 2, 1)])
     tokens = solo.processor.tokenizer.convert_ids_to_tokens(encoded.input_ids)
@@ -114,7 +114,7 @@ def test_text_that_spells_a_special_token_stays_text(solo, spelled, picture):
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=4))
-def test_any_text_encodes_with_one_bos_and_one_eos_a_turn(solo_texts):
+def test_any_text_encodes_with_one_bos_and_one_eos_per_turn(solo_texts):
     processor = make_processor()
     chat = []
     for index, words in enumerate(solo_texts):
@@ -148,7 +148,7 @@ def test_vision_token_of_the_llm_is_not_reused(caplog):
     assert not set(encoded.input_ids.tolist()) & set(solo.model.config.vision_token_ids)
 
 
-def test_images_and_image_parts_must_agree(solo):
+def test_mismatched_number_of_images_is_rejected(solo):
     part = [{"type": "image"}]
     with pytest.raises(ValueError, match="more image parts than images"):
         solo.processor.encode_chat([{"role": "user", "content": part}], [], add_generation_prompt=True)

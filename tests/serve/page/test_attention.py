@@ -1,4 +1,4 @@
-"""Maps equal transformers' own attention weights, reduced; characters find the tokens that spell them."""
+"""Attention maps equal transformers' own weights; spans of characters map to tokens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def all_attention(model, prompt):
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
 def test_maps_equal_one_eager_pass_over_everything(family, picture, monkeypatch):
-    """With sliding windows, too, and for an answer that is read in several pieces."""
+    """Includes sliding windows, and an answer that is processed in several pieces."""
     monkeypatch.setattr(attention, "_ROWS", 3)
     solo = make_solo(family)
     prompt = encode_prompt(

@@ -61,7 +61,7 @@ def trained(tmp_path_factory):
 
 @contextmanager
 def running(model, folder, *options, **environment):
-    """Run `solo web` without opening the page; yields its address."""
+    """Run `solo web` without opening the page; yield its address."""
     command = [sys.executable, "-m", "solo_vlm", "web", "--model", str(model), "--port", "0", "--no-open"]
     environment = {**os.environ, "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", **environment}
     process = subprocess.Popen(
@@ -78,7 +78,7 @@ def running(model, folder, *options, **environment):
 
 @pytest.fixture(scope="module")
 def server(trained, tmp_path_factory):
-    """Address of a running `solo web` that writes no file."""
+    """Yield the address of a running `solo web` that writes no file."""
     folder = tmp_path_factory.mktemp("server")
     with running(trained, folder, "--max-image-mib", "1") as address:
         yield address
@@ -105,7 +105,7 @@ def size(request):
 
 @pytest.fixture
 def page(browser, server, size):
-    """The page, just opened. No script may fail, and it may contact nobody but its server."""
+    """Open the page; scripts must not fail, and only its server may be contacted."""
     width, height = SIZES[size]
     phone = {"device_scale_factor": 2, "has_touch": True, "is_mobile": True} if size == "phone" else {}
     context = browser.new_context(viewport={"width": width, "height": height}, **phone)
@@ -123,7 +123,7 @@ def page(browser, server, size):
 
 @pytest.fixture
 def keep(page, size):
-    """Take a screenshot and check that everything fits the width."""
+    """Return a function that takes a screenshot and checks that everything fits the width."""
     ARTIFACTS.mkdir(parents=True, exist_ok=True)
 
     def take(name):
@@ -137,7 +137,7 @@ def keep(page, size):
 
 
 def drop(page, data, name="image.png"):
-    """Drop a file on the page, as a file manager does."""
+    """Drop a file on the page, like a file manager."""
     page.evaluate(
         """([data, name]) => {
             const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
@@ -241,7 +241,7 @@ def test_word_shows_its_attention(page, keep, size):
     brightest = [255, 236, 140]
     assert (colors[0] == brightest, colors[1] == brightest) == (left >= right, right >= left)
     box = page.locator("#picture").bounding_box()
-    assert box["y"] >= 0 and box["y"] + box["height"] <= SIZES[size][1]  # in sight, beside the word
+    assert box["y"] >= 0 and box["y"] + box["height"] <= SIZES[size][1]  # visible, next to the word
     keep("attention")
     with page.expect_response("**/api/attention") as answered:
         page.select_option("#layer", "1")
@@ -284,7 +284,7 @@ def test_errors_are_shown_on_the_page(page, keep):
     page.click("#send")
     page.wait_for_selector("#error:not([hidden])")
     assert "maximum context length is 512 tokens" in page.inner_text("#error")
-    assert page.input_value("#prompt") == QUESTION  # nothing that was typed is lost
+    assert page.input_value("#prompt") == QUESTION  # typed text is kept
     keep("error")
     page.click("#pending button")
     ask(page)
@@ -310,7 +310,7 @@ def test_page_works_by_keyboard(page):
 
 
 def test_stop_ends_the_answer_on_the_server(page, server):
-    """What was written stays, and the model is free for the next request."""
+    """The text stays, and the model is free for the next request."""
 
     def running():
         lines = urlopen(f"{server}/metrics", timeout=60).read().decode().splitlines()

@@ -156,7 +156,7 @@ def test_trained_parameters_match_those_with_gradients(family, changes):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Folder with a model, a large and a small text source in small row groups."""
+    """Return a folder with a model, a large and a small text source in small row groups."""
     folder = tmp_path_factory.mktemp("plan")
     make_solo().save(folder / "start")
     for name, count in (("many", 1500), ("few", 300)):

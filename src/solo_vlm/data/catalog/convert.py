@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,7 +24,7 @@ from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources.parquet import read_note, write_samples
 from solo_vlm.data.values import printable
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import remove_partial, write_text
+from solo_vlm.utils.files import lock_output_dir, remove_partial, write_text
 
 Executor = Literal["local", "ray"]
 
@@ -104,19 +105,21 @@ def convert(
         The report: number of samples and images, rejected rows by reason, and examples of these.
 
     Raises:
-        SoloError: The name or the files are wrong, Ray is not installed, or no row could be used.
+        SoloError: The name or the files are wrong, another conversion is writing to `out`, Ray is not
+            installed, or no row could be used.
     """
     data_set = get(name)
     raw, out = [path.absolute() for path in raw], out.absolute()
-    remove_partial(out)
     pieces = _plan(data_set, raw, out)
     total = Report()
-    on_progress(0, len(pieces))
-    for done, report in enumerate(_run(pieces, executor, workers), start=1):
-        total.add(report)
-        on_progress(done, len(pieces))
-    facts = {"data_set": name, "out": str(out), "files": len(pieces), **total.as_dict()}
-    write_text(out / REPORT_FILE, json.dumps(facts, indent=2) + "\n")
+    with lock_output_dir(out) or nullcontext():
+        remove_partial(out)
+        on_progress(0, len(pieces))
+        for done, report in enumerate(_run(pieces, executor, workers), start=1):
+            total.add(report)
+            on_progress(done, len(pieces))
+        facts = {"data_set": name, "out": str(out), "files": len(pieces), **total.as_dict()}
+        write_text(out / REPORT_FILE, json.dumps(facts, indent=2) + "\n")
     if not total.samples:
         first = next((examples[0] for examples in total.examples.values()), "there are no rows")
         raise SoloError(f"no row of {data_set.title} found: {first}; expected {data_set.raw_schema}")
@@ -165,7 +168,7 @@ def _plan(data_set: DataSet, raw: Sequence[Path], out: Path) -> list[Piece]:
         raise SoloError("two raw files have the same name: give their common folder instead")
     if targets & {piece.file for piece in pieces}:
         raise SoloError(f"{out} holds the raw files: choose another folder")
-    unexpected = sorted(set(out.glob("*.parquet")) - targets)
+    unexpected = sorted(set(out.glob("[!.]*.parquet")) - targets)
     if unexpected:
         raise SoloError(f"{unexpected[0]} is from another conversion: choose another folder or remove it")
     return pieces

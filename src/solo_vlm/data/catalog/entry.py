@@ -57,7 +57,7 @@ class DataSet:
         source: Hub ID (`owner/name`, followed by `:` and a configuration or file) or URL.
         license: License stated by the source; "(unchecked)" if that page was not available.
         raw_schema: Description of a raw row.
-        evidence: Where the raw format was seen, or what it is based on.
+        evidence: Source of the raw format: where it was seen, or what it is based on.
         files: Patterns that match the raw files below a folder.
         convert: Converter from a raw row to a sample row.
         schema_confirmed: Whether the format was seen in a dataset card, an official script or the original

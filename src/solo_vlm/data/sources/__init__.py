@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
-from solo_vlm.data.sources.files import CODECS, DataFile, find_files
+from solo_vlm.data.sources.files import CODECS, DEFAULT_LIMITS, DataFile, Limits, find_files
 from solo_vlm.data.sources.jsonl import JsonlSource
 from solo_vlm.data.sources.megatron_indexed import TEXT_INDEX, MegatronIndexedSource
 from solo_vlm.data.sources.parquet import ParquetSource
@@ -75,7 +75,7 @@ _FORMATS: dict[str, Callable[[str, list[DataFile]], Source]] = {
 }
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Source:
     """Open a file, a folder of files, or a glob pattern; local, or a URL that fsspec understands.
 
     The format follows from the file names: .parquet, .jsonl (also .gz, .zst, .lz4), .tar (WebDataset)
@@ -85,7 +85,7 @@ def open_source(path: str | Path) -> Source:
         SoloError: There are no files, or they have an unknown format or several formats.
     """
     try:
-        files = find_files(str(path), list(_FORMATS))
+        files = find_files(str(path), list(_FORMATS), limits)
     except SoloError:
         raise
     except Exception as error:  # file systems have own errors for missing packages, credentials, network

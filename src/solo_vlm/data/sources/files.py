@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 import fsspec
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from solo_vlm.data.sample import SampleError
+from solo_vlm.data.values import OutsidePathError, locate_images
 from solo_vlm.utils.errors import SoloError
 
 P = ParamSpec("P")
@@ -23,6 +27,7 @@ R = TypeVar("R")
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".lz4": "lz4"}
 
+_BLOCK_SIZE = 1 << 20
 _OPEN_AT_A_TIME = 16  # files indexed in parallel when a source is opened
 _ATTEMPTS = 5
 _FIRST_WAIT = 0.5  # seconds, doubled each time
@@ -53,6 +58,39 @@ def _is_system_error(error: OSError) -> bool:
     return error.errno is not None or type(error) is not OSError
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what files, which may come from a stranger, can make their reader do.
+
+    Attributes:
+        allow_outside_paths: Whether rows may name images outside of the source's folder.
+        max_row_bytes: Largest row, encoded images included.
+        max_shard_bytes: Largest shard that is read as a whole, decompressed.
+    """
+
+    allow_outside_paths: bool = False
+    max_row_bytes: int = 2**26
+    max_shard_bytes: int = 2**32
+
+    def check_row(self, size: int) -> None:
+        """Raise SampleError if a row of `size` bytes is too large."""
+        if size > self.max_row_bytes:
+            raise SampleError(
+                "row-size", f"{size:,} bytes exceed data.max_row_bytes = {self.max_row_bytes:,}"
+            )
+
+    def check_shard(self, size: int, name: str) -> None:
+        """Raise SoloError if a shard of `size` bytes is too large: skipping it would lose many rows."""
+        if size > self.max_shard_bytes:
+            raise SoloError(
+                f"{name} takes more memory than data.max_shard_bytes = {self.max_shard_bytes:,}: split it, "
+                "or raise the limit"
+            )
+
+
+DEFAULT_LIMITS = Limits()
+
+
 @dataclass(frozen=True, slots=True)
 class DataFile:
     """File of a source.
@@ -60,10 +98,16 @@ class DataFile:
     Attributes:
         url: Local path, or URL of a file system of fsspec (`s3://`, `hf://`, `https://`).
         size: Size in bytes.
+        root: Folder of the source, which images of its rows must lie in.
+        limits: Bounds for reading the file.
+        modified: Time of the last modification in ns; None for remote files.
     """
 
     url: str
     size: int
+    root: str = ""
+    limits: Limits = DEFAULT_LIMITS
+    modified: int | None = None
 
     @property
     def name(self) -> str:
@@ -80,22 +124,29 @@ class DataFile:
 
         Args:
             ahead: Whether to read ahead from remote files, for sequential reading.
+
+        Raises:
+            SoloError: The file is gone, or has changed since the source was opened.
         """
-        system, path = fsspec.core.url_to_fs(self.url)
-        return system.open(path, "rb", **({} if ahead else {"cache_type": "none"}))
+        with self._as_found():
+            system, path = fsspec.core.url_to_fs(self.url)
+            return system.open(path, "rb", **({} if ahead else {"cache_type": "none"}))
 
     def read(self, *places: tuple[int, int]) -> list[bytes]:
         """Return the bytes of each (start, end) range, fetching nothing else.
 
         Raises:
-            SoloError: A web server does not support range requests.
+            SoloError: The file is gone, or has changed since the source was opened; or a web server does not
+                support range requests.
         """
         filled = [(start, end) for start, end in places if end > start]
         system, path = fsspec.core.url_to_fs(self.url)
-        parts = system.cat_ranges([path] * len(filled), [s for s, _ in filled], [e for _, e in filled])
+        with self._as_found():
+            parts = system.cat_ranges([path] * len(filled), [s for s, _ in filled], [e for _, e in filled])
+            for failure in parts:
+                if isinstance(failure, Exception):
+                    raise failure
         for part, (start, end) in zip(parts, filled, strict=True):
-            if isinstance(part, Exception):
-                raise part
             if len(part) > end - start:
                 raise SoloError(f"{self.url}: its server does not support range requests; download it first")
         return [parts.pop(0) if end > start else b"" for start, end in places]
@@ -103,8 +154,39 @@ class DataFile:
     def read_decompressed(self) -> bytes:
         """Return the whole content, decompressed if it is .gz, .zst or .lz4; raise if it is truncated."""
         codec = CODECS[self.name[self.name.rindex(".") :].lower()]
+        content = BytesIO()
         with self.open() as stream, pa.CompressedInputStream(stream, codec) as plain:
-            return plain.read()
+            while block := plain.read(_BLOCK_SIZE):
+                self.limits.check_shard(content.tell() + len(block), self.url)
+                content.write(block)
+        return content.getvalue()
+
+    def locate_images(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row of the file whose image paths do not depend on the working directory.
+
+        Raises:
+            SampleError: An image lies outside of the source's folder, which the limits do not allow.
+        """
+        try:
+            return locate_images(row, self.folder, None if self.limits.allow_outside_paths else self.root)
+        except OutsidePathError as error:
+            raise SampleError(
+                "outside-path", f"{error}; data.allow_outside_paths = true allows that"
+            ) from error
+
+    @contextmanager
+    def _as_found(self) -> Iterator[None]:
+        """Refuse a file that is not as it was when the source was opened."""
+        try:
+            if self.modified is not None:
+                now = Path(self.url).stat()
+                if (now.st_size, now.st_mtime_ns) != (self.size, self.modified):
+                    raise SoloError(
+                        f"{self.url} was changed while it was in use: put it back, or start a new run"
+                    )
+            yield
+        except FileNotFoundError as error:
+            raise SoloError(f"{self.url} is gone: put it back and run the same command again") from error
 
 
 def read_url(url: str) -> bytes:
@@ -119,12 +201,13 @@ def read_url(url: str) -> bytes:
 
 
 @retried
-def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
+def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> list[DataFile]:
     """Find the data files of a path: a single file, or those of a folder or a glob pattern, sorted.
 
     Args:
         path: Local path or URL.
         suffixes: Suffixes of data files, such as ".parquet", in any case. A single file may have any suffix.
+        limits: Bounds for reading the files.
 
     Raises:
         SoloError: A folder is named like a data file, as Spark's are, or a subfolder contains data files,
@@ -132,11 +215,12 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
     """
     system, root = fsspec.core.url_to_fs(path)
     if system.isfile(root):
-        names = [root]
+        names, folder_of_source = [root], root.rpartition("/")[0]
     else:
         listed = system.isdir(root)
         found = system.ls(root, detail=True) if listed else system.glob(root, detail=True).values()
         fixed = len(root) if listed else len(re.split(r"[*?\[]", root)[0])
+        folder_of_source = root if listed else root[:fixed].rpartition("/")[0]
         kinds = {
             entry["name"]: entry["type"]
             for entry in found
@@ -153,10 +237,15 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[DataFile]:
                     f"{path.rstrip('/')}/**/*{suffixes[0]}, or make each folder a separate source"
                 )
     local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
-    sizes = system.sizes(names)
+    if local:
+        found_at = [(name, Path(name).stat()) for name in names]
+        return [
+            DataFile(name, state.st_size, folder_of_source, limits, state.st_mtime_ns)
+            for name, state in found_at
+        ]
     return [
-        DataFile(name if local else system.unstrip_protocol(name), size)
-        for name, size in zip(names, sizes, strict=True)
+        DataFile(system.unstrip_protocol(name), size, system.unstrip_protocol(folder_of_source), limits)
+        for name, size in zip(names, system.sizes(names), strict=True)
     ]
 
 

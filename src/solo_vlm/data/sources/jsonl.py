@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.sources.files import CODECS, DataFile, ShardIndex, broken_shard, fingerprint, retried
-from solo_vlm.data.values import load_json, locate_images
+from solo_vlm.data.sources.files import (
+    CODECS,
+    BrokenShard,
+    DataFile,
+    ShardIndex,
+    broken_shard,
+    fingerprint,
+    retried,
+)
+from solo_vlm.data.values import load_json
 
 _LINES_PER_SHARD = 256
+_CHUNK_SIZE = 1 << 20
 
 
 class JsonlSource:
@@ -34,10 +43,14 @@ class JsonlSource:
         """Return all rows of a block; accessing a line that is not a JSON object raises SampleError."""
         file, (start, end) = self._shards[shard]
         try:
+            if not _is_compressed(file):
+                file.limits.check_row(end - start)  # a larger block is a single line
             data = _read_block(file, start, end)
+        except SampleError as error:
+            return BrokenShard(error)
         except (pa.ArrowException, OSError) as error:
             return broken_shard(error, file.url)
-        return _Rows([line for line in data.splitlines() if line.strip()], file.folder)
+        return _Rows([line for line in data.splitlines() if line.strip()], file)
 
     def where(self, shard: int, row: int) -> str:
         """Name file, position of the block and row in it."""
@@ -52,42 +65,66 @@ class JsonlSource:
 class _Rows(Sequence[dict[str, Any]]):
     """Lines that are parsed when they are accessed."""
 
-    def __init__(self, lines: list[bytes], folder: str) -> None:
+    def __init__(self, lines: list[bytes], file: DataFile) -> None:
         self._lines = lines
-        self._folder = folder
+        self._file = file
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, index: Any) -> Any:
+        self._file.limits.check_row(len(self._lines[index]))
         try:
             row = as_chat_row(load_json(self._lines[index]))
         except ValueError as error:
             raise SampleError("json", str(error)) from error
         if not isinstance(row, dict):
             raise SampleError("json", "not an object")
-        return locate_images(row, self._folder)
+        return self._file.locate_images(row)
 
 
 @retried
 def _blocks(file: DataFile) -> NDArray[np.int64]:
-    """Return (blocks, 2) byte positions at which blocks of whole lines start and end."""
-    if file.name.lower().endswith(tuple(CODECS)):
+    """Return (blocks, 2) byte positions at which blocks of whole lines start and end.
+
+    A block is as large as a row may be, unless it is a single line.
+    """
+    if _is_compressed(file):
         return np.array([[0, file.size]])
-    borders, position = [0], 0
-    with file.open() as stream:
-        for number, line in enumerate(stream, start=1):
-            position += len(line)
-            if number % _LINES_PER_SHARD == 0:
-                borders.append(position)
-    if position > borders[-1]:
-        borders.append(position)
+    borders, lines, start = [0], 0, 0
+    for end in _line_ends(file):
+        if end - borders[-1] > file.limits.max_row_bytes and lines:
+            borders.append(start)
+            lines = 0
+        lines, start = lines + 1, end
+        if lines == _LINES_PER_SHARD:
+            borders.append(end)
+            lines = 0
+    if start > borders[-1]:
+        borders.append(start)
     return np.array([borders[:-1], borders[1:]], np.int64).T
+
+
+def _line_ends(file: DataFile) -> Iterator[int]:
+    """Yield the position after each line, in memory that does not depend on their lengths."""
+    position = end = 0
+    with file.open() as stream:
+        while chunk := stream.read(_CHUNK_SIZE):
+            for newline in np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")).tolist():
+                end = position + newline + 1
+                yield end
+            position += len(chunk)
+    if position > end:
+        yield position
+
+
+def _is_compressed(file: DataFile) -> bool:
+    return file.name.lower().endswith(tuple(CODECS))
 
 
 @retried
 def _read_block(file: DataFile, start: int, end: int) -> bytes:
-    if file.name.lower().endswith(tuple(CODECS)):
+    if _is_compressed(file):
         return file.read_decompressed()
     return file.read((start, end))[0]
 

@@ -237,7 +237,10 @@ class IndexedFile:
     def __init__(self, index: DataFile, data: DataFile) -> None:
         self._data = data
         self.dtype, self.sizes, self._offsets = _read_index(index)
-        if len(self) and data.size < int(self._offsets[-1]) + int(self.sizes[-1]) * self.dtype.itemsize:
+        ends = self._offsets + self.sizes.astype(np.int64) * self.dtype.itemsize
+        if min(self.sizes.min(initial=0), self._offsets.min(initial=0)) < 0:
+            raise SoloError(f"{index.url} is damaged: it lists negative sizes or positions")
+        if ends.max(initial=0) > data.size:
             raise SoloError(f"{data.url} is truncated: {index.url} lists more than it holds")
 
     def __len__(self) -> int:
@@ -262,7 +265,7 @@ def _read_index(file: DataFile) -> tuple[np.dtype[np.generic], NDArray[np.int32]
         _, version, kind, arrays, _ = _HEADER.unpack(header)
         if version != 1 or kind not in _DTYPES:
             raise SoloError(f"{file.url} has an unknown version ({version}) or type ({kind})")
-        body = stream.read(arrays * (4 + 8))
+        body = stream.read(min(arrays * (4 + 8), file.size))
     if len(body) < arrays * (4 + 8):
         raise SoloError(f"{file.url} is truncated: it should list {arrays} arrays")
     sizes = np.frombuffer(body, np.int32, arrays)

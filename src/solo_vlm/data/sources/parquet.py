@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources.files import DataFile, ShardIndex, broken_shard, fingerprint, retried
-from solo_vlm.data.values import COLUMNS, locate_images
+from solo_vlm.data.values import COLUMNS
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_file
 
+_ROWS_PER_BATCH = 4096
 _NEEDED = ("messages", *COLUMNS)
 
 
@@ -41,7 +42,7 @@ class ParquetSource:
         """Return all rows of a row group; accessing a row of a broken one raises SampleError."""
         file, (group,) = self._shards[shard]
         try:
-            return _Rows(_read_group(file, group), file.folder)
+            return _Rows(_read_group(file, group), file)
         except (pa.ArrowException, OSError) as error:
             return broken_shard(error, f"{file.url}, row group {group}")
 
@@ -58,9 +59,9 @@ class ParquetSource:
 class _Rows(Sequence[dict[str, Any]]):
     """Rows of a table, converted to Python objects one at a time, so images are not held twice."""
 
-    def __init__(self, table: pa.Table, folder: str) -> None:
+    def __init__(self, table: pa.Table, file: DataFile) -> None:
         self._table = table
-        self._folder = folder
+        self._file = file
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -73,18 +74,33 @@ class _Rows(Sequence[dict[str, Any]]):
             except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is not UTF-8, a date
                 if name in _NEEDED:
                     raise SampleError("schema", f"column {name} cannot be read: {error}") from error
-        return locate_images(row, self._folder)
+        return self._file.locate_images(row)
 
 
 @retried
 def _read_group(file: DataFile, group: int) -> pa.Table:
+    """Read a row group in batches, since its stated size and number of rows may be wrong."""
+    batches, size = [], 0
     with file.open(ahead=False) as stream, pq.ParquetFile(stream) as parquet:
-        return parquet.read_row_group(group)
+        for batch in parquet.iter_batches(_ROWS_PER_BATCH, row_groups=[group]):
+            size += batch.nbytes
+            file.limits.check_shard(size, f"{file.url}, row group {group}")
+            batches.append(batch)
+        table = pa.Table.from_batches(batches, parquet.schema_arrow)
+        rows = parquet.metadata.row_group(group).num_rows
+    if table.num_rows != rows:
+        raise pa.ArrowInvalid(f"{table.num_rows:,} rows instead of {rows:,}")
+    if len(set(table.column_names)) < table.num_columns:
+        raise pa.ArrowInvalid("two columns have the same name")
+    return table
 
 
 def _filled_groups(file: DataFile) -> NDArray[np.int64]:
     """Return the numbers of the row groups that have rows, (row groups, 1)."""
     metadata = _read_metadata(file)
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).total_byte_size
+        file.limits.check_shard(size, f"{file.url}, row group {group}")
     rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     return np.flatnonzero(np.array(rows, np.int64))[:, None]
 
@@ -94,7 +110,8 @@ def _read_metadata(file: DataFile) -> pq.FileMetaData:
     try:
         with file.open(ahead=False) as stream:
             return pq.read_metadata(stream)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        broken_shard(error, file.url)  # raises the error if the disk or the network failed
         raise SoloError(f"{file.url} is not a readable parquet file: {error}") from error
 
 

@@ -12,9 +12,12 @@ import numpy as np
 
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources.files import DataFile, broken_shard, fingerprint, retried
-from solo_vlm.data.values import COLUMNS, load_json, locate_images, natural_key
+from solo_vlm.data.values import COLUMNS, load_json, natural_key
 
 _MAX_LINKS = 8  # longest chain of links
+_MAX_MEMBERS = 1_000_000
+_MAX_HEADER_BYTES = 1 << 20
+_BROKEN = (tarfile.TarError, ValueError, OverflowError, RecursionError)  # what tarfile raises on odd headers
 _MISSING = (-1, -1)  # position of a link without a target
 
 
@@ -38,7 +41,7 @@ class WebDatasetSource:
         file = self._files[shard]
         try:
             return _Rows(file, *_index(file))
-        except tarfile.TarError as broken:
+        except _BROKEN as broken:
             return broken_shard(broken, file.url)
 
     def where(self, shard: int, row: int) -> str:
@@ -77,9 +80,10 @@ class _Rows(Sequence[dict[str, Any]]):
         own = slice(self._ends[index], self._ends[index + 1])
         places = self._places[own].tolist()
         if any(tuple(place) == _MISSING for place in places):
-            raise SampleError("image", "a link to a file that is not in the tar")
+            raise SampleError("image", "a sparse file, or a link to a file that is not in the tar")
+        self._file.limits.check_row(sum(end - start for start, end in places))
         members = list(zip(self._extensions[own], _read(self._file, places), strict=True))
-        return locate_images(_row(members), self._file.folder)
+        return self._file.locate_images(_row(members))
 
 
 @retried
@@ -87,14 +91,17 @@ def _index(file: DataFile) -> tuple[list[list[_Member]], SampleError | None]:
     """Return the positions of each sample's members, and the error if the file is truncated."""
     members: list[tarfile.TarInfo] = []
     error = None
-    with file.open() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+    with file.open() as stream:
+        headers: Any = _HeaderReader(stream)
+        tar = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 - it opens nothing of its own
         try:
             for member in tar:
-                if member.isfile() and member.offset_data + member.size > file.size:
-                    raise tarfile.ReadError("unexpected end of data")
+                _check_member(member, file.size)
                 members.append(member)
+                if len(members) > _MAX_MEMBERS:
+                    raise tarfile.ReadError(f"more than {_MAX_MEMBERS:,} members: split it")
             _check_end(stream, tar.offset)
-        except tarfile.TarError as broken:
+        except _BROKEN as broken:
             error = SampleError("broken-shard", f"{file.url}: {broken}")
     by_name = {posixpath.normpath(member.name): member for member in members}
     samples: dict[str, list[_Member]] = {}
@@ -107,6 +114,27 @@ def _index(file: DataFile) -> tuple[list[list[_Member]], SampleError | None]:
     return list(samples.values()), error
 
 
+class _HeaderReader:
+    """Stream of a tar from which only headers are read; one that claims to be long is refused."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._stream.read(size)
+
+
+def _check_member(member: tarfile.TarInfo, file_size: int) -> None:
+    """Refuse a size that leads back in the file, or beyond its end; a sparse file states another size."""
+    if member.size < 0:
+        raise tarfile.ReadError(f"a member of {member.size} bytes")
+    if member.isfile() and not member.issparse() and member.offset_data + member.size > file_size:
+        raise tarfile.ReadError("unexpected end of data")
+
+
 def _place(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tuple[int, int]:
     """Return start and end of a member's content, or of its target's if it is a link."""
     target: tarfile.TarInfo | None = member
@@ -115,7 +143,7 @@ def _place(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tupl
             break
         folder = posixpath.dirname(target.name) if target.issym() else ""
         target = by_name.get(posixpath.normpath(posixpath.join(folder, target.linkname)))
-    if target is None or not target.isfile():
+    if target is None or not target.isfile() or target.issparse():
         return _MISSING
     return target.offset_data, target.offset_data + target.size
 

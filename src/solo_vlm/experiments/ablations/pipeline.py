@@ -32,7 +32,7 @@ from solo_vlm.experiments.launcher import TrainingRun
 from solo_vlm.quickstart.data.files import draw_toy_data
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import config_fingerprint
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.settings import find_settings, merge, read_settings
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def _compose(llm: str | Path, settings: InitSettings, seed: int) -> SoloModelAnd
         try:
             config, tokenizer = AutoConfig.from_pretrained(llm), AutoTokenizer.from_pretrained(llm)
         except (OSError, ValueError) as error:
-            raise SoloError(f"cannot read an LLM from {llm}: {str(error).splitlines()[0]}") from error
+            raise SoloError(f"cannot read an LLM from {llm}: {first_line(error)}") from error
         set_seed(seed)
         model = AutoModelForCausalLM.from_config(config).eval()
         solo = compose(model, tokenizer, seed=seed, image_processor=image_processor)

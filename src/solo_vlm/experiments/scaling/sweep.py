@@ -21,7 +21,7 @@ from solo_vlm.quickstart.data.files import ToySettings, draw_toy_data
 from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 from solo_vlm.train.metrics import read_metrics
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.utils.errors import SoloError, did_you_mean
+from solo_vlm.utils.errors import SoloError, did_you_mean, first_line
 from solo_vlm.utils.files import new_file
 from solo_vlm.utils.settings import Settings
 
@@ -264,7 +264,7 @@ def _sized_config(llm: str | Path, size: Mapping[str, int]) -> Any:
     try:
         config = AutoConfig.from_pretrained(llm)
     except (OSError, ValueError) as error:
-        raise SoloError(f"cannot read the configuration of {llm}: {str(error).splitlines()[0]}") from error
+        raise SoloError(f"cannot read the configuration of {llm}: {first_line(error)}") from error
     settings = config.to_dict()
     for key in size.keys() - settings.keys():
         raise SoloError(f"{llm} has no setting {key}{did_you_mean(key, settings)}")

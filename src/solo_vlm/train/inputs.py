@@ -1,0 +1,79 @@
+"""Fingerprints of what a run starts from: its model and its validation data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from solo_vlm.train.recipe import Recipe
+from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import write_text
+
+_INPUTS_FILE = "inputs.json"
+_MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".bin", ".gguf")
+# Large files are hashed by evenly spaced blocks: more training changes weights everywhere.
+_BLOCK_SIZE, _BLOCKS = 1 << 16, 256
+
+
+def fingerprint_model(recipe: Recipe) -> dict[str, str]:
+    """Fingerprint the files of the model that a run starts from, by name; empty for a model of the hub."""
+    model = recipe.mixture.model_source()
+    if not isinstance(model, Path) or not model.is_dir():
+        return {}
+    files = [file for file in model.iterdir() if file.suffix in _MODEL_FILES and file.is_file()]
+    return {f"{recipe.model}/{file.name}": _hash_file(file) for file in sorted(files)}
+
+
+def fingerprint_validation(recipe: Recipe) -> dict[str, str]:
+    """Fingerprint the validation data by source; checkpoints identify the training data."""
+    validation = recipe.validation_mixture
+    if validation is None:
+        return {}
+    sources = zip(validation.source_names(), validation.open_sources(), strict=True)
+    return {name: source.fingerprint() for name, source in sources}
+
+
+def write_inputs(out: Path, inputs: dict[str, str]) -> None:
+    """Write the fingerprints into the output directory of a run."""
+    write_text(out / _INPUTS_FILE, json.dumps(inputs, indent=2))
+
+
+def check_inputs(out: Path, inputs: dict[str, str], prefix: str = "") -> None:
+    """Compare fingerprints with those written when the run in `out` started, if any were.
+
+    Args:
+        prefix: Compare only names that start with it.
+
+    Raises:
+        SoloError: A file was changed, added or removed.
+    """
+    saved = out / _INPUTS_FILE
+    if not saved.is_file():
+        return
+    try:
+        before = {
+            name: value for name, value in json.loads(saved.read_text()).items() if name.startswith(prefix)
+        }
+    except (ValueError, AttributeError) as error:
+        raise SoloError(f"{saved} is damaged ({error}): start a new run with out=...") from error
+    changed = sorted(name for name in before | inputs if before.get(name) != inputs.get(name))
+    if changed:
+        raise SoloError(
+            f"{', '.join(changed[:3])} changed since the run in {out} started: restore the original, or "
+            "start a new run with out=..."
+        )
+
+
+def _hash_file(file: Path) -> str:
+    """Hash the size and content of a small file, or the size and some blocks of a large one."""
+    size = file.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with file.open("rb") as content:
+        if size <= _BLOCK_SIZE * _BLOCKS:
+            digest.update(content.read())
+        else:
+            for number in range(_BLOCKS):
+                content.seek((size - _BLOCK_SIZE) * number // (_BLOCKS - 1))
+                digest.update(content.read(_BLOCK_SIZE))
+    return digest.hexdigest()

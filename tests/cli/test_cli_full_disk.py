@@ -1,0 +1,167 @@
+"""Full and read-only disks: every command that writes ends in one line, and succeeds once there is space."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+from tests.data.catalog.catalog_rows import USUAL
+from tests.factories import (
+    image_rows,
+    make_llm,
+    make_solo,
+    read_steps,
+    run_recipe,
+    run_settings,
+    text_rows,
+    write_training_data,
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Return a folder of inputs: an LLM, a SOLO model, data, a run, images, a table."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for part in make_llm():
+        part.save_pretrained(folder / "llm")
+    make_solo().save(folder / "llama")
+    write_training_data(folder, image_rows(24), text_rows(64))
+    settings = run_settings(folder, "out", steps=5)
+    run_recipe(settings)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "raw").mkdir()
+    question = USUAL["vqav2"][0]
+    answers = (hashlib.sha512(bytes([n % 256, n // 256])).hexdigest() for n in range(600))
+    rows = [{**question, "texts": [{**question["texts"][0], "assistant": answer}]} for answer in answers]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "raw" / "x.parquet")
+    (folder / "images").mkdir()
+    for number in range(12):
+        Image.new("RGB", (64, 32), (number, 0, 0)).save(folder / "images" / f"{number}.png")
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "noise.png")
+    return folder
+
+
+COMMANDS = {
+    "init": "init --llm {inputs}/llm --out {disk}/model",
+    "convert checkpoint": "convert checkpoint {inputs}/out {disk}/model",
+    "data convert": "data convert vqav2 --raw {inputs}/raw --out {disk}/data --workers 1",
+    "data convert, two workers": "data convert vqav2 --raw {inputs}/raw --out {disk}/data --workers 2",
+    "inspect": "inspect --image {inputs}/noise.png --out {disk}/grid.png",
+    "data view": "data view {inputs}/recipe.yaml --out {disk}/view.html --samples 60",
+    "push": "push {inputs}/llama owner/name --dry-run --out {disk}/published --license mit --base-model a/b",
+    "train": "train {inputs}/recipe.yaml out={disk}/run",
+    "train, synchronous": "train {inputs}/recipe.yaml out={disk}/run checkpoint.asynchronous=false",
+    "train, TensorBoard": "train {inputs}/recipe.yaml out={disk}/run trackers=[tensorboard]",
+}
+
+
+def finished_files(folder: Path) -> list[str]:
+    """Names of what a command has left under a final name, without locks and logs."""
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_full_disk_is_a_one_line_error_and_the_command_succeeds_with_more_space(
+    run, inputs, small_disk, name
+):
+    arguments = COMMANDS[name].format(inputs=inputs, disk=small_disk.folder).split()
+    code, _, error = run(*arguments)
+    *progress, last = error.strip().splitlines()
+    assert code == 2, error
+    assert last.startswith(f"solo: cannot write {small_disk.folder}/")
+    assert last.endswith("No space left on device; free space there, then run the same command again")
+    assert not any("Traceback" in line or "Error" in line for line in progress)
+    assert not list(small_disk.folder.rglob(".partial-*"))
+    assert not [file for file in finished_files(small_disk.folder) if file.endswith(".safetensors")]
+    small_disk.resize("64m")
+    code, _, error = run(*arguments)
+    assert code == 0, error
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_read_only_disk_is_a_one_line_error(run, inputs, small_disk, name):
+    arguments = COMMANDS[name].format(inputs=inputs, disk=small_disk.folder).split()
+    small_disk.allow_writing(False)
+    code, _, error = run(*arguments)
+    assert code == 2
+    (line,) = error.strip().splitlines()
+    assert line.startswith(f"solo: cannot write {small_disk.folder}/")
+    assert "Read-only file system; make it writable, or choose another place" in line
+
+
+def test_full_disk_during_a_checkpoint_loses_no_earlier_step(run, inputs, small_disk):
+    """The first checkpoint fits, the second does not."""
+    small_disk.resize("64m")
+    command = ["train", inputs / "recipe.yaml", f"out={small_disk.folder}/run", "steps=3"]
+    assert run(*command)[0] == 0
+    used = sum(path.stat().st_size for path in (small_disk.folder / "run" / "checkpoints").rglob("*"))
+    shutil.rmtree(small_disk.folder / "run")
+    small_disk.resize(f"{int(1.5 * used)}")
+    command[-1] = "steps=8"
+    code, _, error = run(*command)
+    assert code == 2
+    assert f"solo: cannot write {small_disk.folder}/run/checkpoints: No space left on device" in error
+    left = [path.name for path in (small_disk.folder / "run" / "checkpoints").iterdir()]
+    assert left == ["step-00000002"]
+    small_disk.resize("64m")
+    assert run(*command, "--resume")[0] == 0
+    assert run("train", inputs / "recipe.yaml", f"out={inputs}/whole", "steps=8")[0] == 0
+    resumed, whole = read_steps(small_disk.folder / "run"), read_steps(inputs / "whole")
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_full_standard_output_is_a_one_line_error():
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "solo_vlm", "data", "list", "--json"], stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 2
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("solo: cannot write the output: No space left on device; free space there")
+
+
+def test_reader_that_closes_the_output_early_is_no_error():
+    command = [sys.executable, "-m", "solo_vlm", "data", "list", "--markdown"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait(60) == 1
+        assert process.stderr.read() == b""
+
+
+def test_answers_that_fit_are_kept_and_the_others_follow(run, inputs, small_disk):
+    out = small_disk.folder / "answers.jsonl"
+    prompt = "what is this? " * 100
+    command = ["generate", "--model", inputs / "llama", "--images", inputs / "images", "--out", out]
+    command += ["--prompt", prompt, "--max-new-tokens", 2, "--batch-size", 2]
+    code, _, error = run(*command)
+    assert code == 2
+    assert error.startswith(f"solo: cannot write {out}: No space left on device")
+    kept = out.read_bytes().splitlines(keepends=True)
+    assert 0 < len(kept) < 12
+    assert all(line.endswith(b"}\n") for line in kept)
+    small_disk.resize("1m")
+    assert run(*command)[0] == 0
+    assert out.read_bytes().splitlines(keepends=True)[: len(kept)] == kept
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["quickstart --out {disk}/quick", "scaling sweep sweeps/toy root={disk}", "ablate {study} {root}"],
+)
+def test_studies_stop_with_one_line(run, inputs, small_disk, command, tmp_path):
+    root = f"root={small_disk.folder}"
+    arguments = command.format(disk=small_disk.folder, study="from-scratch", root=root).split()
+    code, _, error = run(*arguments)
+    assert code == 2, error
+    assert error.strip().splitlines()[-1].startswith(f"solo: cannot write {small_disk.folder}/"), error
