@@ -76,29 +76,48 @@ def jpegs() -> dict[str, Callable[[], bytes]]:
         "JPEG of 1,000 scans": lambda: jpeg_of_scans(1000),
         "JPEG of scans, 1 MB": lambda: jpeg_of_scans(16_000),
         "JPEG of scans, all bytes": lambda: jpeg_of_scans(135_000),
+        "JPEG of as many scans as are read": lambda: jpeg_of_scans(40),
+        "JPEG of 500 scans, as large as is read": lambda: jpeg_of_scans(500, 2000, 2000),
         "JPEG of 2,000 scans, small": lambda: jpeg_of_scans(2000, 2000, 2000),
         "JPEG of baseline scans": lambda: jpeg_of_baseline_scans(800_000),
         "JPEG of comments": lambda: jpeg_before_scan(comment * 2_600_000),
         "JPEG of EXIF": lambda: jpeg_before_scan(exif * 48_000),
         "JPEG of restarts": lambda: (
-            b"\xff\xd8" + jpeg_tables(0) + jpeg_segment(0xDD, b"\0\1") + jpeg_frame(0xC0, WIDTH, HEIGHT)
-            + jpeg_scan() + EOI
+            b"\xff\xd8"
+            + jpeg_tables(0)
+            + jpeg_segment(0xDD, b"\0\1")
+            + jpeg_frame(0xC0, WIDTH, HEIGHT)
+            + jpeg_scan()
+            + EOI
         ),
         "JPEG without data": lambda: (
-            b"\xff\xd8" + jpeg_tables(0) + jpeg_frame(0xC0, WIDTH, HEIGHT, 3)
-            + jpeg_scan(components=(1, 2, 3)) + EOI
+            b"\xff\xd8"
+            + jpeg_tables(0)
+            + jpeg_frame(0xC0, WIDTH, HEIGHT, 3)
+            + jpeg_scan(components=(1, 2, 3))
+            + EOI
         ),
         "JPEG, progressive, CMYK": lambda: (
-            b"\xff\xd8" + jpeg_tables(0) + jpeg_frame(0xC2, WIDTH, HEIGHT, 4)
-            + jpeg_scan(0, 0, components=(1, 2, 3, 4)) + bytes(400_000) + EOI
+            b"\xff\xd8"
+            + jpeg_tables(0)
+            + jpeg_frame(0xC2, WIDTH, HEIGHT, 4)
+            + jpeg_scan(0, 0, components=(1, 2, 3, 4))
+            + bytes(400_000)
+            + EOI
         ),
         "JPEG of arithmetic code": lambda: (
-            b"\xff\xd8" + jpeg_tables(0) + jpeg_frame(0xC9, WIDTH, HEIGHT, 3)
-            + jpeg_scan(components=(1, 2, 3)) + EOI
+            b"\xff\xd8"
+            + jpeg_tables(0)
+            + jpeg_frame(0xC9, WIDTH, HEIGHT, 3)
+            + jpeg_scan(components=(1, 2, 3))
+            + EOI
         ),
         "JPEG, lossless": lambda: (
-            b"\xff\xd8" + jpeg_tables(0) + jpeg_frame(0xC3, WIDTH, HEIGHT, 3)
-            + jpeg_scan(1, 0, components=(1, 2, 3)) + EOI
+            b"\xff\xd8"
+            + jpeg_tables(0)
+            + jpeg_frame(0xC3, WIDTH, HEIGHT, 3)
+            + jpeg_scan(1, 0, components=(1, 2, 3))
+            + EOI
         ),
     }
 
@@ -110,8 +129,16 @@ def png_chunk(kind: bytes, data: bytes = b"") -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png_file(width: int, height: int, bits: int = 8, colors: int = 2, interlaced: bool = False,
-             before: bytes = b"", pixels: bytes | None = None, after: bytes = b"") -> bytes:
+def png_file(
+    width: int,
+    height: int,
+    bits: int = 8,
+    colors: int = 2,
+    interlaced: bool = False,
+    before: bytes = b"",
+    pixels: bytes | None = None,
+    after: bytes = b"",
+) -> bytes:
     """A PNG of zeros, with chunks before and after its pixels."""
     header = struct.pack(">IIBBBBB", width, height, bits, colors, 0, 0, interlaced)
     if pixels is None:
@@ -134,8 +161,10 @@ def pngs() -> dict[str, Callable[[], bytes]]:
     profile = png_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(2**20 - 1), 9))
     text = png_chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(2**20 - 1), 9))
     small = png_chunk(b"IDAT", zlib.compress(bytes(64 * 193)))
-    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", 65_535) + b"".join(
-        struct.pack("<HHII", tag, 1, 9_000_000, 8) for tag in range(65_535)
+    exif = (
+        b"II*\0\x08\0\0\0"
+        + struct.pack("<H", 65_535)
+        + b"".join(struct.pack("<HHII", tag, 1, 9_000_000, 8) for tag in range(65_535))
     )
     return {
         "PNG line, 1 x 50,000,000": lambda: png_file(1, PIXELS),
@@ -153,6 +182,7 @@ def pngs() -> dict[str, Callable[[], bytes]]:
         "PNG of 50 megapixels, palette of alphas": lambda: png_file(
             WIDTH, HEIGHT, 8, 3, before=png_chunk(b"PLTE", bytes(768)) + png_chunk(b"tRNS", bytes(256))
         ),
+        "PNG of 99,990 chunks": lambda: png_file(64, 64, before=png_chunk(b"prVt") * 99_990),
         "PNG of empty chunks": lambda: png_file(64, 64, before=png_chunk(b"prVt") * 850_000),
         "PNG of empty pixel chunks": lambda: png_file(64, 64, pixels=png_chunk(b"IDAT") * 850_000 + small),
         "PNG of chunks after its pixels": lambda: png_file(64, 64, after=png_chunk(b"prVt") * 850_000),
@@ -175,7 +205,8 @@ def gif_file(width: int = WIDTH, height: int = HEIGHT, before: bytes = b"", afte
     Image.new("P", (64, 64)).save(file, "GIF")
     data = file.getvalue()
     start = data.index(b",\0\0\0\0")
-    return data[:6] + struct.pack("<HH", width, height) + data[10:start] + before + data[start:-1] + after + b";"
+    screen = data[:6] + struct.pack("<HH", width, height) + data[10:start]
+    return screen + before + data[start:-1] + after + b";"
 
 
 def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
@@ -194,7 +225,8 @@ def webp_canvas(width: int, height: int) -> bytes:
 
 def bmp_rle(width: int, height: int, data: bytes, bits: int = 8) -> bytes:
     colors = b"".join(bytes([value, 0, 0, 0]) for value in range(1 << bits))
-    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, 1 if bits == 8 else 2, len(data), 0, 0, 0, 0)
+    encoding = 1 if bits == 8 else 2
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, encoding, len(data), 0, 0, 0, 0)
     start = 14 + len(header) + len(colors)
     return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + header + colors + data
 
@@ -210,9 +242,7 @@ def others() -> dict[str, Callable[[], bytes]]:
         ),
         "GIF of empty comments": lambda: gif_file(64, 64, before=b"!\xfe\0" * 3_400_000),
         "GIF of junk": lambda: gif_file(64, 64, before=b"\0" * (MAX_BYTES - 10_000)),
-        "GIF of frames": lambda: gif_file(
-            64, 64, after=(b",\0\0\0\0\1\0\1\0\0\2\2\x44\1\0") * 690_000
-        ),
+        "GIF of frames": lambda: gif_file(64, 64, after=(b",\0\0\0\0\1\0\1\0\0\2\2\x44\1\0") * 690_000),
         "WebP canvas of 4 gigapixels": lambda: webp_canvas(65_000, 65_000),
         "WebP canvas of 170 megapixels": lambda: webp_canvas(13_000, 13_000),
         "WebP canvas of 50 megapixels": lambda: webp_canvas(WIDTH, HEIGHT),
@@ -223,9 +253,12 @@ def others() -> dict[str, Callable[[], bytes]]:
         "BMP of 50 megapixels": lambda: bmp_rle(WIDTH, HEIGHT, b"\xff\0" * (PIXELS // 255)),
         "BMP of padded lines": lambda: bmp_rle(WIDTH, HEIGHT, b"\1\0\0\0" * HEIGHT),
         "BMP of 4-bit runs": lambda: bmp_rle(WIDTH, HEIGHT, b"\xff\0" * (PIXELS // 255), bits=4),
+        "BMP of 2.5 megapixels, padded lines": lambda: bmp_rle(65_000, 38, b"\1\0\0\0" * 38),
+        "BMP of 2.5 megapixels, 4-bit runs": lambda: bmp_rle(1600, 1500, b"\1\0" * 2_400_000, bits=4),
         "BMP of empty runs": lambda: bmp_rle(64, 64, b"\x40\0" + b"\1\0" * 5_000_000),
     }
 
 
 def costly_images() -> dict[str, Callable[[], bytes]]:
+    """Return functions that build the files, by name."""
     return {**jpegs(), **pngs(), **others()}

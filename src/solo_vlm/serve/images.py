@@ -10,12 +10,13 @@ import re
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import BytesIO
 from ipaddress import IPv6Address, ip_address, ip_network
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any
 
 import aiohttp
@@ -69,6 +70,36 @@ def describe_image(image: EncodedImage) -> dict[str, Any]:
     return {**layout.as_dict(), "picture": png_url(file.getvalue())}
 
 
+class PixelBudget:
+    """Bounds the pixels of all images that are decoded at the same time, and so their memory. Thread-safe."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free = pixels
+        self._turn = Lock()  # a large image waits in line, so that small ones do not overtake it forever
+        self._released = Condition()
+
+    @contextmanager
+    def decoding(self) -> Iterator[Callable[[int, int], None]]:
+        """Yield a function that waits until an image of some width and height fits."""
+        held = 0
+
+        def wait(width: int, height: int) -> None:
+            nonlocal held
+            if held:
+                return
+            with self._turn, self._released:
+                self._released.wait_for(lambda: self._free >= width * height)
+                held = width * height
+                self._free -= held
+
+        try:
+            yield wait
+        finally:
+            with self._released:
+                self._free += held
+                self._released.notify_all()
+
+
 class ImageReader:
     """Reader of images in requests, within limits. Thread-safe.
 
@@ -82,6 +113,7 @@ class ImageReader:
         self._cache: OrderedDict[bytes, EncodedImage] = OrderedDict()
         self._cached_bytes = 0
         self._lock = Lock()
+        self._pixels = PixelBudget(limits.max_pixels)
 
     async def fetch(self, urls: Iterable[tuple[str, str]]) -> list[Source]:
         """Download images with http(s) URLs; return data URLs unchanged.
@@ -152,11 +184,12 @@ class ImageReader:
             if (image := self._cache.get(digest)) and image.size[0] * image.size[1] <= max_pixels:
                 self._cache.move_to_end(digest)
                 return image
-        pixels = self._image_processor.load_pixels(
-            file, max_pixels=max_pixels, formats=_FORMATS, name="image"
-        )
-        height, width = pixels.shape[:2]
-        image = EncodedImage(*self._image_processor.encode_pixels(pixels), (width, height), digest)
+        with self._pixels.decoding() as wait_for_memory:
+            pixels = self._image_processor.load_pixels(
+                file, max_pixels=max_pixels, formats=_FORMATS, on_size=wait_for_memory, name="image"
+            )
+            height, width = pixels.shape[:2]
+            image = EncodedImage(*self._image_processor.encode_pixels(pixels), (width, height), digest)
         with self._lock:
             if digest not in self._cache:
                 self._cache[digest] = image

@@ -62,10 +62,10 @@ def check_size(width: int, height: int, max_pixels: int, max_aspect_ratio: float
         raise LimitError(f"{width} x {height} is more than the limit of {max_pixels:,} pixels")
     if max(width, height) > MAX_SIDE:
         raise LimitError(f"{width} x {height} exceeds the limit of {MAX_SIDE:,} pixels per side")
-    check_aspect_ratio(width, height, max_aspect_ratio)
+    check_aspect_ratio(height, width, max_aspect_ratio)
 
 
-def check_aspect_ratio(width: int, height: int, max_aspect_ratio: float | None) -> None:
+def check_aspect_ratio(height: int, width: int, max_aspect_ratio: float | None) -> None:
     """Raise `LimitError` if one side exceeds the other by more than a factor; None is no limit."""
     short, long = sorted((width, height))
     if max_aspect_ratio is not None and long > max_aspect_ratio * short:
@@ -104,7 +104,8 @@ def check_jpeg(data: bytes) -> bool:
             raise LimitError("arithmetic coding is not supported; save it as a JPEG with Huffman coding")
         if marker in _JPEG_FRAMES:
             height, width = (int.from_bytes(segment[at : at + 2], "big") for at in (1, 3))
-            pixels, components = max(pixels, width * height), max(components, *segment[5:6])
+            pixels = max(pixels, width * height)
+            components = max(components, int.from_bytes(segment[5:6], "big"))
             one_scan = one_scan and marker in _JPEG_SEQUENTIAL
         elif marker == 0xDA:
             if not one_scan or segment[:1] < bytes([components]):

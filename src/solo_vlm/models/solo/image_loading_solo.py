@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -134,6 +134,7 @@ class LoadOptions(TypedDict, total=False):
     max_pixels: int
     max_aspect_ratio: float | None
     formats: Sequence[str]
+    on_size: Callable[[int, int], None] | None
     name: str | None
     input_data_format: ChannelOrder | None
     allow_paths: bool
@@ -149,12 +150,19 @@ class _Options:
     max_pixels: int = MAX_PIXELS
     max_aspect_ratio: float | None = MAX_ASPECT_RATIO
     formats: Sequence[str] = FORMATS
+    on_size: Callable[[int, int], None] | None = None
     name: str | None = None
     input_data_format: ChannelOrder | None = None
     allow_paths: bool = True
     allow_urls: bool = True
     timeout: float = 30.0
     max_bytes: int = MAX_DOWNLOAD_BYTES
+
+    def check_size(self, width: int, height: int) -> None:
+        """Refuse a file of this size, or announce it."""
+        check_size(width, height, self.max_pixels, self.max_aspect_ratio)
+        if self.on_size:
+            self.on_size(width, height)
 
 
 def load_image(source: Any, **options: Unpack[LoadOptions]) -> Image.Image:
@@ -189,6 +197,8 @@ def load_image(source: Any, **options: Unpack[LoadOptions]) -> Image.Image:
         max_aspect_ratio: Refuse a file whose header declares a long side that exceeds the short one by more
             than this factor. Default: `MAX_ASPECT_RATIO`; None accepts any.
         formats: Formats of files that are read, by Pillow's names. Default: `FORMATS`.
+        on_size: Called with the width and height of a file, before its pixels are decoded; servers wait here
+            for memory.
         name: Name of the image in error messages. Default: the path, URL or kind of source.
         input_data_format: Axis order of an array. Default: inferred from its shape.
         allow_paths: Whether a string may name a local file. Servers turn this off for user input.
@@ -365,9 +375,8 @@ def _decode_within_limits(file: BinaryIO, name: str, options: _Options) -> Image
     image = _open(file, name, options.formats)
     _check(image, name, options)
     check_decoder(image, file)
-    if image.format in _FORMATS_DECODED_APART:
-        image = _decode_apart(image, file, name)
-    rgb = _to_upright_rgb(image, name)
+    decoded = _decode_apart(image, file, name) if image.format in _FORMATS_DECODED_APART else image
+    rgb = _to_upright_rgb(decoded, name)
     rgb.format = None  # marks the image as checked; see _check
     return rgb
 
@@ -415,7 +424,7 @@ def _decode_plain_jpeg(data: bytes, regular: bool, options: _Options) -> np.ndar
         return None
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-        check_size(width, height, options.max_pixels, options.max_aspect_ratio)
+        options.check_size(width, height)
         too_large = height * width > (Image.MAX_IMAGE_PIXELS or options.max_pixels)
         if too_large or colors not in ("YCbCr", "RGB") or not (regular or _is_plain(data)):
             return None
@@ -446,7 +455,7 @@ def _check(image: Image.Image, name: str, options: _Options) -> None:
         raise ImageError(f"{name}: EPS is a program; render it to PNG first")
     # Only an image straight from a file has a format; others are already decoded.
     if image.format:
-        check_size(width, height, options.max_pixels, options.max_aspect_ratio)
+        options.check_size(width, height)
 
 
 def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -732,7 +741,7 @@ def _what_it_is(file: BinaryIO) -> str:
     for pattern, what in _NOT_PIXELS:
         if re.match(pattern, head.removeprefix(b"\xef\xbb\xbf").lstrip(), re.IGNORECASE):
             return what
-    return "not an image of a known format"
+    return "not an image of a supported format; save it as PNG or JPEG"
 
 
 def _damaged(error: Exception, name: str) -> ImageError:

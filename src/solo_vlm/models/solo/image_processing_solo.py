@@ -219,7 +219,7 @@ def _resize_to_patches(
 
 def _check_aspect_ratio(pixels: np.ndarray, max_aspect_ratio: float | None) -> None:
     try:
-        check_aspect_ratio(*pixels.shape[:2], max_aspect_ratio)
+        check_aspect_ratio(pixels.shape[0], pixels.shape[1], max_aspect_ratio)
     except LimitError as error:
         raise ImageError(str(error)) from error
 
