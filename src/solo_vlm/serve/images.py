@@ -6,6 +6,7 @@ of an address, DNS rebinding or redirect leads to a private network.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import time
@@ -15,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import BytesIO
-from ipaddress import IPv6Address, ip_address, ip_network
 from threading import Condition, Lock
 from typing import Any
 
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from solo_vlm.models.inspect import ImageSummary
 from solo_vlm.models.solo.image_loading_solo import ImageError, read_data_url
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor, patches_to_image
+from solo_vlm.serve.addresses import is_public
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.protocol import ApiError
 from solo_vlm.utils.pages import png_url
@@ -39,9 +40,8 @@ _MAX_SECONDS = 3.0  # of processor time for a request's images: one takes at mos
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
 
-_GLOBAL_UNICAST = ip_network("2000::/3")  # all assigned addresses of the public internet (RFC 4291)
-_AZURE_METADATA = ip_address("168.63.129.16")  # the one cloud with its metadata at a public address
 _MAX_REDIRECTS = 3
+_MAX_URL_CHARS = 8192
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,18 @@ class ImageReader:
 
         Raises:
             ApiError: 400, for an unsupported or forbidden URL, or if all downloads together exceed the size
-                limit of a request.
+                limit of a request or the time limit of downloads.
         """
         sources: list[Source] = []
-        bytes_left = self._limits.max_request_bytes
-        for param, url in urls:
-            source = await self._fetch(url, param, min(bytes_left, self._limits.max_image_bytes))
-            bytes_left -= len(source) if isinstance(source, bytes) else 0
-            sources.append((param, source))
+        bytes_left, seconds = self._limits.max_request_bytes, self._limits.max_fetch_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                for param, url in urls:
+                    source = await self._fetch(url, param, min(bytes_left, self._limits.max_image_bytes))
+                    bytes_left -= len(source) if isinstance(source, bytes) else 0
+                    sources.append((param, source))
+        except TimeoutError as error:
+            raise _fetch_failed(param, f"timed out after {seconds:g} s") from error
         return sources
 
     def read(self, sources: Iterable[Source]) -> list[EncodedImage]:
@@ -166,7 +170,9 @@ class ImageReader:
             raise _invalid(param, "Unsupported image URL. Use a data URL: data:image/png;base64,...")
         if not self._limits.allow_image_urls:
             raise _invalid(param, "This server does not download images. Use a data URL with base64.")
-        return await fetch_image(url, param, max_bytes, self._limits.max_fetch_seconds)
+        if len(url) > _MAX_URL_CHARS:
+            raise _invalid(param, f"Image URL too long: at most {_MAX_URL_CHARS:,} characters are allowed.")
+        return await fetch_image(url, param, max_bytes)
 
     def _from_data_url(self, url: str, param: str) -> bytes:
         try:
@@ -203,26 +209,13 @@ class ImageReader:
 # ------------------------------------------------------------------------------------------ downloads
 
 
-def is_public(address: str) -> bool:
-    """Return whether an IP address belongs to the public internet.
-
-    Private, loopback, link-local, shared, multicast and reserved addresses do not, nor do those of cloud
-    metadata services and IPv6 addresses that stand for IPv4 ones (mapped, 6to4, Teredo, NAT64).
-    """
-    ip = ip_address(address)
-    if isinstance(ip, IPv6Address) and (ip not in _GLOBAL_UNICAST or ip.sixtofour or ip.teredo):
-        return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip == _AZURE_METADATA)
-
-
-async def fetch_image(url: str, param: str, max_bytes: int, max_seconds: float) -> bytes:
+async def fetch_image(url: str, param: str, max_bytes: int) -> bytes:
     """Download a file from a public address.
 
     Args:
         url: URL of scheme http or https.
         param: Place of the URL in the request, for errors.
         max_bytes: Maximum size of the response body.
-        max_seconds: Time limit in seconds, redirects included.
 
     Raises:
         ApiError: 400. Forbidden and unreachable addresses give the same error, so clients cannot map a
@@ -235,7 +228,7 @@ async def fetch_image(url: str, param: str, max_bytes: int, max_seconds: float) 
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "solo-vlm"},
-                timeout=aiohttp.ClientTimeout(total=max_seconds),
+                timeout=aiohttp.ClientTimeout(total=None),
             ) as session,
             session.get(url, max_redirects=_MAX_REDIRECTS) as response,
         ):
@@ -247,8 +240,6 @@ async def fetch_image(url: str, param: str, max_bytes: int, max_seconds: float) 
                 if len(body) > max_bytes:
                     raise _too_large(param, max_bytes)
             return bytes(body)
-    except TimeoutError as error:
-        raise _fetch_failed(param, f"timed out after {max_seconds:g} s") from error
     except (aiohttp.ClientError, ValueError, OSError) as error:
         raise _fetch_failed(param, "no public address responded") from error
 

@@ -48,7 +48,9 @@ class Limits:
     max_head_seconds: Annotated[
         float, Option(min=0.1, help="Time limit for sending a request's headers on an open connection.")
     ] = 10.0
-    max_fetch_seconds: Annotated[float, Option(min=0.1, help="Time limit for downloading an image.")] = 10.0
+    max_fetch_seconds: Annotated[
+        float, Option(min=0.1, help="Time limit for downloading a request's images.")
+    ] = 10.0
     max_drain_seconds: Annotated[
         float, Option(min=0, help="Time limit for in-flight requests at shutdown.")
     ] = 30.0
