@@ -85,7 +85,7 @@ def encode(
         lock: Held while the tokenizer runs, for threads that share it.
 
     Raises:
-        SampleError: An image is damaged or missing ("image"), or the chat template refuses the chat
+        SampleError: An image is damaged or missing ("image"), or the chat template rejects the chat
             ("chat-template").
         OSError: Reading an image failed five times because of the disk or the network.
     """

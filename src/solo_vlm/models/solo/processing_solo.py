@@ -164,7 +164,7 @@ class SoloProcessor(ProcessorMixin):
             add_generation_prompt: End with the prompt for the assistant's next answer.
 
         Raises:
-            ChatTemplateError: The template refuses the chat, leaves out a message, or does not render it turn
+            ChatTemplateError: The template rejects the chat, leaves out a message, or does not render it turn
                 by turn.
             ValueError: The number of image parts and of grids differs.
         """
@@ -248,7 +248,7 @@ class SoloProcessor(ProcessorMixin):
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # templates raise errors of any type
-            raise ChatTemplateError(f"the chat template refuses this chat: {error}") from error
+            raise ChatTemplateError(f"the chat template rejects this chat: {error}") from error
 
     def _tokenize(
         self, text: str, protected: list[str], layouts: Iterator[NDArray[np.int64]], first: bool
