@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,13 +73,16 @@ Handler = Callable[[Body, EventStream], Awaitable[dict[str, Any] | None]]
 """Handler of a request body. Returns a JSON object, or sends a stream and returns None."""
 
 
-def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str] = ()) -> Starlette:
+def make_app(
+    engine: Engine, model: str, limits: Limits, api_keys: Sequence[str] = (), host: str = "localhost"
+) -> Starlette:
     """Build the server as an ASGI application, whose `state.stop_requests` ends all requests.
 
     Args:
         engine: Engine of the model; closed with the application.
         model: Model name that requests must use, if they name one.
         api_keys: Accepted API keys; empty if none is required.
+        host: Name at which pages may use the API without a key, besides this machine's and its addresses.
     """
     metrics = Metrics(engine)
     api = _Api(engine, model, limits, metrics)
@@ -130,7 +136,7 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
         lifespan=lifespan,
         middleware=[
             Middleware(_CountRequests, metrics, {route.path for route in routes}),
-            Middleware(_ProtectApi, api_keys),
+            Middleware(_ProtectApi, api_keys, host),
         ],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error},
     )
@@ -407,9 +413,10 @@ class _CountRequests:
 class _ProtectApi:
     """Middleware that rejects API requests without a valid key or from pages of other sites."""
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], host: str) -> None:
         self._app = app
         self._expected = [f"Bearer {key}".encode() for key in api_keys]
+        self._own_names = {"localhost", host.lower(), socket.gethostname().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(_API):
@@ -417,10 +424,29 @@ class _ProtectApi:
             if _is_cross_site(headers):
                 error = ApiError(403, "Requests from pages of other sites are not allowed.")
                 return await _response(error)(scope, receive, send)
+            if not self._expected and self._may_be_rebound(headers):
+                message = "Pages under this name may use the server only with an API key. "
+                message += "Set one, or open the page by the server's address."
+                return await _response(ApiError(403, message))(scope, receive, send)
             if self._expected and not self._is_allowed(headers):
                 message = "Missing or incorrect API key. Send it in the header Authorization: Bearer KEY."
                 return await _response(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
         await self._app(scope, receive, send)
+
+    def _may_be_rebound(self, headers: Headers) -> bool:
+        """Return whether a page's own site may be another one, whose DNS now gives this server's address.
+
+        Such a site has a name of its own, and no certificate for this server: over plain HTTP, browsers send
+        no Sec-Fetch-Site.
+        """
+        if "origin" not in headers or "sec-fetch-site" in headers:
+            return False
+        name = re.sub(r":\d+$", "", headers["host"].lower()).strip("[]")
+        try:
+            ip_address(name)
+        except ValueError:
+            return name not in self._own_names
+        return False
 
     def _is_allowed(self, headers: Headers) -> bool:
         given = headers.get("authorization", "").encode("latin-1")

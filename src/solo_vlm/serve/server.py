@@ -57,7 +57,7 @@ def serve_model(
     """
     with bind(host, port) as address:
         engine = Engine(load(), limits.max_batch, limits.max_batch_tokens)
-        server = Server(make_app(engine, name, limits, api_keys), limits)
+        server = Server(make_app(engine, name, limits, api_keys, host), limits)
         address.listen()
         on_ready(address.url)
         with _signals_only_for_uvicorn():
