@@ -1,10 +1,10 @@
-"""Cost of hostile requests to `solo serve` and to its other clients.
+"""Cost of hostile requests to `solo serve`, for the server and for other clients.
 
     python benchmarks/hostile.py [--only WORD] [--fuzz N] [--seed 0] [--json] [--out FILE]
 
-A server with default limits and a model of two million random weights gets one request after another: the
-corpus of the tests, and with --fuzz as many random variations. For each: status, seconds to the answer, peak
-memory above rest, the slowest answer of /health, and the slowest answer to another client's text.
+A server with default limits and a model with two million random weights receives one request after another:
+the corpus of the tests and, with --fuzz, N random variations. Each result has the status, the time to the
+response, the peak memory above idle, and the slowest concurrent responses of /health and to a text request.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ TEXT = {"messages": [{"role": "user", "content": "what is this?"}], "max_tokens"
 
 @dataclass
 class Cost:
-    """Cost of one request, or the largest of several.
+    """Cost of one request, or the maximum over several.
 
     Attributes:
-        megabytes: Peak memory of the server above rest, in MB.
-        health: Slowest answer of /health meanwhile, in seconds.
-        text: Slowest answer to another client's text meanwhile, in seconds.
+        megabytes: Peak memory of the server above idle, in MB.
+        health: Slowest concurrent response of /health, in seconds.
+        text: Slowest concurrent response to a text request of another client, in seconds.
     """
 
     seconds: float = 0.0
@@ -57,7 +57,7 @@ class Cost:
 
 
 class Observer:
-    """Measurements of a server by threads, while the context lasts."""
+    """Threads that measure a server until the context exits."""
 
     def __init__(self, host: str, process: psutil.Process) -> None:
         self._host = host
@@ -82,7 +82,7 @@ class Observer:
             thread.join()
 
     def measure(self, send: Callable[[], Any]) -> tuple[Any, Cost]:
-        """Return the result of a request, and its cost."""
+        """Return the result and the cost of a request."""
         memory = self._memory()
         self._peak = memory
         self._answers.clear()
@@ -90,16 +90,16 @@ class Observer:
         result = send()
         seconds = time.perf_counter() - started
         seen = {name for name, _ in self._answers}
-        while seen < {"health", "text"}:  # one answer each that overlaps the request or follows it
+        while seen < {"health", "text"}:  # at least one of each overlaps or follows the request
             time.sleep(0.002)
             seen = {name for name, _ in self._answers}
         slowest = {name: max(s for n, s in list(self._answers) if n == name) for name in seen}
-        return result, Cost(seconds, (self._peak - self.rest) / 1e6, slowest["health"], slowest["text"])
+        return result, Cost(seconds, (self._peak - self.idle) / 1e6, slowest["health"], slowest["text"])
 
     def settle(self) -> None:
-        """Take the present memory as that of the server at rest."""
+        """Store the current memory as that of the idle server."""
         time.sleep(0.5)
-        self.rest = self._memory()
+        self.idle = self._memory()
 
     def _memory(self) -> int:
         family = [self._process, *self._process.children(recursive=True)]
@@ -132,7 +132,7 @@ class Observer:
 
 
 def corpus() -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yield names of requests, and functions that build them."""
+    """Yield each request's name and the function that builds it."""
     limits = Limits()
     for name, body in hostile.costly_bodies(limits.max_request_bytes).items():
         yield f"costly body: {name}", lambda body=body: hostile.http(body())
@@ -141,7 +141,7 @@ def corpus() -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 
 def fuzzed(seeds: list[bytes], number: int, seed: int) -> Iterator[bytes]:
-    """Yield random variations of requests, with their correct length in most cases."""
+    """Yield random variations of requests, most with the correct length."""
     rng = random.Random(seed)
     for _ in range(number):
         head, _, body = rng.choice(seeds).partition(b"\r\n\r\n")
@@ -198,9 +198,9 @@ def run(url: str, process: psutil.Process, arguments: argparse.Namespace) -> dic
             worst |= worst_fuzzed
             if not arguments.json:
                 print(describe(worst_fuzzed), f"{arguments.fuzz} variations: {statuses}")
-        at_end = observer._memory() - observer.rest
+        at_end = observer._memory() - observer.idle
     if not arguments.json:
-        print(describe(worst), f"at most; {at_end / 1e6:.0f} MB above rest at the end")
+        print(describe(worst), f"at most; {at_end / 1e6:.0f} MB above idle at the end")
     return {"worst": asdict(worst), "megabytes_at_end": at_end / 1e6, "requests": results}
 
 

@@ -137,9 +137,9 @@ class CountingProcessor(SoloImageProcessor):
 
     encoded = 0
 
-    def encode_image(self, *arguments):
+    def encode_pixels(self, pixels):
         self.encoded += 1
-        return super().encode_image(*arguments)
+        return super().encode_pixels(pixels)
 
 
 def test_image_seen_before_is_encoded_once():

@@ -76,7 +76,7 @@ Handler = Callable[[Body, EventStream], Awaitable[dict[str, Any] | None]]
 def make_app(
     engine: Engine, model: str, limits: Limits, api_keys: Sequence[str] = (), host: str = "localhost"
 ) -> Starlette:
-    """Build the server as an ASGI application. `state.stop_requests` ends all its requests.
+    """Build the server as an ASGI application, whose `state.stop_requests` ends all requests.
 
     Args:
         engine: Engine of the model; closed with the application.
@@ -165,12 +165,12 @@ class _Api:
         self._image_files = ThreadPoolExecutor(_IMAGE_THREADS, "image")
 
     def close(self) -> None:
-        """Drop requests that are not prepared yet. Threads finish what they have begun."""
+        """Drop requests that are not prepared yet; running threads finish their work."""
         for threads in (self._texts, self._large_bodies, self._image_files):
             threads.shutdown(wait=False, cancel_futures=True)
 
     def stop_requests(self) -> int:
-        """End all requests with an error, for shutdown; return their number."""
+        """End all requests with an error at shutdown; return their number."""
         self._stopped = True
         for running in (limits := tuple(self._time_limits)):
             running.reschedule(0)
@@ -178,7 +178,7 @@ class _Api:
 
     @asynccontextmanager
     async def time_limit(self, seconds: float, error: ApiError) -> AsyncIterator[None]:
-        """Raise an error after some seconds; raise 503 as soon as the server stops requests."""
+        """Raise an error after some seconds, or status 503 once the server stops requests."""
         try:
             async with asyncio.timeout(seconds) as limit:
                 self._time_limits.add(limit)

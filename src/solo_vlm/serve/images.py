@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import BytesIO
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any
 
 import aiohttp
@@ -22,9 +24,8 @@ import numpy as np
 from aiohttp.connector import AddrInfoType
 from numpy.typing import NDArray
 
-from solo_vlm.data.encode import MAX_ASPECT_RATIO
 from solo_vlm.models.inspect import ImageSummary
-from solo_vlm.models.solo.image_loading_solo import ImageError, load_image, read_data_url
+from solo_vlm.models.solo.image_loading_solo import ImageError, read_data_url
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor, patches_to_image
 from solo_vlm.serve.addresses import is_public
 from solo_vlm.serve.limits import Limits
@@ -35,7 +36,9 @@ Source = tuple[str, str | bytes]
 """An image's place in the request, and its data URL or downloaded file."""
 
 _MAX_ESCAPES = 1_000_000  # percent escapes per request: decoding them is far slower than base64
-_FORMATS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
+_MAX_SECONDS = 3.0  # of processor time for a request's images: one takes at most two
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
 
 _MAX_REDIRECTS = 3
 _MAX_URL_CHARS = 8192
@@ -67,6 +70,36 @@ def describe_image(image: EncodedImage) -> dict[str, Any]:
     return {**layout.as_dict(), "picture": png_url(file.getvalue())}
 
 
+class PixelBudget:
+    """Bounds the pixels of all images that are decoded at the same time, and so their memory. Thread-safe."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free = pixels
+        self._turn = Lock()  # a large image waits in line, so that small ones do not overtake it forever
+        self._released = Condition()
+
+    @contextmanager
+    def decoding(self) -> Iterator[Callable[[int, int], None]]:
+        """Yield a function that waits until an image of some width and height fits."""
+        held = 0
+
+        def wait(width: int, height: int) -> None:
+            nonlocal held
+            if held:
+                return
+            with self._turn, self._released:
+                self._released.wait_for(lambda: self._free >= width * height)
+                held = width * height
+                self._free -= held
+
+        try:
+            yield wait
+        finally:
+            with self._released:
+                self._free += held
+                self._released.notify_all()
+
+
 class ImageReader:
     """Reader of images in requests, within limits. Thread-safe.
 
@@ -80,6 +113,7 @@ class ImageReader:
         self._cache: OrderedDict[bytes, EncodedImage] = OrderedDict()
         self._cached_bytes = 0
         self._lock = Lock()
+        self._pixels = PixelBudget(limits.max_pixels)
 
     async def fetch(self, urls: Iterable[tuple[str, str]]) -> list[Source]:
         """Download images with http(s) URLs; return data URLs unchanged.
@@ -110,18 +144,20 @@ class ImageReader:
             ApiError: 400, for a file that is not an image, damaged, or over a limit.
         """
         images: list[EncodedImage] = []
-        escapes = 0
+        escapes, started = 0, time.thread_time()
         pixels_left = self._limits.max_pixels
         for param, source in sources:
             if isinstance(source, str) and (escapes := escapes + source.count("%")) > _MAX_ESCAPES:
                 raise _invalid(param, "Too much percent-encoding in data URLs. Use base64.")
             file = self._from_data_url(source, param) if isinstance(source, str) else source
-            if not _FORMATS.match(file):
+            if not _STARTS.match(file):
                 raise _invalid(param, "Unsupported image format. Use JPEG, PNG, WebP, GIF or BMP.")
             try:
                 image = self._encode(file, pixels_left)
             except ImageError as error:
                 raise _invalid(param, f"Invalid image: {error}.") from error
+            if time.thread_time() - started > _MAX_SECONDS:
+                raise _invalid(param, f"The images take more than {_MAX_SECONDS:g} s to decode. Send fewer.")
             pixels_left -= image.size[0] * image.size[1]
             images.append(image)
         return images
@@ -154,9 +190,12 @@ class ImageReader:
             if (image := self._cache.get(digest)) and image.size[0] * image.size[1] <= max_pixels:
                 self._cache.move_to_end(digest)
                 return image
-        picture = load_image(file, max_pixels=max_pixels, name="image")
-        pixel_values, grid = self._image_processor.encode_image(picture, MAX_ASPECT_RATIO)
-        image = EncodedImage(pixel_values, grid, picture.size, digest)
+        with self._pixels.decoding() as wait_for_memory:
+            pixels = self._image_processor.load_pixels(
+                file, max_pixels=max_pixels, formats=_FORMATS, on_size=wait_for_memory, name="image"
+            )
+            height, width = pixels.shape[:2]
+            image = EncodedImage(*self._image_processor.encode_pixels(pixels), (width, height), digest)
         with self._lock:
             if digest not in self._cache:
                 self._cache[digest] = image
