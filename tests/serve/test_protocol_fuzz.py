@@ -1,4 +1,4 @@
-"""Whatever a body holds, it is answered, or rejected with a message; the server never fails."""
+"""Any request body is answered or rejected with a message; the server never fails."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def usually(strategy: st.SearchStrategy, otherwise: st.SearchStrategy = ANYTHING
 
 
 def record(required: dict[str, st.SearchStrategy], **optional: st.SearchStrategy) -> st.SearchStrategy:
-    """Return a strategy for objects with some members, each of which is seldom something else."""
+    """Return a strategy for objects with given members, whose values are rarely of another kind."""
     return st.fixed_dictionaries(
         {name: usually(value) for name, value in required.items()},
         optional={name: usually(value) for name, value in optional.items()},
@@ -89,7 +89,7 @@ BYTES = st.sampled_from([text[:2000] for text in hostile.texts().values()]) | st
 
 @st.composite
 def encoded(draw) -> tuple[str, bytes]:
-    """Draw a path and the bytes of a body, seldom damaged."""
+    """Draw a path and the bytes of a body, which are rarely damaged."""
     path, value = draw(REQUESTS)
     body = json.dumps(value, ensure_ascii=draw(st.booleans())).encode()
     if draw(st.integers(0, 4)) == 0:
@@ -99,7 +99,7 @@ def encoded(draw) -> tuple[str, bytes]:
 
 
 def check(server, path: str, body: bytes) -> int:
-    """Send a body; return the status of its answer, which is as it should be."""
+    """Send a body, check the response and return its status."""
     status, headers, answer = server.post(body, path)
     if status != 200:
         assert 400 <= status < 500, answer
@@ -127,7 +127,7 @@ def test_any_bytes_are_rejected(server, pieces, path):
 
 
 def test_fuzzed_bodies_reach_the_model(server):
-    """Bodies that never get past validation would prove little."""
+    """Enough bodies pass validation for the fuzzing to be meaningful."""
     accepted = []
 
     @given(encoded())

@@ -82,7 +82,7 @@ def make_app(
         engine: Engine of the model; closed with the application.
         model: Model name that requests must use, if they name one.
         api_keys: Accepted API keys; empty if none is required.
-        host: Name at which pages may use the API without a key, besides this machine's and its addresses.
+        host: Name under which pages may use the API without a key, besides those of this machine.
     """
     metrics = Metrics(engine)
     api = _Api(engine, model, limits, metrics)
@@ -434,10 +434,10 @@ class _ProtectApi:
         await self._app(scope, receive, send)
 
     def _may_be_rebound(self, headers: Headers) -> bool:
-        """Return whether a page's own site may be another one, whose DNS now gives this server's address.
+        """Return whether a page may come from another site, whose DNS name now resolves to this server.
 
-        Such a site has a name of its own, and no certificate for this server: over plain HTTP, browsers send
-        no Sec-Fetch-Site.
+        Such a site has its own name but no certificate for this server, and over plain HTTP, browsers do not
+        send Sec-Fetch-Site.
         """
         if "origin" not in headers or "sec-fetch-site" in headers:
             return False

@@ -128,7 +128,7 @@ class Address:
     url: str
 
     def listen(self) -> None:
-        """Queue connections until they are accepted; before this call, they are refused.
+        """Queue connections until they are accepted; earlier ones fail.
 
         Raises:
             SoloError: Another process started to listen here first.
