@@ -68,11 +68,11 @@ def served(model: Path | str, *options: str) -> Iterator[Server]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
-        said = ""
-        while not (address := re.search(r"http://\S+", said)):
+        output = ""
+        while not (address := re.search(r"http://\S+", output)):
             if not (line := process.stderr.readline()):
-                raise RuntimeError(f"the server did not start: {said}")
-            said += line
+                raise RuntimeError(f"the server did not start: {output}")
+            output += line
         yield Server(address.group().removesuffix("/v1"), process)
     finally:
         process.terminate()

@@ -40,7 +40,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     first = by_length[str(setting.answers[0])]
     return {
         "prefix_speedup": first["speedup"],
-        "prefix_same_answers": all(figures["same_answers"] for figures in by_length.values()),
+        "prefix_same_answers": all(metrics["same_answers"] for metrics in by_length.values()),
         "prefix": {
             "questions": len(QUESTIONS),
             "image": max(setting.sizes),

@@ -23,11 +23,11 @@ def setting():
 
 
 def test_answers_with_and_without_prefix_cache_agree(setting):
-    figures = prefix.measure(setting)
-    assert figures["prefix_same_answers"]
-    assert figures["prefix"]["questions"] == 10
-    (one,) = figures["prefix"]["by_answer_tokens"].values()
-    assert figures["prefix_speedup"] == pytest.approx(one["seconds_without"] / one["seconds_with"])
+    results = prefix.measure(setting)
+    assert results["prefix_same_answers"]
+    assert results["prefix"]["questions"] == 10
+    (one,) = results["prefix"]["by_answer_tokens"].values()
+    assert results["prefix_speedup"] == pytest.approx(one["seconds_without"] / one["seconds_with"])
 
 
 def test_solo_and_llava_get_the_same_question(setting):
@@ -54,8 +54,8 @@ def test_script_prints_its_results(tmp_path):
     out = tmp_path / "out.json"
     options = ["--rounds", "1", "--sizes", "64", "128", "--batches", "1", "2", "--answers", "2", "--out", out]
     command = [sys.executable, SCRIPT, "--tiny", "--json", *options]
-    figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert figures == json.loads(out.read_text())
-    for value in (figures["prefix_speedup"], *figures["ttft_over_llava"].values()):
+    results = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert results == json.loads(out.read_text())
+    for value in (results["prefix_speedup"], *results["ttft_over_llava"].values()):
         assert math.isfinite(value) and value > 0
-    assert figures["decode_over_llava"].keys() == {"64", "128"}
+    assert results["decode_over_llava"].keys() == {"64", "128"}

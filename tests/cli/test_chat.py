@@ -92,7 +92,7 @@ def test_commands_and_messages_from_a_pipe(run, monkeypatch, solo_folder, tmp_pa
     monkeypatch.setattr(sys, "stdin", StringIO("\n".join(lines) + "\n"))
     code, out, error = run("chat", "--model", solo_folder, "--max-new-tokens", 4)
     assert code == 0
-    for said in (
+    for message in (
         "/image needs a path",
         "no closing quotation",
         "none.png",
@@ -100,7 +100,7 @@ def test_commands_and_messages_from_a_pipe(run, monkeypatch, solo_folder, tmp_pa
         "saved to",
         "2 turns",
     ):
-        assert said in out
+        assert message in out
     assert "Traceback" not in out + error
     sample = parse_sample(json.loads((tmp_path / "chat.json").read_text()))
     assert sample.images == [str(spaced)] * 2

@@ -1,4 +1,4 @@
-"""Full and read-only disks: every command that writes ends in one line, and succeeds once there is space."""
+"""Full and read-only disks: every command fails with one line, and succeeds once there is space."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ COMMANDS = {
 
 
 def finished_files(folder: Path) -> list[str]:
-    """Names of what a command has left under a final name, without locks and logs."""
+    """Return the final names of a command's files, without locks and logs."""
     return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 
@@ -99,7 +99,7 @@ def test_read_only_disk_is_a_one_line_error(run, inputs, small_disk, name):
     assert "Read-only file system; make it writable, or choose another place" in line
 
 
-def test_full_disk_during_a_checkpoint_loses_no_earlier_step(run, inputs, small_disk):
+def test_full_disk_during_a_checkpoint_keeps_earlier_checkpoints(run, inputs, small_disk):
     """The first checkpoint fits, the second does not."""
     small_disk.resize("64m")
     command = ["train", inputs / "recipe.yaml", f"out={small_disk.folder}/run", "steps=3"]
@@ -131,7 +131,7 @@ def test_full_standard_output_is_a_one_line_error():
     assert line.startswith("solo: cannot write the output: No space left on device; free space there")
 
 
-def test_reader_that_closes_the_output_early_is_no_error():
+def test_closed_output_pipe_is_not_an_error():
     command = [sys.executable, "-m", "solo_vlm", "data", "list", "--markdown"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
@@ -139,7 +139,7 @@ def test_reader_that_closes_the_output_early_is_no_error():
         assert process.stderr.read() == b""
 
 
-def test_answers_that_fit_are_kept_and_the_others_follow(run, inputs, small_disk):
+def test_answers_that_fit_are_kept_and_the_run_resumes(run, inputs, small_disk):
     out = small_disk.folder / "answers.jsonl"
     prompt = "what is this? " * 100
     command = ["generate", "--model", inputs / "llama", "--images", inputs / "images", "--out", out]
@@ -159,7 +159,7 @@ def test_answers_that_fit_are_kept_and_the_others_follow(run, inputs, small_disk
     "command",
     ["quickstart --out {disk}/quick", "scaling sweep sweeps/toy root={disk}", "ablate {study} {root}"],
 )
-def test_studies_stop_with_one_line(run, inputs, small_disk, command, tmp_path):
+def test_full_disk_stops_a_study_with_one_line(run, inputs, small_disk, command, tmp_path):
     root = f"root={small_disk.folder}"
     arguments = command.format(disk=small_disk.folder, study="from-scratch", root=root).split()
     code, _, error = run(*arguments)

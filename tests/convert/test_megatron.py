@@ -197,7 +197,7 @@ class Code:
         return os.mkdir, (str(self.trace),)
 
 
-def refused(source: Path, tmp_path: Path, *mentioned: str) -> None:
+def assert_rejected(source: Path, tmp_path: Path, *mentioned: str) -> None:
     with pytest.raises(SoloError) as caught:
         convert_megatron(source, tmp_path / "out" / "solo", vocabulary=ROWS)
     for words in mentioned:
@@ -211,7 +211,7 @@ def test_code_in_pickles_is_rejected_and_not_run(weights, tmp_path):
     source = write_megatron(
         tmp_path / "megatron", weights, SETTINGS, 1, 1, PADDED, extra={"hook": Code(trace)}
     )
-    refused(source, tmp_path, "model_optim_rng.pt", "code (posix.mkdir)", "nothing in it was run")
+    assert_rejected(source, tmp_path, "model_optim_rng.pt", "code (posix.mkdir)", "nothing in it was run")
     assert not trace.exists()
 
 
@@ -233,9 +233,9 @@ def broken(weights, tmp_path):
 def test_missing_and_truncated_ranks_are_rejected(broken, tmp_path):
     source, file = broken(lambda content: None)
     file.write_bytes(file.read_bytes()[:5000])
-    refused(source, tmp_path, str(file), "truncated")
+    assert_rejected(source, tmp_path, str(file), "truncated")
     file.unlink()
-    refused(source, tmp_path, f"{file} is missing")
+    assert_rejected(source, tmp_path, f"{file} is missing")
 
 
 def test_part_of_the_wrong_shape_is_rejected(broken, tmp_path):
@@ -245,21 +245,21 @@ def test_part_of_the_wrong_shape_is_rejected(broken, tmp_path):
         content["model"]["language_model"]["encoder"][key] = torch.zeros(64, 23, dtype=torch.bfloat16)
 
     source, file = broken(change)
-    refused(source, tmp_path, str(file), key, "[64, 23]", "down_proj")
+    assert_rejected(source, tmp_path, str(file), key, "[64, 23]", "down_proj")
 
 
 def test_missing_part_is_rejected(broken, tmp_path):
     source, _ = broken(lambda content: content["model"]["language_model"].pop("embed_vision_patch"))
-    refused(source, tmp_path, "embed_vision_patch is in 1 of 2 parts only")
+    assert_rejected(source, tmp_path, "embed_vision_patch is in 1 of 2 parts only")
 
 
 def test_missing_arguments_missing_model_and_interleaved_pipelines_are_rejected(weights, tmp_path):
-    for member, said in (("args", "args"), ("model", "no language model")):
+    for member, message in (("args", "args"), ("model", "no language model")):
         source = write_megatron(tmp_path / member, weights, SETTINGS, 1, 1, PADDED, extra={member: None})
-        refused(source, tmp_path, said)
+        assert_rejected(source, tmp_path, message)
     source = write_megatron(tmp_path / "virtual", weights, SETTINGS, 1, 1, PADDED, extra={"model0": {}})
-    refused(source, tmp_path, "interleaved pipeline")
+    assert_rejected(source, tmp_path, "interleaved pipeline")
     arguments = megatron_arguments(SETTINGS, 1, 1, PADDED)
     del arguments.ffn_hidden_size
     source = write_megatron(tmp_path / "less", weights, SETTINGS, 1, 1, PADDED, extra={"args": arguments})
-    refused(source, tmp_path, "lack ffn_hidden_size")
+    assert_rejected(source, tmp_path, "lack ffn_hidden_size")

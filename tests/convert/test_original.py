@@ -240,7 +240,7 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
 
 
-def refused(source: Path, tmp_path: Path, *mentioned: str) -> None:
+def assert_rejected(source: Path, tmp_path: Path, *mentioned: str) -> None:
     with pytest.raises(SoloError) as caught:
         convert_original(source, tmp_path / "out" / "solo")
     for words in mentioned:
@@ -266,13 +266,13 @@ def test_truncated_shard_is_rejected(source, tmp_path, suffix):
     folder = source(suffix)
     file = next(folder.glob(f"*-00001-of-*.{suffix}"))
     cut(file)
-    refused(folder, tmp_path, str(file), "truncated")
+    assert_rejected(folder, tmp_path, str(file), "truncated")
 
 
 def test_truncation_error_names_the_first_affected_key(source, tmp_path):
     folder = source("safetensors", 1)
     cut(folder / "model.safetensors")
-    refused(folder, tmp_path, "model.safetensors is truncated: ", "is incomplete")
+    assert_rejected(folder, tmp_path, "model.safetensors is truncated: ", "is incomplete")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -280,21 +280,21 @@ def test_missing_shard_is_rejected(source, tmp_path, suffix):
     folder = source(suffix)
     file = next(folder.glob(f"*-00002-of-*.{suffix}"))
     file.unlink()
-    refused(folder, tmp_path, f"{file} is missing", "model.embed_vision_patch.weight")
+    assert_rejected(folder, tmp_path, f"{file} is missing", "model.embed_vision_patch.weight")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_wrong_shape_is_rejected(source, tmp_path, suffix):
     key = "model.layers.0.mlp.up_proj.weight"
     folder = source(suffix, 1, weights={key: torch.zeros(48, 63)})
-    refused(folder, tmp_path, f"model.{suffix}", key, "[48, 63]", "[48, 64]")
+    assert_rejected(folder, tmp_path, f"model.{suffix}", key, "[48, 63]", "[48, 64]")
 
 
 def test_missing_and_unknown_keys_are_rejected(source, tmp_path):
     folder = source("safetensors", 1, num_hidden_layers=2)
-    refused(folder, tmp_path, "lacks", "layers.1.")
+    assert_rejected(folder, tmp_path, "lacks", "layers.1.")
     folder = source("safetensors", 1, weights={"model.vision_tower.weight": torch.zeros(2)})
-    refused(folder, tmp_path, "model.vision_tower.weight", "not a weight of this model")
+    assert_rejected(folder, tmp_path, "model.vision_tower.weight", "not a weight of this model")
 
 
 def test_index_with_an_extra_key_is_rejected(source, tmp_path):
@@ -303,7 +303,7 @@ def test_index_with_an_extra_key_is_rejected(source, tmp_path):
     content = json.loads(index.read_text())
     content["weight_map"]["model.extra.weight"] = content["weight_map"]["lm_head.weight"]
     index.write_text(json.dumps(content))
-    refused(folder, tmp_path, "lacks model.extra.weight")
+    assert_rejected(folder, tmp_path, "lacks model.extra.weight")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -317,7 +317,7 @@ def test_pickle_with_code_is_rejected_and_not_run(source, tmp_path, protocol):
     else:
         file.write_bytes(pickle.dumps({"code": Code(trace)}, protocol=protocol))
     named = "objects other than tensors" if protocol == 4 else "code (posix.mkdir)"
-    refused(folder, tmp_path, str(file), named, "nothing in it was run")
+    assert_rejected(folder, tmp_path, str(file), named, "nothing in it was run")
     assert not trace.exists()
 
 
@@ -327,17 +327,17 @@ def test_other_file_formats_are_rejected(source, tmp_path, name, content):
     folder = source("safetensors", 1)
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(content)
-    refused(folder, tmp_path, name)
+    assert_rejected(folder, tmp_path, name)
 
 
 def test_missing_weights_broken_config_and_other_models_are_rejected(source, tmp_path, original):
     folder = source("safetensors", 1, architectures=["MistralForCausalLM"])
-    refused(folder, tmp_path, "not a checkpoint of the original SOLO code")
+    assert_rejected(folder, tmp_path, "not a checkpoint of the original SOLO code")
     (folder / "config.json").write_text("{")
-    refused(folder, tmp_path, "config.json cannot be read")
+    assert_rejected(folder, tmp_path, "config.json cannot be read")
     folder = source("safetensors", 1)
     (folder / "model.safetensors").unlink()
-    refused(folder, tmp_path, "has no weights")
+    assert_rejected(folder, tmp_path, "has no weights")
     with pytest.raises(SoloError, match="is not a SOLO model"):
         convert_to_original(original, tmp_path / "back")
 

@@ -118,15 +118,15 @@ def digests(
 
 def steps(loaders: list[PackedLoader], size: int) -> list[list[tuple[str, ...]]]:
     """Return the sample names of each step of `size` packed sequences, with one thread per rank."""
-    told = [([], True)] * len(loaders)
+    by_rank = [([], True)] * len(loaders)
     barrier = threading.Barrier(len(loaders))
 
     def read(rank: int) -> list[list[tuple[str, ...]]]:
         def add_up(found, ended):
             barrier.wait()
-            told[rank] = found, ended
+            by_rank[rank] = found, ended
             barrier.wait()
-            return [len(of_rank) for of_rank, _ in told], all(ended for _, ended in told)
+            return [len(of_rank) for of_rank, _ in by_rank], all(ended for _, ended in by_rank)
 
         loader, taken = loaders[rank], []
         while turns := loader.take_together(size, add_up):

@@ -47,7 +47,7 @@ def test_only_answers_are_supervised_if_eos_only_ends_the_chat(template, expecte
     document = Encoder(processor)(sample_of(*TWO_TURNS))
     assert supervised(processor, document) == expected
     text = processor.tokenizer.decode(document.input_ids)
-    assert [text.count(said) for said in ("q1", "a1", "q2", "a2")] == [1, 1, 1, 1]
+    assert [text.count(turn) for turn in ("q1", "a1", "q2", "a2")] == [1, 1, 1, 1]
 
 
 def test_chat_starting_with_the_assistant_is_encoded(solo):

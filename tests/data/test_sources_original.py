@@ -234,7 +234,7 @@ def test_image_cut_by_the_packer_is_a_broken_row(packer, photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("breaking", "said"),
+    ("damage", "message"),
     [
         (lambda f: (f / "data-role.bin").unlink(), "data-role.bin is missing"),
         (lambda f: (f / "data-vision_patch.idx").unlink(), "data-vision_patch.idx is missing"),
@@ -254,12 +254,12 @@ def test_image_cut_by_the_packer_is_a_broken_row(packer, photos, tmp_path):
         ),
     ],
 )
-def test_broken_sets_are_reported(packer, photos, tmp_path, breaking, said):
+def test_broken_sets_are_reported(packer, photos, tmp_path, damage, message):
     packer.pack([(ASSISTANT, photos[1]), (ASSISTANT, "a red circle")])
     folder = packer.write(tmp_path / "data")
     before = open_source(folder).fingerprint()
-    breaking(folder)
-    with pytest.raises(SoloError, match=said):
+    damage(folder)
+    with pytest.raises(SoloError, match=message):
         open_source(folder)
     assert before
 

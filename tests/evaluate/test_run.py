@@ -22,7 +22,7 @@ from solo_vlm.evaluate.run_folder import RunFolder, weights_hash
 from solo_vlm.generate import GenerationOutput
 from solo_vlm.utils.errors import SoloError
 
-FACTS = ModelInfo("told", "test", "0" * 64)
+FACTS = ModelInfo("scripted", "test", "0" * 64)
 HARNESS_PERFECT = {
     "mmstar": {"average": 1.0},
     "mme": {"mme_perception_score": 2000.0, "mme_cognition_score": 800.0},
@@ -225,7 +225,7 @@ def test_replaced_image_regenerates_the_answer(tmp_path):
 def test_folder_of_another_model_is_rejected(opened, tmp_path):
     rows = opened["ai2d"]
     evaluate("ai2d", rows, ScriptedBackend(["A"] * 6), tmp_path)
-    other = EvaluationRun(tmp_path, ModelInfo("told", "test", "1" * 64))
+    other = EvaluationRun(tmp_path, ModelInfo("scripted", "test", "1" * 64))
     with pytest.raises(SoloError, match="another model"):
         other.evaluate(ScriptedBackend(["A"] * 6), [(get("ai2d"), rows)])
     (tmp_path / "precious").mkdir()

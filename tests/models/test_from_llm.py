@@ -71,8 +71,8 @@ def test_llm_chat_template_accepts_images(picture):
     rendered = solo.processor.apply_chat_template(turns)
     assert rendered == "<|im_start|>user\n<vpatch>what?</s>\n<|im_start|>assistant\nseven</s>\n"
     encoded = solo.processor.encode_chat(turns, [(1, 1, 1)])
-    said = solo.processor.tokenizer.decode(encoded.input_ids[encoded.supervised])
-    assert said.strip() == "seven</s>"
+    supervised = solo.processor.tokenizer.decode(encoded.input_ids[encoded.supervised])
+    assert supervised.strip() == "seven</s>"
     assert encoded.input_ids[-1] == tokenizer.eos_token_id
 
 

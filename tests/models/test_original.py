@@ -41,10 +41,10 @@ def image(rows: int, columns: int, close: int = START) -> list[int]:
     return [START, *[PATCH] * columns, *between * (rows - 1), close]
 
 
-def turns(pieces, *said: str) -> tuple[list[int], list[bool]]:
+def turns(pieces, *texts: str) -> tuple[list[int], list[bool]]:
     """Tokenize in the original fine-tuning format: separate turns, stripped questions, EOS after answers."""
     ids, supervised = [], []
-    for number, text in enumerate(said):
+    for number, text in enumerate(texts):
         if number % 2 == 0:
             own = [BOS] * (number == 0) + pieces.encode(f"[INST] {text.strip()} [/INST]")
         else:
@@ -54,9 +54,9 @@ def turns(pieces, *said: str) -> tuple[list[int], list[bool]]:
     return ids, supervised
 
 
-def chat(*said: str, image_in: int | None = None) -> list[dict]:
+def chat(*texts: str, image_in: int | None = None) -> list[dict]:
     messages = []
-    for number, text in enumerate(said):
+    for number, text in enumerate(texts):
         parts = [{"type": "text", "text": text}]
         if image_in == number:
             parts.insert(0, {"type": "image"})
@@ -64,22 +64,22 @@ def chat(*said: str, image_in: int | None = None) -> list[dict]:
     return messages
 
 
-SAID = ["\nwhat is this? ", "a red circle", "  and  that", "two dogs\non a mat", "hello", "yes"]
+TEXTS = ["\nwhat is this? ", "a red circle", "  and  that", "two dogs\non a mat", "hello", "yes"]
 
 
-@pytest.mark.parametrize("turns_said", [2, 4, 6])
-def test_chats_are_tokenized_as_by_the_original_code(processor, pieces, turns_said):
-    said = SAID[:turns_said]
-    encoded = processor.encode_chat(chat(*said, image_in=0), [(1, 2, 3)])
-    ids, supervised = turns(pieces, *said)
+@pytest.mark.parametrize("num_turns", [2, 4, 6])
+def test_chats_are_tokenized_as_by_the_original_code(processor, pieces, num_turns):
+    texts = TEXTS[:num_turns]
+    encoded = processor.encode_chat(chat(*texts, image_in=0), [(1, 2, 3)])
+    ids, supervised = turns(pieces, *texts)
     layout = image(2, 3)
     assert encoded.input_ids.tolist() == layout + ids
     assert encoded.supervised.tolist() == [False] * len(layout) + supervised
 
 
 def test_text_only_chats(processor, pieces):
-    ids, supervised = turns(pieces, *SAID)
-    encoded = processor.encode_chat(chat(*SAID))
+    ids, supervised = turns(pieces, *TEXTS)
+    encoded = processor.encode_chat(chat(*TEXTS))
     assert (encoded.input_ids.tolist(), encoded.supervised.tolist()) == (ids, supervised)
 
 
@@ -89,8 +89,8 @@ def test_prompt_ends_where_the_answer_begins(processor, pieces):
 
 
 def test_image_of_a_later_turn_precedes_that_turn(processor, pieces):
-    encoded = processor.encode_chat(chat(*SAID[:4], image_in=2), [(1, 1, 2)])
-    first, second = turns(pieces, *SAID[:2])[0], turns(pieces, *SAID[:4])[0]
+    encoded = processor.encode_chat(chat(*TEXTS[:4], image_in=2), [(1, 1, 2)])
+    first, second = turns(pieces, *TEXTS[:2])[0], turns(pieces, *TEXTS[:4])[0]
     assert encoded.input_ids.tolist() == first + image(1, 2) + second[len(first) :]
 
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from tests.factories import png
@@ -21,6 +21,8 @@ class Served:
 
     port: int
     engine: object
+    server: object
+    thread: threading.Thread
 
     @property
     def url(self) -> str:
@@ -68,25 +70,25 @@ class Served:
 @contextmanager
 def served(solo, limits, api_keys=(), name="tiny", prefix_cache=None):
     """Serve a model while the context lasts."""
-    import uvicorn
-
     from solo_vlm.generate import GenerationPipeline
     from solo_vlm.serve.app import make_app
     from solo_vlm.serve.engine import Engine
+    from solo_vlm.serve.server import Server, bind
 
     pipeline = GenerationPipeline(solo.model, solo.processor, prefix_cache)
     engine = Engine(pipeline, limits.max_batch, limits.max_batch_tokens)
     app = make_app(engine, name, limits, api_keys)
-    config = uvicorn.Config(app, port=0, http="h11", ws="none", log_config=None, timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait_until(lambda: server.started)
-        yield Served(server.servers[0].sockets[0].getsockname()[1], engine)
-    finally:
-        server.should_exit = True
-        thread.join()
+    with bind("127.0.0.1", 0) as address:
+        address.listen()
+        server = Server(app, replace(limits, max_drain_seconds=1))
+        thread = threading.Thread(target=server.run, args=([address.socket],))
+        thread.start()
+        try:
+            wait_until(lambda: server.started)
+            yield Served(address.socket.getsockname()[1], engine, server, thread)
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="module")

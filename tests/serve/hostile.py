@@ -5,9 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import select
+import socket
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from http.client import HTTPResponse
 from typing import Any
 
 from PIL import Image
@@ -220,8 +225,12 @@ def texts() -> dict[str, bytes]:
     }
 
 
-def expensive_bodies(size: int) -> Iterator[tuple[str, bytes]]:
-    """Bodies of a size that cost more than their bytes where they are parsed or validated as they come."""
+def costly_bodies(size: int) -> dict[str, Callable[[], bytes]]:
+    """Return bodies that cost more than their size suggests if they are parsed or validated."""
+
+    def fill(before: bytes, unit: bytes, after: bytes) -> bytes:
+        return before + unit * ((size - len(before) - len(after)) // len(unit)) + after
+
     user = b'{"messages": [{"role": "user", "content": "x"}], '
     content = (b'{"messages": [{"role": "user", "content": [', b"]}]}")
     text = (b'{"messages": [{"role": "user", "content": "', b'"}]}')
@@ -229,7 +238,7 @@ def expensive_bodies(size: int) -> Iterator[tuple[str, bytes]]:
         (b'{"messages": [{"role": "user", "content": "x", ', b"}]}"),
         (b'{"messages": [', b"]}"),
     )
-    for name, before, unit, after in [
+    cases = [
         ("empty parts", content[0], b"{},", b"{}" + content[1]),
         ("parts without text", content[0], b'{"type": "text"},', b"{}" + content[1]),
         ("parts of unknown type", content[0], b'{"type": "x"},', b"{}" + content[1]),
@@ -273,8 +282,8 @@ def expensive_bodies(size: int) -> Iterator[tuple[str, bytes]]:
             b"a",
             b'"}}' + content[1],
         ),
-    ]:
-        yield name, before + unit * ((size - len(before) - len(after)) // len(unit)) + after
+    ]
+    return {name: partial(fill, *parts) for name, *parts in cases}
 
 
 def requests(limit: int) -> dict[str, bytes]:
@@ -358,6 +367,24 @@ def http(
     head += ["Transfer-Encoding: chunked"] if body is None else [f"Content-Length: {length or len(body)}"]
     head += [extra] if extra else []
     return "\r\n".join([*head, "", ""]).encode() + (body or b"")
+
+
+def exchange(port: int, request: bytes) -> tuple[int, str]:
+    """Send bytes until the server responds; return status and body."""
+    for patience in (0, 0.002, 0.02, 0.2):
+        # Data that arrives after the server has closed the connection makes TCP drop the response.
+        with (
+            suppress(ConnectionError),
+            socket.create_connection(("127.0.0.1", port), timeout=30) as connection,
+        ):
+            for start in range(0, len(request), 2**14):
+                connection.sendall(request[start : start + 2**14])
+                if start and select.select([connection], [], [], patience)[0]:
+                    break
+            response = HTTPResponse(connection)
+            response.begin()
+            return response.status, response.read().decode()
+    raise AssertionError("no answer before the connection was closed")
 
 
 def _chunk(data: bytes) -> bytes:

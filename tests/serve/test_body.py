@@ -1,4 +1,4 @@
-"""Bodies are measured while they arrive: bytes, values, and the memory that all of them share."""
+"""Request bodies are checked while they arrive: bytes, values, and the shared memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.protocol import ApiError
 
 from .conftest import question, served, wait_until
-from .hostile import expensive_bodies, http
-from .test_protocol_hostile import exchange
+from .hostile import costly_bodies, exchange, http
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.text() | st.text('\\"[{,:}]', max_size=20)
@@ -31,41 +30,40 @@ def count(value) -> int:
 
 
 @given(VALUES, st.booleans(), st.integers(1, 20))
-def test_values_are_counted_whatever_the_strings_and_chunks(value, ascii_only, size):
+def test_value_count_is_independent_of_strings_and_chunks(value, ascii_only, size):
     text = json.dumps(value, ensure_ascii=ascii_only).encode()
     for maximum in (expected := count(value), expected - 1):
-        counter, refused = ValueCounter(maximum), False
+        counter, is_rejected = ValueCounter(maximum), False
         try:
             for start in range(0, len(text), size):
                 counter.feed(text[start : start + size])
         except ApiError as error:
-            refused = error.code == "too_many_values"
-        assert refused == (maximum < expected)
+            is_rejected = error.code == "too_many_values"
+        assert is_rejected == (maximum < expected)
 
 
-@pytest.mark.parametrize("name", dict(expensive_bodies(2**10)))
-def test_expensive_body_is_refused(server, name):
-    body = dict(expensive_bodies(2**19))[name]
-    status, _, answer = server.post(body)
+@pytest.mark.parametrize("name", costly_bodies(2**19))
+def test_costly_body_is_rejected(server, name):
+    status, _, answer = server.post(costly_bodies(2**19)[name]())
     error = json.loads(answer)["error"]
     assert 400 <= status < 500 and error.keys() == {"message", "type", "param", "code"}, error
     assert len(answer) < 1500
 
 
-def test_too_many_values_are_refused_before_the_rest_of_the_body_arrives(server):
+def test_too_many_values_are_rejected_before_the_body_is_complete(server):
     start = b'{"messages": [{"role": "user", "content": [' + b"{}," * Limits.max_values
     status, answer = exchange(server.port, http(start, length=str(Limits.max_request_bytes)))
     assert status == 400 and json.loads(answer)["error"]["code"] == "too_many_values"
 
 
-def test_commas_and_brackets_of_texts_are_no_values(server):
+def test_commas_and_brackets_in_strings_are_not_counted(server):
     assert server.ask(question('[{,"' * 100, max_tokens=1))[0] == 200
     assert server.ask(question("," * Limits.max_values, max_tokens=1))[1]["error"]["code"] == (
         "context_length_exceeded"
     )
 
 
-def test_memory_is_shared_and_given_back():
+def test_memory_is_shared_and_released():
     memory = BodyMemory(10)
     memory.take(10)
     with pytest.raises(ApiError) as error:
@@ -75,7 +73,7 @@ def test_memory_is_shared_and_given_back():
     memory.take(10)
 
 
-def test_large_bodies_share_memory_and_small_ones_need_none(solo):
+def test_only_large_bodies_take_shared_memory(solo):
     limits = Limits(max_pending_bytes=1, max_request_bytes=3 * SMALL_BODY, max_body_seconds=60)
     large = json.dumps(question("x", max_tokens=1, user="x" * (limits.max_request_bytes - 200))).encode()
     with served(solo, limits) as server:

@@ -94,7 +94,7 @@ def test_text_ends_before_first_stop_string(tokenizer, text, stop):
 
 
 @pytest.mark.parametrize(
-    ("said", "stop", "answer"),
+    ("text", "stop", "answer"),
     [
         ("a red triangle", " ", "a"),
         ("  a red triangle", " ", "a"),
@@ -105,8 +105,8 @@ def test_text_ends_before_first_stop_string(tokenizer, text, stop):
         (" red red", " red", "red"),
     ],
 )
-def test_leading_white_space_is_not_a_stop_string(tokenizer, said, stop, answer):
-    ids = tokenizer.encode(said, add_special_tokens=False)
+def test_leading_white_space_is_not_a_stop_string(tokenizer, text, stop, answer):
+    ids = tokenizer.encode(text, add_special_tokens=False)
     assert "".join(pieces(tokenizer, ids, [stop])) == answer
 
 

@@ -12,7 +12,7 @@ from solo_vlm.serve.protocol import ApiError, ImageRequest, parse_attention, par
 USER = {"role": "user", "content": "x"}
 
 
-def refusal(body: object, parse=parse_chat_completion) -> ApiError:
+def error_of(body: object, parse=parse_chat_completion) -> ApiError:
     with pytest.raises(ApiError) as error:
         parse(json.dumps(body).encode(), Limits())
     assert error.value.status == 400
@@ -30,12 +30,12 @@ def refusal(body: object, parse=parse_chat_completion) -> ApiError:
     ],
 )
 def test_validation_stops_at_the_first_error(body):
-    assert refusal(body).__cause__.error_count() == 1
+    assert error_of(body).__cause__.error_count() == 1
 
 
 @pytest.mark.parametrize("parse", [parse_chat_completion, parse_attention])
-def test_unknown_fields_are_refused_before_validation(parse):
-    error = refusal({"messages": [None], **{f"x{n}": 1 for n in range(5000)}}, parse)
+def test_unknown_fields_are_rejected_before_validation(parse):
+    error = error_of({"messages": [None], **{f"x{n}": 1 for n in range(5000)}}, parse)
     assert (error.param, error.code, error.__cause__) == ("x0", "unsupported_parameter", None)
 
 
@@ -49,13 +49,13 @@ def test_unknown_fields_are_refused_before_validation(parse):
     ],
 )
 def test_errors_quote_little_of_the_request(body, parse):
-    assert len(json.dumps(refusal(body, parse).body)) < 1000
+    assert len(json.dumps(error_of(body, parse).body)) < 1000
 
 
 def test_nesting_is_limited():
-    """The parser's own limit: whatever recurses over a request is safe."""
+    """The parser has a limit, so that recursion over a request is safe."""
     deep = [[]]
     for _ in range(197):
         deep = [deep]
     assert parse_chat_completion(json.dumps({"messages": [USER], "user": deep}).encode(), Limits())
-    assert refusal({"messages": [USER], "user": [[deep]]}).code == "invalid_json"
+    assert error_of({"messages": [USER], "user": [[deep]]}).code == "invalid_json"

@@ -1,4 +1,4 @@
-"""Damage to checkpoints: every kind is refused by the name of the file, and an older one is offered."""
+"""Damaged checkpoints: the error names the file and offers an older checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARD = "__0_0.distcp"
 
 @pytest.fixture(scope="module")
 def finished(runs, tmp_path_factory):
-    """A run of seven steps with checkpoints of steps 4 and 6."""
+    """Train for seven steps, with checkpoints of steps 4 and 6."""
     out = tmp_path_factory.mktemp("damaged") / "out"
     train(Recipe.parse(run_settings(runs, out, steps=7)))
     return out
@@ -27,7 +27,7 @@ def finished(runs, tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """The same run, as if it had been killed after step 6."""
+    """Return the same run as if it had been killed after step 6."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     shutil.rmtree(out / "model")
@@ -97,7 +97,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_refused_by_the_name_of_the_file(runs, newest, kind):
+def test_damage_is_reported_with_the_name_of_the_file(runs, newest, kind):
     damage, named = DAMAGES[kind]
     damage(newest)
     model, _ = load_base_model(runs / "llama")
@@ -107,7 +107,7 @@ def test_damage_is_refused_by_the_name_of_the_file(runs, newest, kind):
     assert "\n" not in str(caught.value)
 
 
-def test_undamaged_checkpoint_and_copies_beside_it_are_accepted(run, newest):
+def test_undamaged_checkpoint_with_copies_next_to_it_is_accepted(run, newest):
     shutil.copytree(newest, newest.with_name("step-100.bak"))
     assert find_damage(newest) is None
     resume(run)
@@ -115,7 +115,7 @@ def test_undamaged_checkpoint_and_copies_beside_it_are_accepted(run, newest):
     assert newest.with_name("step-100.bak").is_dir()
 
 
-def test_resume_offers_the_newest_intact_checkpoint_and_uses_it_once_the_damaged_one_is_gone(
+def test_resume_offers_the_newest_intact_checkpoint_and_uses_it_once_the_damaged_one_is_removed(
     finished, run, newest
 ):
     flip_bit(newest / SHARD)
@@ -128,14 +128,14 @@ def test_resume_offers_the_newest_intact_checkpoint_and_uses_it_once_the_damaged
     assert (run / "manifest.json").is_file()
 
 
-def test_without_intact_checkpoint_a_new_run_is_advised(run, newest):
+def test_error_suggests_a_new_run_without_an_intact_checkpoint(run, newest):
     for folder in newest.parent.iterdir():
         (folder / SHARD).unlink()
     with pytest.raises(SoloError, match="no older one that is intact: start a new run"):
         resume(run)
 
 
-def test_export_refuses_damage_and_another_start_model(runs, run, newest, tmp_path):
+def test_export_rejects_damage_and_another_start_model(runs, run, newest, tmp_path):
     flip_bit(newest / SHARD)
     with pytest.raises(SoloError, match=f"{SHARD} is damaged.*step-00000004 is intact"):
         export_checkpoint(run, tmp_path / "exported")
@@ -149,7 +149,7 @@ def test_export_refuses_damage_and_another_start_model(runs, run, newest, tmp_pa
 
 
 @pytest.mark.distributed
-def test_damage_in_the_shard_of_another_process_ends_all(runs, tmp_path):
+def test_damaged_shard_of_one_process_ends_all_processes(runs, tmp_path):
     plain = run_settings(runs, tmp_path / "out", steps=7)
     assert ProcessGroup(2, run_recipe, plain).wait() == [0, 0]
     shutil.rmtree(tmp_path / "out" / "model")

@@ -118,7 +118,7 @@ def test_new_adapters_keep_logits(settings):
 
 
 @pytest.mark.parametrize(
-    ("settings", "processes", "said"),
+    ("settings", "processes", "message"),
     [
         ({"quantize": "nf4"}, 1, "also set lora"),
         ({"quantize": "nf4", "lora": {}}, 2, "cannot be sharded"),
@@ -127,8 +127,8 @@ def test_new_adapters_keep_logits(settings):
         ({"lora": {"targets": ["q_proj", "no_such"]}}, 1, "no linear layer no_such; it has down_proj, "),
     ],
 )
-def test_contradicting_settings_are_rejected(settings, processes, said):
-    with pytest.raises(SoloError, match=said):
+def test_contradicting_settings_are_rejected(settings, processes, message):
+    with pytest.raises(SoloError, match=message):
         set_trainable(make_solo().model, recipe(**settings), processes)
 
 
@@ -281,7 +281,7 @@ def test_two_processes_train_the_same_adapters_as_one(folder, tmp_path):
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_activation_checkpointing_works_with_compiled_layers(mode):
-    """Results selected outside of compiled code would be overwritten by it (an error in torch 2.11)."""
+    """Results selected outside compiled code would be overwritten by it (an error in torch 2.11)."""
     ids = torch.arange(24)[None]
 
     def gradients(model):

@@ -220,8 +220,8 @@ def weights(recipe: Recipe) -> dict[str, float]:
 
 def test_min_learning_rate_above_peak_is_rejected():
     plain = {"model": "m", "out": "o", "steps": 1, "data": {"sources": [{"path": "x"}]}}
-    refusal = "optimizer: min_learning_rate = 5e-06 is above learning_rate = 1e-06.*set min_learning_rate"
-    with pytest.raises(SoloError, match=refusal):
+    message = "optimizer: min_learning_rate = 5e-06 is above learning_rate = 1e-06.*set min_learning_rate"
+    with pytest.raises(SoloError, match=message):
         Recipe.parse({**plain, "optimizer": {"learning_rate": 1e-6}})
     constant = Recipe.parse({**plain, "optimizer": {"learning_rate": 5e-6, "warmup_steps": 0}})
     assert {learning_rate(step, 10, constant.optimizer) for step in range(10)} == {5e-6}

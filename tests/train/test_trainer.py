@@ -249,11 +249,11 @@ def test_signal_saves_and_stops_run(runs, tmp_path, number):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    _, said = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     (checkpoint,) = (tmp_path / "stopped" / "checkpoints").iterdir()
     done = int(checkpoint.name.removeprefix("step-"))
-    assert f"saved after step {done}" in said.replace("\n", " ")
+    assert f"saved after step {done}" in stderr.replace("\n", " ")
     assert done == len(losses(tmp_path / "stopped"))
 
 

@@ -140,8 +140,8 @@ def test_attention_matches_reference(monkeypatch, dtype, size, window, scale, is
     assert distance(packed, expected) < tolerance
     weight = torch.randn_like(packed)
     ours = torch.autograd.grad((packed * weight).sum(), states)
-    truth = torch.autograd.grad((expected * weight.double()).sum(), states)
-    assert max(map(distance, ours, truth)) < tolerance
+    reference = torch.autograd.grad((expected * weight.double()).sum(), states)
+    assert max(map(distance, ours, reference)) < tolerance
 
 
 @pytest.mark.parametrize("family", LLM_CONFIGS)
@@ -161,14 +161,14 @@ def test_packed_logits_match_each_document_alone(family):
         return torch.cat([model(**{**row, "labels": None}, use_cache=False).logits[0] for row in rows])
 
     model.set_attn_implementation("eager")
-    truth = alone()
+    reference = alone()
     model.bfloat16()
     rounded = alone()
     use_packed_attention(model)
     batch = {**model_inputs(model, collate(documents, 256, 0)), "labels": None}
     with torch.no_grad():
-        packed = model(**batch, use_cache=False).logits[0, : len(truth)]
-    assert distance(packed, truth) < 1.5 * distance(rounded, truth) + 2e-3
+        packed = model(**batch, use_cache=False).logits[0, : len(reference)]
+    assert distance(packed, reference) < 1.5 * distance(rounded, reference) + 2e-3
 
 
 def test_chunked_loss_equals_cross_entropy():

@@ -1,4 +1,4 @@
-"""Atomic files and folders, their remains after a kill, locks, and refusals of the system."""
+"""Atomic files and folders, remains after a kill, locks, and errors of the system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import (
-    explain_refusal,
+    explain_os_error,
     lock_output_dir,
     new_file,
     new_folder,
@@ -72,7 +72,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, name):
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
-def test_second_process_is_refused_until_the_first_has_ended(tmp_path):
+def test_second_process_is_locked_out_until_the_first_has_ended(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
@@ -88,7 +88,7 @@ def test_second_process_is_refused_until_the_first_has_ended(tmp_path):
 
 
 class LibraryError(Exception):
-    """As a library in Rust raises it."""
+    """Error of a library written in Rust."""
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ class LibraryError(Exception):
         ),
     ],
 )
-def test_refusals_of_the_system_are_one_line(tmp_path, error, message):
+def test_system_errors_are_one_line(tmp_path, error, message):
     out = type(tmp_path)("/a/out")
     with pytest.raises(SoloError, match="^" + message), writing(out):
         raise error
@@ -121,6 +121,6 @@ def test_refusals_of_the_system_are_one_line(tmp_path, error, message):
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), ValueError("os error"), KeyboardInterrupt()])
 def test_other_errors_pass(tmp_path, error):
-    assert explain_refusal(error) is None
+    assert explain_os_error(error) is None
     with pytest.raises(type(error)), writing(tmp_path):
         raise error

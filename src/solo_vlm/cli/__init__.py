@@ -27,7 +27,7 @@ from solo_vlm.cli.scaling import app as scaling
 from solo_vlm.cli.serve import serve, web
 from solo_vlm.cli.train import train
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import explain_refusal
+from solo_vlm.utils.files import explain_os_error
 
 app = typer.Typer(
     name="solo",
@@ -61,8 +61,8 @@ app.add_typer(evaluate, name="eval")
 def main() -> None:
     """Run the command `solo`.
 
-    A `SoloError` is printed as one line and sets the exit status, and so is an error behind which the system
-    refused to write or to read a file.
+    A `SoloError`, and an error of the operating system for reading or writing a file, is printed as one line
+    and sets the exit status.
     """
     # Bound the time that OpenMP threads spin at barriers: on a busy machine, unbounded spinning takes the
     # core from the thread that the others wait for, and training almost stops.
@@ -90,10 +90,10 @@ def _run(arguments: list[str]) -> None:
         finally:
             _flush_output()
     except Exception as error:
-        refusal = None if isinstance(error, SoloError) else explain_refusal(error)
-        if refusal is None:
+        explained = None if isinstance(error, SoloError) else explain_os_error(error)
+        if explained is None:
             raise
-        raise refusal from error
+        raise explained from error
 
 
 def _flush_output() -> None:

@@ -174,7 +174,7 @@ def open_pickle(file: Path, of_megatron: bool = False) -> Any:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         found = f"code ({code[1]})" if code else "objects other than tensors"
         raise SoloError(
-            f"{file} contains {found}: refused, and nothing in it was run; get the weights as safetensors"
+            f"{file} contains {found}: rejected, and nothing in it was run; get the weights as safetensors"
         ) from error
     except Exception as error:  # torch raises any type on a broken file
         raise SoloError(f"{file} cannot be read: truncated, or not a PyTorch checkpoint") from error

@@ -28,8 +28,6 @@ IGNORE_INDEX = -100
 
 _FSSPEC_URL = re.compile(r"(?!(https?|file):)[a-z][a-z0-9+.-]*://", re.IGNORECASE)  # others: load_image
 
-MAX_ASPECT_RATIO = 200  # as in Qwen2-VL: a narrower image is unrecognizable once resized
-
 
 @dataclass(frozen=True)
 class Document:
@@ -85,7 +83,7 @@ def encode(
         lock: Held while the tokenizer runs, for threads that share it.
 
     Raises:
-        SampleError: An image is damaged or missing ("image"), or the chat template refuses the chat
+        SampleError: An image is damaged or missing ("image"), or the chat template rejects the chat
             ("chat-template").
         OSError: Reading an image failed five times because of the disk or the network.
     """
@@ -121,7 +119,7 @@ def _encode_image(
 
     source = _fetch(image) if isinstance(image, str) and _FSSPEC_URL.match(image) else image
     try:
-        return processor.image_processor.encode_image(source, MAX_ASPECT_RATIO)
+        return processor.image_processor.encode_image(source)
     except ValueError as error:  # an ImageError, usually
         if isinstance(error, ImageFetchError) and not isinstance(error, ImageMissingError):
             raise OSError(errno.EIO, str(error)) from error

@@ -84,7 +84,7 @@ class ServerBackend:
                 temperature=0.0,
             )
         except (BadRequestError, UnprocessableEntityError) as error:  # this request only, e.g. too long
-            return GenerationOutput(request.request_id, None, f"refused by the server: {error}")
+            return GenerationOutput(request.request_id, None, f"rejected by the server: {error}")
         except OpenAIError as error:
             raise SoloError(f"no answer from {self._client.base_url}: {error}") from error
         return GenerationOutput(request.request_id, (completion.choices[0].message.content or "").strip())

@@ -259,7 +259,9 @@ def _read_xlsx(path: Path) -> Iterator[Row]:
     _check_columns([str(name) for name in names if present(name)])
     for number, row in enumerate(cells, start=2):
         if any(isinstance(cell, date | time) for cell in row):
-            raise ValueError(f"row {number} has a date, as Excel makes of 3/5: format its cells as text")
+            raise ValueError(
+                f"row {number} has a date, to which Excel converts text like 3/5: format its cells as text"
+            )
         if any(map(present, row)):
             yield {
                 str(name): cell

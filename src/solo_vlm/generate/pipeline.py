@@ -206,7 +206,7 @@ class GenerationPipeline:
         """Return the inputs for the next answer of each chat: left-padded, on the model's device.
 
         Raises:
-            SoloError: The chat template refuses a chat, or an image cannot be read.
+            SoloError: The chat template rejects a chat, or an image cannot be read.
             ContextError: A chat exceeds the model's context length.
         """
         self.processor.tokenizer.padding_side = "left"

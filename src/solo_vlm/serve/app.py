@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,13 +73,16 @@ Handler = Callable[[Body, EventStream], Awaitable[dict[str, Any] | None]]
 """Handler of a request body. Returns a JSON object, or sends a stream and returns None."""
 
 
-def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str] = ()) -> Starlette:
-    """Build the server as an ASGI application.
+def make_app(
+    engine: Engine, model: str, limits: Limits, api_keys: Sequence[str] = (), host: str = "localhost"
+) -> Starlette:
+    """Build the server as an ASGI application, whose `state.stop_requests` ends all requests.
 
     Args:
         engine: Engine of the model; closed with the application.
         model: Model name that requests must use, if they name one.
         api_keys: Accepted API keys; empty if none is required.
+        host: Name under which pages may use the API without a key, besides those of this machine.
     """
     metrics = Metrics(engine)
     api = _Api(engine, model, limits, metrics)
@@ -111,7 +117,7 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(api.close)
+        api.close()
         await asyncio.to_thread(engine.close)
 
     routes = [
@@ -125,15 +131,17 @@ def make_app(engine: Engine, model: str, limits: Limits, api_keys: Sequence[str]
         Route("/", page),
         Route("/page/{name}", page),
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         lifespan=lifespan,
         middleware=[
             Middleware(_CountRequests, metrics, {route.path for route in routes}),
-            Middleware(_ProtectApi, api_keys),
+            Middleware(_ProtectApi, api_keys, host),
         ],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error},
     )
+    app.state.stop_requests = api.stop_requests
+    return app
 
 
 class _Api:
@@ -147,6 +155,8 @@ class _Api:
         self._images = ImageReader(engine.pipeline.processor.image_processor, limits)
         self._attention = WordAttention()
         self._slots_taken = 0
+        self._time_limits: set[asyncio.Timeout] = set()
+        self._stopped = False
         self._body_memory = BodyMemory(max(limits.max_pending_bytes, limits.max_request_bytes))
         # Threads cannot be cancelled when a client disconnects, so their number is bounded. Text never waits
         # for images, and one large body is parsed at a time, because parsing holds the interpreter's lock.
@@ -155,9 +165,32 @@ class _Api:
         self._image_files = ThreadPoolExecutor(_IMAGE_THREADS, "image")
 
     def close(self) -> None:
-        """Drop requests that are not prepared yet."""
+        """Drop requests that are not prepared yet; running threads finish their work."""
         for threads in (self._texts, self._large_bodies, self._image_files):
-            threads.shutdown(cancel_futures=True)
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def stop_requests(self) -> int:
+        """End all requests with an error at shutdown; return their number."""
+        self._stopped = True
+        for running in (limits := tuple(self._time_limits)):
+            running.reschedule(0)
+        return len(limits)
+
+    @asynccontextmanager
+    async def time_limit(self, seconds: float, error: ApiError) -> AsyncIterator[None]:
+        """Raise an error after some seconds, or status 503 once the server stops requests."""
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                self._time_limits.add(limit)
+                try:
+                    yield
+                finally:
+                    self._time_limits.remove(limit)
+        except TimeoutError as expired:
+            if not limit.expired():
+                raise
+            stopped = ApiError(503, "The server is shutting down.", code="shutting_down")
+            raise (stopped if self._stopped else error) from expired
 
     @contextmanager
     def slot(self) -> Iterator[Body]:
@@ -296,38 +329,38 @@ class _Endpoint:
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        seconds = self._limits.max_body_seconds
+        message = f"The request body did not arrive within {seconds:g} s."
         with self._api.slot() as body:
             try:
-                await body.read(HttpRequest(scope, receive))
+                async with self._api.time_limit(seconds, ApiError(408, message, code="timeout")):
+                    await body.read(HttpRequest(scope, receive))
             except ClientDisconnect:
                 return
             await _unless_disconnected(self._respond(body, scope, receive, send), receive)
 
     async def _respond(self, body: Body, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the handler's result or error; an error within a stream becomes its last event."""
-        stream = EventStream(send)
+        stream, seconds = EventStream(send), self._limits.max_seconds
+        message = f"The request timed out after {seconds:g} s."
         try:
-            async with asyncio.timeout(self._limits.max_seconds):
+            async with self._api.time_limit(seconds, ApiError(504, message, code="timeout")):
                 result = await self._handler(body, stream)
                 if result is not None:
                     await JSONResponse(result)(scope, receive, send)
         except Exception as error:
-            known = self._as_api_error(error)
+            known = error if isinstance(error, ApiError) else _internal_error(error)
             if not stream.begun:
                 raise known from error
             with suppress(TimeoutError):  # the client may have stopped reading
                 async with asyncio.timeout(_LAST_EVENT_SECONDS):
                     await stream.send(known.body, last=True)
 
-    def _as_api_error(self, error: Exception) -> ApiError:
-        if isinstance(error, ApiError):
-            return error
-        if isinstance(error, TimeoutError):
-            message = f"The request timed out after {self._limits.max_seconds:g} s."
-            return ApiError(504, message, code="timeout")
-        logger.error("a request failed", exc_info=error)
-        message = "The server had an error while processing the request. Its log has the details."
-        return ApiError(500, message, code="internal_error")
+
+def _internal_error(error: Exception) -> ApiError:
+    logger.error("a request failed", exc_info=error)
+    message = "The server had an error while processing the request. Its log has the details."
+    return ApiError(500, message, code="internal_error")
 
 
 async def _unless_disconnected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
@@ -380,9 +413,10 @@ class _CountRequests:
 class _ProtectApi:
     """Middleware that rejects API requests without a valid key or from pages of other sites."""
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], host: str) -> None:
         self._app = app
         self._expected = [f"Bearer {key}".encode() for key in api_keys]
+        self._own_names = {"localhost", host.lower(), socket.gethostname().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(_API):
@@ -390,10 +424,29 @@ class _ProtectApi:
             if _is_cross_site(headers):
                 error = ApiError(403, "Requests from pages of other sites are not allowed.")
                 return await _response(error)(scope, receive, send)
+            if not self._expected and self._may_be_rebound(headers):
+                message = "Pages under this name may use the server only with an API key. "
+                message += "Set one, or open the page by the server's address."
+                return await _response(ApiError(403, message))(scope, receive, send)
             if self._expected and not self._is_allowed(headers):
                 message = "Missing or incorrect API key. Send it in the header Authorization: Bearer KEY."
                 return await _response(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
         await self._app(scope, receive, send)
+
+    def _may_be_rebound(self, headers: Headers) -> bool:
+        """Return whether a page may come from another site, whose DNS name now resolves to this server.
+
+        Such a site has its own name but no certificate for this server, and over plain HTTP, browsers do not
+        send Sec-Fetch-Site.
+        """
+        if "origin" not in headers or "sec-fetch-site" in headers:
+            return False
+        name = re.sub(r":\d+$", "", headers["host"].lower()).strip("[]")
+        try:
+            ip_address(name)
+        except ValueError:
+            return name not in self._own_names
+        return False
 
     def _is_allowed(self, headers: Headers) -> bool:
         given = headers.get("authorization", "").encode("latin-1")

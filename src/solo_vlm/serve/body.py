@@ -1,12 +1,10 @@
-"""Bodies of requests: their type, bytes, time and number of values are limited while they arrive.
+"""Request bodies: their type, size and number of values are checked while they arrive.
 
 Parsing and validation take memory and time per JSON value, so a million empty objects would cost far more
-than their bytes. They are counted before.
+than its bytes suggest. The values are counted before.
 """
 
 from __future__ import annotations
-
-import asyncio
 
 from starlette.requests import Request
 
@@ -14,30 +12,30 @@ from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.protocol import ApiError
 
 SMALL_BODY = 2**20
-"""Bytes up to which a body needs no room in the shared memory, so that text is read whatever else arrives."""
+"""Bytes up to which a body takes no shared memory, so that requests without images are always read."""
 
 
 class BodyMemory:
-    """Bytes of all bodies that are being read or prepared."""
+    """Memory budget shared by all bodies that are being read or prepared."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._taken = 0
 
     def take(self, size: int) -> None:
-        """Take room for more bytes; raise 429 if there is none."""
+        """Reserve more bytes; raise status 429 if the budget is exhausted."""
         if self._taken + size > self._limit:
             message = "Too many large requests are being read. Please retry later."
             raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "1"})
         self._taken += size
 
     def give_back(self, size: int) -> None:
-        """Return room that was taken."""
+        """Return reserved bytes."""
         self._taken -= size
 
 
 class Body:
-    """Body of one request, which holds its room in the shared memory until it is released."""
+    """Body of one request; it keeps its part of the shared memory until it is released."""
 
     def __init__(self, limits: Limits, memory: BodyMemory) -> None:
         self._limits = limits
@@ -54,7 +52,7 @@ class Body:
         return data
 
     def release(self) -> None:
-        """Give the room back, once nothing of the body is in memory."""
+        """Return the reserved memory once the body has been freed."""
         self._memory.give_back(self._room)
         self._data, self._room = bytearray(), 0
 
@@ -62,24 +60,18 @@ class Body:
         """Read a JSON body.
 
         Raises:
-            ApiError: 400, 408, 413, 415 or 429, once the body has too many values, times out, is too large,
-                has another type, or finds no room.
+            ApiError: 400, 413, 415 or 429, once the body has too many values, is too large, has another type,
+                or exceeds the memory left.
         """
         # Browsers send JSON to other sites only after a preflight request, which this server does not grant.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "Unsupported content type. Send JSON as Content-Type: application/json.")
         self._check_size(int(request.headers.get("content-length", 0)))
         counter = ValueCounter(self._limits.max_values)
-        seconds = self._limits.max_body_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                async for chunk in request.stream():
-                    self._make_room(len(self._data) + len(chunk))
-                    counter.feed(chunk)
-                    self._data += chunk
-        except TimeoutError as error:
-            message = f"The request body did not arrive within {seconds:g} s."
-            raise ApiError(408, message, code="timeout") from error
+        async for chunk in request.stream():
+            self._make_room(len(self._data) + len(chunk))
+            counter.feed(chunk)
+            self._data += chunk
 
     def _check_size(self, size: int) -> None:
         if size > (limit := self._limits.max_request_bytes):
@@ -94,16 +86,16 @@ class Body:
 
 
 class ValueCounter:
-    """Counter of a JSON text's values by its commas and opening brackets, outside of strings.
+    """Counter of the values in a JSON text, by the commas and opening brackets outside strings.
 
-    Exact for every valid beginning of a text, which is as far as a parser gets.
+    The count is exact for every valid prefix of a text, and a parser reads no further.
     """
 
     def __init__(self, maximum: int) -> None:
         self._maximum = maximum
         self._values = 0
         self._in_string = False
-        self._backslash = b""  # at the end of a chunk, it escapes the first character of the next one
+        self._backslash = b""  # at the end of a chunk: escapes the first character of the next one
 
     def feed(self, chunk: bytes) -> None:
         """Count the values of the next chunk.

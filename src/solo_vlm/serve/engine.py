@@ -172,7 +172,7 @@ class Engine:
             add_generation_prompt: Whether to end where the next answer begins.
 
         Raises:
-            ChatTemplateError: The chat template refuses the chat.
+            ChatTemplateError: The chat template rejects the chat.
         """
         grids = [image.image_grid_thw for image in images]
         with self._encoding:

@@ -6,15 +6,17 @@ of an address, DNS rebinding or redirect leads to a private network.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
+import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import BytesIO
-from ipaddress import IPv6Address, ip_address, ip_network
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any
 
 import aiohttp
@@ -22,10 +24,10 @@ import numpy as np
 from aiohttp.connector import AddrInfoType
 from numpy.typing import NDArray
 
-from solo_vlm.data.encode import MAX_ASPECT_RATIO
 from solo_vlm.models.inspect import ImageSummary
-from solo_vlm.models.solo.image_loading_solo import ImageError, load_image, read_data_url
+from solo_vlm.models.solo.image_loading_solo import ImageError, read_data_url
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor, patches_to_image
+from solo_vlm.serve.addresses import is_public
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.protocol import ApiError
 from solo_vlm.utils.pages import png_url
@@ -34,11 +36,12 @@ Source = tuple[str, str | bytes]
 """An image's place in the request, and its data URL or downloaded file."""
 
 _MAX_ESCAPES = 1_000_000  # percent escapes per request: decoding them is far slower than base64
-_FORMATS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
+_MAX_SECONDS = 3.0  # CPU time for a request's images; one takes at most 2 s
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
 
-_GLOBAL_UNICAST = ip_network("2000::/3")  # all assigned addresses of the public internet (RFC 4291)
-_AZURE_METADATA = ip_address("168.63.129.16")  # the one cloud with its metadata at a public address
 _MAX_REDIRECTS = 3
+_MAX_URL_CHARS = 8192
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,36 @@ def describe_image(image: EncodedImage) -> dict[str, Any]:
     return {**layout.as_dict(), "picture": png_url(file.getvalue())}
 
 
+class PixelBudget:
+    """Thread-safe limit on the pixels, and so the memory, of all images that are being decoded."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free = pixels
+        self._turn = Lock()  # a queue, so that small images cannot overtake a large one forever
+        self._released = Condition()
+
+    @contextmanager
+    def decoding(self) -> Iterator[Callable[[int, int], None]]:
+        """Yield a function that waits until an image of a given width and height fits."""
+        held = 0
+
+        def wait(width: int, height: int) -> None:
+            nonlocal held
+            if held:
+                return
+            with self._turn, self._released:
+                self._released.wait_for(lambda: self._free >= width * height)
+                held = width * height
+                self._free -= held
+
+        try:
+            yield wait
+        finally:
+            with self._released:
+                self._free += held
+                self._released.notify_all()
+
+
 class ImageReader:
     """Reader of images in requests, within limits. Thread-safe.
 
@@ -80,6 +113,7 @@ class ImageReader:
         self._cache: OrderedDict[bytes, EncodedImage] = OrderedDict()
         self._cached_bytes = 0
         self._lock = Lock()
+        self._pixels = PixelBudget(limits.max_pixels)
 
     async def fetch(self, urls: Iterable[tuple[str, str]]) -> list[Source]:
         """Download images with http(s) URLs; return data URLs unchanged.
@@ -89,14 +123,18 @@ class ImageReader:
 
         Raises:
             ApiError: 400, for an unsupported or forbidden URL, or if all downloads together exceed the size
-                limit of a request.
+                limit of a request or the time limit of downloads.
         """
         sources: list[Source] = []
-        bytes_left = self._limits.max_request_bytes
-        for param, url in urls:
-            source = await self._fetch(url, param, min(bytes_left, self._limits.max_image_bytes))
-            bytes_left -= len(source) if isinstance(source, bytes) else 0
-            sources.append((param, source))
+        bytes_left, seconds = self._limits.max_request_bytes, self._limits.max_fetch_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                for param, url in urls:
+                    source = await self._fetch(url, param, min(bytes_left, self._limits.max_image_bytes))
+                    bytes_left -= len(source) if isinstance(source, bytes) else 0
+                    sources.append((param, source))
+        except TimeoutError as error:
+            raise _fetch_failed(param, f"timed out after {seconds:g} s") from error
         return sources
 
     def read(self, sources: Iterable[Source]) -> list[EncodedImage]:
@@ -106,18 +144,20 @@ class ImageReader:
             ApiError: 400, for a file that is not an image, damaged, or over a limit.
         """
         images: list[EncodedImage] = []
-        escapes = 0
+        escapes, started = 0, time.thread_time()
         pixels_left = self._limits.max_pixels
         for param, source in sources:
             if isinstance(source, str) and (escapes := escapes + source.count("%")) > _MAX_ESCAPES:
                 raise _invalid(param, "Too much percent-encoding in data URLs. Use base64.")
             file = self._from_data_url(source, param) if isinstance(source, str) else source
-            if not _FORMATS.match(file):
+            if not _STARTS.match(file):
                 raise _invalid(param, "Unsupported image format. Use JPEG, PNG, WebP, GIF or BMP.")
             try:
                 image = self._encode(file, pixels_left)
             except ImageError as error:
                 raise _invalid(param, f"Invalid image: {error}.") from error
+            if time.thread_time() - started > _MAX_SECONDS:
+                raise _invalid(param, f"The images take more than {_MAX_SECONDS:g} s to decode. Send fewer.")
             pixels_left -= image.size[0] * image.size[1]
             images.append(image)
         return images
@@ -130,7 +170,9 @@ class ImageReader:
             raise _invalid(param, "Unsupported image URL. Use a data URL: data:image/png;base64,...")
         if not self._limits.allow_image_urls:
             raise _invalid(param, "This server does not download images. Use a data URL with base64.")
-        return await fetch_image(url, param, max_bytes, self._limits.max_fetch_seconds)
+        if len(url) > _MAX_URL_CHARS:
+            raise _invalid(param, f"Image URL too long: at most {_MAX_URL_CHARS:,} characters are allowed.")
+        return await fetch_image(url, param, max_bytes)
 
     def _from_data_url(self, url: str, param: str) -> bytes:
         try:
@@ -148,9 +190,12 @@ class ImageReader:
             if (image := self._cache.get(digest)) and image.size[0] * image.size[1] <= max_pixels:
                 self._cache.move_to_end(digest)
                 return image
-        picture = load_image(file, max_pixels=max_pixels, name="image")
-        pixel_values, grid = self._image_processor.encode_image(picture, MAX_ASPECT_RATIO)
-        image = EncodedImage(pixel_values, grid, picture.size, digest)
+        with self._pixels.decoding() as wait_for_memory:
+            pixels = self._image_processor.load_pixels(
+                file, max_pixels=max_pixels, formats=_FORMATS, on_size=wait_for_memory, name="image"
+            )
+            height, width = pixels.shape[:2]
+            image = EncodedImage(*self._image_processor.encode_pixels(pixels), (width, height), digest)
         with self._lock:
             if digest not in self._cache:
                 self._cache[digest] = image
@@ -164,26 +209,13 @@ class ImageReader:
 # ------------------------------------------------------------------------------------------ downloads
 
 
-def is_public(address: str) -> bool:
-    """Return whether an IP address belongs to the public internet.
-
-    Private, loopback, link-local, shared, multicast and reserved addresses do not, nor do those of cloud
-    metadata services and IPv6 addresses that stand for IPv4 ones (mapped, 6to4, Teredo, NAT64).
-    """
-    ip = ip_address(address)
-    if isinstance(ip, IPv6Address) and (ip not in _GLOBAL_UNICAST or ip.sixtofour or ip.teredo):
-        return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip == _AZURE_METADATA)
-
-
-async def fetch_image(url: str, param: str, max_bytes: int, max_seconds: float) -> bytes:
+async def fetch_image(url: str, param: str, max_bytes: int) -> bytes:
     """Download a file from a public address.
 
     Args:
         url: URL of scheme http or https.
         param: Place of the URL in the request, for errors.
         max_bytes: Maximum size of the response body.
-        max_seconds: Time limit in seconds, redirects included.
 
     Raises:
         ApiError: 400. Forbidden and unreachable addresses give the same error, so clients cannot map a
@@ -196,7 +228,7 @@ async def fetch_image(url: str, param: str, max_bytes: int, max_seconds: float) 
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "solo-vlm"},
-                timeout=aiohttp.ClientTimeout(total=max_seconds),
+                timeout=aiohttp.ClientTimeout(total=None),
             ) as session,
             session.get(url, max_redirects=_MAX_REDIRECTS) as response,
         ):
@@ -208,8 +240,6 @@ async def fetch_image(url: str, param: str, max_bytes: int, max_seconds: float) 
                 if len(body) > max_bytes:
                     raise _too_large(param, max_bytes)
             return bytes(body)
-    except TimeoutError as error:
-        raise _fetch_failed(param, f"timed out after {max_seconds:g} s") from error
     except (aiohttp.ClientError, ValueError, OSError) as error:
         raise _fetch_failed(param, "no public address responded") from error
 

@@ -17,6 +17,9 @@ class Limits:
     max_concurrent: Annotated[
         int, Option(min=1, help="Maximum in-flight requests (reading, queued or generating); more get 429.")
     ] = 64
+    max_connections: Annotated[
+        int, Option(min=1, help="Maximum open connections; above it, the longest idle one is closed.")
+    ] = 512
     max_batch: Annotated[int, Option(min=1, help="Maximum requests generated together.")] = 8
     max_batch_tokens: Annotated[
         int, Option(min=1, help="Maximum tokens per batch of several requests, with padding and answers.")
@@ -42,7 +45,12 @@ class Limits:
     max_body_seconds: Annotated[float, Option(min=0.1, help="Time limit for sending a request's body.")] = (
         30.0
     )
-    max_fetch_seconds: Annotated[float, Option(min=0.1, help="Time limit for downloading an image.")] = 10.0
+    max_head_seconds: Annotated[
+        float, Option(min=0.1, help="Time limit for sending a request's headers on an open connection.")
+    ] = 10.0
+    max_fetch_seconds: Annotated[
+        float, Option(min=0.1, help="Time limit for downloading a request's images.")
+    ] = 10.0
     max_drain_seconds: Annotated[
         float, Option(min=0, help="Time limit for in-flight requests at shutdown.")
     ] = 30.0

@@ -179,7 +179,7 @@ class StreamOptions(_Part):
 
 
 class _Body(BaseModel):
-    """A request body. `parse_body` refuses the fields that it neither has nor ignores."""
+    """A request body. `parse_body` rejects fields that are neither defined nor ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 

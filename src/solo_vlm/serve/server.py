@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import active_children
+from types import FrameType
+from typing import NoReturn, cast
 
 import uvicorn
+from starlette.applications import Starlette
 
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.serve.app import make_app
+from solo_vlm.serve.connections import Connection
 from solo_vlm.serve.engine import Engine
 from solo_vlm.serve.limits import Limits
 from solo_vlm.utils.errors import SoloError
 
+logger = logging.getLogger(__name__)
+
 _BACKLOG = 2048  # connections waiting to be accepted
+_CLOSE_SECONDS = 0.5  # after the drain, for clients to read why their request ended
+_EXIT_SECONDS = 1.5  # after the drain, for the rest of the shutdown
 
 
 def serve_model(
@@ -27,8 +40,8 @@ def serve_model(
     limits: Limits,
     api_keys: Sequence[str],
     on_ready: Callable[[str], None],
-) -> None:
-    """Serve a model until SIGTERM or SIGINT, then finish in-flight requests and return.
+) -> NoReturn:
+    """Serve a model until SIGTERM or SIGINT, then finish in-flight requests and end the process.
 
     Args:
         load: Function that loads the model, called once the address is known to be free.
@@ -44,19 +57,67 @@ def serve_model(
     """
     with bind(host, port) as address:
         engine = Engine(load(), limits.max_batch, limits.max_batch_tokens)
-        config = uvicorn.Config(
-            make_app(engine, name, limits, api_keys),
-            http="h11",  # it limits the size of headers
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=round(limits.max_drain_seconds),
-        )
+        server = Server(make_app(engine, name, limits, api_keys, host), limits)
         address.listen()
         on_ready(address.url)
         with _signals_only_for_uvicorn():
-            uvicorn.Server(config).run(sockets=[address.socket])
+            server.run(sockets=[address.socket])
+    _exit()
+
+
+class Server(uvicorn.Server):
+    """Server of uvicorn, with a bounded shutdown: in-flight requests have `max_drain_seconds`.
+
+    Args:
+        app: Result of `make_app`.
+        limits: Limits of connections and of the shutdown.
+    """
+
+    def __init__(self, app: Starlette, limits: Limits) -> None:
+        connection = cast("type[asyncio.Protocol]", partial(Connection, limits))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=connection,
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+            )
+        )
+        self._app = app
+        self._drain_seconds = limits.max_drain_seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin the shutdown, and set an alarm that ends the process even if a thread hangs."""
+        if not self.should_exit:
+            signal.signal(signal.SIGALRM, lambda *_: _exit())
+            signal.setitimer(signal.ITIMER_REAL, self._drain_seconds + _EXIT_SECONDS)
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for in-flight requests; after the time limit, end them and close their connections."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._drain_seconds, self._stop_requests)
+        loop.call_later(self._drain_seconds + _CLOSE_SECONDS, self._close_connections)
+        await super().shutdown(sockets)
+
+    def _stop_requests(self) -> None:
+        if stopped := self._app.state.stop_requests():
+            logger.warning(
+                "requests unfinished after --max-drain-seconds %g: %d", self._drain_seconds, stopped
+            )
+
+    def _close_connections(self) -> None:
+        for connection in self.server_state.connections:
+            connection.transport.abort()
+
+
+def _exit() -> NoReturn:
+    """End the process at once, because threads that still run could block or crash its teardown."""
+    for child in active_children():
+        child.kill()
+    os._exit(0)
 
 
 @dataclass(frozen=True)
@@ -67,7 +128,7 @@ class Address:
     url: str
 
     def listen(self) -> None:
-        """Queue connections until they are accepted; before, they are refused.
+        """Queue connections until they are accepted; earlier ones fail.
 
         Raises:
             SoloError: Another process started to listen here first.

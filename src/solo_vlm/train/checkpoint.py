@@ -90,7 +90,7 @@ class Checkpointer:
         self._pending: Future[Any] | None = None
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-        """Save the current step unless it is saved already; wait for a pending checkpoint first."""
+        """Save the current step unless it is already saved; wait for a pending checkpoint first."""
         self.wait()
         tensors = _trained_tensors(model, optimizer)
         path = self._folder / f"step-{state.step:08d}"
@@ -132,10 +132,10 @@ class Checkpointer:
             sync(partial)
             partial.rename(path)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)  # of a failed save: it may have filled the disk
+            shutil.rmtree(partial, ignore_errors=True)  # a failed save may have filled the disk
         sync(path.parent)
         for old in find_checkpoints(path.parent)[: -self._keep]:
-            # Renamed first, so that a crash does not leave half a checkpoint under a valid name.
+            # Renamed first, so that a crash cannot leave half a checkpoint under a valid name.
             shutil.rmtree(old.rename(old.with_name(f"{_PARTIAL_PREFIX}{old.name}")))
 
 
@@ -146,7 +146,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_partial_checkpoints(folder: Path) -> None:
-    """Remove what a crash has left behind, half saved or half deleted; needs the lock of the run."""
+    """Remove checkpoints that a crash left half saved or half deleted; requires the lock of the run."""
     for path in folder.glob(f"{_PARTIAL_PREFIX}step-*"):
         remove(path)
 
@@ -190,10 +190,10 @@ def find_damage(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """Compare the files of a checkpoint with its checksums.
 
     Args:
-        rank: Number of this process among `ranks`, which divide the files to read among them.
+        rank: Rank of this process; the `ranks` processes divide the files among them.
 
     Returns:
-        Description of the first damage, with the name of the file; None if there is none.
+        Description of the first damage, with the file name; None if there is no damage.
     """
     try:
         expected = json.loads((path / _CHECKSUMS_FILE).read_text())
@@ -289,7 +289,7 @@ def _create_partial(path: Path, partial: Path, state: TrainState) -> bool:
 
 
 class _ChecksumWriter(FileSystemWriter):
-    """Torch's writer, with checksums: each process computes those of its files, rank 0 collects them."""
+    """Torch's writer with checksums: each process computes those of its files, and rank 0 collects them."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         written = super().write_data(plan, planner)

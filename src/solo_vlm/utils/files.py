@@ -1,4 +1,4 @@
-"""Creation of files and folders: the final name appears only when they are complete and on disk."""
+"""Creation of files and folders: the final name appears only when the content is complete and on disk."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LOCK = ".lock"
 
 _PREFIX = ".partial-"
 
-# Why the system refuses: what cannot be done, and what to do about it.
-_REFUSALS = {
+# System errors: the operation that failed, and advice for the user.
+_OS_ERRORS = {
     errno.ENOSPC: ("write", "free space there"),
     errno.EDQUOT: ("write", "free space there, or raise the quota"),
     errno.EFBIG: ("write", "raise the limit for the size of files"),
@@ -28,7 +28,7 @@ _REFUSALS = {
     errno.EACCES: ("access", "change its permissions, or choose another place"),
     errno.EPERM: ("access", "change its permissions, or choose another place"),
 }
-# safetensors and tokenizers write in Rust, which reports the number in the text alone.
+# Rust libraries such as safetensors and tokenizers report the number only in the message.
 _RUST_ERROR = re.compile(r"os error (\d+)")
 
 
@@ -88,28 +88,28 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise SoloError, naming the path, if the system refuses what the body writes: no space, read-only."""
+    """Raise SoloError with the path if the body cannot write, for example to a full or read-only disk."""
     try:
         yield
     except BaseException as error:  # torch's error of a distributed checkpoint is not an Exception
-        refusal = None if isinstance(error, SoloError) else explain_refusal(error, path)
-        if refusal is None:
+        explained = None if isinstance(error, SoloError) else explain_os_error(error, path)
+        if explained is None:
             raise
-        raise refusal from error
+        raise explained from error
 
 
-def explain_refusal(error: BaseException, path: Path | None = None) -> SoloError | None:
-    """Return the one-line error for an exception caused by the system's refusal to write; else None.
+def explain_os_error(error: BaseException, path: Path | None = None) -> SoloError | None:
+    """Return a one-line error for an exception caused by a failed read or write; None for other exceptions.
 
     Args:
-        path: Path that was written. Default: the file that the system names.
+        path: Path to which the program wrote. Default: the file that the system names.
     """
-    found = next(filter(None, map(_refusal, _causes(error))), None)
+    found = next(filter(None, map(_find_os_error, _causes(error))), None)
     if found is None:
         return None
     number, name = found
-    verb, advice = _REFUSALS[number]
-    # What cannot be accessed may be an input. Of a copy that does not fit, the system names the source.
+    verb, advice = _OS_ERRORS[number]
+    # An inaccessible file may be an input. If a copy does not fit, the system names its source.
     is_input = path and name and verb == "access" and not _is_below(path.parent, name)
     named = name if path is None or is_input else path
     return SoloError(
@@ -119,17 +119,17 @@ def explain_refusal(error: BaseException, path: Path | None = None) -> SoloError
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Return whether a path lies in a folder, links followed; the hub's cache has links to blobs."""
+    """Return whether a path, with links resolved, is in a folder or in its blobs in the hub's cache."""
     try:
         real = os.path.realpath(path)
-    except ValueError:  # a zero byte
+    except ValueError:  # the path contains a zero byte
         return False
     return any(real == root or real.startswith(root.rstrip("/") + "/") for root in _content_roots(folder))
 
 
 @lru_cache
 def _content_roots(folder: str) -> list[str]:
-    """Return a folder, and for `models--a--b/snapshots/123` or below also `models--a--b/blobs`."""
+    """Return the folder and, for a path in `models--a--b/snapshots/123`, also `models--a--b/blobs`."""
     root = Path(os.path.realpath(folder))
     snapshots = (parent for parent in root.parents if parent.name == "snapshots")
     blobs = [parent.with_name("blobs") for parent in snapshots]
@@ -187,7 +187,7 @@ def process_exists(number: int) -> bool:
 
 
 def remove_partial(folder: Path, name: str = "*") -> None:
-    """Remove temporary files and folders of killed processes; those of running ones stay.
+    """Remove the temporary files and folders of killed processes; keep those of running ones.
 
     Args:
         name: Pattern of the final names.
@@ -219,21 +219,21 @@ def _is_below(folder: Path, name: str) -> bool:
     return Path(name).absolute().is_relative_to(folder.absolute())
 
 
-def _refusal(error: BaseException) -> tuple[int, str | None] | None:
-    """Return the number of the system's refusal and the file it names, if the error is one."""
+def _find_os_error(error: BaseException) -> tuple[int, str | None] | None:
+    """Return the error number and the file name of a failed write; None for other errors."""
     if isinstance(error, OSError) and error.errno is not None:
         number, name = error.errno, error.filename
     elif match := _RUST_ERROR.search(str(error)):
         number, name = int(match[1]), None
     else:
         return None
-    if number not in _REFUSALS:
+    if number not in _OS_ERRORS:
         return None
     return number, os.fsdecode(name) if isinstance(name, str | bytes) else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those it was raised for, also in other processes of a distributed checkpoint."""
+    """Yield an error and its causes, including those in other processes of a distributed checkpoint."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:

@@ -22,8 +22,8 @@ FILES = (
 )
 
 
-def llava(image: str, *said: str) -> dict[str, Any]:
-    turns = [{"from": "gpt" if number % 2 else "human", "value": text} for number, text in enumerate(said)]
+def llava(image: str, *texts: str) -> dict[str, Any]:
+    turns = [{"from": "gpt" if number % 2 else "human", "value": text} for number, text in enumerate(texts)]
     return {"id": "row-1", "image": image, "conversations": turns}
 
 

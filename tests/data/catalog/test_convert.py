@@ -314,7 +314,7 @@ def test_partial_files_of_a_killed_process_are_removed(tmp_path, raw):
     assert not list((tmp_path / "out").glob(".partial-*"))
 
 
-def test_second_conversion_into_the_same_folder_is_refused(tmp_path, raw):
+def test_second_conversion_into_the_same_folder_is_rejected(tmp_path, raw):
     write_parquet(raw / "x.parquet", [USUAL["vqav2"][0]])
     holder = "import sys; from pathlib import Path; from solo_vlm.utils.files import lock_output_dir\n"
     holder += "held = lock_output_dir(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"

@@ -28,14 +28,14 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
-def told(tmp_path: Path) -> dict[str, str]:
+def recorded_arguments(tmp_path: Path) -> dict[str, str]:
     return json.loads((tmp_path / "tars.json").read_text())
 
 
 def test_parquet_lists_are_passed_unchanged(tmp_path, program):
     (tmp_path / "lists").mkdir()
     download(get("capfusion"), tmp_path / "lists", tmp_path / "tars", str(program), 4, 32)
-    assert told(tmp_path) == {
+    assert recorded_arguments(tmp_path) == {
         "url_list": str(tmp_path / "lists"),
         "input_format": "parquet",
         "url_col": "image_url",
@@ -56,8 +56,13 @@ def test_table_without_header_gets_one(tmp_path, program, encoding):
     table = tmp_path / "Train_GCC-training.tsv"
     table.write_text("a bus\thttps://x/1.jpg\n", encoding=encoding)
     download(get("cc3m"), table, tmp_path / "tars", str(program), 1, 1)
-    assert Path(told(tmp_path)["url_list"]).read_text() == "caption\turl\na bus\thttps://x/1.jpg\n"
-    assert (told(tmp_path)["url_col"], told(tmp_path)["caption_col"]) == ("url", "caption")
+    assert (
+        Path(recorded_arguments(tmp_path)["url_list"]).read_text() == "caption\turl\na bus\thttps://x/1.jpg\n"
+    )
+    assert (recorded_arguments(tmp_path)["url_col"], recorded_arguments(tmp_path)["caption_col"]) == (
+        "url",
+        "caption",
+    )
     assert table.read_text(encoding=encoding) == "a bus\thttps://x/1.jpg\n"
 
 

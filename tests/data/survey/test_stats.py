@@ -73,16 +73,16 @@ def test_95_percent_intervals_cover_the_true_total():
     """Shards differ in size and content; 400 samples, each of 4 rows from each of 30 shards."""
     rng = np.random.default_rng(1)
     rows = [rng.gamma(2, 10 + shard % 7, (int(rng.integers(6, 20)), 1)) for shard in range(150)]
-    truth = sum(shard.sum() for shard in rows)
-    errors, held = [], 0
+    expected = sum(shard.sum() for shard in rows)
+    errors, covered = [], 0
     for _ in range(400):
         shards = rng.choice(len(rows), 30, replace=False)
         drawn = [(len(rows[shard]), rng.permutation(rows[shard])[:4]) for shard in shards]
         estimate = estimate_totals(len(rows), drawn)
-        errors.append(estimate.totals[0] / truth - 1)
-        held += abs(estimate.totals[0] - truth) <= estimate.margins[0]
+        errors.append(estimate.totals[0] / expected - 1)
+        covered += abs(estimate.totals[0] - expected) <= estimate.margins[0]
     assert abs(np.mean(errors)) < 0.01
-    assert 0.91 < held / 400 < 0.98
+    assert 0.91 < covered / 400 < 0.98
 
 
 def test_rows_are_sampled_evenly_over_shards(made):
@@ -96,10 +96,10 @@ def test_rows_are_sampled_evenly_over_shards(made):
 
 def test_packed_sequences_of_a_large_source_are_estimated_from_a_sample():
     lengths = np.random.default_rng(0).integers(1, 1001, 20_000)
-    truth = len(pack(map(int, lengths), 1000))
+    expected = len(pack(map(int, lengths), 1000))
     drawn = lengths[::40].tolist()
     estimate = estimate_instances(int(lengths.sum()), drawn, 1000, 128, np.random.default_rng(0))
-    assert estimate == pytest.approx(truth, rel=0.03)
+    assert estimate == pytest.approx(expected, rel=0.03)
     assert estimate_instances(0, [], 1000, 128, np.random.default_rng(0)) == 0
 
 

@@ -136,8 +136,8 @@ def test_run_with_llm_judge(run, tmp_path, monkeypatch):
             tmp_path / "out",
         ]
         options = ["--data-root", data_root, "--max-new-tokens", 2, "--judge", "judge-1", "--judge-url", url]
-        code, printed, said = run(*command, *options, "--json")
-    assert code == 0, said
+        code, printed, error = run(*command, *options, "--json")
+    assert code == 0, error
     assert len(requests) == len(rows)
     (score,) = json.loads(printed)["scores"]
     assert score["score"] == 100.0

@@ -57,8 +57,10 @@ class Parrot:
 
 
 def test_accuracy_is_the_share_of_correct_answers_and_resumes(tmp_path, picture):
-    truths = ["red", "blue", "Red ", "a red"] * 30
-    asked = [chat_sample([(f"number {n}?", truth)], picture(8, 8)) for n, truth in enumerate(truths)]
+    references = ["red", "blue", "Red ", "a red"] * 30
+    asked = [
+        chat_sample([(f"number {n}?", reference)], picture(8, 8)) for n, reference in enumerate(references)
+    ]
     write_samples(tmp_path / "data.parquet", asked)
     file = answers_file(tmp_path / "result.json")
     parrot = Parrot("RED")

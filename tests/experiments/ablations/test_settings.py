@@ -10,7 +10,7 @@ from solo_vlm.utils.errors import SoloError
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("stages.sft.step=3", "base, stage sft: unknown key step; did you mean steps"),
         ("stages.init.from_scrach=true", "unknown key from_scrach; did you mean from_scratch"),
@@ -25,8 +25,8 @@ from solo_vlm.utils.errors import SoloError
         ("varants=3", "did you mean variants"),
     ],
 )
-def test_invalid_settings_are_rejected(load, override, says):
-    with pytest.raises(SoloError, match=says):
+def test_invalid_settings_are_rejected(load, override, message):
+    with pytest.raises(SoloError, match=message):
         build_pipelines(load(override))
 
 

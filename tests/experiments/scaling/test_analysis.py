@@ -87,18 +87,18 @@ def test_invalid_value_is_reported_with_row_and_column(run, tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("n,tokens,loss\n1,2,3\n", "expected n and loss, and d"),
         ("", "no rows"),
         ("n,d,loss\n1,2,3\n", "1 points"),
     ],
 )
-def test_table_without_points_is_rejected(run, tmp_path, text, says):
+def test_table_without_points_is_rejected(run, tmp_path, text, message):
     (tmp_path / "points.csv").write_text(text)
     status, _, err = run("scaling", "fit", tmp_path / "points.csv")
     assert status == 2
-    assert says in err
+    assert message in err
     assert run("scaling", "fit", tmp_path / "missing.csv")[0] == 2
 
 

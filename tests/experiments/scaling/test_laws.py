@@ -53,8 +53,10 @@ def test_minimum_matches_another_optimizer():
         terms = [a - alpha * np.log(n), b - beta * np.log(d), np.full_like(n, e)]
         return np.logaddexp.reduce(terms) - np.log(loss)
 
-    truth = [np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta]
-    other = least_squares(residuals, truth, loss="huber", f_scale=1e-3, x_scale="jac", xtol=1e-12, ftol=1e-12)
+    parameters = [np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta]
+    other = least_squares(
+        residuals, parameters, loss="huber", f_scale=1e-3, x_scale="jac", xtol=1e-12, ftol=1e-12
+    )
     assert fit.objective == pytest.approx(huber(1e-3, residuals(_parameters(fit.law))).sum(), rel=1e-6)
     assert fit.objective <= other.cost * (1 + 1e-6)
 
@@ -88,7 +90,7 @@ def test_intervals_are_deterministic_per_seed():
 
 
 @pytest.mark.parametrize(
-    ("n", "d", "loss", "says"),
+    ("n", "d", "loss", "message"),
     [
         ([1e6] * 5, [1e9] * 5, [2.0] * 5, "5 points"),
         ([1e6, 2e6] * 4, np.geomspace(1e8, 1e9, 8), np.linspace(3, 2, 8), "different values of n"),
@@ -96,8 +98,8 @@ def test_intervals_are_deterministic_per_seed():
         (np.geomspace(1e6, 1e7, 8), [1e8, np.nan, *range(1, 7)], [2.0] * 8, "of d"),
     ],
 )
-def test_undetermined_law_is_rejected(n, d, loss, says):
-    with pytest.raises(SoloError, match=says):
+def test_undetermined_law_is_rejected(n, d, loss, message):
+    with pytest.raises(SoloError, match=message):
         fit_scaling_law(n, d, loss)
 
 

@@ -105,7 +105,7 @@ def test_existing_model_of_another_size_is_rejected(settings):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"flops": [1e9]}, "tokens or as flops"),
         ({"tokens": []}, "tokens or as flops"),
@@ -117,8 +117,8 @@ def test_existing_model_of_another_size_is_rejected(settings):
         ({"token": [640]}, "did you mean tokens"),
     ],
 )
-def test_invalid_settings_are_rejected(settings, changes, says):
-    with pytest.raises(SoloError, match=says):
+def test_invalid_settings_are_rejected(settings, changes, message):
+    with pytest.raises(SoloError, match=message):
         prepare(settings(**changes))
 
 

@@ -687,9 +687,7 @@ def test_broken_exif_is_ignored():
     assert load_image(data).size == (40, 30)
 
 
-@pytest.mark.parametrize(
-    "file_format", ["PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "TGA", "JPEG2000", "ICO"]
-)
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "TGA", "JPEG2000"])
 def test_formats(tmp_path, file_format):
     image = photo(32, 32)
     path = tmp_path / "image"
@@ -787,7 +785,7 @@ def test_animations_give_their_first_frame(file_format):
     np.testing.assert_array_equal(pixels(image), np.asarray(frames[0]))
 
 
-@pytest.mark.parametrize(("width", "height"), [(1, 5000), (5000, 1), (1, 1), (2, 100_000), (65_000, 1)])
+@pytest.mark.parametrize(("width", "height"), [(1, 5000), (5000, 1), (1, 1), (2, 65_535), (65_535, 1)])
 def test_extreme_shapes(processor, width, height):
     output = processor(encoded(Image.new("RGB", (width, height), (10, 20, 30))))
     assert output["image_grid_thw"].tolist() == [[1, min(-(-height // 32), 32), min(-(-width // 32), 32)]]
@@ -801,8 +799,8 @@ def test_extreme_shapes(processor, width, height):
     ("content", "message"),
     [
         (b"", "empty file"),
-        (b"hello", "not an image of a known format"),
-        (b"\0" * 1000, "not an image of a known format"),
+        (b"hello", "not an image of a supported format"),
+        (b"\0" * 1000, "not an image of a supported format"),
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG is a vector format"),
         (b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- a -->\n<svg width="4"/>', "SVG is a vector format"),
         (b"\n<!DOCTYPE html><html></html>", "HTML page"),

@@ -61,8 +61,8 @@ def test_labels_follow_roles_over_several_turns(solo):
         text("assistant", "a blue square"),
     ]
     encoded = solo.processor.encode_chat(chat)
-    said = solo.processor.tokenizer.decode(encoded.input_ids[encoded.supervised])
-    assert said.replace(" ", "") == "seven</s>abluesquare</s>"
+    answer = solo.processor.tokenizer.decode(encoded.input_ids[encoded.supervised])
+    assert answer.replace(" ", "") == "seven</s>abluesquare</s>"
     assert encoded.input_ids[0] == solo.processor.tokenizer.bos_token_id
 
 
@@ -77,8 +77,8 @@ def test_document_is_bos_content_eos(solo):
 
 
 @pytest.mark.parametrize("add_prefix", ["byte level", "metaspace"])
-@pytest.mark.parametrize("said", ["a</s>b", "<s>7</s> seven", "x</s>\nx <vpatch>, </s></s>", "</s>"])
-def test_text_that_spells_special_tokens_gains_no_white_space(said, add_prefix):
+@pytest.mark.parametrize("answer", ["a</s>b", "<s>7</s> seven", "x</s>\nx <vpatch>, </s></s>", "</s>"])
+def test_text_that_spells_special_tokens_gains_no_white_space(answer, add_prefix):
     llm, tokenizer = make_llm()
     if add_prefix == "metaspace":  # as Mistral's and Llama 2's tokenizers
         backend = tokenizer.backend_tokenizer
@@ -87,10 +87,10 @@ def test_text_that_spells_special_tokens_gains_no_white_space(said, add_prefix):
         )
         backend.decoder = decoders.ByteLevel()
     processor = compose(llm, tokenizer).processor
-    for chat in ([text("user", "what?"), text("assistant", said)], [text("assistant", said)]):
+    for chat in ([text("user", "what?"), text("assistant", answer)], [text("assistant", answer)]):
         encoded = processor.encode_chat(chat)
         decoded = processor.tokenizer.decode(encoded.input_ids[encoded.supervised][:-1])
-        assert decoded.replace("\u2581", " ").removeprefix(" ") == said
+        assert decoded.replace("\u2581", " ").removeprefix(" ") == answer
 
 
 @pytest.mark.parametrize(

@@ -155,10 +155,10 @@ def picture(color, width=64, height=32):
 
 
 def ask(page, text=QUESTION):
-    asked = page.locator(".figures").count()
+    asked = page.locator(".metrics").count()
     page.fill("#prompt", text)
     page.click("#send")
-    page.locator(".figures").nth(asked).wait_for()
+    page.locator(".metrics").nth(asked).wait_for()
 
 
 def text_of(page, selector):
@@ -210,11 +210,11 @@ def test_answer_is_streamed_and_measured(page, keep):
     growing = [text for text in page.evaluate("window.seen") if text and sentence("blue").startswith(text)]
     assert len(set(growing)) >= 4
     assert growing == sorted(growing, key=len)
-    figures = text_of(page, ".figures")
+    metrics = text_of(page, ".metrics")
     assert re.fullmatch(
         r"\d+ text \+ 4 vision tokens( \(\d+ cached\))? · answer \d+ · first token \d+ ms · \d+ tokens/s",
-        figures.replace(".", ""),
-    ), figures
+        metrics.replace(".", ""),
+    ), metrics
     keep("answer")
 
 
@@ -257,7 +257,7 @@ def test_several_images_and_turns_and_a_new_chat(page, keep):
         page.wait_for_selector("#pending img")
         ask(page)
     assert page.locator(".assistant").count() == 2
-    assert "8 vision tokens" in text_of(page, ".figures >> nth=1")
+    assert "8 vision tokens" in text_of(page, ".metrics >> nth=1")
     page.locator(".assistant").nth(1).locator(".word").first.click()
     page.wait_for_selector(".word[aria-pressed=true]")
     assert page.locator("#thumbnails button").count() == 2
@@ -267,7 +267,7 @@ def test_several_images_and_turns_and_a_new_chat(page, keep):
     assert page.locator(".turn").count() == 0
     assert page.is_visible("#drop")
     ask(page)
-    assert "+ 0 vision tokens" in text_of(page, ".figures")
+    assert "+ 0 vision tokens" in text_of(page, ".metrics")
 
 
 def test_errors_are_shown_on_the_page(page, keep):
@@ -298,7 +298,7 @@ def test_page_works_by_keyboard(page):
     page.focus("#prompt")
     page.keyboard.type(QUESTION)
     page.keyboard.press("Enter")
-    page.wait_for_selector(".figures")
+    page.wait_for_selector(".metrics")
     page.locator(".turn.user button").focus()
     for key in ("Tab", "Enter"):
         page.keyboard.press(key)
@@ -325,8 +325,8 @@ def test_stop_ends_the_answer_on_the_server(page, server):
     )
     page.fill("#prompt", QUESTION)
     page.click("#send")
-    page.wait_for_selector(".figures")
-    assert page.locator(".figures").inner_text() == "stopped"
+    page.wait_for_selector(".metrics")
+    assert page.locator(".metrics").inner_text() == "stopped"
     deadline = time.monotonic() + 30
     while running():
         assert time.monotonic() < deadline

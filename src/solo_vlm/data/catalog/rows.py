@@ -168,8 +168,8 @@ class RawFolder:
             if not path.is_relative_to(base):
                 raise SampleError("image-path", f"{name} is outside {self.root}")
             if path.is_file():
-                return path.read_bytes() or self._refuse(name)
-        return self._refuse(name)
+                return path.read_bytes() or self._raise_missing(name)
+        return self._raise_missing(name)
 
-    def _refuse(self, name: str) -> bytes:
+    def _raise_missing(self, name: str) -> bytes:
         raise SampleError("image-missing", f"{name} is empty or not in {self.root}")

@@ -180,26 +180,26 @@ def cut_turns(
                 "the chat template renders a turn differently once other turns follow, so training and "
                 "inference would disagree"
             )
-        said = message["content"].strip()
+        answer = message["content"].strip()
         start = _skip_space(whole, len(prompt))
-        if not whole.startswith(said, start):
+        if not whole.startswith(answer, start):
             raise ChatTemplateError(
                 f"the chat template changes the assistant's text in message {index + 1}, or writes something "
                 "before it that the generation prompt lacks"
             )
-        behind = _skip_space(whole, start + len(said))
-        end = max((token for token in ends if whole.startswith(token, behind)), key=len, default=None)
-        if end is None and (behind < len(whole) or add_generation_prompt):
+        after = _skip_space(whole, start + len(answer))
+        end = max((token for token in ends if whole.startswith(token, after)), key=len, default=None)
+        if end is None and (after < len(whole) or add_generation_prompt):
             raise ChatTemplateError(
                 f"the chat template writes no token at the end of message {index + 1}, an answer: "
                 "generation would not end there"
             )
-        place = start + len(said) if end is None else behind
+        stop = start + len(answer) if end is None else after
         segments += [
             (whole[done : len(prompt)], False),
-            (whole[len(prompt) : place] + (end or eos_token), True),
+            (whole[len(prompt) : stop] + (end or eos_token), True),
         ]
-        done = len(whole) if end is None else behind + len(end)
+        done = len(whole) if end is None else after + len(end)
     tail = whole[done:]
     if tail if add_generation_prompt else tail.strip():
         segments.append((tail, False))
@@ -221,7 +221,7 @@ def end_tokens(render: Render, candidates: Collection[str], eos_token: str) -> s
             segments = cut_turns(turn * turns, False, render, candidates, eos_token)
         except ChatTemplateError:  # such chats are skipped in training
             continue
-        ends |= {text.strip().removeprefix(answer).strip() for text, said in segments if said}
+        ends |= {text.strip().removeprefix(answer).strip() for text, is_answer in segments if is_answer}
     return ends
 
 

@@ -2,16 +2,21 @@
 
 Training, evaluation and serving all read images with `load_image` or `load_pixels`, so a file gives the same
 pixels everywhere. The rules are those of `transformers.image_utils.load_image` (EXIF orientation applied,
-transparency on white), extended to 16-bit and float images, arrays and tensors, size limits, and errors that
-name the file and the problem.
+transparency on white), extended to 16-bit and float images, arrays and tensors, limits on size and cost
+(`image_limits_solo`), and errors that name the file and the problem.
 """
 
 import base64
 import errno
 import os
+import pickle
 import re
+import subprocess
+import sys
 import time
 import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import InvalidURL
@@ -25,13 +30,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
+from .image_limits_solo import (
+    MAX_ASPECT_RATIO,
+    MAX_FILE_BYTES,
+    MAX_PIXELS,
+    MAX_PROFILE_BYTES,
+    LimitError,
+    MeteredFile,
+    check_decoder,
+    check_jpeg,
+    check_png,
+    check_size,
+)
+
 try:
     import simplejpeg
 except ImportError:  # optional in a published folder; Pillow decodes then
     simplejpeg = None
-
-MAX_PIXELS = 100_000_000
-"""Default limit of `load_image` for width * height, 300 MB of RGB."""
 
 MAX_DOWNLOAD_BYTES = 256 * 2**20
 """Default limit of `load_image` for the response body of a URL, in bytes."""
@@ -48,10 +63,8 @@ _UPRIGHT = {  # EXIF orientation -> transposition that makes the stored pixels u
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_TAG = 0x0112
-_JPEG_START, _JPEG_SCAN = b"\xff\xd8\xff", b"\xff\xda"
-_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xef\xfe]")
-_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/", b"MPF\0", b"ICC_PROFILE\0")
-"""Prefixes of JPEG segments that may hold an orientation, several images or a color profile."""
+_JPEG_START, _PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_BAND_PIXELS = 2**22  # large images are converted in bands of rows, which bounds the memory
 
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2  # a photometric interpretation, a sample format
@@ -63,6 +76,24 @@ _SRGB_TOLERANCE = 2
 
 _OTHER_SUFFIXES = {".heic", ".heif", ".hif", ".jxl", ".svg"}
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000", "HEIF", "JXL")
+"""Formats that are read, by Pillow's names; HEIF and JPEG XL with a plug-in."""
+
+_FORMATS_IN_SUBPROCESS = ("AVIF", "JPEG2000")  # their cost does not follow from the header
+_MAX_SUBPROCESS_SECONDS, _MAX_SUBPROCESS_BYTES = 10, 4 * 2**30
+_DECODE_SCRIPT = """
+import io, pickle, sys
+from PIL import Image
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, 2 * (int(sys.argv[2]),))
+    resource.setrlimit(resource.RLIMIT_AS, 2 * (int(sys.argv[3]),))
+except ImportError:  # Windows
+    pass
+image = Image.open(io.BytesIO(sys.stdin.buffer.read()), formats=[sys.argv[1]])
+sys.stdout.buffer.write(pickle.dumps(image.copy()))
+"""
+
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 _NO_SUCH_PAGE = (404, 410)
 
@@ -71,6 +102,7 @@ _NOT_PIXELS = (  # first bytes of files often mistaken for images -> error messa
     (rb"<(!doctype html|html|head|body)", "this is an HTML page, not an image"),
     (rb"%pdf", "PDF is a document, not an image; render its pages first"),
     (rb"version https://git-lfs", "this is a Git LFS pointer; fetch the real file with `git lfs pull`"),
+    (rb"%!ps", "EPS is a program; render it to PNG first"),
     (rb"(?s)....ftyp(hei|hev|mif)", "HEIF needs a plug-in: install pillow-heif and register its opener"),
     (rb"ii\*\0|mm\0\*", "a damaged TIFF, or one of a pixel format that Pillow cannot read"),
     (rb"(?s)\xff\xd8|\x89png|gif8|riff....webp|bm", "truncated or damaged"),
@@ -100,6 +132,9 @@ class LoadOptions(TypedDict, total=False):
     """Keyword arguments of `load_image`, which describes them."""
 
     max_pixels: int
+    max_aspect_ratio: float | None
+    formats: Sequence[str]
+    on_size: Callable[[int, int], None] | None
     name: str | None
     input_data_format: ChannelOrder | None
     allow_paths: bool
@@ -113,12 +148,21 @@ class _Options:
     """`LoadOptions` with their defaults."""
 
     max_pixels: int = MAX_PIXELS
+    max_aspect_ratio: float | None = MAX_ASPECT_RATIO
+    formats: Sequence[str] = FORMATS
+    on_size: Callable[[int, int], None] | None = None
     name: str | None = None
     input_data_format: ChannelOrder | None = None
     allow_paths: bool = True
     allow_urls: bool = True
     timeout: float = 30.0
     max_bytes: int = MAX_DOWNLOAD_BYTES
+
+    def check_size(self, width: int, height: int) -> None:
+        """Reject a file of this size, or report the size to `on_size`."""
+        check_size(width, height, self.max_pixels, self.max_aspect_ratio)
+        if self.on_size:
+            self.on_size(width, height)
 
 
 def load_image(source: Any, **options: Unpack[LoadOptions]) -> Image.Image:
@@ -148,7 +192,13 @@ def load_image(source: Any, **options: Unpack[LoadOptions]) -> Image.Image:
     Args:
         source: See above.
         max_pixels: Refuse a file whose header declares more pixels (width * height) before decoding it.
-            Default: `MAX_PIXELS`. Pillow's own limit of twice `PIL.Image.MAX_IMAGE_PIXELS` applies as well.
+            Default: `MAX_PIXELS`. Pillow's own limit of twice `PIL.Image.MAX_IMAGE_PIXELS` applies as well,
+            and the limits of `image_limits_solo`.
+        max_aspect_ratio: Refuse a file whose header declares a long side that exceeds the short one by more
+            than this factor. Default: `MAX_ASPECT_RATIO`; None accepts any.
+        formats: Formats of files that are read, by Pillow's names. Default: `FORMATS`.
+        on_size: Called with the width and height of a file, before its pixels are decoded; servers wait here
+            for memory.
         name: Name of the image in error messages. Default: the path, URL or kind of source.
         input_data_format: Axis order of an array. Default: inferred from its shape.
         allow_paths: Whether a string may name a local file. Servers turn this off for user input.
@@ -183,18 +233,19 @@ def load_pixels(source: Any, **options: Unpack[LoadOptions]) -> NDArray[np.uint8
         ImageError, ImageFetchError, ImageMissingError, TypeError: See `load_image`.
     """
     loaded = _load(source, _Options(**options))
-    return loaded if isinstance(loaded, np.ndarray) else np.array(loaded)
+    return loaded if isinstance(loaded, np.ndarray) else _to_array(loaded)
 
 
 def _load(source: Any, options: _Options) -> Image.Image | np.ndarray:
     """Return the image, or its pixels if they were decoded without Pillow."""
-    name, max_pixels, order = options.name, options.max_pixels, options.input_data_format
+    name, order = options.name, options.input_data_format
     if isinstance(source, Image.Image):
         name = name or f"{source.mode} image in memory"
-        _check(source, name, max_pixels)
-        return _to_upright_rgb(source, name)
+        with _naming(name):
+            _check(source, name, options)
+            return _to_upright_rgb(source, name)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(BytesIO(source), name or f"image of {len(source)} bytes", max_pixels)
+        return _decode(BytesIO(source), name or f"image of {len(source)} bytes", options)
     if isinstance(source, np.ndarray):
         return _from_array(source, name or f"array {source.shape} {source.dtype}", order)
     if type(source).__module__.partition(".")[0] == "torch" and hasattr(source, "detach"):
@@ -207,7 +258,7 @@ def _load(source: Any, options: _Options) -> Image.Image | np.ndarray:
         path = os.fsdecode(source)
         if not options.allow_paths:
             raise ImageError(f"{name or _shorten(path)}: reading local files is not allowed here")
-        return _from_file(path, name, max_pixels)
+        return _from_file(path, options)
     raise TypeError(
         "an image must be a PIL image, array, tensor, path, URL, base64 string or bytes, "
         f"not {type(source).__module__}.{type(source).__qualname__}"
@@ -216,32 +267,32 @@ def _load(source: Any, options: _Options) -> Image.Image | np.ndarray:
 
 def _from_text(text: str, options: _Options) -> Image.Image | np.ndarray:
     """Load from a URL, data URL, file URL, path or bare base64, tried in this order."""
-    scheme, max_pixels = text[:8].lower(), options.max_pixels
+    scheme = text[:8].lower()
     if scheme.startswith(("http://", "https://")):
         name = options.name or _shorten(text)
         if not options.allow_urls:
             raise ImageError(f"{name}: fetching URLs is not allowed here")
-        return _decode(BytesIO(_download(text, name, options.timeout, options.max_bytes)), name, max_pixels)
+        return _decode(BytesIO(_download(text, name, options.timeout, options.max_bytes)), name, options)
     if scheme.startswith("data:"):
         name = options.name or f"data URL ({_shorten(text.partition(',')[0])})"
-        return _decode(BytesIO(read_data_url(text, name)), name, max_pixels)
+        return _decode(BytesIO(read_data_url(text, name)), name, options)
     if scheme.startswith("file:"):
         name = options.name or _shorten(text)
         if not options.allow_paths:
             raise ImageError(f"{name}: reading local files is not allowed here")
-        return _from_file(_path_of_file_url(text, name), name, max_pixels)
+        return _from_file(_path_of_file_url(text, name), options)
     if options.allow_paths and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on long base64
-        return _from_file(text, options.name, max_pixels)
+        return _from_file(text, options)
     # The smallest image files have about 30 bytes: a shorter text is a mistyped path.
     data = _decode_base64(text.encode("ascii", "replace")) if len(text) > 40 else None
     if data is not None:
-        return _decode(BytesIO(data), options.name or "base64 image", max_pixels)
+        return _decode(BytesIO(data), options.name or "base64 image", options)
     if not options.allow_paths:
         raise ImageError(
             f"{options.name or _shorten(text)}: neither a URL nor base64, and reading local files is not "
             "allowed here"
         )
-    return _from_file(text, options.name, max_pixels)  # raises with the reason
+    return _from_file(text, options)  # raises with the reason
 
 
 def _path_of_file_url(url: str, name: str) -> str:
@@ -279,11 +330,11 @@ def read_data_url(url: str, name: str) -> bytes:
     return decoded
 
 
-def _from_file(path: str, name: str | None, max_pixels: int) -> Image.Image | np.ndarray:
-    name = name or _shorten(path)
+def _from_file(path: str, options: _Options) -> Image.Image | np.ndarray:
+    name = options.name or _shorten(path)
     try:
         with Path(path).open("rb") as file:
-            return _decode(file, name, max_pixels)
+            return _decode(file, name, options)
     except ImageError:
         raise
     except ValueError as error:  # a NUL byte in the path
@@ -293,66 +344,111 @@ def _from_file(path: str, name: str | None, max_pixels: int) -> Image.Image | np
         raise kind(f"{name}: {error.strerror or error}") from error
 
 
-def _decode(file: BinaryIO, name: str, max_pixels: int) -> Image.Image | np.ndarray:
-    """Decode an open image file after checking its size."""
-    if (pixels := _decode_plain_jpeg(file, max_pixels)) is not None:
-        return pixels
+def _decode(file: BinaryIO, name: str, options: _Options) -> Image.Image | np.ndarray:
+    """Decode an open image file after checking its size and structure."""
+    with _naming(name):
+        return _decode_within_limits(file, name, options)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Raise an error with the image's name if a limit is exceeded."""
     try:
-        image = Image.open(file)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name}: too large to decode safely ({error})") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: {_what_it_is(file)}") from error
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _damaged(error, name) from error
-    _check(image, name, max_pixels)
-    rgb = _to_upright_rgb(image, name)
+        yield
+    except LimitError as error:
+        raise ImageError(f"{name}: {error}") from error
+
+
+def _decode_within_limits(file: BinaryIO, name: str, options: _Options) -> Image.Image | np.ndarray:
+    if (size := file.seek(0, os.SEEK_END)) > MAX_FILE_BYTES:
+        raise LimitError(f"{size:,} bytes are more than the limit of {MAX_FILE_BYTES:,}")
+    file.seek(0)
+    start = file.read(len(_PNG_START))
+    file.seek(0)
+    if start.startswith(_JPEG_START):
+        data = file.read()
+        if (pixels := _decode_plain_jpeg(data, check_jpeg(data), options)) is not None:
+            return pixels
+    elif start == _PNG_START:
+        check_png(file)
+    file.seek(0)
+    image = _open(file, name, options.formats)
+    _check(image, name, options)
+    check_decoder(image, file)
+    decoded = _decode_in_subprocess(image, file, name) if image.format in _FORMATS_IN_SUBPROCESS else image
+    rgb = _to_upright_rgb(decoded, name)
     rgb.format = None  # marks the image as checked; see _check
     return rgb
 
 
-def _decode_plain_jpeg(file: BinaryIO, max_pixels: int) -> np.ndarray | None:
-    """Return the pixels of a JPEG, equal to Pillow's; None if Pillow must decode or reject it."""
-    is_jpeg = simplejpeg is not None and file.read(3) == _JPEG_START
-    file.seek(0)
-    if not is_jpeg:
-        return None
-    data = file.read()
+def _open(file: BinaryIO, name: str, formats: Sequence[str]) -> ImageFile.ImageFile:
+    """Read the header of an image file."""
+    Image.init()
+    try:
+        known = [file_format for file_format in formats if file_format in Image.OPEN]
+        return Image.open(MeteredFile(file), formats=known)  # type: ignore[arg-type]
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name}: too large to decode safely ({error})") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: {_describe_file(file)}") from error
+    except (LimitError, MemoryError):
+        raise
+    except Exception as error:
+        raise _damaged(error, name) from error
+
+
+def _decode_in_subprocess(image: Image.Image, file: BinaryIO, name: str) -> Image.Image:
+    """Decode in a subprocess with limits on CPU time and memory."""
+    limits = (str(image.format), str(_MAX_SUBPROCESS_SECONDS), str(_MAX_SUBPROCESS_BYTES))
     file.seek(0)
     try:
+        done = subprocess.run(
+            [sys.executable, "-c", _DECODE_SCRIPT, *limits],
+            input=file.read(),
+            capture_output=True,
+            timeout=10 * _MAX_SUBPROCESS_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is None or done.returncode < 0:
+        raise LimitError(
+            f"{image.format} takes more than {_MAX_SUBPROCESS_SECONDS} s to decode; save it as PNG"
+        )
+    if done.returncode:
+        raise _damaged(ValueError(done.stderr.decode(errors="replace").strip().rpartition("\n")[2]), name)
+    decoded: Image.Image = pickle.loads(done.stdout)
+    return decoded
+
+
+def _decode_plain_jpeg(data: bytes, regular: bool, options: _Options) -> np.ndarray | None:
+    """Return the pixels of a JPEG, equal to Pillow's; None if Pillow must decode or reject it."""
+    if simplejpeg is None:
+        return None
+    try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-        too_large = height * width > min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
-        if too_large or colors not in ("YCbCr", "RGB") or not _is_plain(data):
+        options.check_size(width, height)
+        too_large = height * width > (Image.MAX_IMAGE_PIXELS or options.max_pixels)
+        if too_large or colors not in ("YCbCr", "RGB") or not (regular or _is_plain(data)):
             return None
         return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except LimitError:
+        raise
     except ValueError:  # damaged or unusual; includes warnings
         return None
 
 
 def _is_plain(data: bytes) -> bool:
-    """Return whether a JPEG is a single upright sRGB image; the check is fast without metadata."""
-    if not _has_metadata(data):
-        return True
+    """Return whether a JPEG with metadata is a single upright sRGB image."""
     try:
-        image = Image.open(BytesIO(data))
-    except Exception:  # `_decode` opens it again and reports the error
+        image = Image.open(MeteredFile(BytesIO(data)), formats=["JPEG"])  # type: ignore[arg-type]
+        return image.format == "JPEG" and _orientation(image) == 1 and _to_srgb(image) is None
+    except LimitError:
+        raise
+    except Exception:  # `_open` opens it again and reports the error
         return False
-    return image.format == "JPEG" and _orientation(image) == 1 and _to_srgb(image) is None
 
 
-def _has_metadata(data: bytes) -> bool:
-    """Return whether a JPEG has relevant metadata, or anything but segments before its scan."""
-    place = 2
-    while data[place : place + 2] != _JPEG_SCAN:
-        if not _SEGMENT.match(data, place) or data.startswith(_METADATA, place + 4):
-            return True
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return False
-
-
-def _check(image: Image.Image, name: str, max_pixels: int) -> None:
+def _check(image: Image.Image, name: str, options: _Options) -> None:
     """Reject, by its header, an image that must not be decoded."""
     width, height = image.size
     if not width or not height:
@@ -360,8 +456,8 @@ def _check(image: Image.Image, name: str, max_pixels: int) -> None:
     if image.format == "EPS":  # Pillow would run Ghostscript on it
         raise ImageError(f"{name}: EPS is a program; render it to PNG first")
     # Only an image straight from a file has a format; others are already decoded.
-    if image.format and width * height > max_pixels:
-        raise ImageError(f"{name}: {width} x {height} is more than the limit of {max_pixels:,} pixels")
+    if image.format:
+        options.check_size(width, height)
 
 
 def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -370,13 +466,15 @@ def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
         _prepare_tiff(image, name)
         alpha = _prepare_png(image)
         image.load()
+        if image.format == "WEBP":  # frees the decoder's copies of the pixels
+            vars(image).update(_decoder=None, fp=None)
         turn = _UPRIGHT.get(_orientation(image))
         rgb = _to_rgb(image, name, alpha)
         if turn is not None:
             rgb = rgb.transpose(turn)
             rgb.info = {}  # EXIF no longer applies
         return rgb
-    except (ImageError, MemoryError):
+    except (ImageError, LimitError, MemoryError):
         raise
     except Exception as error:
         raise _damaged(error, name) from error
@@ -423,14 +521,40 @@ def _prepare_png(image: Image.Image) -> Image.Image | None:
     file: Any = image.fp
     low = Image.open(file)
     low.tile = [low.tile[0]._replace(args="RGB;16L")]  # decodes the low byte of each sample
-    samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)  # (height, width, 3)
-    return Image.fromarray((samples != key).any(axis=2) * np.uint8(255))
+    opaque = np.zeros((image.height, image.width), bool)
+    for part, part_key in zip((image, low), np.divmod(key, 256), strict=True):
+        samples = np.asarray(part)  # (height, width, 3)
+        for channel, value in enumerate(part_key):
+            opaque |= samples[..., channel] != value
+    return Image.fromarray(opaque * np.uint8(255))
 
 
 def _to_rgb(image: Image.Image, name: str, alpha: Image.Image | None = None) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image, alpha = _to_8_bit_gray(image, name)
-    elif alpha is None and image.has_transparency_data:
+    is_rgb = image.mode == "RGB" and alpha is None and not image.has_transparency_data
+    if is_rgb and _to_srgb(image) is None:
+        return image
+    bands = list(_bands(image.size))
+    if len(bands) == 1:
+        return _opaque_rgb(image, alpha)
+    rgb = Image.new("RGB", image.size)
+    for band in bands:
+        rgb.paste(_opaque_rgb(image.crop(band), alpha and alpha.crop(band)), band)
+    return rgb
+
+
+def _bands(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield boxes that divide an image into bands of rows."""
+    width, height = size
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
+
+
+def _opaque_rgb(image: Image.Image, alpha: Image.Image | None) -> Image.Image:
+    """Convert 8-bit pixels to sRGB on white."""
+    if alpha is None and image.has_transparency_data:
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         alpha = rgba.getchannel("A")
         image = rgba.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
@@ -439,6 +563,15 @@ def _to_rgb(image: Image.Image, name: str, alpha: Image.Image | None = None) -> 
     else:
         rgb = image if image.mode == "RGB" else image.convert("RGB")
     return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
+
+
+def _to_array(image: Image.Image) -> np.ndarray:
+    """Copy an RGB image into an array, (height, width, 3) uint8."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for band in _bands(image.size):
+        part = image if band[3] - band[1] == image.height else image.crop(band)
+        pixels[band[1] : band[3]] = np.asarray(part)
+    return pixels
 
 
 def _to_8_bit_gray(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
@@ -464,6 +597,9 @@ def _to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
     profile = image.info.get("icc_profile")
     if not isinstance(profile, bytes) or image.mode == "LAB":  # LAB converts without a profile
         return None
+    if len(profile) > MAX_PROFILE_BYTES:
+        limit = f"is more than the limit of {MAX_PROFILE_BYTES:,}"
+        raise LimitError(f"a color profile of {len(profile):,} bytes {limit}; convert it to sRGB")
     return _transform_to_srgb(profile, _color_space(image))
 
 
@@ -533,7 +669,11 @@ def _to_bytes(values: np.ndarray, name: str, full_range: int | None = None) -> n
         raise ImageError(f"{name}: {values.dtype} pixels must lie in 0..{limit}, these span {low}..{high}")
     if limit == 255:
         return values.astype(np.uint8)
-    return ((values.astype(np.uint32) * 255 + limit // 2) // limit).astype(np.uint8)  # rounded
+    scaled = values.astype(np.uint32)
+    scaled *= 255
+    scaled += limit // 2  # rounds
+    scaled //= limit
+    return scaled.astype(np.uint8)
 
 
 def _decode_base64(data: bytes) -> bytes | None:
@@ -595,7 +735,7 @@ def _ascii_url(url: str) -> str:
     return quote(parts.geturl(), safe="!#$%&'()*+,/:;=?@[]~")
 
 
-def _what_it_is(file: BinaryIO) -> str:
+def _describe_file(file: BinaryIO) -> str:
     file.seek(0)
     head = file.read(1024)
     if not head:
@@ -603,7 +743,7 @@ def _what_it_is(file: BinaryIO) -> str:
     for pattern, what in _NOT_PIXELS:
         if re.match(pattern, head.removeprefix(b"\xef\xbb\xbf").lstrip(), re.IGNORECASE):
             return what
-    return "not an image of a known format"
+    return "not an image of a supported format; save it as PNG or JPEG"
 
 
 def _damaged(error: Exception, name: str) -> ImageError:

@@ -26,6 +26,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
+from .image_limits_solo import MAX_ASPECT_RATIO, LimitError, check_aspect_ratio
 from .image_loading_solo import ChannelOrder, ImageError, LoadOptions, load_image, load_pixels
 
 try:
@@ -206,21 +207,21 @@ def _resize_to_patches(
     columns: int,
     patch_size: int,
     resample: int | None,
-    max_aspect_ratio: int | None,
 ) -> NDArray[np.uint8]:
     """Resize an image of any size and cut it: (rows * columns, 3 * patch_size**2) uint8."""
-    short, long = sorted(pixels.shape[:2])
-    if max_aspect_ratio is not None and long > max_aspect_ratio * short:
-        raise ImageError(
-            f"aspect ratio {long / short:g} ({long} x {short} pixels) exceeds "
-            f"max_aspect_ratio={max_aspect_ratio}"
-        )
     size = rows * patch_size, columns * patch_size
     if resample in _BILINEAR and pixels.shape[:2] != size:
         patches = enlarge_to_patches(pixels, rows, columns, patch_size)
         if patches is not None:
             return patches
     return image_to_patches(resize(pixels, *size, resample), patch_size)
+
+
+def _check_aspect_ratio(pixels: np.ndarray, max_aspect_ratio: float | None) -> None:
+    try:
+        check_aspect_ratio(pixels.shape[0], pixels.shape[1], max_aspect_ratio)
+    except LimitError as error:
+        raise ImageError(str(error)) from error
 
 
 def _normalize(
@@ -324,7 +325,7 @@ class SoloImageProcessor(PilBackend):
         return super().preprocess(images, **kwargs)
 
     def encode_image(
-        self, source: Any, max_aspect_ratio: int | None = None, **options: Unpack[LoadOptions]
+        self, source: Any, **options: Unpack[LoadOptions]
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Read one image and convert it to model inputs, by the processor's own settings.
 
@@ -333,8 +334,8 @@ class SoloImageProcessor(PilBackend):
 
         Args:
             source: Bytes of an image file, path, URL, base64, `PIL.Image`, array or tensor; see `load_image`.
-            max_aspect_ratio: Maximum aspect ratio of an accepted image. Default: the processor's own.
-            **options: Limits on what may be read, as for `load_image`.
+            **options: Limits on what may be read, as for `load_image`. `max_aspect_ratio` is by default the
+                processor's own, or else `load_image`'s.
 
         Returns:
             `pixel_values`, (num_patches, 3 * patch_size**2) uint8, and `image_grid_thw`, (3,) int64:
@@ -343,10 +344,19 @@ class SoloImageProcessor(PilBackend):
         Raises:
             ImageError: The image cannot be read or used.
         """
+        return self.encode_pixels(self.load_pixels(source, **options))
+
+    def load_pixels(self, source: Any, **options: Unpack[LoadOptions]) -> NDArray[np.uint8]:
+        """Read one image into (height, width, 3) uint8 pixels, by the rules of `encode_image`."""
+        max_aspect_ratio = options.setdefault("max_aspect_ratio", self.max_aspect_ratio or MAX_ASPECT_RATIO)
         pixels = load_pixels(source, **options)
+        _check_aspect_ratio(pixels, max_aspect_ratio)  # an array has no header to check
+        return pixels
+
+    def encode_pixels(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Convert (height, width, 3) uint8 pixels of any size to model inputs; see `encode_image`."""
         rows, columns = self.get_patch_grid(*pixels.shape[:2])
-        ratio = self.max_aspect_ratio if max_aspect_ratio is None else max_aspect_ratio
-        patches = _resize_to_patches(pixels, rows, columns, self.patch_size, self.resample, ratio)
+        patches = _resize_to_patches(pixels, rows, columns, self.patch_size, self.resample)
         return patches, np.array([1, rows, columns], np.int64)
 
     def normalize_patches(self, pixel_values: NDArray[np.uint8]) -> NDArray[Any]:
@@ -384,9 +394,15 @@ class SoloImageProcessor(PilBackend):
         return load_image(image, input_data_format=input_data_format)
 
     def _prepare_image_like_inputs(
-        self, images: Any, *args: Any, input_data_format: ChannelOrder | None = None, **kwargs: Any
+        self,
+        images: Any,
+        *args: Any,
+        input_data_format: ChannelOrder | None = None,
+        max_aspect_ratio: int | None = None,
+        **kwargs: Any,
     ) -> list[np.ndarray]:
-        return [load_pixels(image, input_data_format=input_data_format) for image in _flatten(images)]
+        options: LoadOptions = {"input_data_format": input_data_format, "max_aspect_ratio": max_aspect_ratio}
+        return [load_pixels(image, **options) for image in _flatten(images)]
 
     def _preprocess(
         self,
@@ -407,9 +423,10 @@ class SoloImageProcessor(PilBackend):
     ) -> BatchFeature:
         patches, grids = [np.empty((0, 3 * patch_size**2), np.uint8)], []
         for image in images:
+            _check_aspect_ratio(image, max_aspect_ratio)
             height, width = image.shape[:2]
             rows, columns = self._grid(height, width, patch_size, size, resize_rule, do_resize)
-            patches.append(_resize_to_patches(image, rows, columns, patch_size, resample, max_aspect_ratio))
+            patches.append(_resize_to_patches(image, rows, columns, patch_size, resample))
             grids.append((1, rows, columns))
 
         # A single image, the common case, needs no copy.

@@ -165,7 +165,7 @@ class SoloProcessor(ProcessorMixin):
             add_generation_prompt: End with the prompt for the assistant's next answer.
 
         Raises:
-            ChatTemplateError: The template refuses the chat, leaves out a message, or does not render it turn
+            ChatTemplateError: The template rejects the chat, leaves out a message, or does not render it turn
                 by turn.
             ValueError: The number of image parts and of grids differs.
         """
@@ -245,7 +245,7 @@ class SoloProcessor(ProcessorMixin):
             template = self.tokenizer.get_chat_template(self.chat_template)
             return render(template, messages, add_generation_prompt, self.tokenizer.special_tokens_map)
         except Exception as error:  # templates raise errors of any type
-            raise ChatTemplateError(f"the chat template refuses this chat: {error}") from error
+            raise ChatTemplateError(f"the chat template rejects this chat: {error}") from error
 
     def _tokenize(
         self, text: str, protected: list[str], layouts: Iterator[NDArray[np.int64]], first: bool

@@ -163,7 +163,7 @@ async function ask(text) {
     const upToHere = [...asked, { role: "assistant", text: written, images: [] }];
     turns = upToHere;
     answer.finish((word, span) => choose(word, upToHere, span));
-    answer.addFigures(reply.usage ? transcript.describe(reply) : "stopped");
+    answer.addMetrics(reply.usage ? transcript.describe(reply) : "stopped");
     viewer.offerWords(upToHere.some((turn) => turn.images.length));
   } else {
     if (reply.finish) showError(new Error("the model gave an empty answer: ask in another way"));

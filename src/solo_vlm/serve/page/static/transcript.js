@@ -41,8 +41,8 @@ export function addAnswer() {
       paragraph.replaceChildren(...words(text.trim(), onWord));
       turn.ariaBusy = "false";
     },
-    addFigures(figures) {
-      turn.append(Object.assign(document.createElement("p"), { className: "figures", textContent: figures }));
+    addMetrics(metrics) {
+      turn.append(Object.assign(document.createElement("p"), { className: "metrics", textContent: metrics }));
       scrollToEnd();
     },
   };

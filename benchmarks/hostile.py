@@ -1,0 +1,234 @@
+"""Cost of hostile requests to `solo serve`, for the server and for other clients.
+
+    python benchmarks/hostile.py [--only WORD] [--fuzz N] [--seed 0] [--json] [--out FILE]
+
+A server with default limits and a model with two million random weights receives one request after another:
+the corpus of the tests and, with --fuzz, N random variations. Each result has the status, the time to the
+response, the peak memory above idle, and the slowest concurrent responses of /health and to a text request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import psutil
+from environment import environment
+from serving import make_model, served
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.serve import hostile
+
+from solo_vlm.serve.limits import Limits
+from solo_vlm.utils.files import new_file
+
+BODY_SECONDS = 1.0  # time limit of the server for bodies that never end
+TEXT = {"messages": [{"role": "user", "content": "what is this?"}], "max_tokens": 4}
+
+
+@dataclass
+class Cost:
+    """Cost of one request, or the maximum over several.
+
+    Attributes:
+        megabytes: Peak memory of the server above idle, in MB.
+        health: Slowest concurrent response of /health, in seconds.
+        text: Slowest concurrent response to a text request of another client, in seconds.
+    """
+
+    seconds: float = 0.0
+    megabytes: float = 0.0
+    health: float = 0.0
+    text: float = 0.0
+
+    def __or__(self, other: Cost) -> Cost:
+        return Cost(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(Cost)))
+
+
+class Observer:
+    """Threads that measure a server until the context exits."""
+
+    def __init__(self, host: str, process: psutil.Process) -> None:
+        self._host = host
+        self._process = process
+        self._stopped = Event()
+        self._peak = 0
+        self._answers: list[tuple[str, float]] = []
+        self._threads = [
+            Thread(target=self._repeat, args=(self._sample_memory, 0.005)),
+            Thread(target=self._repeat, args=(self._ask_health, 0.01)),
+            Thread(target=self._repeat, args=(self._ask_text, 0.05)),
+        ]
+
+    def __enter__(self) -> Observer:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join()
+
+    def measure(self, send: Callable[[], Any]) -> tuple[Any, Cost]:
+        """Return the result and the cost of a request."""
+        memory = self._memory()
+        self._peak = memory
+        self._answers.clear()
+        started = time.perf_counter()
+        result = send()
+        seconds = time.perf_counter() - started
+        seen = {name for name, _ in self._answers}
+        while seen < {"health", "text"}:  # at least one of each overlaps or follows the request
+            time.sleep(0.002)
+            seen = {name for name, _ in self._answers}
+        slowest = {name: max(s for n, s in list(self._answers) if n == name) for name in seen}
+        return result, Cost(seconds, (self._peak - self.idle) / 1e6, slowest["health"], slowest["text"])
+
+    def settle(self) -> None:
+        """Store the current memory as that of the idle server."""
+        time.sleep(0.5)
+        self.idle = self._memory()
+
+    def _memory(self) -> int:
+        family = [self._process, *self._process.children(recursive=True)]
+        return sum(process.memory_info().rss for process in family)
+
+    def _repeat(self, task: Callable[[], None], pause: float) -> None:
+        while not self._stopped.wait(pause):
+            task()
+
+    def _sample_memory(self) -> None:
+        self._peak = max(self._peak, self._memory())
+
+    def _ask_health(self) -> None:
+        self._ask("health", "GET", "/health")
+
+    def _ask_text(self) -> None:
+        headers = {"Content-Type": "application/json"}
+        self._ask("text", "POST", "/v1/chat/completions", json.dumps(TEXT), headers)
+
+    def _ask(self, name: str, *request: Any) -> None:
+        started = time.perf_counter()
+        connection = http.client.HTTPConnection(self._host, timeout=120)
+        connection.request(*request)
+        response = connection.getresponse()
+        response.read()
+        connection.close()
+        if response.status != 200:
+            raise RuntimeError(f"{name} was answered with status {response.status}")
+        self._answers.append((name, time.perf_counter() - started))
+
+
+def corpus() -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Yield each request's name and the function that builds it."""
+    limits = Limits()
+    for name, body in hostile.costly_bodies(limits.max_request_bytes).items():
+        yield f"costly body: {name}", lambda body=body: hostile.http(body())
+    for name, request in hostile.requests(limits.max_request_bytes).items():
+        yield name, lambda request=request: request
+
+
+def fuzzed(seeds: list[bytes], number: int, seed: int) -> Iterator[bytes]:
+    """Yield random variations of requests, most with the correct length."""
+    rng = random.Random(seed)
+    for _ in range(number):
+        head, _, body = rng.choice(seeds).partition(b"\r\n\r\n")
+        for _ in range(rng.randint(1, 4)):
+            body = _varied(rng, body, rng.choice(seeds).partition(b"\r\n\r\n")[2])
+        if rng.random() < 0.9:
+            head = re.sub(rb"(?i)(content-length: )\d+", rb"\g<1>%d" % len(body), head)
+        yield head + b"\r\n\r\n" + body
+
+
+def _varied(rng: random.Random, body: bytes, other: bytes) -> bytes:
+    start, end = sorted(rng.randint(0, len(body)) for _ in range(2))
+    piece = body[start:end]
+    match rng.randrange(5):
+        case 0:
+            return body[:start] + body[end:]
+        case 1:
+            return body[:start] + piece * rng.randint(2, 50) + body[end:]
+        case 2:
+            return body[:start] + bytes([rng.randrange(256)]) + body[start + 1 :]
+        case 3:
+            at = rng.randint(0, len(other))
+            return body[:start] + other[at : at + 1000] + body[end:]
+        case _:
+            return body[:start] + rng.choice([b'"', b"{", b"[", b"\\", b"null", b"1e9", b","]) + body[start:]
+
+
+def run(url: str, process: psutil.Process, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Send all requests; return their costs."""
+    host = url.removeprefix("http://")
+    port = int(host.rpartition(":")[2])
+    requests = {name: make for name, make in corpus() if arguments.only in name}
+    results: dict[str, Any] = {}
+    worst = Cost()
+    with Observer(host, process) as observer:
+        time.sleep(2)  # warm-up
+        observer.settle()
+        for name, make in requests.items():
+            request = make()
+            (status, _), cost = observer.measure(lambda request=request: hostile.exchange(port, request))
+            results[name] = {"status": status, **asdict(cost)}
+            worst |= cost
+            if not arguments.json:
+                print(describe(cost), f"{status}  {name}", flush=True)
+        if arguments.fuzz:
+            seeds = [request for make in requests.values() if len(request := make()) < 100_000]
+            statuses: dict[int, int] = {}
+            worst_fuzzed = Cost()
+            for request in fuzzed(seeds, arguments.fuzz, arguments.seed):
+                (status, _), cost = observer.measure(lambda request=request: hostile.exchange(port, request))
+                statuses[status] = statuses.get(status, 0) + 1
+                worst_fuzzed |= cost
+            results["fuzzed"] = {"requests": arguments.fuzz, "statuses": statuses, **asdict(worst_fuzzed)}
+            worst |= worst_fuzzed
+            if not arguments.json:
+                print(describe(worst_fuzzed), f"{arguments.fuzz} variations: {statuses}")
+        at_end = observer._memory() - observer.idle
+    if not arguments.json:
+        print(describe(worst), f"at most; {at_end / 1e6:.0f} MB above idle at the end")
+    return {"worst": asdict(worst), "megabytes_at_end": at_end / 1e6, "requests": results}
+
+
+def describe(cost: Cost) -> str:
+    """Return one line of a table."""
+    times = f"{cost.seconds:6.2f} s   /health {cost.health:5.2f} s   text {cost.text:5.2f} s"
+    return f"{times} {cost.megabytes:7.0f} MB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", metavar="WORD", help="requests with this in their name")
+    parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="number of random variations")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the variations")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write it to a file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        model = make_model(Path(temporary))
+        with served(model, "--max-body-seconds", str(BODY_SECONDS)) as server:
+            measured = run(server.url, psutil.Process(server.process.pid), arguments)
+    results = {"environment": {**environment(), "load_average": psutil.getloadavg()[0]}, **measured}
+    if arguments.json:
+        print(json.dumps(results))
+    if arguments.out:
+        with new_file(arguments.out) as partial:
+            partial.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
