@@ -193,7 +193,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Meter(NodeTransformer):
-    """Adds the charges to a parsed template."""
+    """Transformer that adds the charges to a parsed template."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         return self._with_step(node)
