@@ -1,4 +1,4 @@
-"""Checks of a model folder, which may come from a stranger, before anything in it is loaded."""
+"""Checks of a model folder, which may be untrusted, before anything in it is loaded."""
 
 from __future__ import annotations
 

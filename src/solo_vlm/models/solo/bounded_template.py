@@ -1,4 +1,4 @@
-"""Rendering of chat templates that may come from a stranger, bounded in time, memory and output.
+"""Rendering of untrusted chat templates, bounded in time, memory and output.
 
 Jinja's sandbox keeps a template from files and modules, but not from loops without end or strings of
 gigabytes. Here every loop step, call of a macro and new value is charged to a budget that grows with the
@@ -61,7 +61,7 @@ def render(
 
     Raises:
         TemplateLimitError: The template exceeds the limits.
-        Exception: The template refuses the chat, or is broken.
+        Exception: The template rejects the chat, or is broken.
     """
     chat = json.dumps(
         [{key: value for key, value in message.items() if value is not None} for message in messages],
