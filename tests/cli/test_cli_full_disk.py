@@ -169,7 +169,7 @@ def test_full_disk_stops_a_study_with_one_line(run, inputs, small_disk, command,
 
 @pytest.mark.parametrize(
     ("place", "reason"),
-    [("file/x", "Not a directory"), ("folder", "Is a directory"), ("x" * 300, "File name too long")],
+    [("file/x", "File exists"), ("folder", "Is a directory"), ("x" * 300, "File name too long")],
 )
 def test_impossible_place_is_a_one_line_error(run, inputs, tmp_path, place, reason):
     (tmp_path / "file").write_text("")

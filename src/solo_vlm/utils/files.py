@@ -28,6 +28,7 @@ _OS_ERRORS = {
     errno.EACCES: ("access", "change its permissions, or choose another place"),
     errno.EPERM: ("access", "change its permissions, or choose another place"),
     errno.ENOTDIR: ("access", "choose another place"),
+    errno.EEXIST: ("access", "choose another place"),
     errno.EISDIR: ("access", "choose another name"),
     errno.ENAMETOOLONG: ("access", "choose a shorter name"),
     errno.ELOOP: ("access", "remove the loop of links"),
