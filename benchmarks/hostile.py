@@ -1,15 +1,16 @@
-"""Cost of hostile requests to `solo serve` and to its other clients.
+"""Cost of hostile requests to `solo serve`, for the server and for other clients.
 
     python benchmarks/hostile.py [--only WORD] [--fuzz N] [--seed 0] [--json] [--out FILE]
 
-A server with default limits and a model of two million random weights gets one request after another: the
-corpus of the tests, and with --fuzz as many random variations. For each: status, seconds to the answer, peak
-memory above rest, the slowest answer of /health, and the slowest answer to another client's text.
+A server with default limits and a model with two million random weights receives one request after another:
+the corpus of the tests and, with --fuzz, N random variations. Each result has the status, the time to the
+response, the peak memory above idle, and the slowest concurrent responses of /health and to a text request.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import http.client
 import json
 import random
@@ -17,8 +18,10 @@ import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -28,23 +31,23 @@ from environment import environment
 from serving import make_model, served
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.serve import hostile
+from tests.serve import hostile, hostile_images
 
 from solo_vlm.serve.limits import Limits
 from solo_vlm.utils.files import new_file
 
-BODY_SECONDS = 1.0  # time limit of the server for bodies that never end
+BODY_SECONDS = 3.0  # time limit of the server for bodies that never end; their seconds count from there
 TEXT = {"messages": [{"role": "user", "content": "what is this?"}], "max_tokens": 4}
 
 
 @dataclass
 class Cost:
-    """Cost of one request, or the largest of several.
+    """Cost of one request, or the maximum over several.
 
     Attributes:
-        megabytes: Peak memory of the server above rest, in MB.
-        health: Slowest answer of /health meanwhile, in seconds.
-        text: Slowest answer to another client's text meanwhile, in seconds.
+        megabytes: Peak memory of the server above idle, in MB.
+        health: Slowest concurrent response of /health, in seconds.
+        text: Slowest concurrent response to a text request of another client, in seconds.
     """
 
     seconds: float = 0.0
@@ -57,14 +60,14 @@ class Cost:
 
 
 class Observer:
-    """Measurements of a server by threads, while the context lasts."""
+    """Threads that measure a server until the context exits."""
 
     def __init__(self, host: str, process: psutil.Process) -> None:
         self._host = host
         self._process = process
         self._stopped = Event()
         self._peak = 0
-        self._answers: list[tuple[str, float]] = []
+        self._answers: list[tuple[str, float, float]] = []
         self._threads = [
             Thread(target=self._repeat, args=(self._sample_memory, 0.005)),
             Thread(target=self._repeat, args=(self._ask_health, 0.01)),
@@ -81,25 +84,28 @@ class Observer:
         for thread in self._threads:
             thread.join()
 
-    def measure(self, send: Callable[[], Any]) -> tuple[Any, Cost]:
-        """Return the result of a request, and its cost."""
-        memory = self._memory()
-        self._peak = memory
+    def measure(self, send: Callable[[], None]) -> Cost:
+        """Return the cost of sending requests, but for their seconds."""
+        self._peak = self._memory()
         self._answers.clear()
         started = time.perf_counter()
-        result = send()
-        seconds = time.perf_counter() - started
-        seen = {name for name, _ in self._answers}
-        while seen < {"health", "text"}:  # one answer each that overlaps the request or follows it
-            time.sleep(0.002)
-            seen = {name for name, _ in self._answers}
-        slowest = {name: max(s for n, s in list(self._answers) if n == name) for name in seen}
-        return result, Cost(seconds, (self._peak - self.rest) / 1e6, slowest["health"], slowest["text"])
+        send()
+        while len(answers := list(self._answers)) < 2 or len({name for name, *_ in answers}) < 2:
+            self._check()  # until at least one of each overlaps or follows the request
+        slowest = {"health": 0.0, "text": 0.0}
+        for name, asked, answered in answers:
+            slowest[name] = max(slowest[name], answered - max(asked, started))
+        return Cost(megabytes=(self._peak - self.idle) / 1e6, **slowest)
+
+    def _check(self) -> None:
+        if not all(thread.is_alive() for thread in self._threads):
+            raise RuntimeError("the server did not answer another client")
+        time.sleep(0.002)
 
     def settle(self) -> None:
-        """Take the present memory as that of the server at rest."""
+        """Store the current memory as that of the idle server."""
         time.sleep(0.5)
-        self.rest = self._memory()
+        self.idle = self._memory()
 
     def _memory(self) -> int:
         family = [self._process, *self._process.children(recursive=True)]
@@ -128,26 +134,34 @@ class Observer:
         connection.close()
         if response.status != 200:
             raise RuntimeError(f"{name} was answered with status {response.status}")
-        self._answers.append((name, time.perf_counter() - started))
+        self._answers.append((name, started, time.perf_counter()))
 
 
 def corpus() -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yield names of requests, and functions that build them."""
+    """Yield each request's name and the function that builds it."""
     limits = Limits()
     for name, body in hostile.costly_bodies(limits.max_request_bytes).items():
         yield f"costly body: {name}", lambda body=body: hostile.http(body())
     for name, request in hostile.requests(limits.max_request_bytes).items():
         yield name, lambda request=request: request
+    for name, file in hostile_images.costly_images().items():
+        yield f"image: {name}", lambda file=file: hostile.http(_question_about(file()))
+
+
+def _question_about(file: bytes) -> bytes:
+    url = f"data:;base64,{base64.b64encode(file).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is this?"}]
+    return json.dumps({"messages": [{"role": "user", "content": parts}], "max_tokens": 1}).encode()
 
 
 def fuzzed(seeds: list[bytes], number: int, seed: int) -> Iterator[bytes]:
-    """Yield random variations of requests, with their correct length in most cases."""
+    """Yield random variations of requests, most with the correct length."""
     rng = random.Random(seed)
     for _ in range(number):
         head, _, body = rng.choice(seeds).partition(b"\r\n\r\n")
         for _ in range(rng.randint(1, 4)):
             body = _varied(rng, body, rng.choice(seeds).partition(b"\r\n\r\n")[2])
-        if rng.random() < 0.9:
+        if rng.random() < 0.998:  # a body that is too short takes BODY_SECONDS
             head = re.sub(rb"(?i)(content-length: )\d+", rb"\g<1>%d" % len(body), head)
         yield head + b"\r\n\r\n" + body
 
@@ -173,35 +187,49 @@ def run(url: str, process: psutil.Process, arguments: argparse.Namespace) -> dic
     """Send all requests; return their costs."""
     host = url.removeprefix("http://")
     port = int(host.rpartition(":")[2])
-    requests = {name: make for name, make in corpus() if arguments.only in name}
+    made = {name: make for name, make in corpus() if arguments.only in name}
     results: dict[str, Any] = {}
     worst = Cost()
     with Observer(host, process) as observer:
         time.sleep(2)  # warm-up
         observer.settle()
-        for name, make in requests.items():
-            request = make()
-            (status, _), cost = observer.measure(lambda request=request: hostile.exchange(port, request))
-            results[name] = {"status": status, **asdict(cost)}
+        for name, make in made.items():
+            statuses, cost = send(observer, port, [make()])
+            results[name] = {"status": statuses[0], **asdict(cost)}
             worst |= cost
             if not arguments.json:
-                print(describe(cost), f"{status}  {name}", flush=True)
+                print(describe(cost), f"{statuses[0]}  {name}", flush=True)
         if arguments.fuzz:
-            seeds = [request for make in requests.values() if len(request := make()) < 100_000]
-            statuses: dict[int, int] = {}
-            worst_fuzzed = Cost()
-            for request in fuzzed(seeds, arguments.fuzz, arguments.seed):
-                (status, _), cost = observer.measure(lambda request=request: hostile.exchange(port, request))
-                statuses[status] = statuses.get(status, 0) + 1
-                worst_fuzzed |= cost
-            results["fuzzed"] = {"requests": arguments.fuzz, "statuses": statuses, **asdict(worst_fuzzed)}
-            worst |= worst_fuzzed
+            seeds = [request for make in made.values() if len(request := make()) < 100_000]
+            variations = fuzzed(seeds, arguments.fuzz, arguments.seed)
+            counts: Counter[int] = Counter()
+            total = Cost()
+            while batch := list(islice(variations, 100)):
+                statuses, cost = send(observer, port, batch)
+                counts.update(statuses)
+                total |= cost
+            results["fuzzed"] = {"requests": arguments.fuzz, "statuses": counts, **asdict(total)}
+            worst |= total
             if not arguments.json:
-                print(describe(worst_fuzzed), f"{arguments.fuzz} variations: {statuses}")
-        at_end = observer._memory() - observer.rest
+                print(describe(total), f"{arguments.fuzz} variations: {dict(counts)}")
     if not arguments.json:
-        print(describe(worst), f"at most; {at_end / 1e6:.0f} MB above rest at the end")
-    return {"worst": asdict(worst), "megabytes_at_end": at_end / 1e6, "requests": results}
+        print(describe(worst), "at most")
+    return {"worst": asdict(worst), "requests": results}
+
+
+def send(observer: Observer, port: int, requests: list[bytes]) -> tuple[list[int], Cost]:
+    """Send requests one after another; return their statuses, and the cost of the costliest."""
+    answers: list[tuple[int, float]] = []
+
+    def exchange_all() -> None:
+        for request in requests:
+            started = time.perf_counter()
+            status, _ = hostile.exchange(port, request)
+            waited = BODY_SECONDS * (status == 408)
+            answers.append((status, time.perf_counter() - started - waited))
+
+    cost = observer.measure(exchange_all)
+    return [status for status, _ in answers], replace(cost, seconds=max(seconds for _, seconds in answers))
 
 
 def describe(cost: Cost) -> str:

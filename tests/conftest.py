@@ -83,7 +83,7 @@ def run_data(run):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system with room for 12 KB; the test is skipped where none can be mounted."""
+    """Return a file system with 12 KB of free space; skip the test if none can be mounted."""
     from tests.factories import SmallDisk
 
     try:

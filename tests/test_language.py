@@ -42,6 +42,10 @@ REPLACED = {
     r"\bcounts? from the folder\b": "refers to the folder",
     r"\b(says|said) so when it is (read|asked)": "accessing it raises",
     r"\b(hub|token) ids?\b": "hub ID, token ID",
+    r"\b[Ss]trangers?\b": "untrusted, third party",
+    r"\bnone of (its|their) business\b|\blies? about\b": "private, false",
+    r"\bsave it anew\b": "save it again",
+    r"\brefuses\b|(?<!onnections )\b(is|are) refused\b": "rejects, is rejected, is an error",
     r"\b([Tt]he|[Tt]hese|[Tt]hat|[Cc]hanged) data (are|have|were|end)\b": "the data is",
 }
 # British spellings. The questions and texts of the toy data are data, and keep theirs.
@@ -105,7 +109,14 @@ def test_patterns_match_the_replaced_terms():
             "one a patch",
         ),
         *("tells whether", "asked for again", "is dealt to the streams", "FIGURES", "count from the folder"),
-        *("says so when it is asked for", "a hub id", "the data are"),
+        *(
+            "says so when it is asked for",
+            "a hub id",
+            "the data are",
+            "a stranger",
+            "files that lie about it",
+        ),
+        *("save it anew", "the template refuses"),
     ]
     assert all(any(re.search(pattern, sample) for sample in samples) for pattern in REPLACED)
 

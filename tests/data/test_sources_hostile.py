@@ -1,4 +1,4 @@
-"""Data sets of strangers and damaged ones: outside paths, lies about sizes, damage; each refused by name."""
+"""Untrusted and damaged data sets: outside paths, false sizes and damage are rejected with the name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write_jsonl(path, rows):
 
 
 def reasons(source):
-    """The reason why each row cannot be used; None for a usable one."""
+    """Return the reason why each row is unusable; None for a usable one."""
     found = []
     for shard in range(len(source)):
         rows = source.read(shard)
@@ -58,12 +58,12 @@ def reasons(source):
     return found
 
 
-# ------------------------------------------------------------------------------- outside of the folder
+# ------------------------------------------------------------------------------- outside the folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data set with an image, a link to one outside, and a link to a folder outside."""
+    """Return a data set with an image and links to an image and to a folder outside."""
     folder = tmp_path / "data"
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "secret").mkdir()
@@ -110,7 +110,7 @@ def test_images_in_the_folder_of_the_source_are_read(folder, name):
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar"])
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_images_outside_of_the_folder_need_a_setting(folder, name, kind):
+def test_images_outside_the_folder_need_a_setting(folder, name, kind):
     row = chat(name.format(folder=folder))
     if kind == "jsonl":
         write_jsonl(folder / "x.jsonl", [row])
@@ -123,7 +123,7 @@ def test_images_outside_of_the_folder_need_a_setting(folder, name, kind):
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../secret/out.png"])
-def test_every_place_of_a_path_is_checked(folder, name):
+def test_paths_in_all_fields_are_checked(folder, name):
     text = [{"type": "text", "text": "What?"}]
     answer = {"role": "assistant", "content": "This."}
     rows = [
@@ -145,14 +145,14 @@ def test_every_place_of_a_path_is_checked(folder, name):
     assert reasons(open_source(folder)) == ["outside-path"] * len(rows)
 
 
-def test_path_beside_the_bytes_of_an_image_is_only_a_note(folder):
+def test_path_of_an_image_with_bytes_is_ignored(folder):
     row = {**chat(), "images": [{"bytes": RED, "path": "/home/somebody/x.png"}]}
     row["messages"][0]["content"].insert(0, {"type": "image", "text": None})
     pq.write_table(pa.Table.from_pylist([row]), folder / "x.parquet")
     assert reasons(open_source(folder)) == [None]
 
 
-def test_links_of_the_hubs_cache_are_inside(tmp_path):
+def test_links_in_the_hub_cache_are_inside(tmp_path):
     snapshot, blobs = tmp_path / "datasets--a--b" / "snapshots" / "123", tmp_path / "datasets--a--b" / "blobs"
     (snapshot / "images").mkdir(parents=True)
     blobs.mkdir()
@@ -170,14 +170,14 @@ def test_setting_of_the_mixture_reaches_the_rows(folder):
     assert reasons(source) == [None]
 
 
-def test_names_of_tar_members_touch_no_file(tmp_path):
+def test_names_of_tar_members_are_harmless(tmp_path):
     members = {"../../etc/a.png": RED, "../../etc/a.txt": b"one", "/etc/b.png": RED, "/etc/b.txt": b"two"}
     (tmp_path / "x.tar").write_bytes(tar_bytes(members))
     rows = open_source(tmp_path / "x.tar").read(0)
     assert [parse_sample(row).images for row in rows] == [[RED], [RED]]
 
 
-# ------------------------------------------------------------------------------------ lies about sizes
+# ------------------------------------------------------------------------------------ false sizes
 
 
 def header(name, size, kind=tarfile.REGTYPE, **fields):
@@ -198,7 +198,7 @@ def with_negative_size(name):
 
 HOSTILE_TARS = {
     "member beyond the end": header("a.png", 10**12),
-    "member that leads back": with_negative_size("a.png"),
+    "member of negative size": with_negative_size("a.png"),
     "header of a terabyte": header("././@PaxHeader", 10**12, tarfile.XHDTYPE),
     "name of a megabyte": header("././@LongLink", 2**21, tarfile.GNUTYPE_LONGNAME) + bytes(2**21),
     "names of names": header("././@LongLink", 512, tarfile.GNUTYPE_LONGNAME) * 1 + bytes(512),
@@ -213,8 +213,8 @@ def test_hostile_tar_is_a_broken_shard(tmp_path, kind):
     assert reasons(open_source(tmp_path / "x.tar"))[-1] == "broken-shard"
 
 
-def test_sparse_member_is_refused(tmp_path):
-    """What a sparse member holds is not where an ordinary one's content would be."""
+def test_sparse_member_is_rejected(tmp_path):
+    """The content of a sparse member is not where that of a regular member would be."""
     sparse = header("a.png", 512, tarfile.GNUTYPE_SPARSE) + RED.ljust(512, b"\0")
     (tmp_path / "x.tar").write_bytes(sparse + tar_bytes({"a.txt": b"one", "b.png": RED, "b.txt": b"two"}))
     assert reasons(open_source(tmp_path / "x.tar")) == ["image", None]
@@ -241,7 +241,7 @@ def test_blocks_of_lines_are_bounded_and_complete(tmp_path):
     assert [len(whole.read(shard)) for shard in range(len(whole))] == [256, 256, 88]
 
 
-def test_decompression_bomb_stops_with_what_to_do(tmp_path):
+def test_decompression_bomb_is_an_error_with_advice(tmp_path):
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(bytes(10**7)))
     with pytest.raises(
         SoloError, match=r"x\.jsonl\.gz takes more memory than data\.max_shard_bytes = 1,000,000"
@@ -249,7 +249,7 @@ def test_decompression_bomb_stops_with_what_to_do(tmp_path):
         open_source(tmp_path / "x.jsonl.gz", Limits(max_shard_bytes=10**6)).read(0)
 
 
-def test_parquet_bomb_stops_with_what_to_do(tmp_path):
+def test_parquet_bomb_is_an_error_with_advice(tmp_path):
     pq.write_table(pa.table({"messages": [["x" * 10**6]] * 200}), tmp_path / "x.parquet")
     assert (tmp_path / "x.parquet").stat().st_size < 10**6
     with pytest.raises(SoloError, match=r"x\.parquet, row group 0 takes more memory"):
@@ -257,7 +257,7 @@ def test_parquet_bomb_stops_with_what_to_do(tmp_path):
         source.read(0)
 
 
-def test_two_columns_of_one_name_are_a_broken_shard(tmp_path):
+def test_duplicate_column_names_are_a_broken_shard(tmp_path):
     one = pa.array([[{"role": "user", "content": "a"}]])
     pq.write_table(pa.Table.from_arrays([one, one], ["messages", "messages"]), tmp_path / "x.parquet")
     assert reasons(open_source(tmp_path / "x.parquet")) == ["broken-shard"]
@@ -270,7 +270,7 @@ def test_two_columns_of_one_name_are_a_broken_shard(tmp_path):
         '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}',
     ],
 )
-def test_key_that_occurs_twice_is_a_row_error(tmp_path, line):
+def test_duplicate_key_is_a_row_error(tmp_path, line):
     (tmp_path / "x.jsonl").write_text(line + "\n")
     with pytest.raises(SampleError, match="occurs twice"):
         open_source(tmp_path / "x.jsonl").read(0)[0]
@@ -295,7 +295,7 @@ def test_names_with_thousands_of_digits_are_sorted():
     assert sorted(["a" + "9" * 5000, "a2", "a10"], key=natural_key)[:2] == ["a2", "a10"]
 
 
-def test_lying_index_of_megatron_is_refused(tmp_path):
+def test_megatron_index_with_false_size_is_rejected(tmp_path):
     head = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 4, 2**60, 1)
     for feature in ("text", "role", "vision_patch", "vision_patch_indices"):
         (tmp_path / f"x-{feature}.idx").write_bytes(head + bytes(100))
@@ -318,7 +318,7 @@ def flip(content, place):
 
 
 def make_set(folder, kind):
-    """Two shards of eight chats each; the second is the one to damage."""
+    """Write two shards of eight chats each; tests damage the second one."""
     folder.mkdir()
     rows = [{**chat(), "id": f"{n:04d}"} for n in range(8)]
     for number in range(2):
@@ -352,7 +352,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_while_the_source_is_open_is_refused_by_name(tmp_path, damage):
+def test_damage_while_the_source_is_open_is_reported_with_the_file_name(tmp_path, damage):
     kind, change = DAMAGES[damage]
     path = make_set(tmp_path / "data", kind)
     source = open_source(tmp_path / "data")
@@ -363,8 +363,8 @@ def test_damage_while_the_source_is_open_is_refused_by_name(tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if "rewritten" not in name])
-def test_damage_before_the_source_is_opened_is_noticed(tmp_path, damage):
-    """By another fingerprint, which a resume refuses, or by rows that cannot be read, and these are named."""
+def test_damage_before_the_source_is_opened_is_detected(tmp_path, damage):
+    """The fingerprint changes, so that a resume fails, or unreadable rows are reported."""
     kind, change = DAMAGES[damage]
     path = make_set(tmp_path / "data", kind)
     before = open_source(tmp_path / "data").fingerprint()
@@ -379,7 +379,7 @@ def test_damage_before_the_source_is_opened_is_noticed(tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage", ["jsonl, deleted", "jsonl, truncated"])
-def test_run_stops_by_the_name_of_a_shard_that_changes_under_it(runs_folder, tmp_path, damage):
+def test_run_stops_with_the_name_of_a_changed_shard(runs_folder, tmp_path, damage):
     plain = run_settings(runs_folder, tmp_path / "out", steps=40)
     text = runs_folder / "text.parquet"
     before = text.read_bytes()

@@ -124,7 +124,7 @@ def test_workers_may_change_on_resume(folder):
 
 
 def test_sequence_weights_keep_their_proportions(folder):
-    """As in the paper, data sets are packed separately, and their sequences are mixed by number."""
+    """Data sets are packed separately, and their sequences are mixed by number, as in the paper."""
     stream = MakeStream(folder, 1, weights=(3.0, 1.0), weight_by="sequences", suffix="jsonl")(0)
     order = []
     for _, pack in zip(range(200), stream, strict=False):

@@ -109,11 +109,11 @@ def test_pair_caption_matches_the_image(seed: int, reserved: bool) -> None:
     scene = two_objects(np.random.default_rng(seed), reserved)
     assert is_reserved(scene.caption) == reserved
     one, other = (" ".join(thing) for thing in things(scene.image))
-    beside = scene.image.width > scene.image.height
-    relation = "left of" if beside else "above"
+    side_by_side = scene.image.width > scene.image.height
+    relation = "left of" if side_by_side else "above"
     assert re.fullmatch(f"an? {one} {relation} an? {other}", scene.caption)
     answers = dict(scene.questions)
-    first, last = ("on the left", "on the right") if beside else ("at the top", "at the bottom")
+    first, last = ("on the left", "on the right") if side_by_side else ("at the top", "at the bottom")
     assert answers[f"What is {first}?"].endswith(f" {one}")
     assert answers[f"What is {last}?"].endswith(f" {other}")
     assert answers[f"Where is the {one}?"] == first

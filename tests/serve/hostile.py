@@ -226,7 +226,7 @@ def texts() -> dict[str, bytes]:
 
 
 def costly_bodies(size: int) -> dict[str, Callable[[], bytes]]:
-    """Bodies of a size that cost more than their bytes if they are parsed or validated as they come."""
+    """Return bodies that cost more than their size suggests if they are parsed or validated."""
 
     def fill(before: bytes, unit: bytes, after: bytes) -> bytes:
         return before + unit * ((size - len(before) - len(after)) // len(unit)) + after
@@ -370,7 +370,7 @@ def http(
 
 
 def exchange(port: int, request: bytes) -> tuple[int, str]:
-    """Send bytes; return status and body. Stops sending when the server answers, as a good client does."""
+    """Send bytes until the server responds; return status and body."""
     for patience in (0, 0.002, 0.02, 0.2):
         # Data that arrives after the server has closed the connection makes TCP drop the response.
         with (

@@ -33,13 +33,13 @@ def jpeg_frame(marker: int, width: int, height: int, components: int = 1, bits: 
 
 
 def jpeg_scan(first: int = 0, last: int = 63, bits: int = 0, components: tuple[int, ...] = (1,)) -> bytes:
-    """Header of a scan; `bits` holds the successive approximation, high bits first."""
+    """Return the header of a scan; `bits` are those of the successive approximation, high before low."""
     parts = b"".join(bytes([number, 0]) for number in components)
     return jpeg_segment(0xDA, bytes([len(components)]) + parts + bytes([first, last, bits]))
 
 
 def jpeg_tables(ac_symbol: int) -> bytes:
-    """Quantization, and Huffman tables of one symbol each: no DC difference, and one of AC."""
+    """Return a quantization table, and Huffman tables of one symbol each: no DC difference, and one of AC."""
     tables = jpeg_segment(0xDB, b"\0" + b"\1" * 64)
     for table, symbol in ((0x00, 0), (0x10, ac_symbol)):
         tables += jpeg_segment(0xC4, bytes([table, 1, *[0] * 15, symbol]))
@@ -47,7 +47,7 @@ def jpeg_tables(ac_symbol: int) -> bytes:
 
 
 def jpeg_of_scans(scans: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """A progressive JPEG whose scans refine nothing, in some fifty bytes each."""
+    """Return a progressive JPEG with scans of about fifty bytes that refine nothing."""
     blocks = -(-width // 8) * -(-height // 8)
     head = b"\xff\xd8" + jpeg_tables(0xE0) + jpeg_frame(0xC2, width, height)
     runs = -(-blocks // 32767)
@@ -58,13 +58,13 @@ def jpeg_of_scans(scans: int, width: int = WIDTH, height: int = HEIGHT) -> bytes
 
 
 def jpeg_of_baseline_scans(scans: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """A sequential JPEG of three components, whose first component comes again and again, without data."""
+    """Return a sequential JPEG with three components, the first of which repeats without data."""
     head = b"\xff\xd8" + jpeg_tables(0) + jpeg_frame(0xC0, width, height, components=3)
     return head + jpeg_scan() * scans + EOI
 
 
 def jpeg_before_scan(segments: bytes) -> bytes:
-    """A small JPEG with segments of metadata."""
+    """Return a small JPEG with segments of metadata."""
     file = io.BytesIO()
     Image.new("RGB", (64, 64)).save(file, "JPEG")
     return file.getvalue()[:2] + segments + file.getvalue()[2:]
@@ -139,7 +139,7 @@ def png_file(
     pixels: bytes | None = None,
     after: bytes = b"",
 ) -> bytes:
-    """A PNG of zeros, with chunks before and after its pixels."""
+    """Return a PNG of zeros, with chunks before and after its pixels."""
     header = struct.pack(">IIBBBBB", width, height, bits, colors, 0, 0, interlaced)
     if pixels is None:
         samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colors]
@@ -200,7 +200,7 @@ def pngs() -> dict[str, Callable[[], bytes]]:
 
 
 def gif_file(width: int = WIDTH, height: int = HEIGHT, before: bytes = b"", after: bytes = b"") -> bytes:
-    """A GIF whose frame covers only some of its screen, with blocks before and after that frame."""
+    """Return a GIF whose frame covers part of its screen, with blocks before and after the frame."""
     file = io.BytesIO()
     Image.new("P", (64, 64)).save(file, "GIF")
     data = file.getvalue()
@@ -216,7 +216,7 @@ def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
 
 
 def webp_canvas(width: int, height: int) -> bytes:
-    """A WebP of one small frame on a canvas."""
+    """Return a WebP with one small frame on a canvas."""
     frames = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
     data = bytearray(saved(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
     data[24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")

@@ -466,8 +466,8 @@ def test_image_is_described_as_the_model_sees_it(server, picture):
 def test_shown_image_is_encoded_once(solo, picture, monkeypatch):
     """Its description, several answers and the attention of their words share one encoding."""
     processor, encoded = type(solo.processor.image_processor), []
-    encode = processor.encode_image
-    monkeypatch.setattr(processor, "encode_image", lambda *a: encoded.append(None) or encode(*a))
+    encode = processor.encode_pixels
+    monkeypatch.setattr(processor, "encode_pixels", lambda *a: encoded.append(None) or encode(*a))
     with served(solo, Limits()) as server:
         body = question("what is this?", picture(), max_tokens=2)
         assert (

@@ -1,4 +1,4 @@
-"""Pages of other sites, as browsers send their requests, cannot make the model work."""
+"""Requests that browsers send for pages of other sites cannot use the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORK = {
 
 
 def send(server, path: str, host: str, kind: str = "application/json", **headers: str) -> int:
-    """POST a valid body as it arrives from a browser; return the status."""
+    """POST a valid body as a browser does; return the status."""
     lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     request = http(json.dumps(WORK[path]).encode(), path, kind=kind, extra="\r\n".join(lines))
     return exchange(server.port, request.replace(b"Host: x", b"Host: " + host.encode()))[0]
@@ -48,7 +48,7 @@ def host(server):
     ],
 )
 def test_only_json_is_read(server, host, path, kind):
-    """What browsers send to other sites without asking them is refused even without an Origin."""
+    """Types that browsers send to other sites without a preflight request are rejected without an Origin."""
     assert send(server, path, host, kind) == 415
     assert send(server, path, host, kind, Origin=f"http://{host}") == 415
     assert send(server, path, host, "application/json; charset=utf-8") == 200
@@ -92,7 +92,7 @@ def test_preflight_is_not_granted(server, host, path):
 
 
 @pytest.mark.parametrize("path", WORK)
-def test_page_at_a_name_that_rebinds_to_the_server_is_rejected(server, path):
+def test_page_of_a_name_that_rebinds_to_the_server_is_rejected(server, path):
     for name in (
         "attacker.example",
         "localhost.attacker.example:8000",
@@ -104,7 +104,7 @@ def test_page_at_a_name_that_rebinds_to_the_server_is_rejected(server, path):
         assert send(server, path, name, Origin=f"http://{name}") == 403
     name = f"attacker.example:{server.port}"
     assert send(server, path, name, Origin=f"http://{name}") == 403
-    assert send(server, path, name) == 200  # no browser: nothing to protect
+    assert send(server, path, name) == 200  # not from a browser
     # Behind a proxy with a certificate for the name, over HTTPS:
     assert send(server, path, name, Origin=f"https://{name}", Sec_Fetch_Site="same-origin") == 200
 
@@ -117,7 +117,7 @@ def test_own_page_is_served(server, path, name):
     assert send(server, path, host, Origin=f"http://{host}", Sec_Fetch_Site="same-origin") == 200
 
 
-def test_key_lets_the_page_have_any_name(solo):
+def test_page_may_have_any_name_with_a_key(solo):
     with served(solo, Limits(), ["one"]) as server:
         headers = {"Origin": "http://solo.example", "Authorization": "Bearer one"}
         assert send(server, "/v1/chat/completions", "solo.example", **headers) == 200

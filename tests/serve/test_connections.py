@@ -1,4 +1,4 @@
-"""Connections that are slow, idle or too many do not keep others from the server."""
+"""Slow, idle and too many connections do not block other clients."""
 
 from __future__ import annotations
 
@@ -26,29 +26,31 @@ def is_closed(connection: socket.socket) -> bool:
         return True
 
 
-@pytest.mark.parametrize("sent", [b"", b"POST", GET + b"GET /he"], ids=["nothing", "a word", "a second one"])
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST", GET + b"GET /he"], ids=["nothing", "method", "second request"]
+)
 def test_connection_without_a_whole_head_is_closed(solo, sent):
     with served(solo, Limits(max_head_seconds=0.3)) as server:
         connection = server.connect(sent)
-        for _ in range(3):  # one more byte does not help
+        for _ in range(3):  # more bytes do not extend the time
             time.sleep(0.05)
             connection.sendall(b"X" if sent else b"")
         wait_until(lambda: is_closed(connection))
 
 
-def test_client_that_goes_on_sending_a_refused_body_is_cut_off(solo):
+def test_client_that_keeps_sending_a_rejected_body_is_disconnected(solo):
     with served(solo, Limits(max_head_seconds=0.3, max_request_bytes=100)) as server:
         connection = server.connect(http(None) + b"1\r\n{\r\n" * 200)
         assert b"413" in connection.recv(2**16)
 
-        def cut_off() -> bool:
+        def is_disconnected() -> bool:
             try:
                 connection.sendall(b"1\r\n{\r\n")
             except ConnectionError:
                 return True
             return False
 
-        wait_until(cut_off)
+        wait_until(is_disconnected)
 
 
 def test_time_for_a_head_does_not_limit_its_answer(solo, slow_model):
@@ -56,7 +58,7 @@ def test_time_for_a_head_does_not_limit_its_answer(solo, slow_model):
         assert server.ask(question("hello", max_tokens=20))[0] == 200
 
 
-def test_newcomer_takes_the_place_of_the_longest_idle_connection(solo, slow_model):
+def test_new_connection_replaces_the_longest_idle_one(solo, slow_model):
     with served(solo, Limits(max_connections=4)) as server:
         active = server.connect(http(json.dumps(question("hello", max_tokens=30)).encode()))
         wait_until(lambda: server.engine.running)
@@ -69,15 +71,15 @@ def test_newcomer_takes_the_place_of_the_longest_idle_connection(solo, slow_mode
         assert b"200 OK" in active.recv(2**16)
 
 
-def test_clients_that_do_not_read_make_way(solo):
-    """Each asks for more pages than its buffers hold, so its responses never end."""
+def test_connections_of_clients_that_do_not_read_are_closed(solo):
+    """Each client requests more pages than its buffers hold, so its responses never end."""
     with served(solo, Limits(max_connections=4)) as server:
-        deaf = [server.connect(b"GET /page/app.js HTTP/1.1\r\nHost: x\r\n\r\n" * 1000) for _ in range(6)]
+        blocked = [server.connect(b"GET /page/app.js HTTP/1.1\r\nHost: x\r\n\r\n" * 1000) for _ in range(6)]
         wait_until(lambda: len(server.server.server_state.connections) == 4)
-        assert len(deaf) == 6 and '"ok"' in server.get("/health")
+        assert len(blocked) == 6 and '"ok"' in server.get("/health")
 
 
-def test_bytes_in_chunks_of_their_own_leave_the_server_responsive(solo):
+def test_server_stays_responsive_during_a_body_in_tiny_chunks(solo):
     with served(solo, Limits(max_body_seconds=1.0)) as server:
         connection = server.connect(http(None))
         connection.setblocking(False)

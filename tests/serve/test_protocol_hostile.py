@@ -24,7 +24,7 @@ def server(solo):
     resolve = socket.getaddrinfo
 
     def with_names(host, *arguments, **options):
-        """Resolve foreign names as their owners might; nothing leaves this machine."""
+        """Resolve names as an attacker might, without network access."""
         names = {"loopback.test": "127.0.0.1", "metadata.google.internal": "169.254.169.254"}
         return resolve(names.get(host, host), *arguments, **options)
 
@@ -53,7 +53,7 @@ def test_hostile_request_is_rejected_with_a_message(server, name):
 
 @pytest.mark.slow
 def test_every_rejection_takes_at_most_two_seconds(server):
-    """The one test that asserts a time: the server promises it."""
+    """The only test that asserts a time, because the server guarantees it."""
     seconds = {}
     for name, request in REQUESTS.items():
         started = time.perf_counter()

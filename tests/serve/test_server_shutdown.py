@@ -1,4 +1,4 @@
-"""A stopped server tells its clients, prints one line, and ends in time, whatever it is doing."""
+"""Shutdown of a busy server: clients receive an error, one line is printed, and the process ends in time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def test_unfinished_requests_end_with_an_error(solo, slow_model, caplog):
-    with served(solo, Limits()) as server:  # drains for a second, of at least eight that the answers take
+    with served(solo, Limits()) as server:  # drains for 1 s; the answers take at least 8 s
         whole = server.connect(http(json.dumps(LONG).encode()))
         stream = server.connect(http(json.dumps({**LONG, "stream": True}).encode()))
         half = server.connect(http(b"{", length="100"))
@@ -46,7 +46,7 @@ def test_unfinished_requests_end_with_an_error(solo, slow_model, caplog):
     ]
 
 
-def test_client_that_reads_nothing_does_not_hold_the_server(solo, caplog):
+def test_client_that_does_not_read_does_not_delay_the_shutdown(solo, caplog):
     stream = json.dumps(question("hello", max_tokens=400, stream=True)).encode()
     with served(solo, Limits()) as server:
         connection = server.connect(b"")
@@ -56,8 +56,8 @@ def test_client_that_reads_nothing_does_not_hold_the_server(solo, caplog):
     assert "Traceback" not in caplog.text and "ERROR" not in caplog.text
 
 
-# Every way to keep a server busy: threads that decode or look a name up without end, a download that hangs, a
-# model that computes without end.
+# A server that is busy in every way: its threads decode or resolve a name, a download hangs, and the model
+# generates, all without end.
 BUSY = """
     import socket, sys, time
     import solo_vlm.serve.images as images
@@ -123,6 +123,6 @@ def test_sigterm_ends_a_busy_server_within_its_limit(solo, tmp_path, drain_secon
         finally:
             process.kill()
         assert time.monotonic() - started < drain_seconds + 2
-        said = process.stderr.read()
-        assert said.count("\n") == 1
-        assert f"requests unfinished after --max-drain-seconds {drain_seconds}: 18" in said
+        output = process.stderr.read()
+        assert output.count("\n") == 1
+        assert f"requests unfinished after --max-drain-seconds {drain_seconds}: 18" in output

@@ -19,7 +19,7 @@ SHARD = "__0_0.distcp"
 
 @pytest.fixture(scope="module")
 def finished(runs, tmp_path_factory):
-    """A run of seven steps with checkpoints of steps 4 and 6."""
+    """Train for seven steps, with checkpoints of steps 4 and 6."""
     out = tmp_path_factory.mktemp("damaged") / "out"
     train(Recipe.parse(run_settings(runs, out, steps=7)))
     return out
@@ -27,7 +27,7 @@ def finished(runs, tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """The same run, as if it had been killed after step 6."""
+    """Return the same run as if it had been killed after step 6."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     shutil.rmtree(out / "model")

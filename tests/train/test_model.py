@@ -281,7 +281,7 @@ def test_two_processes_train_the_same_adapters_as_one(folder, tmp_path):
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_activation_checkpointing_works_with_compiled_layers(mode):
-    """Results selected outside of compiled code would be overwritten by it (an error in torch 2.11)."""
+    """Results selected outside compiled code would be overwritten by it (an error in torch 2.11)."""
     ids = torch.arange(24)[None]
 
     def gradients(model):

@@ -59,7 +59,7 @@ def convert_megatron(
         vocabulary: Number of tokens without Megatron's padding rows. Default: the size of the tokenizer, or
             all rows if there is none.
         iteration: Iteration to convert. Default: the latest.
-        layout: Image layout in chats. Megatron checkpoints come from pre-training, hence "paper".
+        layout: Image layout in chats. Megatron checkpoints come from pre-training, so it is "paper".
         rotary: Row order of queries and keys: "interleaved" as in Megatron-LLM, "halves" as in transformers.
 
     Raises:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from solo_vlm.data.sample import Sample, SampleError
 from solo_vlm.data.sources.files import read_url, retried
 from solo_vlm.data.values import ImageSource
-from solo_vlm.utils.errors import SoloError, first_line
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -227,16 +227,11 @@ def load_encoder(path: str | Path) -> Encoder:
     Raises:
         SoloError: The folder contains neither, or its tokenizer has no EOS token.
     """
-    from transformers import AutoTokenizer
-
-    from solo_vlm.models.load import is_solo, load_processor
+    from solo_vlm.models.load import is_solo, load_processor, load_tokenizer
 
     if is_solo(path):
         return Encoder(load_processor(path))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise SoloError(f"cannot read a model's tokenizer from {path}: {first_line(error)}") from error
+    tokenizer = load_tokenizer(path)
     if tokenizer.eos_token_id is None:
         raise SoloError(f"the tokenizer of {path} has no EOS token: set eos_token in tokenizer_config.json")
     return Encoder(tokenizer)

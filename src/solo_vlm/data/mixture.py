@@ -46,7 +46,7 @@ class DataSettings(Settings):
         packing_buffer: Documents that a packer chooses from.
         vision_loss: Also supervise vision tokens: whether a patch, a new row or the end of the image follows.
             The paper's loss is on text alone.
-        allow_outside_paths: Whether rows may name images outside of their source's folder, by absolute paths,
+        allow_outside_paths: Whether rows may name images outside their source's folder, by absolute paths,
             `..`, links or URLs other than http(s).
         max_row_bytes: Size of a JSON line, or of a sample in a tar, above which it is skipped.
         max_shard_bytes: Size of a decompressed file or a parquet row group, which is read as a whole, above

@@ -55,7 +55,7 @@ def printable(text: str) -> str:
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:
     """Return a sort key that compares digits as numbers: img2 before img10."""
-    pieces = re.split(r"(\d{1,99})", name.lower())  # Python converts no number of over 4,300 digits
+    pieces = re.split(r"(\d{1,99})", name.lower())  # Python does not convert more than 4,300 digits
     return [(piece.isdecimal(), int(piece) if piece.isdecimal() else 0, piece) for piece in pieces]
 
 
@@ -81,7 +81,9 @@ _NAMING_KEYS = ("image", "path", "url", "image_url")  # fields that may hold a p
 
 _LONGEST_PATH = 4096
 _BASE64 = re.compile(r"[\w+/\-\s]{41,}={0,2}\s*", re.ASCII)  # the smallest images take about 30 bytes
-_OPEN_URL = re.compile(r"https?://|data:", re.IGNORECASE)  # names no file of this machine, nor of an account
+_OPEN_URL = re.compile(
+    r"https?://|data:", re.IGNORECASE
+)  # cannot name a file of this machine or of an account
 _URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 _FILE_URL = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
 _IMAGE_HEAD = re.compile(
@@ -140,7 +142,7 @@ def data_url(value: Any) -> Any:
 
 
 class OutsidePathError(ValueError):
-    """A row names a file outside of the folder that its images must lie in."""
+    """Image of a row outside the folder that must contain it."""
 
 
 def locate_images(row: dict[str, Any], folder: str, root: str | None = None) -> dict[str, Any]:
@@ -151,11 +153,11 @@ def locate_images(row: dict[str, Any], folder: str, root: str | None = None) -> 
     Args:
         row: Row in any format; fields outside the schema are returned unchanged.
         folder: Path or URL of the folder of the row's file.
-        root: Path or URL of the folder that images must lie in, unless the row has them, or http(s) URLs of
-            them. Default: images may lie anywhere.
+        root: Path or URL of the folder that must contain the images, except those in the row and at http(s)
+            URLs. Default: images may be anywhere.
 
     Raises:
-        OutsidePathError: An image lies outside of `root`, perhaps through a link.
+        OutsidePathError: An image is outside `root`, with links resolved.
     """
     place = _Place(folder, root)
     row = _with_columns(row, place)
@@ -195,14 +197,14 @@ def _is_filled(value: Any) -> bool:
 
 
 class _Place(NamedTuple):
-    """Folder of a row's file, and the folder that its images must lie in, if there is one."""
+    """Folder of a row's file, and the folder that must contain its images, if there is one."""
 
     folder: str
     root: str | None
 
 
 def _with_columns(holder: dict[str, Any], place: _Place) -> dict[str, Any]:
-    """Return a copy with located `image` and `images`, each of which is a value or a list."""
+    """Return a copy with resolved `image` and `images`, each of which is a value or a list."""
 
     def located(value: Any) -> Any:
         if isinstance(value, list):
@@ -230,7 +232,7 @@ def _located(value: Any, place: _Place) -> Any:
     if isinstance(value, str):
         return _located_text(value, place)
     if isinstance(value, dict):
-        if _is_filled(value.get("bytes")):  # the path beside them is where they once were
+        if _is_filled(value.get("bytes")):  # the path next to them only tells their origin
             place = place._replace(root=None)
         names = {key: value[key] for key in _NAMING_KEYS if isinstance(value.get(key), str)}
         return value | {key: _located_text(name, place) for key, name in names.items()}
@@ -260,7 +262,7 @@ def _check_inside(location: str, root: str | None) -> None:
     else:
         inside = "://" not in location and is_inside(location, root)
     if not inside:
-        raise OutsidePathError(f"{printable(location[:200])} is outside of {root}")
+        raise OutsidePathError(f"{printable(location[:200])} is outside {root}")
 
 
 def _is_path(absolute: str, text: str) -> bool:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from solo_vlm.models.load import pad_left, save_model, stop_ids
+from solo_vlm.models.load import load_llm, load_tokenizer, pad_left, save_model, stop_ids
+from solo_vlm.models.solo.bounded_template import render
 from solo_vlm.models.solo.chat_template import (
     CHATML_TEMPLATE,
     CHATML_TOKENS,
@@ -25,7 +26,7 @@ from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, SoloProcessor
-from solo_vlm.utils.errors import SoloError, first_line
+from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_folder
 
 logger = logging.getLogger(__name__)
@@ -159,14 +160,8 @@ def _load(llm: str | Path, gguf_file: str | None, dtype: str) -> tuple[Any, PreT
     source, options = str(llm), {"gguf_file": gguf_file} if gguf_file else {}
     if gguf_file and not (Path(source) / gguf_file).is_file() and Path(source).is_dir():
         raise SoloError(f"{source} has no file {gguf_file}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **options
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = first_line(error)
-        raise SoloError(f"cannot read a language model from {source}: {reason}") from error
+    tokenizer = load_tokenizer(source, **options)
+    model = load_llm(source, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **options)
     if gguf_file:
         model = _without_quantization(model, llm)
     return tokenizer, model.eval()
@@ -239,9 +234,7 @@ def _make_control_tokens_special(tokenizer: Any, chat_template: str | None) -> N
     if not chat_template:
         return
     try:
-        rendered = tokenizer.apply_chat_template(
-            [_USER, _ASSISTANT] * 2, chat_template=chat_template, tokenize=False, add_generation_prompt=True
-        )
+        rendered = render(chat_template, [_USER, _ASSISTANT] * 2, True, tokenizer.special_tokens_map)
     except Exception:  # any type; such a template will be replaced
         return
     control = [

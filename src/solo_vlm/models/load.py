@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from solo_vlm.models.checks import check_files, check_loaded, check_weights
 from solo_vlm.models.original import (
     has_tokenizer,
     original_generation_config,
@@ -48,10 +56,15 @@ def load_model(
             f"{path} is not a SOLO model but {kind or 'has no model_type'}: "
             f"solo init --llm {path} makes one from an LLM"
         )
-    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model = _load(
-        SoloForConditionalGeneration, path, dtype=torch_dtype, quantization_config=quantization_config
+    check_weights(path, lambda: SoloForConditionalGeneration(SoloConfig.from_pretrained(str(path))))
+    model, info = _load(
+        SoloForConditionalGeneration,
+        path,
+        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        quantization_config=quantization_config,
+        output_loading_info=True,
     )
+    check_loaded(path, model, info)
     if is_original(settings):
         _use_original_vocabulary(model, path)
     where = device or _default_device()
@@ -85,6 +98,7 @@ def is_solo(path: str | Path) -> bool:
     """
     if isinstance(path, Path) and not path.exists():
         raise SoloError(f"no model at {path}")
+    check_files(path)
     try:
         settings = PreTrainedConfig.get_config_dict(str(path))[0]
     except (OSError, ValueError) as error:
@@ -103,9 +117,51 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     """
     kind = SoloConfig if is_solo(path) else AutoConfig
     try:
-        return kind.from_pretrained(str(path))
+        return kind.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SoloError(f"cannot read a model from {path}: {first_line(error)}") from error
+
+
+def load_tokenizer(path: str | Path, **options: Any) -> Any:
+    """Load a tokenizer, without running code of its folder.
+
+    Args:
+        path: Folder or hub ID.
+        **options: Options of `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        SoloError: The folder has no readable tokenizer.
+    """
+    check_files(path)
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **options)
+    except Exception as error:  # tokenizers raises any type on a broken file
+        raise SoloError(f"cannot read a tokenizer from {path}: {first_line(error)}") from error
+
+
+def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a causal language model that is not a SOLO model, without running code of its folder.
+
+    Args:
+        path: Folder or hub ID.
+        **options: Options of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        SoloError: The folder cannot be read as a language model, or its weights do not fit its configuration.
+    """
+    check_files(path)
+    if "gguf_file" not in options:
+        check_weights(
+            path, lambda: AutoModelForCausalLM.from_config(load_config(path), trust_remote_code=False)
+        )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path), trust_remote_code=False, output_loading_info=True, **options
+        )
+    except Exception as error:  # transformers raises any type on a broken file
+        raise SoloError(f"cannot read a language model from {path}: {first_line(error)}") from error
+    check_loaded(path, model, info)
+    return model
 
 
 def _use_original_vocabulary(model: SoloForConditionalGeneration, path: str | Path) -> None:
@@ -118,7 +174,8 @@ def _use_original_vocabulary(model: SoloForConditionalGeneration, path: str | Pa
 
 
 def _read_settings(path: str | Path) -> dict[str, Any]:
-    """Read `config.json`; an unreadable one gives no settings, and `_load` reports the reason."""
+    """Check a folder and read its `config.json`; without one, there are no settings, and `_load` says so."""
+    check_files(path)
     try:
         return PreTrainedConfig.get_config_dict(str(path))[0]
     except (OSError, ValueError):

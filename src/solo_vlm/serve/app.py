@@ -76,13 +76,13 @@ Handler = Callable[[Body, EventStream], Awaitable[dict[str, Any] | None]]
 def make_app(
     engine: Engine, model: str, limits: Limits, api_keys: Sequence[str] = (), host: str = "localhost"
 ) -> Starlette:
-    """Build the server as an ASGI application. `state.stop_requests` ends all its requests.
+    """Build the server as an ASGI application, whose `state.stop_requests` ends all requests.
 
     Args:
         engine: Engine of the model; closed with the application.
         model: Model name that requests must use, if they name one.
         api_keys: Accepted API keys; empty if none is required.
-        host: Name at which pages may use the API without a key, besides this machine's and its addresses.
+        host: Name under which pages may use the API without a key, besides those of this machine.
     """
     metrics = Metrics(engine)
     api = _Api(engine, model, limits, metrics)
@@ -165,12 +165,12 @@ class _Api:
         self._image_files = ThreadPoolExecutor(_IMAGE_THREADS, "image")
 
     def close(self) -> None:
-        """Drop requests that are not prepared yet. Threads finish what they have begun."""
+        """Drop requests that are not prepared yet; running threads finish their work."""
         for threads in (self._texts, self._large_bodies, self._image_files):
             threads.shutdown(wait=False, cancel_futures=True)
 
     def stop_requests(self) -> int:
-        """End all requests with an error, for shutdown; return their number."""
+        """End all requests with an error at shutdown; return their number."""
         self._stopped = True
         for running in (limits := tuple(self._time_limits)):
             running.reschedule(0)
@@ -178,7 +178,7 @@ class _Api:
 
     @asynccontextmanager
     async def time_limit(self, seconds: float, error: ApiError) -> AsyncIterator[None]:
-        """Raise an error after some seconds; raise 503 as soon as the server stops requests."""
+        """Raise an error after some seconds, or status 503 once the server stops requests."""
         try:
             async with asyncio.timeout(seconds) as limit:
                 self._time_limits.add(limit)
@@ -434,10 +434,10 @@ class _ProtectApi:
         await self._app(scope, receive, send)
 
     def _may_be_rebound(self, headers: Headers) -> bool:
-        """Return whether a page's own site may be another one, whose DNS now gives this server's address.
+        """Return whether a page may come from another site, whose DNS name now resolves to this server.
 
-        Such a site has a name of its own, and no certificate for this server: over plain HTTP, browsers send
-        no Sec-Fetch-Site.
+        Such a site has its own name but no certificate for this server, and over plain HTTP, browsers do not
+        send Sec-Fetch-Site.
         """
         if "origin" not in headers or "sec-fetch-site" in headers:
             return False

@@ -1,4 +1,4 @@
-"""Connections of the server: how much they read at a time, and how long an idle one is kept."""
+"""HTTP connections of the server, with limits on reads, idle time and their number."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _READ_BYTES = 2**14  # at most 3,000 chunks of one byte, which h11 parses in a h
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):
-    """uvicorn's connection, with limits.
+    """Connection of uvicorn, with limits.
 
-    It reads little at a time, so that parsing never delays other connections. The head of a request must
-    arrive in time. If there are too many connections, the one that has been idle longest is closed.
+    Reads are small, so that parsing never delays other connections. A connection is closed if the headers of
+    its next request do not arrive in time, or if it has been idle longest when there are too many.
     """
 
     def __init__(self, limits: Limits, **options: Any) -> None:
@@ -27,11 +27,11 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def get_buffer(self, sizehint: int) -> bytearray:
-        """Return where the transport puts what it reads."""
+        """Return the buffer into which the transport reads."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Take what the transport has read."""
+        """Process the bytes in the buffer."""
         self.data_received(bytes(memoryview(self._buffer)[:nbytes]))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -67,7 +67,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             self._timer.cancel()
 
     def _is_idle(self) -> bool:
-        """Return whether no answer is in progress, or its client does not read it."""
+        """Return whether no response is in progress, or its client does not read it."""
         if self.cycle is None or self.cycle.response_complete or self.flow.write_paused:
             return True
         return self.scope["method"] != "POST"  # pages take milliseconds

@@ -36,7 +36,7 @@ Source = tuple[str, str | bytes]
 """An image's place in the request, and its data URL or downloaded file."""
 
 _MAX_ESCAPES = 1_000_000  # percent escapes per request: decoding them is far slower than base64
-_MAX_SECONDS = 3.0  # of processor time for a request's images: one takes at most two
+_MAX_SECONDS = 3.0  # CPU time for a request's images; one takes at most 2 s
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
 
@@ -71,16 +71,16 @@ def describe_image(image: EncodedImage) -> dict[str, Any]:
 
 
 class PixelBudget:
-    """Bounds the pixels of all images that are decoded at the same time, and so their memory. Thread-safe."""
+    """Thread-safe limit on the pixels, and so the memory, of all images that are being decoded."""
 
     def __init__(self, pixels: int) -> None:
         self._free = pixels
-        self._turn = Lock()  # a large image waits in line, so that small ones do not overtake it forever
+        self._turn = Lock()  # a queue, so that small images cannot overtake a large one forever
         self._released = Condition()
 
     @contextmanager
     def decoding(self) -> Iterator[Callable[[int, int], None]]:
-        """Yield a function that waits until an image of some width and height fits."""
+        """Yield a function that waits until an image of a given width and height fits."""
         held = 0
 
         def wait(width: int, height: int) -> None:

@@ -18,7 +18,7 @@ class Limits:
         int, Option(min=1, help="Maximum in-flight requests (reading, queued or generating); more get 429.")
     ] = 64
     max_connections: Annotated[
-        int, Option(min=1, help="Maximum open connections; beyond, the longest idle one is closed.")
+        int, Option(min=1, help="Maximum open connections; above it, the longest idle one is closed.")
     ] = 512
     max_batch: Annotated[int, Option(min=1, help="Maximum requests generated together.")] = 8
     max_batch_tokens: Annotated[

@@ -23,13 +23,14 @@ from solo_vlm.serve.app import make_app
 from solo_vlm.serve.connections import Connection
 from solo_vlm.serve.engine import Engine
 from solo_vlm.serve.limits import Limits
+from solo_vlm.serve.memory import return_large_blocks
 from solo_vlm.utils.errors import SoloError
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048  # connections waiting to be accepted
-_CUT_SECONDS = 0.5  # after the drain, for clients to read why their request ended
-_LEAVE_SECONDS = 1.5  # after the drain, for everything else
+_CLOSE_SECONDS = 0.5  # after the drain, for clients to read why their request ended
+_EXIT_SECONDS = 1.5  # after the drain, for the rest of the shutdown
 
 
 def serve_model(
@@ -55,6 +56,7 @@ def serve_model(
     Raises:
         SoloError: The address is not available, or the model cannot be loaded.
     """
+    return_large_blocks()
     with bind(host, port) as address:
         engine = Engine(load(), limits.max_batch, limits.max_batch_tokens)
         server = Server(make_app(engine, name, limits, api_keys, host), limits)
@@ -62,15 +64,15 @@ def serve_model(
         on_ready(address.url)
         with _signals_only_for_uvicorn():
             server.run(sockets=[address.socket])
-    _leave()
+    _exit()
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends in time: in-flight requests have `max_drain_seconds`.
+    """Server of uvicorn, with a bounded shutdown: in-flight requests have `max_drain_seconds`.
 
     Args:
         app: Result of `make_app`.
-        limits: Limits of its connections and of its shutdown.
+        limits: Limits of connections and of the shutdown.
     """
 
     def __init__(self, app: Starlette, limits: Limits) -> None:
@@ -89,17 +91,17 @@ class Server(uvicorn.Server):
         self._drain_seconds = limits.max_drain_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin the shutdown, and set an alarm that ends the process whatever hangs."""
+        """Begin the shutdown, and set an alarm that ends the process even if a thread hangs."""
         if not self.should_exit:
-            signal.signal(signal.SIGALRM, lambda *_: _leave())
-            signal.setitimer(signal.ITIMER_REAL, self._drain_seconds + _LEAVE_SECONDS)
+            signal.signal(signal.SIGALRM, lambda *_: _exit())
+            signal.setitimer(signal.ITIMER_REAL, self._drain_seconds + _EXIT_SECONDS)
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for in-flight requests; end them when their time is over, then cut their connections."""
+        """Wait for in-flight requests; after the time limit, end them and close their connections."""
         loop = asyncio.get_running_loop()
         loop.call_later(self._drain_seconds, self._stop_requests)
-        loop.call_later(self._drain_seconds + _CUT_SECONDS, self._cut_connections)
+        loop.call_later(self._drain_seconds + _CLOSE_SECONDS, self._close_connections)
         await super().shutdown(sockets)
 
     def _stop_requests(self) -> None:
@@ -108,13 +110,13 @@ class Server(uvicorn.Server):
                 "requests unfinished after --max-drain-seconds %g: %d", self._drain_seconds, stopped
             )
 
-    def _cut_connections(self) -> None:
+    def _close_connections(self) -> None:
         for connection in self.server_state.connections:
             connection.transport.abort()
 
 
-def _leave() -> NoReturn:
-    """End the process at once: threads that still run would hold its teardown, or crash in it."""
+def _exit() -> NoReturn:
+    """End the process at once, because threads that still run could block or crash its teardown."""
     for child in active_children():
         child.kill()
     os._exit(0)
@@ -128,7 +130,7 @@ class Address:
     url: str
 
     def listen(self) -> None:
-        """Queue connections until they are accepted; before, they are refused.
+        """Queue connections until they are accepted; earlier ones fail.
 
         Raises:
             SoloError: Another process started to listen here first.

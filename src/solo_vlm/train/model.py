@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from solo_vlm.data.encode import load_encoder
-from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_model, quantization_config
+from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_llm, load_model, quantization_config
 from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.sharding import decoder_layers, load_full_state_dict, shard_model
 from solo_vlm.train.recipe import LoraSettings, Recipe
-from solo_vlm.utils.errors import SoloError, first_line
+from solo_vlm.utils.errors import SoloError
 
 _FLOAT8_CAPABILITY = (8, 9)  # CUDA compute capability: Ada, Hopper and later
 
@@ -49,10 +49,7 @@ def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[Pre
         # To main memory first: a model that needs several accelerators does not fit into one.
         device = None if "quantization_config" in options else "cpu"
         return load_model(path, device=device, **options), encoder.processor
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, **options), encoder.processor
-    except (OSError, ValueError, KeyError) as error:
-        raise SoloError(f"cannot read a model from {path}: {first_line(error)}") from error
+    return load_llm(path, **options), encoder.processor
 
 
 def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:

@@ -23,7 +23,7 @@ from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import remove_partial, write_text
 from solo_vlm.utils.settings import describe_changes, find_changes
 
-# Settings that may change on resume, because they do not affect what is learned.
+# Settings that may change on resume, because they do not affect the trained model.
 _RESUMABLE = (
     "root",
     "parallel",
@@ -74,12 +74,12 @@ def prepare_output_dir(out: Path, recipe: Recipe, resume: bool) -> Path | None:
 
 
 def config_fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """Return the non-default settings that affect what is learned."""
+    """Return the non-default settings that affect the trained model."""
     return recipe.model_dump(mode="json", exclude=_EXCLUDED, exclude_defaults=True)
 
 
 def describe_recipe_changes(before: Recipe, now: Recipe) -> str:
-    """Describe the changed settings that affect what is learned; empty if there are none."""
+    """Describe the changed settings that affect the trained model; empty if there are none."""
     if config_fingerprint(before) == config_fingerprint(now):
         return ""
     old, new = (recipe.model_dump(mode="json", exclude=_EXCLUDED) for recipe in (before, now))

@@ -119,17 +119,17 @@ def explain_os_error(error: BaseException, path: Path | None = None) -> SoloErro
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """Return whether a path lies in a folder, links followed; the hub's cache has links to blobs."""
+    """Return whether a path, with links resolved, is in a folder or in its blobs in the hub's cache."""
     try:
         real = os.path.realpath(path)
-    except ValueError:  # a zero byte
+    except ValueError:  # the path contains a zero byte
         return False
     return any(real == root or real.startswith(root.rstrip("/") + "/") for root in _content_roots(folder))
 
 
 @lru_cache
 def _content_roots(folder: str) -> list[str]:
-    """Return a folder, and for `models--a--b/snapshots/123` or below also `models--a--b/blobs`."""
+    """Return the folder and, for a path in `models--a--b/snapshots/123`, also `models--a--b/blobs`."""
     root = Path(os.path.realpath(folder))
     snapshots = (parent for parent in root.parents if parent.name == "snapshots")
     blobs = [parent.with_name("blobs") for parent in snapshots]

@@ -48,7 +48,7 @@ def test_image_without_its_second_question_has_no_acc_plus():
 
 
 def test_third_question_of_an_image_is_rejected():
-    """With it, the image could never have both questions correct."""
+    """Otherwise, the image could never have both questions correct."""
     answered = predictions("mme", oracle("mme"))
     answered.append(Prediction("again", answered[0].response, answered[0].row))
     with pytest.raises(SoloError, match=r"existence/0000.png has rows 0, 1, again"):

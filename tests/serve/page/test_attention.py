@@ -142,7 +142,7 @@ def test_multi_token_character_has_all_of_its_tokens(solo):
 
 @given(text=st.text(min_size=1).map(str.strip).filter(bool), data=st.data())
 def test_adjacent_spans_have_adjacent_tokens(solo, text, data):
-    """For any text: no gap between spans, and no token outside the answer."""
+    """Spans have no gap between them and no token outside the answer, for any text."""
     tokenizer = solo.processor.tokenizer
     ids = np.array(
         [*tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), tokenizer.eos_token_id]

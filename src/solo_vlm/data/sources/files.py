@@ -60,10 +60,10 @@ def _is_system_error(error: OSError) -> bool:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on what files, which may come from a stranger, can make their reader do.
+    """Limits for reading untrusted files.
 
     Attributes:
-        allow_outside_paths: Whether rows may name images outside of the source's folder.
+        allow_outside_paths: Whether rows may name images outside the source's folder.
         max_row_bytes: Largest row, encoded images included.
         max_shard_bytes: Largest shard that is read as a whole, decompressed.
     """
@@ -98,8 +98,8 @@ class DataFile:
     Attributes:
         url: Local path, or URL of a file system of fsspec (`s3://`, `hf://`, `https://`).
         size: Size in bytes.
-        root: Folder of the source, which images of its rows must lie in.
-        limits: Bounds for reading the file.
+        root: Folder of the source, which must contain the images of its rows.
+        limits: Limits for reading the file.
         modified: Time of the last modification in ns; None for remote files.
     """
 
@@ -128,7 +128,7 @@ class DataFile:
         Raises:
             SoloError: The file is gone, or has changed since the source was opened.
         """
-        with self._as_found():
+        with self._unchanged():
             system, path = fsspec.core.url_to_fs(self.url)
             return system.open(path, "rb", **({} if ahead else {"cache_type": "none"}))
 
@@ -141,7 +141,7 @@ class DataFile:
         """
         filled = [(start, end) for start, end in places if end > start]
         system, path = fsspec.core.url_to_fs(self.url)
-        with self._as_found():
+        with self._unchanged():
             parts = system.cat_ranges([path] * len(filled), [s for s, _ in filled], [e for _, e in filled])
             for failure in parts:
                 if isinstance(failure, Exception):
@@ -162,10 +162,10 @@ class DataFile:
         return content.getvalue()
 
     def locate_images(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a row of the file whose image paths do not depend on the working directory.
+        """Resolve the images of a row of the file, so that they do not depend on the working directory.
 
         Raises:
-            SampleError: An image lies outside of the source's folder, which the limits do not allow.
+            SampleError: An image is outside the source's folder, and the limits do not allow that.
         """
         try:
             return locate_images(row, self.folder, None if self.limits.allow_outside_paths else self.root)
@@ -175,8 +175,8 @@ class DataFile:
             ) from error
 
     @contextmanager
-    def _as_found(self) -> Iterator[None]:
-        """Refuse a file that is not as it was when the source was opened."""
+    def _unchanged(self) -> Iterator[None]:
+        """Raise SoloError if the file is not as it was when the source was opened."""
         try:
             if self.modified is not None:
                 now = Path(self.url).stat()
@@ -207,7 +207,7 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
     Args:
         path: Local path or URL.
         suffixes: Suffixes of data files, such as ".parquet", in any case. A single file may have any suffix.
-        limits: Bounds for reading the files.
+        limits: Limits for reading the files.
 
     Raises:
         SoloError: A folder is named like a data file, as Spark's are, or a subfolder contains data files,
@@ -215,12 +215,12 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
     """
     system, root = fsspec.core.url_to_fs(path)
     if system.isfile(root):
-        names, folder_of_source = [root], root.rpartition("/")[0]
+        names, source_folder = [root], root.rpartition("/")[0]
     else:
         listed = system.isdir(root)
         found = system.ls(root, detail=True) if listed else system.glob(root, detail=True).values()
         fixed = len(root) if listed else len(re.split(r"[*?\[]", root)[0])
-        folder_of_source = root if listed else root[:fixed].rpartition("/")[0]
+        source_folder = root if listed else root[:fixed].rpartition("/")[0]
         kinds = {
             entry["name"]: entry["type"]
             for entry in found
@@ -240,11 +240,11 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
     if local:
         found_at = [(name, Path(name).stat()) for name in names]
         return [
-            DataFile(name, state.st_size, folder_of_source, limits, state.st_mtime_ns)
+            DataFile(name, state.st_size, source_folder, limits, state.st_mtime_ns)
             for name, state in found_at
         ]
     return [
-        DataFile(system.unstrip_protocol(name), size, system.unstrip_protocol(folder_of_source), limits)
+        DataFile(system.unstrip_protocol(name), size, system.unstrip_protocol(source_folder), limits)
         for name, size in zip(names, system.sizes(names), strict=True)
     ]
 

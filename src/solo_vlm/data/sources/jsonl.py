@@ -87,7 +87,7 @@ class _Rows(Sequence[dict[str, Any]]):
 def _blocks(file: DataFile) -> NDArray[np.int64]:
     """Return (blocks, 2) byte positions at which blocks of whole lines start and end.
 
-    A block is as large as a row may be, unless it is a single line.
+    A block is at most as large as the largest row allowed, unless it is a single line.
     """
     if _is_compressed(file):
         return np.array([[0, file.size]])
@@ -106,7 +106,7 @@ def _blocks(file: DataFile) -> NDArray[np.int64]:
 
 
 def _line_ends(file: DataFile) -> Iterator[int]:
-    """Yield the position after each line, in memory that does not depend on their lengths."""
+    """Yield the position after each line, without reading whole lines into memory."""
     position = end = 0
     with file.open() as stream:
         while chunk := stream.read(_CHUNK_SIZE):

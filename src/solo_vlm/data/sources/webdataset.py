@@ -17,7 +17,12 @@ from solo_vlm.data.values import COLUMNS, load_json, natural_key
 _MAX_LINKS = 8  # longest chain of links
 _MAX_MEMBERS = 1_000_000
 _MAX_HEADER_BYTES = 1 << 20
-_BROKEN = (tarfile.TarError, ValueError, OverflowError, RecursionError)  # what tarfile raises on odd headers
+_BROKEN = (
+    tarfile.TarError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+)  # errors for invalid headers
 _MISSING = (-1, -1)  # position of a link without a target
 
 
@@ -25,7 +30,7 @@ class WebDatasetSource:
     """Rows of tar files, as webdataset and img2dataset write them.
 
     A row with a `.json` that has `messages` is a chat; its images are the row's image members, in natural
-    order of their names. Any other is a document: its images, then the caption in `.txt`, or in the JSON's
+    order of their names. Any other row is a document: images, then the caption in `.txt`, or in the JSON's
     `caption` or `text`. Relative paths in the JSON refer to the folder of the tar.
     """
 
@@ -93,7 +98,7 @@ def _index(file: DataFile) -> tuple[list[list[_Member]], SampleError | None]:
     error = None
     with file.open() as stream:
         headers: Any = _HeaderReader(stream)
-        tar = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 - it opens nothing of its own
+        tar = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 - it does not open a file
         try:
             for member in tar:
                 _check_member(member, file.size)
@@ -115,7 +120,7 @@ def _index(file: DataFile) -> tuple[list[list[_Member]], SampleError | None]:
 
 
 class _HeaderReader:
-    """Stream of a tar from which only headers are read; one that claims to be long is refused."""
+    """Stream of a tar from which only headers are read; excessively long ones are rejected."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -128,7 +133,7 @@ class _HeaderReader:
 
 
 def _check_member(member: tarfile.TarInfo, file_size: int) -> None:
-    """Refuse a size that leads back in the file, or beyond its end; a sparse file states another size."""
+    """Reject a negative size or one beyond the end of the file; the size of a sparse file is another one."""
     if member.size < 0:
         raise tarfile.ReadError(f"a member of {member.size} bytes")
     if member.isfile() and not member.issparse() and member.offset_data + member.size > file_size:

@@ -169,7 +169,7 @@ class LlmJudge:
     def _client(self) -> OpenAI:
         from openai import OpenAI
 
-        # A local endpoint seldom checks the key, but the client requires one.
+        # A local endpoint rarely checks the key, but the client requires one.
         key = os.environ.get("OPENAI_API_KEY") or ("none" if self.base_url else None)
         return OpenAI(base_url=self.base_url, api_key=key, max_retries=5)
 

@@ -31,7 +31,7 @@ class SoloConfig(PreTrainedConfig):
         vision_end_token_id: ID of `</vision>`, after an image.
         bidirectional_images: Whether patches of an image attend to each other in both directions. The paper's
             model, and every export to other software, is causal throughout.
-        use_cache: Whether forward passes outside of training return a key/value cache by default.
+        use_cache: Whether forward passes outside training return a key/value cache by default.
         tie_word_embeddings: Whether the LM head is the token embedding; copied from `text_config`.
     """
 

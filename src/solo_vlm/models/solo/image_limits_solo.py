@@ -1,7 +1,7 @@
-"""Limits on what an image file may cost to decode, checked on its structure before anything is decoded.
+"""Limits on the cost of decoding an image file, checked on its structure before decoding.
 
-Some kilobytes can declare gigabytes of pixels or keep a decoder busy for hours. The limits are far above what
-cameras and image editors write; within them, a file takes about a second and eight bytes per pixel.
+A few kilobytes can declare gigabytes of pixels or keep a decoder busy for hours. The limits are far above
+those of cameras and image editors; within them, a file takes about a second and eight bytes per pixel.
 """
 
 import re
@@ -14,7 +14,7 @@ MAX_PIXELS = 100_000_000
 """Default limit of width * height."""
 
 MAX_SIDE = 65_535
-"""Limit of width and height; JPEG's own."""
+"""Limit of width and height, that of the JPEG format."""
 
 MAX_ASPECT_RATIO = 200
 """Default limit of the aspect ratio, as in Qwen2-VL: a narrower image is unrecognizable once resized."""
@@ -25,12 +25,12 @@ MAX_FILE_BYTES = 2**30
 MAX_PROFILE_BYTES = 4 * 2**20
 """Limit of an embedded color profile."""
 
-_MAX_JPEG_SCANS, _MAX_JPEG_SCAN_PIXELS = 500, 2_000_000_000  # scans alone, and times pixels; usual are 10
+_MAX_JPEG_SCANS, _MAX_JPEG_SCAN_PIXELS = 500, 2_000_000_000  # scans, and scans * pixels; typical are 10 scans
 _MAX_JPEG_SEGMENTS, _MAX_EXIF_BYTES = 2000, 4 * 2**20
 _MAX_PNG_CHUNKS = 100_000
 _MAX_TIFF_TILES = 65_535
-_MAX_READS = 2_000_000  # Pillow's readers written in Python take half a microsecond for each
-_MAX_PYTHON_PIXELS = 2_500_000  # and its decoders written in Python that for each pixel
+_MAX_READS = 2_000_000  # at half a microsecond each in Pillow's Python readers
+_MAX_PYTHON_PIXELS = 2_500_000  # at the same time per pixel in Pillow's Python decoders
 
 _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xfe]")
 _JPEG_SCAN = b"\xff\xda"
@@ -45,18 +45,18 @@ _TIFF_COMPRESSIONS = {
     *("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "zstd", "jpeg"),
     *("tiff_ccitt", "group3", "group4", "tiff_raw_16"),
 }
-_TIFF_STRIPS, _TIFF_TILES = (273, 279), (324, 325)  # tags of their places and sizes
+_TIFF_STRIPS, _TIFF_TILES = (273, 279), (324, 325)  # tags of their offsets and sizes
 
 
 class LimitError(ValueError):
-    """Decoding would cost too much."""
+    """Image whose decoding would cost too much."""
 
 
 def check_size(width: int, height: int, max_pixels: int, max_aspect_ratio: float | None) -> None:
     """Check the size that a header declares, in pixels.
 
     Raises:
-        LimitError: Too many pixels, too long a side, or too large an aspect ratio.
+        LimitError: The number of pixels, a side or the aspect ratio exceeds its limit.
     """
     if width * height > max_pixels:
         raise LimitError(f"{width} x {height} is more than the limit of {max_pixels:,} pixels")
@@ -76,22 +76,22 @@ def check_aspect_ratio(height: int, width: int, max_aspect_ratio: float | None) 
 
 
 def check_jpeg(data: bytes) -> bool:
-    """Check the segments of a JPEG up to its pixels, and the number of its scans.
+    """Check the segments of a JPEG before its pixels, and the number of its scans.
 
-    Each scan of a progressive JPEG can be some bytes that make the decoder visit every pixel.
+    In a progressive JPEG, a scan of a few bytes can make the decoder process every pixel.
 
     Returns:
-        Whether the JPEG is regular: nothing but segments before its first scan, without relevant metadata.
+        Whether the JPEG is regular: only segments before its first scan, without relevant metadata.
 
     Raises:
-        LimitError: Too many scans or segments, too much EXIF, or arithmetic coding, whose cost does not
-            depend on the number of bytes.
+        LimitError: There are too many scans or segments, or too much EXIF; or the coding is arithmetic, whose
+            cost does not depend on the number of bytes.
     """
     place, regular, pixels, components, one_scan, exif_bytes = 2, True, 0, 0, True, 0
     for _ in range(_MAX_JPEG_SEGMENTS):
         match = _JPEG_MARKER.search(data, place)
         if match is None:
-            return False  # cut short: the decoder says so
+            return False  # truncated: the decoder reports it
         regular = regular and match.start() == place
         place = match.end()
         marker = data[place - 1]
@@ -128,10 +128,10 @@ def _check_scans(scans: int, pixels: int) -> None:
 
 
 def check_png(file: BinaryIO) -> None:
-    """Check the number of a PNG's chunks, which Pillow reads one by one, and inflates the color profiles of.
+    """Check the chunks and color profiles of a PNG: Pillow reads each chunk and inflates each profile.
 
     Raises:
-        LimitError: Too many chunks, or several color profiles.
+        LimitError: There are too many chunks, or several color profiles.
     """
     file.seek(8)
     profiles = 0
@@ -143,14 +143,14 @@ def check_png(file: BinaryIO) -> None:
         if profiles > 1:
             raise LimitError("more than one color profile; save it without metadata")
         file.seek(int.from_bytes(head[:4], "big") + 4, SEEK_CUR)
-    raise LimitError(f"more than {_MAX_PNG_CHUNKS:,} chunks; save it anew")
+    raise LimitError(f"more than {_MAX_PNG_CHUNKS:,} chunks; save it again")
 
 
 def check_decoder(image: ImageFile.ImageFile, file: BinaryIO) -> None:
     """Check how Pillow would decode the open image of a file.
 
     Raises:
-        LimitError: The decoder's cost has no bound, or is too high for this many pixels.
+        LimitError: The cost of the decoder is unbounded, or too high for this many pixels.
     """
     if len(image.tile) > _MAX_TIFF_TILES:
         raise LimitError(f"more than {_MAX_TIFF_TILES:,} tiles; save it in larger ones")
@@ -174,7 +174,7 @@ def _check_tiff(image: ImageFile.ImageFile, file: BinaryIO) -> None:
     kind = _TIFF_STRIPS if _TIFF_STRIPS[0] in tags else _TIFF_TILES
     places, sizes = (tags.get(tag, ()) for tag in kind)
     if len(places) != len(sizes) or len(places) > _MAX_TIFF_TILES or sum(sizes) > file.seek(0, SEEK_END):
-        raise LimitError("strips that overlap, have no size or are too many; save it anew")
+        raise LimitError("strips that overlap, have no size or are too many; save it again")
     for place, size in zip(places, sizes, strict=True) if compression == "jpeg" else ():
         file.seek(place)
         strip = file.read(size)
@@ -184,9 +184,9 @@ def _check_tiff(image: ImageFile.ImageFile, file: BinaryIO) -> None:
 
 
 class MeteredFile:
-    """A file for Pillow, which can be read in a limited number of pieces.
+    """File for Pillow that limits the number of read operations.
 
-    Pillow's readers are loops in Python: a file of millions of tiny blocks takes minutes to read.
+    Pillow's readers are loops in Python: they take minutes for a file with millions of tiny blocks.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -194,12 +194,12 @@ class MeteredFile:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
-        """Read like the file itself.
+        """Read from the file.
 
         Raises:
-            LimitError: Too many pieces.
+            LimitError: There were too many read operations.
         """
         self._reads += 1
         if self._reads > _MAX_READS:
-            raise LimitError(f"its header has more than {_MAX_READS:,} parts; save it anew")
+            raise LimitError(f"its header has more than {_MAX_READS:,} parts; save it again")
         return self._file.read(size)

@@ -64,7 +64,7 @@ _UPRIGHT = {  # EXIF orientation -> transposition that makes the stored pixels u
 }
 _ORIENTATION_TAG = 0x0112
 _JPEG_START, _PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-_BAND_PIXELS = 2**22  # large images are converted in bands of rows, which bounds the memory for it
+_BAND_PIXELS = 2**22  # large images are converted in bands of rows, which bounds the memory
 
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2  # a photometric interpretation, a sample format
@@ -79,9 +79,9 @@ _OTHER_SUFFIXES = {".heic", ".heif", ".hif", ".jxl", ".svg"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000", "HEIF", "JXL")
 """Formats that are read, by Pillow's names; HEIF and JPEG XL with a plug-in."""
 
-_FORMATS_DECODED_APART = ("AVIF", "JPEG2000")  # what decoding costs cannot be told from the header
-_MAX_SECONDS_APART, _MAX_BYTES_APART = 10, 4 * 2**30
-_DECODE_APART = """
+_FORMATS_IN_SUBPROCESS = ("AVIF", "JPEG2000")  # their cost does not follow from the header
+_MAX_SUBPROCESS_SECONDS, _MAX_SUBPROCESS_BYTES = 10, 4 * 2**30
+_DECODE_SCRIPT = """
 import io, pickle, sys
 from PIL import Image
 try:
@@ -159,7 +159,7 @@ class _Options:
     max_bytes: int = MAX_DOWNLOAD_BYTES
 
     def check_size(self, width: int, height: int) -> None:
-        """Refuse a file of this size, or announce it."""
+        """Reject a file of this size, or report the size to `on_size`."""
         check_size(width, height, self.max_pixels, self.max_aspect_ratio)
         if self.on_size:
             self.on_size(width, height)
@@ -241,7 +241,7 @@ def _load(source: Any, options: _Options) -> Image.Image | np.ndarray:
     name, order = options.name, options.input_data_format
     if isinstance(source, Image.Image):
         name = name or f"{source.mode} image in memory"
-        with _refusing(name):
+        with _naming(name):
             _check(source, name, options)
             return _to_upright_rgb(source, name)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -346,13 +346,13 @@ def _from_file(path: str, options: _Options) -> Image.Image | np.ndarray:
 
 def _decode(file: BinaryIO, name: str, options: _Options) -> Image.Image | np.ndarray:
     """Decode an open image file after checking its size and structure."""
-    with _refusing(name):
+    with _naming(name):
         return _decode_within_limits(file, name, options)
 
 
 @contextmanager
-def _refusing(name: str) -> Iterator[None]:
-    """Name the image in the error that an exceeded limit raises."""
+def _naming(name: str) -> Iterator[None]:
+    """Raise an error with the image's name if a limit is exceeded."""
     try:
         yield
     except LimitError as error:
@@ -375,7 +375,7 @@ def _decode_within_limits(file: BinaryIO, name: str, options: _Options) -> Image
     image = _open(file, name, options.formats)
     _check(image, name, options)
     check_decoder(image, file)
-    decoded = _decode_apart(image, file, name) if image.format in _FORMATS_DECODED_APART else image
+    decoded = _decode_in_subprocess(image, file, name) if image.format in _FORMATS_IN_SUBPROCESS else image
     rgb = _to_upright_rgb(decoded, name)
     rgb.format = None  # marks the image as checked; see _check
     return rgb
@@ -390,28 +390,30 @@ def _open(file: BinaryIO, name: str, formats: Sequence[str]) -> ImageFile.ImageF
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: too large to decode safely ({error})") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: {_what_it_is(file)}") from error
+        raise ImageError(f"{name}: {_describe_file(file)}") from error
     except (LimitError, MemoryError):
         raise
     except Exception as error:
         raise _damaged(error, name) from error
 
 
-def _decode_apart(image: Image.Image, file: BinaryIO, name: str) -> Image.Image:
-    """Decode in a process of its own, within limits of processor time and memory."""
-    limits = (str(image.format), str(_MAX_SECONDS_APART), str(_MAX_BYTES_APART))
+def _decode_in_subprocess(image: Image.Image, file: BinaryIO, name: str) -> Image.Image:
+    """Decode in a subprocess with limits on CPU time and memory."""
+    limits = (str(image.format), str(_MAX_SUBPROCESS_SECONDS), str(_MAX_SUBPROCESS_BYTES))
     file.seek(0)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _DECODE_APART, *limits],
+            [sys.executable, "-c", _DECODE_SCRIPT, *limits],
             input=file.read(),
             capture_output=True,
-            timeout=10 * _MAX_SECONDS_APART,
+            timeout=10 * _MAX_SUBPROCESS_SECONDS,
         )
     except subprocess.TimeoutExpired:
         done = None
     if done is None or done.returncode < 0:
-        raise LimitError(f"{image.format} takes more than {_MAX_SECONDS_APART} s to decode; save it as PNG")
+        raise LimitError(
+            f"{image.format} takes more than {_MAX_SUBPROCESS_SECONDS} s to decode; save it as PNG"
+        )
     if done.returncode:
         raise _damaged(ValueError(done.stderr.decode(errors="replace").strip().rpartition("\n")[2]), name)
     decoded: Image.Image = pickle.loads(done.stdout)
@@ -464,7 +466,7 @@ def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
         _prepare_tiff(image, name)
         alpha = _prepare_png(image)
         image.load()
-        if image.format == "WEBP":  # frees its decoder's copies of the pixels
+        if image.format == "WEBP":  # frees the decoder's copies of the pixels
             vars(image).update(_decoder=None, fp=None)
         turn = _UPRIGHT.get(_orientation(image))
         rgb = _to_rgb(image, name, alpha)
@@ -733,7 +735,7 @@ def _ascii_url(url: str) -> str:
     return quote(parts.geturl(), safe="!#$%&'()*+,/:;=?@[]~")
 
 
-def _what_it_is(file: BinaryIO) -> str:
+def _describe_file(file: BinaryIO) -> str:
     file.seek(0)
     head = file.read(1024)
     if not head:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .bounded_template import render
 from .chat_template import (
     SOLO_CHAT_TEMPLATE,
     ChatTemplateError,
@@ -241,12 +242,8 @@ class SoloProcessor(ProcessorMixin):
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+            template = self.tokenizer.get_chat_template(self.chat_template)
+            return render(template, messages, add_generation_prompt, self.tokenizer.special_tokens_map)
         except Exception as error:  # templates raise errors of any type
             raise ChatTemplateError(f"the chat template rejects this chat: {error}") from error
 

@@ -48,7 +48,7 @@ _CAPTIONED: dict[Draw, float] = {
     training_digit: 0.12,
     single_object: 0.03,
 }
-_ASKED: dict[Draw, float] = {  # more of what is slowest to learn: heights of bars, positions of two objects
+_ASKED: dict[Draw, float] = {  # more of the slowest to learn: heights of bars, positions of two objects
     two_objects: 0.33,
     bar_chart: 0.31,
     counted_objects: 0.13,

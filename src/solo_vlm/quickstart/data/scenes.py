@@ -151,14 +151,14 @@ def two_objects(rng: np.random.Generator, reserved: bool = False) -> Scene:
     Pairs for which `is_reserved` is true are drawn only with `reserved`, and only they are.
     """
     while True:
-        first, second, beside = _thing(rng), _thing(rng), bool(rng.random() < 0.5)
-        caption = pair_caption(first, second, beside)
+        first, second, side_by_side = _thing(rng), _thing(rng), bool(rng.random() < 0.5)
+        caption = pair_caption(first, second, side_by_side)
         if first != second and is_reserved(caption) == reserved:
             break
-    page = Page(rng, *((1, 2) if beside else (2, 1)))
+    page = Page(rng, *((1, 2) if side_by_side else (2, 1)))
     page.shape(first[1], first[0], 0, 0)
-    page.shape(second[1], second[0], *((0, 1) if beside else (1, 0)))
-    places = ("on the left", "on the right") if beside else ("at the top", "at the bottom")
+    page.shape(second[1], second[0], *((0, 1) if side_by_side else (1, 0)))
+    places = ("on the left", "on the right") if side_by_side else ("at the top", "at the bottom")
     questions: list[Question] = [("How many shapes are there?", "two")]
     for thing, place, other in zip((first, second), places, (second, first), strict=True):
         color, shape = thing
@@ -171,9 +171,9 @@ def two_objects(rng: np.random.Generator, reserved: bool = False) -> Scene:
     return Scene(page.image, caption, caption, tuple(questions))
 
 
-def pair_caption(first: Thing, second: Thing, beside: bool) -> str:
+def pair_caption(first: Thing, second: Thing, side_by_side: bool) -> str:
     """Return the caption of two objects: "a red circle left of a blue square"."""
-    relation = "left of" if beside else "above"
+    relation = "left of" if side_by_side else "above"
     return f"{with_article(' '.join(first))} {relation} {with_article(' '.join(second))}"
 
 

@@ -57,10 +57,10 @@ def _objects(rng: np.random.Generator) -> str:
 
 
 def _pair(rng: np.random.Generator) -> str:
-    first, second, beside, caption = _allowed_pair(rng)
+    first, second, side_by_side, caption = _allowed_pair(rng)
     one, other = " ".join(first), " ".join(second)
-    places = _places(beside)
-    inverse = "right of" if beside else "below"
+    places = _places(side_by_side)
+    inverse = "right of" if side_by_side else "below"
     return _one(
         rng,
         (
@@ -234,8 +234,8 @@ def _ask_world(rng: np.random.Generator) -> Question:
 
 
 def _ask_pair(rng: np.random.Generator) -> Question:
-    first, second, beside, caption = _allowed_pair(rng)
-    thing, place = list(zip((first, second), _places(beside), strict=True))[rng.integers(2)]
+    first, second, side_by_side, caption = _allowed_pair(rng)
+    thing, place = list(zip((first, second), _places(side_by_side), strict=True))[rng.integers(2)]
     return f"{caption}. What is {place}?", with_article(" ".join(thing))
 
 
@@ -264,14 +264,14 @@ def _allowed_pair(rng: np.random.Generator) -> tuple[Thing, Thing, bool, str]:
             (_one(rng, _COLOR_NAMES), _one(rng, SHAPES)),
             (_one(rng, _COLOR_NAMES), _one(rng, SHAPES)),
         )
-        beside = bool(rng.random() < 0.5)
-        caption = pair_caption(first, second, beside)
+        side_by_side = bool(rng.random() < 0.5)
+        caption = pair_caption(first, second, side_by_side)
         if first != second and not is_reserved(caption):
-            return first, second, beside, caption
+            return first, second, side_by_side, caption
 
 
-def _places(beside: bool) -> tuple[str, str]:
-    return ("on the left", "on the right") if beside else ("at the top", "at the bottom")
+def _places(side_by_side: bool) -> tuple[str, str]:
+    return ("on the left", "on the right") if side_by_side else ("at the top", "at the bottom")
 
 
 def _bars(rng: np.random.Generator) -> tuple[list[str], list[int], str]:

@@ -92,7 +92,7 @@ class Memory:
         optimizer: Shard of Adam's two moments in float32.
         gathered: Temporarily unsharded tensors: weights, in the compute precision, of two FSDP units
             (`layers_per_fsdp_unit`; the next one is prefetched) or, without `parallel.reshard`, of all, and
-            those outside of layers; gradients of one unit and of those, before they are reduced.
+            those outside layers; gradients of one unit and of those, before they are reduced.
         activations: Activations saved for the backward pass, and the peak working memory of the backward
             pass of one layer or one chunk of the loss.
     """

@@ -54,7 +54,7 @@ def shard_model(
     """Shard a model in place; its parameters may still be on the meta device.
 
     Layers are split over the `tp` dimension by the tensor-parallel plan of the model's family. Then each FSDP
-    unit (one or several layers), and the parameters outside of layers, are sharded over the `dp` dimension:
+    unit (one or several layers), and the parameters outside layers, are sharded over the `dp` dimension:
     float32 shards, gathered in the recipe's precision. Gradients are summed, not averaged, over `dp`, because
     the loss is already divided by the supervised tokens of all processes.
     """
@@ -71,7 +71,7 @@ def shard_model(
     for first in range(0, len(layers), count):
         unit = layers[first : first + count]
         fully_shard(unit, reshard_after_forward=recipe.parallel.reshard, **options)
-    # Parameters outside of layers are used first and last, so they stay gathered in between.
+    # Parameters outside layers are used first and last, so they stay gathered in between.
     fully_shard(model, reshard_after_forward=False, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -99,7 +99,7 @@ def load_full_state_dict(
 def reshard(model: nn.Module) -> None:
     """Free all gathered weights, so that the model's parameters are the shards held by the optimizer.
 
-    After a forward pass without backward, FSDP keeps the weights outside of layers gathered, and with
+    After a forward pass without backward, FSDP keeps the weights outside layers gathered, and with
     `parallel.reshard: false` those of layers, too.
     """
     for module in model.modules():

@@ -1,0 +1,190 @@
+"""Checks of a model folder, which may be untrusted, before anything in it is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from solo_vlm.utils.errors import SoloError, first_line
+from solo_vlm.utils.files import is_inside
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_MAX_FILE_BYTES = 2**28  # of tokenizers and settings; the largest known tokenizers have 35 MB
+_MAX_HEADER_BYTES = 2**25
+_MAX_NUMBER = 2**31
+_MAX_COUNT = 2**16
+_COUNT = re.compile(r"(num|n)_(?!ctx|positions)\w+")  # of layers, heads, experts, ...
+_LAYERS = re.compile(r"(num_hidden_layers|num_layers|n_layers?|num_blocks)")
+_OBSOLETE = "rotary_emb.inv_freq"
+_CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_COMPRESSION = 16  # parameters per stored number, of weights packed in a few bits
+
+
+def check_files(path: str | Path) -> None:
+    """Check the files of a local model folder, or a `config.json`, without reading weights.
+
+    Two environment variables relax the limits: SOLO_ALLOW_OUTSIDE_FILES=1 accepts links that lead out of the
+    folder, and SOLO_MAX_FILE_BYTES is the largest size of a file other than weights.
+
+    Raises:
+        SoloError: A link leads out of the folder, a file other than weights is too large, `config.json` has
+            absurd sizes, or a shard that the index lists is missing or elsewhere.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        _check_numbers(folder)
+    if not folder.is_dir():  # a hub ID
+        return
+    allows_outside = os.environ.get("SOLO_ALLOW_OUTSIDE_FILES") == "1"
+    largest = int(os.environ.get("SOLO_MAX_FILE_BYTES", _MAX_FILE_BYTES))
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and not allows_outside and not is_inside(str(file), str(folder)):
+            raise SoloError(
+                f"{file} is a link to {file.readlink()}, outside of the model's folder: copy the file, or "
+                "set SOLO_ALLOW_OUTSIDE_FILES=1"
+            )
+        if file.is_file() and file.suffix not in _WEIGHTS and file.stat().st_size > largest:
+            raise SoloError(
+                f"{file} has {file.stat().st_size:,} bytes, more than SOLO_MAX_FILE_BYTES = {largest:,}"
+            )
+    for name in _INDEXES:
+        if (folder / name).is_file():
+            _check_index(folder / name)
+    if (folder / "config.json").is_file():
+        _check_numbers(folder / "config.json")
+
+
+def check_weights(path: str | Path, make_model: Any) -> None:
+    """Compare the configuration of a local folder with the headers of its safetensors files.
+
+    Args:
+        path: Model folder; hub IDs and other weights are left alone.
+        make_model: Function without arguments that makes the model, called on the meta device.
+
+    Raises:
+        SoloError: A header is broken, or the configuration asks for a model of another size.
+    """
+    folder = Path(path)
+    files = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
+    if not files:
+        return
+    stored = {name: shape for file in files for name, shape in _stored_shapes(file)}
+    config = _read_object(folder / "config.json")
+    layers = [value for key, value in _numbers(config) if _LAYERS.fullmatch(key) and value > len(stored)]
+    if layers:
+        raise SoloError(
+            f"{folder}: config.json asks for {layers[0]:,} layers, but has {len(stored):,} tensors"
+        )
+    try:
+        with torch.device("meta"):
+            model: nn.Module = make_model()
+    except Exception as error:  # any type, from any model family
+        raise SoloError(f"cannot load {folder}: {first_line(error)}") from error
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    asked, found = (sum(map(prod, shapes.values())) for shapes in (expected, stored))
+    if asked > _MAX_COMPRESSION * found:
+        raise SoloError(
+            f"{folder}: config.json asks for {asked:,} parameters, but the weights have {found:,}"
+        )
+    differing = [name for name, shape in stored.items() if expected.get(name, shape) != shape]
+    if differing and "quantization_config" not in config:
+        name = differing[0]
+        raise SoloError(
+            f"{folder}: {name} has the shape {list(stored[name])}, but config.json implies "
+            f"{list(expected[name])}"
+        )
+
+
+def check_loaded(path: str | Path, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Check that a model got all of its weights from the files, and that they are finite.
+
+    Args:
+        path: Folder or hub ID, for messages.
+        model: Loaded model.
+        info: Loading info of transformers.
+
+    Raises:
+        SoloError: A weight is missing, belongs to a layer that the model does not have, or is not finite.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise SoloError(
+            f"{path} lacks the weight {missing[0]}, one of {len(missing)} that config.json implies"
+        )
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.endswith(_OBSOLETE))
+    if unexpected:
+        raise SoloError(f"{path}: {unexpected[0]} is no weight of the model that config.json describes")
+    for name, parameter in model.named_parameters():
+        if not _is_finite(parameter):
+            raise SoloError(f"{path}: the weight {name} is not finite (NaN or infinite): the file is damaged")
+
+
+def _is_finite(parameter: nn.Parameter) -> bool:
+    if parameter.is_meta or not parameter.numel() or parameter.dtype not in _CHECKED_DTYPES:
+        return True
+    low, high = torch.aminmax(parameter.detach())  # without a mask as large as the parameter
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _check_index(index: Path) -> None:
+    names = _read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise SoloError(f"{index} has no weight_map of file names")
+    for name in sorted(set(names.values())):
+        if Path(name).name != name:
+            raise SoloError(f"{index} lists {name!r}, which is not a file of the model's folder")
+        if not (index.parent / name).is_file():
+            raise SoloError(f"{index.parent / name} is missing: {index.name} lists it")
+
+
+def _check_numbers(config: Path) -> None:
+    for key, value in _numbers(_read_object(config)):
+        limit = _MAX_COUNT if _COUNT.fullmatch(key) else _MAX_NUMBER
+        if abs(value) > limit:
+            raise SoloError(f"{config}: {key} = {value:,} is absurd: at most {limit:,} is accepted")
+
+
+def _numbers(settings: Any) -> Iterator[tuple[str, int]]:
+    """Yield every (key, integer) of nested settings."""
+    waiting = [settings]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            yield from ((key, value) for key, value in one.items() if type(value) is int)
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SoloError(f"{file} cannot be read as JSON: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise SoloError(f"{file} holds no JSON object")
+    return content
+
+
+def _stored_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of each tensor of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if length > min(_MAX_HEADER_BYTES, file.stat().st_size - 8):
+        raise SoloError(f"{file} is truncated, or no safetensors file: its header claims {length:,} bytes")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it cannot be iterated
+                yield name, tuple(tensors.get_slice(name).get_shape())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SoloError(f"{file} is damaged: {first_line(error)}") from error

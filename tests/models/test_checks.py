@@ -1,0 +1,260 @@
+"""Model folders of strangers: absurd sizes, lying headers, missing weights and links are refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.factories import make_llm, make_solo
+
+from solo_vlm.data.encode import load_encoder
+from solo_vlm.models.from_llm import from_llm
+from solo_vlm.models.load import load_config, load_llm, load_model, load_processor, load_tokenizer
+from solo_vlm.utils.errors import SoloError
+
+WEIGHT = "model.language_model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    make_solo("qwen3").save(folder / "solo")
+    for part in make_llm("qwen3"):
+        part.save_pretrained(folder / "llm")
+    return folder
+
+
+@pytest.fixture
+def solo(models, tmp_path):
+    return shutil.copytree(models / "solo", tmp_path / "solo")
+
+
+@pytest.fixture
+def llm(models, tmp_path):
+    return shutil.copytree(models / "llm", tmp_path / "llm")
+
+
+def set_config(folder, **changes):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config.get("text_config", config).update(changes)
+    file.write_text(json.dumps(config))
+
+
+def change_weights(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"}
+    )
+
+
+def set_header(file, change):
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    encoded = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + content[8 + length :])
+
+
+def set_header_length(file, length):
+    file.write_bytes(struct.pack("<Q", length) + file.read_bytes()[8:])
+
+
+ABSURD = {
+    "hidden_size": 10**9,
+    "intermediate_size": 10**9,
+    "num_hidden_layers": 10**6,
+    "num_attention_heads": 10**9,
+    "head_dim": 10**9,
+    "vocab_size": 10**12,
+    "max_position_embeddings": 10**12,
+}
+
+
+@pytest.mark.parametrize("setting", ABSURD)
+def test_absurd_sizes_are_refused_by_name(solo, llm, setting):
+    for folder, load in ((solo, load_model), (llm, load_llm)):
+        set_config(folder, layer_types=None, **{setting: ABSURD[setting]})
+        with pytest.raises(SoloError, match=r"config\.json") as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 1000])
+def test_other_number_of_layers_than_the_weights_have_is_refused(solo, llm, layers):
+    for folder, load in ((solo, load_model), (llm, load_llm)):
+        set_config(folder, layer_types=None, num_hidden_layers=layers)
+        with pytest.raises(SoloError, match=r"layers|lacks the weight|no weight of the model"):
+            load(folder)
+
+
+def test_missing_weight_is_refused_by_name(solo):
+    change_weights(solo, lambda tensors: tensors.pop(WEIGHT))
+    with pytest.raises(SoloError, match=f"lacks the weight {WEIGHT}"):
+        load_model(solo)
+
+
+def test_weight_of_another_shape_is_refused_by_name(solo):
+    change_weights(solo, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT][:5]}))
+    with pytest.raises(
+        SoloError, match=rf"{WEIGHT} has the shape \[5, 48\], but config\.json implies \[96, 48\]"
+    ):
+        load_model(solo)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weight_that_is_not_finite_is_refused_by_name(solo, llm, value):
+    change_weights(solo, lambda tensors: tensors[WEIGHT].view(-1)[7:8].fill_(value))
+    with pytest.raises(SoloError, match=f"the weight {WEIGHT} is not finite"):
+        load_model(solo)
+    change_weights(llm, lambda tensors: tensors["model.norm.weight"][3:4].fill_(value))
+    with pytest.raises(SoloError, match="is not finite"):
+        from_llm(llm)
+
+
+HEADERS = {
+    "length of an exabyte": lambda file: set_header_length(file, 2**60),
+    "length beyond the file": lambda file: set_header_length(file, file.stat().st_size),
+    "length of nothing": lambda file: set_header_length(file, 0),
+    "offset beyond the file": lambda file: set_header(
+        file, lambda h: h[WEIGHT].update(data_offsets=[0, 2**50])
+    ),
+    "negative offset": lambda file: set_header(file, lambda h: h[WEIGHT].update(data_offsets=[-8, 8])),
+    "overlapping tensors": lambda file: set_header(
+        file, lambda h: h[WEIGHT].update(data_offsets=[0, 96 * 48 * 4])
+    ),
+    "shape without end": lambda file: set_header(file, lambda h: h[WEIGHT].update(shape=[2**62, 2**62])),
+    "unknown dtype": lambda file: set_header(file, lambda h: h[WEIGHT].update(dtype="F1")),
+    "another dtype": lambda file: set_header(file, lambda h: h[WEIGHT].update(dtype="F64")),
+    "no object": lambda file: file.write_bytes(struct.pack("<Q", 2) + b"[]"),
+    "no JSON": lambda file: file.write_bytes(struct.pack("<Q", 8) + b"\xff" * 8),
+    "deep JSON": lambda file: file.write_bytes(struct.pack("<Q", 10**5) + b"[" * 10**5),
+    "empty": lambda file: file.write_bytes(b""),
+    "seven bytes": lambda file: file.write_bytes(b"1234567"),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"x"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_lying_header_is_refused_by_the_name_of_the_file(solo, kind):
+    HEADERS[kind](solo / "model.safetensors")
+    with pytest.raises(SoloError, match=r"model\.safetensors is (damaged|truncated)") as caught:
+        load_model(solo)
+    assert "\n" not in str(caught.value)
+
+
+def shard(folder, **places):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    names = load_file(folder / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors") | places
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (
+            "model-00002-of-00002.safetensors",
+            "model-00002-of-00002.safetensors is missing: model.safetensors.index",
+        ),
+        ("../secret.safetensors", "not a file of the model's folder"),
+        ("/etc/passwd", "not a file of the model's folder"),
+        (7, "no weight_map of file names"),
+    ],
+)
+def test_index_may_only_list_files_of_the_folder(solo, place, message):
+    (solo.parent / "secret.safetensors").write_bytes((solo / "model.safetensors").read_bytes())
+    shard(solo)
+    load_model(solo)
+    (solo / "model-00001-of-00001.safetensors").rename(solo / "model.safetensors")
+    shard(solo, **{WEIGHT: place})
+    with pytest.raises(SoloError, match=message):
+        load_model(solo)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"]
+)
+def test_links_out_of_the_folder_need_a_setting(models, solo, monkeypatch, name):
+    (solo / name).unlink()
+    (solo / name).symlink_to(models / "solo" / name)
+    for load in (load_model, load_processor, load_config, load_encoder):
+        with pytest.raises(SoloError, match=f"{name} is a link to .* outside of the model's folder"):
+            load(solo)
+    monkeypatch.setenv("SOLO_ALLOW_OUTSIDE_FILES", "1")
+    load_model(solo)
+    load_processor(solo)
+
+
+def test_links_of_the_hubs_cache_are_followed(models, tmp_path):
+    blobs, snapshot = (tmp_path / "models--a--b" / name for name in ("blobs", "snapshots/123"))
+    shutil.copytree(models / "solo", blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    load_model(snapshot)
+    load_processor(snapshot)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "vocab.json"])
+def test_large_tokenizer_files_need_a_setting(solo, llm, monkeypatch, name):
+    for folder, load in ((solo, load_processor), (llm, load_tokenizer)):
+        file = folder / name
+        with file.open("ab") as stream:
+            stream.truncate(3 * 10**9)  # takes no space on disk
+        with pytest.raises(
+            SoloError, match=rf"{name} has 3,000,000,000 bytes, more than SOLO_MAX_FILE_BYTES"
+        ):
+            load(folder)
+        monkeypatch.setenv("SOLO_MAX_FILE_BYTES", "100")
+        with pytest.raises(SoloError, match="more than SOLO_MAX_FILE_BYTES = 100"):
+            load(folder)
+        monkeypatch.delenv("SOLO_MAX_FILE_BYTES")
+
+
+def test_code_of_a_folder_is_never_run(llm, tmp_path):
+    set_config(
+        llm, model_type="stranger", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"}
+    )
+    (llm / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for load in (load_llm, load_config, from_llm):
+        with pytest.raises(SoloError):
+            load(llm)
+    settings = json.loads((llm / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Stranger", "auto_map": {"AutoTokenizer": ["code.T", None]}}
+    (llm / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(SoloError):
+        load_tokenizer(llm)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 10**5, "\xff"])
+def test_unreadable_config_is_refused_by_name(solo, text):
+    (solo / "config.json").write_text(text, encoding="latin-1")
+    for load in (load_model, load_processor, load_config, load_encoder):
+        with pytest.raises(SoloError, match=r"config\.json"):
+            load(solo)
+
+
+def test_template_without_end_is_refused_when_it_is_used(solo):
+    (solo / "chat_template.jinja").write_text(
+        "{% for a in range(9999) %}{% for b in range(9999) %}{{ b }}{% endfor %}{% endfor %}"
+    )
+    processor = load_processor(solo)
+    with pytest.raises(ValueError, match="takes too many steps"):
+        processor.encode_chat([{"role": "user", "content": "Hi."}], add_generation_prompt=True)
+
+
+def test_sound_folders_load(models):
+    assert torch.isfinite(load_model(models / "solo").lm_head.weight).all()
+    load_processor(models / "solo")
+    from_llm(models / "llm")
