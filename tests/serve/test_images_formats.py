@@ -1,4 +1,4 @@
-"""The page and the API read the same few formats, whatever else Pillow opens."""
+"""The page and the API read the same few of Pillow's formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ READ = {"JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO"}  # MPO: JPEG with further on
 
 
 def files() -> dict[str, bytes]:
-    """Return a file of every format that Pillow writes, and of some that it only reads."""
+    """Return a file of each format that Pillow writes, and of some that it only reads."""
     Image.init()
     picture, made = Image.linear_gradient("L").resize((64, 64)), {}
     for name in sorted(Image.SAVE.keys() - {"IM"}):  # deprecated
@@ -37,7 +37,7 @@ def files() -> dict[str, bytes]:
 FILES = files()
 
 
-def test_formats_are_many():
+def test_corpus_has_many_formats():
     assert FILES.keys() >= READ | {
         "ICNS",
         "ICO",

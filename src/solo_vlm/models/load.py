@@ -118,12 +118,12 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     kind = SoloConfig if is_solo(path) else AutoConfig
     try:
         return kind.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # model families raise any type on odd settings
         raise SoloError(f"cannot read a model from {path}: {first_line(error)}") from error
 
 
 def load_tokenizer(path: str | Path, **options: Any) -> Any:
-    """Load a tokenizer, without running code of its folder.
+    """Load a tokenizer without running code of its folder.
 
     Args:
         path: Folder or hub ID.
@@ -140,7 +140,7 @@ def load_tokenizer(path: str | Path, **options: Any) -> Any:
 
 
 def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
-    """Load a causal language model that is not a SOLO model, without running code of its folder.
+    """Load a causal language model that is not a SOLO model without running code of its folder.
 
     Args:
         path: Folder or hub ID.
@@ -174,7 +174,7 @@ def _use_original_vocabulary(model: SoloForConditionalGeneration, path: str | Pa
 
 
 def _read_settings(path: str | Path) -> dict[str, Any]:
-    """Check a folder and read its `config.json`; without one, there are no settings, and `_load` says so."""
+    """Check a folder and read its `config.json`; without one, return no settings: `_load` reports it."""
     check_files(path)
     try:
         return PreTrainedConfig.get_config_dict(str(path))[0]

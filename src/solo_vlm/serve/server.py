@@ -83,6 +83,7 @@ class Server(uvicorn.Server):
                 http=connection,
                 ws="none",
                 log_config=None,
+                log_level="error",  # no line for each malformed request
                 access_log=False,
                 server_header=False,
             )

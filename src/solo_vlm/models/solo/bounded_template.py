@@ -23,7 +23,7 @@ from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE_CHARACTERS = 1 << 20
 
-# One unit is about a character that is made or written.
+# One unit is about one character of text.
 _BUDGET = 1 << 24
 _BUDGET_PER_CHARACTER = 64  # of the input
 _STEP = 64
@@ -42,7 +42,7 @@ _WIDE_BRACES = re.compile(r"\{[^{}]*:[^{}]*\d{4}")  # "{:5000}"
 
 
 class TemplateLimitError(TemplateRuntimeError):
-    """A template demands more time or memory than it may."""
+    """Template that exceeds the limits on time or memory."""
 
 
 def render(
@@ -79,7 +79,7 @@ def render(
 
 
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Sandbox that charges what a rendering does to a budget of its thread."""
+    """Sandbox that charges the operations of a rendering to a budget per thread."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -103,14 +103,14 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._rendering.left = budget
 
     def charge(self, units: int) -> None:
-        """Take units from the budget of this thread."""
+        """Subtract units from the budget of this thread."""
         left = getattr(self._rendering, "left", _BUDGET) - units
         self._rendering.left = left
         if left < 0:
             raise TemplateLimitError("the template takes too many steps, or makes too much text")
 
     def charged(self, value: Any) -> Any:
-        """Charge for a value, its content included; return it."""
+        """Charge for a value and its content; return the value."""
         waiting = [value]
         while waiting:
             one = waiting.pop()
