@@ -1,4 +1,4 @@
-"""Image files and data URLs mutated by their structure are read right, or rejected by the documented error."""
+"""Image files and data URLs mutated by structure are read right, or rejected by the documented error."""
 
 from __future__ import annotations
 
