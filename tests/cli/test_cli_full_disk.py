@@ -165,3 +165,17 @@ def test_full_disk_stops_a_study_with_one_line(run, inputs, small_disk, command,
     code, _, error = run(*arguments)
     assert code == 2, error
     assert error.strip().splitlines()[-1].startswith(f"solo: cannot write {small_disk.folder}/"), error
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [("file/x", "File exists"), ("folder", "Is a directory"), ("x" * 300, "File name too long")],
+)
+def test_impossible_place_is_a_one_line_error(run, inputs, tmp_path, place, reason):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / "full").mkdir(parents=True)
+    code, _, error = run("inspect", "--image", inputs / "noise.png", "--out", tmp_path / place)
+    assert code == 2
+    (line,) = error.splitlines()
+    assert line.startswith(f"solo: cannot access {tmp_path}/")
+    assert f": {reason}; choose" in line

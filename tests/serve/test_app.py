@@ -399,6 +399,17 @@ def test_disconnects_during_image_decoding_do_not_pile_up_work(solo, monkeypatch
         assert server.ask(question("hello", max_tokens=2))[0] == 200
 
 
+def test_text_does_not_wait_for_images(solo, monkeypatch, picture):
+    gate, begun = threading.Event(), []
+    monkeypatch.setattr(ImageReader, "read", lambda *_: begun.append(None) or gate.wait(200))
+    with served(solo, Limits()) as server, ThreadPoolExecutor(8) as clients:
+        waiting = [clients.submit(server.ask, question("x", picture())) for _ in range(8)]
+        wait_until(lambda: len(begun) == 4)
+        assert server.ask(question("hello", max_tokens=2))[0] == 200
+        assert not any(answer.done() for answer in waiting)
+        gate.set()
+
+
 def test_slow_request_times_out(solo, slow_model):
     with served(solo, Limits(max_seconds=0.5)) as server:
         status, body = server.ask(LONG)

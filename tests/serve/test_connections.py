@@ -91,3 +91,11 @@ def test_server_stays_responsive_during_a_body_in_tiny_chunks(solo):
             except BlockingIOError:
                 answers += '"ok"' in server.get("/health")
         assert answers > 3
+
+
+def test_malformed_requests_are_not_logged(server, caplog):
+    upgrade = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+    for request in (b"\x16\x03\x01\r\n\r\n", GET.replace(b"Host", b"H st"), upgrade, http(b"{")):
+        with server.connect(request) as connection:
+            assert connection.recv(2**16)
+    assert caplog.records == []

@@ -23,6 +23,7 @@ from solo_vlm.serve.app import make_app
 from solo_vlm.serve.connections import Connection
 from solo_vlm.serve.engine import Engine
 from solo_vlm.serve.limits import Limits
+from solo_vlm.serve.memory import return_large_blocks
 from solo_vlm.utils.errors import SoloError
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def serve_model(
     Raises:
         SoloError: The address is not available, or the model cannot be loaded.
     """
+    return_large_blocks()
     with bind(host, port) as address:
         engine = Engine(load(), limits.max_batch, limits.max_batch_tokens)
         server = Server(make_app(engine, name, limits, api_keys, host), limits)
@@ -81,6 +83,7 @@ class Server(uvicorn.Server):
                 http=connection,
                 ws="none",
                 log_config=None,
+                log_level="error",  # no line for each malformed request
                 access_log=False,
                 server_header=False,
             )

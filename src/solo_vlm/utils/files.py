@@ -27,6 +27,11 @@ _OS_ERRORS = {
     errno.EROFS: ("write", "make it writable, or choose another place"),
     errno.EACCES: ("access", "change its permissions, or choose another place"),
     errno.EPERM: ("access", "change its permissions, or choose another place"),
+    errno.ENOTDIR: ("access", "choose another place"),
+    errno.EEXIST: ("access", "choose another place"),
+    errno.EISDIR: ("access", "choose another name"),
+    errno.ENAMETOOLONG: ("access", "choose a shorter name"),
+    errno.ELOOP: ("access", "remove the loop of links"),
 }
 # Rust libraries such as safetensors and tokenizers report the number only in the message.
 _RUST_ERROR = re.compile(r"os error (\d+)")
@@ -49,6 +54,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield partial
             for written in partial.rglob("*"):
                 sync(written)
+            check_new(path)  # another process may have been faster
             if path.exists():
                 path.rmdir()
             partial.rename(path)

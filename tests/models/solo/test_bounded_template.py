@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import threading
-import time
 
 import pytest
 from tests.models.solo.chat_templates import FAMILIES
@@ -90,13 +89,13 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@pytest.mark.timeout(60)  # each takes seconds at most
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_template_ends_soon_with_little_memory(kind):
-    before, started = peak_bytes(), time.monotonic()
+    before = peak_bytes()
     with pytest.raises(Exception) as caught:
         render(HOSTILE[kind], CHAT, True, {})
     assert not isinstance(caught.value, MemoryError)
-    assert time.monotonic() - started < 20  # a second, on an idle machine
     assert peak_bytes() - before < 5e8
 
 

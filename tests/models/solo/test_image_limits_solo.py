@@ -294,30 +294,35 @@ import numpy
 from tests.serve.hostile_images import costly_images
 from solo_vlm.models.solo.image_loading_solo import ImageError
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
-data = costly_images()[sys.argv[1]]()
-processor = SoloImageProcessor()
-processor.encode_image(numpy.zeros((999, 999, 3), "uint8"))  # imports and loads lazily
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
+
 def memory(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
-before, started = memory("VmRSS"), time.thread_time()
-try:
-    processor.encode_image(data, max_pixels=50_000_000)
-except ImageError as error:
-    assert "\\n" not in str(error), error
-print(time.thread_time() - started, memory("VmHWM") - before)
+
+processor = SoloImageProcessor()
+processor.encode_image(numpy.zeros((999, 1999, 3), "uint8"))  # imports and loads lazily
+for name, build in costly_images().items():
+    data, outcome = build(), "read"
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets VmHWM, the peak
+    before, started = memory("VmRSS"), time.thread_time()
+    try:
+        processor.encode_image(data, max_pixels=50_000_000)
+    except ImageError as error:
+        outcome = str(error).splitlines()[0]
+    seconds = time.thread_time() - started
+    print(seconds, memory("VmHWM") - before, name, outcome, sep="\t", flush=True)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", hostile_images.costly_images())
-def test_costly_image_takes_bounded_time_and_memory(name):
-    done = subprocess.run([sys.executable, "-c", _MEASURE, name], capture_output=True, text=True, timeout=120)
+def test_costly_images_take_bounded_time_and_memory():
+    done = subprocess.run([sys.executable, "-c", _MEASURE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    seconds, megabytes = map(float, done.stdout.split())
-    print(f"{name}: {seconds:.2f} s, {megabytes:.0f} MB")
-    assert seconds < 5  # CPU time; the serving guide states typical times
-    assert megabytes < 1000
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [row[2] for row in rows] == list(hostile_images.costly_images())
+    for seconds, megabytes, name, outcome in rows:
+        print(f"{float(seconds):5.2f} s {float(megabytes):5.0f} MB  {name}: {outcome}")
+    assert max(float(row[0]) for row in rows) < 5  # CPU time; docs/data.md states the usual
+    assert max(float(row[1]) for row in rows) < 1000

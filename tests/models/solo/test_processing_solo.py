@@ -204,3 +204,24 @@ def test_no_chat_template_argument_is_ignored(solo, picture):
     finally:
         solo.processor.chat_template = before
     assert "a red circle" in solo.processor.decode(plain[0] if isinstance(plain[0], list) else plain)
+
+
+def test_special_tokens_of_a_text_are_tokenized_once(solo, monkeypatch):
+    """A text of a hundred thousand of them costs little more than its characters."""
+    processor, tokenizer, calls = solo.processor, type(solo.processor.tokenizer), []
+    encode = tokenizer.encode
+    monkeypatch.setattr(
+        tokenizer, "encode", lambda *args, **options: calls.append(0) or encode(*args, **options)
+    )
+    once = processor.encode_chat(ask("a</s>b\ue000"), add_generation_prompt=True)
+    few = len(calls)
+    many = processor.encode_chat(ask("a</s>b\ue000" * 1000), add_generation_prompt=True)
+    assert len(calls) < 3 * few
+    assert len(many.input_ids) > 900 * (len(once.input_ids) - 20)
+
+
+def test_sequences_of_roles_are_remembered_within_a_limit(solo, monkeypatch):
+    monkeypatch.setattr("solo_vlm.models.solo.processing_solo._MAX_CHECKED_ROLES", 2)
+    for turns in range(20, 25):
+        solo.processor.encode_chat([*ask("x"), {"role": "assistant", "content": "y"}] * turns)
+        assert 1 <= len(solo.processor._checked_roles) <= 2

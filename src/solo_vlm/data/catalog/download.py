@@ -12,6 +12,7 @@ from pathlib import Path
 
 from solo_vlm.data.catalog.entry import DataSet, UrlList
 from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.files import new_file
 
 _INSTALL = "python -m venv .venv-img2dataset && .venv-img2dataset/bin/pip install img2dataset"
 _LONG_SIDE = 1024  # the processor's default `longest_edge`
@@ -73,8 +74,7 @@ def download_command(
 def _with_header(url_list: UrlList, urls: Path, out: Path) -> Path:
     """Write a copy of the published table with the header that the program needs, next to the tars."""
     headed = out.with_name(f"{out.name}-urls.tsv")
-    headed.parent.mkdir(parents=True, exist_ok=True)
-    with urls.open("rb") as source, headed.open("wb") as target:
+    with urls.open("rb") as source, new_file(headed) as partial, partial.open("wb") as target:
         target.write(f"{url_list.caption_column}\t{url_list.url_column}\n".encode())
         target.write(source.read(len(BOM_UTF8)).removeprefix(BOM_UTF8))
         shutil.copyfileobj(source, target)

@@ -39,7 +39,8 @@ _TEXT_FIELDS = (
 
 def is_original(settings: dict[str, Any]) -> bool:
     """Return whether a `config.json` is original: its model_type is "mistral", but not its architecture."""
-    return ORIGINAL_ARCHITECTURE in (settings.get("architectures") or ())
+    architectures = settings.get("architectures")
+    return isinstance(architectures, list) and ORIGINAL_ARCHITECTURE in architectures
 
 
 def config_from_original(settings: dict[str, Any]) -> dict[str, Any]:

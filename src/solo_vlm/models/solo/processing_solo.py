@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ ImageLayout = Literal["paper", "original"]
 
 _PADDING = ("padding", "padding_side", "max_length", "pad_to_multiple_of")
 _STAND_IN = "\ue000{index}\ue001"
+_MAX_CHECKED_ROLES = 1000  # sequences of roles to remember
 _STAND_IN_PATTERN = re.compile("\ue000(\\d+)\ue001")
 
 
@@ -217,6 +219,8 @@ class SoloProcessor(ProcessorMixin):
         kind = (self.chat_template, tuple(message["role"] for message in messages))
         if kind not in self._checked_roles:
             check_roles(kind[1], self._render)
+            if len(self._checked_roles) >= _MAX_CHECKED_ROLES:
+                self._checked_roles.clear()
             self._checked_roles.add(kind)
         if not segments or segments[0][1]:  # the first token has no label, so an answer must not start there
             segments.insert(0, (bos_token or eos_token, False))
@@ -251,17 +255,19 @@ class SoloProcessor(ProcessorMixin):
         self, text: str, protected: list[str], layouts: Iterator[NDArray[np.int64]], first: bool
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Tokenize a segment and expand its images; return ids, and a mask of text tokens."""
+        # A text may spell special tokens a hundred thousand times, and each is tokenized by itself.
+        encode = cache(partial(self.tokenizer.encode, add_special_tokens=False))
         ids: list[int] = []
         for index, piece in enumerate(_STAND_IN_PATTERN.split(text)):
             if index % 2:  # the split alternates text and stand-in numbers
-                ids += self._continue(protected[int(piece)], split_special_tokens=True)
+                ids += _continue(encode, protected[int(piece)], split_special_tokens=True)
             elif piece and index:
-                ids += self._continue(piece)
+                ids += _continue(encode, piece)
             elif piece and first:
-                ids += self.tokenizer.encode(piece, add_special_tokens=False)
+                ids += encode(piece)
             elif piece:
                 # After a special token, tokenizers do not treat the text as the start of a sequence.
-                ids += self.tokenizer.encode(self.vision_end_token + piece, add_special_tokens=False)[1:]
+                ids += encode(self.vision_end_token + piece)[1:]
         tokens = np.array(ids, dtype=np.int64)
         is_text = np.ones(len(tokens), dtype=bool)
         places = np.flatnonzero(tokens == self.image_token_id)
@@ -276,15 +282,6 @@ class SoloProcessor(ProcessorMixin):
         if images:
             tokens[~is_text] = np.concatenate(images)
         return tokens, is_text
-
-    def _continue(self, text: str, **options: Any) -> list[int]:
-        """Tokenize text that follows other text; some tokenizers prepend a space at the start of a text."""
-        for before in ("\n", "x"):
-            head = self.tokenizer.encode(before, add_special_tokens=False)
-            ids = self.tokenizer.encode(before + text, add_special_tokens=False, **options)
-            if ids[: len(head)] == head:  # otherwise the two merged into one token
-                return ids[len(head) :]
-        return self.tokenizer.encode(text, add_special_tokens=False, **options)
 
     # --- transformers' entry for chats --------------------------------------------------------------
 
@@ -379,3 +376,13 @@ __all__ = [
     "num_image_tokens",
     "num_vision_tokens",
 ]
+
+
+def _continue(encode: Callable[..., list[int]], text: str, **options: Any) -> list[int]:
+    """Tokenize text that follows other text; some tokenizers prepend a space at the start of a text."""
+    for before in ("\n", "x"):
+        head = encode(before)
+        ids = encode(before + text, **options)
+        if ids[: len(head)] == head:  # otherwise the two merged into one token
+            return ids[len(head) :]
+    return encode(text, **options)
