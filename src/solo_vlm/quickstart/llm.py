@@ -1,4 +1,4 @@
-"""The quickstart's LLM: a byte-level tokenizer, and a small Llama with random weights."""
+"""The quickstart's LLM: a byte-level tokenizer, and a small Qwen3 with random weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.data.sources import all_rows
@@ -14,16 +14,17 @@ from solo_vlm.utils.files import new_folder
 
 
 def write_untrained_llm(out: Path, texts: Iterable[str], seed: int = 0) -> None:
-    """Train a tokenizer on `texts`, and save it with a randomly initialized Llama of 2 million parameters."""
+    """Train a tokenizer on `texts`, and save it with a randomly initialized Qwen3 of a million parameters."""
     tokenizer = train_tokenizer(texts)
     set_seed(seed)
-    config = LlamaConfig(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
+        head_dim=40,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -31,7 +32,7 @@ def write_untrained_llm(out: Path, texts: Iterable[str], seed: int = 0) -> None:
         pad_token_id=None,
     )
     with new_folder(out) as folder:
-        LlamaForCausalLM(config).save_pretrained(folder)
+        Qwen3ForCausalLM(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 

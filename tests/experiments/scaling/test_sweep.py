@@ -10,7 +10,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 from tests.factories import make_llm
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer, Qwen3Config
 
 from solo_vlm.experiments.scaling.sweep import SweepSettings, prepare, scaled_rates, write_sized_model
 from solo_vlm.models.load import load_config
@@ -94,6 +94,19 @@ def test_initial_standard_deviation_follows_the_width(llm, tmp_path):
         spreads[width] = model.language_model.layers[0].mlp.up_proj.weight.std().item()
         assert load_config(tmp_path / str(width)).text_config.num_hidden_layers == 2
     assert spreads[24] / spreads[96] == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize(("head_dim", "scaled"), [(12, 24), (20, 20)])
+def test_derived_head_dim_follows_the_width_in_families_with_another_default(llm, tmp_path, head_dim, scaled):
+    """Qwen3's default is 128 at any width."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    Qwen3Config(**sizes, head_dim=head_dim, intermediate_size=64, vocab_size=len(tokenizer)).save_pretrained(
+        tmp_path / "qwen"
+    )
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    write_sized_model(tmp_path / "wide", tmp_path / "qwen", {"hidden_size": 96}, base_width=48)
+    assert load_config(tmp_path / "wide").text_config.head_dim == scaled
 
 
 def test_existing_model_of_another_size_is_rejected(settings):

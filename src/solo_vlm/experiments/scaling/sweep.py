@@ -268,10 +268,12 @@ def _sized_config(llm: str | Path, size: Mapping[str, int]) -> Any:
     settings = config.to_dict()
     for key in size.keys() - settings.keys():
         raise SoloError(f"{llm} has no setting {key}{did_you_mean(key, settings)}")
-    derived = ["layer_types"]
+    heads = size.get("num_attention_heads", config.num_attention_heads)
+    width = size.get("hidden_size", config.hidden_size)
+    kept = {key: value for key, value in settings.items() if key != "layer_types"}
+    # Some families default to another head_dim than the one that follows from width and heads.
     if settings.get("head_dim") == config.hidden_size // config.num_attention_heads:
-        derived.append("head_dim")
-    kept = {key: value for key, value in settings.items() if key not in derived}
+        kept["head_dim"] = width // heads
     return AutoConfig.for_model(**{**kept, **size})
 
 

@@ -51,11 +51,11 @@ _CAPTIONED: dict[Draw, float] = {
 }
 _ASKED: dict[Draw, float] = {
     two_objects: 0.36,
-    bar_chart: 0.27,
-    counted_objects: 0.15,
+    bar_chart: 0.22,
+    counted_objects: 0.18,
     written_word: 0.13,
     training_digit: 0.07,
-    single_object: 0.02,
+    single_object: 0.04,
 }
 
 
