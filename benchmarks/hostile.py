@@ -1,6 +1,6 @@
 """Cost of hostile requests to `solo serve`, for the server and for other clients.
 
-    python benchmarks/hostile.py [--only WORD] [--fuzz N] [--seed 0] [--json] [--out FILE]
+    python benchmarks/hostile.py [--only PATTERN] [--fuzz N] [--seed 0] [--json] [--out FILE]
 
 A server with default limits and a model with two million random weights receives one request after another:
 the corpus of the tests and, with --fuzz, N random variations. Each result has the status, the time to the
@@ -187,7 +187,7 @@ def run(url: str, process: psutil.Process, arguments: argparse.Namespace) -> dic
     """Send all requests; return their costs."""
     host = url.removeprefix("http://")
     port = int(host.rpartition(":")[2])
-    made = {name: make for name, make in corpus() if arguments.only in name}
+    made = {name: make for name, make in corpus() if re.search(arguments.only, name)}
     results: dict[str, Any] = {}
     worst = Cost()
     with Observer(host, process) as observer:
@@ -240,7 +240,7 @@ def describe(cost: Cost) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", metavar="WORD", help="requests with this in their name")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="requests whose name matches")
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="number of random variations")
     parser.add_argument("--seed", type=int, default=0, help="seed of the variations")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

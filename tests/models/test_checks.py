@@ -109,6 +109,22 @@ def test_weight_of_another_shape_is_rejected(solo):
         load_model(solo)
 
 
+def test_weight_of_integers_is_rejected_by_name(solo):
+    change_weights(solo, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].view(torch.int32)}))
+    with pytest.raises(SoloError, match=f"{WEIGHT} has the dtype I32"):
+        load_model(solo)
+
+
+@pytest.mark.parametrize("size", [{"longest_edge": 10**6}, {"height": 10**6, "width": 10**6}])
+def test_absurd_image_size_is_rejected(solo, size):
+    file = solo / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["image_processor"]["size"] = size
+    file.write_text(json.dumps(settings))
+    with pytest.raises(SoloError, match=r"processor_config\.json: \w+ = 1,000,000 is absurd"):
+        load_processor(solo)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weight_that_is_not_finite_is_rejected(solo, llm, value):
     change_weights(solo, lambda tensors: tensors[WEIGHT].view(-1)[7:8].fill_(value))

@@ -168,6 +168,15 @@ def bodies() -> dict[str, Any]:
         "100 images": content([{"type": "image_url", "image_url": {"url": image}}] * 100),
         "longer than the context": content("hello " * 2000),
         "a very long text": content("a" * 3_000_000),
+        "200,000 emoji": content("😀" * 200_000),
+        "200,000 private characters": content("\ue000" * 200_000),
+        "50,000 special tokens": content("</s>" * 50_000),
+        "100 turns of 2,000 characters": {
+            "messages": [
+                *[{**user, "content": "x" * 1000}, {"role": "assistant", "content": "y" * 1000}] * 99,
+                user,
+            ]
+        },
         "a very long text of special tokens": content("</s><vpatch>" * 200_000),
         "max_tokens: 0": chat(max_tokens=0),
         "max_tokens: negative": chat(max_tokens=-1),

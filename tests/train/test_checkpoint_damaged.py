@@ -10,7 +10,13 @@ import pytest
 from tests.factories import ProcessGroup, read_steps, run_recipe, run_settings
 
 from solo_vlm.train import Recipe, train
-from solo_vlm.train.checkpoint import export_checkpoint, find_damage, load_checkpoint, load_train_state
+from solo_vlm.train.checkpoint import (
+    export_checkpoint,
+    find_damage,
+    load_checkpoint,
+    load_train_state,
+    warn_if_disk_is_short,
+)
 from solo_vlm.train.model import load_base_model
 from solo_vlm.utils.errors import SoloError
 
@@ -146,6 +152,16 @@ def test_export_rejects_damage_and_another_start_model(runs, run, newest, tmp_pa
     with pytest.raises(SoloError, match=r"llama/config\.json changed since the run"):
         export_checkpoint(run, tmp_path / "again", step=4)
     assert not (tmp_path / "again").exists()
+
+
+def test_short_disk_is_warned_about_at_the_start(runs, small_disk, caplog):
+    model, _ = load_base_model(runs / "llama")
+    warn_if_disk_is_short(small_disk.folder, model, 2)
+    assert "has 0.00 GB free, but the run needs about" in caplog.text
+    caplog.clear()
+    small_disk.resize("64m")
+    warn_if_disk_is_short(small_disk.folder, model, 2)
+    assert not caplog.text
 
 
 @pytest.mark.distributed

@@ -50,6 +50,12 @@ def test_remains_of_a_killed_process_are_removed_when_the_name_is_written_again(
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 
 
+def test_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(SoloError, match="exists already"), new_folder(tmp_path / "model"):
+        (tmp_path / "model" / "other").mkdir(parents=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_remains_of_running_processes_and_other_names_stay(tmp_path):
     kept = [
         tmp_path / f".partial-{os.getppid()}-a",

@@ -17,10 +17,13 @@ from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import is_inside
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _MAX_FILE_BYTES = 2**28  # of tokenizers and settings; the largest known tokenizers have 35 MB
 _MAX_HEADER_BYTES = 2**25
 _MAX_NUMBER = 2**31
+_MAX_SIDE = 2**13  # pixels
+_SIDES = {"height", "width", "longest_edge", "shortest_edge", "patch_size", "vision_patch_size"}
 _MAX_COUNT = 2**16
 _COUNT = re.compile(r"(num|n)_(?!ctx|positions)\w+")  # of layers, heads, experts, ...
 _LAYERS = re.compile(r"(num_hidden_layers|num_layers|n_layers?|num_blocks)")
@@ -59,8 +62,9 @@ def check_files(path: str | Path) -> None:
     for name in _INDEXES:
         if (folder / name).is_file():
             _check_index(folder / name)
-    if (folder / "config.json").is_file():
-        _check_numbers(folder / "config.json")
+    for name in ("config.json", *_PROCESSORS):
+        if (folder / name).is_file():
+            _check_numbers(folder / name)
 
 
 def check_weights(path: str | Path, make_model: Any) -> None:
@@ -77,7 +81,10 @@ def check_weights(path: str | Path, make_model: Any) -> None:
     files = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
     if not files:
         return
-    stored = {name: shape for file in files for name, shape in _stored_shapes(file)}
+    dtypes, stored = {}, {}
+    for file in files:
+        for name, dtype, shape in _stored_tensors(file):
+            dtypes[name], stored[name] = dtype, shape
     config = _read_object(folder / "config.json")
     layers = [value for key, value in _numbers(config) if _LAYERS.fullmatch(key) and value > len(stored)]
     if layers:
@@ -95,13 +102,16 @@ def check_weights(path: str | Path, make_model: Any) -> None:
         raise SoloError(
             f"{folder}: config.json asks for {asked:,} parameters, but the weights have {found:,}"
         )
-    differing = [name for name, shape in stored.items() if expected.get(name, shape) != shape]
-    if differing and "quantization_config" not in config:
-        name = differing[0]
-        raise SoloError(
-            f"{folder}: {name} has the shape {list(stored[name])}, but config.json implies "
-            f"{list(expected[name])}"
-        )
+    if "quantization_config" in config:  # weights are packed
+        return
+    for name in stored.keys() & expected.keys():
+        if stored[name] != expected[name]:
+            raise SoloError(
+                f"{folder}: {name} has the shape {list(stored[name])}, but config.json implies "
+                f"{list(expected[name])}"
+            )
+        if "F" not in dtypes[name]:
+            raise SoloError(f"{folder}: {name} has the dtype {dtypes[name]}, but weights are floating point")
 
 
 def check_loaded(path: str | Path, model: nn.Module, info: Mapping[str, Any]) -> None:
@@ -147,7 +157,7 @@ def _check_index(index: Path) -> None:
 
 def _check_numbers(config: Path) -> None:
     for key, value in _numbers(_read_object(config)):
-        limit = _MAX_COUNT if _COUNT.fullmatch(key) else _MAX_NUMBER
+        limit = _MAX_SIDE if key in _SIDES else _MAX_COUNT if _COUNT.fullmatch(key) else _MAX_NUMBER
         if abs(value) > limit:
             raise SoloError(f"{config}: {key} = {value:,} is absurd: at most {limit:,} is accepted")
 
@@ -174,8 +184,8 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _stored_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of each tensor of a safetensors file."""
+def _stored_tensors(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield name, dtype and shape of each tensor of a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     with file.open("rb") as stream:
@@ -185,6 +195,7 @@ def _stored_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - it cannot be iterated
-                yield name, tuple(tensors.get_slice(name).get_shape())
+                tensor = tensors.get_slice(name)
+                yield name, tensor.get_dtype(), tuple(tensor.get_shape())
     except (SafetensorError, OSError, ValueError) as error:
         raise SoloError(f"{file} is damaged: {first_line(error)}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import zlib
@@ -47,6 +48,9 @@ _CHECKSUMS_FILE = "checksums.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL_PREFIX = ".partial-"  # as in utils/files.py, but with a name that all processes know
 _BLOCK_SIZE = 1 << 20
+_FLOAT32_BYTES = 4
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -143,6 +147,21 @@ def find_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in a folder, oldest first; copies under other names do not count."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
+
+
+def warn_if_disk_is_short(out: Path, model: nn.Module, keep: int) -> None:
+    """Log a warning if the run will need more space for checkpoints and the exported model than is free."""
+    trained = sum(parameter.numel() for _, parameter in named_trainable(model))
+    checkpoint = trained * _FLOAT32_BYTES * 3  # with Adam's two moments
+    exported = sum(parameter.numel() for parameter in model.parameters()) * _FLOAT32_BYTES
+    present = sum(file.stat().st_size for file in (out / "checkpoints").rglob("*") if file.is_file())
+    needed, free = (keep + 1) * checkpoint + exported - present, shutil.disk_usage(out).free
+    if needed > free:
+        logger.warning(
+            "%s has %.2f GB free, but the run needs about %.2f GB more: %d checkpoints of %.2f GB, one more "
+            "while it is saved, and a model of %.2f GB. A run that fills the disk stops and can be resumed.",
+            *(out, free / 1e9, needed / 1e9, keep, checkpoint / 1e9, exported / 1e9),
+        )
 
 
 def remove_partial_checkpoints(folder: Path) -> None:

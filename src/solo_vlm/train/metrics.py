@@ -247,10 +247,10 @@ def _truncate_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(f"{line}\n")
-        except ValueError:
+        except (ValueError, LookupError, TypeError):
             break
     write_text(path, "".join(kept))

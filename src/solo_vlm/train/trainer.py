@@ -33,6 +33,7 @@ from solo_vlm.train.checkpoint import (
     export_model,
     load_checkpoint,
     load_train_state,
+    warn_if_disk_is_short,
 )
 from solo_vlm.train.estimate.memory import recognize_device
 from solo_vlm.train.estimate.plan import planned_steps
@@ -125,6 +126,8 @@ class Trainer:
         settings = recipe.checkpoint
         folder = self.out / "checkpoints"
         self.checkpointer = Checkpointer(folder, settings.keep, settings.asynchronous, context)
+        if context.is_main_process:
+            warn_if_disk_is_short(self.out, self.model, settings.keep)
         self.validator = Validator(recipe, self.processor, context) if recipe.validation else None
         try:
             self.shape: ModelShape | None = ModelShape.of(self.model.config)

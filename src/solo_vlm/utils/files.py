@@ -54,6 +54,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield partial
             for written in partial.rglob("*"):
                 sync(written)
+            check_new(path)  # another process may have been faster
             if path.exists():
                 path.rmdir()
             partial.rename(path)

@@ -8,7 +8,12 @@ import threading
 import pytest
 from tests.models.solo.chat_templates import FAMILIES
 
-from solo_vlm.models.solo.bounded_template import MAX_SOURCE_CHARACTERS, TemplateLimitError, render
+from solo_vlm.models.solo.bounded_template import (
+    MAX_SOURCE_CHARACTERS,
+    TemplateLimitError,
+    _BoundedEnvironment,
+    render,
+)
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -164,3 +169,15 @@ def test_templates_cannot_access_objects_in_messages(tmp_path):
     assert render("{{ messages[0].tool }}{{ messages[0].keys()|list }}", chat, False, {}) == (
         "<Writer>['role', 'content', 'tool']"
     )
+
+
+def test_appending_to_a_list_takes_steps_for_what_is_new(monkeypatch):
+    source = "{% set ns = namespace(x=[]) %}{% for i in range(N) %}{% set ns.x = ns.x + [i] %}{% endfor %}"
+    charge, steps = _BoundedEnvironment.charge, []
+    monkeypatch.setattr(_BoundedEnvironment, "charge", lambda *args: steps.append(0) or charge(*args))
+    counts = []
+    for number in (100, 200):
+        steps.clear()
+        render(source.replace("N", str(number)), CHAT, False, {})
+        counts.append(len(steps))
+    assert counts[1] < 2.5 * counts[0]

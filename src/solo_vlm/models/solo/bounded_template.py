@@ -138,7 +138,13 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "%" and isinstance(left, str):
             _check_width(_WIDE_PERCENT, left)
             self.charged(right)
-        return self.charged(super().call_binop(context, operator, left, right))
+        result = super().call_binop(context, operator, left, right)
+        if operator == "+" and isinstance(result, list | tuple):
+            # Templates append to lists in loops: what the list already holds was charged when it was added.
+            self.charge(_ITEM * len(result))
+            self.charged(right)
+            return result
+        return self.charged(result)
 
     def call(self, context: Context, function: Any, /, *args: Any, **options: Any) -> Any:  # type: ignore[override]
         """Call a function or method if the result is not too large."""
