@@ -2,7 +2,7 @@
 
     python benchmarks/image_memory.py [--requests 500] [--json] [--out FILE]
 
-Four clients send images of 0.07 to 12 megapixels as JPEG, PNG, WebP and GIF to a server without caches, whose
+Four clients send images of 0.07 to 10 megapixels as JPEG, PNG, WebP and GIF to a server without caches, whose
 model has two million random weights. Memory is measured while no request is in flight.
 """
 
@@ -26,7 +26,7 @@ from serving import make_model, served
 
 from solo_vlm.utils.files import new_file
 
-WIDTHS = (300, 640, 1024, 2000, 4000)
+WIDTHS = (300, 640, 1024, 2000, 3600)
 FORMATS: dict[str, dict[str, Any]] = {
     "JPEG": {},
     "PNG": {"compress_level": 1},
@@ -42,7 +42,7 @@ def make_bodies() -> list[bytes]:
     rng, bodies = np.random.default_rng(0), []
     for width in WIDTHS:
         height = width * 3 // 4
-        noise = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        noise = rng.integers(0, 256, (height // 75, width // 75, 3), dtype=np.uint8)
         picture = Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR)
         for file_format, options in FORMATS.items():
             for image in (picture, picture.convert("RGBA")) if file_format in ("PNG", "WEBP") else (picture,):
