@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from tests.factories import ask, image_rows, make_llm, make_solo, png, read_steps, run_settings, text_rows
 
 from solo_vlm.data.collate import collate, num_supervised_tokens
@@ -198,7 +199,7 @@ def test_plain_llm_trains_on_text(run_folder, tmp_path):
 def test_invalid_starts_are_rejected(run_folder, tmp_path):
     with pytest.raises(SoloError, match="no data files"):
         train(recipe(run_folder, tmp_path / "a", data={"sources": [{"path": "nothing.parquet"}]}))
-    with pytest.raises(SoloError, match="cannot read a model"):
+    with pytest.raises(SoloError, match="cannot read a tokenizer"):
         train(recipe(run_folder, tmp_path / "b", model=str(tmp_path)))
     with pytest.raises(SoloError, match="nothing to resume"):
         train(recipe(run_folder, tmp_path / "c"), resume=True)
@@ -278,12 +279,31 @@ def test_resume_after_stop_is_bit_exact(runs, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def poisoned(runs, tmp_path):
+def change_loaded(monkeypatch):
+    """Return a function that changes models after loading, since files with NaN are rejected."""
+
+    def apply(change):
+        def changed(*arguments):
+            model, processor = make_model(*arguments)
+            change(model, processor)
+            return model, processor
+
+        make_model = trainer.make_model
+        monkeypatch.setattr(trainer, "make_model", changed)
+
+    return apply
+
+
+@pytest.fixture
+def poisoned(runs, tmp_path, change_loaded):
     """Return a folder with a model that outputs NaN for one rare word, and one sample with that word."""
-    solo = make_solo("mistral")
-    (word,) = solo.processor.tokenizer.encode("seven", add_special_tokens=False)[:1]
-    solo.model.get_input_embeddings().weight.data[word] = float("nan")
-    solo.save(tmp_path / "poisoned")
+    make_solo("mistral").save(tmp_path / "poisoned")
+
+    def poison(model, processor):
+        (word,) = processor.tokenizer.encode("seven", add_special_tokens=False)[:1]
+        model.get_input_embeddings().weight.data[word] = float("nan")
+
+    change_loaded(poison)
     rows = text_rows(63)
     rows.insert(37, {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "seven"}]}]})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "text.parquet", row_group_size=8)
@@ -299,15 +319,12 @@ def test_nonfinite_step_is_skipped_and_its_samples_are_named(poisoned, caplog):
     assert "text.parquet, row group 4, row 5" in caplog.text
     curve = losses(poisoned / "out")
     assert sum(loss != loss for loss in curve) == 1
-    weights = load_model(trained.model).lm_head.weight
-    assert weights.isfinite().all()
+    assert load_file(trained.model / "model.safetensors")["lm_head.weight"].isfinite().all()
 
 
-def test_consecutive_nonfinite_steps_stop_run(runs, tmp_path):
-    solo = make_solo("mistral")
-    solo.model.lm_head.weight.data.fill_(float("nan"))
-    solo.save(tmp_path / "broken")
-    plain = run_settings(runs, tmp_path / "out", model=str(tmp_path / "broken"), max_nonfinite=3)
+def test_consecutive_nonfinite_steps_stop_run(runs, tmp_path, change_loaded):
+    change_loaded(lambda model, processor: model.lm_head.weight.data.fill_(float("nan")))
+    plain = run_settings(runs, tmp_path / "out", model="mistral", max_nonfinite=3)
     with pytest.raises(SoloError, match=r"step 3: loss nan.*3 steps in a row.*\n.*parquet") as caught:
         train(Recipe.parse(plain))
     assert "lower the rate" in str(caught.value)

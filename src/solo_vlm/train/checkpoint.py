@@ -222,7 +222,8 @@ def find_damage(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
     found = {file.name for file in path.iterdir()}
     if missing := sorted(checksums.keys() - found):
         return f"{missing[0]} is missing"
-    if extra := sorted(found - checksums.keys() - {_CHECKSUMS_FILE}):
+    visible = {name for name in found if not name.startswith(".")}  # a file system may have hidden ones
+    if extra := sorted(visible - checksums.keys() - {_CHECKSUMS_FILE}):
         return f"{extra[0]} is not one of its files"
     for name in sorted(checksums)[rank::ranks]:
         size, value = checksums[name]
