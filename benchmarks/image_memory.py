@@ -62,19 +62,19 @@ def run(url: str, process: psutil.Process, requests: int) -> dict[str, Any]:
         with urlopen(request, timeout=300) as response:
             response.read()
 
-    megabytes = {0: round(process.memory_info().rss / 1e6)}
+    megabytes: dict[int, int] = {}
     with ThreadPoolExecutor(CLIENTS) as clients:
-        for done in range(0, requests, BATCH):
-            number = min(BATCH, requests - done)
-            list(clients.map(send, rng.integers(0, len(bodies), number).tolist()))
-            megabytes[done + number] = round(process.memory_info().rss / 1e6)
-            print(f"{done + number:5d} requests: {megabytes[done + number]:5d} MB", flush=True)
+        for done in range(0, requests + 1, BATCH):
+            megabytes[done] = round(process.memory_info().rss / 1e6)
+            print(f"{done:5d} requests: {megabytes[done]:5d} MB", flush=True)
+            if done < requests:
+                list(clients.map(send, rng.integers(0, len(bodies), BATCH).tolist()))
     return {"megabytes_after_requests": megabytes}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--requests", type=int, default=500, help=f"a multiple of {BATCH}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write it to a file")
     arguments = parser.parse_args()
