@@ -119,6 +119,12 @@ def test_imports_in_python_examples_work(page):
             exec(line, {})
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_named_tests_exist(page):
+    for file, test in re.findall(r"`(test_\w+\.py)::(test_\w+)`", page.read_text(encoding="utf-8")):
+        assert any(f"def {test}(" in path.read_text() for path in (ROOT / "tests").rglob(file)), test
+
+
 def test_paths_in_the_architecture_exist():
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")
     paths = re.findall(r"(?:src/solo_vlm/)?\b((?:[a-z_]+/)+(?:\w+\.(?:py|c|yaml))?)", text)
