@@ -180,7 +180,7 @@ def shard(folder, **places):
     [
         (
             "model-00002-of-00002.safetensors",
-            "model-00002-of-00002.safetensors is missing: model.safetensors.index",
+            "model-00002-of-00002.safetensors is missing: the index lists",
         ),
         ("../secret.safetensors", "not a file of the model's folder"),
         ("/etc/passwd", "not a file of the model's folder"),

@@ -125,6 +125,18 @@ def jpegs() -> dict[str, Callable[[], bytes]]:
 # ------------------------------------------------------------------------------------------------- PNG
 
 
+def color_profile(elements: int) -> bytes:
+    """An ICC profile that applies one and the same curves again and again."""
+    curve = b"curf\0\0\0\0\0\1\0\0parf" + bytes(8) + struct.pack(">4f", 1, 1, 0, 0)
+    curves = b"cvst\0\0\0\0\0\3\0\3" + struct.pack(">II", 36, len(curve)) * 3 + curve
+    places = struct.pack(">II", 16 + 8 * elements, len(curves)) * elements
+    tag = b"mpet\0\0\0\0\0\3\0\3" + struct.pack(">I", elements) + places + curves
+    white = struct.pack(">3i", 63189, 65536, 54061)
+    table = struct.pack(">I4sII", 1, b"D2B1", 144, len(tag))
+    header = struct.pack(">I4xI4s4s4s", 144 + len(tag), 0x04300000, b"mntr", b"RGB ", b"XYZ ")
+    return (header.ljust(36, b"\0") + b"acsp").ljust(68, b"\0") + white.ljust(60, b"\0") + table + tag
+
+
 def png_chunk(kind: bytes, data: bytes = b"") -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -190,6 +202,12 @@ def pngs() -> dict[str, Callable[[], bytes]]:
         "PNG of compressed texts": lambda: png_file(64, 64, before=text * 63, after=text * 9000),
         "PNG of color profiles": lambda: png_file(64, 64, before=profile * 9000),
         "PNG of a huge color profile": lambda: png_file(64, 64, before=profile),
+        "PNG of a color profile of 32 elements": lambda: png_file(
+            64, 64, before=png_chunk(b"iCCP", b"x\0\0" + zlib.compress(color_profile(32)))
+        ),
+        "PNG of a color profile of 130,000 elements": lambda: png_file(
+            64, 64, before=png_chunk(b"iCCP", b"x\0\0" + zlib.compress(color_profile(130_000)))
+        ),
         "PNG of EXIF that overlaps": lambda: png_file(
             64, 64, before=png_chunk(b"eXIf", exif + bytes(9_000_000))
         ),

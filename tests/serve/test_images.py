@@ -22,11 +22,12 @@ from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.serve import images
 from solo_vlm.serve.addresses import is_public
-from solo_vlm.serve.images import ImageReader, describe_image
+from solo_vlm.serve.images import ImageReader, PixelBudget, describe_image
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.protocol import ApiError
 
 from .conftest import question, served
+from .hostile_images import jpeg_of_scans, png_file
 
 
 def _file() -> bytes:
@@ -184,6 +185,40 @@ def test_pixels_of_cached_images_count_towards_the_limit():
 def test_unusable_image_is_rejected(file, message):
     with pytest.raises(ApiError, match=message) as error:
         ImageReader(SoloImageProcessor(), Limits(max_pixels=10_000)).read([("x", file)])
+    assert (error.value.status, error.value.code) == (400, "invalid_image")
+
+
+def test_images_that_are_decoded_together_share_a_budget_of_pixels():
+    budget, fits = PixelBudget(100), threading.Event()
+
+    def decode() -> None:
+        with budget.decoding() as wait_for_memory:
+            wait_for_memory(10, 5)
+            wait_for_memory(10, 5)  # the same image, opened again by another decoder
+            fits.set()
+
+    with budget.decoding() as wait_for_memory:
+        wait_for_memory(10, 6)
+        other = threading.Thread(target=decode)
+        other.start()
+        assert not fits.wait(0.1)
+    assert fits.wait(30)
+    other.join()
+    with budget.decoding() as wait_for_memory:
+        wait_for_memory(10, 10)  # all is free again
+
+
+def test_processor_time_of_images_is_limited_per_request(monkeypatch):
+    monkeypatch.setattr(images, "_MAX_SECONDS", 0)
+    with pytest.raises(ApiError, match="take more than 0 s to decode") as error:
+        read(READABLE["plain"])
+    assert (error.value.status, error.value.code) == (400, "invalid_image")
+
+
+@pytest.mark.parametrize("file", [jpeg_of_scans(41), png_file(3, 16_000_000, pixels=b"")])
+def test_costly_image_is_rejected_before_decoding(file):
+    with pytest.raises(ApiError, match=r"take too long|exceeds the limit of 65,535 pixels per side") as error:
+        ImageReader(SoloImageProcessor(), Limits()).read([("x", file)])
     assert (error.value.status, error.value.code) == (400, "invalid_image")
 
 

@@ -130,8 +130,16 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
             raise SoloError(f"{file} is not a safetensors file, or is truncated inside its header")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SoloError(f"{file} is not a safetensors file: its header is not JSON") from error
+    try:
+        return _locate_tensors(file, header, 8 + length, size)
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+        raise SoloError(f"{file} is corrupt: its header is malformed ({error})") from error
+
+
+def _locate_tensors(file: Path, header: Any, begin: int, size: int) -> dict[str, StoredTensor]:
+    """Return the tensors that a header lists; `begin` is the position behind it, `size` the file's size."""
     header.pop("__metadata__", None)
     tensors = {}
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -139,7 +147,9 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
             raise SoloError(f"{file}: {key} has the dtype {entry['dtype']}, expected {', '.join(_DTYPES)}")
         shape = tuple(entry["shape"])
         strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        start, end = (begin + offset for offset in entry["data_offsets"])
+        if start < begin or not all(isinstance(axis, int) and axis >= 0 for axis in shape):
+            raise ValueError(f"{key} has the offset {start - begin} and the shape {list(shape)}")
         tensor = StoredTensor(file, key, _DTYPES[entry["dtype"]], shape, start, strides)
         if end - start != tensor.span:
             raise SoloError(f"{file} is corrupt: {key} of shape {list(shape)} has {end - start} bytes")

@@ -14,6 +14,7 @@ from solo_vlm.convert.checkpoint_files import (
     write_json,
 )
 from solo_vlm.convert.model_folder import Converted, plan_weights, write_model_folder
+from solo_vlm.models.checks import check_files
 from solo_vlm.models.original import (
     copy_sentencepiece,
     has_tokenizer,
@@ -57,6 +58,7 @@ def convert_original(source: Path, out: Path, layout: ImageLayout = "original") 
             Nothing is left at `out`.
     """
     check_new(out)
+    check_files(source)
     settings = read_json(source / "config.json")
     if not is_original(settings):
         raise SoloError(
@@ -92,6 +94,7 @@ def convert_to_original(source: Path, out: Path) -> dict[str, Any]:
             file is missing or broken.
     """
     check_new(out)
+    check_files(source)
     settings = read_json(source / "config.json")
     if settings.get("model_type") != "solo":
         raise SoloError(f"{source} is not a SOLO model: its model_type is {settings.get('model_type')!r}")

@@ -148,11 +148,11 @@ def _check_index(index: Path) -> None:
     names = _read_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise SoloError(f"{index} has no weight_map of file names")
-    for name in sorted(set(names.values())):
+    for key, name in names.items():
         if Path(name).name != name:
             raise SoloError(f"{index} lists {name!r}, which is not a file of the model's folder")
         if not (index.parent / name).is_file():
-            raise SoloError(f"{index.parent / name} is missing: {index.name} lists it")
+            raise SoloError(f"{index.parent / name} is missing: the index lists {key} in it")
 
 
 def _check_numbers(config: Path) -> None:

@@ -36,7 +36,7 @@ Source = tuple[str, str | bytes]
 """An image's place in the request, and its data URL or downloaded file."""
 
 _MAX_ESCAPES = 1_000_000  # percent escapes per request: decoding them is far slower than base64
-_MAX_SECONDS = 3.0  # CPU time for a request's images; one takes at most 2 s
+_MAX_SECONDS = 3.0  # CPU time for a request's images; one takes at most 3 s
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM", re.DOTALL)
 

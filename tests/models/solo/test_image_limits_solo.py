@@ -13,6 +13,7 @@ from PIL import Image
 from tests.serve import hostile_images
 from tests.serve.hostile_images import (
     bmp_rle,
+    color_profile,
     gif_file,
     jpeg_before_scan,
     jpeg_of_baseline_scans,
@@ -168,6 +169,14 @@ def test_costly_structure_is_rejected(data, message):
 def test_large_color_profile_is_rejected():
     with pytest.raises(ImageError, match=r"color profile of 5,000,000 bytes is more than the limit"):
         load_image(saved(photo(), "TIFF", icc_profile=bytes(5_000_000)))
+
+
+@pytest.mark.usefixtures("_decoder")
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_color_profile_of_many_elements_is_rejected(file_format):
+    assert load_image(saved(photo(), file_format, icc_profile=color_profile(32))).size == (40, 30)
+    with pytest.raises(ImageError, match="color profile of 4,000 elements exceeds the limit of 32"):
+        load_pixels(saved(photo(), file_format, icc_profile=color_profile(4000)))
 
 
 def test_run_length_encoded_bmp_equals_pillow():

@@ -22,12 +22,10 @@ MAX_ASPECT_RATIO = 200
 MAX_FILE_BYTES = 2**30
 """Limit of a file's size."""
 
-MAX_PROFILE_BYTES = 4 * 2**20
-"""Limit of an embedded color profile."""
-
 _MAX_JPEG_SCANS, _MAX_JPEG_SCAN_PIXELS = 500, 2_000_000_000  # scans, and scans * pixels; typical are 10 scans
 _MAX_JPEG_SEGMENTS, _MAX_EXIF_BYTES = 2000, 4 * 2**20
 _MAX_PNG_CHUNKS = 100_000
+_MAX_PROFILE_BYTES, _MAX_PROFILE_TAGS, _MAX_PROFILE_ELEMENTS = 4 * 2**20, 100, 32
 _MAX_TIFF_TILES = 65_535
 _MAX_READS = 2_000_000  # at half a microsecond each in Pillow's Python readers
 _MAX_PYTHON_PIXELS = 2_500_000  # at the same time per pixel in Pillow's Python decoders
@@ -181,6 +179,25 @@ def _check_tiff(image: ImageFile.ImageFile, file: BinaryIO) -> None:
         check_jpeg(strip)
         if strip.count(_JPEG_SCAN) > 1:
             raise LimitError("a JPEG of several scans within a TIFF; save it with deflate")
+
+
+def check_profile(profile: bytes) -> None:
+    """Check an embedded color profile.
+
+    A tag of multi-process elements can apply one of them a million times to each color.
+
+    Raises:
+        LimitError: Too many bytes or elements.
+    """
+    if len(profile) > _MAX_PROFILE_BYTES:
+        limit = f"is more than the limit of {_MAX_PROFILE_BYTES:,}"
+        raise LimitError(f"a color profile of {len(profile):,} bytes {limit}; convert it to sRGB")
+    for entry in range(132, 132 + 12 * _MAX_PROFILE_TAGS, 12):  # name, place, size
+        place = int.from_bytes(profile[entry + 4 : entry + 8], "big")
+        elements = int.from_bytes(profile[place + 12 : place + 16], "big")
+        if profile[place : place + 4] == b"mpet" and elements > _MAX_PROFILE_ELEMENTS:
+            limit = f"exceeds the limit of {_MAX_PROFILE_ELEMENTS}"
+            raise LimitError(f"a color profile of {elements:,} elements {limit}; convert it to sRGB")
 
 
 class MeteredFile:

@@ -34,12 +34,12 @@ from .image_limits_solo import (
     MAX_ASPECT_RATIO,
     MAX_FILE_BYTES,
     MAX_PIXELS,
-    MAX_PROFILE_BYTES,
     LimitError,
     MeteredFile,
     check_decoder,
     check_jpeg,
     check_png,
+    check_profile,
     check_size,
 )
 
@@ -597,9 +597,7 @@ def _to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
     profile = image.info.get("icc_profile")
     if not isinstance(profile, bytes) or image.mode == "LAB":  # LAB converts without a profile
         return None
-    if len(profile) > MAX_PROFILE_BYTES:
-        limit = f"is more than the limit of {MAX_PROFILE_BYTES:,}"
-        raise LimitError(f"a color profile of {len(profile):,} bytes {limit}; convert it to sRGB")
+    check_profile(profile)
     return _transform_to_srgb(profile, _color_space(image))
 
 
