@@ -26,6 +26,7 @@ from solo_vlm.experiments.ablations.pipeline import (
 from solo_vlm.experiments.ablations.settings import Ablation
 from solo_vlm.models.load import load_model, load_processor
 from solo_vlm.quickstart.data.samples import pretraining_sample
+from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
 
@@ -126,7 +127,7 @@ def test_stage_can_name_a_packaged_recipe(study):
     plain["stages"]["sft"] = {"recipe": "quickstart/sft"}
     (study / "study.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     pipeline = by_variant(Ablation.load(str(study / "study.yaml")))["base"]
-    assert pipeline.outputs["sft"].run.recipe.steps == 4000
+    assert pipeline.outputs["sft"].run.recipe.steps == Recipe.load("quickstart/sft").steps
 
 
 def rows(path):

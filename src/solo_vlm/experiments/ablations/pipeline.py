@@ -32,7 +32,7 @@ from solo_vlm.experiments.launcher import TrainingRun
 from solo_vlm.quickstart.data.files import draw_toy_data
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import config_fingerprint
-from solo_vlm.utils.errors import SoloError, first_line
+from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import find_settings, merge, read_settings
 
 if TYPE_CHECKING:
@@ -216,9 +216,10 @@ def write_initial_model(stage: Stage) -> None:
 
 
 def _compose(llm: str | Path, settings: InitSettings, seed: int) -> SoloModelAndProcessor:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
     from solo_vlm.models.from_llm import compose, from_llm
+    from solo_vlm.models.load import load_config, load_tokenizer
     from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 
     try:
@@ -227,12 +228,9 @@ def _compose(llm: str | Path, settings: InitSettings, seed: int) -> SoloModelAnd
     except ValueError as error:
         raise SoloError(f"init.image_size: {error}") from error
     if settings.from_scratch:
-        try:
-            config, tokenizer = AutoConfig.from_pretrained(llm), AutoTokenizer.from_pretrained(llm)
-        except (OSError, ValueError) as error:
-            raise SoloError(f"cannot read an LLM from {llm}: {first_line(error)}") from error
+        config, tokenizer = load_config(llm), load_tokenizer(llm)
         set_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
         solo = compose(model, tokenizer, seed=seed, image_processor=image_processor)
     else:
         solo = from_llm(llm, seed=seed, image_processor=image_processor)

@@ -11,12 +11,12 @@ from typing import Any, Literal, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from solo_vlm.experiments.launcher import Executor, TrainingRun, train_runs
 from solo_vlm.models.flops import count_parameters as count_by_part
 from solo_vlm.models.from_llm import compose
-from solo_vlm.models.load import load_config
+from solo_vlm.models.load import load_config, load_tokenizer
 from solo_vlm.quickstart.data.files import ToySettings, draw_toy_data
 from solo_vlm.quickstart.llm import training_texts, write_untrained_llm
 from solo_vlm.train.metrics import read_metrics
@@ -242,11 +242,10 @@ def write_sized_model(
         return _check_same(out, config, [*size, "initializer_range"])
     set_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(config)
-        tokenizer = AutoTokenizer.from_pretrained(llm)
-    except (OSError, ValueError) as error:
-        raise SoloError(f"cannot make a model of {llm} with {dict(size)}: {error}") from error
-    compose(model.eval(), tokenizer, seed=seed).save(out)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    except Exception as error:  # model families raise any type on odd sizes
+        raise SoloError(f"cannot make a model of {llm} with {dict(size)}: {first_line(error)}") from error
+    compose(model, load_tokenizer(llm), seed=seed).save(out)
 
 
 def _check_same(model: Path, config: Any, settings: Sequence[str]) -> None:
@@ -261,10 +260,7 @@ def _check_same(model: Path, config: Any, settings: Sequence[str]) -> None:
 
 
 def _sized_config(llm: str | Path, size: Mapping[str, int]) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(llm)
-    except (OSError, ValueError) as error:
-        raise SoloError(f"cannot read the configuration of {llm}: {first_line(error)}") from error
+    config = load_config(llm)
     settings = config.to_dict()
     for key in size.keys() - settings.keys():
         raise SoloError(f"{llm} has no setting {key}{did_you_mean(key, settings)}")
