@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import socket
 import subprocess
+import sys
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -246,6 +248,19 @@ def _enter(rank, size, port, target, arguments):
             LOCAL_RANK="0",
         )
     target(*arguments)
+
+
+@contextmanager
+def locked_by_another_process(folder: Path) -> Iterator[None]:
+    """Hold the lock of an output directory."""
+    holder = "import sys; from pathlib import Path; from solo_vlm.utils.files import lock_output_dir\n"
+    holder += "held = lock_output_dir(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        yield
+        other.kill()
 
 
 class SmallDisk:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tests.factories import locked_by_another_process
 
 from solo_vlm.quickstart.run import STAGES, run_quickstart
 
@@ -102,3 +103,13 @@ def test_full_quickstart_reaches_its_scores(tmp_path):
     assert metrics["digits_accuracy"] >= 0.90
     assert metrics["caption_exact_match"] >= 0.80
     assert metrics["qa_accuracy"] >= 0.85
+
+
+def test_second_quickstart_in_the_same_folder_is_rejected(run, tmp_path):
+    (tmp_path / "quickstart.json").write_text("{}\n")
+    (tmp_path / "data").mkdir()
+    with locked_by_another_process(tmp_path):
+        code, _, error = run("quickstart", "--out", tmp_path)
+    assert code == 2
+    assert error == f"solo: another run is writing to {tmp_path}: wait for it, or choose another folder\n"
+    assert (tmp_path / "data").is_dir()

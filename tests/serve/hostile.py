@@ -393,7 +393,7 @@ def exchange(port: int, request: bytes) -> tuple[int, str]:
             response = HTTPResponse(connection)
             response.begin()
             return response.status, response.read().decode()
-    raise AssertionError("no answer before the connection was closed")
+    raise ConnectionError("no answer before the connection was closed")
 
 
 def _chunk(data: bytes) -> bytes:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 from tests.factories import (
     image_rows,
+    locked_by_another_process,
     make_solo,
     run_recipe,
     run_settings,
@@ -58,15 +56,11 @@ def test_resume_with_changed_model_or_validation_data_is_rejected(tmp_path, stop
 
 
 def test_second_run_in_locked_output_dir_is_rejected(tmp_path):
-    holder = "import sys; from pathlib import Path; from solo_vlm.utils.files import lock_output_dir\n"
-    holder += "held = lock_output_dir(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", holder, tmp_path / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(SoloError, match="another run is writing to"):
-            lock_output_dir(tmp_path / "out")
-        other.kill()
+    with (
+        locked_by_another_process(tmp_path / "out"),
+        pytest.raises(SoloError, match="another run is writing to"),
+    ):
+        lock_output_dir(tmp_path / "out")
     lock_output_dir(tmp_path / "out").close()
 
 

@@ -94,6 +94,7 @@ class ValueCounter:
     def __init__(self, maximum: int) -> None:
         self._maximum = maximum
         self._values = 0
+        self._quotes = 0
         self._in_string = False
         self._backslash = b""  # at the end of a chunk: escapes the first character of the next one
 
@@ -109,6 +110,8 @@ class ValueCounter:
         outside = b"".join(pieces[self._in_string :: 2])
         self._in_string ^= len(pieces) % 2 == 0
         self._values += sum(map(outside.count, (b",", b"[", b"{")))
-        if self._values > self._maximum:
+        self._quotes += len(pieces) - 1
+        # A comma or bracket precedes at most two strings: a member's name and value.
+        if self._values > self._maximum or self._quotes > 4 * self._maximum + 2:
             message = f"Too many values in the request body: at most {self._maximum:,} are allowed."
             raise ApiError(400, message, code="too_many_values")

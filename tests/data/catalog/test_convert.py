@@ -5,15 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.data.catalog.catalog_rows import JPEG, USUAL, cauldron, llava
-from tests.factories import tar_bytes
+from tests.factories import locked_by_another_process, tar_bytes
 
 from solo_vlm.data.catalog import convert as conversion
 from solo_vlm.data.catalog import raw_files
@@ -316,15 +314,11 @@ def test_partial_files_of_a_killed_process_are_removed(tmp_path, raw):
 
 def test_second_conversion_into_the_same_folder_is_rejected(tmp_path, raw):
     write_parquet(raw / "x.parquet", [USUAL["vqav2"][0]])
-    holder = "import sys; from pathlib import Path; from solo_vlm.utils.files import lock_output_dir\n"
-    holder += "held = lock_output_dir(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", holder, tmp_path / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(SoloError, match="another run is writing to"):
-            convert("vqav2", [raw], tmp_path / "out", workers=1)
-        other.kill()
+    with (
+        locked_by_another_process(tmp_path / "out"),
+        pytest.raises(SoloError, match="another run is writing to"),
+    ):
+        convert("vqav2", [raw], tmp_path / "out", workers=1)
 
 
 def test_output_below_the_raw_folder_is_not_raw(tmp_path, raw):
