@@ -386,15 +386,15 @@ def test_disconnects_during_image_decoding_do_not_pile_up_work(solo, monkeypatch
 
     monkeypatch.setattr(ImageReader, "read", when_open)
     left = 'solo_requests_total{path="/v1/chat/completions",status="499"}'
-    with served(solo, Limits(max_concurrent=9)) as server:
+    with served(solo, Limits(max_concurrent=19)) as server:
         for wave in (1, 2, 3):
-            connections = [send(server, question("hello", picture())) for _ in range(9)]
-            wait_until(lambda: len(begun) >= 4)
+            connections = [send(server, question("hello", picture())) for _ in range(19)]
+            wait_until(lambda: len(begun) >= 8)
             time.sleep(0.2)  # time in which more could start
             for connection in connections:
                 connection.close()
-            wait_until(lambda: server.metric(left) == 9 * wave)  # noqa: B023 - used within the loop
-        assert len(begun) == 4
+            wait_until(lambda: server.metric(left) == 19 * wave)  # noqa: B023 - used within the loop
+        assert len(begun) == 8
         gate.set()
         assert server.ask(question("hello", max_tokens=2))[0] == 200
 
@@ -402,9 +402,9 @@ def test_disconnects_during_image_decoding_do_not_pile_up_work(solo, monkeypatch
 def test_text_does_not_wait_for_images(solo, monkeypatch, picture):
     gate, begun = threading.Event(), []
     monkeypatch.setattr(ImageReader, "read", lambda *_: begun.append(None) or gate.wait(200))
-    with served(solo, Limits()) as server, ThreadPoolExecutor(8) as clients:
-        waiting = [clients.submit(server.ask, question("x", picture())) for _ in range(8)]
-        wait_until(lambda: len(begun) == 4)
+    with served(solo, Limits()) as server, ThreadPoolExecutor(12) as clients:
+        waiting = [clients.submit(server.ask, question("x", picture())) for _ in range(12)]
+        wait_until(lambda: len(begun) == 8)
         assert server.ask(question("hello", max_tokens=2))[0] == 200
         assert not any(answer.done() for answer in waiting)
         gate.set()

@@ -202,6 +202,8 @@ def test_images_that_are_decoded_together_share_a_budget_of_pixels():
         other = threading.Thread(target=decode)
         other.start()
         assert not fits.wait(0.1)
+        with budget.decoding() as small:
+            small(3, 1)  # does not wait
     assert fits.wait(30)
     other.join()
     with budget.decoding() as wait_for_memory:

@@ -64,7 +64,7 @@ _MODELS = "/v1/models/"
 _API = ("/v1", "/api")  # protected by keys and against cross-site requests
 _CLIENT_LEFT = 499  # nginx's status code; HTTP has none
 _TEXT_THREADS = 2
-_IMAGE_THREADS = 4
+_IMAGE_THREADS = 8  # most wait while others decode large images; see PixelBudget
 _LAST_EVENT_SECONDS = 5.0
 
 Parsed = TypeVar("Parsed")

@@ -71,10 +71,14 @@ def describe_image(image: EncodedImage) -> dict[str, Any]:
 
 
 class PixelBudget:
-    """Thread-safe limit on the pixels, and so the memory, of all images that are being decoded."""
+    """Thread-safe limit on the pixels, and so the memory, of all images that are being decoded.
+
+    Images of up to 1/32 of the limit neither count nor wait, so that large ones do not stall them.
+    """
 
     def __init__(self, pixels: int) -> None:
         self._free = pixels
+        self._small = pixels // 32
         self._turn = Lock()  # a queue, so that small images cannot overtake a large one forever
         self._released = Condition()
 
@@ -85,7 +89,7 @@ class PixelBudget:
 
         def wait(width: int, height: int) -> None:
             nonlocal held
-            if held:
+            if held or width * height <= self._small:
                 return
             with self._turn, self._released:
                 self._released.wait_for(lambda: self._free >= width * height)
