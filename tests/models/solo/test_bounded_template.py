@@ -86,7 +86,7 @@ HOSTILE = {
     ),
     **{
         f"repeated {name}": (
-            "{% set a = range(99999)|list %}{% set b = range(99999)|list %}{% set s = 'x' * 9999999 %}"
+            "{% set a = range(99999)|list %}{% set b = range(99999)|list %}{% set s = 'x' * 2999999 %}"
             "{% set t = s + 'y' %}{% for i in range(99999) %}" + work + "{% endfor %}"
         )
         for name, work in {
