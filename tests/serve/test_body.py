@@ -12,7 +12,7 @@ from solo_vlm.serve.body import SMALL_BODY, BodyMemory, ValueCounter
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.protocol import ApiError
 
-from .conftest import question, served, wait_until
+from .conftest import question, served
 from .hostile import costly_bodies, exchange, http
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
