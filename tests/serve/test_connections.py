@@ -80,17 +80,17 @@ def test_connections_of_clients_that_do_not_read_are_closed(solo):
 
 
 def test_server_stays_responsive_during_a_body_in_tiny_chunks(solo):
-    with served(solo, Limits(max_body_seconds=1.0)) as server:
+    with served(solo, Limits(max_body_seconds=60)) as server:
         connection = server.connect(http(None))
         connection.setblocking(False)
         chunks, answers = b"1\r\n \r\n" * 10_000, 0
-        deadline = time.monotonic() + 0.8
-        while time.monotonic() < deadline:
+        deadline = time.monotonic() + 30
+        while answers < 4 and time.monotonic() < deadline:
             try:
                 connection.send(chunks)
             except BlockingIOError:
                 answers += '"ok"' in server.get("/health")
-        assert answers > 3
+        assert answers == 4
 
 
 def test_malformed_requests_are_not_logged(server, caplog):
