@@ -41,8 +41,8 @@ _GROWING |= {"tojson", "translate", "zfill"}
 _SELECTING = {"attr", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length"}
 _SELECTING |= {"list", "map", "max", "min", "random", "reject", "rejectattr", "reverse", "select"}
 _SELECTING |= {"selectattr", "sort", "unique"}
-_COMPARING = ("==", "!=", "<", "<=", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le")
-_COMPARING += ("lessthan", "lower", "lt", "ne", "upper")
+_COMPARING = {"==", "!=", "<", "<=", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le"}
+_COMPARING |= {"lessthan", "lower", "lt", "ne", "upper"}
 # No chat needs them, and their cost is hard to bound.
 _REMOVED_FILTERS = ("batch", "filesizeformat", "pprint", "slice", "sum", "urlize", "wordwrap", "xmlattr")
 _REMOVED_GLOBALS = ("cycler", "joiner", "lipsum")
@@ -108,7 +108,8 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             extensions=[type(extension) for extension in model.extensions.values()],
             finalize=self.charged,
         )
-        self.tests = model.tests | {name: self._bounded_test(model.tests[name]) for name in _COMPARING}
+        tests: dict[str, Any] = model.tests
+        self.tests = tests | {name: self._bounded_test(tests[name]) for name in _COMPARING}
         self.globals = {name: value for name, value in model.globals.items() if name not in _REMOVED_GLOBALS}
         self.filters = {
             name: self._bounded_filter(name, function)
@@ -267,7 +268,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
 class _Meter(NodeTransformer):
     """Transformer that adds the charges to a parsed template."""
 
-    def visit_For(self, node: nodes.For) -> nodes.For:
+    def visit_For(self, node: Any) -> Any:
         self._with_step(node)
         if node.test is not None:
             node.test = _call("stepped", node.test)
@@ -289,7 +290,8 @@ class _Meter(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         self.generic_visit(node)
-        for side in (node, *node.ops):
+        sides: list[Any] = [node, *node.ops]
+        for side in sides:
             if not isinstance(side.expr, nodes.Const):
                 side.expr = _call("scanned", side.expr)
         return node
