@@ -38,6 +38,15 @@ def test_connection_without_a_whole_head_is_closed(solo, sent):
         wait_until(lambda: is_closed(connection))
 
 
+def test_idle_connection_is_kept_as_long_as_documented(solo):
+    with served(solo, Limits()) as server:
+        connection = server.connect(GET)
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
+        time.sleep(5.5)  # clients such as httpx keep connections for five seconds
+        connection.sendall(GET)
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
+
+
 def test_client_that_keeps_sending_a_rejected_body_is_disconnected(solo):
     with served(solo, Limits(max_head_seconds=0.3, max_request_bytes=100)) as server:
         connection = server.connect(http(None) + b"1\r\n{\r\n" * 200)
