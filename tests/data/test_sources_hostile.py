@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 import tarfile
 
@@ -27,6 +28,7 @@ from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.sources.files import Limits
 from solo_vlm.data.values import natural_key
+from solo_vlm.models.solo.image_loading_solo import ImageMissingError, load_image
 from solo_vlm.train import trainer
 from solo_vlm.utils.errors import SoloError
 
@@ -407,3 +409,13 @@ def runs_folder(tmp_path):
     write_training_data(folder, image_rows(24), text_rows(200))
     make_solo().save(folder / "llama")
     return folder
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+def test_pipes_and_devices_are_rejected(tmp_path, target):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.jsonl").symlink_to(target)
+    with pytest.raises(SoloError, match="not a regular file"):
+        open_source(tmp_path)
+    with pytest.raises(ImageMissingError, match="not a regular file"):
+        load_image(tmp_path / "a.jsonl")

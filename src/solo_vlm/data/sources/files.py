@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -239,6 +240,9 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
     local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
     if local:
         found_at = [(name, Path(name).stat()) for name in names]
+        for name, state in found_at:
+            if not stat.S_ISREG(state.st_mode):  # reading a pipe may never end
+                raise SoloError(f"{name} is not a regular file: move it away")
         return [
             DataFile(name, state.st_size, source_folder, limits, state.st_mtime_ns)
             for name, state in found_at

@@ -11,6 +11,7 @@ import errno
 import os
 import pickle
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -333,6 +334,9 @@ def read_data_url(url: str, name: str) -> bytes:
 def _from_file(path: str, options: _Options) -> Image.Image | np.ndarray:
     name = options.name or _shorten(path)
     try:
+        mode = Path(path).stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a pipe may never end
+            raise ImageMissingError(f"{name}: not a regular file")
         with Path(path).open("rb") as file:
             return _decode(file, name, options)
     except ImageError:
