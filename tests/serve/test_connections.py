@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import time
@@ -11,7 +12,7 @@ import pytest
 from solo_vlm.serve.limits import Limits
 
 from .conftest import question, served, wait_until
-from .hostile import http
+from .hostile import http as http_request
 
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -38,9 +39,18 @@ def test_connection_without_a_whole_head_is_closed(solo, sent):
         wait_until(lambda: is_closed(connection))
 
 
+def test_idle_connection_is_kept_as_long_as_documented(solo):
+    with served(solo, Limits()) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        for pause in (0, 5.5):  # clients such as httpx keep connections for five seconds
+            time.sleep(pause)
+            connection.request("GET", "/health")
+            assert connection.getresponse().read()
+
+
 def test_client_that_keeps_sending_a_rejected_body_is_disconnected(solo):
     with served(solo, Limits(max_head_seconds=0.3, max_request_bytes=100)) as server:
-        connection = server.connect(http(None) + b"1\r\n{\r\n" * 200)
+        connection = server.connect(http_request(None) + b"1\r\n{\r\n" * 200)
         assert b"413" in connection.recv(2**16)
 
         def is_disconnected() -> bool:
@@ -60,7 +70,7 @@ def test_time_for_a_head_does_not_limit_its_answer(solo, slow_model):
 
 def test_new_connection_replaces_the_longest_idle_one(solo, slow_model):
     with served(solo, Limits(max_connections=4)) as server:
-        active = server.connect(http(json.dumps(question("hello", max_tokens=30)).encode()))
+        active = server.connect(http_request(json.dumps(question("hello", max_tokens=30)).encode()))
         wait_until(lambda: server.engine.running)
         idle = [server.connect(b"" if number else GET) for number in range(3)]
         wait_until(lambda: len(server.server.server_state.connections) == 4)
@@ -81,7 +91,7 @@ def test_connections_of_clients_that_do_not_read_are_closed(solo):
 
 def test_server_stays_responsive_during_a_body_in_tiny_chunks(solo):
     with served(solo, Limits(max_body_seconds=60)) as server:
-        connection = server.connect(http(None))
+        connection = server.connect(http_request(None))
         connection.setblocking(False)
         chunks, answers = b"1\r\n \r\n" * 10_000, 0
         deadline = time.monotonic() + 30
@@ -95,7 +105,7 @@ def test_server_stays_responsive_during_a_body_in_tiny_chunks(solo):
 
 def test_malformed_requests_are_not_logged(server, caplog):
     upgrade = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
-    for request in (b"\x16\x03\x01\r\n\r\n", GET.replace(b"Host", b"H st"), upgrade, http(b"{")):
+    for request in (b"\x16\x03\x01\r\n\r\n", GET.replace(b"Host", b"H st"), upgrade, http_request(b"{")):
         with server.connect(request) as connection:
             assert connection.recv(2**16)
     assert caplog.records == []

@@ -55,6 +55,12 @@ def test_resume_with_changed_model_or_validation_data_is_rejected(tmp_path, stop
     assert (tmp_path / "out" / "model" / "config.json").is_file()
 
 
+def test_moved_run_resumes(tmp_path, stopped):
+    (tmp_path / "out").rename(tmp_path / "moved")
+    run_recipe({**stopped, "out": str(tmp_path / "moved")})
+    assert (tmp_path / "moved" / "model" / "config.json").is_file()
+
+
 def test_second_run_in_locked_output_dir_is_rejected(tmp_path):
     with (
         locked_by_another_process(tmp_path / "out"),

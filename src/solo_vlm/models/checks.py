@@ -25,7 +25,8 @@ _MAX_NUMBER = 2**31
 _MAX_SIDE = 2**13  # pixels
 _SIDES = {"height", "width", "longest_edge", "shortest_edge", "patch_size", "vision_patch_size"}
 _MAX_COUNT = 2**16
-_COUNT = re.compile(r"(num|n)_(?!ctx|positions)\w+")  # of layers, heads, experts, ...
+_COUNT = re.compile(r"(num|n)_(?!ctx|positions|vocab|embeddings)\w+")  # of layers, heads, experts, ...
+_NO_SIZE = re.compile(r"\w*(seed|theta|base|param(eter)?s|tokens)|model_max_length")  # any number is harmless
 _LAYERS = re.compile(r"(num_hidden_layers|num_layers|n_layers?|num_blocks)")
 _OBSOLETE = "rotary_emb.inv_freq"
 _CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -157,6 +158,8 @@ def _check_index(index: Path) -> None:
 
 def _check_numbers(config: Path) -> None:
     for key, value in _numbers(_read_object(config)):
+        if _NO_SIZE.fullmatch(key):
+            continue
         limit = _MAX_SIDE if key in _SIDES else _MAX_COUNT if _COUNT.fullmatch(key) else _MAX_NUMBER
         if abs(value) > limit:
             raise SoloError(f"{config}: {key} = {value:,} is absurd: at most {limit:,} is accepted")

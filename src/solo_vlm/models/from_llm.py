@@ -114,6 +114,7 @@ def compose(
     image_processor: SoloImageProcessor | None = None,
 ) -> SoloModelAndProcessor:
     """Make a SOLO model from a causal language model and its tokenizer in memory; both are modified."""
+    _check_head(language_model)
     _set_eos(tokenizer, language_model)
     vocabulary = min(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
     probe = torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0))
@@ -176,6 +177,15 @@ def _without_quantization(model: PreTrainedModel, llm: str | Path) -> PreTrained
     plain.load_state_dict(model.state_dict())
     plain.config.name_or_path = str(llm)
     return plain
+
+
+def _check_head(language_model: PreTrainedModel) -> None:
+    """Reject a head that a saved SOLO model would not have."""
+    family = language_model.config.model_type
+    if getattr(language_model.get_output_embeddings(), "bias", None) is not None:
+        raise SoloError(f"the head of {family} has a bias, which SOLO models do not have: choose another LLM")
+    if language_model.config.tie_word_embeddings and not hasattr(language_model.base_model, "embed_tokens"):
+        raise SoloError(f"the token embeddings of {family} are not named embed_tokens: choose another LLM")
 
 
 def _add_vision_tokens(tokenizer: Any) -> dict[str, str]:

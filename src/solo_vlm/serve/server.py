@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from multiprocessing import active_children
 from types import FrameType
 from typing import NoReturn, cast
@@ -82,6 +83,7 @@ class Server(uvicorn.Server):
                 app,
                 http=connection,
                 ws="none",
+                timeout_keep_alive=ceil(limits.max_head_seconds),  # longer than clients keep a connection
                 log_config=None,
                 log_level="error",  # no line for each malformed request
                 access_log=False,

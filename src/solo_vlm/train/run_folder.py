@@ -80,6 +80,7 @@ def config_fingerprint(recipe: Recipe) -> dict[str, Any]:
 
 def describe_recipe_changes(before: Recipe, now: Recipe) -> str:
     """Describe the changed settings that affect the trained model; empty if there are none."""
+    before = before.model_copy(update={"out": now.out})  # the folder may have been moved
     if config_fingerprint(before) == config_fingerprint(now):
         return ""
     old, new = (recipe.model_dump(mode="json", exclude=_EXCLUDED) for recipe in (before, now))

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 from tests.models.solo.chat_templates import FAMILIES
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from solo_vlm.models.solo.bounded_template import (
     MAX_SOURCE_CHARACTERS,
@@ -83,6 +84,28 @@ HOSTILE = {
         + "x"
         + "{% endcall %}" * 30
     ),
+    **{
+        f"repeated {name}": (
+            "{% set a = range(99999)|list %}{% set b = range(99999)|list %}{% set s = 'x' * 2999999 %}"
+            "{% set t = s + 'y' %}{% for i in range(99999) %}" + work + "{% endfor %}"
+        )
+        for name, work in {
+            "comparison": "{{ a == b }}",
+            "comparison of texts": "{{ s + 'y' == t }}",
+            "search in a list": "{{ 'z' in a }}",
+            "search in a text": "{{ 'z' in s }}",
+            "search by a method": "{{ s.count('z') }}",
+            "maximum": "{{ a|max }}",
+            "maximum of a range": "{{ range(99999)|max }}",
+            "maximum of an iterator": "{{ a|map('int')|max }}",
+            "test": "{{ a is eq b }}",
+            "selection": "{{ a|select('eq', 'z')|first }}",
+            "loop with a condition": "{% for j in range(99999) if j is none %}{% endfor %}",
+        }.items()
+    },
+    "list of the input": "{{ ([messages] * 99999)|string|length }}",
+    "text of the input": "{{ [messages] * 999999 }}",
+    "error about the input": "{{ raise_exception([messages] * 999999) }}",
     "long source": " " * (MAX_SOURCE_CHARACTERS + 1),
     "deep source": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "no syntax": "{% for",
@@ -139,6 +162,26 @@ def test_long_chats_are_within_the_limits():
     chat = turn * 300
     expected = tokenizer.apply_chat_template(chat, tokenize=False)
     assert render(tokenizer.chat_template, chat, False, tokenizer.special_tokens_map) == expected
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "{{ render(messages, loop.index0) }}",
+        "{{ 'last' if message == messages|selectattr('role', 'equalto', 'user')|list|last }}",
+        "{{ messages[loop.index:]|selectattr('role', 'equalto', 'user')|list|length }}",
+        "{% set ns.text = ns.text + '<' + message.role + '>' + message.content %}",
+        "{% set ns.text = ns.text ~ '<' ~ message.role ~ '>' ~ message.content %}",
+        "{% for later in messages[loop.index:] %}{% if later.role == 'user' %}{% endif %}{% endfor %}",
+    ],
+)
+def test_templates_may_look_at_all_messages_in_every_turn(turn):
+    source = (
+        "{% macro render(messages, index) %}{{ messages[index].content }}{% endmacro %}"
+        "{% set ns = namespace(text='') %}{% for message in messages %}" + turn + "{% endfor %}{{ ns.text }}"
+    )
+    chat = [{"role": role, "content": "word " * 200} for _ in range(100) for role in ("user", "assistant")]
+    assert render(source, chat, False, {}) == _compile_jinja_template(source).render(messages=chat)
 
 
 def test_each_rendering_of_a_thread_has_a_budget():

@@ -99,8 +99,8 @@ def test_size_is_reported_before_decoding():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (jpeg_of_scans(501, 64, 64), "501 scans of 4,096 pixels take too long"),
-        (jpeg_of_scans(41), "41 scans of 50,000,000 pixels take too long"),
+        (jpeg_of_scans(501, 64, 64), "501 scans or more of 4,096 pixels take too long"),
+        (jpeg_of_scans(41), "41 scans or more of 50,000,000 pixels"),
         (jpeg_of_baseline_scans(501, 64, 64), "501 scans"),
         (jpeg_before_scan(jpeg_segment(0xFE) * 2001), "more than 2,000 segments"),
         (jpeg_before_scan(jpeg_segment(0xE1, b"Exif\0\0" + bytes(60_000)) * 71), "bytes of EXIF"),
@@ -111,6 +111,13 @@ def test_size_is_reported_before_decoding():
 def test_costly_jpeg_is_rejected(data, message):
     with pytest.raises(ImageError, match=message):
         load_pixels(data)
+
+
+@pytest.mark.usefixtures("_decoder")
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_video_after_a_jpeg_is_not_counted_as_scans(options):
+    data = saved(photo(), "JPEG", **options)
+    assert (load_pixels(data + b"\xff\xda" * 1000) == load_pixels(data)).all()
 
 
 @pytest.mark.usefixtures("_decoder")

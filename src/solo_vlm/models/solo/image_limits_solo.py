@@ -30,12 +30,12 @@ _MAX_TIFF_TILES = 65_535
 _MAX_READS = 2_000_000  # at half a microsecond each in Pillow's Python readers
 _MAX_PYTHON_PIXELS = 2_500_000  # at the same time per pixel in Pillow's Python decoders
 
-_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xfe]")
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # not those within scans, which restart the coding
 _JPEG_SCAN = b"\xff\xda"
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _JPEG_SEQUENTIAL = {0xC0, 0xC1, 0xC3}
 _JPEG_ARITHMETIC = {*range(0xC9, 0xD0)} - {0xCC}
-_JPEG_WITHOUT_DATA = {0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)}
+_JPEG_WITHOUT_DATA = {0xC8, 0xD8, 0xD9, *range(0xF0, 0xFE)}
 _JPEG_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/", b"MPF\0", b"ICC_PROFILE\0")
 """Prefixes of JPEG segments that may hold an orientation, several images or a color profile."""
 
@@ -76,7 +76,8 @@ def check_aspect_ratio(height: int, width: int, max_aspect_ratio: float | None) 
 def check_jpeg(data: bytes) -> bool:
     """Check the segments of a JPEG before its pixels, and the number of its scans.
 
-    In a progressive JPEG, a scan of a few bytes can make the decoder process every pixel.
+    In a progressive JPEG, a scan of a few bytes can make the decoder process every pixel. Only scans up to
+    the end of the image count, since phones append videos and further images.
 
     Returns:
         Whether the JPEG is regular: only segments before its first scan, without relevant metadata.
@@ -85,14 +86,16 @@ def check_jpeg(data: bytes) -> bool:
         LimitError: There are too many scans or segments, or too much EXIF; or the coding is arithmetic, whose
             cost does not depend on the number of bytes.
     """
-    place, regular, pixels, components, one_scan, exif_bytes = 2, True, 0, 0, True, 0
+    place, regular, pixels, components, one_scan, exif_bytes, scans = 2, True, 0, 0, True, 0, 0
     for _ in range(_MAX_JPEG_SEGMENTS):
         match = _JPEG_MARKER.search(data, place)
         if match is None:
             return False  # truncated: the decoder reports it
-        regular = regular and match.start() == place
+        regular = regular and (match.start() == place or scans > 0)
         place = match.end()
         marker = data[place - 1]
+        if marker == 0xD9 and scans:
+            return regular
         if marker in _JPEG_WITHOUT_DATA:
             regular = False
             continue
@@ -106,9 +109,10 @@ def check_jpeg(data: bytes) -> bool:
             components = max(components, int.from_bytes(segment[5:6], "big"))
             one_scan = one_scan and marker in _JPEG_SEQUENTIAL
         elif marker == 0xDA:
-            if not one_scan or segment[:1] < bytes([components]):
-                _check_scans(data.count(_JPEG_SCAN, place) + 1, pixels)
-            return regular
+            scans += 1
+            _check_scans(scans, pixels)
+            if one_scan and segment[:1] >= bytes([components]):
+                return regular
         elif segment.startswith(_JPEG_METADATA):
             regular = False
             exif_bytes += length if segment.startswith(b"Exif") else 0
@@ -121,7 +125,7 @@ def check_jpeg(data: bytes) -> bool:
 def _check_scans(scans: int, pixels: int) -> None:
     if scans > _MAX_JPEG_SCANS or scans * pixels > _MAX_JPEG_SCAN_PIXELS:
         raise LimitError(
-            f"{scans:,} scans of {pixels:,} pixels take too long to decode; save it as a baseline JPEG"
+            f"{scans:,} scans or more of {pixels:,} pixels take too long; save it as a baseline JPEG"
         )
 
 
