@@ -113,6 +113,12 @@ def test_costly_jpeg_is_rejected(data, message):
         load_pixels(data)
 
 
+def test_large_ppm_with_16_bits_is_read():
+    samples = np.random.default_rng(0).integers(0, 65536, (2000, 1500, 3), dtype=np.uint16)
+    pixels = load_pixels(b"P6\n1500 2000\n65535\n" + samples.astype(">u2").tobytes())
+    assert (pixels == samples >> 8).all()
+
+
 @pytest.mark.usefixtures("_decoder")
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
 def test_video_after_a_jpeg_is_not_counted_as_scans(options):

@@ -378,6 +378,7 @@ def _decode_within_limits(file: BinaryIO, name: str, options: _Options) -> Image
     file.seek(0)
     image = _open(file, name, options.formats)
     _check(image, name, options)
+    _prepare_ppm(image)
     check_decoder(image, file)
     decoded = _decode_in_subprocess(image, file, name) if image.format in _FORMATS_IN_SUBPROCESS else image
     rgb = _to_upright_rgb(decoded, name)
@@ -506,6 +507,13 @@ def _prepare_tiff(image: Image.Image, name: str) -> None:
             tile._replace(args=(tile.args[0] + ending, *tile.args[1:])) if tile.codec_name == "raw" else tile
             for tile in tiles
         ]
+
+
+def _prepare_ppm(image: ImageFile.ImageFile) -> None:
+    """Decode 16-bit color by its high bytes, as Pillow does in PNG, instead of by a loop in Python."""
+    tiles: Any = image.tile
+    if image.format == "PPM" and tiles[0].args == ("RGB", 65535) and tiles[0].codec_name == "ppm":
+        image.tile = [tiles[0]._replace(codec_name="raw", args="RGB;16B")]
 
 
 def _prepare_png(image: Image.Image) -> Image.Image | None:
