@@ -69,7 +69,7 @@ def test_saved_conversation_resumes(conversation, solo_folder, tmp_path, picture
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(SoloError, match="is not a conversation"):
             other.load(tmp_path / "bad.json")
-    with pytest.raises(SoloError, match=r"cannot (write|access) .*chat\.json: (File exists|Not a directory)"):
+    with pytest.raises(SoloError, match=r"cannot access .*a\.png: File exists"):
         other.save(tmp_path / "a.png" / "chat.json")
 
 

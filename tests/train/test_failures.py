@@ -132,9 +132,8 @@ def test_failure_of_rank_0_ends_all_processes(torchrun, tmp_path):
     process = torchrun(-1, "", "--standalone", "--nproc-per-node", "2", trackers=["tensorboard"])
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert tracebacks(printed) == 1
-    assert "process 0 on" in last_words(printed)
-    assert "tensorboard" in last_words(printed)
+    assert tracebacks(printed) == 0
+    assert f"cannot access {tmp_path / 'out' / 'tensorboard'}: File exists" in printed
 
 
 @pytest.mark.distributed

@@ -115,9 +115,10 @@ def explain_os_error(error: BaseException, path: Path | None = None) -> SoloErro
         return None
     number, name = found
     verb, advice = _OS_ERRORS[number]
-    # An inaccessible file may be an input. If a copy does not fit, the system names its source.
-    is_input = path and name and verb == "access" and not _is_below(path.parent, name)
-    named = name if path is None or is_input else path
+    # An inaccessible file may be an input, or one of several outputs. If a copy does not fit, the system names
+    # its source.
+    is_precise = name and verb == "access" and _PREFIX not in name
+    named = name if path is None or is_precise else path
     return SoloError(
         f"cannot {verb} {named or 'the output'}: {os.strerror(number)}; {advice}, then run the same command "
         "again"
@@ -219,10 +220,6 @@ def _new_partial(path: Path) -> Path:
     partial = path.with_name(f"{_PREFIX}{os.getpid()}-{path.name}")
     remove(partial)
     return partial
-
-
-def _is_below(folder: Path, name: str) -> bool:
-    return Path(name).absolute().is_relative_to(folder.absolute())
 
 
 def _find_os_error(error: BaseException) -> tuple[int, str | None] | None:
