@@ -115,8 +115,8 @@ def explain_os_error(error: BaseException, path: Path | None = None) -> SoloErro
         return None
     number, name = found
     verb, advice = _OS_ERRORS[number]
-    # An inaccessible file may be an input, or one of several outputs. If a copy does not fit, the system names
-    # its source.
+    # An inaccessible file may be an input, or one of several outputs. If a copy does not fit, the system
+    # names its source.
     is_precise = name and verb == "access" and _PREFIX not in name
     named = name if path is None or is_precise else path
     return SoloError(
