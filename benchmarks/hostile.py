@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.serve import hostile, hostile_images
 
 from solo_vlm.serve.limits import Limits
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 BODY_SECONDS = 3.0  # time limit of the server for bodies that never end; their seconds count from there
 CLOSED = 0  # instead of a status: TCP drops a response if the client sends more than its request
@@ -260,8 +260,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(results))
     if arguments.out:
-        with new_file(arguments.out) as partial:
-            partial.write_text(json.dumps(results, indent=2) + "\n")
+        write_text(arguments.out, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

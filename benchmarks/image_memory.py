@@ -24,7 +24,7 @@ from environment import environment
 from PIL import Image
 from serving import make_model, served
 
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 WIDTHS = (300, 640, 1024, 2000, 3600)
 FORMATS: dict[str, dict[str, Any]] = {
@@ -87,8 +87,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(results))
     if arguments.out:
-        with new_file(arguments.out) as partial:
-            partial.write_text(json.dumps(results, indent=2) + "\n")
+        write_text(arguments.out, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

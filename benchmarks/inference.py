@@ -36,7 +36,7 @@ from environment import environment
 from training.machine import this_device
 from transformers.utils import logging
 
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "compute": compute.measure,
@@ -95,8 +95,7 @@ def main() -> None:
     for name in arguments.parts:
         _add(results, PARTS[name](setting))
         if arguments.out:
-            with new_file(arguments.out) as partial:
-                partial.write_text(json.dumps(results, indent=2) + "\n")
+            write_text(arguments.out, json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=None if arguments.json else 2))
 
 

@@ -31,7 +31,7 @@ import psutil
 from environment import environment
 from PIL import Image
 
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 CLIENTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 32
@@ -200,8 +200,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(results))
     if arguments.out:
-        with new_file(arguments.out) as partial:
-            partial.write_text(json.dumps(results, indent=2) + "\n")
+        write_text(arguments.out, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.parallel.sharding import FSDP_UNIT_SIZE
 from solo_vlm.train.trainer import optimizer_step
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 UNITS = {"layer by layer": 1, "units": FSDP_UNIT_SIZE, "whole": None}  # parameters gathered at once
 NARROW = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -91,8 +91,7 @@ def main() -> None:
     logging.set_verbosity_error()
     results = {**measure(arguments.rounds, arguments.warmup), "environment": environment()}
     if arguments.out:
-        with new_file(arguments.out) as partial_file:
-            partial_file.write_text(json.dumps(results, indent=2) + "\n")
+        write_text(arguments.out, json.dumps(results, indent=2) + "\n")
     if arguments.json:
         print(json.dumps(results))
         return

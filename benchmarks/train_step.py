@@ -38,7 +38,7 @@ from training.plot import draw
 from training.workload import Workload
 from transformers.utils import logging
 
-from solo_vlm.utils.files import new_file
+from solo_vlm.utils.files import write_text
 
 Results = dict[str, Any]
 
@@ -140,8 +140,7 @@ def main() -> None:
     for part in measure(arguments, results):
         results = with_mfu(results | part)
         if arguments.out:
-            with new_file(arguments.out) as partial:
-                partial.write_text(json.dumps(results, indent=2) + "\n")
+            write_text(arguments.out, json.dumps(results, indent=2) + "\n")
     if arguments.plot:
         draw(results, arguments.plot)
     if arguments.json:
