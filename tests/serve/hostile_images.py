@@ -46,6 +46,19 @@ def jpeg_tables(ac_symbol: int) -> bytes:
     return tables
 
 
+def jpeg_file(
+    frame: int,
+    scans: bytes,
+    components: int = 1,
+    width: int = WIDTH,
+    height: int = HEIGHT,
+    before: bytes = b"",
+) -> bytes:
+    """Return a JPEG with Huffman tables, segments before the frame, a frame of a kind, and scans."""
+    head = b"\xff\xd8" + jpeg_tables(0) + before
+    return head + jpeg_frame(frame, width, height, components) + scans + EOI
+
+
 def jpeg_of_scans(scans: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
     """Return a progressive JPEG with scans of about fifty bytes that refine nothing."""
     blocks = -(-width // 8) * -(-height // 8)
@@ -59,8 +72,7 @@ def jpeg_of_scans(scans: int, width: int = WIDTH, height: int = HEIGHT) -> bytes
 
 def jpeg_of_baseline_scans(scans: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
     """Return a sequential JPEG with three components, the first of which repeats without data."""
-    head = b"\xff\xd8" + jpeg_tables(0) + jpeg_frame(0xC0, width, height, components=3)
-    return head + jpeg_scan() * scans + EOI
+    return jpeg_file(0xC0, jpeg_scan() * scans, 3, width, height)
 
 
 def jpeg_before_scan(segments: bytes) -> bytes:
@@ -82,43 +94,13 @@ def jpegs() -> dict[str, Callable[[], bytes]]:
         "JPEG of baseline scans": lambda: jpeg_of_baseline_scans(800_000),
         "JPEG of comments": lambda: jpeg_before_scan(comment * 2_600_000),
         "JPEG of EXIF": lambda: jpeg_before_scan(exif * 48_000),
-        "JPEG of restarts": lambda: (
-            b"\xff\xd8"
-            + jpeg_tables(0)
-            + jpeg_segment(0xDD, b"\0\1")
-            + jpeg_frame(0xC0, WIDTH, HEIGHT)
-            + jpeg_scan()
-            + EOI
+        "JPEG of restarts": lambda: jpeg_file(0xC0, jpeg_scan(), before=jpeg_segment(0xDD, b"\0\1")),
+        "JPEG without data": lambda: jpeg_file(0xC0, jpeg_scan(components=(1, 2, 3)), 3),
+        "JPEG, progressive, CMYK": lambda: jpeg_file(
+            0xC2, jpeg_scan(0, 0, components=(1, 2, 3, 4)) + bytes(400_000), 4
         ),
-        "JPEG without data": lambda: (
-            b"\xff\xd8"
-            + jpeg_tables(0)
-            + jpeg_frame(0xC0, WIDTH, HEIGHT, 3)
-            + jpeg_scan(components=(1, 2, 3))
-            + EOI
-        ),
-        "JPEG, progressive, CMYK": lambda: (
-            b"\xff\xd8"
-            + jpeg_tables(0)
-            + jpeg_frame(0xC2, WIDTH, HEIGHT, 4)
-            + jpeg_scan(0, 0, components=(1, 2, 3, 4))
-            + bytes(400_000)
-            + EOI
-        ),
-        "JPEG of arithmetic code": lambda: (
-            b"\xff\xd8"
-            + jpeg_tables(0)
-            + jpeg_frame(0xC9, WIDTH, HEIGHT, 3)
-            + jpeg_scan(components=(1, 2, 3))
-            + EOI
-        ),
-        "JPEG, lossless": lambda: (
-            b"\xff\xd8"
-            + jpeg_tables(0)
-            + jpeg_frame(0xC3, WIDTH, HEIGHT, 3)
-            + jpeg_scan(1, 0, components=(1, 2, 3))
-            + EOI
-        ),
+        "JPEG of arithmetic code": lambda: jpeg_file(0xC9, jpeg_scan(components=(1, 2, 3)), 3),
+        "JPEG, lossless": lambda: jpeg_file(0xC3, jpeg_scan(1, 0, components=(1, 2, 3)), 3),
     }
 
 
