@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.data.collate import collate, num_supervised_tokens
-from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.parallel.sharding import FSDP_UNIT_SIZE
 from solo_vlm.train.trainer import optimizer_step
@@ -57,7 +57,7 @@ def measure(rounds: int, warmup: int) -> dict[str, Any]:
             model = random_model(
                 SoloForConditionalGeneration, config, recipe, context, unit=unit or FSDP_UNIT_SIZE
             )
-            use_packed_attention(model)
+            isolate_documents(model)
             optimizer = make_optimizer(model, recipe.optimizer)
             supervised = num_supervised_tokens(batches)
             steps[name] = partial(optimizer_step, model, optimizer, batches, supervised, recipe, context)

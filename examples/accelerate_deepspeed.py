@@ -19,7 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from solo_vlm.data.mixture import Mixture, make_loader
 from solo_vlm.models.load import load_model, load_processor
-from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.models.packed.isolation import isolate_documents
 
 
 def start(zero_stage: int, batch: int, precision: str) -> Accelerator:
@@ -54,7 +54,7 @@ def main(
     accelerator = start(zero_stage, batch, precision)
     processor = load_processor(model)
     solo = load_model(model, dtype="float32", device="cpu").train()
-    use_packed_attention(solo)
+    isolate_documents(solo)
     mixture = Mixture.load(data, [f"model={model}"])
     if mixture.data.epochs:  # the loaders of the processes would end at different steps
         raise typer.BadParameter(f"{data}: remove data.epochs; --steps sets the length of the run")

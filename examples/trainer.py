@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.mixture import Mixture, make_loader
 from solo_vlm.models.load import load_model, load_processor
-from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.models.packed.isolation import isolate_documents
 
 
 class PackedTrainer(Trainer):
@@ -86,7 +86,7 @@ def main(
     if mixture.data.epochs:  # the loaders of the processes would end at different steps
         raise typer.BadParameter(f"{data}: remove data.epochs; --steps sets the length of the run")
     solo = load_model(model, dtype="float32")
-    use_packed_attention(solo)  # no (length, length) mask
+    isolate_documents(solo)  # no (length, length) mask
     loader = make_loader(mixture, processor, mixture.open_sources(), args.process_index, args.world_size)
     trainer = PackedTrainer(loader, model=solo, args=args)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)

@@ -20,8 +20,8 @@ from solo_vlm.data.collate import PackedBatch, collate
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.models.load import load_model, load_processor
+from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.solo.processing_solo import SoloProcessor
-from solo_vlm.train.attention import use_packed_attention
 
 
 class PackedCollator:
@@ -64,7 +64,7 @@ def main(
     )
     processor = load_processor(model)
     solo = load_model(model, dtype="float32")
-    use_packed_attention(solo)
+    isolate_documents(solo)
     adapters = LoraConfig(
         r=16,
         lora_alpha=32,

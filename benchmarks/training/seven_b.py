@@ -12,7 +12,7 @@ from training.workload import Workload
 from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.data.collate import collate, num_supervised_tokens
 from solo_vlm.models.flops import ModelShape, training_flops
-from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.estimate.memory import memory_per_device
 from solo_vlm.train.metrics import memory_gb
 from solo_vlm.train.model import compile_layers, use_activation_checkpointing
@@ -83,7 +83,7 @@ def _train(
     with init_distributed(recipe) as context:
         model = random_model(SoloForConditionalGeneration, config, recipe, context)
         use_activation_checkpointing(model, recipe.activation_checkpointing)
-        use_packed_attention(model)
+        isolate_documents(model)
         if recipe.compile:
             compile_layers(model)
         optimizer = make_optimizer(model, recipe.optimizer)

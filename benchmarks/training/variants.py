@@ -21,7 +21,7 @@ from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.data.collate import collate, num_supervised_tokens
 from solo_vlm.data.encode import Document
 from solo_vlm.models.flops import ModelShape, training_flops
-from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.recipe import Recipe
@@ -94,7 +94,7 @@ def make_variants(
             model.set_attn_implementation("sdpa")
 
         def use_packed() -> None:
-            use_packed_attention(model)
+            isolate_documents(model)
 
         rows = [_padded_batch(some) for some in in_batches(documents, workload.rows)]
         variants = {

@@ -15,7 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from solo_vlm.data.mixture import Mixture, make_loader
 from solo_vlm.models.load import load_model, load_processor
-from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.models.packed.isolation import isolate_documents
 
 pytest.importorskip("deepspeed", reason="pip install 'solo-vlm[examples]' (make test-examples)")
 pytestmark = pytest.mark.distributed
@@ -27,7 +27,7 @@ STEPS, BATCH, RATE = 4, 4, 3e-3
 @pytest.fixture(scope="module")
 def expected(folder) -> list[float]:
     model = load_model(folder / "model", dtype="float32").train()
-    use_packed_attention(model)
+    isolate_documents(model)
     mixture = Mixture.load(folder / "mixture.yaml")
     batches = iter(make_loader(mixture, load_processor(folder / "model"), mixture.open_sources()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1)

@@ -28,8 +28,8 @@ from solo_vlm.data.sample import parse_sample
 from solo_vlm.data.sources import open_source
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model
+from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train import Recipe, train, trainer
-from solo_vlm.train.attention import use_packed_attention
 from solo_vlm.train.model import load_base_model
 from solo_vlm.train.optimizer import learning_rate, make_optimizer
 from solo_vlm.train.recipe import OptimizerSettings
@@ -160,7 +160,7 @@ def test_loss_is_mean_over_supervised_tokens(documents):
             logits = model(input_ids=ids, pixel_values=torch.tensor(document.pixel_values)).logits[0, :-1]
             total += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
             supervised += int((labels[1:] != -100).sum())
-    use_packed_attention(model.train())
+    isolate_documents(model.train())
     batches = [collate(documents[:9], 512, 0), collate(documents[9:], 512, 0)]
     assert num_supervised_tokens(batches) == supervised
     losses = forward_backward(model, batches, supervised, nullcontext())
@@ -170,7 +170,7 @@ def test_loss_is_mean_over_supervised_tokens(documents):
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_gradient_accumulation_keeps_loss_and_gradient(documents, parts):
     model, documents = documents
-    use_packed_attention(model.train())
+    isolate_documents(model.train())
 
     def gradient(parts):
         model.zero_grad()

@@ -30,9 +30,10 @@ from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate import GenerationPipeline, PrefixCache, user_turn
+from solo_vlm.models.packed.attention import packed_attention
+from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.solo.modeling_solo import supervised_cross_entropy
 from solo_vlm.train import attention
-from solo_vlm.train.attention import packed_attention, use_packed_attention
 from solo_vlm.train.trainer import model_inputs
 
 pytestmark = [
@@ -164,7 +165,7 @@ def test_packed_logits_match_each_document_alone(family):
     reference = alone()
     model.bfloat16()
     rounded = alone()
-    use_packed_attention(model)
+    isolate_documents(model)
     batch = {**model_inputs(model, collate(documents, 256, 0)), "labels": None}
     with torch.no_grad():
         packed = model(**batch, use_cache=False).logits[0, : len(reference)]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_llm, load_model, quantization_config
-from solo_vlm.train.attention import use_packed_attention
+from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.sharding import decoder_layers, load_full_state_dict, shard_model
 from solo_vlm.train.recipe import LoraSettings, Recipe
@@ -64,7 +64,7 @@ def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedM
     else:
         model, processor = _load_sharded(recipe, context)
     use_activation_checkpointing(model, recipe.activation_checkpointing)
-    use_packed_attention(model)
+    isolate_documents(model)
     if recipe.compile:
         compile_layers(model)
     return model.train(), processor

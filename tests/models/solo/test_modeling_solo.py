@@ -17,8 +17,9 @@ from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder, encode
 from solo_vlm.data.sample import Sample, parse_sample
 from solo_vlm.generate import GenerationPipeline
+from solo_vlm.models.packed.attention import packed_attention
+from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.solo.modeling_solo import image_index
-from solo_vlm.train.attention import packed_attention, use_packed_attention
 
 GOLDEN = ROOT / "tests" / "golden" / "original_tiny"
 
@@ -355,7 +356,7 @@ def test_bidirectional_packed_batch_equals_documents_alone(family):
     for implementation in ("sdpa", "packed"):
         solo.model.set_attn_implementation("sdpa")
         if implementation == "packed":
-            use_packed_attention(solo.model)
+            isolate_documents(solo.model)
         with torch.no_grad():
             together = solo.model.model(**inputs, use_cache=False).last_hidden_state[0]
         torch.testing.assert_close(together[: len(alone)], alone, atol=1e-4, rtol=1e-4)

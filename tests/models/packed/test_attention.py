@@ -15,7 +15,8 @@ from tests.factories import LLM_CONFIGS, ask, make_solo, png
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.train.attention import _flash, _supports_flash, packed_attention, use_packed_attention
+from solo_vlm.models.packed.attention import _flash, _supports_flash, packed_attention
+from solo_vlm.models.packed.isolation import isolate_documents
 
 ANSWER = [{"role": "assistant", "content": [{"type": "text", "text": "a blue square"}]}]
 
@@ -95,7 +96,7 @@ def test_packed_attention_matches_each_document_alone(family):
         ).logits[0]
         for d in documents
     ]
-    use_packed_attention(solo.model)
+    isolate_documents(solo.model)
     batch = collate(documents, 128, 0)
     packed = solo.model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[0]
     together = packed[: sum(map(len, documents))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any
@@ -11,27 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, PreTrainedModel
 
-from solo_vlm.models.solo.modeling_solo import PACKED_ATTENTION
+from solo_vlm.models.packed.groups import document_groups
 
-_REPLACED = (None, "eager", "sdpa", PACKED_ATTENTION)
-
-_SHORT = 256  # tokens; longer documents do not benefit from batching
 _TINY = 64  # tokens; in bfloat16 on CPU, flash is several times slower than math for shorter documents
-
-
-def use_packed_attention(model: PreTrainedModel) -> None:
-    """Use `packed_attention` in the decoder: torch's flash attention on CUDA, batched SDPA elsewhere.
-
-    Models with soft-capped attention scores (Gemma 2), which neither supports, and models loaded with
-    flash-attn or flex attention keep transformers' attention, which isolates documents by `position_ids`.
-    """
-    config = model.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) or config._attn_implementation not in _REPLACED:
-        return
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    model.set_attn_implementation(PACKED_ATTENTION)
 
 
 def packed_attention(
@@ -120,7 +102,7 @@ def _grouped(
     """Return (length, num_heads, head_dim) by SDPA over batches of documents of similar length."""
     outputs, positions = [], []
     bfloat16_on_cpu = query.device.type == "cpu" and _compute_dtype(query) == torch.bfloat16
-    for index, valid in _groups(bounds):
+    for index, valid in document_groups(bounds):
         mask = _window_mask(index.shape[1], sliding_window, query.device)
         if images is not None:
             mask = _image_mask(images[index], mask)
@@ -145,25 +127,6 @@ def _compute_dtype(states: Tensor) -> torch.dtype:
     """Return the dtype SDPA casts to; under autocast, rotary embeddings leave queries in float32."""
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-
-
-def _groups(bounds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Group documents of similar length; yield (documents, longest) token indices and their validity.
-
-    One call for many short documents saves most of the time on CPU. Lengths in a group differ by less than a
-    factor of two; padding follows a document's own tokens, where causality hides it. Long documents are
-    separate groups.
-    """
-    starts, lengths = bounds[:-1], bounds.diff()
-    group = torch.log2(lengths.double()).ceil()
-    is_long = lengths > _SHORT
-    group[is_long] = -1.0 - torch.arange(int(is_long.sum()), dtype=group.dtype, device=bounds.device)
-    for number in group.unique():
-        members = group == number
-        offset = torch.arange(int(lengths[members].max()), device=bounds.device)
-        valid = offset < lengths[members, None]  # (documents, longest)
-        index = (starts[members, None] + offset).clamp(max=int(bounds[-1]) - 1)
-        yield index, valid
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:

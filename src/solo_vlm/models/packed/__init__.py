@@ -1,0 +1,1 @@
+"""Packed rows: layers of any decoder that keep the documents of a row apart."""
