@@ -1,0 +1,4 @@
+"""Certificates: checks that a model of any family computes what it should.
+
+May import: data, models, utils.
+"""
