@@ -245,10 +245,10 @@ class SoloModel(SoloPreTrainedModel):
         elif input_ids is not None and not torch.compiler.is_compiling():
             _require_count((input_ids == self.config.image_token_id).sum(), 0, "<vpatch> tokens")
         bidirectional = self.config.image_attention == "bidirectional" and inputs_embeds.shape[1] > 1
-        if layout is None and (bidirectional or self.config.image_positions == "2d"):
+        in_2d = self.config.image_positions == "2d"
+        if layout is None and (bidirectional or in_2d):
             layout = self._layout(input_ids, position_ids, past_key_values)
-        if bidirectional:
-            assert layout is not None
+        if layout is not None and bidirectional:
             decoder = self.language_model.config
             if decoder._attn_implementation == PACKED_ATTENTION:
                 kwargs["image_index"] = layout[0]
@@ -257,8 +257,8 @@ class SoloModel(SoloPreTrainedModel):
                     decoder, layout[0], inputs_embeds, attention_mask, position_ids, past_key_values
                 )
 
-        rotated = self.config.image_positions == "2d" and layout is not None
-        with rotated_by(layout) if rotated else nullcontext():  # a compiler cannot trace it
+        # A compiler cannot trace the rotation.
+        with rotated_by(layout) if layout is not None and in_2d else nullcontext():
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
