@@ -47,7 +47,8 @@ def test_failed_property_ends_with_exit_code_1(run, tmp_path):
     code, out, _ = run("check", tmp_path / "model")
     assert code == 1
     assert "1 property FAILS" in out
-    assert "padded on the right" in " ".join(out.split())
+    assert "NO: batch equals single: prompt 1 of 2" in out
+    assert "padded on the right" in out
 
 
 def test_missing_folder_is_one_line(run, tmp_path):

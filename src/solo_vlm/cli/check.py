@@ -53,12 +53,18 @@ def _print(certificate: Certificate) -> None:
     table.add_column("")
     table.add_column("difference", justify="right", no_wrap=True)
     table.add_column("compared", overflow="fold")
+    reasons = []
     for name, finding in certificate.findings.items():
-        error = "" if finding.difference is None else f"{finding.difference:.1g}"
-        style = "bold" if finding.status == "fails" else None
-        cells = PROPERTIES[name][0], _MARKS[finding.status], error, escape(finding.detail)
-        table.add_row(*cells, style=style)
+        property_name, error = PROPERTIES[name][0], finding.difference
+        wrong = finding.status in ("fails", "differs")
+        if wrong:
+            reasons.append(f"{_MARKS[finding.status]}: {property_name}: {finding.detail}")
+        compared = (finding.layer or "see below") if wrong else finding.detail
+        cells = _MARKS[finding.status], "" if error is None else f"{error:.1g}", escape(compared)
+        table.add_row(property_name, *cells, style="bold" if finding.status == "fails" else None)
     print_whole(table)
+    for reason in reasons:
+        STDOUT.print(reason, markup=False)
     failed = sum(finding.status == "fails" for finding in certificate.findings.values())
     failing = "1 property FAILS" if failed == 1 else f"{failed} properties FAIL"
     verdict = failing if failed else "every property that applies holds"
