@@ -43,8 +43,8 @@ class Probe:
         llm: LLM that the model was made of.
         processor: Processor of an image-text model that is no SOLO model.
         tolerance: Largest difference of outputs that are equal up to rounding, relative to their size.
-        shapes: What the documents consist of.
-        weights: What to say of weights that are not the model's own.
+        shapes: Text and images of the documents.
+        weights: Origin of weights that are not the model's own.
     """
 
     model: PreTrainedModel

@@ -46,9 +46,9 @@ class Finding:
 
     Attributes:
         status: "holds", "fails", "differs" (outside of what solo-vlm uses) or "skipped" (does not apply).
-        detail: What was compared, or what is wrong.
+        detail: Inputs that were compared, or the fault.
         difference: Largest difference found, relative; None if no numbers were compared.
-        layer: Where outputs first part.
+        layer: First layer whose outputs differ.
     """
 
     status: Status
@@ -58,7 +58,7 @@ class Finding:
 
 
 def text_logits(probe: Probe) -> Finding:
-    """Logits of text equal those of the LLM that the model was made of."""
+    """Compare the logits of text with those of the LLM that the model was made of."""
     if probe.llm is None:
         return Finding("skipped", "no LLM to compare with: give --llm PATH")
     rows = probe.llm.get_input_embeddings().num_embeddings
@@ -71,7 +71,7 @@ def text_logits(probe: Probe) -> Finding:
 
 
 def causality(probe: Probe) -> Finding:
-    """Later tokens and images do not change earlier outputs, bit for bit or within rounding."""
+    """Change later tokens and images, and compare the outputs before them."""
     document = probe.documents[0]
     noise = max(_NOISE, probe.tolerance / 10)
     with narrow_windows(probe.model):
@@ -90,7 +90,7 @@ def causality(probe: Probe) -> Finding:
 
 
 def packing(probe: Probe) -> Finding:
-    """In training, a packed document computes what it computes alone, by the model's eager attention."""
+    """Compare packed documents, as in training, with each one alone, by the model's eager attention."""
     if probe.is_foreign:
         return Finding("skipped", "solo train trains SOLO models and plain LLMs")
     with isolated(probe.model):
@@ -98,7 +98,7 @@ def packing(probe: Probe) -> Finding:
 
 
 def packing_by_transformers(probe: Probe) -> Finding:
-    """In transformers' own path, `position_ids` alone keep packed documents apart (Trainer, TRL)."""
+    """Compare documents that only `position_ids` keep apart, as for Trainer and TRL, with each one alone."""
     finding = _packing(probe, use_positions_only=True)
     if finding.status != "fails":
         return finding
@@ -107,7 +107,7 @@ def packing_by_transformers(probe: Probe) -> Finding:
 
 
 def labels(probe: Probe) -> Finding:
-    """The loss predicts each label from the token before it, and labels are answers and their ends."""
+    """Compare the loss with an independent cross entropy, and the labels with the answers in the samples."""
     if probe.encoder and (fault := _label_fault(probe)):
         return Finding("fails", fault)
     documents = probe.encoded or probe.documents
@@ -130,7 +130,7 @@ def labels(probe: Probe) -> Finding:
 
 
 def batching(probe: Probe) -> Finding:
-    """Answers in a batch, padded on the left, are those of each prompt alone."""
+    """Compare generation in a padded batch with that of each prompt alone."""
     prompts = [probe.inputs(document) for document in probe.documents[:2]]
     with narrow_windows(probe.model):
         alone = [_generate(probe.model, prompt) for prompt in prompts]
@@ -152,7 +152,7 @@ def batching(probe: Probe) -> Finding:
 
 
 def caching(probe: Probe) -> Finding:
-    """Generating with a cache computes what the model computes without one."""
+    """Compare generation with a cache with the model's logits without one."""
     document = probe.documents[0]
     prompt, worst = probe.inputs(document), 0.0
     with narrow_windows(probe.model):
@@ -181,7 +181,7 @@ def caching(probe: Probe) -> Finding:
 
 
 def patches(probe: Probe) -> Finding:
-    """What the decoder receives at `<vpatch>` is the image's patch there, in reading order, embedded."""
+    """Compare what the decoder receives at `<vpatch>` with patches cut, normalized and embedded here."""
     if not (probe.sees_images and probe.encoder):
         why = "no images" if not probe.sees_images else "no processor"
         return Finding("skipped", why)
@@ -210,7 +210,7 @@ def patches(probe: Probe) -> Finding:
 
 
 def gradients(probe: Probe) -> Finding:
-    """Gradients of the training loss reach every trainable parameter."""
+    """Find trainable parameters that get no gradient from the training loss."""
     documents = [*probe.documents, *(document for document in probe.encoded if len(document) < 512)]
     with isolated(probe.model) if not probe.is_foreign else attention(probe.model, "eager"):
         batch = probe.packed(documents) if not probe.is_foreign else _labeled(probe, documents[0])
@@ -225,7 +225,7 @@ def gradients(probe: Probe) -> Finding:
 
 
 def saving(probe: Probe) -> Finding:
-    """The model saved and loaded again is the same, bit for bit."""
+    """Compare the model, bit for bit, with itself after saving and loading."""
     size = sum(values.nbytes for values in probe.model.state_dict().values())
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if size > min(_MAX_SAVED_BYTES, free // 2):
