@@ -51,7 +51,7 @@ _SYSTEM = {"role": "system", "content": "Be brief."}
 
 @dataclass(frozen=True)
 class ImageDesign:
-    """How a decoder reads images; the defaults are the paper's. See `SoloConfig` for the settings."""
+    """Settings of `SoloConfig` for reading images; the defaults are the paper's."""
 
     image_attention: Literal["causal", "bidirectional"] = "causal"
     image_positions: Literal["1d", "2d"] = "1d"
@@ -118,7 +118,7 @@ def from_llm(
         dtype: "auto" (as stored; float32 for GGUF), or the name of a torch dtype.
         seed: Seed for the new weights.
         image_processor: Image processor of the model. Default: the original preprocessing.
-        design: How the decoder reads images.
+        design: Settings for reading images.
 
     Raises:
         SoloError: The folder is not readable as a language model, its tokenizer has no EOS token, or its head
