@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from solo_vlm.data.encode import IGNORE_INDEX, Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PackedBatch(TypedDict):
@@ -77,3 +80,18 @@ def collate(
         max_length_q=max(lengths),
         max_length_k=max(lengths),
     )
+
+
+def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
+    """Move a batch to the model's device; a plain LLM does not get the (empty) image inputs.
+
+    Routers of experts add no auxiliary loss here: transformers' would count padding as tokens.
+    """
+    images = ("pixel_values", "image_grid_thw")
+    is_balanced = getattr(model.config.get_text_config(), "output_router_logits", False)
+    options = {"output_router_logits": False} if is_balanced else {}
+    return options | {
+        name: value.to(model.device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if model.config.model_type == "solo" or name not in images
+    }
