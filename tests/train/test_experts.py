@@ -149,7 +149,7 @@ def test_solo_gradients_survive_checkpointing(mode):
     assert same == pytest.approx(metrics)
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("mode", ["none", "selective"])
 def test_layers_compile_to_one_graph(mode, monkeypatch):
     """Recording neither breaks the graph of a layer nor makes one per layer."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

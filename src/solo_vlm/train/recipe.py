@@ -126,9 +126,9 @@ class Recipe(Settings):
             the results of matrix products and attention; "full", whole layers.
         compile: Compile the decoder's layers with torch.compile.
         float8: Compute matrix products in float8, on hardware that supports it.
-        router_aux_loss: Coefficient of the auxiliary loss that balances the experts of a mixture, per token
-            as the cross entropy; "auto": the model's own (`router_aux_loss_coef`), and 0 if its routers are
-            frozen or transformers has no such loss for its family.
+        router_aux_loss: Coefficient of the auxiliary loss that balances the load of experts. "auto": the
+            model's own (`router_aux_loss_coef`); 0 if its routers are frozen, or if transformers has no such
+            loss for its family.
         parallel: Tensor and data parallelism.
         validation: Held-out data, if any.
         checkpoint: Checkpoint intervals and retention.
