@@ -24,7 +24,7 @@ def elements(stream: BinaryIO, is_part: bool = False) -> Iterator[tuple[int, byt
         is_part: Whether the stream starts after the array's bracket, and may lack its end.
 
     Raises:
-        ValueError: What follows is not JSON, or truncated. Elements before it have been yielded.
+        ValueError: The rest is not JSON, or truncated. Elements before it have been yielded.
     """
     # Latin-1 maps bytes to characters one by one; the characters that structure JSON are ASCII, and no other
     # character of UTF-8 contains them.

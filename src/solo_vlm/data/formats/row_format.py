@@ -158,7 +158,7 @@ KNOWN_COLUMNS = frozenset(name for known in FORMATS.values() for name in known.r
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How the raw rows of a source become sample rows.
+    """Conversion of the raw rows of a source to sample rows.
 
     Attributes:
         name: Format of the rows.
