@@ -24,7 +24,7 @@ from solo_vlm.data.sources.files import (
     readable_rows,
     retried,
 )
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import new_file
 
 _ROWS_PER_BATCH = 4096
@@ -72,7 +72,7 @@ class ParquetSource(RawSource):
         return f"{file.url}, row group {group}, row {row}"
 
     def fingerprint(self) -> str:
-        """Return a hash of the files' names and sizes."""
+        """Return a hash of the files' names, sizes and contents."""
         return fingerprint(self._shards.files)
 
 
@@ -94,7 +94,9 @@ class TableRows(Sequence[RawRow]):
                 row[name] = column[index].as_py()
             except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is not UTF-8, a date
                 if name in KNOWN_COLUMNS:
-                    raise SampleError("schema", f"column {name} cannot be read: {error}") from error
+                    raise SampleError(
+                        "schema", f"column {name} cannot be read: {first_line(error)}"
+                    ) from error
         return row
 
 
@@ -102,7 +104,7 @@ class TableRows(Sequence[RawRow]):
 def _read_group(file: DataFile, group: int, first: int | None = None) -> pa.Table:
     """Read a row group, or its first rows, in batches: its stated size and number of rows may be wrong."""
     batches, size = [], 0
-    with file.open(ahead=False) as stream, pq.ParquetFile(stream) as parquet:
+    with file.open(ahead=False) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
         if first is not None:
             batch = next(parquet.iter_batches(first, row_groups=[group]), None)
             return pa.Table.from_batches([batch] if batch else [], parquet.schema_arrow)
@@ -136,7 +138,7 @@ def _read_metadata(file: DataFile) -> pq.FileMetaData:
             return pq.read_metadata(stream)
     except (pa.ArrowException, OSError) as error:
         broken_shard(error, file.url)  # raises the error if the disk or the network failed
-        raise SoloError(f"{file.url} is not a readable parquet file: {error}") from error
+        raise SoloError(f"{file.url} is not a readable parquet file: {first_line(error)}") from error
 
 
 # A stream holds row groups in memory, and a loader has hundreds open: 64 streams, 4 each, all sources.
@@ -170,7 +172,7 @@ def write_samples(
         note: Called after the last row; its result is stored in the file for `read_note`.
     """
     count = 0
-    with new_file(path) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
+    with new_file(path) as partial, pq.ParquetWriter(partial, SCHEMA, write_page_checksum=True) as writer:
         for group in _row_groups(samples):
             writer.write_table(pa.Table.from_pylist(group, SCHEMA))
             count += len(group)
