@@ -32,6 +32,7 @@ class SoloConfig(PreTrainedConfig):
         bidirectional_images: Whether patches of an image attend to each other in both directions. The paper's
             model, and every export to other software, is causal throughout.
         use_cache: Whether forward passes outside training return a key/value cache by default.
+        lm_head_bias: Whether the LM head has a bias, as in a few families (Phi, GPT-J).
         tie_word_embeddings: Whether the LM head is the token embedding; copied from `text_config`.
     """
 
@@ -49,6 +50,7 @@ class SoloConfig(PreTrainedConfig):
     vision_end_token_id: int = 32003
     bidirectional_images: bool = False
     use_cache: bool = True
+    lm_head_bias: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -71,6 +73,11 @@ class SoloConfig(PreTrainedConfig):
     def patch_dim(self) -> int:
         """Number of values of a flattened patch: 3 * side * side (3072 for 32 x 32)."""
         return 3 * self.vision_patch_size**2
+
+    @property
+    def embedding_size(self) -> int:
+        """Size of token and patch embeddings, from which small OPT models project to the hidden size."""
+        return int(getattr(self.text_config, "word_embed_proj_dim", self.text_config.hidden_size))
 
     @property
     def vision_token_ids(self) -> tuple[int, int, int, int]:
