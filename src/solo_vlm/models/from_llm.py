@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +24,9 @@ from solo_vlm.models.solo.chat_template import (
 )
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
-from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration, make_patch_embedding
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, SoloProcessor
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import new_folder
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,25 @@ _TEMPLATE_NAMES = {"llm": "the LLM's own", "chatml": "ChatML", "solo": "the SOLO
 _USER, _ASSISTANT = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}
 _USER_WITH_IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi."}]}
 _SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@dataclass(frozen=True)
+class ImageDesign:
+    """Settings of `SoloConfig` for reading images; the defaults are the paper's."""
+
+    image_attention: Literal["causal", "bidirectional"] = "causal"
+    image_positions: Literal["1d", "2d"] = "1d"
+    rope_base_2d: float | None = None
+    patch_embedding: Literal["linear", "conv"] = "linear"
+
+    def __post_init__(self) -> None:
+        if self.rope_base_2d is not None and self.image_positions == "1d":
+            raise SoloError("rope_base_2d has no effect on 1-D positions: also set image_positions to 2d")
+        if self.rope_base_2d is not None and not self.rope_base_2d > 1:
+            raise SoloError(f"rope_base_2d = {self.rope_base_2d:g} must be more than 1, such as 10000")
+
+
+PAPER_DESIGN = ImageDesign()
 
 
 @dataclass
@@ -80,6 +99,7 @@ def from_llm(
     dtype: str = "auto",
     seed: int = 0,
     image_processor: SoloImageProcessor | None = None,
+    design: ImageDesign = PAPER_DESIGN,
 ) -> SoloModelAndProcessor:
     """Make an untrained SOLO model from a causal language model.
 
@@ -99,13 +119,14 @@ def from_llm(
         dtype: "auto" (as stored; float32 for GGUF), or the name of a torch dtype.
         seed: Seed for the new weights.
         image_processor: Image processor of the model. Default: the original preprocessing.
+        design: Settings for reading images.
 
     Raises:
         SoloError: The folder is not readable as a language model, its tokenizer has no EOS token, or its
             architecture cannot be reproduced.
     """
     tokenizer, language_model = _load(llm, gguf_file, dtype)
-    return compose(language_model, tokenizer, seed=seed, image_processor=image_processor)
+    return compose(language_model, tokenizer, seed, image_processor, design)
 
 
 def compose(
@@ -113,6 +134,7 @@ def compose(
     tokenizer: Any,
     seed: int = 0,
     image_processor: SoloImageProcessor | None = None,
+    design: ImageDesign = PAPER_DESIGN,
 ) -> SoloModelAndProcessor:
     """Make a SOLO model from a causal language model and its tokenizer in memory; both are modified."""
     _set_eos(tokenizer, language_model)
@@ -150,6 +172,7 @@ def compose(
         vision_end_token_id=end_id,
         lm_head_bias=getattr(head, "bias", None) is not None,
         dtype=language_model.dtype,
+        **asdict(design),
     )
     model = _assemble(language_model, config)
     model.generation_config = _generation_config(language_model, processor, config)
@@ -306,33 +329,43 @@ def _use_template(processor: SoloProcessor, template: str) -> str | None:
 @torch.no_grad()
 def _assemble(language_model: PreTrainedModel, config: SoloConfig) -> SoloForConditionalGeneration:
     family = config.text_config.model_type
-    with torch.device("meta"):
-        model = SoloForConditionalGeneration(config)
-    shapes = _shapes(model)
-    kind = type(model.model.language_model)
-    decoder = next((part for part in language_model.modules() if type(part) is kind), None)
-    if decoder is None:
-        raise SoloError(f"{family} has no decoder that works by itself: choose another LLM")
-    model.model.language_model = decoder
+    try:
+        with torch.device("meta"):
+            model = SoloForConditionalGeneration(config)
+        shapes = _shapes(model)
+        kind = type(model.model.language_model)
+        decoder = next((part for part in language_model.modules() if type(part) is kind), None)
+        if decoder is None:
+            raise SoloError(f"{family} has no decoder that works by itself: choose another LLM")
+        model.model.set_decoder(decoder)
+    except ValueError as error:
+        raise SoloError(first_line(error)) from error
     model.lm_head = language_model.get_output_embeddings()
     tokens = language_model.get_input_embeddings().weight
-    model.model.embed_vision_patch = nn.Linear(
-        config.patch_dim, config.embedding_size, bias=False, dtype=tokens.dtype
-    )
+    model.model.embed_vision_patch = make_patch_embedding(config).to(tokens.dtype)
     if differing := sorted(_shapes(model) ^ shapes):
         raise SoloError(
             f"{family} cannot take new tokens: its {differing[0][0]} would not follow the "
             "size of the vocabulary; choose another LLM"
         )
     embedded = model.model.embed_tokens(torch.arange(len(tokens), device=tokens.device))
-    spread = embedded.float().std().item() / config.patch_dim**0.5
-    model.model.embed_vision_patch.weight.normal_(std=spread)
+    _initialize(model.model.embed_vision_patch, embedded)
     model.tie_weights()
     return model.eval()
 
 
 def _shapes(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
     return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+
+
+def _initialize(patch_embedding: nn.Module, tokens: Tensor) -> None:
+    """Draw weights that keep unit variance up to the last layer, whose outputs get that of the tokens."""
+    layers = [layer for layer in patch_embedding.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    for layer in layers:
+        gain = tokens.float().std().item() if layer is layers[-1] else 1.0
+        layer.weight.normal_(std=gain / layer.weight[0].numel() ** 0.5)
+        if layer.bias is not None:
+            layer.bias.zero_()
 
 
 def _generation_config(
