@@ -63,14 +63,13 @@ def make_llm(family: str = "llama", seed: int = 0):
 
     tokenizer = train_tokenizer(TEXTS, vocab_size=320)
     if family not in LLM_CONFIGS:
-        eos_token_id = tokenizer.eos_token_id
-        return tiny_llm(family, seed, vocab_size=len(tokenizer), eos_token_id=eos_token_id), tokenizer
+        ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+        return tiny_llm(family, seed, vocab_size=len(tokenizer), **ends), tokenizer
     config = LLM_CONFIGS[family](
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
-        **SIZES,
     )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval(), tokenizer

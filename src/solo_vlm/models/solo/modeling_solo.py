@@ -49,6 +49,7 @@ class SoloCausalLMOutputWithPast(ModelOutput):
         past_key_values: Cache of the decoder.
         hidden_states: One (batch, length, hidden) tensor per layer, on request.
         attentions: One (batch, heads, length, length) tensor per layer, on request.
+        router_logits: One (batch * length, experts) tensor per layer of experts, on request.
         image_hidden_states: (num_patches, hidden), the embeddings at the `<vpatch>` positions.
     """
 
@@ -57,6 +58,7 @@ class SoloCausalLMOutputWithPast(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -64,6 +66,7 @@ class SoloCausalLMOutputWithPast(ModelOutput):
 class SoloModelOutputWithPast(BaseModelOutputWithPast):
     """Output of `SoloModel`: the decoder's output and `image_hidden_states` (num_patches, hidden)."""
 
+    router_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -286,6 +289,7 @@ class SoloModel(SoloPreTrainedModel):
             past_key_values=outputs.get("past_key_values", past_key_values),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
+            router_logits=outputs.get("router_logits"),
             image_hidden_states=features,
         )
 
@@ -457,6 +461,7 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
         )
 
