@@ -152,7 +152,7 @@ def _attend_backward(
 
 
 def _batch(query: Tensor, key: Tensor, value: Tensor, part: Part, index: Tensor) -> list[Tensor]:
-    """Return (segments, num_heads, longest, head_dim) states; keys and values are repeated for their heads."""
+    """Return (segments, num_heads, longest, head_dim) states; keys and values repeated for all heads."""
     repeats = query.shape[1] // key.shape[1]
     return [
         query[part.queries[index]].transpose(1, 2),
