@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,6 +27,7 @@ from solo_vlm.generate.cache import (
     prompt_key,
     supports_prefix_cache,
 )
+from solo_vlm.generate.exactness import padding_error, tolerance
 from solo_vlm.models.load import (
     Quantization,
     load_config,
@@ -34,9 +37,11 @@ from solo_vlm.models.load import (
     stop_ids,
 )
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
-from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration, takes_dynamic_cache
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, Message, SoloProcessor
 from solo_vlm.utils.errors import SoloError
+
+logger = logging.getLogger(__name__)
 
 MIN_TEMPERATURE = 1e-4  # dividing logits by less would overflow
 _SORT_WINDOW = 16  # batches sorted by length together; their images are in memory at the same time
@@ -102,12 +107,12 @@ class GenerationPipeline:
         model: Model in evaluation mode, on its device.
         processor: Processor the model was trained with.
         prefix_cache: Keys and values of earlier single chats, reused for prefixes that a new chat shares with
-            them. Ignored for decoders with recurrent layers.
+            them. Ignored, with a warning, for decoders whose past cannot be cut, such as recurrent ones.
         compile: Decode with a static cache, for which transformers compiles the decoding step on an
             accelerator (not on a CPU). The first answers take minutes. Excludes `prefix_cache`.
 
     Raises:
-        SoloError: Both `prefix_cache` and `compile` are given.
+        SoloError: Both `prefix_cache` and `compile` are given, or the decoder has no static cache.
     """
 
     def __init__(
@@ -119,12 +124,21 @@ class GenerationPipeline:
     ) -> None:
         if prefix_cache and compile:
             raise SoloError("compile and a prefix cache are incompatible: choose one")
+        decoder = model.config.text_config
+        if compile and not takes_dynamic_cache(type(model.model.language_model)):
+            raise SoloError(f"{decoder.model_type} has no static cache: leave out compile")
+        if prefix_cache and not supports_prefix_cache(decoder):
+            logger.warning(
+                "the prefix cache is off: %s keeps more of its past than keys and values, and cannot cut it",
+                decoder.model_type,
+            )
+            prefix_cache = None
         model.generation_config.eos_token_id = stop_ids(model.generation_config, processor)
         self.model = model
         self.processor = processor
-        self.prefix_cache = prefix_cache if supports_prefix_cache(model.config.text_config) else None
+        self.prefix_cache = prefix_cache
         self.compile = compile
-        self._preallocate = has_full_attention(model.config.text_config)
+        self._preallocate = has_full_attention(decoder)
 
     @classmethod
     def from_pretrained(
@@ -155,7 +169,9 @@ class GenerationPipeline:
         return cls(load_model(path, dtype, device, settings), load_processor(path), prefix_cache, compile)
 
     def answer(self, chats: Sequence[list[Message]], max_new_tokens: int = 128) -> list[str]:
-        """Answer several chats in one batch; an answer does not depend on its neighbors."""
+        """Answer several chats, in one batch where padding is harmless."""
+        if len(chats) > 1 and not self.batches:
+            return [self.answer([chat], max_new_tokens)[0] for chat in chats]
         inputs = self.encode(chats)
         sequences, _ = self.generate(inputs, max_new_tokens)
         return self._texts(sequences, inputs)
@@ -280,6 +296,18 @@ class GenerationPipeline:
             )
         return outputs
 
+    @cached_property
+    def batches(self) -> bool:
+        """Whether an answer does not depend on the other chats of its batch, to which it is padded.
+
+        Measured once, since some recurrent layers read the padding. If not, chats are answered one at a time.
+        """
+        exact = padding_error(self.model) < tolerance(self.model)
+        if not exact:
+            family = self.model.config.text_config.model_type
+            logger.warning("chats are answered one at a time: padding would change the answers of %s", family)
+        return exact
+
     @property
     def context_length(self) -> int | None:
         """Maximum length of prompt and answer together, or None if the configuration names none."""
@@ -304,7 +332,7 @@ class BatchGenerator:
 
     def __init__(self, pipeline: GenerationPipeline, batch_size: int = 8) -> None:
         self.pipeline = pipeline
-        self.batch_size = batch_size
+        self.batch_size = batch_size if batch_size == 1 or pipeline.batches else 1
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
         """Yield the outputs of one batch at a time, in any order.

@@ -134,13 +134,13 @@ class Engine:
 
     Args:
         pipeline: Pipeline whose model and tokenizer only the engine uses; its image processor may be shared.
-        max_batch: Maximum requests per batch.
+        max_batch: Maximum requests per batch; 1 if padding would change the model's answers.
         max_batch_tokens: Maximum rows * (longest prompt + longest answer) per batch of several requests.
     """
 
     def __init__(self, pipeline: GenerationPipeline, max_batch: int, max_batch_tokens: int) -> None:
         self.pipeline = pipeline
-        self._max_batch = max_batch
+        self._max_batch = max_batch if max_batch == 1 or pipeline.batches else 1
         self._max_batch_tokens = max_batch_tokens
         self._running: Sequence[Request | Call[Any]] = ()
         self._queue: deque[Request | Call[Any]] = deque()

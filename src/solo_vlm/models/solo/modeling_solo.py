@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class SoloCausalLMOutputWithPast(ModelOutput):
         loss: Scalar; None without labels.
         logits: (batch, kept positions, vocabulary); None in training with labels (see `forward`).
         past_key_values: Cache of the decoder.
+        cache_params, state: Instead of it, the state of a decoder that has no cache of keys and values.
         hidden_states: One (batch, length, hidden) tensor per layer, on request.
         attentions: One (batch, heads, length, length) tensor per layer, on request.
         image_hidden_states: (num_patches, hidden), the embeddings at the `<vpatch>` positions.
@@ -50,6 +52,8 @@ class SoloCausalLMOutputWithPast(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
+    cache_params: Any = None
+    state: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
@@ -57,8 +61,13 @@ class SoloCausalLMOutputWithPast(ModelOutput):
 
 @dataclass
 class SoloModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of `SoloModel`: the decoder's output and `image_hidden_states` (num_patches, hidden)."""
+    """Output of `SoloModel`: the decoder's output and `image_hidden_states` (num_patches, hidden).
 
+    Mamba returns its states as `cache_params`, RWKV as `state`.
+    """
+
+    cache_params: Any = None
+    state: Any = None
     image_hidden_states: Tensor | None = None
 
 
@@ -216,6 +225,9 @@ class SoloModel(SoloPreTrainedModel):
                     decoder, index, inputs_embeds, attention_mask, position_ids, past_key_values
                 )
 
+        if kwargs.get("cache_params") is not None and attention_mask is not None:
+            attention_mask = attention_mask[:, -inputs_embeds.shape[1] :]  # the state contains the past
+
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -337,10 +349,23 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
+            cache_params=outputs.cache_params,
+            state=outputs.state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Tell `generate` to let a decoder make its own cache if it cannot use a `DynamicCache`."""
+        return takes_dynamic_cache(type(self.model.language_model))
+
+
+def takes_dynamic_cache(decoder: type[PreTrainedModel]) -> bool:
+    """Return whether a class of decoders keeps its past in a `DynamicCache`, unlike Mamba, RWKV and MiniMax."""
+    takes_cache = "past_key_values" in signature(decoder.forward).parameters
+    # transformers' rule goes by the name of the class: here the decoder's, not SOLO's.
+    return takes_cache and GenerationMixin._supports_default_dynamic_cache.__func__(decoder)
 
 
 def image_index(input_ids: Tensor, image_token_id: int, vision_start_token_id: int) -> Tensor:
