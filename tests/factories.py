@@ -28,6 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.models.from_llm import SoloModelAndProcessor, compose
 from solo_vlm.quickstart.llm import train_tokenizer
 
@@ -73,7 +74,15 @@ def make_llm(family: str = "llama", seed: int = 0):
 
 
 def make_solo(family: str = "llama", seed: int = 0) -> SoloModelAndProcessor:
-    llm, tokenizer = make_llm(family, seed)
+    return make_solo_from(*make_llm(family, seed), seed)
+
+
+def make_solo_of_family(family: str, **settings: Any) -> SoloModelAndProcessor:
+    """Make a tiny random SOLO model of any family of transformers."""
+    return make_solo_from(tiny_llm(family, **settings), train_tokenizer(TEXTS, vocab_size=320))
+
+
+def make_solo_from(llm: Any, tokenizer: Any, seed: int = 0) -> SoloModelAndProcessor:
     solo = compose(llm, tokenizer, seed=seed)
     # The small initial patch embedding would hide errors with images from comparisons of logits.
     solo.model.model.embed_vision_patch.weight.data.mul_(20.0)

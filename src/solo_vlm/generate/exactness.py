@@ -57,9 +57,9 @@ def padding_error(model: SoloForConditionalGeneration) -> float:
 
 @torch.inference_mode()
 def prefix_cache_error(model: SoloForConditionalGeneration) -> float:
-    """Return the error of logits after a prefix from a `PrefixCache`, cut at any token, relative to the largest.
+    """Return the error of logits after a cached prefix of any length, relative to the largest.
 
-    The reference is computed from the whole prompt.
+    Cuts within an image are included. The reference is computed from the whole prompt.
     """
     inputs, answer = _with_image(model), _answer(model)
     prompt = prompt_key(inputs, model.config.image_token_id)
@@ -118,7 +118,7 @@ def _random_ids(model: SoloForConditionalGeneration, count: int, seed: int) -> T
 def _answer_logits(
     model: SoloForConditionalGeneration, inputs: Inputs, answer: Tensor, **options: Any
 ) -> Tensor:
-    """Return the logits (rows, answer, vocabulary) with which `generate` would choose each token of an answer."""
+    """Return the logits, (rows, answer, vocabulary), from which `generate` would choose the tokens."""
     output = model.generate(
         **inputs,
         do_sample=False,

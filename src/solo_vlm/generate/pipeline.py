@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,7 +38,11 @@ from solo_vlm.models.load import (
     stop_ids,
 )
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
-from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration, takes_dynamic_cache
+from solo_vlm.models.solo.modeling_solo import (
+    SoloForConditionalGeneration,
+    long_rope_length,
+    takes_dynamic_cache,
+)
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, Message, SoloProcessor
 from solo_vlm.utils.errors import SoloError
 
@@ -169,10 +174,10 @@ class GenerationPipeline:
         return cls(load_model(path, dtype, device, settings), load_processor(path), prefix_cache, compile)
 
     def answer(self, chats: Sequence[list[Message]], max_new_tokens: int = 128) -> list[str]:
-        """Answer several chats, in one batch where padding is harmless."""
-        if len(chats) > 1 and not self.batches:
-            return [self.answer([chat], max_new_tokens)[0] for chat in chats]
+        """Answer several chats, in one batch if that does not change their answers."""
         inputs = self.encode(chats)
+        if len(chats) > 1 and not self.may_batch(inputs["input_ids"].shape[1] + max_new_tokens):
+            return [self.answer([chat], max_new_tokens)[0] for chat in chats]
         sequences, _ = self.generate(inputs, max_new_tokens)
         return self._texts(sequences, inputs)
 
@@ -250,11 +255,18 @@ class GenerationPipeline:
 
         Returns:
             Prompts and answers, (chats, length) int64, and the number of prompt tokens found in the cache.
+
+        Raises:
+            SoloError: Answers would depend on the other chats of the batch, see `may_batch`.
         """
         options = {"do_sample": False, **options}
+        rows, prompt_length = inputs["input_ids"].shape
         if self.context_length:
-            max_new_tokens = min(max_new_tokens, self.context_length - inputs["input_ids"].shape[1])
-        if self.prefix_cache and len(inputs["input_ids"]) == 1:
+            max_new_tokens = min(max_new_tokens, self.context_length - prompt_length)
+        length = prompt_length + max_new_tokens
+        if rows > 1 and not self.may_batch(length):
+            raise SoloError(f"answers of up to {length} tokens depend on their batch: generate one at a time")
+        if self.prefix_cache and rows == 1 and length <= self._max_shared_length:
             prompt = prompt_key(inputs, self.model.config.image_token_id)
             cached, cache = self.prefix_cache.find(prompt)
             rest = drop_cached_images(inputs, prompt[:cached])
@@ -296,11 +308,24 @@ class GenerationPipeline:
             )
         return outputs
 
+    def may_batch(self, length: int) -> bool:
+        """Return whether answers do not depend on the other chats of a batch.
+
+        Args:
+            length: Tokens of the longest prompt and answer together.
+        """
+        return self.batches and length <= self._max_shared_length
+
+    @property
+    def _max_shared_length(self) -> int:
+        """Length up to which the keys of a token do not depend on how long a sequence or a batch becomes."""
+        return long_rope_length(self.model.config.text_config) or sys.maxsize
+
     @cached_property
     def batches(self) -> bool:
-        """Whether an answer does not depend on the other chats of its batch, to which it is padded.
+        """Whether padding leaves answers unchanged. If not, chats are answered one at a time.
 
-        Measured once, since some recurrent layers read the padding. If not, chats are answered one at a time.
+        Measured on the model at the first use, since some recurrent layers read the padding.
         """
         exact = padding_error(self.model) < tolerance(self.model)
         if not exact:
@@ -370,17 +395,20 @@ class BatchGenerator:
         return patches + sum(len(part["text"]) for part in parts if part["type"] == "text") // 4
 
     def _encode(self, batch: list[GenerationRequest]) -> Iterator[tuple[list[GenerationRequest], Any]]:
-        """Yield a batch with its inputs; if a chat fails, every chat alone, with its inputs or error."""
+        """Yield a batch with its inputs; if that fails, every chat alone, with its inputs or error."""
         try:
             inputs = self.pipeline.encode([request.messages for request in batch])
         except SoloError as error:
             if len(batch) == 1:
                 yield batch, error
-            else:
-                for request in batch:
-                    yield from self._encode([request])
+                return
         else:
-            yield batch, inputs
+            length = inputs["input_ids"].shape[1] + batch[0].max_new_tokens
+            if len(batch) == 1 or self.pipeline.may_batch(length):
+                yield batch, inputs
+                return
+        for request in batch:
+            yield from self._encode([request])
 
 
 def check_prompt(prompt: str) -> None:

@@ -239,9 +239,12 @@ class Engine:
 
     def _fits(self, batch: list[Request]) -> bool:
         """Return whether requests fit in one batch: each row is padded to the longest prompt and answer."""
+        if len(batch) == 1:
+            return True
         length = max(len(r.prompt) for r in batch) + max(r.params.max_tokens for r in batch)
         small = len(batch) <= self._max_batch and len(batch) * length <= self._max_batch_tokens
-        return len(batch) == 1 or (small and length <= (self.pipeline.context_length or length))
+        fits = length <= (self.pipeline.context_length or length)
+        return small and fits and self.pipeline.may_batch(length)
 
 
 # ---------------------------------------------------------------------------------------- one batch

@@ -356,16 +356,42 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepare one step of generation; start anew where LongRoPE changes the keys of all tokens."""
+        limit = long_rope_length(self.config.text_config)
+        if limit and past_key_values and past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
+            past_key_values, next_sequence_length, is_first_iteration = None, None, True
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
     def _supports_default_dynamic_cache(self) -> bool:
         """Tell `generate` to let a decoder make its own cache if it cannot use a `DynamicCache`."""
         return takes_dynamic_cache(type(self.model.language_model))
 
 
 def takes_dynamic_cache(decoder: type[PreTrainedModel]) -> bool:
-    """Return whether a class of decoders keeps its past in a `DynamicCache`, unlike Mamba, RWKV and MiniMax."""
+    """Return whether decoders of a class keep their past in a `DynamicCache`, unlike Mamba and MiniMax."""
     takes_cache = "past_key_values" in signature(decoder.forward).parameters
     # transformers' rule goes by the name of the class: here the decoder's, not SOLO's.
     return takes_cache and GenerationMixin._supports_default_dynamic_cache.__func__(decoder)
+
+
+def long_rope_length(config: PreTrainedConfig) -> int | None:
+    """Return the length of a sequence beyond which LongRoPE rotates all of its keys by other frequencies."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
 
 
 def image_index(input_ids: Tensor, image_token_id: int, vision_start_token_id: int) -> Tensor:
