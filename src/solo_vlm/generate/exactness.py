@@ -59,7 +59,7 @@ def padding_error(model: SoloForConditionalGeneration) -> float:
 def prefix_cache_error(model: SoloForConditionalGeneration) -> float:
     """Return the error of logits after a cached prefix of any length, relative to the largest.
 
-    Cuts within an image are included. The reference is computed from the whole prompt.
+    Cuts within an image are included where images are causal. The reference is computed from the whole prompt.
     """
     inputs, answer = _with_image(model), _answer(model)
     prompt = prompt_key(inputs, model.config.image_token_id)
@@ -72,6 +72,8 @@ def prefix_cache_error(model: SoloForConditionalGeneration) -> float:
         known, cache = prefixes.find(prompt[: length + 1])
         assert known == length
         patches = int((prompt[:length] < 0).sum())
+        if model.config.image_attention != "causal" and 0 < patches < len(inputs["pixel_values"]):
+            continue
         rest = {name: value for name, value in inputs.items() if name != "image_grid_thw"}
         rest["pixel_values"] = rest["pixel_values"][patches:]
         if not len(rest["pixel_values"]):
