@@ -59,7 +59,7 @@ def padding_error(model: SoloForConditionalGeneration) -> float:
 def prefix_cache_error(model: SoloForConditionalGeneration) -> float:
     """Return the error of logits after a cached prefix of any length, relative to the largest.
 
-    Cuts within an image are included where images are causal. The reference is computed from the whole prompt.
+    Cuts within an image are included if images are causal. The reference is computed from the whole prompt.
     """
     inputs, answer = _with_image(model), _answer(model)
     prompt = prompt_key(inputs, model.config.image_token_id)
@@ -110,9 +110,9 @@ def _answer(model: SoloForConditionalGeneration) -> Tensor:
 
 def _random_ids(model: SoloForConditionalGeneration, count: int, seed: int) -> Tensor:
     """Return (1, count) IDs of text tokens."""
-    suppressed = set(model.generation_config.suppress_tokens or [])
-    rows = model.get_input_embeddings().weight.shape[0]
-    text = torch.tensor([i for i in range(rows) if i not in suppressed | set(model.config.vision_token_ids)])
+    suppressed = model.generation_config.suppress_tokens or []
+    other = {*suppressed, *model.config.vision_token_ids}
+    text = torch.tensor([token for token in range(model.config.text_config.vocab_size) if token not in other])
     chosen = torch.randint(len(text), (1, count), generator=torch.Generator().manual_seed(seed))
     return text[chosen].to(model.device)
 
