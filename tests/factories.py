@@ -11,6 +11,7 @@ import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from solo_vlm.check.tiny import tiny_llm
+from solo_vlm.check.tiny import tiny_config, tiny_llm
 from solo_vlm.models.from_llm import SoloModelAndProcessor, compose
 from solo_vlm.quickstart.llm import train_tokenizer
 
@@ -58,16 +59,18 @@ LLM_CONFIGS = {
 
 
 def make_llm(family: str = "llama", seed: int = 0):
-    """Make a tiny random causal language model with a real tokenizer."""
+    """Make a tiny random causal language model of any family of transformers, with a real tokenizer."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = train_tokenizer(TEXTS, vocab_size=320)
-    config = LLM_CONFIGS[family](
+    make_config = (
+        partial(LLM_CONFIGS[family], **SIZES) if family in LLM_CONFIGS else partial(tiny_config, family)
+    )
+    config = make_config(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
-        **SIZES,
     )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval(), tokenizer

@@ -21,6 +21,8 @@ from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model
+from solo_vlm.models.packed import attention
+from solo_vlm.models.packed.groups import document_groups
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.model import (
     adapter_state_dict,
@@ -218,6 +220,23 @@ def test_lora_run_trains_and_merged_model_matches_adapter(folder, tmp_path, run,
     )
     assert code == 0
     assert json.loads(out)["answer"].startswith("red")
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_run_whose_packing_would_leak_is_rejected(folder, tmp_path, run, monkeypatch, lora):
+    """Whether adapters or all weights are trained; nothing but the message reaches the user."""
+    monkeypatch.setattr(attention, "document_groups", one_document)
+    settings = {**lora_recipe(folder, tmp_path / "out").model_dump(), "lora": lora}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings, default=str))
+    code, _, err = run("train", tmp_path / "recipe.yaml")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "packed training would be wrong for mistral: document 2 of 3 differs from layer 0" in err
+    assert f"solo check {folder / 'base'}" in err
+
+
+def one_document(bounds):
+    """Group all documents of a row as one."""
+    return document_groups(bounds[[0, -1]])
 
 
 def test_lora_targets_select_layers(folder, tmp_path):

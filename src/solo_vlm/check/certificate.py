@@ -11,9 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from solo_vlm.check import properties
-from solo_vlm.check.probe import SHORT, Probe
+from solo_vlm.check.probe import FLOAT32, SHORT, Probe
 from solo_vlm.check.properties import Finding
-from solo_vlm.data.encode import Encoder
 from solo_vlm.utils.errors import SoloError, first_line
 
 PROPERTIES: dict[str, tuple[str, Callable[[Probe], Finding]]] = {
@@ -85,9 +84,7 @@ def certify(
     return Certificate(name, _kind(probe), findings, time.perf_counter() - started)
 
 
-def require_exact_packing(
-    model: PreTrainedModel, path: str | Path, encoder: Encoder | None = None, tolerance: float = 1e-4
-) -> None:
+def require_exact_packing(model: PreTrainedModel, path: str | Path, tolerance: float = FLOAT32) -> None:
     """Check that training on packed documents is exact, on three short documents.
 
     Args:
@@ -99,7 +96,7 @@ def require_exact_packing(
         SoloError: A packed document does not compute what it computes alone.
     """
     was_training = model.training
-    finding = _run(properties.packing, Probe(model.eval(), encoder, tolerance=tolerance, shapes=SHORT))
+    finding = _run(properties.packing, Probe(model.eval(), tolerance=tolerance, shapes=SHORT))
     model.train(was_training)
     if finding.status == "fails":
         raise SoloError(

@@ -24,6 +24,9 @@ Pieces = Sequence[int | tuple[int, int]]  # numbers of text tokens, and grids of
 LONG: tuple[Pieces, ...] = ((4, (2, 3), 5, (1, 2), 6), (7,), (1, (3, 1), 18))
 SHORT: tuple[Pieces, ...] = ((3, (1, 2), 5), (5,), (9,))
 
+FLOAT32, FLOAT16, BFLOAT16, QUANTIZED = 1e-4, 2e-2, 5e-2, 1e-1
+"""Largest differences of outputs that are equal up to rounding, relative to their size."""
+
 _PADDING = 3  # tokens
 _TEXT_IDS = 8000  # at most; later rows of an embedding may be padding
 _SYSTEM, _QUESTIONS, _ANSWERS = (
@@ -51,7 +54,7 @@ class Probe:
     encoder: Encoder | None = None
     llm: PreTrainedModel | None = None
     processor: Any = None
-    tolerance: float = 1e-4
+    tolerance: float = FLOAT32
     shapes: tuple[Pieces, ...] = LONG
     weights: str = ""
 

@@ -37,6 +37,7 @@ Status = Literal["holds", "fails", "differs", "skipped"]
 
 _NOISE = 1e-5  # of equal computations in equal shapes, relative
 _NEW_TOKENS = 6
+_CHOOSERS = (".experts.", ".indexer.")  # experts that no token chose, and choices without a gradient
 _MAX_SAVED_BYTES = 2**32
 
 
@@ -215,9 +216,9 @@ def gradients(probe: Probe) -> Finding:
     with isolated(probe.model) if not probe.is_foreign else attention(probe.model, "eager"):
         batch = probe.packed(documents) if not probe.is_foreign else _labeled(probe, documents[0])
         missing, count = _without_gradient(probe.model, batch)
-    idle = [name for name in missing if ".experts." in name]
+    idle = [name for name in missing if any(part in name for part in _CHOOSERS)]
     missing = [name for name in missing if name not in idle]
-    note = f"; {len(idle)} of experts that no token chose" if idle else ""
+    note = f"; none reaches {len(idle)} of experts or indexers ({idle[0]}, ...)" if idle else ""
     if missing:
         shown = ", ".join(missing[:2]) + (f" and {len(missing) - 2} more" if len(missing) > 2 else "")
         return Finding("fails", f"none reaches {shown}{note}")
@@ -250,7 +251,7 @@ def saving(probe: Probe) -> Finding:
         return Finding("fails", f"{names[0]} differs, one of {len(names)} weights")
     inputs = probe.inputs(probe.documents[0])
     one, other = trace(loaded, inputs), trace(probe.model, inputs)
-    return _compared(first_parting(one, other, 0.0), f"{len(saved)} weights", one, other)
+    return _compared(first_parting(one, other, _NOISE), f"{len(saved)} weights", one, other)
 
 
 # ------------------------------------------------------------------------------------ parts of properties

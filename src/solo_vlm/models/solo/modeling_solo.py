@@ -48,6 +48,7 @@ class SoloCausalLMOutputWithPast(ModelOutput):
         cache_params, state: Instead of it, the state of a decoder that has no cache of keys and values.
         hidden_states: One (batch, length, hidden) tensor per layer, on request.
         attentions: One (batch, heads, length, length) tensor per layer, on request.
+        router_logits: One (batch * length, experts) tensor per layer of experts, on request.
         image_hidden_states: (num_patches, hidden), the embeddings at the `<vpatch>` positions.
     """
 
@@ -58,6 +59,7 @@ class SoloCausalLMOutputWithPast(ModelOutput):
     state: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -70,6 +72,7 @@ class SoloModelOutputWithPast(BaseModelOutputWithPast):
 
     cache_params: Any = None
     state: Any = None
+    router_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -437,6 +440,7 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             state=outputs.state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
         )
 
