@@ -28,6 +28,9 @@ def init(
         str,
         typer.Option(help="Maximum long side in pixels, or WIDTHxHEIGHT to stretch all images to."),
     ] = "1024",
+    max_patches: Annotated[
+        int | None, typer.Option(min=1, help="Budget of patches per image; larger images shrink.")
+    ] = None,
     image_attention: Annotated[
         ImageAttention, typer.Option(help="Whether patches also attend to later patches of their image.")
     ] = "causal",
@@ -50,7 +53,7 @@ def init(
     from solo_vlm.utils.files import check_new
 
     check_new(out)
-    images = _image_processor(image_size)
+    images = _image_processor(image_size, max_patches)
     design = ImageDesign(image_attention, image_positions, rope_base_2d, patch_embedding)
     solo = from_llm(llm, gguf_file, dtype, seed, images, design)
     solo.save(out)
@@ -75,7 +78,7 @@ def init(
     )
 
 
-def _image_processor(size: str) -> SoloImageProcessor:
+def _image_processor(size: str, max_patches: int | None) -> SoloImageProcessor:
     from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 
     if size.isdecimal():
@@ -84,6 +87,7 @@ def _image_processor(size: str) -> SoloImageProcessor:
         width, height = parse_pixels("--image-size", size)
         settings = {"height": height, "width": width}
     try:
-        return SoloImageProcessor(size=settings)
+        return SoloImageProcessor(size=settings, max_patches=max_patches)
     except ValueError as error:
-        raise SoloError(f"--image-size {size}: {error}") from error
+        budget = f" --max-patches {max_patches}" if max_patches else ""
+        raise SoloError(f"--image-size {size}{budget}: {error}") from error

@@ -12,7 +12,7 @@ from solo_vlm.data.sources.jsonl import JsonlSource
 from solo_vlm.data.sources.megatron_indexed import TEXT_INDEX, MegatronIndexedSource
 from solo_vlm.data.sources.parquet import ParquetSource
 from solo_vlm.data.sources.webdataset import WebDatasetSource
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 
 
 class Source(Protocol):
@@ -89,7 +89,7 @@ def open_source(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Source:
     except SoloError:
         raise
     except Exception as error:  # file systems have own errors for missing packages, credentials, network
-        raise SoloError(f"cannot read {path}: {error}") from error
+        raise SoloError(f"cannot read {path}: {first_line(error)}") from error
     if not files:
         raise SoloError(f"no data files at {path}")
     # Megatron writes .jsonl files with counts next to its data.
@@ -115,6 +115,17 @@ def all_rows(path: str | Path) -> Iterator[dict[str, Any]]:
 def fingerprints(sources: Sequence[Source]) -> list[tuple[str, str]]:
     """Return (name, fingerprint) of each source, in order."""
     return [(source.name, source.fingerprint()) for source in sources]
+
+
+def is_same_data(before: str, now: str) -> bool:
+    """Return whether two fingerprints are of the same files.
+
+    Contents are compared if both have them: not those of remote files, nor of runs of earlier versions.
+    """
+    files_before, _, contents_before = before.partition("-")
+    files_now, _, contents_now = now.partition("-")
+    unknown = not (contents_before and contents_now)
+    return files_before == files_now and (unknown or contents_before == contents_now)
 
 
 def _format(file: DataFile) -> str | None:

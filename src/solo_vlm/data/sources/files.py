@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
@@ -21,7 +22,8 @@ from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponen
 
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.values import OutsidePathError, locate_images
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
+from solo_vlm.utils.files import hash_blocks
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,6 +31,7 @@ R = TypeVar("R")
 CODECS = {".gz": "gzip", ".zst": "zstd", ".lz4": "lz4"}
 
 _BLOCK_SIZE = 1 << 20
+_HASH_BLOCK_SIZE, _HASH_BLOCKS = 1 << 14, 16
 _OPEN_AT_A_TIME = 16  # files indexed in parallel when a source is opened
 _ATTEMPTS = 5
 _FIRST_WAIT = 0.5  # seconds, doubled each time
@@ -258,11 +261,25 @@ def _is_data(name: str, suffixes: Sequence[str]) -> bool:
 
 
 def fingerprint(files: Sequence[DataFile]) -> str:
-    """Return a hash that changes when files are added, removed, renamed or change in size."""
+    """Return a hash of the names and sizes of files, and one of the contents of local ones.
+
+    Of a large file, blocks are hashed, so that runs start fast: a file that was replaced has other blocks.
+    """
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.size}\n".encode())
-    return digest.hexdigest()[:16]
+    names = digest.hexdigest()[:16]
+    if any(file.modified is None for file in files):
+        return names
+    contents = hashlib.sha256("".join(read_each(_hash_content, files)).encode())
+    return f"{names}-{contents.hexdigest()[:16]}"
+
+
+@lru_cache(maxsize=100_000)  # a run compares fingerprints several times
+@retried
+def _hash_content(file: DataFile) -> str:
+    with file.open() as content:
+        return hash_blocks(content, file.size, _HASH_BLOCK_SIZE, _HASH_BLOCKS)
 
 
 def read_each(read: Callable[[DataFile], R], files: Sequence[DataFile]) -> list[R]:
@@ -295,7 +312,7 @@ def broken_shard(error: Exception, where: str) -> BrokenShard:
     """
     if isinstance(error, OSError) and _is_system_error(error):
         raise error
-    return BrokenShard(SampleError("broken-shard", f"{where}: {error}"))
+    return BrokenShard(SampleError("broken-shard", f"{where}: {first_line(error)}"))
 
 
 class ShardIndex:

@@ -58,7 +58,7 @@ class JsonlSource:
         return f"{file.url}, block at byte {start}, row {row}"
 
     def fingerprint(self) -> str:
-        """Return a hash of the files' names and sizes."""
+        """Return a hash of the files' names, sizes and contents."""
         return fingerprint(self._shards.files)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources.files import DataFile, ShardIndex, broken_shard, fingerprint, retried
 from solo_vlm.data.values import COLUMNS
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import new_file
 
 _ROWS_PER_BATCH = 4096
@@ -52,7 +52,7 @@ class ParquetSource:
         return f"{file.url}, row group {group}, row {row}"
 
     def fingerprint(self) -> str:
-        """Return a hash of the files' names and sizes."""
+        """Return a hash of the files' names, sizes and contents."""
         return fingerprint(self._shards.files)
 
 
@@ -73,7 +73,9 @@ class _Rows(Sequence[dict[str, Any]]):
                 row[name] = column[index].as_py()
             except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is not UTF-8, a date
                 if name in _NEEDED:
-                    raise SampleError("schema", f"column {name} cannot be read: {error}") from error
+                    raise SampleError(
+                        "schema", f"column {name} cannot be read: {first_line(error)}"
+                    ) from error
         return self._file.locate_images(row)
 
 
@@ -81,7 +83,7 @@ class _Rows(Sequence[dict[str, Any]]):
 def _read_group(file: DataFile, group: int) -> pa.Table:
     """Read a row group in batches, since its stated size and number of rows may be wrong."""
     batches, size = [], 0
-    with file.open(ahead=False) as stream, pq.ParquetFile(stream) as parquet:
+    with file.open(ahead=False) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
         for batch in parquet.iter_batches(_ROWS_PER_BATCH, row_groups=[group]):
             size += batch.nbytes
             file.limits.check_shard(size, f"{file.url}, row group {group}")
@@ -112,7 +114,7 @@ def _read_metadata(file: DataFile) -> pq.FileMetaData:
             return pq.read_metadata(stream)
     except (pa.ArrowException, OSError) as error:
         broken_shard(error, file.url)  # raises the error if the disk or the network failed
-        raise SoloError(f"{file.url} is not a readable parquet file: {error}") from error
+        raise SoloError(f"{file.url} is not a readable parquet file: {first_line(error)}") from error
 
 
 # A stream holds row groups in memory, and a loader has hundreds open: 64 streams, 4 each, all sources.
@@ -146,7 +148,7 @@ def write_samples(
         note: Called after the last row; its result is stored in the file for `read_note`.
     """
     count = 0
-    with new_file(path) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
+    with new_file(path) as partial, pq.ParquetWriter(partial, SCHEMA, write_page_checksum=True) as writer:
         for group in _row_groups(samples):
             writer.write_table(pa.Table.from_pylist(group, SCHEMA))
             count += len(group)

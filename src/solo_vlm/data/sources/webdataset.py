@@ -54,7 +54,7 @@ class WebDatasetSource:
         return f"{self._files[shard].url}, row {row}"
 
     def fingerprint(self) -> str:
-        """Return a hash of the files' names and sizes."""
+        """Return a hash of the files' names, sizes and contents."""
         return fingerprint(self._files)
 
 
