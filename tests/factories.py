@@ -11,7 +11,6 @@ import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from solo_vlm.check.tiny import tiny_config, tiny_llm
+from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.models.from_llm import SoloModelAndProcessor, compose
 from solo_vlm.quickstart.llm import train_tokenizer
 
@@ -58,34 +57,25 @@ LLM_CONFIGS = {
 }
 
 
-def make_llm(family: str = "llama", seed: int = 0):
+def make_llm(family: str = "llama", seed: int = 0, **settings: Any):
     """Make a tiny random causal language model of any family of transformers, with a real tokenizer."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = train_tokenizer(TEXTS, vocab_size=320)
-    make_config = (
-        partial(LLM_CONFIGS[family], **SIZES) if family in LLM_CONFIGS else partial(tiny_config, family)
-    )
-    config = make_config(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-    )
+    settings |= {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+    }
+    if family not in LLM_CONFIGS:
+        return tiny_llm(family, seed, **settings), tokenizer
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config).eval(), tokenizer
+    return AutoModelForCausalLM.from_config(LLM_CONFIGS[family](**SIZES, **settings)).eval(), tokenizer
 
 
-def make_solo(family: str = "llama", seed: int = 0) -> SoloModelAndProcessor:
-    return make_solo_from(*make_llm(family, seed), seed)
-
-
-def make_solo_of_family(family: str, **settings: Any) -> SoloModelAndProcessor:
-    """Make a tiny random SOLO model of any family of transformers."""
-    return make_solo_from(tiny_llm(family, **settings), train_tokenizer(TEXTS, vocab_size=320))
-
-
-def make_solo_from(llm: Any, tokenizer: Any, seed: int = 0) -> SoloModelAndProcessor:
+def make_solo(family: str = "llama", seed: int = 0, **settings: Any) -> SoloModelAndProcessor:
+    llm, tokenizer = make_llm(family, seed, **settings)
     solo = compose(llm, tokenizer, seed=seed)
     # The small initial patch embedding would hide errors with images from comparisons of logits.
     solo.model.model.embed_vision_patch.weight.data.mul_(20.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.factories import make_solo_of_family
+from tests.factories import make_solo
 
 from solo_vlm.check.tiny import text_families, tiny_config
 from solo_vlm.generate.cache import supports_prefix_cache
@@ -30,7 +30,7 @@ def make_exact_solo(family: str):
     everything = {
         name: 512 for name in ("index_topk", "indexer_budget") if hasattr(tiny_config(family), name)
     }
-    return make_solo_of_family(family, **everything).model
+    return make_solo(family, **everything).model
 
 
 def check_family(family: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.factories import TEXTS, ask, make_solo_of_family
+from tests.factories import TEXTS, ask, make_solo
 
 from solo_vlm.generate import GenerationPipeline, PrefixCache
 from solo_vlm.serve.engine import IncrementalDetokenizer, RowSampler, SamplingParams, merge_prompts
@@ -66,7 +66,7 @@ def test_merged_prompts_equal_a_padded_batch(solo, picture):
 @pytest.mark.parametrize("family", ["qwen3_5_text", "gpt_oss", "gemma4_unified_text", "rwkv"])
 def test_concurrent_answers_equal_those_given_alone(family, picture):
     """Hybrid, experts with sinks, layers that share keys, and a state that padding would change."""
-    solo = make_solo_of_family(family)
+    solo = make_solo(family)
     images = [picture(32 * n, 64, seed=n) for n in range(1, 5)]
     chats = [("hello " * n, images[:n] if n % 2 else []) for n in range(1, 5)]
     with (

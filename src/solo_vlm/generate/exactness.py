@@ -1,7 +1,6 @@
-"""How far generation is from computing every token anew: with a cache, with padding, after a cached prefix.
+"""Errors of generation with a cache, with padding, and after a cached prefix, measured on a loaded model.
 
-Whether a decoder's cache and masks are right depends on code of its family, so it is measured, on the loaded
-model, with random prompts.
+Whether a decoder's cache and masks are right depends on code of its family. Prompts are random.
 """
 
 from __future__ import annotations
