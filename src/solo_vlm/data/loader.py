@@ -212,7 +212,7 @@ class PackedLoader:
         self._ended, self._turns = set(), None
 
     def counts(self) -> dict[str, int]:
-        """Return sums over the rank's streams: sequences, documents, tokens, samples, skipped by reason."""
+        """Return sums over the rank's streams: sequences, documents, tokens, samples, skipped, filtered."""
         totals: Counter[str] = Counter()
         for state in self._states.values():
             totals.update(state["counts"])

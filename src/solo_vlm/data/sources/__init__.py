@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from weakref import WeakValueDictionary
 
-from solo_vlm.data.sources.files import CODECS, DEFAULT_LIMITS, DataFile, Limits, find_files
+from solo_vlm.data.formats.row_format import FormatName, RowFormat, choose_format
+from solo_vlm.data.sources.files import (
+    CODECS,
+    DEFAULT_LIMITS,
+    DataFile,
+    Limits,
+    RawSource,
+    find_files,
+    find_folder,
+)
+from solo_vlm.data.sources.formatted import FormattedSource
 from solo_vlm.data.sources.jsonl import JsonlSource
 from solo_vlm.data.sources.megatron_indexed import TEXT_INDEX, MegatronIndexedSource
 from solo_vlm.data.sources.parquet import ParquetSource
 from solo_vlm.data.sources.webdataset import WebDatasetSource
 from solo_vlm.utils.errors import SoloError, first_line
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -66,39 +80,88 @@ class SharedShards:
         return self._source.fingerprint()
 
 
-_FORMATS: dict[str, Callable[[str, list[DataFile]], Source]] = {
+SourceFormat = Literal["auto", FormatName]
+
+_READERS: dict[str, Callable[[str, list[DataFile]], RawSource]] = {
     ".parquet": ParquetSource,
     ".jsonl": JsonlSource,
     **{f".jsonl{compression}": JsonlSource for compression in CODECS},
     ".tar": WebDatasetSource,
-    TEXT_INDEX: MegatronIndexedSource,
 }
+# Folders of the others often have such files, too, as notes.
+_LESS_COMMON: dict[str, Callable[[str, list[DataFile]], RawSource]] = {
+    ".json": JsonlSource,
+    **{f".json{compression}": JsonlSource for compression in CODECS},
+}
+_ALL_READERS = _READERS | _LESS_COMMON
+_FIRST_ROWS = 8  # rows from which the format is recognized
 
 
-def open_source(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Source:
+def open_source(
+    path: str | Path,
+    limits: Limits = DEFAULT_LIMITS,
+    format: SourceFormat = "samples",
+    images: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    filter: str | None = None,
+) -> Source:
     """Open a file, a folder of files, or a glob pattern; local, or a URL that fsspec understands.
 
-    The format follows from the file names: .parquet, .jsonl (also .gz, .zst, .lz4), .tar (WebDataset)
+    The kind of file follows from the names: .parquet, .jsonl, .json (also .gz, .zst, .lz4), .tar (WebDataset)
     or -text.idx (the original SOLO code's packed data in Megatron's files).
 
+    Args:
+        path: Path or URL.
+        limits: Limits for reading the files.
+        format: Format of the rows; "auto" recognizes it from the first ones.
+        images: Folder that relative image paths refer to; default: the folder of the row's file.
+        columns: Columns of the rows, by the names that the format reads.
+        filter: Expression for the rows to keep.
+
     Raises:
-        SoloError: There are no files, or they have an unknown format or several formats.
+        SoloError: There are no files, or they have an unknown format or several formats; or the format, the
+            columns or the filter do not fit the rows.
     """
     try:
-        files = find_files(str(path), list(_FORMATS), limits)
+        files = _find(str(path), limits)
+        images = None if images is None else find_folder(images)
     except SoloError:
         raise
     except Exception as error:  # file systems have own errors for missing packages, credentials, network
         raise SoloError(f"cannot read {path}: {first_line(error)}") from error
     if not files:
         raise SoloError(f"no data files at {path}")
-    # Megatron writes .jsonl files with counts next to its data.
-    files = [file for file in files if file.name.endswith(TEXT_INDEX)] or files
-    formats = {_format(file) for file in files}
-    if len(formats) > 1 or None in formats:
-        raise SoloError(f"{path}: expected files of one of the formats {', '.join(_FORMATS)}")
-    (kind,) = formats
-    return _FORMATS[str(kind)](str(path), files)
+    kinds = {_kind(file) for file in files}
+    if len(kinds) > 1 or None in kinds:
+        raise SoloError(
+            f"{path}: expected files of one of the formats {', '.join([*_ALL_READERS, TEXT_INDEX])}"
+        )
+    (kind,) = kinds
+    if kind == TEXT_INDEX:
+        if format not in ("auto", "samples") or images or columns or filter:
+            raise SoloError(
+                f"{path}: packed data of the original SOLO code takes no format, columns or filter"
+            )
+        return MegatronIndexedSource(str(path), files)
+    if images:
+        files = [replace(file, images=images) for file in files]
+    raw = _ALL_READERS[str(kind)](str(path), files)
+    format = raw.own_format if format == "samples" else format
+    if format == raw.own_format and not columns and filter is None:
+        return FormattedSource(raw, RowFormat(raw.own_format))
+    rows = raw.first_rows(_FIRST_ROWS)
+    row_format = choose_format(str(path), rows, format, columns or {}, filter, raw.own_format)
+    if format == "auto" and row_format.name != raw.own_format:
+        logger.info("%s: reading rows as %s", path, row_format.name)
+    return FormattedSource(raw, row_format)
+
+
+def _find(path: str, limits: Limits) -> list[DataFile]:
+    for suffixes in ([*_READERS, TEXT_INDEX], [*_LESS_COMMON]):
+        if files := find_files(path, suffixes, limits):
+            # Megatron writes .jsonl files with counts next to its data.
+            return [file for file in files if file.name.endswith(TEXT_INDEX)] or files
+    return []
 
 
 def all_rows(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -128,7 +191,11 @@ def is_same_data(before: str, now: str) -> bool:
     return files_before == files_now and (unknown or contents_before == contents_now)
 
 
-def _format(file: DataFile) -> str | None:
-    """Return the format's suffix, if it is known; compressed and plain JSON lines are one format."""
-    suffix = next((suffix for suffix in _FORMATS if file.name.lower().endswith(suffix)), None)
-    return ".jsonl" if suffix and suffix.startswith(".jsonl") else suffix
+def _kind(file: DataFile) -> str | None:
+    """Return the suffix of a kind of file, if it is known; compressed and plain JSON lines are one kind."""
+    suffixes = sorted([*_ALL_READERS, TEXT_INDEX], key=len, reverse=True)
+    suffix = next((suffix for suffix in suffixes if file.name.lower().endswith(suffix)), None)
+    for plain in (".jsonl", ".json"):
+        if suffix and suffix.startswith(plain):
+            return plain
+    return suffix

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -20,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
+from solo_vlm.data.formats.row_format import FormatName
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.values import OutsidePathError, locate_images
 from solo_vlm.utils.errors import SoloError, first_line
@@ -105,6 +107,7 @@ class DataFile:
         root: Folder of the source, which must contain the images of its rows.
         limits: Limits for reading the file.
         modified: Time of the last modification in ns; None for remote files.
+        images: Folder that relative paths in the file refer to; default: the file's own.
     """
 
     url: str
@@ -112,6 +115,7 @@ class DataFile:
     root: str = ""
     limits: Limits = DEFAULT_LIMITS
     modified: int | None = None
+    images: str = ""
 
     @property
     def name(self) -> str:
@@ -120,7 +124,7 @@ class DataFile:
 
     @property
     def folder(self) -> str:
-        """Folder that relative paths in the file refer to."""
+        """Folder of the file."""
         return self.url.rpartition("/")[0]
 
     def open(self, ahead: bool = True) -> BinaryIO:
@@ -169,10 +173,12 @@ class DataFile:
         """Resolve the images of a row of the file, so that they do not depend on the working directory.
 
         Raises:
-            SampleError: An image is outside the source's folder, and the limits do not allow that.
+            SampleError: An image is outside the folder of images, or the source's, and the limits do not
+                allow that.
         """
+        root = None if self.limits.allow_outside_paths else self.images or self.root
         try:
-            return locate_images(row, self.folder, None if self.limits.allow_outside_paths else self.root)
+            return locate_images(row, self.images or self.folder, root)
         except OutsidePathError as error:
             raise SampleError(
                 "outside-path", f"{error}; data.allow_outside_paths = true allows that"
@@ -240,8 +246,7 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
                     f"{folder}, a folder in {path}, has data files, too: use a pattern for all, such as "
                     f"{path.rstrip('/')}/**/*{suffixes[0]}, or make each folder a separate source"
                 )
-    local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
-    if local:
+    if _is_local(system):
         found_at = [(name, Path(name).stat()) for name in names]
         for name, state in found_at:
             if not stat.S_ISREG(state.st_mode):  # reading a pipe may never end
@@ -254,6 +259,23 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
         DataFile(system.unstrip_protocol(name), size, system.unstrip_protocol(source_folder), limits)
         for name, size in zip(names, system.sizes(names), strict=True)
     ]
+
+
+@retried
+def find_folder(path: str) -> str:
+    """Return the absolute path or the URL of a folder.
+
+    Raises:
+        SoloError: There is no such folder.
+    """
+    system, folder = fsspec.core.url_to_fs(path)
+    if not system.isdir(folder):
+        raise SoloError(f"no folder {path}")
+    return folder if _is_local(system) else system.unstrip_protocol(folder)
+
+
+def _is_local(system: Any) -> bool:
+    return "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
 
 
 def _is_data(name: str, suffixes: Sequence[str]) -> bool:
@@ -286,6 +308,51 @@ def read_each(read: Callable[[DataFile], R], files: Sequence[DataFile]) -> list[
     """Return `read` of each file, called in parallel because remote files have a high latency."""
     with ThreadPoolExecutor(_OPEN_AT_A_TIME) as pool:
         return list(pool.map(read, files))
+
+
+class RawSource(ABC):
+    """Data set of numbered shards of raw rows, as they are in the files.
+
+    Attributes:
+        name: Path of the source.
+        own_format: Format of rows that are not in another one.
+    """
+
+    name: str
+    own_format: FormatName = "samples"
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of shards."""
+
+    @abstractmethod
+    def read(self, shard: int) -> Sequence[Any]:
+        """Return all rows of a shard, in file order; accessing a broken row raises SampleError."""
+
+    @abstractmethod
+    def file(self, shard: int) -> DataFile:
+        """Return the file of a shard, which relative paths in its rows refer to."""
+
+    @abstractmethod
+    def where(self, shard: int, row: int) -> str:
+        """Name file and row, for messages."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash that changes when files are added, removed or rewritten."""
+
+    def first_rows(self, count: int) -> list[Any]:
+        """Return up to `count` readable rows of the first shard."""
+        return readable_rows(self.read(0), count) if len(self) else []
+
+
+def readable_rows(rows: Sequence[Any], count: int) -> list[Any]:
+    """Return the readable ones of the first `count` rows."""
+    found = []
+    for number in range(min(count, len(rows))):
+        with suppress(SampleError):
+            found.append(rows[number])
+    return found
 
 
 class BrokenShard(Sequence[Any]):
