@@ -52,6 +52,20 @@ def test_compile_without_a_static_cache_is_rejected():
         pipeline("rwkv", compile=True)
 
 
+def test_cache_that_fails_is_not_used(picture, caplog):
+    """The cache of xLSTM has other sizes than its states in transformers 5.23."""
+    ours = pipeline("xlstm")
+    chat = ask("what is this?", picture(96, 64))
+    assert ours.generate(ours.encode([chat]), 6)[0][0].tolist() == uncached(ours, chat, 6)
+    assert "the cache of xlstm does not work" in caplog.text
+
+
+def test_decoder_without_a_cache_sees_the_whole_chat(picture):
+    ours = pipeline("openai-gpt")
+    chat = ask("what is this?", picture(96, 64))
+    assert ours.generate(ours.encode([chat]), 6)[0][0].tolist() == uncached(ours, chat, 6)
+
+
 def uncached(pipeline: GenerationPipeline, chat, tokens: int) -> list[int]:
     """Return the IDs of a greedy answer, each computed from the whole sequence."""
     inputs = pipeline.encode([chat])

@@ -63,9 +63,11 @@ def test_merged_prompts_equal_a_padded_batch(solo, picture):
     assert all(torch.equal(merged[name], batch[name]) for name in batch)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "gpt_oss", "gemma4_unified_text", "rwkv"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_5_text", "falcon_mamba", "gpt_oss", "llama4_text", "gemma3n_text", "rwkv"]
+)
 def test_concurrent_answers_equal_those_given_alone(family, picture):
-    """Hybrid, experts with sinks, layers that share keys, and a state that padding would change."""
+    """Hybrid, state space, experts and sinks, chunks, shared keys, and a state that padding changes."""
     solo = make_solo(family)
     images = [picture(32 * n, 64, seed=n) for n in range(1, 5)]
     chats = [("hello " * n, images[:n] if n % 2 else []) for n in range(1, 5)]

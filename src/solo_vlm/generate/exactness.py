@@ -38,10 +38,13 @@ def cache_error(model: SoloForConditionalGeneration) -> float:
 
 
 @torch.inference_mode()
-def padding_error(model: SoloForConditionalGeneration) -> float:
+def padding_error(model: SoloForConditionalGeneration, use_cache: bool = True) -> float:
     """Return the error of logits in a batch of prompts padded on the left, relative to the largest.
 
     The reference is computed for each prompt alone.
+
+    Args:
+        use_cache: Whether both are computed with the decoder's cache.
     """
     answer = _answer(model)
     long, short = _text(model), {name: value[:, :_SHORT] for name, value in _text(model, seed=1).items()}
@@ -49,9 +52,10 @@ def padding_error(model: SoloForConditionalGeneration) -> float:
     batch = {
         name: torch.cat([long[name], torch.nn.functional.pad(short[name], (padding, 0))]) for name in long
     }
-    together = _answer_logits(model, batch, answer)
-    alone = torch.cat([_answer_logits(model, inputs, answer) for inputs in (long, short)])
-    return _error(together, alone)
+    together, *alone = (
+        _answer_logits(model, inputs, answer, use_cache=use_cache) for inputs in (batch, long, short)
+    )
+    return _error(together, torch.cat(alone))
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ from solo_vlm.generate.cache import (
     prompt_key,
     supports_prefix_cache,
 )
-from solo_vlm.generate.exactness import padding_error, tolerance
+from solo_vlm.generate.exactness import cache_error, padding_error, tolerance
 from solo_vlm.models.load import (
     Quantization,
     load_config,
@@ -276,7 +276,9 @@ class GenerationPipeline:
             answer = sequences[0, len(prompt) :].cpu().numpy()
             self.prefix_cache.add(np.concatenate([prompt, answer]), cache)
             return sequences, cached
-        if self.compile:
+        if not self.use_cache:
+            options["use_cache"] = False
+        elif self.compile:
             options["cache_implementation"] = "static"
         elif self._preallocate:
             options["past_key_values"] = preallocated_cache()
@@ -327,10 +329,27 @@ class GenerationPipeline:
 
         Measured on the model at the first use, since some recurrent layers read the padding.
         """
-        exact = padding_error(self.model) < tolerance(self.model)
+        exact = padding_error(self.model, self.use_cache) < tolerance(self.model)
         if not exact:
             family = self.model.config.text_config.model_type
             logger.warning("chats are answered one at a time: padding would change the answers of %s", family)
+        return exact
+
+    @cached_property
+    def use_cache(self) -> bool:
+        """Whether the decoder's cache leaves answers unchanged. If not, every token is computed anew.
+
+        Measured at the first use, if the decoder does not use a `DynamicCache`, which tests cover.
+        """
+        if takes_dynamic_cache(type(self.model.model.language_model)):
+            return True
+        try:
+            exact = cache_error(self.model) < tolerance(self.model)
+        except Exception:  # model families raise any type
+            exact = False
+        if not exact:
+            family = self.model.config.text_config.model_type
+            logger.warning("answers take long: the cache of %s does not work, so there is none", family)
         return exact
 
     @property

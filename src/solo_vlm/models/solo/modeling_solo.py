@@ -298,6 +298,8 @@ class SoloModel(SoloPreTrainedModel):
         return SoloModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values", past_key_values),
+            cache_params=outputs.get("cache_params"),
+            state=outputs.get("state"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             router_logits=outputs.get("router_logits"),
@@ -393,12 +395,14 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Prepare one step of generation.
 
-        Add the `image_layout` of the new tokens, which depends on the whole sequence, and start anew where
-        LongRoPE changes the keys of all tokens.
+        Add the `image_layout` of the new tokens, which depends on the whole sequence. Start anew where
+        LongRoPE changes the keys of all tokens, and at each step of a decoder without a cache.
         """
         limit = long_rope_length(self.config.text_config)
         if limit and past_key_values and past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
-            past_key_values, next_sequence_length, is_first_iteration = None, None, True
+            past_key_values = None
+        if all(past is None for past in (past_key_values, kwargs.get("cache_params"), kwargs.get("state"))):
+            next_sequence_length, is_first_iteration = None, True
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
