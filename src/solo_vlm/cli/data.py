@@ -137,9 +137,11 @@ def _print_counts(facts: dict[str, Any]) -> None:
     total = facts["total"]
     shares = [f"{total[name]:.2%}" for name in ("text_share", "vision_share")]
     rows = [_cells(source["source"], source, source["share"]) for source in facts["sources"]]
-    rows += [_cells("total", total, 1.0), ["share", *[""] * (len(_COUNTS) + 1), *shares, "", ""]]
-    columns = ("source", *_COUNTS, "share", "text tokens", "vision tokens", "fill", "skipped")
-    print_table(None, columns, rows, rules_before={len(facts["sources"])})
+    rows += [_cells("total", total, 1.0), ["share", *[""] * (len(_COUNTS) + 1), *shares, "", "", ""]]
+    columns = ["source", *_COUNTS, "share", "text tokens", "vision tokens", "fill", "skipped"]
+    if total["filtered"]:
+        columns.append("filtered")
+    print_table(None, columns, [row[: len(columns)] for row in rows], rules_before={len(facts["sources"])})
 
 
 def _cells(name: str, facts: dict[str, Any], share: float) -> list[str]:
@@ -151,6 +153,7 @@ def _cells(name: str, facts: dict[str, Any], share: float) -> list[str]:
         f"{facts['vision_tokens']:,}",
         f"{facts['fill']:.4f}",
         f"{sum(facts['skipped'].values()):,}",
+        f"{facts['filtered']:,}",
     ]
 
 
@@ -214,6 +217,8 @@ def verify(
 def _show_verification(facts: dict[str, Any]) -> None:
     for source in facts["sources"]:
         _print(f"{source['source']}: {source['samples']:,} samples with {source['images']:,} images")
+        if source["filtered"]:
+            _print(f"  {source['filtered']:,} left out by its filter")
         for reason, count in source["rejected"].items():
             _print(f"  {count:,} {reason}, such as")
             for example in source["examples"][reason]:

@@ -147,7 +147,12 @@ def fit_to_length(document: Document, length: int) -> Iterator[Document]:
         yield document
         return
     if len(document.pixel_values):
-        raise SampleError("too-long", f"{len(document)} tokens with images exceed the {length} of a sequence")
+        images, patches = len(document.image_grid_thw), len(document.pixel_values)
+        raise SampleError(
+            "too-long",
+            f"{len(document)} tokens, {patches} of them patches of {images} images, exceed the {length} of a "
+            "sequence; limit images by max_patches (solo init), or raise data.sequence_length",
+        )
     for start in range(0, len(document), length):
         input_ids, labels = (ids[start : start + length] for ids in (document.input_ids, document.labels))
         labels = make_labels(input_ids, labels != IGNORE_INDEX)

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import PackedLoader
-from solo_vlm.data.sources import SharedShards, Source, open_source
+from solo_vlm.data.sources import SharedShards, Source, SourceFormat, open_source
 from solo_vlm.data.sources.files import Limits
 from solo_vlm.data.streams import MixtureItem, VirtualStream, WeightBy
 from solo_vlm.utils.errors import SoloError
@@ -26,10 +26,18 @@ class SourceSettings(Settings):
     Attributes:
         path: File, folder, glob pattern or URL.
         weight: Relative share, see `DataSettings.weight_by`.
+        format: Format of the rows (docs/data.md has a table); "auto" recognizes it from the first rows.
+        images: Folder that relative image paths refer to; default: the folder of the row's file.
+        columns: Columns of the rows, by the names that the format reads: `{image: photo, text: title}`.
+        filter: Rows to keep: a comparison of their columns, such as `relevance_min >= 3 and "en" in lang`.
     """
 
     path: str
     weight: PositiveFloat = 1.0
+    format: SourceFormat = "auto"
+    images: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    filter: str | None = None
 
 
 class DataSettings(Settings):
@@ -111,7 +119,7 @@ class Mixture(Settings):
         return tuple(map(self.source_path, self.source_names()))
 
     def source_path(self, path: str) -> str:
-        """Resolve a source path relative to the root; return URLs unchanged."""
+        """Resolve a source's path relative to the root; return URLs unchanged."""
         return path if "://" in path else str(self.at(path))
 
     def open_sources(self) -> list[Source]:
@@ -121,7 +129,17 @@ class Mixture(Settings):
             SoloError: A source is missing, unreadable or empty.
         """
         limits = Limits(self.data.allow_outside_paths, self.data.max_row_bytes, self.data.max_shard_bytes)
-        sources = [open_source(path, limits) for path in self.source_paths()]
+        sources = [
+            open_source(
+                self.source_path(source.path),
+                limits,
+                source.format,
+                None if source.images is None else self.source_path(source.images),
+                source.columns,
+                source.filter,
+            )
+            for source in self.data.sources
+        ]
         for source in sources:
             if not len(source):
                 raise SoloError(f"{source.name} has no rows")
