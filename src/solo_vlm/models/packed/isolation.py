@@ -27,7 +27,7 @@ def isolate_documents(model: PreTrainedModel) -> dict[str, Isolation]:
 
     Layers that need a cache in generation are those that look at other tokens. Each is treated by one of:
 
-    - "packed attention": `packed_attention` computes it: torch's flash attention on CUDA, batched SDPA
+    - "packed attention": `packed_attention`: torch's flash attention on CUDA, batched SDPA
       elsewhere. Models loaded with flash-attn or flex attention keep these, which isolate documents by
       `position_ids`.
     - "document by document": the layer runs for groups of documents, see `compute_apart`: state-space,

@@ -30,7 +30,7 @@ class PackedRow:
     """The documents of the row that a model is computing, for layers that are not told.
 
     Attributes:
-        treatments: How documents are kept apart in each kind of layer (see `isolate_documents`).
+        treatments: Name of a layer's class to its treatment, see `isolate_documents`.
         bounds: (documents + 1,) int64, cumulative document lengths; None for an unpacked batch.
     """
 
