@@ -11,7 +11,6 @@ import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from solo_vlm.check.tiny import tiny_config
+from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.models.from_llm import SoloModelAndProcessor, compose
 from solo_vlm.quickstart.llm import train_tokenizer
 
@@ -59,18 +58,19 @@ LLM_CONFIGS = {
 
 
 def make_llm(family: str = "llama", seed: int = 0):
-    """Make a tiny random causal language model of any family of transformers, with a real tokenizer."""
+    """Make a tiny random causal language model, of any family of transformers, with a real tokenizer."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = train_tokenizer(TEXTS, vocab_size=320)
-    make_config = (
-        partial(LLM_CONFIGS[family], **SIZES) if family in LLM_CONFIGS else partial(tiny_config, family)
-    )
-    config = make_config(
+    if family not in LLM_CONFIGS:
+        ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+        return tiny_llm(family, seed, vocab_size=len(tokenizer), **ends), tokenizer
+    config = LLM_CONFIGS[family](
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
+        **SIZES,
     )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval(), tokenizer

@@ -51,6 +51,8 @@ from solo_vlm.utils.files import lock_output_dir, write_text, writing
 
 logger = logging.getLogger(__name__)
 
+_LEFT_OUT = ("skipped", "filtered")  # counts that are logged as metrics
+
 _COUNTED = ("documents", "tokens", "vision", "supervised", "flops")
 _MAX_SAMPLES_LISTED = 20  # in the message about a non-finite loss
 _SAVE_TIMEOUT = 20.0  # seconds to finish a pending checkpoint after a failure; all processes exit in a minute
@@ -246,9 +248,9 @@ class Trainer:
         if is_logged or "validation_loss" in metrics:
             if self.experts:
                 metrics.update(self.experts.metrics(context))
-            skipped = {n: c for n, c in self._sample_counts().items() if n.startswith("skipped")}
+            left_out = {n: c for n, c in self._sample_counts().items() if n.startswith(_LEFT_OUT)}
             if self.metrics_logger:
-                self.metrics_logger.log(state.step, {**metrics, **skipped})
+                self.metrics_logger.log(state.step, {**metrics, **left_out})
         if self.metrics_logger:
             self.metrics_logger.advance(state.step)
         if state.step % recipe.checkpoint.save_interval == 0 and not is_last:
