@@ -20,6 +20,12 @@ WIDTH, HEIGHT = 8000, 6250  # as many pixels as the server accepts
 EOI = b"\xff\xd9"
 
 
+def exif_that_overlaps(tags: int, size: int) -> bytes:
+    """Return EXIF whose tags all claim the same `size` bytes, more than there are in sum."""
+    entries = b"".join(struct.pack("<HHII", tag, 1, size, 8) for tag in range(tags))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", tags) + entries + bytes(size)
+
+
 # ------------------------------------------------------------------------------------------------ JPEG
 
 
@@ -84,6 +90,7 @@ def jpeg_before_scan(segments: bytes) -> bytes:
 
 def jpegs() -> dict[str, Callable[[], bytes]]:
     comment, exif = jpeg_segment(0xFE), jpeg_segment(0xE1, b"Exif\0\0" + bytes(200))
+    tags = exif_that_overlaps(5000, 5000)
     return {
         "JPEG of 1,000 scans": lambda: jpeg_of_scans(1000),
         "JPEG of scans, 1 MB": lambda: jpeg_of_scans(16_000),
@@ -94,6 +101,10 @@ def jpegs() -> dict[str, Callable[[], bytes]]:
         "JPEG of baseline scans": lambda: jpeg_of_baseline_scans(800_000),
         "JPEG of comments": lambda: jpeg_before_scan(comment * 2_600_000),
         "JPEG of EXIF": lambda: jpeg_before_scan(exif * 48_000),
+        "JPEG of EXIF that overlaps": lambda: jpeg_before_scan(jpeg_segment(0xE1, b"Exif\0\0" + tags)),
+        "JPEG of an index of images that overlaps": lambda: jpeg_before_scan(
+            jpeg_segment(0xE2, b"MPF\0" + tags)
+        ),
         "JPEG of restarts": lambda: jpeg_file(0xC0, jpeg_scan(), before=jpeg_segment(0xDD, b"\0\1")),
         "JPEG without data": lambda: jpeg_file(0xC0, jpeg_scan(components=(1, 2, 3)), 3),
         "JPEG, progressive, CMYK": lambda: jpeg_file(
@@ -155,11 +166,8 @@ def pngs() -> dict[str, Callable[[], bytes]]:
     profile = png_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(2**20 - 1), 9))
     text = png_chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(2**20 - 1), 9))
     small = png_chunk(b"IDAT", zlib.compress(bytes(64 * 193)))
-    exif = (
-        b"II*\0\x08\0\0\0"
-        + struct.pack("<H", 65_535)
-        + b"".join(struct.pack("<HHII", tag, 1, 9_000_000, 8) for tag in range(65_535))
-    )
+    exif = exif_that_overlaps(65_535, 9_000_000)
+    exif_text = b"exif\n\n0\n" + exif_that_overlaps(40_000, 1000).hex().encode()
     return {
         "PNG line, 1 x 50,000,000": lambda: png_file(1, PIXELS),
         "PNG line, 3 x 16,000,000": lambda: png_file(3, 16_000_000),
@@ -190,8 +198,10 @@ def pngs() -> dict[str, Callable[[], bytes]]:
         "PNG of a color profile of 130,000 elements": lambda: png_file(
             64, 64, before=png_chunk(b"iCCP", b"x\0\0" + zlib.compress(color_profile(130_000)))
         ),
-        "PNG of EXIF that overlaps": lambda: png_file(
-            64, 64, before=png_chunk(b"eXIf", exif + bytes(9_000_000))
+        "PNG of EXIF that overlaps": lambda: png_file(64, 64, before=png_chunk(b"eXIf", exif)),
+        "PNG of EXIF after its pixels": lambda: png_file(64, 64, after=png_chunk(b"eXIf", exif)),
+        "PNG of EXIF in a text": lambda: png_file(
+            64, 64, before=png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(exif_text))
         ),
     }
 
@@ -249,6 +259,9 @@ def others() -> dict[str, Callable[[], bytes]]:
         "WebP of 50 megapixels": lambda: saved(Image.new("RGB", (WIDTH, HEIGHT)), "WEBP", method=0),
         "WebP of 50 megapixels, lossless": lambda: saved(
             Image.new("RGBA", (WIDTH, HEIGHT)), "WEBP", lossless=True, method=0, quality=0
+        ),
+        "WebP of EXIF that overlaps": lambda: saved(
+            Image.new("RGB", (64, 64)), "WEBP", exif=exif_that_overlaps(65_535, 9_000_000)
         ),
         "BMP of 50 megapixels": lambda: bmp_rle(WIDTH, HEIGHT, b"\xff\0" * (PIXELS // 255)),
         "BMP of padded lines": lambda: bmp_rle(WIDTH, HEIGHT, b"\1\0\0\0" * HEIGHT),

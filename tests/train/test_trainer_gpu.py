@@ -26,15 +26,14 @@ from tests.factories import (
     write_training_data,
 )
 
-from solo_vlm.data.collate import collate
+from solo_vlm.data.collate import collate, model_inputs
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate import GenerationPipeline, PrefixCache, user_turn
+from solo_vlm.models.packed import attention
 from solo_vlm.models.packed.attention import packed_attention
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.solo.modeling_solo import supervised_cross_entropy
-from solo_vlm.train import attention
-from solo_vlm.train.trainer import model_inputs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,4 @@
 """Certificates: checks that a model of any family computes what it should.
 
-May import: data, models, utils.
+May import: data, generate, models, utils.
 """

@@ -1,6 +1,7 @@
 """Command line `solo`: one module per command, with heavy imports deferred until it runs.
 
-May import: convert, data, evaluate, experiments, generate, hub, models, quickstart, serve, train, utils.
+May import: check, convert, data, evaluate, experiments, generate, hub, models, quickstart, serve, train,
+utils.
 """
 
 from __future__ import annotations

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from solo_vlm.data.encode import IGNORE_INDEX, Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PackedBatch(TypedDict):
@@ -77,3 +80,13 @@ def collate(
         max_length_q=max(lengths),
         max_length_k=max(lengths),
     )
+
+
+def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
+    """Move a batch to the model's device; a plain LLM does not get the (empty) image inputs."""
+    images = ("pixel_values", "image_grid_thw")
+    return {
+        name: value.to(model.device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if model.config.model_type == "solo" or name not in images
+    }

@@ -1,6 +1,6 @@
 """Training: recipes, the training loop, parallelism, checkpoints, metrics and estimates.
 
-May import: data, models, utils.
+May import: check, data, models, utils.
 """
 
 from __future__ import annotations

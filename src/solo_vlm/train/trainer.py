@@ -19,11 +19,11 @@ from typing import IO, Any
 import numpy as np
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, set_seed
 
-from solo_vlm.data.collate import PackedBatch, num_supervised_tokens
+from solo_vlm.data.collate import PackedBatch, model_inputs, num_supervised_tokens
 from solo_vlm.data.loader import LoadedSequence, PackedLoader
 from solo_vlm.data.mixture import make_loader
 from solo_vlm.models.flops import ModelShape, training_flops
@@ -431,16 +431,6 @@ def forward_backward(
         loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses).tolist()
-
-
-def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
-    """Move a batch to the model's device; a plain LLM does not get the (empty) image inputs."""
-    images = ("pixel_values", "image_grid_thw")
-    return {
-        name: value.to(model.device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if model.config.model_type == "solo" or name not in images
-    }
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:

@@ -5,8 +5,10 @@ those of cameras and image editors; within them, a file takes about a second and
 """
 
 import re
+from contextlib import suppress
+from io import BytesIO
 from os import SEEK_CUR, SEEK_END
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from PIL import Image, ImageFile
 
@@ -23,7 +25,8 @@ MAX_FILE_BYTES = 2**30
 """Limit of a file's size."""
 
 _MAX_JPEG_SCANS, _MAX_JPEG_SCAN_PIXELS = 500, 2_000_000_000  # scans, and scans * pixels; typical are 10 scans
-_MAX_JPEG_SEGMENTS, _MAX_EXIF_BYTES = 2000, 4 * 2**20
+_MAX_JPEG_SEGMENTS = 2000
+_MAX_EXIF_BYTES, _MAX_TAGS = 2**18, 500  # cameras write a JPEG segment, of 64 KiB at most, and dozens of tags
 _MAX_PNG_CHUNKS = 100_000
 _MAX_PROFILE_BYTES, _MAX_PROFILE_TAGS, _MAX_PROFILE_ELEMENTS = 4 * 2**20, 100, 32
 _MAX_TIFF_TILES = 65_535
@@ -36,7 +39,8 @@ _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _JPEG_SEQUENTIAL = {0xC0, 0xC1, 0xC3}
 _JPEG_ARITHMETIC = {*range(0xC9, 0xD0)} - {0xCC}
 _JPEG_WITHOUT_DATA = {0xC8, 0xD8, 0xD9, *range(0xF0, 0xFE)}
-_JPEG_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/", b"MPF\0", b"ICC_PROFILE\0")
+_JPEG_EXIF, _JPEG_IMAGES = b"Exif\0\0", b"MPF\0"
+_JPEG_METADATA = (_JPEG_EXIF, b"http://ns.adobe.com/xap/", _JPEG_IMAGES, b"ICC_PROFILE\0")
 """Prefixes of JPEG segments that may hold an orientation, several images or a color profile."""
 
 _TIFF_COMPRESSIONS = {
@@ -86,7 +90,7 @@ def check_jpeg(data: bytes) -> bool:
         LimitError: There are too many scans or segments, or too much EXIF; or the coding is arithmetic, whose
             cost does not depend on the number of bytes.
     """
-    place, regular, pixels, components, one_scan, exif_bytes, scans = 2, True, 0, 0, True, 0, 0
+    place, regular, pixels, components, one_scan, exif, scans = 2, True, 0, 0, True, b"", 0
     for _ in range(_MAX_JPEG_SEGMENTS):
         match = _JPEG_MARKER.search(data, place)
         if match is None:
@@ -115,9 +119,11 @@ def check_jpeg(data: bytes) -> bool:
                 return regular
         elif segment.startswith(_JPEG_METADATA):
             regular = False
-            exif_bytes += length if segment.startswith(b"Exif") else 0
-            if exif_bytes > _MAX_EXIF_BYTES:
-                raise LimitError(f"more than {_MAX_EXIF_BYTES:,} bytes of EXIF; save it without metadata")
+            if segment.startswith(_JPEG_EXIF):  # Pillow joins several
+                exif += segment.removeprefix(_JPEG_EXIF)
+                check_exif(exif)
+            elif segment.startswith(_JPEG_IMAGES):
+                check_tags(BytesIO(segment.removeprefix(_JPEG_IMAGES)))
         place += length
     raise LimitError(f"more than {_MAX_JPEG_SEGMENTS:,} segments of metadata; save it without metadata")
 
@@ -146,6 +152,50 @@ def check_png(file: BinaryIO) -> None:
             raise LimitError("more than one color profile; save it without metadata")
         file.seek(int.from_bytes(head[:4], "big") + 4, SEEK_CUR)
     raise LimitError(f"more than {_MAX_PNG_CHUNKS:,} chunks; save it again")
+
+
+def check_embedded_exif(image: Image.Image) -> None:
+    """Check the EXIF of an open image before Pillow parses it.
+
+    Raises:
+        LimitError: There are too many bytes or tags.
+    """
+    exif, text = (image.info.get(name) for name in ("exif", "Raw profile type exif"))
+    if exif is None and isinstance(text, str):  # of a PNG by ImageMagick: three lines, then hexadecimal
+        with suppress(ValueError):
+            exif = bytes.fromhex("".join(text.split("\n")[3:]))
+    if isinstance(exif, bytes):
+        check_exif(exif)
+
+
+def check_exif(exif: bytes) -> None:
+    """Check EXIF, with or without the prefix of JPEG.
+
+    Raises:
+        LimitError: There are too many bytes or tags.
+    """
+    if len(exif) > _MAX_EXIF_BYTES:
+        raise LimitError(f"more than {_MAX_EXIF_BYTES:,} bytes of EXIF; save it without metadata")
+    check_tags(BytesIO(exif.removeprefix(_JPEG_EXIF).removeprefix(_JPEG_EXIF)))
+
+
+def check_tags(file: BinaryIO) -> None:
+    """Check the first directory of a TIFF, or of EXIF, which has the same form: Pillow reads each tag.
+
+    Its reader is a loop in Python that can warn about each tag.
+
+    Raises:
+        LimitError: There are too many tags.
+    """
+    file.seek(0)
+    head = file.read(16)
+    order: Literal["little", "big"] = "little" if head.startswith(b"II") else "big"
+    is_big_tiff = head[2:3] == b"+"
+    place = int.from_bytes(head[8:16] if is_big_tiff else head[4:8], order)
+    with suppress(OverflowError, OSError):  # a place beyond any file; Pillow reports it
+        file.seek(place)
+        if int.from_bytes(file.read(8 if is_big_tiff else 2), order) > _MAX_TAGS:
+            raise LimitError(f"more than {_MAX_TAGS:,} tags of metadata; save it without metadata")
 
 
 def check_decoder(image: ImageFile.ImageFile, file: BinaryIO) -> None:

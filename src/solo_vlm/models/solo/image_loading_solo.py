@@ -38,10 +38,12 @@ from .image_limits_solo import (
     LimitError,
     MeteredFile,
     check_decoder,
+    check_embedded_exif,
     check_jpeg,
     check_png,
     check_profile,
     check_size,
+    check_tags,
 )
 
 try:
@@ -65,6 +67,7 @@ _UPRIGHT = {  # EXIF orientation -> transposition that makes the stored pixels u
 }
 _ORIENTATION_TAG = 0x0112
 _JPEG_START, _PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_TIFF_STARTS = (b"II", b"MM")
 _BAND_PIXELS = 2**22  # large images are converted in bands of rows, which bounds the memory
 
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 339
@@ -375,6 +378,8 @@ def _decode_within_limits(file: BinaryIO, name: str, options: _Options) -> Image
             return pixels
     elif start == _PNG_START:
         check_png(file)
+    elif start.startswith(_TIFF_STARTS):
+        check_tags(file)
     file.seek(0)
     image = _open(file, name, options.formats)
     _check(image, name, options)
@@ -470,9 +475,9 @@ def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         _prepare_tiff(image, name)
         alpha = _prepare_png(image)
+        if image.format == "WEBP":
+            _free_decoder_early(image)
         image.load()
-        if image.format == "WEBP":  # frees the decoder's copies of the pixels
-            vars(image).update(_decoder=None, fp=None)
         turn = _UPRIGHT.get(_orientation(image))
         rgb = _to_rgb(image, name, alpha)
         if turn is not None:
@@ -485,7 +490,20 @@ def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
         raise _damaged(error, name) from error
 
 
+def _free_decoder_early(image: Any) -> None:
+    """Let a WebP free its decoder, with two copies of the pixels, before it copies them into the image."""
+    decode = image._get_next
+
+    def decode_and_free() -> Any:
+        frame = decode()
+        image._decoder = None
+        return frame
+
+    image._get_next = decode_and_free
+
+
 def _orientation(image: Image.Image) -> int:
+    check_embedded_exif(image)
     try:
         return image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # good pixels with broken metadata are common
@@ -530,15 +548,26 @@ def _prepare_png(image: Image.Image) -> Image.Image | None:
         image.info["transparency"] = key * _PNG_GRAY_STEP[raw_mode]
     if raw_mode != "RGB;16B":
         return None
-    file: Any = image.fp
-    low = Image.open(file)
-    low.tile = [low.tile[0]._replace(args="RGB;16L")]  # decodes the low byte of each sample
     opaque = np.zeros((image.height, image.width), bool)
-    for part, part_key in zip((image, low), np.divmod(key, 256), strict=True):
-        samples = np.asarray(part)  # (height, width, 3)
-        for channel, value in enumerate(part_key):
-            opaque |= samples[..., channel] != value
+    high_key, low_key = np.divmod(key, 256)
+    _mark_other_colors(_low_bytes(image), low_key, opaque)  # one copy of the pixels at a time
+    _mark_other_colors(image, high_key, opaque)
     return Image.fromarray(opaque * np.uint8(255))
+
+
+def _low_bytes(image: ImageFile.ImageFile) -> Image.Image:
+    """Open a PNG with 16-bit samples again, to decode the low byte of each sample."""
+    file: Any = image.fp
+    low = Image.open(file, formats=["PNG"])
+    low.tile = [low.tile[0]._replace(args="RGB;16L")]
+    return low
+
+
+def _mark_other_colors(image: Image.Image, color: np.ndarray, marked: np.ndarray) -> None:
+    """Set `marked`, (height, width) bool, to True where a pixel of an RGB image has another color."""
+    for band in _bands(image.size):
+        for samples, value in zip(image.crop(band).split(), color, strict=True):
+            marked[band[1] : band[3]] |= np.asarray(samples) != value
 
 
 def _to_rgb(image: Image.Image, name: str, alpha: Image.Image | None = None) -> Image.Image:
