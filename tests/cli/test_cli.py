@@ -195,11 +195,12 @@ def test_init_sets_image_options(run, tmp_path, size, grid):
     llm.save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
     arguments = ("init", "--llm", tmp_path / "llm", "--out", tmp_path / "solo", "--image-size", size)
-    code, _, error = run(*arguments, "--bidirectional-images")
+    code, _, error = run(*arguments, "--image-attention", "bidirectional", "--image-positions", "2d")
     assert code == 0, error
     processor = SoloImageProcessor.from_pretrained(tmp_path / "solo")
     assert processor.get_patch_grid(40, 80) == grid
-    assert SoloConfig.from_pretrained(tmp_path / "solo").bidirectional_images
+    config = SoloConfig.from_pretrained(tmp_path / "solo")
+    assert (config.image_attention, config.image_positions) == ("bidirectional", "2d")
 
 
 @pytest.mark.parametrize("size", ["1000", "0", "64x", "64x50", "wide"])

@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 import torch
 from openai import AuthenticationError, BadRequestError, OpenAI
-from tests.factories import TEXTS, ask
+from tests.factories import TEXTS, ask, make_solo
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from solo_vlm.generate import GenerationPipeline
@@ -44,6 +44,16 @@ def test_command_has_the_limits_that_vllm_supports():
 def test_limit_unsupported_by_vllm_is_rejected(limits):
     with pytest.raises(SoloError, match="--engine vllm does not support --"):
         vllm_command("folder", "name", "127.0.0.1", 8000, limits)
+
+
+@pytest.mark.parametrize("design", [{"image_attention": "bidirectional"}, {"image_positions": "2d"}])
+def test_design_unsupported_by_vllm_is_rejected(tmp_path, run, design):
+    make_solo().save(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | design))
+    code, _, error = run("serve", "--model", tmp_path / "model", "--engine", "vllm")
+    assert code == 2
+    assert "--engine vllm runs causal attention with 1-D positions only" in error
 
 
 # ------------------------------------------------------------------------------------- with vLLM installed

@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from solo_vlm.cli._common import STDERR
 from solo_vlm.cli.ablate import ablate
 from solo_vlm.cli.chat import chat
+from solo_vlm.cli.check import check
 from solo_vlm.cli.convert import app as convert
 from solo_vlm.cli.data import app as data
 from solo_vlm.cli.eval import app as evaluate
@@ -51,7 +52,7 @@ def _settings(
     )
 
 
-for verb in (quickstart, init, generate, chat, web, serve, inspect, train, ablate, push):
+for verb in (quickstart, init, check, generate, chat, web, serve, inspect, train, ablate, push):
     app.command()(verb)
 app.add_typer(data, name="data")
 app.add_typer(convert, name="convert")

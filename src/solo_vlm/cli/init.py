@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +12,10 @@ from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
+
+ImageAttention = Literal["causal", "bidirectional"]
+ImagePositions = Literal["1d", "2d"]
+PatchEmbedding = Literal["linear", "conv"]
 
 
 def init(
@@ -24,28 +28,38 @@ def init(
         str,
         typer.Option(help="Maximum long side in pixels, or WIDTHxHEIGHT to stretch all images to."),
     ] = "1024",
-    bidirectional_images: Annotated[
-        bool, typer.Option(help="Let patches of an image attend to each other in both directions.")
-    ] = False,
+    image_attention: Annotated[
+        ImageAttention, typer.Option(help="Whether patches also attend to later patches of their image.")
+    ] = "causal",
+    image_positions: Annotated[
+        ImagePositions, typer.Option(help="Whether patches have a row and a column, or only an index.")
+    ] = "1d",
+    rope_base_2d: Annotated[
+        float | None,
+        typer.Option(help="Base of the RoPE frequencies of rows and columns.", show_default="the LLM's"),
+    ] = None,
+    patch_embedding: Annotated[
+        PatchEmbedding, typer.Option(help="One linear layer, or two convolutions within a patch.")
+    ] = "linear",
     json: JsonOption = False,
 ) -> None:
     """Make a SOLO model from an LLM: add four tokens and one linear layer; text logits stay the same."""
     quiet_libraries()
-    from solo_vlm.models.from_llm import from_llm
+    from solo_vlm.models.from_llm import ImageDesign, from_llm
     from solo_vlm.models.load import stop_ids
     from solo_vlm.utils.files import check_new
 
     check_new(out)
     images = _image_processor(image_size)
-    solo = from_llm(llm, gguf_file=gguf_file, dtype=dtype, seed=seed, image_processor=images)
-    solo.model.config.bidirectional_images = bidirectional_images
+    design = ImageDesign(image_attention, image_positions, rope_base_2d, patch_embedding)
+    solo = from_llm(llm, gguf_file, dtype, seed, images, design)
     solo.save(out)
     config = solo.model.config
     facts = {
         "out": str(out),
         "llm": config.text_config.model_type,
         "parameters": solo.model.num_parameters(),
-        "patch_embedding": solo.model.model.embed_vision_patch.weight.numel(),
+        "patch_embedding": sum(p.numel() for p in solo.model.model.embed_vision_patch.parameters()),
         "vocabulary": config.text_config.vocab_size,
         "vision_token_ids": list(config.vision_token_ids),
         "chat_template": solo.chat_template,

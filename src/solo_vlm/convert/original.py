@@ -102,8 +102,12 @@ def convert_to_original(source: Path, out: Path) -> dict[str, Any]:
     family = config.text_config.model_type
     if family != "mistral":
         raise SoloError(f"the original code supports Mistral only, but the decoder of {source} is {family!r}")
-    if config.bidirectional_images:
-        raise SoloError(f"the original code is causal only, but images of {source} are bidirectional")
+    if not config.is_paper_design:
+        raise SoloError(
+            f"the original code has the paper's design only, but {source} has image_attention="
+            f"{config.image_attention}, image_positions={config.image_positions}, "
+            f"patch_embedding={config.patch_embedding}"
+        )
     weights = [
         PlannedTensor(
             name.replace("model.language_model.", "model.", 1), weight.dtype, weight.shape, weight.read

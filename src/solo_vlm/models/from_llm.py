@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +24,9 @@ from solo_vlm.models.solo.chat_template import (
 )
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
-from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration, make_patch_embedding
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, SoloProcessor
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import new_folder
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,25 @@ _TEMPLATE_NAMES = {"llm": "the LLM's own", "chatml": "ChatML", "solo": "the SOLO
 _USER, _ASSISTANT = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}
 _USER_WITH_IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi."}]}
 _SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@dataclass(frozen=True)
+class ImageDesign:
+    """Settings of `SoloConfig` for reading images; the defaults are the paper's."""
+
+    image_attention: Literal["causal", "bidirectional"] = "causal"
+    image_positions: Literal["1d", "2d"] = "1d"
+    rope_base_2d: float | None = None
+    patch_embedding: Literal["linear", "conv"] = "linear"
+
+    def __post_init__(self) -> None:
+        if self.rope_base_2d is not None and self.image_positions == "1d":
+            raise SoloError("rope_base_2d has no effect on 1-D positions: also set image_positions to 2d")
+        if self.rope_base_2d is not None and not self.rope_base_2d > 1:
+            raise SoloError(f"rope_base_2d = {self.rope_base_2d:g} must be more than 1, such as 10000")
+
+
+PAPER_DESIGN = ImageDesign()
 
 
 @dataclass
@@ -79,6 +98,7 @@ def from_llm(
     dtype: str = "auto",
     seed: int = 0,
     image_processor: SoloImageProcessor | None = None,
+    design: ImageDesign = PAPER_DESIGN,
 ) -> SoloModelAndProcessor:
     """Make an untrained SOLO model from a causal language model.
 
@@ -98,13 +118,14 @@ def from_llm(
         dtype: "auto" (as stored; float32 for GGUF), or the name of a torch dtype.
         seed: Seed for the new weights.
         image_processor: Image processor of the model. Default: the original preprocessing.
+        design: Settings for reading images.
 
     Raises:
         SoloError: The folder is not readable as a language model, its tokenizer has no EOS token, or its head
             cannot be reproduced.
     """
     tokenizer, language_model = _load(llm, gguf_file, dtype)
-    return compose(language_model, tokenizer, seed=seed, image_processor=image_processor)
+    return compose(language_model, tokenizer, seed, image_processor, design)
 
 
 def compose(
@@ -112,6 +133,7 @@ def compose(
     tokenizer: Any,
     seed: int = 0,
     image_processor: SoloImageProcessor | None = None,
+    design: ImageDesign = PAPER_DESIGN,
 ) -> SoloModelAndProcessor:
     """Make a SOLO model from a causal language model and its tokenizer in memory; both are modified."""
     _check_head(language_model)
@@ -144,6 +166,7 @@ def compose(
         vision_row_token_id=row_id,
         vision_end_token_id=end_id,
         dtype=language_model.dtype,
+        **asdict(design),
     )
     model = _assemble(language_model, config)
     model.generation_config = _generation_config(language_model, processor, config)
@@ -298,18 +321,28 @@ def _use_template(processor: SoloProcessor, template: str) -> str | None:
 
 @torch.no_grad()
 def _assemble(language_model: PreTrainedModel, config: SoloConfig) -> SoloForConditionalGeneration:
-    with torch.device("meta"):
-        model = SoloForConditionalGeneration(config)
-    model.model.language_model = language_model.base_model
+    try:
+        with torch.device("meta"):
+            model = SoloForConditionalGeneration(config)
+        model.model.set_decoder(language_model.base_model)
+    except ValueError as error:
+        raise SoloError(first_line(error)) from error
     model.lm_head = language_model.get_output_embeddings()
     tokens = language_model.get_input_embeddings().weight
-    model.model.embed_vision_patch = nn.Linear(
-        config.patch_dim, config.text_config.hidden_size, bias=False, dtype=tokens.dtype
-    )
-    spread = tokens.float().std().item() / config.patch_dim**0.5
-    model.model.embed_vision_patch.weight.normal_(std=spread)
+    model.model.embed_vision_patch = make_patch_embedding(config).to(tokens.dtype)
+    _initialize(model.model.embed_vision_patch, tokens)
     model.tie_weights()
     return model.eval()
+
+
+def _initialize(patch_embedding: nn.Module, tokens: Tensor) -> None:
+    """Draw weights that keep unit variance up to the last layer, whose outputs get that of the tokens."""
+    layers = [layer for layer in patch_embedding.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    for layer in layers:
+        gain = tokens.float().std().item() if layer is layers[-1] else 1.0
+        layer.weight.normal_(std=gain / layer.weight[0].numel() ** 0.5)
+        if layer.bias is not None:
+            layer.bias.zero_()
 
 
 def _generation_config(

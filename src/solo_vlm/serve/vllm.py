@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
+from solo_vlm.models.load import load_config
+from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.serve.limits import Limits
 from solo_vlm.utils.errors import SoloError
 
@@ -32,6 +34,20 @@ def register() -> None:
 
     if _ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(_ARCHITECTURE, _BACKEND)
+
+
+def check_design(model: str) -> None:
+    """Check that vLLM, which sees neither images nor positions as we do, can run a model.
+
+    Raises:
+        SoloError: The model is not readable, or not purely causal with 1-D positions.
+    """
+    config = load_config(model)
+    if isinstance(config, SoloConfig) and config.locates_images:
+        raise SoloError(
+            f"--engine vllm runs causal attention with 1-D positions only, but {model} has image_attention="
+            f"{config.image_attention} and image_positions={config.image_positions}: leave --engine out"
+        )
 
 
 def vllm_command(

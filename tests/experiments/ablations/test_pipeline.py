@@ -206,9 +206,9 @@ def test_init_keeps_llm_weights_and_applies_settings(load, study):
     model, processor = started(load)
     assert torch.equal(layer(model), llm.model.layers[0].mlp.up_proj.weight)
     assert processor.image_processor.get_patch_grid(100, 300) == (2, 2)
-    assert not model.config.bidirectional_images
-    model, processor = started(load, "stages.init={bidirectional_images: true}")
-    assert model.config.bidirectional_images
+    assert model.config.is_paper_design
+    model, processor = started(load, "stages.init={image_attention: bidirectional}")
+    assert model.config.image_attention == "bidirectional"
     assert processor.image_processor.get_patch_grid(100, 300) == (4, 10)
 
 

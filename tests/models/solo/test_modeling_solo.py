@@ -19,7 +19,7 @@ from solo_vlm.data.sample import Sample, parse_sample
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.packed.attention import packed_attention
 from solo_vlm.models.packed.isolation import isolate_documents
-from solo_vlm.models.solo.modeling_solo import image_index
+from solo_vlm.models.solo.positions_solo import image_layout
 
 GOLDEN = ROOT / "tests" / "golden" / "original_tiny"
 
@@ -296,7 +296,7 @@ ANSWER = [{"role": "assistant", "content": [{"type": "text", "text": "a blue squ
 
 def both_ways(family):
     solo = make_solo(family)
-    solo.model.config.bidirectional_images = True
+    solo.model.config.image_attention = "bidirectional"
     return solo
 
 
@@ -325,7 +325,7 @@ def test_patch_affects_earlier_positions_of_its_own_image_only(family, attention
     solo.model.set_attn_implementation(attention)
     (document,) = encoded(solo, ask("compare", noise(64, 64, 1), noise(64, 32, 2)))
     ids = torch.tensor(document.input_ids)
-    images = image_index(ids[None], solo.model.config.image_token_id, solo.model.config.vision_start_token_id)
+    images = image_layout(ids[None], solo.model.config.vision_token_ids)[0]
     assert images.unique().tolist() == [-1, 0, 1]
     patches = torch.tensor(document.pixel_values)
     changed = patches.clone()
@@ -416,8 +416,8 @@ def test_batched_and_prefix_cached_answers_equal_single_ones(family, picture):
 def test_bidirectional_setting_is_saved_and_flash_attention_rejected(tmp_path, picture):
     solo = both_ways("llama")
     solo.save(tmp_path / "model")
-    assert type(solo.model.config).from_pretrained(tmp_path / "model").bidirectional_images
+    assert type(solo.model.config).from_pretrained(tmp_path / "model").image_attention == "bidirectional"
     (document,) = encoded(solo, ask("what?", noise(64, 64, 1)))
     solo.model.model.language_model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="bidirectional_images works with"):
+    with pytest.raises(ValueError, match="image_attention=bidirectional works with"):
         hidden(solo.model, document)

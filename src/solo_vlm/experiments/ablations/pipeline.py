@@ -218,7 +218,7 @@ def write_initial_model(stage: Stage) -> None:
 def _compose(llm: str | Path, settings: InitSettings, seed: int) -> SoloModelAndProcessor:
     from transformers import AutoModelForCausalLM, set_seed
 
-    from solo_vlm.models.from_llm import compose, from_llm
+    from solo_vlm.models.from_llm import ImageDesign, compose, from_llm
     from solo_vlm.models.load import load_config, load_tokenizer
     from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 
@@ -227,15 +227,15 @@ def _compose(llm: str | Path, settings: InitSettings, seed: int) -> SoloModelAnd
         image_processor = SoloImageProcessor(**size)
     except ValueError as error:
         raise SoloError(f"init.image_size: {error}") from error
+    design = ImageDesign(
+        settings.image_attention, settings.image_positions, settings.rope_base_2d, settings.patch_embedding
+    )
     if settings.from_scratch:
         config, tokenizer = load_config(llm), load_tokenizer(llm)
         set_seed(seed)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
-        solo = compose(model, tokenizer, seed=seed, image_processor=image_processor)
-    else:
-        solo = from_llm(llm, seed=seed, image_processor=image_processor)
-    solo.model.config.bidirectional_images = settings.bidirectional_images
-    return solo
+        return compose(model, tokenizer, seed, image_processor, design)
+    return from_llm(llm, seed=seed, image_processor=image_processor, design=design)
 
 
 def _steps(stage: Stage) -> int | None:

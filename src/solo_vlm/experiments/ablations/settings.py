@@ -29,12 +29,15 @@ class InitSettings(Settings):
     Attributes:
         image_size: `{longest_edge: pixels}`, or `{height: pixels, width: pixels}` to resize every image to
             one size. Default: native resolution up to 1024 pixels.
-        bidirectional_images: Let the patches of an image attend to each other in both directions.
+        image_attention, image_positions, rope_base_2d, patch_embedding: See `SoloConfig`.
         from_scratch: Replace the LLM's weights by random ones.
     """
 
     image_size: dict[Literal["longest_edge", "height", "width"], PositiveInt] | None = None
-    bidirectional_images: bool = False
+    image_attention: Literal["causal", "bidirectional"] = "causal"
+    image_positions: Literal["1d", "2d"] = "1d"
+    rope_base_2d: float | None = None
+    patch_embedding: Literal["linear", "conv"] = "linear"
     from_scratch: bool = False
 
 

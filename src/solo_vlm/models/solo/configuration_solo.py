@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -29,8 +29,13 @@ class SoloConfig(PreTrainedConfig):
         vision_start_token_id: ID of `<vision>`, before an image.
         vision_row_token_id: ID of `<vrow_sep>`, between two rows of patches.
         vision_end_token_id: ID of `</vision>`, after an image.
-        bidirectional_images: Whether patches of an image attend to each other in both directions. The paper's
-            model, and every export to other software, is causal throughout.
+        image_attention: "causal" (the paper's), or "bidirectional": patches of an image also attend to later
+            patches of the same image.
+        image_positions: "1d" (the paper's: a patch has the position of its token), or "2d": text position,
+            row and column, see `positions_solo`.
+        rope_base_2d: Base of the RoPE frequencies of rows and columns. Default: the decoder's frequencies.
+        patch_embedding: "linear" (the paper's), or "conv": a convolution over each quarter of a patch, GELU
+            and one over the four quarters (Diao et al. 2025, "EVEv2", section 3.1).
         use_cache: Whether forward passes outside training return a key/value cache by default.
         tie_word_embeddings: Whether the LM head is the token embedding; copied from `text_config`.
     """
@@ -47,7 +52,10 @@ class SoloConfig(PreTrainedConfig):
     vision_start_token_id: int = 32001
     vision_row_token_id: int = 32002
     vision_end_token_id: int = 32003
-    bidirectional_images: bool = False
+    image_attention: Literal["causal", "bidirectional"] = "causal"
+    image_positions: Literal["1d", "2d"] = "1d"
+    rope_base_2d: float | None = None
+    patch_embedding: Literal["linear", "conv"] = "linear"
     use_cache: bool = True
     tie_word_embeddings: bool = False
 
@@ -59,6 +67,8 @@ class SoloConfig(PreTrainedConfig):
             self.text_config = CONFIG_MAPPING["mistral"](vocab_size=32064, rms_norm_eps=1e-5)
         # The composed model must agree with the decoder's own flag, otherwise it would untie the weights.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        if kwargs.pop("bidirectional_images", False):  # name until version 0.4
+            self.image_attention = "bidirectional"
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -66,6 +76,16 @@ class SoloConfig(PreTrainedConfig):
         """Read a `config.json`, also that of an original SOLO checkpoint."""
         settings, kwargs = super().get_config_dict(*args, **kwargs)
         return config_from_original(settings) if is_original(settings) else settings, kwargs
+
+    @property
+    def locates_images(self) -> bool:
+        """Whether the decoder needs to know which tokens belong to which image."""
+        return self.image_attention == "bidirectional" or self.image_positions == "2d"
+
+    @property
+    def is_paper_design(self) -> bool:
+        """Whether images are read as in the paper: causally, with 1-D positions, by one linear layer."""
+        return not self.locates_images and self.patch_embedding == "linear"
 
     @property
     def patch_dim(self) -> int:

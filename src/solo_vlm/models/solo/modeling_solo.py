@@ -8,6 +8,7 @@ Modeling" (TMLR 2024), section 2.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_solo import SoloConfig
 from .original_solo import ORIGINAL_KEYS
+from .positions_solo import image_layout, rotated_by, use_2d_positions
 
 PACKED_ATTENTION = "solo_packed"  # the training attention, which makes its own masks per document
 _TAKE_MASKS = ("eager", "sdpa", "flex_attention")
@@ -96,14 +98,49 @@ class SoloPreTrainedModel(PreTrainedModel):
         return loaded
 
 
+def make_patch_embedding(config: SoloConfig) -> nn.Module:
+    """Make the layer that maps (num_patches, patch_dim) to (num_patches, hidden)."""
+    hidden_size = config.text_config.hidden_size
+    if config.patch_embedding == "conv":
+        return ConvPatchEmbedding(config.vision_patch_size, hidden_size)
+    return nn.Linear(config.patch_dim, hidden_size, bias=False)
+
+
+class ConvPatchEmbedding(nn.Module):
+    """Two convolutions within a patch: over each quarter, then over the four of them."""
+
+    def __init__(self, side: int, hidden_size: int) -> None:
+        super().__init__()
+        self.side = side
+        width = max(hidden_size // 4, 8)  # 1024 in a 7B model, as in EVEv2
+        self.quarters = nn.Conv2d(3, width, side // 2, stride=side // 2)
+        self.whole = nn.Conv2d(width, hidden_size, 2)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map (num_patches, 3 * side * side) to (num_patches, hidden)."""
+        pixels = patches.unflatten(-1, (3, self.side, self.side))
+        return self.whole(F.gelu(self.quarters(pixels))).flatten(1)
+
+
 class SoloModel(SoloPreTrainedModel):
-    """Decoder with one linear layer that embeds image patches."""
+    """Decoder with one linear layer, or two convolutions, that embed image patches."""
 
     def __init__(self, config: SoloConfig) -> None:
         super().__init__(config)
-        self.embed_vision_patch = nn.Linear(config.patch_dim, config.text_config.hidden_size, bias=False)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self._can_compile_fullgraph = config.image_positions == "1d"
+        self.embed_vision_patch = make_patch_embedding(config)
+        self.set_decoder(AutoModel.from_config(config.text_config))
         self.post_init()
+
+    def set_decoder(self, decoder: PreTrainedModel) -> None:
+        """Use a base model as the decoder, with the positions of the configuration.
+
+        Raises:
+            ValueError: The configuration asks for 2-D positions, which the decoder does not support.
+        """
+        if self.config.image_positions == "2d":
+            use_2d_positions(decoder, self.config.text_config, self.config.rope_base_2d)
+        self.language_model = decoder
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -115,7 +152,7 @@ class SoloModel(SoloPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Embed patches: one linear layer, plus the token embedding of `<vpatch>` as in the original code.
+        """Embed patches, and add the token embedding of `<vpatch>` as in the original code.
 
         Args:
             pixel_values: (num_patches, 3 * size * size), uint8 pixels or normalized floats, each patch
@@ -157,6 +194,7 @@ class SoloModel(SoloPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        layout: Tensor | None = None,
         **kwargs: Any,
     ) -> SoloModelOutputWithPast:
         """Run the decoder over text tokens and image patches.
@@ -175,6 +213,8 @@ class SoloModel(SoloPreTrainedModel):
             use_cache: Whether to return a cache. Default: the configuration's; False in training and for a
                 packed batch, where a cache would let documents attend to each other.
             mm_encoder_outputs: {"image": output of `get_image_features`}, instead of `pixel_values`.
+            layout: (4, batch, length), part of the `image_layout` of the whole sequence. Default: that of
+                `input_ids`, if there is no cache. Not needed for causal attention with 1-D positions.
             **kwargs: Passed to the decoder.
 
         Raises:
@@ -204,27 +244,39 @@ class SoloModel(SoloPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(is_patch.unsqueeze(-1), features.to(inputs_embeds))
         elif input_ids is not None and not torch.compiler.is_compiling():
             _require_count((input_ids == self.config.image_token_id).sum(), 0, "<vpatch> tokens")
-        if self.config.bidirectional_images and inputs_embeds.shape[1] > 1:
-            if input_ids is None:
-                raise ValueError("bidirectional_images needs input_ids to locate the images")
-            index = image_index(input_ids, self.config.image_token_id, self.config.vision_start_token_id)
+        bidirectional = self.config.image_attention == "bidirectional" and inputs_embeds.shape[1] > 1
+        in_2d = self.config.image_positions == "2d"
+        if layout is None and (bidirectional or in_2d):
+            layout = self._layout(input_ids, position_ids, past_key_values)
+        if layout is not None and bidirectional:
             decoder = self.language_model.config
             if decoder._attn_implementation == PACKED_ATTENTION:
-                kwargs["image_index"] = index
+                kwargs["image_index"] = layout[0]
             else:
                 attention_mask = image_masks(
-                    decoder, index, inputs_embeds, attention_mask, position_ids, past_key_values
+                    decoder, layout[0], inputs_embeds, attention_mask, position_ids, past_key_values
                 )
 
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        # A compiler cannot trace the rotation.
+        with rotated_by(layout) if layout is not None and in_2d else nullcontext():
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
         return SoloModelOutputWithPast(**outputs, image_hidden_states=features)
+
+    def _layout(
+        self, input_ids: Tensor | None, position_ids: Tensor | None, past_key_values: Cache | None
+    ) -> Tensor:
+        if input_ids is None:
+            raise ValueError("bidirectional attention and 2-D positions need input_ids to locate the images")
+        if past_key_values is not None and int(past_key_values.get_seq_length()):
+            raise ValueError("bidirectional attention and 2-D positions with a cache need the whole layout")
+        return image_layout(input_ids, self.config.vision_token_ids, position_ids)
 
     def _placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """Return the mask of `<vpatch>` positions, (batch, length) bool."""
@@ -251,6 +303,7 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
     def __init__(self, config: SoloConfig) -> None:
         super().__init__(config)
         self.model = SoloModel(config)
+        self._can_compile_fullgraph = self.model._can_compile_fullgraph
         self.lm_head: nn.Module = nn.Linear(
             config.text_config.hidden_size, config.text_config.vocab_size, bias=False
         )
@@ -273,6 +326,14 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
     ) -> BaseModelOutputWithPooling:
         """See `SoloModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Add the `image_layout` of the new tokens, which depends on the whole sequence."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        new = inputs["input_ids"]
+        if self.config.locates_images and new is not None:
+            inputs["layout"] = image_layout(input_ids, self.config.vision_token_ids)[..., -new.shape[-1] :]
+        return inputs
 
     def head(self, hidden_states: Tensor) -> Tensor:
         """Map (..., hidden) to logits (..., vocabulary), scaled or capped as in the decoder's family."""
@@ -343,20 +404,6 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         )
 
 
-def image_index(input_ids: Tensor, image_token_id: int, vision_start_token_id: int) -> Tensor:
-    """Return the index, within its row, of the image that each patch belongs to.
-
-    Args:
-        input_ids: (batch, length) int64.
-        image_token_id: ID of `<vpatch>`.
-        vision_start_token_id: ID of `<vision>`.
-
-    Returns:
-        (batch, length) int64, counted from 0; -1 at positions without a patch.
-    """
-    return (input_ids == vision_start_token_id).cumsum(-1) * (input_ids == image_token_id) - 1
-
-
 def image_masks(
     config: PreTrainedConfig,
     index: Tensor,
@@ -369,7 +416,7 @@ def image_masks(
 
     Args:
         config: Configuration of the decoder.
-        index: (batch, length), see `image_index`.
+        index: (batch, length), image of each patch, -1 for other tokens.
         inputs_embeds: (batch, length, hidden).
         attention_mask: (batch, cached + length), 0 at padding.
         position_ids: (batch, length); a restart begins another document.
@@ -383,7 +430,7 @@ def image_masks(
     """
     if config._attn_implementation not in _TAKE_MASKS:
         raise ValueError(
-            f"bidirectional_images works with {', '.join(_TAKE_MASKS)} attention, "
+            f"image_attention=bidirectional works with {', '.join(_TAKE_MASKS)} attention, "
             f"not with {config._attn_implementation}"
         )
     past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0

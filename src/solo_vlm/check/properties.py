@@ -1,0 +1,472 @@
+"""Properties that a model must have to be trained and used without silent errors, one function each."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from solo_vlm.check.layers import (
+    Parting,
+    Trace,
+    attention,
+    difference,
+    first_parting,
+    isolated,
+    narrow_windows,
+    trace,
+)
+from solo_vlm.check.probe import Probe, changed_after, make_images, pad_left, png
+from solo_vlm.data.encode import IGNORE_INDEX, Document, encode
+from solo_vlm.data.sample import Sample
+from solo_vlm.generate.cache import PrefixCache
+from solo_vlm.generate.pipeline import GenerationPipeline
+from solo_vlm.models.load import save_model, stop_ids
+
+Status = Literal["holds", "fails", "differs", "skipped"]
+
+_NOISE = 1e-5  # of equal computations in equal shapes, relative
+_NEW_TOKENS = 6
+_MAX_SAVED_BYTES = 2**32
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Result of checking one property.
+
+    Attributes:
+        status: "holds", "fails", "differs" (outside of what solo-vlm uses) or "skipped" (does not apply).
+        detail: Inputs that were compared, or the fault.
+        difference: Largest difference found, relative; None if no numbers were compared.
+        layer: First layer whose outputs differ.
+    """
+
+    status: Status
+    detail: str
+    difference: float | None = None
+    layer: str | None = None
+
+
+def text_logits(probe: Probe) -> Finding:
+    """Compare the logits of text with those of the LLM that the model was made of."""
+    if probe.llm is None:
+        return Finding("skipped", "no LLM to compare with: give --llm PATH")
+    rows = probe.llm.get_input_embeddings().num_embeddings
+    ids = torch.arange(3, 35, device=probe.model.device)[None] * (rows // 40) % rows
+    ours, own = trace(probe.model, {"input_ids": ids}), trace(probe.llm, {"input_ids": ids})
+    vocabulary = min(ours.logits.shape[-1], own.logits.shape[-1])
+    for each in (ours, own):
+        each.states["logits"] = each.logits[..., :vocabulary]
+    return _compared(first_parting(ours, own, probe.tolerance), f"{ids.shape[1]} tokens", ours, own)
+
+
+def causality(probe: Probe) -> Finding:
+    """Change later tokens and images, and compare the outputs before them."""
+    document = probe.documents[0]
+    noise = max(_NOISE, probe.tolerance / 10)
+    with narrow_windows(probe.model):
+        before = trace(probe.model, probe.inputs(document))
+        for cut in _cuts(probe, document):
+            changed = changed_after(document, cut, probe.model.config)
+            after = trace(probe.model, probe.inputs(changed)).part(stop=cut)
+            if parting := first_parting(after, before.part(stop=cut), noise):
+                return Finding(
+                    "fails",
+                    f"token {cut} changes the outputs before it: {parting}",
+                    parting.difference,
+                    parting.layer,
+                )
+    return Finding("holds", f"{len(document)} tokens", 0.0)
+
+
+def packing(probe: Probe) -> Finding:
+    """Compare packed documents, as in training, with each one alone, by the model's eager attention."""
+    if probe.is_foreign:
+        return Finding("skipped", "solo train trains SOLO models and plain LLMs")
+    with isolated(probe.model):
+        return _packing(probe)
+
+
+def packing_by_transformers(probe: Probe) -> Finding:
+    """Compare documents that only `position_ids` keep apart, as for Trainer and TRL, with each one alone."""
+    finding = _packing(probe, use_positions_only=True)
+    if finding.status != "fails":
+        return finding
+    advice = "" if probe.is_foreign else "; solo train does not use this path"
+    return Finding("differs", finding.detail + advice, finding.difference, finding.layer)
+
+
+def labels(probe: Probe) -> Finding:
+    """Compare the loss with an independent cross entropy, and the labels with the answers in the samples."""
+    if probe.encoder and (fault := _label_fault(probe)):
+        return Finding("fails", fault)
+    documents = probe.encoded or probe.documents
+    with isolated(probe.model) if not probe.is_foreign else attention(probe.model, "eager"):
+        batch = probe.packed(documents) if not probe.is_foreign else _labeled(probe, documents[0])
+        with torch.no_grad():
+            output = probe.model(**batch, use_cache=False)
+    loss, own = _loss(probe.model, output), _cross_entropy(output.logits, batch["labels"])
+    error = abs(loss - own) / max(own, 1e-12)
+    if not error <= probe.tolerance:
+        return Finding(
+            "fails",
+            f"the loss is {loss:.6f}, but the cross entropy of the logits at t for the label at t + 1 is "
+            f"{own:.6f}: labels are not shifted exactly once",
+            error,
+        )
+    count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    shown = f": {_supervised_text(probe)}" if probe.encoder else " (no tokenizer: random labels)"
+    return Finding("holds", f"shifted once; {count} labels{shown}", error)
+
+
+def batching(probe: Probe) -> Finding:
+    """Compare generation in a padded batch with that of each prompt alone."""
+    prompts = [probe.inputs(document) for document in probe.documents[:2]]
+    with narrow_windows(probe.model):
+        alone = [_generate(probe.model, prompt) for prompt in prompts]
+        together = _generate(probe.model, _padded(probe, prompts))
+    side = getattr(probe.encoder.tokenizer, "padding_side", "left") if probe.encoder else "left"
+    note = f"; padded on the {side}, as the tokenizer's padding_side says" if side != "left" else ""
+    worst = 0.0
+    for row, own in enumerate(alone):
+        for step in range(_NEW_TOKENS):
+            error = difference(together.logits[step][row].float(), own.logits[step][0].float())
+            worst = max(worst, error)
+            if error > probe.tolerance:
+                what = f"prompt {row} of {len(alone)}, new token {step}: logits differ by {error:.2g}{note}"
+                return Finding("fails", what, error)
+            if together.logits[step][row].argmax() != own.logits[step][0].argmax():
+                break  # equal up to rounding, but a tie: the rest may differ
+    note = "; its tokenizer pads on the right" if side != "left" else ""
+    return Finding("holds", f"{len(prompts)} prompts, {_NEW_TOKENS} new tokens{note}", worst)
+
+
+def caching(probe: Probe) -> Finding:
+    """Compare generation with a cache with the model's logits without one."""
+    document = probe.documents[0]
+    prompt, worst = probe.inputs(document), 0.0
+    with narrow_windows(probe.model):
+        generated = _generate(probe.model, prompt)
+        whole = {**prompt, "input_ids": generated.sequences[:, :-1]}
+        uncached = trace(probe.model, whole)
+        for step, logits in enumerate(generated.logits):
+            own = uncached.logits[:, len(document) - 1 + step]
+            worst = max(worst, error := difference(logits.float(), own))
+            if error > probe.tolerance:
+                return Finding("fails", f"new token {step}: logits differ by {error:.2g}", error)
+        paths = ["generate"]
+        if probe.sees_images and probe.encoder:
+            paths += ["solo generate", "prefix cache"]
+            prefix_cache = PrefixCache()
+            for cache, name in ((None, paths[1]), (prefix_cache, paths[1]), (prefix_cache, paths[2])):
+                pipeline = GenerationPipeline(probe.model, probe.encoder.processor, cache)
+                sequences, _ = pipeline.generate(
+                    {**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])},
+                    _NEW_TOKENS,
+                    min_new_tokens=_NEW_TOKENS,
+                )
+                if not torch.equal(sequences, generated.sequences):
+                    return Finding("fails", f"{name}: other tokens than without a cache")
+    return Finding("holds", f"{_NEW_TOKENS} new tokens: {', '.join(paths)}", worst)
+
+
+def patches(probe: Probe) -> Finding:
+    """Compare what the decoder receives at `<vpatch>` with patches cut, normalized and embedded here."""
+    if not (probe.sees_images and probe.encoder):
+        why = "no images" if not probe.sees_images else "no processor"
+        return Finding("skipped", why)
+    processor, model = probe.encoder.processor, probe.model
+    images = make_images(processor.image_processor)
+    content: list[dict[str, Any]] = [{"type": "image"}] * len(images) + [{"type": "text", "text": "?"}]
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": "!"}]},
+    ]
+    document = encode(Sample(chat, [png(pixels) for pixels in images]), processor)
+    received = _decoder_input(model, probe.inputs(document))[0]  # (length, hidden)
+    places = np.flatnonzero(document.input_ids == model.config.image_token_id)
+    expected = _embedded_patches(model, images).to(received)
+    shapes = ", ".join(
+        "{} x {}".format(*processor.image_processor.get_patch_grid(*i.shape[:2])) for i in images
+    )
+    if len(places) != len(expected):
+        return Finding("fails", f"{len(places)} <vpatch> tokens for {len(expected)} patches ({shapes})")
+    errors = [difference(received[place], own) for place, own in zip(places, expected, strict=True)]
+    if (worst := max(errors)) > probe.tolerance:
+        first = next(number for number, error in enumerate(errors) if error > probe.tolerance)
+        what = f"patch {first} of {len(errors)} (grids {shapes}) is not the image's there: off by {worst:.2g}"
+        return Finding("fails", what, worst, "embeddings")
+    return Finding("holds", f"grids {shapes} in reading order", worst)
+
+
+def gradients(probe: Probe) -> Finding:
+    """Find trainable parameters that get no gradient from the training loss."""
+    documents = [*probe.documents, *(document for document in probe.encoded if len(document) < 512)]
+    with isolated(probe.model) if not probe.is_foreign else attention(probe.model, "eager"):
+        batch = probe.packed(documents) if not probe.is_foreign else _labeled(probe, documents[0])
+        missing, count = _without_gradient(probe.model, batch)
+    idle = [name for name in missing if ".experts." in name]
+    missing = [name for name in missing if name not in idle]
+    note = f"; {len(idle)} of experts that no token chose" if idle else ""
+    if missing:
+        shown = ", ".join(missing[:2]) + (f" and {len(missing) - 2} more" if len(missing) > 2 else "")
+        return Finding("fails", f"none reaches {shown}{note}")
+    return Finding("holds", f"{count - len(idle)} parameters{note}")
+
+
+def saving(probe: Probe) -> Finding:
+    """Compare the model, bit for bit, with itself after saving and loading."""
+    size = sum(values.nbytes for values in probe.model.state_dict().values())
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if size > min(_MAX_SAVED_BYTES, free // 2):
+        return Finding(
+            "skipped", f"{size / 2**30:.1f} GiB of weights are too many for {tempfile.gettempdir()}"
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        if probe.encoder:
+            save_model(Path(temporary), probe.model, probe.encoder.processor)
+        else:
+            probe.model.save_pretrained(temporary)
+        loaded = type(probe.model).from_pretrained(temporary, dtype=probe.model.dtype).eval()
+    loaded = loaded.to(probe.model.device)
+    saved, reloaded = probe.model.state_dict(), loaded.state_dict()
+    changed = [
+        name
+        for name, values in saved.items()
+        if name not in reloaded or not torch.equal(values, reloaded[name].to(values.device))
+    ]
+    if changed or len(saved) != len(reloaded):
+        names = changed or sorted(reloaded.keys() - saved.keys())
+        return Finding("fails", f"{names[0]} differs, one of {len(names)} weights")
+    inputs = probe.inputs(probe.documents[0])
+    one, other = trace(loaded, inputs), trace(probe.model, inputs)
+    return _compared(first_parting(one, other, 0.0), f"{len(saved)} weights", one, other)
+
+
+# ------------------------------------------------------------------------------------ parts of properties
+
+
+def _compared(parting: Parting | None, what: str, trace: Trace, reference: Trace) -> Finding:
+    if parting:
+        return Finding("fails", f"{what}: {parting}", parting.difference, parting.layer)
+    return Finding("holds", what, difference(trace.logits, reference.logits))
+
+
+def _cuts(probe: Probe, document: Document) -> list[int]:
+    """Return positions of text near the start, in the middle and at the end of a document."""
+    vision = probe.model.config.vision_token_ids if probe.sees_images else ()
+    places = np.flatnonzero(np.isin(document.input_ids, vision, invert=True))
+    return [int(places[number]) for number in (2, len(places) // 2, -1)]
+
+
+def _packing(probe: Probe, use_positions_only: bool = False) -> Finding:
+    documents, model = probe.documents, probe.model
+    with narrow_windows(model):
+        packed = _trace_packed(probe, documents, use_positions_only)
+        with attention(model, "eager"):
+            alone = [trace(model, probe.inputs(document)) for document in documents]
+        start, worst = 0, 0.0
+        for number, (document, own) in enumerate(zip(documents, alone, strict=True), 1):
+            ours = packed.part(start=start, stop=start + len(document))
+            if parting := first_parting(ours, own, probe.tolerance):
+                what = f"document {number} of {len(documents)} {parting}"
+                return Finding("fails", what, parting.difference, parting.layer)
+            worst = max(worst, difference(ours.logits, own.logits))
+            start += len(document)
+        # A leak below the tolerance shows where nothing may change at all.
+        changed = [changed_after(documents[0], 0, model.config), *documents[1:]]
+        after = _trace_packed(probe, changed, use_positions_only)
+    start, stop = len(documents[0]), sum(map(len, documents))
+    noise = max(_NOISE, probe.tolerance / 10)
+    parting = first_parting(after.part(start=start, stop=stop), packed.part(start=start, stop=stop), noise)
+    if parting:
+        what = f"document 1 changes the outputs of the next: {parting}"
+        return Finding("fails", what, parting.difference, parting.layer)
+    lengths = ", ".join(str(len(document)) for document in documents)
+    return Finding("holds", f"documents of {lengths} tokens", worst)
+
+
+def _trace_packed(probe: Probe, documents: list[Document], use_positions_only: bool) -> Trace:
+    inputs = probe.packed(documents)
+    del inputs["labels"]
+    if use_positions_only:
+        names = ("input_ids", "position_ids", "pixel_values", "image_grid_thw")
+        inputs = {name: inputs[name] for name in names if name in inputs}
+    return trace(probe.model, inputs)
+
+
+def _label_fault(probe: Probe) -> str | None:
+    """Return what is wrong with the labels of the encoder, or None."""
+    assert probe.encoder
+    tokenizer, ends = probe.encoder.tokenizer, set(stop_ids(probe.model.generation_config))
+    ends |= {tokenizer.eos_token_id, *getattr(probe.encoder.processor, "end_of_turn_ids", ())}
+    for sample, document in zip(probe.samples, probe.encoded, strict=True):
+        supervised = document.labels != IGNORE_INDEX
+        if not np.array_equal(document.labels[supervised], document.input_ids[supervised]):
+            return "a label is not the token at its own position"
+        if np.isin(document.labels, probe.encoder.vision_ids).any():
+            return "a token of an image has a label"
+        runs = [tokenizer.decode(run) for run in _runs(document)]
+        answers = [_text(message) for message in sample.messages if message["role"] == "assistant"]
+        for run, answer in zip(runs, answers, strict=False):
+            if not run.strip().startswith(answer):
+                return f"labels on {run!r}, where the answer is {answer!r}"
+        if len(runs) != len(answers):
+            extra = (runs[len(answers) :] or answers[len(runs) :])[0]
+            return f"{len(runs)} supervised parts for {len(answers)} answers, such as {extra!r}"
+        for run, answer in zip(_runs(document), answers, strict=True):
+            rest = tokenizer.decode(run[-1:])
+            if run[-1] not in ends:
+                return f"the answer {answer!r} ends with {rest!r}, which does not end a turn"
+            if tokenizer.decode(run[:-1]).strip() != answer:
+                return f"labels on {tokenizer.decode(run)!r}, where the answer is {answer!r}"
+    return None
+
+
+def _runs(document: Document) -> list[NDArray[np.int64]]:
+    """Return the runs of supervised tokens."""
+    supervised = np.concatenate([[False], document.labels != IGNORE_INDEX, [False]])
+    edges = np.flatnonzero(supervised[1:] != supervised[:-1])
+    return [document.input_ids[start:stop] for start, stop in edges.reshape(-1, 2)]
+
+
+def _supervised_text(probe: Probe) -> str:
+    assert probe.encoder
+    runs = [run for document in probe.encoded[:1] for run in _runs(document)]
+    return " | ".join(probe.encoder.tokenizer.decode(run).strip() for run in runs)
+
+
+def _text(message: dict[str, Any]) -> str:
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def _labeled(probe: Probe, document: Document) -> dict[str, Any]:
+    labels = torch.from_numpy(document.labels)[None].to(probe.model.device)
+    return {**probe.inputs(document), "labels": labels}
+
+
+def _loss(model: PreTrainedModel, output: Any) -> float:
+    """Return the loss of the labels, without the auxiliary loss of a router."""
+    loss = output.loss.double()
+    if getattr(output, "aux_loss", None) is not None:
+        loss = loss - model.config.get_text_config().router_aux_loss_coef * output.aux_loss.double()
+    return float(loss)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> float:
+    """Return the mean cross entropy, in float64, of the logits at t for the label at t + 1."""
+    logits, targets = logits[:, :-1].double(), labels[:, 1:].to(logits.device)
+    chosen = targets != IGNORE_INDEX
+    log_probabilities = logits[chosen] - logits[chosen].logsumexp(-1, keepdim=True)
+    return float(-log_probabilities.gather(1, targets[chosen][:, None]).mean())
+
+
+@torch.no_grad()
+def _generate(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    """Generate greedily with the model's default cache; return sequences and logits of each step."""
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    return model.generate(
+        **{**inputs, "attention_mask": mask},
+        max_new_tokens=_NEW_TOKENS,
+        min_new_tokens=_NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=int(inputs["input_ids"][0, 0]),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+def _padded(probe: Probe, prompts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return prompts as one batch: padded as the processor of a SOLO model does it, else on the left."""
+    rows = [prompt["input_ids"] for prompt in prompts]
+    if probe.sees_images and probe.encoder:
+        padded = probe.encoder.tokenizer.pad(
+            {"input_ids": [row[0].tolist() for row in rows]}, return_tensors="pt"
+        )
+        batch = {name: padded[name].to(rows[0].device) for name in ("input_ids", "attention_mask")}
+    else:
+        batch = pad_left(rows, int(rows[0][0, 0]))
+    for name in ("pixel_values", "image_grid_thw"):
+        if values := [prompt[name] for prompt in prompts if name in prompt]:
+            batch[name] = torch.cat(values)
+    return batch
+
+
+class _Received(Exception):
+    """Ends a forward pass at the decoder's first layer."""
+
+
+def _decoder_input(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Return the embeddings that the decoder receives, (1, length, hidden), without running it."""
+    received: list[Tensor] = []
+
+    def receive(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        received.append(kwargs["inputs_embeds"])
+        raise _Received
+
+    with _hooked(model.get_decoder(), receive), torch.no_grad(), suppress(_Received):
+        model(**inputs, use_cache=False)
+    return received[0].float()
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _embedded_patches(model: Any, images: list[NDArray[np.uint8]]) -> Tensor:
+    """Cut, normalize and embed images patch by patch, (num_patches, hidden) float64."""
+    config, side = model.config, model.config.vision_patch_size
+    mean, std = np.array(config.image_mean)[:, None, None], np.array(config.image_std)[:, None, None]
+    patches = []
+    for pixels in images:
+        height, width, _ = pixels.shape
+        for top in range(0, height, side):
+            for left in range(0, width, side):
+                patch = pixels[top : top + side, left : left + side].transpose(2, 0, 1) / 255.0
+                patches.append(((patch - mean) / std).reshape(-1))
+    weight = model.get_submodule("model.embed_vision_patch").weight
+    token = model.get_input_embeddings()(torch.tensor([config.image_token_id], device=weight.device))
+    embedded = torch.from_numpy(np.stack(patches)) @ weight.double().cpu().T
+    return embedded + token.double().cpu()
+
+
+def _without_gradient(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[list[str], int]:
+    """Return the names of trainable parameters whose gradient is None or zero, and how many there are.
+
+    Gradients are dropped as soon as they are seen, so that a large model's do not add up.
+    """
+    reached: set[int] = set()
+
+    def see(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        if bool(parameter.grad.any()):
+            reached.add(id(parameter))
+        parameter.grad = None
+
+    trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    handles = [each.register_post_accumulate_grad_hook(see) for each in trainable.values()]
+    model.train()
+    try:
+        with torch.enable_grad():
+            model(**batch, use_cache=False).loss.backward()
+    finally:
+        model.eval()
+        for handle in handles:
+            handle.remove()
+    return [name for name, each in trainable.items() if id(each) not in reached], len(trainable)

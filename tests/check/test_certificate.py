@@ -1,0 +1,225 @@
+"""The certificate finds planted faults in the row they belong to, and passes healthy models."""
+
+from __future__ import annotations
+
+from functools import wraps
+
+import numpy as np
+import pytest
+import torch
+from tests.factories import LLM_CONFIGS, make_solo
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from solo_vlm.check import layers
+from solo_vlm.check.certificate import PROPERTIES, Certificate, certify, require_exact_packing
+from solo_vlm.check.probe import Probe
+from solo_vlm.check.tiny import tiny_llm
+from solo_vlm.data.encode import Encoder
+from solo_vlm.models.packed.attention import packed_attention
+from solo_vlm.models.packed.isolation import isolate_documents
+from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
+from solo_vlm.models.solo.modeling_solo import PACKED_ATTENTION
+from solo_vlm.utils.errors import SoloError
+
+HEALTHY = (
+    *("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma", "gemma2", "gemma3_text", "phi3"),
+    *("olmo2", "granite", "cohere", "starcoder2", "glm4", "smollm3", "deepseek_v3"),
+)
+
+
+@pytest.fixture
+def probe():
+    """Return a SOLO model to plant a fault in, with windows of 8 tokens."""
+    solo = make_solo("mistral")
+    return Probe(solo.model, Encoder(solo.processor))
+
+
+def failures(probe: Probe) -> dict:
+    """Return the findings of the properties that fail."""
+    found = certify(probe, "model").findings
+    return {name: finding for name, finding in found.items() if finding.status == "fails"}
+
+
+def plant_in_training(monkeypatch, attention, layer: int = 1) -> None:
+    """Replace the training attention in one layer."""
+
+    def faulty(module, *args, **kwargs):
+        return (attention if module.layer_idx == layer else packed_attention)(module, *args, **kwargs)
+
+    def isolate(model):
+        isolate_documents(model)
+        AttentionInterface.register(PACKED_ATTENTION, faulty)
+
+    monkeypatch.setattr(layers, "isolate_documents", isolate)
+
+
+@pytest.mark.parametrize("family", LLM_CONFIGS)
+def test_healthy_solo_model_passes_everything(family):
+    solo = make_solo(family)
+    certificate = certify(Probe(solo.model, Encoder(solo.processor)), family)
+    assert certificate.passed, certificate.as_dict()
+    statuses = {name: finding.status for name, finding in certificate.findings.items()}
+    assert statuses == {**dict.fromkeys(PROPERTIES, "holds"), "text_logits": "skipped"}
+
+
+@pytest.mark.parametrize("family", HEALTHY)
+def test_healthy_llm_passes_everything(family):
+    certificate = certify(Probe(tiny_llm(family)), family)
+    assert certificate.passed, certificate.as_dict()
+
+
+def test_labels_shifted_twice_are_found(probe, monkeypatch):
+    forward = probe.model.forward
+
+    @wraps(forward)
+    def shift_again(*args, labels=None, **kwargs):
+        if labels is not None:
+            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+        return forward(*args, labels=labels, **kwargs)
+
+    monkeypatch.setattr(probe.model, "forward", shift_again)
+    found = failures(probe)
+    assert found.keys() == {"labels"}
+    assert "not shifted exactly once" in found["labels"].detail
+
+
+def test_labels_shifted_by_the_encoder_are_found(probe, monkeypatch):
+    for document in probe.encoded:
+        document.labels[:-1] = document.labels[1:].copy()
+    found = failures(probe)
+    assert found.keys() == {"labels"}
+    assert found["labels"].detail == "a label is not the token at its own position"
+
+
+def test_mask_that_leaks_one_document_is_found(probe, monkeypatch):
+    def leaky(module, *args, cu_seq_lens_q, **kwargs):
+        bounds = torch.cat([cu_seq_lens_q[:1], cu_seq_lens_q[2:]])  # joins the first two documents
+        return packed_attention(module, *args, cu_seq_lens_q=bounds, **kwargs)
+
+    plant_in_training(monkeypatch, leaky)
+    found = failures(probe)
+    assert found.keys() == {"packing"}
+    assert found["packing"].layer == "layer 1 (MistralDecoderLayer)"
+    assert "document 2 of 3" in found["packing"].detail
+
+
+def test_dropped_sinks_are_found(monkeypatch):
+    def without_sinks(*args, s_aux=None, **kwargs):
+        return packed_attention(*args, **kwargs)
+
+    plant_in_training(monkeypatch, without_sinks, layer=0)
+    found = failures(Probe(tiny_llm("gpt_oss")))
+    assert "layer 0" in found["packing"].layer
+
+
+def test_causal_mask_off_by_one_is_found(probe):
+    """The fault is in one layer of the model's own attention."""
+
+    def off_by_one(module, query, key, value, attention_mask, **kwargs):
+        if module.layer_idx == 1:
+            attention_mask = torch.cat([attention_mask[:, :, 1:], attention_mask[:, :, -1:]], 2)
+        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("off_by_one", off_by_one)
+    AttentionMaskInterface.register("off_by_one", eager_mask)
+    probe.model.set_attn_implementation("off_by_one")
+    finding = failures(probe)["causality"]
+    assert finding.layer == "layer 1 (MistralDecoderLayer)"
+
+
+def test_future_tokens_in_the_training_attention_are_found(probe, monkeypatch):
+    def see_future(module, query, key, value, *args, **kwargs):
+        ahead = [torch.cat([states[:, :, 1:], states[:, :, -1:]], 2) for states in (key, value)]
+        return packed_attention(module, query, *ahead, *args, **kwargs)
+
+    plant_in_training(monkeypatch, see_future)
+    found = failures(probe)
+    assert found.keys() == {"packing"}
+    assert found["packing"].layer == "layer 1 (MistralDecoderLayer)"
+
+
+def test_wrong_patch_order_is_found(probe, monkeypatch):
+    encode_image = SoloImageProcessor.encode_image
+
+    def by_columns(self, source, **options):
+        patches, grid = encode_image(self, source, **options)
+        _, rows, columns = grid
+        return patches.reshape(rows, columns, -1).swapaxes(0, 1).reshape(len(patches), -1), grid
+
+    monkeypatch.setattr(SoloImageProcessor, "encode_image", by_columns)
+    found = failures(probe)
+    assert found.keys() == {"patches"}
+    assert found["patches"].layer == "embeddings"
+    assert "patch 1 of 9" in found["patches"].detail
+
+
+def test_padding_on_the_right_is_found(probe):
+    probe.encoder.tokenizer.padding_side = "right"
+    found = failures(probe)
+    assert found.keys() == {"batching"}
+    assert "padded on the right" in found["batching"].detail
+
+
+def test_template_that_supervises_the_user_is_found(probe, monkeypatch):
+    encode_chat = probe.encoder.processor.encode_chat
+
+    def supervise_all(*args, **kwargs):
+        chat = encode_chat(*args, **kwargs)
+        is_text = np.isin(chat.input_ids, probe.encoder.vision_ids, invert=True)
+        return type(chat)(chat.input_ids, is_text)
+
+    monkeypatch.setattr(probe.encoder.processor, "encode_chat", supervise_all)
+    found = failures(probe)
+    assert found.keys() == {"labels"}
+    assert "where the answer is 'Only quiet zebras jump.'" in found["labels"].detail
+
+
+def test_error_inside_a_model_is_one_finding(probe, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel\nfor this device")
+
+    monkeypatch.setattr(probe.model.model.language_model.layers[0], "forward", broken)
+    found = failures(probe)
+    assert found["causality"].detail == "RuntimeError: no kernel"
+    assert found.keys() == set(PROPERTIES) - {"text_logits", "patches"}
+
+
+def test_packing_that_is_not_exact_is_rejected_before_training(probe, monkeypatch):
+    require_exact_packing(probe.model, "runs/model")
+
+    def leaky(module, *args, cu_seq_lens_q, **kwargs):
+        return packed_attention(module, *args, cu_seq_lens_q=cu_seq_lens_q[[0, -1]], **kwargs)
+
+    plant_in_training(monkeypatch, leaky)
+    with pytest.raises(
+        SoloError,
+        match=r"runs/model: packed training .* mistral: document 2 of 3 .*layer 1.*solo check runs/model",
+    ):
+        require_exact_packing(probe.model, "runs/model")
+
+
+def test_check_leaves_the_model_as_it_was(probe):
+    settings = {**probe.model.config.to_dict(), "architectures": ["SoloForConditionalGeneration"]}
+    attention = probe.model.config.text_config._attn_implementation
+    certify(probe, "model")
+    assert probe.model.config.to_dict() == settings
+    assert probe.model.config.text_config._attn_implementation == attention
+    assert not any(parameter.grad is not None for parameter in probe.model.parameters())
+
+
+def test_left_out_property_is_skipped(probe):
+    certificate = certify(probe, "model", leave_out=("saving",))
+    assert certificate.findings["saving"].status == "skipped"
+    assert certificate.passed
+
+
+def test_certificate_is_plain_json():
+    assert Certificate("model", "LLM (llama)", {}, 0.123).as_dict() == {
+        "model": "model",
+        "kind": "LLM (llama)",
+        "passed": True,
+        "seconds": 0.12,
+        "properties": {},
+    }
