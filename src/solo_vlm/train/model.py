@@ -13,10 +13,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from solo_vlm.data.encode import load_encoder
-from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_llm, load_model, quantization_config
+from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_config, load_llm, load_model, quantization_config
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.sharding import decoder_layers, load_full_state_dict, shard_model
+from solo_vlm.train.parallel.tensor_parallel import check_tensor_parallel
 from solo_vlm.train.recipe import LoraSettings, Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -190,11 +191,12 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
 
 def _load_sharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
     """Read the weights in rank 0 only, and distribute them to the shards of all ranks."""
-    world_size = context.dims.world_size
+    world_size, source = context.dims.world_size, recipe.mixture.model_source()
+    context.broadcast_from_rank0(lambda: check_tensor_parallel(load_config(source), context.dims.tp))
     loaded: list[PreTrainedModel] = []
 
     def describe() -> tuple[type[PreTrainedModel], Any, Any, dict[str, Tensor], Any]:
-        model, processor = load_base_model(recipe.mixture.model_source(), recipe)
+        model, processor = load_base_model(source, recipe)
         set_trainable(model, recipe, world_size)
         loaded.append(model)
         return type(model), model.config, model.generation_config, dict(model.named_buffers()), processor

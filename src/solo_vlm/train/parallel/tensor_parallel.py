@@ -65,10 +65,11 @@ def check_tensor_parallel(config: PreTrainedConfig, size: int) -> None:
 
 
 def split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Split decoder layers in place; the model has passed `check_tensor_parallel` and may be on the meta device.
+    """Split the decoder layers of a model in place; its parameters may still be on the meta device.
 
-    Split parameters become DTensors, and so do parameters whose gradients are partial, because each process
-    applies them to its own features only. All others stay as they are.
+    The model must have passed `check_tensor_parallel`. Split parameters become DTensors, and so do parameters
+    whose gradients are partial, because each process applies them to its own features only. All others stay
+    as they are.
     """
     modules = dict(model.named_modules())
     for name, style in _plan(model).items():
@@ -153,12 +154,12 @@ def _obstacles(model: PreTrainedModel, plan: dict[str, str], size: int) -> Itera
     yield from _unplanned(model, plan)
 
 
-def _num_heads(name: str, projection: nn.Module, owner: nn.Module) -> int:
+def _num_heads(name: str, projection: Any, owner: Any) -> int:
     """Return the heads of a projection by attention, or the features of any other linear layer."""
     head_dim = getattr(owner, "head_dim", None)
     if name.endswith("v_proj"):
         head_dim = getattr(owner, "v_head_dim", head_dim)
-    features = int(projection.out_features)  # type: ignore[arg-type]
+    features: int = projection.out_features
     if head_dim and features % head_dim == 0:
         return features // head_dim
     if hasattr(owner, "num_heads"):
@@ -178,8 +179,8 @@ def _is_distributable(experts: nn.Module) -> bool:
 def _unplanned(model: PreTrainedModel, plan: dict[str, str]) -> Iterator[tuple[str, str]]:
     """Yield parameters beside split projections that the plan does not mention, unless they see whole states.
 
-    A norm of heads, for example, whose gradient would be that of a few heads. Projections of the hidden states
-    see whole states, and latent attention is made of more parts that do.
+    A norm of heads, for example, whose gradient would be that of a few heads. Projections of the hidden
+    states see whole states, and so do further parts of latent attention.
     """
     hidden = model.config.get_text_config(decoder=True).hidden_size
     modules = dict(model.named_modules())
@@ -223,9 +224,9 @@ def _use_local_parameters(module: nn.Module, gradient: Placement | None = None) 
     placements = [gradient] if gradient else None
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        own = {name: p for name, p in module._parameters.items() if isinstance(p, DTensor)}
-        local: dict[str, Any] = {n: p.to_local(grad_placements=placements) for n, p in own.items()}
-        module._parameters.update(local)
+        own: dict[str, Any] = {n: p for n, p in module._parameters.items() if isinstance(p, DTensor)}
+        local = {n: p.to_local(grad_placements=placements) for n, p in own.items()}
+        module._parameters.update(local)  # not leaves, so setattr would reject them
         try:
             return forward(*args, **kwargs)
         finally:
@@ -268,11 +269,11 @@ def _copy_output(module: nn.Module, owner: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _share_rotary_key(module: nn.Module, owner: nn.Module, mesh: DeviceMesh) -> None:
-    """Sum the gradient of the part of latent attention's keys that all heads share, at the end of the output."""
-    size = owner.qk_rope_head_dim
+    """Sum the gradient of the last features, the part of latent attention's keys that all heads share."""
 
     def run(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        latent, rotary = output.split([output.shape[-1] - size, size], dim=-1)
+        size = owner.qk_rope_head_dim
+        latent, rotary = output.tensor_split([-int(size)], dim=-1)  # type: ignore[arg-type]
         return torch.cat([latent, _sum_gradients(rotary, mesh)], dim=-1)
 
     module.register_forward_hook(run)
@@ -285,7 +286,7 @@ def _distribute_experts(module: nn.Module, owner: nn.Module, mesh: DeviceMesh) -
     takes = signature(module.forward)
     count = next(module.parameters()).shape[0] // mesh.size()
     first = mesh.get_local_rank() * count
-    module.num_experts = count
+    module.num_experts = count  # type: ignore[assignment]
     _use_local_parameters(module)
     forward = module.forward
 
