@@ -3,8 +3,9 @@
     python benchmarks/hostile.py [--only PATTERN] [--fuzz N] [--seed 0] [--json] [--out FILE]
 
 A server with default limits and a model with two million random weights receives one request after another:
-the corpus of the tests and, with --fuzz, N random variations. Each result has the status, the time to the
-response, the peak memory above idle, and the slowest concurrent responses of /health and to a text request.
+the corpus of the tests and, with --fuzz, N random variations, half of them of image files. Each result has
+the status, the time to the response, the peak memory above idle, and the slowest concurrent responses of
+/health and to a text request.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ from environment import environment
 from serving import make_model, served
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.serve import hostile, hostile_images
+from tests.serve import hostile, hostile_images, mutated_images
 
 from solo_vlm.serve.limits import Limits
 from solo_vlm.utils.files import write_text
 
 BODY_SECONDS = 3.0  # time limit of the server for bodies that never end; their seconds count from there
 CLOSED = 0  # instead of a status: TCP drops a response if the client sends more than its request
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
+_MAX_SEED_BYTES = 100_000
 MAX_TOKENS = 8  # of an answer: generation is not what is measured
 TEXT = {"messages": [{"role": "user", "content": "what is this?"}], "max_tokens": 4}
 
@@ -147,7 +150,11 @@ def corpus() -> Iterator[tuple[str, Callable[[], bytes]]]:
     for name, request in hostile.requests(limits.max_request_bytes).items():
         yield name, lambda request=request: request
     for name, file in hostile_images.costly_images().items():
-        yield f"image: {name}", lambda file=file: hostile.http(_question_about(file()))
+        yield _image(name), lambda file=file: hostile.http(_question_about(file()))
+
+
+def _image(name: str) -> str:
+    return f"image: {name}"
 
 
 def _question_about(file: bytes) -> bytes:
@@ -156,10 +163,23 @@ def _question_about(file: bytes) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": parts}], "max_tokens": 1}).encode()
 
 
-def fuzzed(seeds: list[bytes], number: int, seed: int) -> Iterator[bytes]:
-    """Yield random variations of requests, most with the correct length."""
+def fuzzed(seeds: list[bytes], files: list[bytes], number: int, seed: int) -> Iterator[bytes]:
+    """Yield random variations: of requests, most with the correct length, and of image files in requests.
+
+    Args:
+        seeds: Requests.
+        files: Image files, which are mutated beside small ordinary ones.
+        number: Number of variations, half of them of image files.
+        seed: Seed of the random numbers.
+    """
     rng = random.Random(seed)
+    ordinary = [parts for name in _FORMATS for parts in mutated_images.SEEDS[name]]
+    costly = [mutated_images.parts_of(file) for file in files]
     for _ in range(number):
+        if rng.random() < 0.5:
+            parts = rng.choice(costly if costly and rng.random() < 0.2 else ordinary)
+            yield hostile.http(_question_about(mutated_images.mutated(rng, parts, ordinary)))
+            continue
         head, _, body = rng.choice(seeds).partition(b"\r\n\r\n")
         for _ in range(rng.randint(1, 4)):
             body = _varied(rng, body, rng.choice(seeds).partition(b"\r\n\r\n")[2])
@@ -202,8 +222,10 @@ def run(url: str, process: psutil.Process, arguments: argparse.Namespace) -> dic
             if not arguments.json:
                 print(describe(cost), f"{statuses[0]}  {name}", flush=True)
         if arguments.fuzz:
-            seeds = [request for make in made.values() if len(request := make()) < 100_000]
-            variations = fuzzed(seeds, arguments.fuzz, arguments.seed)
+            seeds = [request for make in made.values() if len(request := make()) < _MAX_SEED_BYTES]
+            images = [make for name, make in hostile_images.costly_images().items() if _image(name) in made]
+            files = [file for make in images if len(file := make()) < _MAX_SEED_BYTES]
+            variations = fuzzed(seeds, files, arguments.fuzz, arguments.seed)
             counts: Counter[int] = Counter()
             total = Cost()
             while batch := list(islice(variations, 100)):

@@ -28,6 +28,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.models.from_llm import SoloModelAndProcessor, compose
 from solo_vlm.quickstart.llm import train_tokenizer
 
@@ -57,10 +58,13 @@ LLM_CONFIGS = {
 
 
 def make_llm(family: str = "llama", seed: int = 0):
-    """Make a tiny random causal language model with a real tokenizer."""
+    """Make a tiny random causal language model, of any family of transformers, with a real tokenizer."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = train_tokenizer(TEXTS, vocab_size=320)
+    if family not in LLM_CONFIGS:
+        ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+        return tiny_llm(family, seed, vocab_size=len(tokenizer), **ends), tokenizer
     config = LLM_CONFIGS[family](
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,

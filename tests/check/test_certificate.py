@@ -7,7 +7,7 @@ from functools import wraps
 import numpy as np
 import pytest
 import torch
-from tests.factories import LLM_CONFIGS, make_solo
+from tests.factories import LLM_CONFIGS, make_llm, make_solo
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -17,6 +17,7 @@ from solo_vlm.check.certificate import PROPERTIES, Certificate, certify, require
 from solo_vlm.check.probe import Probe
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.data.encode import Encoder
+from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.packed.attention import packed_attention
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
@@ -64,6 +65,32 @@ def test_healthy_solo_model_passes_everything(family):
     assert statuses == {**dict.fromkeys(PROPERTIES, "holds"), "text_logits": "skipped"}
 
 
+@pytest.mark.parametrize(
+    "design",
+    [
+        {"image_attention": "bidirectional"},
+        {"image_positions": "2d"},
+        {"patch_embedding": "conv"},
+        {"image_attention": "bidirectional", "image_positions": "2d", "patch_embedding": "conv"},
+    ],
+    ids=str,
+)
+def test_every_design_of_images_passes(design):
+    solo = compose(*make_llm("mistral"), design=ImageDesign(**design))
+    certificate = certify(Probe(solo.model, Encoder(solo.processor)), "model")
+    assert certificate.passed, certificate.as_dict()
+    assert certificate.findings["patches"].status == "holds"
+
+
+@pytest.mark.parametrize("size", [{"longest_edge": 32}, {"height": 64, "width": 96}])
+def test_patches_are_checked_at_any_image_size(size):
+    llm, tokenizer = make_llm()
+    solo = compose(llm, tokenizer, image_processor=SoloImageProcessor(size=size))
+    certificate = certify(Probe(solo.model, Encoder(solo.processor)), "model")
+    assert certificate.passed, certificate.as_dict()
+    assert certificate.findings["patches"].status == "holds"
+
+
 @pytest.mark.parametrize("family", HEALTHY)
 def test_healthy_llm_passes_everything(family):
     certificate = certify(Probe(tiny_llm(family)), family)
@@ -89,8 +116,8 @@ def test_labels_shifted_by_the_encoder_are_found(probe, monkeypatch):
     for document in probe.encoded:
         document.labels[:-1] = document.labels[1:].copy()
     found = failures(probe)
-    assert found.keys() == {"labels"}
-    assert found["labels"].detail == "a label is not the token at its own position"
+    assert found.keys() == {"supervision"}
+    assert found["supervision"].detail == "a label is not the token at its own position"
 
 
 def test_mask_that_leaks_one_document_is_found(probe, monkeypatch):
@@ -172,8 +199,8 @@ def test_template_that_supervises_the_user_is_found(probe, monkeypatch):
 
     monkeypatch.setattr(probe.encoder.processor, "encode_chat", supervise_all)
     found = failures(probe)
-    assert found.keys() == {"labels"}
-    assert "where the answer is 'Only quiet zebras jump.'" in found["labels"].detail
+    assert found.keys() == {"supervision"}
+    assert "where the answer is 'Only quiet zebras jump.'" in found["supervision"].detail
 
 
 def test_error_inside_a_model_is_one_finding(probe, monkeypatch):
@@ -183,7 +210,7 @@ def test_error_inside_a_model_is_one_finding(probe, monkeypatch):
     monkeypatch.setattr(probe.model.model.language_model.layers[0], "forward", broken)
     found = failures(probe)
     assert found["causality"].detail == "RuntimeError: no kernel"
-    assert found.keys() == set(PROPERTIES) - {"text_logits", "patches"}
+    assert found.keys() == set(PROPERTIES) - {"text_logits", "supervision", "patches"}
 
 
 def test_packing_that_is_not_exact_is_rejected_before_training(probe, monkeypatch):

@@ -6,6 +6,9 @@ import errno
 import gzip
 import io
 import json
+import os
+import random
+import string
 import tarfile
 
 import fsspec
@@ -18,7 +21,7 @@ from tests.factories import png, tar_bytes
 
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import SampleError, parse_sample
-from solo_vlm.data.sources import open_source
+from solo_vlm.data.sources import is_same_data, open_source
 from solo_vlm.data.sources.parquet import write_samples
 from solo_vlm.models.solo.image_loading_solo import image_suffixes
 from solo_vlm.utils.errors import SoloError
@@ -389,6 +392,35 @@ def test_fingerprint_changes_with_the_files(tmp_path):
     assert open_source(tmp_path).fingerprint() == before
     (tmp_path / "b.jsonl").write_bytes(LINES)
     assert open_source(tmp_path).fingerprint() != before
+
+
+@pytest.mark.parametrize("size", [1000, 10**6])
+def test_fingerprint_changes_with_the_contents_of_a_file(tmp_path, size):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(LINES + b" " * size)
+    before = open_source(tmp_path).fingerprint()
+    os.utime(file, (0, 0))
+    assert open_source(tmp_path).fingerprint() == before
+    file.write_bytes(LINES + b"\n" * size)
+    now = open_source(tmp_path).fingerprint()
+    assert not is_same_data(before, now)
+    names_and_sizes = before.partition("-")[0]  # of an earlier version, or of remote files
+    assert is_same_data(names_and_sizes, now)
+    assert is_same_data(now, names_and_sizes)
+
+
+def test_flipped_bit_in_a_written_parquet_page_breaks_its_shard(tmp_path):
+    path = tmp_path / "a.parquet"
+    text = "".join(random.Random(0).choices(string.ascii_letters, k=20_000))  # cannot be compressed
+    message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    write_samples(path, [{"messages": [message]}])
+    content = bytearray(path.read_bytes())
+    content[content.index(text[10_000:10_100].encode())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        SampleError, match="could not verify page integrity, CRC checksum verification failed"
+    ):
+        open_source(path).read(0)[0]
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tests.factories import ask, make_llm
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -21,7 +23,9 @@ from transformers import (
 )
 
 import solo_vlm
-from solo_vlm.hub.folder import code_files
+from solo_vlm.generate import GenerationPipeline
+from solo_vlm.hub.folder import code_files, write_folder
+from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.load import load_model, load_processor
 
 # Runs without solo_vlm, OpenCV and simplejpeg, which users of transformers may lack; `-I -S` also keeps out
@@ -156,3 +160,43 @@ def test_published_code_imports_nothing_of_solo_vlm(published):
         for module in re.findall(r"^\s*from \.(\w+) import", code, re.M):
             assert (published / f"{module}.py").is_file(), (file.name, module)
     assert {file.name for file in published.glob("*.py")} == {file.name for file in code_files()}
+
+
+DESIGNED = """
+import sys
+folder, site, out = sys.argv[1:]
+sys.path.append(site)
+sys.modules["solo_vlm"] = None
+import numpy as np
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+parts = [{"type": "image", "image": Image.radial_gradient("L")}, {"type": "text", "text": "what?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt",
+)
+np.save(out, model.generate(**inputs, max_new_tokens=8, do_sample=False).numpy())
+"""
+
+
+def test_other_designs_answer_alike_with_transformers_alone(tmp_path):
+    llm, tokenizer = make_llm()
+    design = ImageDesign("bidirectional", "2d", 10000.0, "conv")
+    solo = compose(llm, tokenizer, design=design)
+    solo.save(tmp_path / "model")
+    (tmp_path / "published").mkdir()
+    write_folder(tmp_path / "published", tmp_path / "model", card="")
+    arguments = [tmp_path / "published", sysconfig.get_path("purelib"), tmp_path / "answer.npy"]
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", DESIGNED, *map(str, arguments)],
+        env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    pipeline = GenerationPipeline(solo.model, solo.processor)
+    inputs = pipeline.encode([ask("what?", Image.radial_gradient("L"))])
+    expected, _ = pipeline.generate(inputs, 8)
+    assert np.load(tmp_path / "answer.npy").tolist() == expected.tolist()

@@ -20,7 +20,10 @@ from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate import GenerationPipeline
+from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.load import load_model
+from solo_vlm.models.packed import attention
+from solo_vlm.models.packed.groups import document_groups
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.model import (
     adapter_state_dict,
@@ -218,6 +221,64 @@ def test_lora_run_trains_and_merged_model_matches_adapter(folder, tmp_path, run,
     )
     assert code == 0
     assert json.loads(out)["answer"].startswith("red")
+
+
+DESIGN = ImageDesign("bidirectional", "2d", 10000.0, "conv")
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_model_of_another_design_trains_and_reloads(folder, tmp_path, lora):
+    if not (folder / "designed").exists():
+        compose(*make_llm("mistral"), design=DESIGN).save(folder / "designed")
+    changes = {"model": "designed", "lora": lora, "activation_checkpointing": "full"}
+    trained = train(lora_recipe(folder, tmp_path / "out", **changes))
+    curve = losses(tmp_path / "out")
+    assert curve[-1] < 0.5 * curve[0]
+    model = load_model(trained.model)
+    assert not model.config.is_paper_design
+    before = load_model(folder / "designed").state_dict()
+    changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
+    assert {name for name in before if "embed_vision_patch" in name} <= set(changed)
+    answers = GenerationPipeline.from_pretrained(trained.model).answer(
+        [ask("what is this?", Image.new("RGB", (64, 32), color)) for color in ("red", "blue")]
+    )
+    assert [answer.split()[0] for answer in answers] == ["red", "blue"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_two_processes_train_another_design_as_one(folder, tmp_path, tensor):
+    if not (folder / "designed").exists():
+        compose(*make_llm("mistral"), design=DESIGN).save(folder / "designed")
+    file = folder / "designed.yaml"
+    settings = lora_recipe(folder, "unused", model="designed", lora=None, steps=3)
+    file.write_text(json.dumps(settings.model_dump(mode="json")))
+    for processes in (1, 2):
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(processes), "-m", "solo_vlm", "train"),
+            *(str(file), f"out={tmp_path / str(processes)}"),
+            f"parallel.tensor={tensor if processes == 2 else 1}",
+        ]
+        subprocess.run(command, check=True, timeout=300)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_run_whose_packing_would_leak_is_rejected(folder, tmp_path, run, monkeypatch, lora):
+    """Whether adapters or all weights are trained; nothing but the message reaches the user."""
+    monkeypatch.setattr(attention, "document_groups", one_document)
+    settings = {**lora_recipe(folder, tmp_path / "out").model_dump(), "lora": lora}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings, default=str))
+    code, _, err = run("train", tmp_path / "recipe.yaml")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "packed training would be wrong for mistral: document 2 of 3 differs from layer 0" in err
+    assert f"solo check {folder / 'base'}" in err
+
+
+def one_document(bounds):
+    """Group all documents of a row as one."""
+    return document_groups(bounds[[0, -1]])
 
 
 def test_lora_targets_select_layers(folder, tmp_path):

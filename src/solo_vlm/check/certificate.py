@@ -11,8 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from solo_vlm.check import properties
-from solo_vlm.check.probe import SHORT, Probe
+from solo_vlm.check.probe import FLOAT32, SHORT, Probe
 from solo_vlm.check.properties import Finding
+from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.data.encode import Encoder
 from solo_vlm.utils.errors import SoloError, first_line
 
@@ -21,7 +22,8 @@ PROPERTIES: dict[str, tuple[str, Callable[[Probe], Finding]]] = {
     "causality": ("no future token is visible", properties.causality),
     "packing": ("packed equals alone: training", properties.packing),
     "packing_by_transformers": ("packed equals alone: transformers", properties.packing_by_transformers),
-    "labels": ("labels shifted once, on answers", properties.labels),
+    "labels": ("labels shifted exactly once", properties.labels),
+    "supervision": ("labels only on answers and their ends", properties.supervision),
     "batching": ("batch equals single", properties.batching),
     "caching": ("cached equals uncached", properties.caching),
     "patches": ("patches reach their places", properties.patches),
@@ -29,6 +31,12 @@ PROPERTIES: dict[str, tuple[str, Callable[[Probe], Finding]]] = {
     "saving": ("saved and reloaded equals itself", properties.saving),
 }
 """Title and function of each property, in order."""
+
+OF_INIT = ("supervision", "patches")
+"""What making a SOLO model can break, apart from text logits; needs no pass through the decoder."""
+
+OF_FAMILY = ("causality", "packing", "batching", "caching", "gradients")
+"""What depends on the family of the decoder alone."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,27 @@ def certify(
     return Certificate(name, _kind(probe), findings, time.perf_counter() - started)
 
 
-def require_exact_packing(
-    model: PreTrainedModel, path: str | Path, encoder: Encoder | None = None, tolerance: float = 1e-4
-) -> None:
+def certify_init(model: PreTrainedModel, processor: Any, name: str) -> Certificate:
+    """Check a new SOLO model without a pass through its decoder, and a tiny model of its family.
+
+    Args:
+        model: New model.
+        processor: Its processor.
+        name: Path or hub ID of the LLM, for the certificate.
+    """
+    started = time.perf_counter()
+    probe = Probe(model, Encoder(processor))
+    findings = {key: _run(PROPERTIES[key][1], probe) for key in OF_INIT}
+    try:
+        family = Probe(tiny_llm(model.config.text_config.model_type))
+    except Exception as error:  # of any type: not every family can be made at any size
+        findings |= dict.fromkeys(OF_FAMILY, Finding("skipped", first_line(error)))
+    else:
+        findings |= {key: _run(PROPERTIES[key][1], family) for key in OF_FAMILY}
+    return Certificate(name, _kind(probe), findings, time.perf_counter() - started)
+
+
+def require_exact_packing(model: PreTrainedModel, path: str | Path, tolerance: float = FLOAT32) -> None:
     """Check that training on packed documents is exact, on three short documents.
 
     Args:
@@ -99,7 +125,7 @@ def require_exact_packing(
         SoloError: A packed document does not compute what it computes alone.
     """
     was_training = model.training
-    finding = _run(properties.packing, Probe(model.eval(), encoder, tolerance=tolerance, shapes=SHORT))
+    finding = _run(properties.packing, Probe(model.eval(), tolerance=tolerance, shapes=SHORT))
     model.train(was_training)
     if finding.status == "fails":
         raise SoloError(

@@ -84,7 +84,7 @@ def trace(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Trace:
 
     def leave(name: str) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            states[name] = output[0] if isinstance(output, tuple) else output
+            states[name] = output if isinstance(output, Tensor) else output[0]
 
         return record
 

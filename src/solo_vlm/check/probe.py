@@ -24,6 +24,10 @@ Pieces = Sequence[int | tuple[int, int]]  # numbers of text tokens, and grids of
 LONG: tuple[Pieces, ...] = ((4, (2, 3), 5, (1, 2), 6), (7,), (1, (3, 1), 18))
 SHORT: tuple[Pieces, ...] = ((3, (1, 2), 5), (5,), (9,))
 
+FLOAT32, FLOAT16, BFLOAT16, QUANTIZED = 1e-4, 2e-2, 5e-2, 1e-1
+"""Largest differences of outputs that are equal up to rounding, relative to their size."""
+
+_GRIDS = ((2, 3), (3, 1), (2, 2), (1, 2), (1, 1))
 _PADDING = 3  # tokens
 _TEXT_IDS = 8000  # at most; later rows of an embedding may be padding
 _SYSTEM, _QUESTIONS, _ANSWERS = (
@@ -51,7 +55,7 @@ class Probe:
     encoder: Encoder | None = None
     llm: PreTrainedModel | None = None
     processor: Any = None
-    tolerance: float = 1e-4
+    tolerance: float = FLOAT32
     shapes: tuple[Pieces, ...] = LONG
     weights: str = ""
 
@@ -162,15 +166,18 @@ def make_samples(encoder: Encoder) -> list[Sample]:
 
 
 def make_images(image_processor: Any) -> list[NDArray[np.uint8]]:
-    """Return images of noise, (height, width, 3), of sizes that the processor does not change."""
-    side = image_processor.patch_size
-    size = dict(image_processor.size)
-    if size.get("longest_edge"):
-        sizes = [(2 * side, 3 * side), (3 * side, side)]
-    else:
-        sizes = [(size["height"], size["width"])]
+    """Return up to two images of noise, (height, width, 3), of sizes that the processor does not change."""
+    side, size = image_processor.patch_size, dict(image_processor.size)
+    grids = list(_GRIDS)
+    if size.get("height"):
+        grids.append((size["height"] // side, size["width"] // side))
+    kept = [
+        (rows * side, columns * side)
+        for rows, columns in grids
+        if image_processor.get_patch_grid(rows * side, columns * side) == (rows, columns)
+    ]
     generator = np.random.default_rng(0)
-    return [generator.integers(0, 256, (*each, 3), dtype=np.uint8) for each in sizes]
+    return [generator.integers(0, 256, (*each, 3), dtype=np.uint8) for each in kept[:2]]
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:

@@ -124,6 +124,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
             layer: {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32} for layer in (1, 3)
         }
     },
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16, "ssm_multipliers": [0.5, 1.5, 0.8, 1.2, 2.0]},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": _RECURRENT_AND_FULL,
     "jamba": {"attn_layer_period": 4, "attn_layer_offset": 1},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,11 +12,15 @@ from solo_vlm.cli._common import STDOUT, JsonOption, parse_pixels, print_json, q
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
+    from solo_vlm.check.certificate import Certificate
+    from solo_vlm.models.from_llm import SoloModelAndProcessor
     from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 
 ImageAttention = Literal["causal", "bidirectional"]
 ImagePositions = Literal["1d", "2d"]
 PatchEmbedding = Literal["linear", "conv"]
+
+logger = logging.getLogger(__name__)
 
 
 def init(
@@ -28,6 +33,9 @@ def init(
         str,
         typer.Option(help="Maximum long side in pixels, or WIDTHxHEIGHT to stretch all images to."),
     ] = "1024",
+    max_patches: Annotated[
+        int | None, typer.Option(min=1, help="Budget of patches per image; larger images shrink.")
+    ] = None,
     image_attention: Annotated[
         ImageAttention, typer.Option(help="Whether patches also attend to later patches of their image.")
     ] = "causal",
@@ -45,15 +53,20 @@ def init(
 ) -> None:
     """Make a SOLO model from an LLM: add four tokens and one linear layer; text logits stay the same."""
     quiet_libraries()
+    from solo_vlm.models.checks import check_weights
     from solo_vlm.models.from_llm import ImageDesign, from_llm
     from solo_vlm.models.load import stop_ids
+    from solo_vlm.models.solo.configuration_solo import SoloConfig
+    from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
     from solo_vlm.utils.files import check_new
 
     check_new(out)
-    images = _image_processor(image_size)
+    images = _image_processor(image_size, max_patches)
     design = ImageDesign(image_attention, image_positions, rope_base_2d, patch_embedding)
     solo = from_llm(llm, gguf_file, dtype, seed, images, design)
+    certificate = _checked(solo, llm)
     solo.save(out)
+    check_weights(out, lambda: SoloForConditionalGeneration(SoloConfig.from_pretrained(str(out))))
     config = solo.model.config
     facts = {
         "out": str(out),
@@ -64,18 +77,36 @@ def init(
         "vision_token_ids": list(config.vision_token_ids),
         "chat_template": solo.chat_template,
         "stop_tokens": solo.processor.tokenizer.convert_ids_to_tokens(stop_ids(solo.model.generation_config)),
+        "checks": certificate.as_dict()["properties"],
     }
     if json:
         return print_json(facts)
     STDOUT.print(
         f"{out}: {facts['llm']} with {facts['parameters']:,} parameters, of which "
         f"{facts['patch_embedding']:,} embed patches; train it next: solo train RECIPE model={out}\n"
+        "checked: text logits, labels, patches, weights on disk, and a tiny model of the family; all "
+        f"properties of this one: solo check {out} --llm {llm}\n"
         f"chat template: {solo.chat_template_name}; answers end at {' '.join(facts['stop_tokens'])}",
         markup=False,
     )
 
 
-def _image_processor(size: str) -> SoloImageProcessor:
+def _checked(solo: SoloModelAndProcessor, llm: str) -> Certificate:
+    """Check a new model before it is saved; what its family cannot do is a warning."""
+    from solo_vlm.check.certificate import OF_INIT, PROPERTIES, certify_init
+
+    certificate = certify_init(solo.model, solo.processor, llm)
+    for name, finding in certificate.findings.items():
+        if finding.status != "fails":
+            continue
+        what = f"{PROPERTIES[name][0]}: not so: {finding.detail}"
+        if name in OF_INIT:
+            raise SoloError(f"{llm}: {what}; please report this LLM")
+        logger.warning("a tiny %s fails a check: %s", solo.model.config.text_config.model_type, what)
+    return certificate
+
+
+def _image_processor(size: str, max_patches: int | None) -> SoloImageProcessor:
     from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 
     if size.isdecimal():
@@ -84,6 +115,7 @@ def _image_processor(size: str) -> SoloImageProcessor:
         width, height = parse_pixels("--image-size", size)
         settings = {"height": height, "width": width}
     try:
-        return SoloImageProcessor(size=settings)
+        return SoloImageProcessor(size=settings, max_patches=max_patches)
     except ValueError as error:
-        raise SoloError(f"--image-size {size}: {error}") from error
+        budget = f" --max-patches {max_patches}" if max_patches else ""
+        raise SoloError(f"--image-size {size}{budget}: {error}") from error

@@ -83,9 +83,14 @@ def collate(
 
 
 def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
-    """Move a batch to the model's device; a plain LLM does not get the (empty) image inputs."""
+    """Move a batch to the model's device; a plain LLM does not get the (empty) image inputs.
+
+    Routers of experts add no auxiliary loss here: transformers' would count padding as tokens.
+    """
     images = ("pixel_values", "image_grid_thw")
-    return {
+    is_balanced = getattr(model.config.get_text_config(), "output_router_logits", False)
+    options = {"output_router_logits": False} if is_balanced else {}
+    return options | {
         name: value.to(model.device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
         if model.config.model_type == "solo" or name not in images

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from solo_vlm.data.collate import PackedBatch, collate, num_supervised_tokens
-from solo_vlm.data.sources import Source, fingerprints
+from solo_vlm.data.sources import Source, fingerprints, is_same_data
 from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
 from solo_vlm.models.solo.processing_solo import num_vision_tokens
 from solo_vlm.utils.errors import SoloError
@@ -212,7 +212,7 @@ class PackedLoader:
         self._ended, self._turns = set(), None
 
     def counts(self) -> dict[str, int]:
-        """Return sums over the rank's streams: sequences, documents, tokens, samples, skipped by reason."""
+        """Return sums over the rank's streams: sequences, documents, tokens, samples, skipped, filtered."""
         totals: Counter[str] = Counter()
         for state in self._states.values():
             totals.update(state["counts"])
@@ -374,7 +374,7 @@ def _check_unchanged(before: State, now: State) -> None:
             f"the mixture has {len(now['sources'])}"
         )
     for (old_name, old), (name, new) in zip(before["sources"], now["sources"], strict=True):
-        if old != new:
+        if not is_same_data(old, new):
             was = "" if old_name == name else f" (then {old_name})"
             raise SoloError(
                 f"the data changed since the checkpoint: files of source {name}{was} were added, removed or "

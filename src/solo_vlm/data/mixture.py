@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import PackedLoader
-from solo_vlm.data.sources import SharedShards, Source, open_source
-from solo_vlm.data.sources.files import Limits
+from solo_vlm.data.sources import SharedShards, Source, SourceFormat, open_source
+from solo_vlm.data.sources.files import DEFAULT_LIMITS, Limits
 from solo_vlm.data.streams import MixtureItem, VirtualStream, WeightBy
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import Settings
@@ -26,10 +26,31 @@ class SourceSettings(Settings):
     Attributes:
         path: File, folder, glob pattern or URL.
         weight: Relative share, see `DataSettings.weight_by`.
+        format: Format of the rows (docs/data.md has a table); "auto" recognizes it from the first rows.
+        images: Folder that relative image paths refer to; default: the folder of the row's file.
+        columns: Columns of the rows, by the names that the format reads: `{image: photo, text: title}`.
+        filter: Rows to keep: a comparison of their columns, such as `relevance_min >= 3 and "en" in lang`.
     """
 
     path: str
     weight: PositiveFloat = 1.0
+    format: SourceFormat = "auto"
+    images: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    filter: str | None = None
+
+    def open(self, limits: Limits = DEFAULT_LIMITS, at: Callable[[str], str] = str) -> Source:
+        """Open the source.
+
+        Args:
+            limits: Limits for reading the files.
+            at: Function that resolves a path.
+
+        Raises:
+            SoloError: The source is missing or unreadable, or its rows are not as the settings say.
+        """
+        images = None if self.images is None else at(self.images)
+        return open_source(at(self.path), limits, self.format, images, self.columns, self.filter)
 
 
 class DataSettings(Settings):
@@ -111,7 +132,7 @@ class Mixture(Settings):
         return tuple(map(self.source_path, self.source_names()))
 
     def source_path(self, path: str) -> str:
-        """Resolve a source path relative to the root; return URLs unchanged."""
+        """Resolve a source's path relative to the root; return URLs unchanged."""
         return path if "://" in path else str(self.at(path))
 
     def open_sources(self) -> list[Source]:
@@ -121,7 +142,7 @@ class Mixture(Settings):
             SoloError: A source is missing, unreadable or empty.
         """
         limits = Limits(self.data.allow_outside_paths, self.data.max_row_bytes, self.data.max_shard_bytes)
-        sources = [open_source(path, limits) for path in self.source_paths()]
+        sources = [source.open(limits, self.source_path) for source in self.data.sources]
         for source in sources:
             if not len(source):
                 raise SoloError(f"{source.name} has no rows")

@@ -43,6 +43,13 @@ class SampleError(ValueError):
         self.reason = reason
 
 
+class FilteredRow(SampleError):
+    """Row that the filter of its source leaves out; it is counted apart from unusable ones."""
+
+    def __init__(self, expression: str) -> None:
+        super().__init__("filtered", f"not {expression}")
+
+
 @dataclass(frozen=True)
 class Sample:
     """Chat with its images, in the form that all code after the sources uses.

@@ -21,7 +21,7 @@ import numpy as np
 
 from solo_vlm.data.encode import Document, fit_to_length
 from solo_vlm.data.packing import Packer
-from solo_vlm.data.sample import Sample, SampleError, parse_sample
+from solo_vlm.data.sample import FilteredRow, Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source
 from solo_vlm.utils.errors import SoloError
 
@@ -163,12 +163,19 @@ class VirtualStream:
             number = min(behind, key=self._progress)
             first_pass = self._cursors[number].epoch == 0
             shard, row = self._cursors[number].next_key()
-            self._counts["samples"] += 1
-            self._counts["rows"] += first_pass
+            broken = None
             try:
                 pieces = self._pieces_of(number, shard, row)
+            except FilteredRow:
+                self._cursors[number].filtered += 1
+                self._counts.update(["filtered", f"filtered/{self._sources[number].name}"])
+                continue
             except SampleError as error:
-                self._skip(self._sources[number], shard, row, error, first_pass)
+                broken = error
+            self._counts["samples"] += 1
+            self._counts["rows"] += first_pass
+            if broken:
+                self._skip(self._sources[number], shard, row, broken, first_pass)
                 continue
             self._unusable_in_a_row = 0
             if self._weight_by == "samples":
@@ -310,6 +317,7 @@ class _Cursor:
         self.epoch = 0
         self._opened = 0  # pieces opened in this epoch
         self._drawn = 0  # rows drawn in all epochs
+        self.filtered = 0  # those of them that the source's filter leaves out
         self._open: list[list[int]] = []  # [piece, rows read]
         self._cache: dict[int, Sequence[dict[str, Any]]] = {}
         self._row_orders: dict[int, np.ndarray] = {}
@@ -347,6 +355,7 @@ class _Cursor:
             "epoch": self.epoch,
             "opened": self._opened,
             "drawn": self._drawn,
+            "filtered": self.filtered,
             "open": [list(piece) for piece in self._open],
             "reads_all": self._reads_all,
         }
@@ -355,6 +364,7 @@ class _Cursor:
         if state.get("reads_all"):
             self._read_all()
         self.epoch, self._opened, self._drawn = state["epoch"], state["opened"], state["drawn"]
+        self.filtered = state.get("filtered", 0)
         self._open = [list(piece) for piece in state["open"]]
         self._row_orders.clear()
 
@@ -365,12 +375,13 @@ class _Cursor:
                 last = self._epochs is not None and self.epoch + 1 >= self._epochs
                 if self._open or last:
                     return
-                if self._drawn or self._epochs is not None:
+                if self._drawn > self.filtered or self._epochs is not None:
                     self.epoch, self._opened = self.epoch + 1, 0
                 elif not self._reads_all:
                     self._read_all()
                 else:
-                    raise SoloError(f"{self._source.name} has no rows")
+                    left_out = " that its filter keeps" if self.filtered else ""
+                    raise SoloError(f"{self._source.name} has no rows{left_out}")
             piece = int(self._order("units", self._pieces)[self._opened])
             self._opened += 1
             if len(self._row_order(piece)):

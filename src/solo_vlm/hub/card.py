@@ -200,7 +200,7 @@ class TrainingRun:
         recipe = self.recipe.model_dump(mode="json", exclude_defaults=True, exclude=private)
         for part in (recipe["data"], recipe.get("validation") or {}):
             for source in part.get("sources", []):
-                source["path"] = public_name(source["path"])
+                source |= {key: public_name(source[key]) for key in ("path", "images") if key in source}
         return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 
     @property

@@ -41,6 +41,7 @@ _VISION_TOKENS = {
 }
 _VOCABULARY_MULTIPLE = 64
 _LOGITS_TOLERANCE = 1e-5
+_CAUSALITY_TOLERANCE = 1e-2  # rounding of bfloat16 may differ between rows
 
 TemplateSource = Literal["llm", "chatml", "solo"]
 _TEMPLATE_NAMES = {"llm": "the LLM's own", "chatml": "ChatML", "solo": "the SOLO paper's"}
@@ -121,8 +122,8 @@ def from_llm(
         design: Settings for reading images.
 
     Raises:
-        SoloError: The folder is not readable as a language model, its tokenizer has no EOS token, or its head
-            cannot be reproduced.
+        SoloError: The folder is not readable as a language model, its tokenizer has no EOS token, or its
+            architecture cannot be reproduced.
     """
     tokenizer, language_model = _load(llm, gguf_file, dtype)
     return compose(language_model, tokenizer, seed, image_processor, design)
@@ -136,11 +137,12 @@ def compose(
     design: ImageDesign = PAPER_DESIGN,
 ) -> SoloModelAndProcessor:
     """Make a SOLO model from a causal language model and its tokenizer in memory; both are modified."""
-    _check_head(language_model)
     _set_eos(tokenizer, language_model)
     vocabulary = min(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
-    probe = torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0))
+    probe = torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    probe[1, -1] = (probe[1, -1] + 1) % vocabulary
     expected = _text_logits(language_model, probe)
+    _check_causality(language_model, expected)
     image_processor = image_processor or SoloImageProcessor()
     spelling = _add_vision_tokens(tokenizer)
     if tokenizer.pad_token is None:  # any token does: the attention mask hides padding
@@ -156,8 +158,11 @@ def compose(
     rows = max(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
     language_model.resize_token_embeddings(rows, pad_to_multiple_of=_VOCABULARY_MULTIPLE)
     image_id, start_id, row_id, end_id = tokenizer.convert_tokens_to_ids(list(spelling.values()))
+    head = language_model.get_output_embeddings()
+    text_config = language_model.config.get_text_config(decoder=True)
+    text_config.tie_word_embeddings = head.weight is language_model.get_input_embeddings().weight
     config = SoloConfig(
-        text_config=language_model.config,
+        text_config=text_config,
         vision_patch_size=image_processor.patch_size,
         image_mean=list(image_processor.image_mean),
         image_std=list(image_processor.image_std),
@@ -165,6 +170,7 @@ def compose(
         vision_start_token_id=start_id,
         vision_row_token_id=row_id,
         vision_end_token_id=end_id,
+        lm_head_bias=getattr(head, "bias", None) is not None,
         dtype=language_model.dtype,
         **asdict(design),
     )
@@ -178,6 +184,16 @@ def compose(
             f"{type(language_model).__name__}; please report this architecture"
         )
     return SoloModelAndProcessor(model, processor, chat_template)
+
+
+def _check_causality(language_model: PreTrainedModel, logits: Tensor) -> None:
+    """Reject encoders, whose logits of two texts differ before the texts do, at the last token."""
+    change = (logits[0, :-1] - logits[1, :-1]).abs().max().item()
+    if change > _CAUSALITY_TOLERANCE * max(1.0, logits.abs().max().item()):
+        raise SoloError(
+            f"{type(language_model).__name__} sees later tokens, which changed its logits by {change:.2g}: "
+            "it is no causal language model; choose another LLM"
+        )
 
 
 def _load(llm: str | Path, gguf_file: str | None, dtype: str) -> tuple[Any, PreTrainedModel]:
@@ -200,15 +216,6 @@ def _without_quantization(model: PreTrainedModel, llm: str | Path) -> PreTrained
     plain.load_state_dict(model.state_dict())
     plain.config.name_or_path = str(llm)
     return plain
-
-
-def _check_head(language_model: PreTrainedModel) -> None:
-    """Reject a head that a saved SOLO model would not have."""
-    family = language_model.config.model_type
-    if getattr(language_model.get_output_embeddings(), "bias", None) is not None:
-        raise SoloError(f"the head of {family} has a bias, which SOLO models do not have: choose another LLM")
-    if language_model.config.tie_word_embeddings and not hasattr(language_model.base_model, "embed_tokens"):
-        raise SoloError(f"the token embeddings of {family} are not named embed_tokens: choose another LLM")
 
 
 def _add_vision_tokens(tokenizer: Any) -> dict[str, str]:
@@ -321,18 +328,34 @@ def _use_template(processor: SoloProcessor, template: str) -> str | None:
 
 @torch.no_grad()
 def _assemble(language_model: PreTrainedModel, config: SoloConfig) -> SoloForConditionalGeneration:
+    family = config.text_config.model_type
     try:
         with torch.device("meta"):
             model = SoloForConditionalGeneration(config)
-        model.model.set_decoder(language_model.base_model)
+        shapes = _shapes(model)
+        kind = type(model.model.language_model)
+        decoder = next((part for part in language_model.modules() if type(part) is kind), None)
+        if decoder is None:
+            raise SoloError(f"{family} has no decoder that works by itself: choose another LLM")
+        model.model.set_decoder(decoder)
     except ValueError as error:
         raise SoloError(first_line(error)) from error
     model.lm_head = language_model.get_output_embeddings()
     tokens = language_model.get_input_embeddings().weight
     model.model.embed_vision_patch = make_patch_embedding(config).to(tokens.dtype)
-    _initialize(model.model.embed_vision_patch, tokens)
+    if differing := sorted(_shapes(model) ^ shapes):
+        raise SoloError(
+            f"{family} cannot take new tokens: its {differing[0][0]} would not follow the "
+            "size of the vocabulary; choose another LLM"
+        )
+    embedded = model.model.embed_tokens(torch.arange(len(tokens), device=tokens.device))
+    _initialize(model.model.embed_vision_patch, embedded)
     model.tie_weights()
     return model.eval()
+
+
+def _shapes(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
 def _initialize(patch_embedding: nn.Module, tokens: Tensor) -> None:

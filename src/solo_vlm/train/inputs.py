@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
+from solo_vlm.data.sources import is_same_data
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import write_text
+from solo_vlm.utils.files import hash_blocks, write_text
 
 _INPUTS_FILE = "inputs.json"
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".bin", ".gguf")
@@ -57,7 +57,8 @@ def check_inputs(out: Path, inputs: dict[str, str], prefix: str = "") -> None:
         }
     except (ValueError, AttributeError) as error:
         raise SoloError(f"{saved} is damaged ({error}): start a new run with out=...") from error
-    changed = sorted(name for name in before | inputs if before.get(name) != inputs.get(name))
+    names = sorted(before | inputs)
+    changed = [name for name in names if not is_same_data(before.get(name, ""), inputs.get(name, ""))]
     if changed:
         raise SoloError(
             f"{', '.join(changed[:3])} changed since the run in {out} started: restore the original, or "
@@ -66,14 +67,5 @@ def check_inputs(out: Path, inputs: dict[str, str], prefix: str = "") -> None:
 
 
 def _hash_file(file: Path) -> str:
-    """Hash the size and content of a small file, or the size and some blocks of a large one."""
-    size = file.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with file.open("rb") as content:
-        if size <= _BLOCK_SIZE * _BLOCKS:
-            digest.update(content.read())
-        else:
-            for number in range(_BLOCKS):
-                content.seek((size - _BLOCK_SIZE) * number // (_BLOCKS - 1))
-                digest.update(content.read(_BLOCK_SIZE))
-    return digest.hexdigest()
+        return hash_blocks(content, file.stat().st_size, _BLOCK_SIZE, _BLOCKS)

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from solo_vlm.check.certificate import require_exact_packing
+from solo_vlm.check.probe import FLOAT32, QUANTIZED
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_config, load_llm, load_model, quantization_config
 from solo_vlm.models.packed.isolation import isolate_documents
@@ -56,7 +58,7 @@ def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[Pre
 def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
     """Load the base model of a recipe and prepare it for training; return it with its processor."""
     if context.mesh is None or recipe.quantize:  # a quantized model trains in a single process
-        model, processor = load_base_model(recipe.mixture.model_source(), recipe)
+        model, processor = _load_checked(recipe)
         set_trainable(model, recipe, context.dims.world_size)
         if context.mesh is not None:
             model.to(context.device)
@@ -189,14 +191,23 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
         convert_to_float8_training(layer)
 
 
+def _load_checked(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
+    """Load the base model of a recipe, and check that it keeps the documents of a packed row apart."""
+    source = recipe.mixture.model_source()
+    model, processor = load_base_model(source, recipe)
+    require_exact_packing(model, source, tolerance=QUANTIZED if recipe.quantize else FLOAT32)
+    return model, processor
+
+
 def _load_sharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
     """Read the weights in rank 0 only, and distribute them to the shards of all ranks."""
     world_size, source = context.dims.world_size, recipe.mixture.model_source()
-    context.broadcast_from_rank0(lambda: check_tensor_parallel(load_config(source), context.dims.tp))
+    if context.dims.tp > 1:
+        context.broadcast_from_rank0(lambda: check_tensor_parallel(load_config(source), context.dims.tp))
     loaded: list[PreTrainedModel] = []
 
     def describe() -> tuple[type[PreTrainedModel], Any, Any, dict[str, Tensor], Any]:
-        model, processor = load_base_model(source, recipe)
+        model, processor = _load_checked(recipe)
         set_trainable(model, recipe, world_size)
         loaded.append(model)
         return type(model), model.config, model.generation_config, dict(model.named_buffers()), processor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
@@ -126,6 +126,9 @@ class Recipe(Settings):
             the results of matrix products and attention; "full", whole layers.
         compile: Compile the decoder's layers with torch.compile.
         float8: Compute matrix products in float8, on hardware that supports it.
+        router_aux_loss: Coefficient of the auxiliary loss that balances the load of experts. "auto": the
+            model's own (`router_aux_loss_coef`); 0 if its routers are frozen, or if transformers has no such
+            loss for its family.
         parallel: Tensor and data parallelism.
         validation: Held-out data, if any.
         checkpoint: Checkpoint intervals and retention.
@@ -149,6 +152,7 @@ class Recipe(Settings):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     float8: bool = False
+    router_aux_loss: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     parallel: ParallelSettings = ParallelSettings()
     validation: ValidationSettings | None = None
     checkpoint: CheckpointSettings = CheckpointSettings()

@@ -37,6 +37,7 @@ from solo_vlm.train.checkpoint import (
 )
 from solo_vlm.train.estimate.memory import recognize_device
 from solo_vlm.train.estimate.plan import planned_steps
+from solo_vlm.train.experts import ExpertRouting, Routed
 from solo_vlm.train.failures import Stopped, StopRequest, catch_signals
 from solo_vlm.train.metrics import MetricsLogger, make_trackers, memory_gb, progress_bar
 from solo_vlm.train.model import make_model
@@ -49,6 +50,8 @@ from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import lock_output_dir, write_text, writing
 
 logger = logging.getLogger(__name__)
+
+_LEFT_OUT = ("skipped", "filtered")  # counts that are logged as metrics
 
 _COUNTED = ("documents", "tokens", "vision", "supervised", "flops")
 _MAX_SAMPLES_LISTED = 20  # in the message about a non-finite loss
@@ -110,6 +113,7 @@ class Trainer:
 
         set_seed(recipe.seed)
         self.model, self.processor = make_model(recipe, context)
+        self.experts = ExpertRouting.of(self.model, recipe.router_aux_loss)
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
         dp = context.dims.dp
         self.loader = make_loader(recipe.mixture, self.processor, self.sources, context.dp_rank, dp)
@@ -202,7 +206,12 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         rate = learning_rate(state.step, state.total_steps, recipe.optimizer)
         set_learning_rate(self.optimizer, rate)
-        result = optimizer_step(self.model, self.optimizer, batches, counts["supervised"], recipe, context)
+        if self.experts:
+            tokens = [sequence.tokens if sequence else 0 for sequence in sequences]
+            self.experts.start_step(tokens, counts["tokens"])
+        result = optimizer_step(
+            self.model, self.optimizer, batches, counts["supervised"], recipe, context, self.experts
+        )
 
         capacity = recipe.global_batch * recipe.data.sequence_length
         state.step += 1
@@ -236,9 +245,11 @@ class Trainer:
             metrics["validation_loss"] = self.validator.loss(self.model)
         is_logged = state.step == 1 or is_last or state.step % recipe.log_interval == 0
         if is_logged or "validation_loss" in metrics:
-            skipped = {n: c for n, c in self._sample_counts().items() if n.startswith("skipped")}
+            if self.experts:
+                metrics.update(self.experts.metrics(context))
+            left_out = {n: c for n, c in self._sample_counts().items() if n.startswith(_LEFT_OUT)}
             if self.metrics_logger:
-                self.metrics_logger.log(state.step, {**metrics, **skipped})
+                self.metrics_logger.log(state.step, {**metrics, **left_out})
         if self.metrics_logger:
             self.metrics_logger.advance(state.step)
         if state.step % recipe.checkpoint.save_interval == 0 and not is_last:
@@ -376,7 +387,7 @@ class StepResult:
     """Result of one optimizer step.
 
     Attributes:
-        loss: Mean loss over all supervised tokens of the global batch.
+        loss: Mean cross entropy over all supervised tokens of the global batch.
         gradient_norm: Global gradient norm before clipping.
         is_finite: Whether both are finite; otherwise the weights were not updated.
         losses: Contributions of this process's sequences to `loss`.
@@ -395,6 +406,7 @@ def optimizer_step(
     supervised: int,
     recipe: Recipe,
     context: DistributedContext,
+    experts: ExpertRouting | None = None,
 ) -> StepResult:
     """Run one optimizer step on the token-averaged loss; skip the update if loss or gradient is not finite.
 
@@ -402,8 +414,9 @@ def optimizer_step(
         optimizer: Optimizer of its trainable parameters, with the learning rate set.
         batches: This process's packed sequences of the global batch; each gets a forward and backward pass.
         supervised: Supervised tokens of the global batch over all processes.
+        experts: Routing of a mixture of experts, with this step started.
     """
-    losses = forward_backward(model, batches, supervised, autocast(recipe, context))
+    losses = forward_backward(model, batches, supervised, autocast(recipe, context), experts)
     (loss,) = context.sum(sum(losses))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if context.mesh is not None and context.dims.tp > 1:
@@ -421,14 +434,17 @@ def forward_backward(
     batches: Sequence[PackedBatch],
     supervised: int,
     precision: AbstractContextManager[Any],
+    experts: ExpertRouting | None = None,
 ) -> list[float]:
-    """Accumulate gradients; return each batch's summed loss divided by `supervised`."""
+    """Accumulate gradients; return each batch's summed cross entropy divided by `supervised`."""
     losses = []
-    for batch in batches:
-        with precision:
+    for row, batch in enumerate(batches):
+        recording: AbstractContextManager[list[Routed]] = experts.recording() if experts else nullcontext([])
+        with precision, recording as routed:
             inputs = model_inputs(model, batch)
             loss = model(**inputs, use_cache=False, num_items_in_batch=max(supervised, 1)).loss
-        loss.backward()
+        penalty = experts.add_row(row, routed) if experts else 0.0
+        (loss + penalty).backward()
         losses.append(loss.detach())
     return torch.stack(losses).tolist()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from solo_vlm.utils.errors import SoloError
 
@@ -141,6 +142,25 @@ def _content_roots(folder: str) -> list[str]:
     snapshots = (parent for parent in root.parents if parent.name == "snapshots")
     blobs = [parent.with_name("blobs") for parent in snapshots]
     return [str(root), *(str(found) for found in blobs if found.is_dir())]
+
+
+def hash_blocks(content: BinaryIO, size: int, block_size: int, blocks: int) -> str:
+    """Hash the size and content of a small file, or the size and evenly spaced blocks of a large one.
+
+    Args:
+        content: Open file that can seek.
+        size: Size of the file.
+        block_size: Bytes per block.
+        blocks: Maximum number of blocks.
+    """
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    if size <= block_size * blocks:
+        digest.update(content.read())
+    else:
+        for number in range(blocks):
+            content.seek((size - block_size) * number // (blocks - 1))
+            digest.update(content.read(block_size))
+    return digest.hexdigest()
 
 
 def lock_output_dir(out: Path) -> IO[str] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tests.factories import locked_by_another_process, tar_bytes
 from solo_vlm.data.catalog import convert as conversion
 from solo_vlm.data.catalog import raw_files
 from solo_vlm.data.catalog.convert import REPORT_FILE, convert
-from solo_vlm.data.sample import SampleError, parse_sample
+from solo_vlm.data.sample import parse_sample
 from solo_vlm.utils.errors import SoloError
 
 SLIMPAJAMA = [{"text": f"Document {n}.", "meta": {"redpajama_set_name": "RedPajamaBook"}} for n in range(40)]
@@ -160,18 +159,6 @@ def test_truncated_file_keeps_its_intact_rows(tmp_path, kind, raw):
     assert file in report["examples"]["file-broken"][0]
 
 
-def test_json_array_is_read_in_chunks(monkeypatch):
-    monkeypatch.setattr(raw_files, "_CHUNK", 7)
-    rows = [{"n": 1}, {"text": "ein Käfer ] , [" * 9}, {"n": {"deep": [1, {"x": None}]}}]
-    for content in (json.dumps(rows), json.dumps(rows, indent=2), lines(rows).decode(), "", "[]", " [\n] "):
-        expected = rows if "Kä" in content or "\\u" in content else []
-        assert list(raw_files.json_values(io.StringIO(content))) == expected
-    *read, error = raw_files.json_values(io.StringIO(json.dumps(rows)[:-9]))
-    assert read == rows[:2]
-    assert isinstance(error, SampleError)
-    assert error.reason == "file-broken"
-
-
 def test_lone_surrogate_is_rejected_and_a_pair_is_kept(tmp_path):
     row = llava("https://x/1.jpg", "<image>\nQ \U0001f600", "A \ud83d")
     for name, content in (("a.jsonl", lines([row])), ("b.json", json.dumps([row]).encode())):
@@ -192,13 +179,6 @@ def test_deep_nesting_and_bom_affect_no_other_row(tmp_path, file):
     (tmp_path / file).write_text(text, encoding="utf-8-sig")
     report = convert("release-sft", [tmp_path / file], tmp_path / "out", workers=1)
     assert (report["samples"], report["rejected"]) == (2, {"json": 1})
-
-
-def test_endless_nesting_ends_the_file():
-    text = '[{"n": 1}, {"n": ' + "[" * 3000
-    first, last = raw_files.json_values(io.StringIO(text))
-    assert first == {"n": 1}
-    assert last.reason == "file-broken"
 
 
 def test_captions_of_another_encoding_are_rejected_and_a_bom_is_dropped(tmp_path):

@@ -190,9 +190,47 @@ def test_figure2_exceeds_its_own_maximum():
     assert patch_grid(1024, 1024, rule="figure2") == (33, 32)
 
 
+@given(sides, sides, st.integers(1, 5000), st.sampled_from(["original", "figure2"]))
+def test_budget_gives_the_largest_grid_within_it(width, height, budget, rule):
+    short, long = sorted((width, height))
+    rows, columns = patch_grid(short, long, 32, 4096, rule, budget)
+    assert rows * columns <= budget or columns == 1
+    assert abs(rows - columns * short / long) <= 1 + (rule == "figure2")
+    unlimited = patch_grid(short, long, 32, 4096, rule)
+    if columns < unlimited[1]:
+        larger = patch_grid(short, long, 32, (columns + 1) * 32, rule)
+        assert larger[0] * larger[1] > budget
+    else:
+        assert (rows, columns) == unlimited
+
+
+def test_budget_is_saved_and_used_everywhere(tmp_path):
+    SoloImageProcessor(size={"longest_edge": 4096}, max_patches=20).save_pretrained(tmp_path)
+    processor = SoloImageProcessor.from_pretrained(tmp_path)
+    image = photo(3000, 2000)
+    assert processor(image)["image_grid_thw"].tolist() == [[1, 4, 5]]
+    assert processor.encode_image(image)[1].tolist() == [1, 4, 5]
+    assert processor(image, max_patches=6)["image_grid_thw"].tolist() == [[1, 2, 3]]
+    assert processor.get_number_of_image_patches(2000, 3000) == 20
+    assert processor.get_number_of_image_patches(2000, 3000, {"max_patches": 6}) == 6
+
+
+def test_fixed_size_beyond_the_budget_is_rejected():
+    with pytest.raises(ValueError, match="3 x 2 patches of a fixed size exceed max_patches=5"):
+        SoloImageProcessor(size={"height": 96, "width": 64}, max_patches=5)
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [(0, 5), (5, 0), (5, 5, 32, 1000), (5, 5, 0), (5, 5, 64, 32), (5, 5, 32, 1024, "figure3")],
+    [
+        (0, 5),
+        (5, 0),
+        (5, 5, 32, 1000),
+        (5, 5, 0),
+        (5, 5, 64, 32),
+        (5, 5, 32, 1024, "figure3"),
+        (5, 5, 32, 1024, "original", 0),
+    ],
 )
 def test_invalid_sizes_are_rejected(arguments):
     with pytest.raises(ValueError):

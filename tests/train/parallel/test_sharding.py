@@ -7,7 +7,15 @@ from functools import partial
 
 import pytest
 import torch
-from tests.factories import read_steps, run_recipe, run_settings
+from tests.factories import (
+    image_rows,
+    make_solo,
+    read_steps,
+    run_recipe,
+    run_settings,
+    text_rows,
+    write_training_data,
+)
 from torch.distributed.tensor import DTensor
 
 from solo_vlm.models.load import load_model
@@ -63,6 +71,26 @@ def test_losses_match_single_process(runs, tmp_path, start, family, size, tensor
     weights = [load_model(tmp_path / name / "model").state_dict() for name in ("alone", "shared")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "jetmoe"])
+@pytest.mark.distributed
+def test_sharded_experts_match_single_process(tmp_path, start, family):
+    """Experts are one tensor, split between processes; the routers of DeepSeek-V3 have buffers."""
+    write_training_data(tmp_path, image_rows(24), text_rows(64))
+    make_solo(family).save(tmp_path / family)
+    changes = {"model": family, "steps": 6, "router_aux_loss": "auto" if family == "deepseek_v3" else 1.0}
+    group = start(2, run_recipe, run_settings(tmp_path, tmp_path / "shared", **changes))
+    assert start(1, run_recipe, run_settings(tmp_path, tmp_path / "alone", **changes)).wait() == [0]
+    assert group.wait() == [0, 0]
+    ours, theirs = (read_steps(tmp_path / name) for name in ("shared", "alone"))
+    for key in ("loss", "gradient_norm", *(name for name in theirs[0] if name.startswith("moe/"))):
+        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], rel=1e-4), key
+    assert ("moe/aux_loss" in ours[0]) == (family != "deepseek_v3")
+    weights = [load_model(tmp_path / name / "model").state_dict() for name in ("alone", "shared")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "tensor"), [(2, 1), (4, 1), (4, 2)])

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from solo_vlm.data.catalog.entry import DataSet, get
 from solo_vlm.data.catalog.raw_files import is_splittable, read_rows
-from solo_vlm.data.catalog.rows import RawFolder
+from solo_vlm.data.catalog.raw_folder import RawFolder
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources.parquet import read_note, write_samples
 from solo_vlm.data.values import printable

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import yaml
 
-from solo_vlm.data.catalog import formats
-from solo_vlm.data.catalog.rows import SampleRow
+from solo_vlm.data.catalog import converters
+from solo_vlm.data.catalog.raw_folder import RawFolder
+from solo_vlm.data.formats import converters as common
+from solo_vlm.data.formats.rows import RawRow, SampleRow
 from solo_vlm.utils.errors import SoloError, did_you_mean
 
 _HEAD = "| name | use | count | source | raw row | shape seen in | license |\n|---|---|---|---|---|---|---|"
@@ -59,7 +61,8 @@ class DataSet:
         raw_schema: Description of a raw row.
         evidence: Source of the raw format: where it was seen, or what it is based on.
         files: Patterns that match the raw files below a folder.
-        convert: Converter from a raw row to a sample row.
+        converter: Function from a raw row to a sample row.
+        class_list: File in the raw folder with the names of classes, which the converter takes.
         schema_confirmed: Whether the format was seen in a dataset card, an official script or the original
             SOLO code.
         stages: The paper's counts, for a pre-training set.
@@ -76,7 +79,8 @@ class DataSet:
     raw_schema: str
     evidence: str
     files: tuple[str, ...]
-    convert: Callable[..., SampleRow]
+    converter: Callable[..., SampleRow]
+    class_list: str | None = None
     schema_confirmed: bool = True
     stages: tuple[StageCount, ...] = ()
     group: str | None = None
@@ -102,9 +106,22 @@ class DataSet:
             return f"{self.stages[0].images:,} images"
         return f"{sum(count.instances for count in self.stages):,} sequences"
 
+    def convert(self, row: RawRow, folder: RawFolder) -> SampleRow:
+        """Convert a raw row of the folder to a row of a sample file, with its images in it.
+
+        Raises:
+            SampleError: The row or an image is unusable.
+        """
+        options = {"names": folder.class_names(self.class_list)} if self.class_list else {}
+        return folder.embed(self.converter(row, **options))
+
     def as_dict(self) -> dict[str, Any]:
         """Return the entry as plain values, for JSON."""
-        facts = {key: value for key, value in asdict(self).items() if key not in ("convert", "stages")}
+        facts = {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in ("converter", "class_list", "stages")
+        }
         stages = [{**asdict(count), "vision_tokens": count.vision_tokens} for count in self.stages]
         return {**facts, "use": self.use, "stages": stages}
 
@@ -128,8 +145,11 @@ def _load(file: str) -> Iterator[DataSet]:
         entry["stages"] = tuple(StageCount(*counts) for counts in entry.get("stages", ()))
         if "url_list" in entry:
             entry["url_list"] = UrlList(**entry["url_list"])
-        fields = entry["convert"] if isinstance(entry["convert"], dict) else {"name": entry["convert"]}
-        entry["convert"] = partial(getattr(formats, fields.pop("name")), **fields)
+        fields = entry.pop("convert")
+        fields = fields if isinstance(fields, dict) else {"name": fields}
+        function = fields.pop("name")
+        module = converters if hasattr(converters, function) else common
+        entry["converter"] = partial(getattr(module, function), **fields)
         yield DataSet(name=name, **entry)
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import tarfile
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from solo_vlm.data.catalog.rows import RawRow
+from solo_vlm.data.formats.rows import RawRow
+from solo_vlm.data.json_elements import elements
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.values import load_json
 from solo_vlm.utils.errors import SoloError
@@ -23,10 +23,6 @@ Rows = Iterator[RawRow | SampleError]
 
 _COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
 _BATCH_ROWS = 64
-_CHUNK = 1 << 20
-_MAX_VALUE_LENGTH = 1 << 28
-_BRACKETS_AND_STRINGS = re.compile(r'[\[\]{}]|"(?:[^"\\]|\\.)*"', re.DOTALL)
-_BETWEEN = " \t\r\n,[]"
 
 
 def read_rows(path: Path) -> Rows:
@@ -76,7 +72,11 @@ def _parquet(path: Path) -> Rows:
 
 def _json(path: Path) -> Rows:
     with _open(path) as stream:
-        yield from json_values(io.TextIOWrapper(stream, encoding="utf-8-sig"))
+        try:
+            for _, element in elements(stream):
+                yield _parsed(element)
+        except ValueError as error:
+            yield SampleError("file-broken", str(error))
 
 
 def _json_lines(path: Path) -> Rows:
@@ -123,41 +123,9 @@ def _parsed(line: bytes) -> RawRow | SampleError:
         return SampleError("json", str(error))
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> BinaryIO:
     """Open a file, decompressed according to its suffix."""
     return io.BufferedReader(pa.input_stream(str(path), compression="detect"))  # type: ignore[return-value]
-
-
-def json_values(stream: TextIO) -> Iterator[dict[str, Any] | SampleError]:
-    """Yield the objects of one array, or of consecutive values, without holding the whole file in memory.
-
-    What cannot be parsed is yielded as an error and ends the file.
-    """
-    decoder = json.JSONDecoder()
-    buffer, chunk = "", _CHUNK
-    while more := stream.read(chunk):
-        buffer, start = buffer + more, 0
-        while True:
-            start = _skip(buffer, start)
-            try:
-                value, end = decoder.raw_decode(buffer, start)
-            except json.JSONDecodeError:
-                break
-            except RecursionError:
-                if (after := _end_of_value(buffer, start)) is None:
-                    break
-                yield SampleError("json", "too deeply nested")
-                start = after
-                continue
-            yield json_object(value, buffer[start:end])
-            start = end
-        # Doubling the chunk for a value longer than the buffer keeps the number of retries logarithmic.
-        chunk = _CHUNK if start else chunk * 2
-        buffer = buffer[start:]
-        if len(buffer) > _MAX_VALUE_LENGTH:
-            break
-    if buffer.strip(_BETWEEN):
-        yield SampleError("file-broken", f"not JSON, or truncated, at: {buffer.strip(_BETWEEN)[:80]!r}")
 
 
 def json_object(value: Any, source: str) -> dict[str, Any] | SampleError:
@@ -175,19 +143,3 @@ def json_object(value: Any, source: str) -> dict[str, Any] | SampleError:
         except UnicodeEncodeError as error:
             return SampleError("json", str(error))
     return value
-
-
-def _end_of_value(buffer: str, start: int) -> int | None:
-    """Return the end of an object or array of any depth; None if it is not in the buffer."""
-    depth = 0
-    for token in _BRACKETS_AND_STRINGS.finditer(buffer, start):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token.group(), 0)
-        if not depth:
-            return token.end()
-    return None
-
-
-def _skip(buffer: str, start: int) -> int:
-    while start < len(buffer) and buffer[start] in _BETWEEN:
-        start += 1
-    return start

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from weakref import WeakValueDictionary
 
-from solo_vlm.data.sources.files import CODECS, DEFAULT_LIMITS, DataFile, Limits, find_files
+from solo_vlm.data.formats.row_format import FormatName, RowFormat, choose_format
+from solo_vlm.data.sources.files import (
+    CODECS,
+    DEFAULT_LIMITS,
+    DataFile,
+    Limits,
+    RawSource,
+    find_files,
+    find_folder,
+    is_folder,
+)
+from solo_vlm.data.sources.formatted import FormattedSource
+from solo_vlm.data.sources.image_folder import ImageFolderSource
 from solo_vlm.data.sources.jsonl import JsonlSource
 from solo_vlm.data.sources.megatron_indexed import TEXT_INDEX, MegatronIndexedSource
 from solo_vlm.data.sources.parquet import ParquetSource
+from solo_vlm.data.sources.tables import ArrowSource, CsvSource
 from solo_vlm.data.sources.webdataset import WebDatasetSource
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -66,39 +83,103 @@ class SharedShards:
         return self._source.fingerprint()
 
 
-_FORMATS: dict[str, Callable[[str, list[DataFile]], Source]] = {
+SourceFormat = Literal["auto", "imagefolder", "hf", FormatName]
+
+_Readers = dict[str, Callable[[str, list[DataFile]], RawSource]]
+_READERS: _Readers = {
     ".parquet": ParquetSource,
     ".jsonl": JsonlSource,
     **{f".jsonl{compression}": JsonlSource for compression in CODECS},
     ".tar": WebDatasetSource,
-    TEXT_INDEX: MegatronIndexedSource,
 }
+# Folders of the kinds above have files of those below as notes, so these are looked for in this order.
+_ARROW: _Readers = {".arrow": ArrowSource}
+_JSON: _Readers = {".json": JsonlSource, **{f".json{compression}": JsonlSource for compression in CODECS}}
+_CSV: _Readers = {".csv": CsvSource, ".tsv": CsvSource}
+_ALL_READERS = _READERS | _ARROW | _JSON | _CSV
+_FIRST_ROWS = 8  # rows from which the format is recognized
 
 
-def open_source(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Source:
+def open_source(
+    path: str | Path,
+    limits: Limits = DEFAULT_LIMITS,
+    format: SourceFormat = "samples",
+    images: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    filter: str | None = None,
+) -> Source:
     """Open a file, a folder of files, or a glob pattern; local, or a URL that fsspec understands.
 
-    The format follows from the file names: .parquet, .jsonl (also .gz, .zst, .lz4), .tar (WebDataset)
-    or -text.idx (the original SOLO code's packed data in Megatron's files).
+    The kind of file follows from the names: .parquet, .jsonl, .json (also .gz, .zst, .lz4), .csv, .tsv, .tar
+    (WebDataset), .arrow (`datasets`' save_to_disk) or -text.idx (the original SOLO code's packed data in
+    Megatron's files); a folder without any is one of images.
+
+    Args:
+        path: Path or URL.
+        limits: Limits for reading the files.
+        format: Format of the rows; "auto" recognizes it from the first ones, also those of a folder of images
+            ("imagefolder") or of save_to_disk ("hf").
+        images: Folder that relative image paths refer to; default: the folder of the row's file.
+        columns: Columns of the rows, by the names that the format reads.
+        filter: Expression for the rows to keep.
 
     Raises:
-        SoloError: There are no files, or they have an unknown format or several formats.
+        SoloError: There are no files, or they have an unknown format or several formats; or the format, the
+            columns or the filter do not fit the rows.
     """
     try:
-        files = find_files(str(path), list(_FORMATS), limits)
+        images = None if images is None else find_folder(images)
+        raw = _open_raw(str(path), limits, format, images)
     except SoloError:
         raise
     except Exception as error:  # file systems have own errors for missing packages, credentials, network
-        raise SoloError(f"cannot read {path}: {error}") from error
+        raise SoloError(f"cannot read {path}: {first_line(error)}") from error
+    if isinstance(raw, MegatronIndexedSource):
+        if format not in ("auto", "samples") or images or columns or filter:
+            raise SoloError(f"{path}: packed data takes no format, images, columns or filter")
+        return raw
+    if format in ("samples", raw.own_format) and not columns and filter is None:
+        return FormattedSource(raw, RowFormat(raw.own_format))
+    rows = raw.first_rows(_FIRST_ROWS)
+    name: Any = "auto" if format in ("imagefolder", "hf") else format
+    row_format = choose_format(str(path), rows, name, columns or {}, filter, raw.own_format)
+    if name == "auto" and row_format.name != raw.own_format:
+        logger.info("%s: reading rows as %s", path, row_format.name)
+    return FormattedSource(raw, row_format)
+
+
+def _open_raw(
+    path: str, limits: Limits, format: SourceFormat, images: str | None
+) -> RawSource | MegatronIndexedSource:
+    """Open the files of a path, or its images."""
+    files = _find(path, limits, format)
+    if not files and format in ("auto", "imagefolder") and is_folder(path):
+        folder = ImageFolderSource(path, find_folder(path), limits)
+        if len(folder):
+            return folder
     if not files:
         raise SoloError(f"no data files at {path}")
-    # Megatron writes .jsonl files with counts next to its data.
-    files = [file for file in files if file.name.endswith(TEXT_INDEX)] or files
-    formats = {_format(file) for file in files}
-    if len(formats) > 1 or None in formats:
-        raise SoloError(f"{path}: expected files of one of the formats {', '.join(_FORMATS)}")
-    (kind,) = formats
-    return _FORMATS[str(kind)](str(path), files)
+    kinds = {_kind(file) for file in files}
+    if len(kinds) > 1 or None in kinds:
+        known = ", ".join([*_ALL_READERS, TEXT_INDEX])
+        raise SoloError(f"{path}: expected files of one of the formats {known}")
+    (kind,) = kinds
+    if kind == TEXT_INDEX:
+        return MegatronIndexedSource(path, files)
+    return _ALL_READERS[str(kind)](path, [replace(file, images=images or "") for file in files])
+
+
+def _find(path: str, limits: Limits, format: SourceFormat) -> list[DataFile]:
+    searches = [[*_READERS, TEXT_INDEX], [*_ARROW], [*_JSON], [*_CSV]]
+    if format == "hf":
+        searches = [[*_ARROW]]
+    if format == "imagefolder":  # `datasets` puts captions into a file of this name
+        path, searches = f"{path.rstrip('/')}/metadata.*", [[*_ALL_READERS]]
+    for suffixes in searches:
+        if files := find_files(path, suffixes, limits):
+            # Megatron writes .jsonl files with counts next to its data.
+            return [file for file in files if file.name.endswith(TEXT_INDEX)] or files
+    return []
 
 
 def all_rows(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -117,7 +198,22 @@ def fingerprints(sources: Sequence[Source]) -> list[tuple[str, str]]:
     return [(source.name, source.fingerprint()) for source in sources]
 
 
-def _format(file: DataFile) -> str | None:
-    """Return the format's suffix, if it is known; compressed and plain JSON lines are one format."""
-    suffix = next((suffix for suffix in _FORMATS if file.name.lower().endswith(suffix)), None)
-    return ".jsonl" if suffix and suffix.startswith(".jsonl") else suffix
+def is_same_data(before: str, now: str) -> bool:
+    """Return whether two fingerprints are of the same files.
+
+    Contents are compared if both have them: not those of remote files, nor of runs of earlier versions.
+    """
+    files_before, _, contents_before = before.partition("-")
+    files_now, _, contents_now = now.partition("-")
+    unknown = not (contents_before and contents_now)
+    return files_before == files_now and (unknown or contents_before == contents_now)
+
+
+def _kind(file: DataFile) -> str | None:
+    """Return the suffix of a kind of file, if it is known; compressed and plain JSON lines are one kind."""
+    suffixes = sorted([*_ALL_READERS, TEXT_INDEX], key=len, reverse=True)
+    suffix = next((suffix for suffix in suffixes if file.name.lower().endswith(suffix)), None)
+    for plain in (".jsonl", ".json"):
+        if suffix and suffix.startswith(plain):
+            return plain
+    return suffix

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar
@@ -19,9 +21,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
+from solo_vlm.data.formats.row_format import FormatName
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.values import OutsidePathError, locate_images
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
+from solo_vlm.utils.files import hash_blocks
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,6 +33,7 @@ R = TypeVar("R")
 CODECS = {".gz": "gzip", ".zst": "zstd", ".lz4": "lz4"}
 
 _BLOCK_SIZE = 1 << 20
+_HASH_BLOCK_SIZE, _HASH_BLOCKS = 1 << 14, 16
 _OPEN_AT_A_TIME = 16  # files indexed in parallel when a source is opened
 _ATTEMPTS = 5
 _FIRST_WAIT = 0.5  # seconds, doubled each time
@@ -102,6 +107,7 @@ class DataFile:
         root: Folder of the source, which must contain the images of its rows.
         limits: Limits for reading the file.
         modified: Time of the last modification in ns; None for remote files.
+        images: Folder that relative paths in the file refer to; default: the file's own.
     """
 
     url: str
@@ -109,6 +115,7 @@ class DataFile:
     root: str = ""
     limits: Limits = DEFAULT_LIMITS
     modified: int | None = None
+    images: str = ""
 
     @property
     def name(self) -> str:
@@ -117,7 +124,7 @@ class DataFile:
 
     @property
     def folder(self) -> str:
-        """Folder that relative paths in the file refer to."""
+        """Folder of the file."""
         return self.url.rpartition("/")[0]
 
     def open(self, ahead: bool = True) -> BinaryIO:
@@ -166,10 +173,12 @@ class DataFile:
         """Resolve the images of a row of the file, so that they do not depend on the working directory.
 
         Raises:
-            SampleError: An image is outside the source's folder, and the limits do not allow that.
+            SampleError: An image is outside the folder of images, or the source's, and the limits do not
+                allow that.
         """
+        root = None if self.limits.allow_outside_paths else self.images or self.root
         try:
-            return locate_images(row, self.folder, None if self.limits.allow_outside_paths else self.root)
+            return locate_images(row, self.images or self.folder, root)
         except OutsidePathError as error:
             raise SampleError(
                 "outside-path", f"{error}; data.allow_outside_paths = true allows that"
@@ -237,8 +246,7 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
                     f"{folder}, a folder in {path}, has data files, too: use a pattern for all, such as "
                     f"{path.rstrip('/')}/**/*{suffixes[0]}, or make each folder a separate source"
                 )
-    local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
-    if local:
+    if _is_local(system):
         found_at = [(name, Path(name).stat()) for name in names]
         for name, state in found_at:
             if not stat.S_ISREG(state.st_mode):  # reading a pipe may never end
@@ -253,22 +261,105 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
     ]
 
 
+@retried
+def is_folder(path: str) -> bool:
+    """Return whether a path or URL is a folder."""
+    system, folder = fsspec.core.url_to_fs(path)
+    return bool(system.isdir(folder))
+
+
+@retried
+def find_folder(path: str) -> str:
+    """Return the absolute path or the URL of a folder.
+
+    Raises:
+        SoloError: There is no such folder.
+    """
+    system, folder = fsspec.core.url_to_fs(path)
+    if not system.isdir(folder):
+        raise SoloError(f"no folder {path}")
+    return folder if _is_local(system) else system.unstrip_protocol(folder)
+
+
+def _is_local(system: Any) -> bool:
+    return "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
+
+
 def _is_data(name: str, suffixes: Sequence[str]) -> bool:
     return name.lower().endswith(tuple(suffixes))
 
 
 def fingerprint(files: Sequence[DataFile]) -> str:
-    """Return a hash that changes when files are added, removed, renamed or change in size."""
+    """Return a hash of the names and sizes of files, and one of the contents of local ones.
+
+    Of a large file, blocks are hashed, so that runs start fast: a file that was replaced has other blocks.
+    """
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.size}\n".encode())
-    return digest.hexdigest()[:16]
+    names = digest.hexdigest()[:16]
+    if any(file.modified is None for file in files):
+        return names
+    contents = hashlib.sha256("".join(read_each(_hash_content, files)).encode())
+    return f"{names}-{contents.hexdigest()[:16]}"
+
+
+@lru_cache(maxsize=100_000)  # a run compares fingerprints several times
+@retried
+def _hash_content(file: DataFile) -> str:
+    with file.open() as content:
+        return hash_blocks(content, file.size, _HASH_BLOCK_SIZE, _HASH_BLOCKS)
 
 
 def read_each(read: Callable[[DataFile], R], files: Sequence[DataFile]) -> list[R]:
     """Return `read` of each file, called in parallel because remote files have a high latency."""
     with ThreadPoolExecutor(_OPEN_AT_A_TIME) as pool:
         return list(pool.map(read, files))
+
+
+class RawSource(ABC):
+    """Data set of numbered shards of raw rows, as they are in the files.
+
+    Attributes:
+        name: Path of the source.
+        own_format: Format of rows that are not in another one.
+    """
+
+    name: str
+    own_format: FormatName = "samples"
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of shards."""
+
+    @abstractmethod
+    def read(self, shard: int) -> Sequence[Any]:
+        """Return all rows of a shard, in file order; accessing a broken row raises SampleError."""
+
+    @abstractmethod
+    def file(self, shard: int) -> DataFile:
+        """Return the file of a shard, which relative paths in its rows refer to."""
+
+    @abstractmethod
+    def where(self, shard: int, row: int) -> str:
+        """Name file and row, for messages."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash that changes when files are added, removed or rewritten."""
+
+    def first_rows(self, count: int) -> list[Any]:
+        """Return up to `count` readable rows of the first shard."""
+        return readable_rows(self.read(0), count) if len(self) else []
+
+
+def readable_rows(rows: Sequence[Any], count: int) -> list[Any]:
+    """Return the readable ones of the first `count` rows."""
+    found = []
+    for number in range(min(count, len(rows))):
+        with suppress(SampleError):
+            found.append(rows[number])
+    return found
 
 
 class BrokenShard(Sequence[Any]):
@@ -295,7 +386,7 @@ def broken_shard(error: Exception, where: str) -> BrokenShard:
     """
     if isinstance(error, OSError) and _is_system_error(error):
         raise error
-    return BrokenShard(SampleError("broken-shard", f"{where}: {error}"))
+    return BrokenShard(SampleError("broken-shard", f"{where}: {first_line(error)}"))
 
 
 class ShardIndex:

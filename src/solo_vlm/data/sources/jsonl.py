@@ -1,35 +1,40 @@
-"""JSON Lines; a shard is a block of lines, or a whole compressed file."""
+"""JSON Lines and JSON arrays; a shard is a block of lines or elements, or a whole compressed file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from solo_vlm.data.json_elements import elements
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources.files import (
     CODECS,
     BrokenShard,
     DataFile,
+    Limits,
+    RawSource,
     ShardIndex,
     broken_shard,
     fingerprint,
     retried,
 )
 from solo_vlm.data.values import load_json
+from solo_vlm.utils.errors import SoloError
 
-_LINES_PER_SHARD = 256
+_ROWS_PER_SHARD = 256
 _CHUNK_SIZE = 1 << 20
 
 
-class JsonlSource:
-    """Rows of .jsonl files, plain or compressed (.gz, .zst, .lz4).
+class JsonlSource(RawSource):
+    """Rows of .jsonl and .json files, plain or compressed (.gz, .zst, .lz4).
 
     Blocks of a plain file are read independently. A compressed file can only be read from its beginning, so
-    it is one shard: split large data over many files. Relative image paths refer to the folder of the file.
+    it is one shard: split large data over many files.
     """
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
@@ -39,18 +44,22 @@ class JsonlSource:
     def __len__(self) -> int:
         return len(self._shards)
 
-    def read(self, shard: int) -> Sequence[dict[str, Any]]:
-        """Return all rows of a block; accessing a line that is not a JSON object raises SampleError."""
+    def read(self, shard: int) -> Sequence[Any]:
+        """Return all rows of a block; accessing a line or element that is not JSON raises SampleError."""
         file, (start, end) = self._shards[shard]
         try:
             if not _is_compressed(file):
-                file.limits.check_row(end - start)  # a larger block is a single line
-            data = _read_block(file, start, end)
+                file.limits.check_row(end - start)  # a larger block is a single row
+            rows = _split(file, _read_block(file, start, end), is_part=not _is_compressed(file))
         except SampleError as error:
             return BrokenShard(error)
         except (pa.ArrowException, OSError) as error:
             return broken_shard(error, file.url)
-        return _Rows([line for line in data.splitlines() if line.strip()], file)
+        return _Rows(rows, file.limits)
+
+    def file(self, shard: int) -> DataFile:
+        """Return the file of a block."""
+        return self._shards[shard][0]
 
     def where(self, shard: int, row: int) -> str:
         """Name file, position of the block and row in it."""
@@ -58,64 +67,85 @@ class JsonlSource:
         return f"{file.url}, block at byte {start}, row {row}"
 
     def fingerprint(self) -> str:
-        """Return a hash of the files' names and sizes."""
+        """Return a hash of the files' names, sizes and contents."""
         return fingerprint(self._shards.files)
 
 
-class _Rows(Sequence[dict[str, Any]]):
-    """Lines that are parsed when they are accessed."""
+class _Rows(Sequence[Any]):
+    """Rows that are parsed when they are accessed."""
 
-    def __init__(self, lines: list[bytes], file: DataFile) -> None:
-        self._lines = lines
-        self._file = file
+    def __init__(self, rows: list[bytes], limits: Limits) -> None:
+        self._rows = rows
+        self._limits = limits
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        self._file.limits.check_row(len(self._lines[index]))
+        self._limits.check_row(len(self._rows[index]))
         try:
-            row = as_chat_row(load_json(self._lines[index]))
+            return load_json(self._rows[index])
         except ValueError as error:
             raise SampleError("json", str(error)) from error
-        if not isinstance(row, dict):
-            raise SampleError("json", "not an object")
-        return self._file.locate_images(row)
 
 
 @retried
 def _blocks(file: DataFile) -> NDArray[np.int64]:
-    """Return (blocks, 2) byte positions at which blocks of whole lines start and end.
+    """Return (blocks, 2) byte positions at which blocks of whole rows start and end.
 
-    A block is at most as large as the largest row allowed, unless it is a single line.
+    A block is at most as large as the largest row allowed, unless it is a single row.
     """
     if _is_compressed(file):
         return np.array([[0, file.size]])
-    borders, lines, start = [0], 0, 0
-    for end in _line_ends(file):
-        if end - borders[-1] > file.limits.max_row_bytes and lines:
-            borders.append(start)
-            lines = 0
-        lines, start = lines + 1, end
-        if lines == _LINES_PER_SHARD:
-            borders.append(end)
-            lines = 0
-    if start > borders[-1]:
-        borders.append(start)
-    return np.array([borders[:-1], borders[1:]], np.int64).T
+    blocks: list[tuple[int, int]] = []
+    first, last, rows = 0, 0, 0
+    for start, end in _elements(file) if _is_array(file) else _lines(file):
+        if rows == _ROWS_PER_SHARD or (rows and end - first > file.limits.max_row_bytes):
+            blocks.append((first, last))
+            rows = 0
+        if not rows:
+            first = start
+        last, rows = end, rows + 1
+    if rows:
+        blocks.append((first, last))
+    return np.array(blocks, np.int64).reshape(-1, 2)
 
 
-def _line_ends(file: DataFile) -> Iterator[int]:
-    """Yield the position after each line, without reading whole lines into memory."""
-    position = end = 0
+def _lines(file: DataFile) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each line, without reading whole lines into memory."""
+    position = start = 0
     with file.open() as stream:
         while chunk := stream.read(_CHUNK_SIZE):
             for newline in np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")).tolist():
                 end = position + newline + 1
-                yield end
+                yield start, end
+                start = end
             position += len(chunk)
-    if position > end:
-        yield position
+    if position > start:
+        yield start, position
+
+
+def _elements(file: DataFile) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each element of an array."""
+    try:
+        with file.open() as stream:
+            yield from ((start, start + len(element)) for start, element in elements(stream))
+    except ValueError as error:
+        raise SoloError(f"{file.url}: {error}") from error
+
+
+def _split(file: DataFile, data: bytes, is_part: bool) -> list[bytes]:
+    if not _is_array(file):
+        return [line for line in data.splitlines() if line.strip()]
+    try:
+        return [element for _, element in elements(BytesIO(data), is_part)]
+    except ValueError as error:
+        raise SampleError("broken-shard", f"{file.url}: {error}") from error
+
+
+def _is_array(file: DataFile) -> bool:
+    """Return whether a file is named .json; it may contain JSON lines all the same."""
+    return ".jsonl" not in file.name.lower()
 
 
 def _is_compressed(file: DataFile) -> bool:
@@ -127,24 +157,3 @@ def _read_block(file: DataFile, start: int, end: int) -> bytes:
     if _is_compressed(file):
         return file.read_decompressed()
     return file.read((start, end))[0]
-
-
-def as_chat_row(value: Any) -> Any:
-    """Convert a row of the original SOLO data to the schema; return anything else unchanged.
-
-    A row is `{"messages": [turn, ...]}`, `{"id", "conversations": [turn, ...]}`, a list of turns, or a single
-    turn. A turn has `role` and `content`: a string, or parts of text and `image_url`.
-    """
-    if isinstance(value, list):
-        return {"messages": value}
-    if not isinstance(value, dict) or "messages" in value:
-        return value
-    if _are_turns(value.get("conversations")):
-        return {**value, "messages": value["conversations"]}
-    return {"messages": [value]} if _are_turns([value]) else value
-
-
-def _are_turns(turns: Any) -> bool:
-    return isinstance(turns, list) and all(
-        isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
-    )

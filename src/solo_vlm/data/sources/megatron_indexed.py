@@ -65,7 +65,7 @@ class MegatronIndexedSource:
         return f"{packed.prefix}, pack {pack}, document {row}"
 
     def fingerprint(self) -> str:
-        """Return a hash of the files' names and sizes."""
+        """Return a hash of the files' names, sizes and contents."""
         return fingerprint(self._files)
 
     def _place(self, shard: int) -> tuple[_PackedSet, int]:

@@ -12,20 +12,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from solo_vlm.data.formats.row_format import KNOWN_COLUMNS
+from solo_vlm.data.formats.rows import RawRow
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.sources.files import DataFile, ShardIndex, broken_shard, fingerprint, retried
-from solo_vlm.data.values import COLUMNS
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.data.sources.files import (
+    DataFile,
+    RawSource,
+    ShardIndex,
+    broken_shard,
+    fingerprint,
+    readable_rows,
+    retried,
+)
+from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import new_file
 
 _ROWS_PER_BATCH = 4096
-_NEEDED = ("messages", *COLUMNS)
 
 
-class ParquetSource:
-    """Rows of parquet files.
-
-    Images stay encoded bytes, as in the file. Relative paths refer to its folder.
+class ParquetSource(RawSource):
+    """Rows of parquet files; images stay encoded bytes, as in the file.
 
     Raises:
         SoloError: A file has no readable footer.
@@ -38,13 +44,27 @@ class ParquetSource:
     def __len__(self) -> int:
         return len(self._shards)
 
-    def read(self, shard: int) -> Sequence[dict[str, Any]]:
+    def read(self, shard: int) -> Sequence[RawRow]:
         """Return all rows of a row group; accessing a row of a broken one raises SampleError."""
         file, (group,) = self._shards[shard]
         try:
-            return _Rows(_read_group(file, group), file)
+            return TableRows(_read_group(file, group))
         except (pa.ArrowException, OSError) as error:
             return broken_shard(error, f"{file.url}, row group {group}")
+
+    def file(self, shard: int) -> DataFile:
+        """Return the file of a row group."""
+        return self._shards[shard][0]
+
+    def first_rows(self, count: int) -> list[Any]:
+        """Return up to `count` rows of the first row group, without reading the rest of it."""
+        if not len(self):
+            return []
+        file, (group,) = self._shards[0]
+        try:
+            return readable_rows(TableRows(_read_group(file, group, count)), count)
+        except (pa.ArrowException, OSError) as error:
+            return readable_rows(broken_shard(error, file.url), count)
 
     def where(self, shard: int, row: int) -> str:
         """Name file, row group and row."""
@@ -52,36 +72,42 @@ class ParquetSource:
         return f"{file.url}, row group {group}, row {row}"
 
     def fingerprint(self) -> str:
-        """Return a hash of the files' names and sizes."""
+        """Return a hash of the files' names, sizes and contents."""
         return fingerprint(self._shards.files)
 
 
-class _Rows(Sequence[dict[str, Any]]):
+class TableRows(Sequence[RawRow]):
     """Rows of a table, converted to Python objects one at a time, so images are not held twice."""
 
-    def __init__(self, table: pa.Table, file: DataFile) -> None:
+    def __init__(self, table: pa.Table) -> None:
         self._table = table
-        self._file = file
 
     def __len__(self) -> int:
         return self._table.num_rows
 
     def __getitem__(self, index: Any) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
         row = {}
         for name, column in zip(self._table.column_names, self._table.columns, strict=True):
             try:
                 row[name] = column[index].as_py()
             except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is not UTF-8, a date
-                if name in _NEEDED:
-                    raise SampleError("schema", f"column {name} cannot be read: {error}") from error
-        return self._file.locate_images(row)
+                if name in KNOWN_COLUMNS:
+                    raise SampleError(
+                        "schema", f"column {name} cannot be read: {first_line(error)}"
+                    ) from error
+        return row
 
 
 @retried
-def _read_group(file: DataFile, group: int) -> pa.Table:
-    """Read a row group in batches, since its stated size and number of rows may be wrong."""
+def _read_group(file: DataFile, group: int, first: int | None = None) -> pa.Table:
+    """Read a row group, or its first rows, in batches: its stated size and number of rows may be wrong."""
     batches, size = [], 0
-    with file.open(ahead=False) as stream, pq.ParquetFile(stream) as parquet:
+    with file.open(ahead=False) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as parquet:
+        if first is not None:
+            batch = next(parquet.iter_batches(first, row_groups=[group]), None)
+            return pa.Table.from_batches([batch] if batch else [], parquet.schema_arrow)
         for batch in parquet.iter_batches(_ROWS_PER_BATCH, row_groups=[group]):
             size += batch.nbytes
             file.limits.check_shard(size, f"{file.url}, row group {group}")
@@ -112,7 +138,7 @@ def _read_metadata(file: DataFile) -> pq.FileMetaData:
             return pq.read_metadata(stream)
     except (pa.ArrowException, OSError) as error:
         broken_shard(error, file.url)  # raises the error if the disk or the network failed
-        raise SoloError(f"{file.url} is not a readable parquet file: {error}") from error
+        raise SoloError(f"{file.url} is not a readable parquet file: {first_line(error)}") from error
 
 
 # A stream holds row groups in memory, and a loader has hundreds open: 64 streams, 4 each, all sources.
@@ -146,7 +172,7 @@ def write_samples(
         note: Called after the last row; its result is stored in the file for `read_note`.
     """
     count = 0
-    with new_file(path) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
+    with new_file(path) as partial, pq.ParquetWriter(partial, SCHEMA, write_page_checksum=True) as writer:
         for group in _row_groups(samples):
             writer.write_table(pa.Table.from_pylist(group, SCHEMA))
             count += len(group)

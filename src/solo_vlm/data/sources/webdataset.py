@@ -6,14 +6,23 @@ import posixpath
 import sys
 import tarfile
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.sources.files import DataFile, broken_shard, fingerprint, retried
+from solo_vlm.data.sources.files import (
+    DataFile,
+    RawSource,
+    broken_shard,
+    fingerprint,
+    readable_rows,
+    retried,
+)
 from solo_vlm.data.values import COLUMNS, load_json, natural_key
 
+_FIRST_MEMBERS = 64  # members read to recognize the format
 _MAX_LINKS = 8  # longest chain of links
 _MAX_MEMBERS = 1_000_000
 _MAX_HEADER_BYTES = 1 << 20
@@ -26,13 +35,14 @@ _BROKEN = (
 _MISSING = (-1, -1)  # position of a link without a target
 
 
-class WebDatasetSource:
+class WebDatasetSource(RawSource):
     """Rows of tar files, as webdataset and img2dataset write them.
 
-    A row with a `.json` that has `messages` is a chat; its images are the row's image members, in natural
-    order of their names. Any other row is a document: images, then the caption in `.txt`, or in the JSON's
-    `caption` or `text`. Relative paths in the JSON refer to the folder of the tar.
+    A row has the columns of its `.json`, and its other members by suffix, if they are text. `image` has its
+    image members, in natural order of their names.
     """
+
+    own_format = "webdataset"
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
         self.name = name
@@ -49,12 +59,26 @@ class WebDatasetSource:
         except _BROKEN as broken:
             return broken_shard(broken, file.url)
 
+    def file(self, shard: int) -> DataFile:
+        """Return the tar."""
+        return self._files[shard]
+
+    def first_rows(self, count: int) -> list[Any]:
+        """Return up to `count` readable rows from the first members of the first tar."""
+        if not self._files:
+            return []
+        try:
+            rows = _Rows(self._files[0], *_index(self._files[0], _FIRST_MEMBERS))
+        except _BROKEN:  # reported when the shard is read
+            return []
+        return readable_rows(rows, min(count, len(rows) - 1) or len(rows))
+
     def where(self, shard: int, row: int) -> str:
         """Name file and row."""
         return f"{self._files[shard].url}, row {row}"
 
     def fingerprint(self) -> str:
-        """Return a hash of the files' names and sizes."""
+        """Return a hash of the files' names, sizes and contents."""
         return fingerprint(self._files)
 
 
@@ -88,12 +112,17 @@ class _Rows(Sequence[dict[str, Any]]):
             raise SampleError("image", "a sparse file, or a link to a file that is not in the tar")
         self._file.limits.check_row(sum(end - start for start, end in places))
         members = list(zip(self._extensions[own], _read(self._file, places), strict=True))
-        return self._file.locate_images(_row(members))
+        return _row(members)
 
 
 @retried
-def _index(file: DataFile) -> tuple[list[list[_Member]], SampleError | None]:
-    """Return the positions of each sample's members, and the error if the file is truncated."""
+def _index(file: DataFile, first: int | None = None) -> tuple[list[list[_Member]], SampleError | None]:
+    """Return the positions of each sample's members, and the error if the file is truncated.
+
+    Args:
+        file: Tar.
+        first: Number of members to read; default: all.
+    """
     members: list[tarfile.TarInfo] = []
     error = None
     with file.open() as stream:
@@ -103,9 +132,12 @@ def _index(file: DataFile) -> tuple[list[list[_Member]], SampleError | None]:
             for member in tar:
                 _check_member(member, file.size)
                 members.append(member)
+                if len(members) == first:
+                    break
                 if len(members) > _MAX_MEMBERS:
                     raise tarfile.ReadError(f"more than {_MAX_MEMBERS:,} members: split it")
-            _check_end(stream, tar.offset)
+            else:
+                _check_end(stream, tar.offset)
         except _BROKEN as broken:
             error = SampleError("broken-shard", f"{file.url}: {broken}")
     by_name = {posixpath.normpath(member.name): member for member in members}
@@ -183,16 +215,18 @@ def _row(members: list[tuple[str, bytes]]) -> dict[str, Any]:
     facts = _facts(content.pop("json", b"{}"))
     if images:
         facts = {name: value for name, value in facts.items() if name not in COLUMNS}
-    else:
-        _check_for_lost_image({name: data for name, data in content.items() if name != "txt"})
-    if "messages" in facts:
-        return facts | {"image": images} if images else facts
-    caption = _caption(content["txt"]) if "txt" in content else facts.get("caption") or facts.get("text")
-    if not isinstance(caption, str) or not caption:
-        raise SampleError("no-caption", f"no text in .txt or .json next to {sorted([*names, *content])}")
-    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": caption}]
-    row = facts | {"messages": [{"role": "assistant", "content": parts}]}
-    return row | {"images": images} if images else row
+    texts = {name: data for name, data in content.items() if name != "txt"}
+    if not images:
+        _check_for_lost_image(texts)
+    row = facts | ({"txt": _caption(content["txt"])} if "txt" in content else {})
+    row |= {name: text for name, data in texts.items() if (text := _text(data)) is not None}
+    return row | {"image": images} if images else row
+
+
+def _text(data: bytes) -> str | None:
+    with suppress(UnicodeDecodeError):
+        return data.decode()
+    return None
 
 
 def _is_image(extension: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solo_vlm.data.encode import Document, Encoder, fit_to_length
-from solo_vlm.data.sample import SampleError, parse_sample
+from solo_vlm.data.sample import FilteredRow, SampleError, parse_sample
 from solo_vlm.data.sources import Source
 
 OnProgress = Callable[[int, int], None]  # completed shards, total shards
@@ -25,13 +25,18 @@ class ReadRow:
         where: File and row, for messages.
         images: Number of images.
         documents: Encoded documents: several if a long text was cut, none if the row is unusable.
-        error: Reason why the row is unusable.
+        error: Reason why the row is unusable, or left out by a filter.
     """
 
     where: str
     images: int = 0
     documents: list[Document] = field(default_factory=list)
     error: SampleError | None = None
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether the filter of the source leaves the row out."""
+        return isinstance(self.error, FilteredRow)
 
 
 class ShardProgress:

@@ -26,6 +26,7 @@ from solo_vlm.models.solo.processing_solo import num_vision_tokens
 
 COUNTS = ("samples", "images", "tokens", "text_tokens", "vision_tokens")
 
+_FILTERED = "filtered"  # the reason for rows that a filter leaves out
 _TRIAL_PACKS = 256  # packed sequences from which the fill is estimated
 
 
@@ -38,12 +39,14 @@ class Stats:
         totals: Totals by name, one for each of `COUNTS`; samples are the usable rows.
         margins: Half-widths of the 95% confidence intervals of estimated totals, by name.
         skipped: Number of unusable rows by reason.
+        filtered: Number of rows that the source's filter leaves out.
     """
 
     instances: int
     totals: dict[str, int]
     margins: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     skipped: dict[str, int] = field(default_factory=dict)
+    filtered: int = 0
 
     def as_dict(self, sequence_length: int) -> dict[str, Any]:
         """Return plain values for JSON, with derived shares and intervals."""
@@ -59,6 +62,7 @@ class Stats:
             "vision_share": _ratio(totals["vision_tokens"], totals["tokens"]),
             "fill": _ratio(totals["tokens"], self.instances * sequence_length),
             "skipped": self.skipped,
+            "filtered": self.filtered,
             "interval_95": intervals,
         }
 
@@ -86,6 +90,7 @@ class MixtureStats:
             {name: sum(source.totals[name] for source in sources) for name in COUNTS},
             {name: round(math.hypot(*(source.margins[name] for source in sources))) for name in COUNTS},
             dict(sum((Counter(source.skipped) for source in sources), Counter())),
+            sum(source.filtered for source in sources),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def mixture_stats(
 
 
 class _Summary(NamedTuple):
-    """Counts of a row, its document lengths, and the reason to skip it."""
+    """Counts of a row, its document lengths, and the reason to leave it out."""
 
     counts: list[int]
     lengths: list[int]
@@ -151,22 +156,24 @@ def _summarize(row: ReadRow) -> _Summary:
     vision = sum(num_vision_tokens(document.image_grid_thw) for document in row.documents)
     tokens = sum(lengths)
     counts = [int(row.error is None), row.images, tokens, tokens - vision, vision]
-    return _Summary(counts, lengths, row.error.reason if row.error else None)
+    reason = _FILTERED if row.is_filtered else row.error.reason if row.error else None
+    return _Summary(counts, lengths, reason)
 
 
 def _count(reader: RowReader, packing_buffer: int) -> Stats:
     """Read every row, keeping only sums."""
     totals = np.zeros(len(COUNTS), np.int64)
-    skipped: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
     packer: Packer[None] = Packer(reader.length, packing_buffer)
     instances = 0
     for row in reader.read_all():
         counts, lengths, reason = _summarize(row)
         totals += counts
-        skipped.update([reason] if reason else [])
+        left_out.update([reason] if reason else [])
         instances += sum(packer.add(None, length) is not None for length in lengths)
     instances += sum(1 for _ in iter(packer.drain, None))
-    return Stats(instances, _named(totals), skipped=dict(skipped))
+    filtered = left_out.pop(_FILTERED, 0)
+    return Stats(instances, _named(totals), skipped=dict(left_out), filtered=filtered)
 
 
 def _estimate(reader: RowReader, packing_buffer: int, samples: int, generator: np.random.Generator) -> Stats:
@@ -176,7 +183,7 @@ def _estimate(reader: RowReader, packing_buffer: int, samples: int, generator: n
         drawn.append((len(rows), [_summarize(row) for row in reader.read(shard, rows, chosen)]))
     summaries = [summary for _, rows in drawn for summary in rows]
     reasons = sorted({summary.reason for summary in summaries if summary.reason})
-    # Each reason to skip is one more column: 1 for the rows that it applies to.
+    # Each reason to leave a row out is one more column: 1 for the rows that it applies to.
     width = len(COUNTS) + len(reasons)
     counts = [[[*row.counts, *(row.reason == name for name in reasons)] for row in rows] for _, rows in drawn]
     estimate = estimate_totals(
@@ -189,8 +196,9 @@ def _estimate(reader: RowReader, packing_buffer: int, samples: int, generator: n
     totals = _named(estimate.totals)
     lengths = [length for summary in summaries for length in summary.lengths]
     instances = estimate_instances(totals["tokens"], lengths, reader.length, packing_buffer, generator)
-    skipped = dict(zip(reasons, map(round, estimate.totals[len(COUNTS) :]), strict=True))
-    return Stats(instances, totals, _named(estimate.margins), skipped)
+    left_out = dict(zip(reasons, map(round, estimate.totals[len(COUNTS) :]), strict=True))
+    filtered = left_out.pop(_FILTERED, 0)
+    return Stats(instances, totals, _named(estimate.margins), left_out, filtered)
 
 
 def estimate_instances(

@@ -23,10 +23,12 @@ class Verification:
 
     Attributes:
         sources: Report of each source's rows, by its path in the mixture.
+        filtered: Number of rows that each source's filter leaves out.
         max_skipped: Maximum fraction of unusable rows.
     """
 
     sources: dict[str, Report]
+    filtered: dict[str, int]
     max_skipped: float
 
     @property
@@ -48,7 +50,10 @@ class Verification:
             "rows": self.rows,
             "rejected": self.rejected,
             "max_skipped": self.max_skipped,
-            "sources": [{"source": path, **report.as_dict()} for path, report in self.sources.items()],
+            "sources": [
+                {"source": path, **report.as_dict(), "filtered": self.filtered[path]}
+                for path, report in self.sources.items()
+            ],
         }
 
 
@@ -71,14 +76,16 @@ def verify_mixture(
     """
     sources = mixture.open_sources()
     on_shard = ShardProgress(sum(map(len, sources)), on_progress)
-    reports = {}
+    reports: dict[str, Report] = {}
+    filtered: dict[str, int] = {}
     with _opened(report_file) as lines:
         for path, source in zip(mixture.source_labels(), sources, strict=True):
             reader = RowReader(source, encoder, mixture.data.sequence_length, on_shard)
-            reports[path] = _verify(path, reader, lines)
+            reports[path], filtered[path] = _verify(path, reader, lines)
             if not reports[path].samples + reports[path].rejected.total():
-                raise SoloError(f"{source.name} has no rows")
-    return Verification(reports, mixture.data.max_skipped)
+                left_out = " that its filter keeps" if filtered[path] else ""
+                raise SoloError(f"{source.name} has no rows{left_out}")
+    return Verification(reports, filtered, mixture.data.max_skipped)
 
 
 @contextmanager
@@ -90,9 +97,13 @@ def _opened(file: Path | None) -> Iterator[BinaryIO | None]:
         yield lines
 
 
-def _verify(path: str, reader: RowReader, lines: BinaryIO | None) -> Report:
-    report = Report()
+def _verify(path: str, reader: RowReader, lines: BinaryIO | None) -> tuple[Report, int]:
+    """Return the report of a source, and the number of rows that its filter leaves out."""
+    report, filtered = Report(), 0
     for row in reader.read_all():
+        if row.is_filtered:
+            filtered += 1
+            continue
         if row.error is None:
             report.samples += 1
             report.images += row.images
@@ -101,4 +112,4 @@ def _verify(path: str, reader: RowReader, lines: BinaryIO | None) -> Report:
         if lines is not None:
             line = {"source": path, "where": row.where, "reason": row.error.reason, "error": str(row.error)}
             lines.write(json_line(line))
-    return report
+    return report, filtered

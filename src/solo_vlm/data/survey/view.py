@@ -54,7 +54,7 @@ def write_gallery(path: Path, mixture: Mixture, encoder: Encoder, samples: int, 
         generator = np.random.default_rng([seed, number])
         drawn = draw_rows(source, share, generator) if share else ()
         rows = [row for shard in drawn for row in reader.read(*shard)]
-        cards += [_card(name, row, encoder) for row in rows]
+        cards += [_card(name, row, encoder) for row in rows if not row.is_filtered]
     html = render("solo_vlm.data.survey", "view.html.jinja", cards=cards, image_url=image_url)
     write_text(path, html)
     return len(cards)

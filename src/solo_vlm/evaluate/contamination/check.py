@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader, Dataset
 
 from solo_vlm.data.mixture import Mixture
-from solo_vlm.data.sample import Sample, SampleError, parse_sample
+from solo_vlm.data.sample import FilteredRow, Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source
 from solo_vlm.data.survey.reading import OnProgress, ShardProgress
 from solo_vlm.evaluate.contamination.matching import (
@@ -168,12 +168,15 @@ class _Shards(Dataset[_ShardFindings]):
         found = _ShardFindings()
         rows = source.read(shard)
         for row in range(len(rows)):
-            found.rows += 1
             try:
                 sample = parse_sample(rows[row])
+            except FilteredRow:
+                continue
             except SampleError as error:
+                found.rows += 1
                 found.skipped[error.reason] += 1
                 continue
+            found.rows += 1
             self._search(sample, source.name, source.where(shard, row), found)
         return found
 

@@ -224,7 +224,7 @@ def _compose(llm: str | Path, settings: InitSettings, seed: int) -> SoloModelAnd
 
     try:
         size = {"size": settings.image_size} if settings.image_size else {}
-        image_processor = SoloImageProcessor(**size)
+        image_processor = SoloImageProcessor(**size, max_patches=settings.max_patches)
     except ValueError as error:
         raise SoloError(f"init.image_size: {error}") from error
     design = ImageDesign(

@@ -29,11 +29,13 @@ class InitSettings(Settings):
     Attributes:
         image_size: `{longest_edge: pixels}`, or `{height: pixels, width: pixels}` to resize every image to
             one size. Default: native resolution up to 1024 pixels.
+        max_patches: Budget of patches per image.
         image_attention, image_positions, rope_base_2d, patch_embedding: See `SoloConfig`.
         from_scratch: Replace the LLM's weights by random ones.
     """
 
     image_size: dict[Literal["longest_edge", "height", "width"], PositiveInt] | None = None
+    max_patches: PositiveInt | None = None
     image_attention: Literal["causal", "bidirectional"] = "causal"
     image_positions: Literal["1d", "2d"] = "1d"
     rope_base_2d: float | None = None

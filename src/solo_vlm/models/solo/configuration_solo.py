@@ -37,6 +37,7 @@ class SoloConfig(PreTrainedConfig):
         patch_embedding: "linear" (the paper's), or "conv": a convolution over each quarter of a patch, GELU
             and one over the four quarters (Diao et al. 2025, "EVEv2", section 3.1).
         use_cache: Whether forward passes outside training return a key/value cache by default.
+        lm_head_bias: Whether the LM head has a bias, as in a few families (Phi, GPT-J).
         tie_word_embeddings: Whether the LM head is the token embedding; copied from `text_config`.
     """
 
@@ -57,6 +58,7 @@ class SoloConfig(PreTrainedConfig):
     rope_base_2d: float | None = None
     patch_embedding: Literal["linear", "conv"] = "linear"
     use_cache: bool = True
+    lm_head_bias: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -91,6 +93,11 @@ class SoloConfig(PreTrainedConfig):
     def patch_dim(self) -> int:
         """Number of values of a flattened patch: 3 * side * side (3072 for 32 x 32)."""
         return 3 * self.vision_patch_size**2
+
+    @property
+    def embedding_size(self) -> int:
+        """Size of token and patch embeddings, from which small OPT models project to the hidden size."""
+        return int(getattr(self.text_config, "word_embed_proj_dim", self.text_config.hidden_size))
 
     @property
     def vision_token_ids(self) -> tuple[int, int, int, int]:

@@ -35,6 +35,7 @@ except ImportError:  # optional in a published folder; `resize` falls back to to
     cv2 = None  # type: ignore[assignment]
 
 ResizeRule = Literal["original", "figure2"]
+_GRID_SETTINGS = ("patch_size", "size", "resize_rule", "do_resize", "max_patches")
 _BILINEAR = (None, PILImageResampling.BILINEAR)
 
 LIBRARY = Path(__file__).with_name("enlarge.so")
@@ -47,6 +48,7 @@ def patch_grid(
     patch_size: int = 32,
     longest_edge: int = 1024,
     rule: ResizeRule = "original",
+    max_patches: int | None = None,
 ) -> tuple[int, int]:
     """Return the size in patches, (rows, columns), that an image is resized to.
 
@@ -64,10 +66,11 @@ def patch_grid(
         patch_size: Side of a square patch in pixels.
         longest_edge: Maximum length of the long side in pixels, a multiple of `patch_size`.
         rule: "original" or "figure2".
+        max_patches: Budget of an image. The long side shrinks, patch by patch, until it is kept.
 
     Raises:
-        ValueError: A size is not positive, `longest_edge` is not a multiple of `patch_size`, or the rule is
-            unknown.
+        ValueError: A size or the budget is not positive, `longest_edge` is not a multiple of `patch_size`,
+            or the rule is unknown.
     """
     if height < 1 or width < 1:
         raise ValueError(f"image size {height} x {width} is not positive")
@@ -75,14 +78,20 @@ def patch_grid(
         raise ValueError(f"longest_edge={longest_edge} is not a multiple of patch_size={patch_size}")
     if rule not in ("original", "figure2"):
         raise ValueError(f'resize_rule must be "original" or "figure2", not {rule!r}')
+    if max_patches is not None and max_patches < 1:
+        raise ValueError(f"max_patches={max_patches} is not positive")
 
     def to_patches(pixels: int) -> int:
         return pixels // patch_size + 1 if rule == "figure2" else -(-pixels // patch_size)
 
     short, long = sorted((height, width))
     long_patches = min(to_patches(long), longest_edge // patch_size)
-    # The original code's int(new_long * short / long), in integer arithmetic.
-    short_patches = max(1, to_patches(long_patches * patch_size * short // long))
+    while True:
+        # The original code's int(new_long * short / long), in integer arithmetic.
+        short_patches = max(1, to_patches(long_patches * patch_size * short // long))
+        if max_patches is None or long_patches * short_patches <= max_patches or long_patches == 1:
+            break
+        long_patches -= 1
     return (long_patches, short_patches) if height > width else (short_patches, long_patches)
 
 
@@ -253,6 +262,8 @@ class SoloImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
         Side of a square patch in pixels.
     resize_rule (`str`, *optional*, defaults to `"original"`):
         Rule for the size in patches, `"original"` or `"figure2"`; see `patch_grid`.
+    max_patches (`int`, *optional*):
+        Budget of patches per image; larger images shrink, and keep their aspect ratio.
     max_aspect_ratio (`int`, *optional*):
         Reject images whose long side exceeds the short one by more than this factor. By default, a strip of
         pixels is stretched to one patch.
@@ -260,6 +271,7 @@ class SoloImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
 
     patch_size: int
     resize_rule: ResizeRule
+    max_patches: int | None
     max_aspect_ratio: int | None
 
 
@@ -276,6 +288,7 @@ class SoloImageProcessor(PilBackend):
             or `{"height": pixels, "width": pixels}`, to which every image is stretched, as vision encoders
             do.
         resize_rule: "original" or "figure2"; see `patch_grid`.
+        max_patches: Budget of patches per image, for images of native resolution; None is no limit.
         max_aspect_ratio: Maximum aspect ratio of an accepted image; None accepts any.
         do_resize: If False, both sides of every image must already be multiples of `patch_size`.
         resample: Pillow filter. SOLO-7B was trained with bilinear, which antialiases when it shrinks; see
@@ -287,6 +300,7 @@ class SoloImageProcessor(PilBackend):
 
     patch_size = 32
     resize_rule: ResizeRule = "original"
+    max_patches: int | None = None
     max_aspect_ratio: int | None = None
     size = {"longest_edge": 1024}
     default_to_square = False
@@ -366,7 +380,7 @@ class SoloImageProcessor(PilBackend):
 
     def get_patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """Return (rows, columns) of the patches of an image of `height` x `width` pixels."""
-        return self._grid(height, width, self.patch_size, self.size, self.resize_rule, self.do_resize)
+        return self._grid(height, width, **{name: getattr(self, name) for name in _GRID_SETTINGS})
 
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: dict[str, Any] | None = None
@@ -375,7 +389,7 @@ class SoloImageProcessor(PilBackend):
 
         `images_kwargs` override the processor's settings.
         """
-        settings = {name: getattr(self, name) for name in ("patch_size", "size", "resize_rule", "do_resize")}
+        settings = {name: getattr(self, name) for name in _GRID_SETTINGS}
         settings |= {key: value for key, value in (images_kwargs or {}).items() if key in settings}
         rows, columns = self._grid(height, width, **settings)
         return rows * columns
@@ -418,6 +432,7 @@ class SoloImageProcessor(PilBackend):
         patch_size: int,
         resize_rule: ResizeRule,
         return_tensors: str | TensorType | None,
+        max_patches: int | None = None,
         max_aspect_ratio: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -425,7 +440,7 @@ class SoloImageProcessor(PilBackend):
         for image in images:
             _check_aspect_ratio(image, max_aspect_ratio)
             height, width = image.shape[:2]
-            rows, columns = self._grid(height, width, patch_size, size, resize_rule, do_resize)
+            rows, columns = self._grid(height, width, patch_size, size, resize_rule, do_resize, max_patches)
             patches.append(_resize_to_patches(image, rows, columns, patch_size, resample))
             grids.append((1, rows, columns))
 
@@ -447,6 +462,7 @@ class SoloImageProcessor(PilBackend):
         size: dict[str, int] | SizeDict,
         resize_rule: ResizeRule,
         do_resize: bool,
+        max_patches: int | None,
     ) -> tuple[int, int]:
         if not do_resize:
             if height % patch_size or width % patch_size or not height or not width:
@@ -454,18 +470,24 @@ class SoloImageProcessor(PilBackend):
                     f"with do_resize=False, sides must be multiples of {patch_size} pixels, "
                     f"not {height} x {width}"
                 )
-            return height // patch_size, width // patch_size
+            return _within_budget(height // patch_size, width // patch_size, max_patches)
         given = {side: pixels for side, pixels in dict(size).items() if pixels is not None}
         if set(given) == {"height", "width"}:
             if any(pixels < patch_size or pixels % patch_size for pixels in given.values()):
                 raise ValueError(f"size must be multiples of {patch_size} pixels, not {given}")
-            return given["height"] // patch_size, given["width"] // patch_size
+            return _within_budget(given["height"] // patch_size, given["width"] // patch_size, max_patches)
         if set(given) != {"longest_edge"}:
             raise ValueError(
                 'size must be {"longest_edge": pixels} or {"height": pixels, "width": pixels}, '
                 f"not {given}"
             )
-        return patch_grid(height, width, patch_size, given["longest_edge"], resize_rule)
+        return patch_grid(height, width, patch_size, given["longest_edge"], resize_rule, max_patches)
+
+
+def _within_budget(rows: int, columns: int, max_patches: int | None) -> tuple[int, int]:
+    if max_patches is not None and rows * columns > max_patches:
+        raise ValueError(f"{rows} x {columns} patches of a fixed size exceed max_patches={max_patches}")
+    return rows, columns
 
 
 def _is_batch(images: Any) -> bool:

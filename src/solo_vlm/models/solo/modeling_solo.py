@@ -32,6 +32,9 @@ from .positions_solo import image_layout, rotated_by, use_2d_positions
 PACKED_ATTENTION = "solo_packed"  # the training attention, which makes its own masks per document
 _TAKE_MASKS = ("eager", "sdpa", "flex_attention")
 
+# Families that compute logits in float32 whatever the dtype of their weights, which matters before a cap.
+_FLOAT32_LOGITS = ("beam", "inkling2_text", "xlstm")
+
 IGNORE_INDEX = -100
 CHUNK_SIZE = 1024  # supervised positions per chunk of logits
 
@@ -46,6 +49,7 @@ class SoloCausalLMOutputWithPast(ModelOutput):
         past_key_values: Cache of the decoder.
         hidden_states: One (batch, length, hidden) tensor per layer, on request.
         attentions: One (batch, heads, length, length) tensor per layer, on request.
+        router_logits: One (batch * length, experts) tensor per layer of experts, on request.
         image_hidden_states: (num_patches, hidden), the embeddings at the `<vpatch>` positions.
     """
 
@@ -54,6 +58,7 @@ class SoloCausalLMOutputWithPast(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -61,6 +66,7 @@ class SoloCausalLMOutputWithPast(ModelOutput):
 class SoloModelOutputWithPast(BaseModelOutputWithPast):
     """Output of `SoloModel`: the decoder's output and `image_hidden_states` (num_patches, hidden)."""
 
+    router_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -78,6 +84,11 @@ class SoloPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Let transformers initialize the decoder as its own: buffers of Falcon-H1 would stay undefined."""
+        return False
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -100,10 +111,9 @@ class SoloPreTrainedModel(PreTrainedModel):
 
 def make_patch_embedding(config: SoloConfig) -> nn.Module:
     """Make the layer that maps (num_patches, patch_dim) to (num_patches, hidden)."""
-    hidden_size = config.text_config.hidden_size
     if config.patch_embedding == "conv":
-        return ConvPatchEmbedding(config.vision_patch_size, hidden_size)
-    return nn.Linear(config.patch_dim, hidden_size, bias=False)
+        return ConvPatchEmbedding(config.vision_patch_size, config.embedding_size)
+    return nn.Linear(config.patch_dim, config.embedding_size, bias=False)
 
 
 class ConvPatchEmbedding(nn.Module):
@@ -148,6 +158,13 @@ class SoloModel(SoloPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    def embed_tokens(self, input_ids: Any) -> Tensor:
+        """Embed (batch, length) token IDs as the decoder does when it is given them."""
+        embeddings: Tensor = self.get_input_embeddings()(input_ids)
+        if self.config.text_config.model_type == "falcon_h1":  # others scale within the module, or afterwards
+            embeddings = embeddings * self.config.text_config.embedding_multiplier
+        return embeddings
+
     @can_return_tuple
     def get_image_features(
         self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
@@ -166,7 +183,7 @@ class SoloModel(SoloPreTrainedModel):
         """
         patches = pixel_values if pixel_values.is_floating_point() else self._normalize(pixel_values)
         placeholder = torch.tensor([self.config.image_token_id], device=patches.device)
-        token = self.get_input_embeddings()(placeholder)  # (1, hidden)
+        token = self.embed_tokens(placeholder)  # (1, hidden)
         features = self.embed_vision_patch(patches.to(token.dtype)) + token  # (num_patches, hidden)
         sizes = [features.shape[0]] if image_grid_thw is None else image_grid_thw.prod(-1).tolist()
         return BaseModelOutputWithPooling(
@@ -230,7 +247,7 @@ class SoloModel(SoloPreTrainedModel):
             use_cache = self.config.use_cache and not self.training and not may_be_packed
 
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)  # (batch, length, hidden)
+            inputs_embeds = self.embed_tokens(input_ids)  # (batch, length, hidden)
         features = None
         if pixel_values is not None:
             features = self.get_image_features(pixel_values).last_hidden_state
@@ -265,9 +282,35 @@ class SoloModel(SoloPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                **kwargs,
+                **(self._token_inputs(input_ids) | kwargs),
             )
-        return SoloModelOutputWithPast(**outputs, image_hidden_states=features)
+        return SoloModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values", past_key_values),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            router_logits=outputs.get("router_logits"),
+            image_hidden_states=features,
+        )
+
+    def _token_inputs(self, input_ids: Tensor | None) -> dict[str, Tensor]:
+        """Return what the decoder derives from token IDs besides their embeddings.
+
+        Gemma 3n and Gemma 4 have another embedding per layer. Patches, and tokens beyond its table, have that
+        of the padding token, as images have in these families' own multimodal models.
+        """
+        text_config = self.config.text_config
+        if getattr(text_config, "ple_layer_ids", None):  # hashed n-grams of Qwen 4
+            return {} if input_ids is None else {"ple_input_ids": input_ids}
+        if not getattr(text_config, "hidden_size_per_layer_input", None):
+            return {}
+        if input_ids is None:
+            raise ValueError(f"{text_config.model_type} needs input_ids for its per-layer embeddings")
+        known = (input_ids != self.config.image_token_id) & (
+            input_ids < text_config.vocab_size_per_layer_input
+        )
+        tokens = input_ids.where(known, text_config.pad_token_id or 0)
+        return {"per_layer_inputs": self.language_model.get_per_layer_inputs(tokens)}
 
     def _layout(
         self, input_ids: Tensor | None, position_ids: Tensor | None, past_key_values: Cache | None
@@ -283,7 +326,7 @@ class SoloModel(SoloPreTrainedModel):
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+        return (inputs_embeds == self.embed_tokens(placeholder)).all(-1)
 
 
 def _require_count(count: Tensor, patches: int, things: str) -> None:
@@ -297,7 +340,6 @@ def _require_count(count: Tensor, patches: int, things: str) -> None:
 class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
     """SOLO with a language-model head, for training and for generating text from text and images."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: SoloConfig) -> None:
@@ -305,8 +347,11 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         self.model = SoloModel(config)
         self._can_compile_fullgraph = self.model._can_compile_fullgraph
         self.lm_head: nn.Module = nn.Linear(
-            config.text_config.hidden_size, config.text_config.vocab_size, bias=False
+            config.embedding_size, config.text_config.vocab_size, bias=config.lm_head_bias
         )
+        tokens = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is tokens)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -338,13 +383,29 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
     def head(self, hidden_states: Tensor) -> Tensor:
         """Map (..., hidden) to logits (..., vocabulary), scaled or capped as in the decoder's family."""
         text_config = self.config.text_config
+        family = text_config.model_type
+        scaling = getattr(text_config, "logits_scaling", None) or 1.0
+        weight: Any = self.lm_head.weight
+        if hidden_states.dtype == torch.float32:  # as residuals of Mamba are, whatever its weights
+            hidden_states = hidden_states.to(weight.dtype)
+        if width := getattr(text_config, "logits_mup_width_multiplier", None):  # Inkling
+            hidden_states = hidden_states / width
+        if family == "minicpm3":
+            hidden_states = hidden_states / scaling
         logits = self.lm_head(hidden_states)
-        if scale := getattr(text_config, "logit_scale", None):  # Cohere
+        if family.startswith("cohere"):
+            logits = logits * text_config.logit_scale
+        if scale := getattr(text_config, "lm_head_multiplier", None):  # Falcon-H1
             logits = logits * scale
-        if scaling := getattr(text_config, "logits_scaling", None):  # Granite
+        if family == "hyperclovax":
+            logits = logits * scaling
+        elif family != "minicpm3" and scaling != 1.0:  # Granite
             logits = logits / scaling
-        if cap := getattr(text_config, "final_logit_softcapping", None):  # Gemma
-            logits = cap * torch.tanh(logits / cap)
+        if family in _FLOAT32_LOGITS:
+            logits = logits.float()
+        for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+            if cap := getattr(text_config, name, None):  # Gemma, RecurrentGemma, xLSTM
+                logits = cap * torch.tanh(logits / cap)
         return logits
 
     @can_return_tuple
@@ -400,6 +461,7 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
         )
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 _layout: ContextVar[Tensor | None] = ContextVar("layout of the images", default=None)
 
@@ -90,14 +89,11 @@ def use_2d_positions(decoder: nn.Module, config: PreTrainedConfig, base: float |
     Raises:
         ValueError: The decoder has no rotary modules, or they cannot be wrapped.
     """
-    inside = {
-        id(module)
-        for layer in decoder.modules()
-        if isinstance(layer, GradientCheckpointingLayer)
-        for module in layer.modules()
-    }
+    # Of layers that are recomputed in the backward pass, outside of `rotated_by`.
+    lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList))
+    in_layers = {id(module) for layers in lists for module in layers.modules()}
     rotary = [module for module in decoder.modules() if _frequency_names(module)]
-    if not rotary or any(id(module) in inside for module in rotary):
+    if not rotary or any(id(module) in in_layers for module in rotary):
         raise ValueError(
             f"image_positions=2d needs rotary position embeddings, computed once for all layers, which "
             f"{config.model_type} does not have: use 1d"

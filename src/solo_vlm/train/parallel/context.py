@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
-from solo_vlm.data.sources import Source, fingerprints
+from solo_vlm.data.sources import Source, fingerprints, is_same_data
 from solo_vlm.train.failures import Stopped, StopRequest, fail_together
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
@@ -168,7 +168,7 @@ class DistributedContext:
         ours = fingerprints(sources)
         theirs = self.broadcast_from_rank0(lambda: ours)
         for (name, first), (_, own) in zip(theirs, ours, strict=True):
-            if first != own:
+            if not is_same_data(first, own):
                 raise SoloError(
                     f"process {self.rank} sees other files of source {name} than process 0: make the files "
                     "of all machines identical"

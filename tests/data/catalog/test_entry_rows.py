@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.data.catalog.catalog_rows import FINETUNING, JPEG, PRETRAINING, USUAL, cauldron, llava
 
 from solo_vlm.data.catalog.entry import DATA_SETS, get
-from solo_vlm.data.catalog.rows import RawFolder
+from solo_vlm.data.catalog.raw_folder import RawFolder
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.utils.errors import SoloError
 
@@ -137,7 +137,7 @@ REJECTED: list[tuple[str, dict[str, Any], str]] = [
     ("cc3m", {"key": "1", "txt": "a cat"}, "image-missing"),
     ("cc3m", {"columns": ["a cat"]}, "image-missing"),
     ("cc3m", {"columns": []}, "raw-schema"),
-    ("websight", {"image": {"bytes": JPEG, "path": None}, "text": None}, "text"),
+    ("websight", {"image": {"bytes": JPEG, "path": None}, "text": None}, "text-empty"),
     ("detailed-captions", {"img_id": "7", "detailed_caption": "A bus."}, "image-missing"),
     ("llavar", llava("other.jpg", "Read it.\n<image>", "ART"), "image-missing"),
     ("llavar", llava("../../secret.jpg", "Read it.\n<image>", "ART"), "image-path"),
@@ -147,7 +147,7 @@ REJECTED: list[tuple[str, dict[str, Any], str]] = [
     ("vqav2", {"images": [{"bytes": None, "path": None}], "texts": [{"user": "Q", "assistant": "A"}]},
      "image-missing"),
     ("vqav2", cauldron("Q", None, "vqav2"), "text"),  # type: ignore[arg-type]
-    ("vqav2", {"images": None, "texts": [{"user": "Q", "assistant": "A"}]}, "raw-schema"),
+    ("vqav2", {"images": None, "texts": [{"user": "Q", "assistant": "A"}]}, "image-missing"),
     ("codeact-general", {"id": "1", "conversations": [{"role": "tool", "content": "x"}]}, "role"),
     ("ultrachat", {"prompt_id": "1", "messages": [{"role": "user", "content": "x"}]}, "no-answer"),
     ("ultrachat", {"prompt_id": "1", "messages": [{"role": "assistant", "content": "x"}]}, "no-question"),
@@ -178,7 +178,7 @@ simple = st.none() | st.booleans() | st.integers() | st.binary(max_size=8) | st.
 values = st.recursive(simple, lambda inner: st.lists(inner, max_size=3) | rows_of(inner), max_leaves=8)
 
 
-@pytest.mark.parametrize("name", {get(name).convert: name for name in USUAL}.values())
+@pytest.mark.parametrize("name", {get(name).converter: name for name in USUAL}.values())
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(row=rows_of(values))
 def test_any_row_is_converted_or_rejected(name, raw, row):

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from solo_vlm.data.sample import SampleError
-from solo_vlm.data.values import data_url, image_source, is_base64_image, local_path, natural_key, sample_id
+from solo_vlm.data.sample import IMAGE_PLACEHOLDER, SampleError
+from solo_vlm.data.values import ImageSource, image_source, natural_key, sample_id
 
 Part = dict[str, Any]
 Turn = tuple[str, list[Part]]
-StoredImage = dict[str, Any]
 RawRow = dict[str, Any]
 SampleRow = dict[str, Any]
 
 IMAGE: Part = {"type": "image", "text": None}
 
-# Image archives are often unpacked into a folder `images` that the rows do not mention.
-_IMAGE_FOLDERS = ("", "images")
-_MAX_NAME_LENGTH = 255
-
 _ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "bot", "model"), "assistant"),
     "system": "system",
 }
 
@@ -56,18 +46,52 @@ def text(value: Any) -> Part:
     return {"type": "text", "text": value.strip()}
 
 
-def document(value: Any, images: Iterable[StoredImage] = (), id: Any = None) -> SampleRow:
+def parts(value: Any) -> list[Part]:
+    """Return the parts of a text in which `<image>` marks the places of images.
+
+    Raises:
+        SampleError: The value is not text ("text") or is empty ("text-empty").
+    """
+    if not isinstance(value, str):
+        raise SampleError("text", f"expected text, found {type(value).__name__}")
+    found: list[Part] = []
+    for number, piece in enumerate(value.split(IMAGE_PLACEHOLDER)):
+        if number:
+            found.append(IMAGE)
+        if piece.strip():
+            found.append(text(piece))
+    if not found:
+        raise SampleError("text-empty", "the row has an empty text")
+    return found
+
+
+def image(value: Any) -> ImageSource:
+    """Return an image of a raw row: bytes, a path or a URL.
+
+    Raises:
+        SampleError: There is no image ("image-missing"), or the value cannot be one ("image-path").
+    """
+    try:
+        source = image_source(value)
+    except ValueError as error:
+        raise SampleError("image-path", str(error)) from error
+    if source is None:
+        raise SampleError("image-missing", "the row has no image")
+    return source
+
+
+def document(value: Any, images: Iterable[ImageSource] = (), id: Any = None) -> SampleRow:
     """Build a pre-training sample: one assistant turn, its images before its text."""
     stored = list(images)
     return _row([("assistant", [IMAGE] * len(stored) + [text(value)])], stored, id)
 
 
-def conversation(turns: list[Turn], images: Iterable[StoredImage] = (), id: Any = None) -> SampleRow:
-    """Build a fine-tuning sample. Images that no turn places go to the start of the first user turn.
+def conversation(turns: list[Turn], images: Iterable[ImageSource] = (), id: Any = None) -> SampleRow:
+    """Build a fine-tuning sample. Images go to the start of the first user turn if no turn places any.
 
     Raises:
         SampleError: A user turn ("no-question") or an assistant turn ("no-answer") is missing, or the turns
-            place more images than there are ("image-count").
+            place only some of the images, or more than there are ("image-count").
     """
     if not any(role == "assistant" for role, _ in turns):
         raise SampleError("no-answer", "no assistant turn")
@@ -76,14 +100,14 @@ def conversation(turns: list[Turn], images: Iterable[StoredImage] = (), id: Any 
         raise SampleError("no-question", "no user turn")
     stored = list(images)
     placed = sum(part is IMAGE for _, parts in turns for part in parts)
-    if placed > len(stored):
+    if placed not in (0, len(stored)):
         raise SampleError("image-count", f"{placed} image placeholders for {len(stored)} images")
     turns = list(turns)
     turns[first] = ("user", [IMAGE] * (len(stored) - placed) + turns[first][1])
     return _row(turns, stored, id)
 
 
-def _row(turns: list[Turn], images: list[StoredImage], id: Any) -> SampleRow:
+def _row(turns: list[Turn], images: list[ImageSource], id: Any) -> SampleRow:
     return {
         "id": sample_id(id),
         "messages": [{"role": role, "content": parts} for role, parts in turns],
@@ -121,55 +145,3 @@ def list_field(row: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
         raise SampleError("raw-schema", f"field {name} is {type(value).__name__}, not a list")
     return value
-
-
-@dataclass(frozen=True)
-class RawFolder:
-    """Folder of the raw data, or the one of the raw file: where rows find the images that they name."""
-
-    root: Path
-
-    def image(self, value: Any) -> StoredImage:
-        """Convert an image of a raw row to the form of a sample file.
-
-        Args:
-            value: Bytes, a struct with `bytes` and `path`, a path below the folder, base64, or an http(s),
-                data or file URL. The bytes of a file are stored unchanged; other URLs are kept as URLs.
-
-        Returns:
-            A dictionary of `bytes` and `path`, one of which is None.
-
-        Raises:
-            SampleError: There is no image ("image-missing"), or its path leaves the folder ("image-path").
-        """
-        try:
-            source = image_source(value)
-        except ValueError as error:
-            raise SampleError("image-path", str(error)) from error
-        if source is None:
-            raise SampleError("image-missing", "the row has no image")
-        if isinstance(source, bytes):
-            return {"bytes": source, "path": None}
-        if source.startswith(("http://", "https://", "data:")):
-            return {"bytes": None, "path": source}
-        if is_base64_image(source):
-            return {"bytes": None, "path": data_url(source)}
-        value = local_path(source)
-        if max(map(len, value.split("/"))) > _MAX_NAME_LENGTH:
-            raise SampleError("image-path", f"{value[:80]}... is not a file name")
-        return {"bytes": self._read(value), "path": None}
-
-    def _read(self, name: str) -> bytes:
-        # An absolute path is that of the machine that made the data: only its last part is useful.
-        relative = Path(name).name if Path(name).is_absolute() else name
-        for folder in _IMAGE_FOLDERS:
-            base = self.root.absolute() / folder
-            path = Path(os.path.normpath(base / relative))
-            if not path.is_relative_to(base):
-                raise SampleError("image-path", f"{name} is outside {self.root}")
-            if path.is_file():
-                return path.read_bytes() or self._raise_missing(name)
-        return self._raise_missing(name)
-
-    def _raise_missing(self, name: str) -> bytes:
-        raise SampleError("image-missing", f"{name} is empty or not in {self.root}")

@@ -1,0 +1,129 @@
+"""Filter of rows: a comparison of their columns, such as `relevance_min >= 3 and "chart" in source`."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from solo_vlm.data.sample import SampleError
+from solo_vlm.utils.errors import SoloError
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.In: lambda item, items: item in items,
+    ast.NotIn: lambda item, items: item not in items,
+}
+_ALLOWED = "comparisons, and, or, not, in, is None, len(), numbers, strings and names of columns"
+
+
+@dataclass(frozen=True)
+class RowFilter:
+    """Expression that is true for the rows to keep.
+
+    As in SQL, a comparison with a missing value is neither true nor false, and such rows are left out;
+    `is None` asks for it.
+
+    Args:
+        expression: Comparisons of columns and constants, in Python's syntax.
+
+    Raises:
+        SoloError: The expression is something else.
+    """
+
+    expression: str
+
+    def __post_init__(self) -> None:
+        for node in ast.walk(self._tree):
+            _check(node, self.expression)
+
+    @cached_property
+    def _tree(self) -> ast.expr:
+        try:
+            return ast.parse(self.expression.strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise SoloError(f"filter {self.expression!r} is not an expression: {error}") from error
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Columns that the expression names."""
+        functions = {node.func for node in ast.walk(self._tree) if isinstance(node, ast.Call)}
+        names = (node for node in ast.walk(self._tree) if isinstance(node, ast.Name))
+        return frozenset(node.id for node in names if node not in functions)
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        """Return whether to keep a row.
+
+        Raises:
+            SampleError: The values cannot be compared ("filter").
+        """
+        try:
+            return _value(self._tree, row) is True
+        except (TypeError, ValueError) as error:
+            raise SampleError("filter", f"{self.expression}: {error}") from error
+
+
+def _check(node: ast.AST, expression: str) -> None:
+    """Raise SoloError for anything but the supported parts of an expression."""
+    match node:
+        case ast.BoolOp() | ast.And() | ast.Or() | ast.Not() | ast.USub() | ast.Load() | ast.cmpop():
+            return
+        case ast.UnaryOp(op=ast.Not() | ast.USub()) | ast.Name() | ast.Tuple() | ast.List():
+            return
+        case ast.Constant(value=str() | int() | float() | None):
+            return
+        case ast.Call(func=ast.Name(id="len"), args=[_], keywords=[]):
+            return
+        case ast.Compare(ops=operators, comparators=others):
+            tests = [op for op in operators if isinstance(op, ast.Is | ast.IsNot)]
+            nones = [isinstance(other, ast.Constant) and other.value is None for other in others]
+            if not tests or (len(operators) == 1 and all(nones)):
+                return
+    raise SoloError(f"filter {expression!r}: {ast.unparse(node)} is not supported, only {_ALLOWED}")
+
+
+def _value(node: ast.expr, row: Mapping[str, Any]) -> Any:
+    """Return the value of a checked expression; None if it is unknown."""
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=name):
+            value = row.get(name)
+            return value if value == value else None  # NaN is pandas' None
+        case ast.Tuple(elts=items) | ast.List(elts=items):
+            return [_value(item, row) for item in items]
+        case ast.UnaryOp(op=op, operand=operand):
+            value = _value(operand, row)
+            return None if value is None else (not value if isinstance(op, ast.Not) else -value)
+        case ast.Call(args=[item]):
+            value = _value(item, row)
+            return None if value is None else len(value)
+        case ast.BoolOp(op=op, values=values):
+            return _combined(isinstance(op, ast.And), [_value(value, row) for value in values])
+        case ast.Compare(left=left, ops=operators, comparators=others):
+            sides = [_value(side, row) for side in (left, *others)]
+            pairs = zip(sides, operators, sides[1:], strict=False)
+            return _combined(True, [_compared(*pair) for pair in pairs])
+    raise TypeError(ast.unparse(node))
+
+
+def _compared(left: Any, op: ast.cmpop, right: Any) -> bool | None:
+    if isinstance(op, ast.Is | ast.IsNot):
+        return (left is None) is isinstance(op, ast.Is)
+    return None if left is None or right is None else bool(_COMPARISONS[type(op)](left, right))
+
+
+def _combined(is_and: bool, values: list[Any]) -> bool | None:
+    """Return the three-valued conjunction or disjunction of values, of which None is unknown."""
+    decisive = [value for value in values if value is not None and bool(value) is not is_and]
+    if decisive:
+        return not is_and
+    return None if None in values else is_and

@@ -1,0 +1,202 @@
+"""Mixtures of experts in training: auxiliary loss of the routers, and load of the experts."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
+
+from solo_vlm.train.parallel.context import DistributedContext
+from solo_vlm.utils.errors import SoloError
+
+Routed = tuple[Tensor, Tensor]
+"""Output of a router: logits (tokens, experts), and chosen experts (tokens, top_k)."""
+
+_AUX_LOSS = "load_balancing_loss_func"  # in the module of every family that has one
+_AUX_LOSS_ARGUMENTS = {"gate_logits", "num_experts", "top_k", "attention_mask"}
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")  # the latter: JetMoe, DBRX
+_TOP_K = ("num_experts_per_tok", "moe_top_k")  # the latter: DBRX
+
+
+class ExpertRouting:
+    """Routing of tokens to experts, recorded by hooks while the model computes packed rows.
+
+    The auxiliary loss is the function of the model's family in transformers (Fedus et al. 2021, "Switch
+    Transformers", equations 4 to 6), over the tokens of one row without its padding. The loss of a step is
+    the mean over its rows, weighted by their tokens, so its strength depends neither on gradient accumulation
+    nor on the number of processes.
+
+    Attributes:
+        coefficient: Factor of the auxiliary loss.
+    """
+
+    def __init__(
+        self,
+        routers: Sequence[tuple[nn.Module, int]],
+        top_k: int,
+        aux_loss: Callable[..., Tensor] | None,
+        coefficient: float,
+    ) -> None:
+        self.coefficient = coefficient
+        self._top_k, self._aux_loss = top_k, aux_loss
+        self._routers = [router for router, _ in routers]
+        self._is_recording = False
+        self.start_step([], 0)
+        for router, index in routers:
+            router.register_forward_hook(partial(self._record, index))
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, coefficient: float | Literal["auto"] = "auto") -> Self | None:
+        """Observe the routers of a model; None if it has none.
+
+        Args:
+            coefficient: Factor of the auxiliary loss. "auto": the model's own; 0 if its routers are frozen,
+                or if transformers has no auxiliary loss for its family.
+
+        Raises:
+            SoloError: The family has no auxiliary loss for the given coefficient, or one of its own kind.
+        """
+        config = model.config.get_text_config()
+        decoder, routers = _find_routers(model)
+        aux_loss = _family_function(decoder, _AUX_LOSS) if routers else None
+        if coefficient not in ("auto", 0) and aux_loss is None:
+            raise SoloError(
+                f"router_aux_loss = {coefficient}: transformers has no auxiliary loss for the routers of "
+                f"{config.model_type} models; set it to auto or 0"
+            )
+        if coefficient == "auto":
+            is_trained = any(p.requires_grad for router, _ in routers for p in router.parameters())
+            coefficient = _setting(config, _COEFFICIENTS) or 0.0 if aux_loss and is_trained else 0.0
+        if aux_loss and inspect.signature(aux_loss).parameters.keys() != _AUX_LOSS_ARGUMENTS:
+            if coefficient:
+                raise SoloError(
+                    f"router_aux_loss: the auxiliary loss of {config.model_type} models is not supported; "
+                    "set it to 0"
+                )
+            aux_loss = None
+        return cls(routers, _setting(config, _TOP_K) or 1, aux_loss, coefficient) if routers else None
+
+    def start_step(self, tokens: Sequence[int], total: int) -> None:
+        """Start an optimizer step.
+
+        Args:
+            tokens: Tokens of each of this process's rows, without the padding at its end.
+            total: Tokens of the global batch.
+        """
+        self._tokens, self._total = tokens, total
+        self._load: list[Tensor] = []
+        self._aux: list[Tensor] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Routed]]:
+        """Record the routers in the body, a forward pass; recomputation comes later and is not recorded."""
+        routed: list[Routed] = []
+        self._is_recording = True
+        try:
+            with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+                yield routed
+        finally:
+            self._is_recording = False
+        routed += [vars(router).pop("routed") for router in self._routers]
+
+    def add_row(self, row: int, routed: Sequence[Routed]) -> Tensor | float:
+        """Add a row of the step to its metrics; return the term that it adds to the loss.
+
+        Args:
+            row: Index of the row among this process's rows.
+            routed: Record of its forward pass.
+        """
+        tokens = self._tokens[row]
+        is_token = torch.arange(len(routed[0][0]), device=routed[0][0].device) < tokens
+        load = [_tokens_per_expert(*router, is_token) for router in routed]
+        self._load = [a + b for a, b in zip(self._load, load, strict=True)] if self._load else load
+        if self._aux_loss is None or not tokens:
+            return 0.0
+        logits = tuple(logits.float() for logits, _ in routed)
+        with torch.set_grad_enabled(self.coefficient != 0):
+            aux = self._aux_loss(logits, logits[0].shape[-1], self._top_k, is_token[None])
+        aux = aux * (tokens / self._total)
+        self._aux.append(aux.detach())
+        return self.coefficient * aux
+
+    def metrics(self, context: DistributedContext) -> dict[str, float]:
+        """Return the metrics of the step over all processes; a collective call.
+
+        `moe/max_load` is the load of the busiest expert of any layer, relative to an equal share;
+        `moe/unused_experts` the number of experts, over all layers, without a token; `moe/aux_loss` the
+        auxiliary loss before its coefficient.
+        """
+        aux = torch.stack(self._aux).sum().item() if self._aux else 0.0
+        flat = torch.cat(self._load).tolist()
+        aux, *flat = context.sum(aux, *flat)
+        counts = torch.tensor(flat, dtype=torch.float64).split([len(load) for load in self._load])
+        metrics = {
+            "moe/max_load": max(float(load.max() / load.mean().clamp(min=1e-9)) for load in counts),
+            "moe/unused_experts": sum(int((load == 0).sum()) for load in counts),
+        }
+        return metrics if self._aux_loss is None else {"moe/aux_loss": aux, **metrics}
+
+    def _record(self, index: int, router: nn.Module, arguments: Any, output: Any) -> None:
+        if not self._is_recording:
+            return
+        outputs = output if isinstance(output, tuple) else (output,)
+        logits = outputs[index]
+        logits = logits.reshape(-1, logits.shape[-1])
+        chosen = [
+            states.reshape(len(logits), -1)
+            for states in outputs
+            if isinstance(states, Tensor) and not states.is_floating_point() and states.ndim > 1
+        ]
+        # Routers that do not return their choice choose by the logits (DBRX, JetMoe, Llama 4). It is kept in
+        # the module, because compiled layers would be specialized to the length of a common list.
+        routed = logits, chosen[0] if chosen else logits.topk(self._top_k).indices
+        router.routed = routed  # type: ignore[assignment]
+
+
+def _find_routers(model: nn.Module) -> tuple[PreTrainedModel | None, list[tuple[nn.Module, int]]]:
+    """Return the decoder and its routers, each with the index of the logits in its output.
+
+    transformers declares them in each family, for `output_router_logits`.
+    """
+    for decoder in model.modules():
+        declared = (isinstance(decoder, PreTrainedModel) and decoder._can_record_outputs) or {}
+        if "router_logits" not in declared:
+            continue
+        recorders = declared["router_logits"]
+        recorders = recorders if isinstance(recorders, list) else [recorders]
+        return decoder, [
+            (module, recorder.index)
+            for name, module in decoder.named_modules()
+            for recorder in recorders
+            if isinstance(recorder, OutputRecorder)
+            and isinstance(module, recorder.target_class)
+            and f".{recorder.layer_name or ''}".rstrip(".") in f".{name}"
+        ]
+    return None, []
+
+
+def _family_function(model: nn.Module | None, name: str) -> Callable[..., Tensor] | None:
+    """Return a function of the module that defines a model's class; FSDP derives a class of its own."""
+    modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)
+    return next(chain((vars(module)[name] for module in modules if name in vars(module)), [None]))
+
+
+def _setting(config: Any, names: Sequence[str]) -> Any:
+    """Return the first of a configuration's settings that is there; DBRX has its own section for experts."""
+    sections = (config, getattr(config, "ffn_config", None))
+    return next((getattr(part, name) for part in sections for name in names if hasattr(part, name)), None)
+
+
+def _tokens_per_expert(logits: Tensor, chosen: Tensor, is_token: Tensor) -> Tensor:
+    """Return the number of tokens routed to each expert, (experts,) int64."""
+    counted = is_token.repeat_interleave(chosen.shape[-1]).long()
+    return counted.new_zeros(logits.shape[-1]).scatter_add_(0, chosen.flatten(), counted)

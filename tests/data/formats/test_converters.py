@@ -1,0 +1,123 @@
+"""Converters of the formats of others, on rows as people have them, with samples written by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from solo_vlm.data.formats.row_format import RowFormat
+from solo_vlm.data.sample import SampleError, parse_sample
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Return a sample as `role:text|role:text`, with each image as <its source>."""
+    sample = parse_sample(row)
+    images = iter(sample.images)
+    return "|".join(
+        f"{message['role'][0]}:"
+        + "".join(
+            part["text"] if part["type"] == "text" else f"<{next(images)}>" for part in message["content"]
+        )
+        for message in sample.messages
+    )
+
+
+def turns(*texts: str, user: str = "human", assistant: str = "gpt") -> list[dict[str, str]]:
+    return [{"from": assistant if n % 2 else user, "value": text} for n, text in enumerate(texts)]
+
+
+def messages(*texts: Any, user: str = "user", assistant: str = "assistant") -> list[dict[str, Any]]:
+    return [{"role": assistant if n % 2 else user, "content": text} for n, text in enumerate(texts)]
+
+
+ROWS: list[tuple[str, dict[str, Any], str]] = [
+    ("llava", {"id": 7, "image": "a.jpg", "conversations": turns("<image>\nWhat?", "A cat.")},
+     "u:<a.jpg>What?|a:A cat."),
+    ("llava", {"image": "a.jpg", "conversations": turns("What?\n<image>", "A cat.")},
+     "u:What?<a.jpg>|a:A cat."),
+    ("llava", {"image": "a.jpg", "conversations": turns("What?", "A cat.")}, "u:<a.jpg>What?|a:A cat."),
+    ("llava", {"id": "t", "conversations": turns("2 + 2?", "4")}, "u:2 + 2?|a:4"),
+    ("llava", {"image": None, "conversations": turns("2 + 2?", "4")}, "u:2 + 2?|a:4"),
+    ("llava", {"image": "", "conversations": turns("2 + 2?", "4")}, "u:2 + 2?|a:4"),
+    ("llava", {"image": ["a.jpg", "b.jpg"], "conversations": turns("<image> or <image>?", "The first.")},
+     "u:<a.jpg>or<b.jpg>?|a:The first."),
+    ("llava", {"images": ["a.jpg"], "conversations": turns("Hi", "Hello", "<image>And now?", "Bye")},
+     "u:Hi|a:Hello|u:<a.jpg>And now?|a:Bye"),
+    ("sharegpt", {"system": "Be brief.", "conversations": turns("Hi", "Hello")}, "s:Be brief.|u:Hi|a:Hello"),
+    ("sharegpt", {"conversations": turns("Hi", "Hello", user="user", assistant="chatgpt"), "lang": "en"},
+     "u:Hi|a:Hello"),
+    ("sharegpt", {"conversations": [{"from": "system", "value": "Be brief."}, *turns("Hi", "Hello")]},
+     "s:Be brief.|u:Hi|a:Hello"),
+    ("chatml", {"messages": messages("<image>What?", "A cat."), "images": ["a.jpg"]},
+     "u:<a.jpg>What?|a:A cat."),
+    ("chatml", {"messages": messages("What?", "A cat."), "images": ["a.jpg"]}, "u:<a.jpg>What?|a:A cat."),
+    ("chatml", {"conversations": messages("Hi", "Hello", user="Human", assistant="model")}, "u:Hi|a:Hello"),
+    ("chatml", {"messages": messages([{"type": "image_url", "image_url": {"url": "https://x/a.png"}},
+                                      {"type": "text", "text": "What?"}], "A cat.", user="human")},
+     "u:<https://x/a.png>What?|a:A cat."),
+    ("cauldron", {"images": ["a.jpg"], "texts": [{"user": "What?", "assistant": "A cat.", "source": "x"},
+                                                  {"user": "Sure?", "assistant": "Yes."}]},
+     "u:<a.jpg>What?|a:A cat.|u:Sure?|a:Yes."),
+    ("finevision", {"images": [], "texts": [{"user": "2 + 2?", "assistant": "4"}], "relevance_min": 5},
+     "u:2 + 2?|a:4"),
+    ("finevision", {"images": ["a.jpg", "b.jpg"], "relevance_ratings": [5],
+                    "texts": [{"user": "<image> or <image>?", "assistant": "A"}]}, "u:<a.jpg>or<b.jpg>?|a:A"),
+    ("instruction", {"query": "<image>What?", "response": "A cat.", "images": ["a.jpg"]},
+     "u:<a.jpg>What?|a:A cat."),
+    ("instruction", {"query": "And?", "response": "B", "history": [["Hi", "A"]], "system": "Be brief."},
+     "s:Be brief.|u:Hi|a:A|u:And?|a:B"),
+    ("instruction", {"instruction": "Translate:", "input": "un chat", "output": "a cat"},
+     "u:Translate:\nun chat|a:a cat"),
+    ("instruction", {"instruction": "Say hi", "input": "", "output": "hi"}, "u:Say hi|a:hi"),
+    ("instruction", {"image": "a.jpg", "question": "What?", "answer": "A cat.", "split": "train"},
+     "u:<a.jpg>What?|a:A cat."),
+    ("instruction", {"prompt": messages("What?"), "completion": [{"role": "assistant", "content": "A cat."}],
+                     "images": ["a.jpg"]}, "u:<a.jpg>What?|a:A cat."),
+    ("captions", {"image": "a.jpg", "caption": "A cat."}, "a:<a.jpg>A cat."),
+    ("captions", {"file_name": "a.jpg", "text": "A cat.", "width": 32}, "a:<a.jpg>A cat."),
+    ("captions", {"image_url": "https://x/a.jpg", "caption": "A cat.", "transcripts": ["a", "b"]},
+     "a:<https://x/a.jpg>A cat."),
+    ("text", {"text": "Once upon a time.", "meta": {"source": "books"}}, "a:Once upon a time."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), ROWS)
+def test_row_becomes_the_sample_that_its_author_meant(name, row, expected):
+    assert shown(RowFormat(name)(row)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason"),
+    [
+        ("llava", {"conversations": turns("<image>\nWhat?", "A cat.")}, "image-count"),
+        ("llava", {"image": ["a", "b"], "conversations": turns("<image>\nWhat?", "A")}, "image-count"),
+        ("llava", {"image": "a", "images": ["b"], "conversations": turns("What?", "A")}, "image-count"),
+        ("llava", {"photo": "a.jpg", "conversations": turns("What?", "A")}, "image-column"),
+        ("llava", {"video": "a.mp4", "conversations": turns("What?", "A")}, "media"),
+        ("llava", {"conversations": turns("What?", "A", user="observation")}, "role"),
+        ("llava", {"conversations": turns("What?", "")}, "text-empty"),
+        ("llava", {"conversations": []}, "no-answer"),
+        ("llava", {"conversations": turns("What?")}, "no-answer"),
+        ("llava", {"image": [None], "conversations": turns("What?", "A")}, "image-missing"),
+        ("llava", {"image": 3, "conversations": turns("What?", "A")}, "image-path"),
+        ("llava", ["no", "object"], "json"),
+        ("chatml", {"messages": messages("What?", None)}, "text"),
+        ("cauldron", {"images": [], "texts": [{"user": "Q", "assistant": "A"}]}, "image-missing"),
+        (
+            "finevision",
+            {"images": ["a", "b"], "texts": [{"user": "<image>?", "assistant": "A"}]},
+            "image-count",
+        ),
+        ("instruction", {"question": "Q", "answer": "A", "query": "Q", "response": "A"}, "raw-schema"),
+        ("instruction", {"question": "Q", "answer": 2}, "text"),
+        ("captions", {"image": "a.jpg", "caption": ["one", "two"]}, "text"),
+        ("captions", {"image": "a.jpg", "caption": "one", "text": "two"}, "raw-schema"),
+        ("captions", {"image": None, "caption": "one"}, "image-missing"),
+        ("text", {"text": "A cat.", "photo": "a.jpg"}, "image-column"),
+    ],
+)
+def test_ambiguous_or_broken_row_is_rejected_with_a_reason(name, row, reason):
+    with pytest.raises(SampleError) as error:
+        RowFormat(name)(row)
+    assert error.value.reason == reason

@@ -1,0 +1,97 @@
+"""Recognition of formats, and one line for columns, filters and rows that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+from tests.data.formats.test_converters import ROWS, messages, turns
+
+from solo_vlm.data.formats.row_format import RowFormat, choose_format
+from solo_vlm.data.sample import FilteredRow
+from solo_vlm.utils.errors import SoloError
+
+LLAVA = {"id": 1, "image": "a.jpg", "conversations": turns("<image>\nWhat?", "A cat.")}
+PHOTO = {"photo": "a.jpg", "title": "A cat.", "stars": 4}
+
+
+def chosen(*rows, format="auto", columns=None, filter=None) -> RowFormat:
+    return choose_format("x.json", rows, format, columns or {}, filter)
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), ROWS)
+def test_row_is_recognized(name, row, expected):
+    found = chosen(row).name
+    is_text_only = "<" not in expected
+    assert found in {name, *(("sharegpt",) if name == "llava" and is_text_only else ())} or (
+        found == "samples" and ("messages" in row or name == "chatml")
+    )
+
+
+def test_rows_that_are_samples_stay_samples():
+    for row in (
+        {"messages": messages("What?", "A cat."), "prompt": "What?", "response": "A cat."},
+        {"messages": [], "images": []},
+        {"messages": None},
+        {"conversations": messages("What?", "A cat.")},
+        messages("What?", "A cat."),
+        {"role": "assistant", "content": "A cat."},
+    ):
+        assert chosen(row).name == "samples"
+    assert chosen().name == "samples"
+
+
+def test_text_only_rows_among_the_first_do_not_hide_the_images():
+    assert chosen({"conversations": turns("2 + 2?", "4")}, LLAVA).name == "llava"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (PHOTO, r"^x\.json: unknown rows; rows have photo, title, stars, but .*"
+                r"captions has image .*: set format and columns$"),
+        ({"image": "a.jpg", "text": "A", "question": "Q", "answer": "B"},
+         r"^x\.json: rows may be instruction or captions; rows have image, text, question, answer, and .*"),
+    ],
+)  # fmt: skip
+def test_unknown_or_ambiguous_rows_give_one_line_with_found_and_expected(row, message):
+    with pytest.raises(SoloError, match=message):
+        chosen(row)
+
+
+def test_columns_are_read_by_the_names_of_the_format():
+    row_format = chosen(PHOTO, columns={"image": "photo", "text": "title"})
+    assert row_format.name == "captions"
+    assert row_format(PHOTO)["images"] == ["a.jpg"]
+    assert row_format(PHOTO | {"image": "other.jpg"})["images"] == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": {"image": "foto"}},
+         r"columns reads image from foto, but rows have photo, title, stars; did you mean photo\?"),
+        ({"columns": {"imag": "photo"}, "format": "captions"},
+         r"columns names imag, but captions reads image, .*did you mean image\?"),
+        ({"format": "llava"},
+         r"no field conversations; rows have photo, title, stars, but llava has conversations"),
+        ({"filter": "star >= 3"},
+         r"filter names star, but rows have photo, title, stars; did you mean stars\?"),
+        ({"filter": "title >= 3", "columns": {"image": "photo", "text": "title"}},
+         r"filter: title >= 3: .*rows have photo, title, stars"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_give_one_line_with_found_and_expected(options, message):
+    with pytest.raises(SoloError, match=rf"^x\.json: .*{message}") as error:
+        chosen(PHOTO, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_filtered_row_is_told_apart_from_a_broken_one():
+    row_format = chosen(PHOTO, columns={"image": "photo", "text": "title"}, filter="stars >= 5")
+    with pytest.raises(FilteredRow, match="filtered: not stars >= 5"):
+        row_format(PHOTO)
+    assert row_format(PHOTO | {"stars": 5})["images"] == ["a.jpg"]
+
+
+def test_filter_names_columns_as_found_or_as_read():
+    for expression in ("len(title) > 2", "len(text) > 2"):
+        assert chosen(PHOTO, columns={"image": "photo", "text": "title"}, filter=expression)(PHOTO)

@@ -1,0 +1,252 @@
+"""Rows of other formats in every kind of file, read in place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests.data.formats.test_converters import messages, shown, turns
+from tests.factories import png, tar_bytes
+
+from solo_vlm.data.sample import FilteredRow, SampleError
+from solo_vlm.data.sources import open_source
+from solo_vlm.data.sources.files import Limits
+from solo_vlm.utils.errors import SoloError
+
+Rows = list[dict[str, Any]]
+
+# Rows without their image, and the sample, in which <> is the image.
+FORMATS: dict[str, tuple[dict[str, Any], str]] = {
+    "llava": (
+        {"id": 3, "conversations": turns("<image>\nWhat?", "A cat."), "extra": 0.5},
+        "u:<>What?|a:A cat.",
+    ),
+    "sharegpt": ({"conversations": turns("Hi", "Hello"), "system": "Be brief."}, "s:Be brief.|u:Hi|a:Hello"),
+    "chatml": ({"conversations": messages("What?", "A cat.", user="human")}, "u:<>What?|a:A cat."),
+    "cauldron": ({"texts": [{"user": "What?", "assistant": "A cat."}]}, "u:<>What?|a:A cat."),
+    "finevision": (
+        {"texts": [{"user": "What?", "assistant": "A cat."}], "relevance_min": 4},
+        "u:<>What?|a:A cat.",
+    ),
+    "instruction": ({"question": "What?", "answer": "A cat."}, "u:<>What?|a:A cat."),
+    "captions": ({"caption": "A cat."}, "a:<>A cat."),
+}
+
+
+def write_tar(path: Path, rows: Rows) -> None:
+    members = {}
+    for number, row in enumerate(rows):
+        images = row.pop("images", None)
+        members[f"{number:04}.json"] = json.dumps(row).encode()
+        if images:
+            members[f"{number:04}.png"] = Path(path.parent, images[0]).read_bytes()
+    path.write_bytes(tar_bytes(members))
+
+
+WRITERS: dict[str, Callable[[Path, Rows], Any]] = {
+    "x.json": lambda path, rows: path.write_text(json.dumps(rows)),
+    "lines.json": lambda path, rows: path.write_text("\n".join(map(json.dumps, rows))),
+    "indented.json": lambda path, rows: path.write_text(json.dumps(rows, indent=4)),
+    "x.json.gz": lambda path, rows: path.write_bytes(gzip.compress(json.dumps(rows).encode())),
+    "x.jsonl": lambda path, rows: path.write_text("\n".join(map(json.dumps, rows))),
+    "x.parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7),
+    "x.tar": write_tar,
+}
+
+
+@pytest.fixture
+def photo(tmp_path, picture) -> str:
+    (tmp_path / "cat.png").write_bytes(png(picture()))
+    return "cat.png"
+
+
+def read(source) -> list[str]:
+    return [shown(row) for shard in range(len(source)) for row in source.read(shard)]
+
+
+@pytest.mark.parametrize("file", WRITERS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_format_is_recognized_and_read_in_every_kind_of_file(tmp_path, photo, caplog, name, file):
+    row, expected = FORMATS[name]
+    rows = [{**row, **({"images": [photo]} if "<>" in expected else {})} for _ in range(20)]
+    WRITERS[file](tmp_path / file, [dict(row) for row in rows])
+    with caplog.at_level(logging.INFO):
+        source = open_source(tmp_path / file, format="auto")
+    found = read(source)
+    image = f"{tmp_path}/{photo}" if not file.endswith(".tar") else str((tmp_path / photo).read_bytes())
+    assert found == [expected.replace("<>", f"<{image}>")] * 20
+    if file.endswith(".tar") and name == "captions":  # as tars always were read
+        assert source.fingerprint() == open_source(tmp_path / file).fingerprint()
+    else:
+        assert caplog.messages == [f"{tmp_path / file}: reading rows as {name}"]
+        assert read(open_source(tmp_path / file, format=name)) == found
+    assert read(pickle.loads(pickle.dumps(source))) == found
+
+
+def test_large_array_is_read_block_by_block(tmp_path):
+    rows = [{"conversations": turns(f"[{n}, ä]" * 40, "A")} for n in range(1000)]
+    (tmp_path / "x.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1))
+    source = open_source(tmp_path / "x.json", format="auto")
+    assert len(source) == 4
+    assert read(source) == [f"u:{row['conversations'][0]['value']}|a:A" for row in rows]
+    small = open_source(tmp_path / "x.json", Limits(max_row_bytes=2000), format="auto")
+    assert len(small) > 200
+    assert read(small) == read(source)
+    assert small.fingerprint() == source.fingerprint()
+
+
+def test_broken_element_affects_no_other_row(tmp_path):
+    good = json.dumps({"conversations": turns("Hi", "Hello")})
+    (tmp_path / "x.json").write_bytes(f'[{good}, "row", {{"a": 1, "a": 2}}, '.encode() + b'{"a": "\xff"},'
+                                      + f"{good}]".encode())  # fmt: skip
+    rows = open_source(tmp_path / "x.json", format="auto").read(0)
+    assert shown(rows[0]) == shown(rows[4]) == "u:Hi|a:Hello"
+    for number in (1, 2, 3):
+        with pytest.raises(SampleError) as error:
+            rows[number]
+        assert error.value.reason == "json"
+
+
+def test_truncated_array_is_refused(tmp_path):
+    text = json.dumps([{"conversations": turns("Hi", "Hello")}] * 3)
+    for end in (5, len(text) // 2, len(text) - 1):
+        (tmp_path / "x.json").write_text(text[:end])
+        with pytest.raises(SoloError, match=r"x\.json: (not JSON, or truncated|the array has no end)"):
+            open_source(tmp_path / "x.json")
+
+
+def test_images_are_relative_to_their_folder_and_stay_in_it(tmp_path, photo):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "rows").mkdir()
+    rows = [
+        {"image": image, "conversations": turns("What?", "A cat.")}
+        for image in ("sub/a.png", "../cat.png", f"{tmp_path}/cat.png", f"{tmp_path}/photos/b.png")
+    ]
+    (tmp_path / "rows" / "x.json").write_text(json.dumps(rows))
+    images = str(tmp_path / "photos")
+    found = open_source(tmp_path / "rows", format="llava", images=images).read(0)
+    assert shown(found[0]) == f"u:<{images}/sub/a.png>What?|a:A cat."
+    assert shown(found[3]) == f"u:<{images}/b.png>What?|a:A cat."
+    for number in (1, 2):
+        with pytest.raises(SampleError, match="outside-path"):
+            found[number]
+    anywhere = open_source(tmp_path / "rows", Limits(allow_outside_paths=True), "llava", images).read(0)
+    assert shown(anywhere[2]) == f"u:<{tmp_path}/cat.png>What?|a:A cat."
+    with pytest.raises(SoloError, match=r"no folder .*nowhere"):
+        open_source(tmp_path / "rows", format="llava", images=str(tmp_path / "nowhere"))
+
+
+def test_fingerprint_covers_files_format_columns_and_filter(tmp_path):
+    rows = [{"title": "Once", "text": "Twice", "stars": 3}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    options: list[dict[str, Any]] = [
+        {"format": "text"},
+        {"format": "text", "columns": {"text": "title"}},
+        {"format": "text", "filter": "stars > 2"},
+        {"format": "text", "filter": "stars > 3"},
+    ]
+    found = [open_source(tmp_path / "x.json", **option).fingerprint() for option in options]
+    assert len(set(found)) == len(options)
+    assert open_source(tmp_path / "x.json", format="auto").fingerprint() == found[0]
+    (tmp_path / "x.json").write_text(json.dumps(rows * 2))
+    assert open_source(tmp_path / "x.json", format="text").fingerprint() != found[0]
+
+
+def test_filter_leaves_rows_out(tmp_path):
+    (tmp_path / "x.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"row {n}", "stars": n}) for n in range(5))
+    )
+    rows = open_source(tmp_path / "x.jsonl", format="auto", filter="stars >= 2").read(0)
+    for number in range(5):
+        if number < 2:
+            with pytest.raises(FilteredRow):
+                rows[number]
+        else:
+            assert shown(rows[number]) == f"a:row {number}"
+
+
+def test_json_notes_next_to_other_files_are_no_data(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "row"}))
+    (tmp_path / "report.json").write_text("{}")
+    assert read(open_source(tmp_path, format="auto")) == ["a:row"]
+
+
+def test_folder_of_images_has_captions_of_text_files_and_classes(tmp_path, picture):
+    for name in ("a/golden_retriever/1.png", "a/golden_retriever/2.JPG", "b.png", "c.png", ".hidden/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture().save(tmp_path / name)
+    (tmp_path / "a/golden_retriever/2.txt").write_bytes(b"\xef\xbb\xbfA dog in the snow.\r\n")
+    (tmp_path / "b.txt").write_text("A bee.")
+    (tmp_path / "notes.txt").write_text("no caption")
+    source = open_source(tmp_path, format="auto")
+    rows = source.read(0)
+    assert [shown(rows[number]) for number in range(3)] == [
+        f"a:<{tmp_path}/a/golden_retriever/1.png>golden retriever",
+        f"a:<{tmp_path}/a/golden_retriever/2.JPG>A dog in the snow.",
+        f"a:<{tmp_path}/b.png>A bee.",
+    ]
+    assert len(rows) == 4
+    with pytest.raises(SampleError, match=r"no-caption: no c\.txt beside c\.png"):
+        rows[3]
+    assert source.where(0, 2) == f"{tmp_path}/b.png"
+    dogs = open_source(tmp_path, format="imagefolder", filter='label == "golden_retriever"')
+    assert dogs.fingerprint() != source.fingerprint()
+    with pytest.raises(SoloError, match="is not an expression"):
+        open_source(tmp_path, filter="label > ", format="imagefolder")
+
+
+@pytest.mark.parametrize("file", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+@pytest.mark.parametrize("name", ["auto", "imagefolder"])
+def test_folder_of_images_has_captions_of_a_metadata_file(tmp_path, photo, file, name):
+    rows = [{"file_name": photo, "text": "A cat, with\na hat."}, {"file_name": photo, "text": "A cat."}]
+    if file.endswith(".csv"):
+        (tmp_path / file).write_text(f'file_name,text\n{photo},"A cat, with\na hat."\n{photo},A cat.\n')
+    else:
+        WRITERS[f"x.{file.partition('.')[2]}"](tmp_path / file, rows)
+    assert read(open_source(tmp_path, format=name)) == [
+        f"a:<{tmp_path}/{photo}>A cat, with\na hat.",
+        f"a:<{tmp_path}/{photo}>A cat.",
+    ]
+
+
+def test_tables_are_read(tmp_path, photo):
+    (tmp_path / "x.tsv").write_text(f"picture\ttitle\tstars\n{photo}\tA cat.\t4\n{photo}\tA dog.\t2\n")
+    options: dict[str, Any] = {"columns": {"image": "picture", "text": "title"}, "filter": "stars >= 3"}
+    rows = open_source(tmp_path / "x.tsv", format="auto", **options).read(0)
+    assert shown(rows[0]) == f"a:<{tmp_path}/{photo}>A cat."
+    with pytest.raises(FilteredRow):
+        rows[1]
+    (tmp_path / "x.csv").write_text("image,text\na.png\n")
+    with pytest.raises(SoloError, match=r"x\.csv is not a readable table"):
+        open_source(tmp_path / "x.csv", format="auto")
+
+
+def test_arrow_files_of_save_to_disk_are_read(tmp_path):
+    table = pa.Table.from_pylist(
+        [{"image": {"bytes": b"jpeg", "path": None}, "text": f"row {n}"} for n in range(9)]
+    )
+    for part in range(2):
+        with (
+            pa.OSFile(str(tmp_path / f"data-0000{part}-of-00002.arrow"), "wb") as file,
+            pa.ipc.new_stream(file, table.schema) as stream,
+        ):
+            stream.write_table(table, max_chunksize=4)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text("{}")
+    for name in ("auto", "hf", "captions"):
+        source = open_source(tmp_path, format=name)
+        assert len(source) == 6
+        assert read(source) == [f"a:<{b'jpeg'!s}>row {n}" for n in range(9)] * 2
+    assert "data-00000-of-00002.arrow, batch at byte" in source.where(1, 2)
+    whole = (tmp_path / "data-00001-of-00002.arrow").read_bytes()
+    (tmp_path / "data-00001-of-00002.arrow").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SoloError, match=r"data-00001-of-00002\.arrow is not a readable Arrow stream"):
+        open_source(tmp_path)
