@@ -13,7 +13,15 @@ from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from solo_vlm.check import layers
-from solo_vlm.check.certificate import PROPERTIES, Certificate, certify, require_exact_packing
+from solo_vlm.check.certificate import (
+    OF_FAMILY,
+    OF_INIT,
+    PROPERTIES,
+    Certificate,
+    certify,
+    certify_init,
+    require_exact_packing,
+)
 from solo_vlm.check.probe import Probe
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.data.encode import Encoder
@@ -225,6 +233,14 @@ def test_packing_that_is_not_exact_is_rejected_before_training(probe, monkeypatc
         match=r"runs/model: packed training .* mistral: document 2 of 3 .*layer 1.*solo check runs/model",
     ):
         require_exact_packing(probe.model, "runs/model")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_model_is_checked_in_its_own_precision(dtype):
+    solo = make_solo()
+    certificate = certify_init(solo.model.to(dtype), solo.processor, "llm")
+    assert certificate.passed, certificate.as_dict()
+    assert certificate.findings.keys() == {*OF_INIT, *OF_FAMILY}
 
 
 def test_check_leaves_the_model_as_it_was(probe):

@@ -24,8 +24,11 @@ Pieces = Sequence[int | tuple[int, int]]  # numbers of text tokens, and grids of
 LONG: tuple[Pieces, ...] = ((4, (2, 3), 5, (1, 2), 6), (7,), (1, (3, 1), 18))
 SHORT: tuple[Pieces, ...] = ((3, (1, 2), 5), (5,), (9,))
 
-FLOAT32, FLOAT16, BFLOAT16, QUANTIZED = 1e-4, 2e-2, 5e-2, 1e-1
-"""Largest differences of outputs that are equal up to rounding, relative to their size."""
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest difference of outputs that are equal up to rounding, relative to their size."""
+
+QUANTIZED = 1e-1
+"""The same for weights of 8 or 4 bits."""
 
 _GRIDS = ((2, 3), (3, 1), (2, 2), (1, 2), (1, 1))
 _PADDING = 3  # tokens
@@ -55,7 +58,7 @@ class Probe:
     encoder: Encoder | None = None
     llm: PreTrainedModel | None = None
     processor: Any = None
-    tolerance: float = FLOAT32
+    tolerance: float = TOLERANCES[torch.float32]
     shapes: tuple[Pieces, ...] = LONG
     weights: str = ""
 

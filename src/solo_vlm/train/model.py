@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from solo_vlm.check.certificate import require_exact_packing
-from solo_vlm.check.probe import FLOAT32, QUANTIZED
+from solo_vlm.check.probe import QUANTIZED, TOLERANCES
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_config, load_llm, load_model, quantization_config
 from solo_vlm.models.packed.isolation import isolate_documents
@@ -195,7 +195,8 @@ def _load_checked(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     """Load the base model of a recipe, and check that it keeps the documents of a packed row apart."""
     source = recipe.mixture.model_source()
     model, processor = load_base_model(source, recipe)
-    require_exact_packing(model, source, tolerance=QUANTIZED if recipe.quantize else FLOAT32)
+    tolerance = QUANTIZED if recipe.quantize else TOLERANCES[torch.float32]
+    require_exact_packing(model, source, tolerance)
     return model, processor
 
 
