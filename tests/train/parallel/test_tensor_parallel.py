@@ -1,4 +1,4 @@
-"""Tensor parallelism: every family matches one process, or is refused by its configuration."""
+"""Tensor parallelism: every family matches one process, or is rejected by its configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from solo_vlm.utils.errors import SoloError
 
 STEPS = 3
 NO_PLAN = "transformers has no plan for its layers"
-REFUSED = {
+REJECTED = {
     "doge": "self_attn.A is beside split layers, but not in the plan",
     "longcat_flash": "mlp.experts are not the experts of which processes can take a share each",
 }
@@ -110,9 +110,9 @@ def obstacles():
     return {family: tensor_parallel_obstacle(tiny_config(family)) for family in text_families()}
 
 
-def test_families_with_a_plan_are_supported_or_refused_with_a_reason(obstacles):
-    refused = {family: reason for family, reason in obstacles.items() if reason and reason != NO_PLAN}
-    assert refused == REFUSED
+def test_families_with_a_plan_are_supported_or_rejected_with_a_reason(obstacles):
+    rejected = {family: reason for family, reason in obstacles.items() if reason and reason != NO_PLAN}
+    assert rejected == REJECTED
     assert sum(reason is None for reason in obstacles.values()) >= 90
 
 
@@ -129,14 +129,14 @@ def test_split_and_sharded_families_match_a_single_process(start, tmp_path):
     assert compare(start, tmp_path, 4, kinds) == {family: [] for family in kinds}
 
 
-def test_indivisible_heads_are_refused_with_supported_sizes():
+def test_indivisible_heads_are_rejected_with_supported_sizes():
     config = MistralConfig(num_hidden_layers=1)
     with pytest.raises(SoloError, match=r"k_proj has 8 heads, not divisible by 16; .* to 1 or 2 or 4 or 8"):
         check_tensor_parallel(config, 16)
     check_tensor_parallel(config, 8)
 
 
-def test_indivisible_experts_are_refused():
+def test_indivisible_experts_are_rejected():
     assert tensor_parallel_obstacle(tiny_config("mixtral"), 3)
     config = tiny_config("mixtral", num_local_experts=3)
     assert tensor_parallel_obstacle(config) == "mlp.experts are 3, not divisible by 2"

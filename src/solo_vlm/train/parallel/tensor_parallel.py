@@ -218,7 +218,7 @@ def _use_local_parameters(module: nn.Module, gradient: Placement | None = None) 
     """Let forward see this process's part of the module's own parameters.
 
     Args:
-        gradient: What this process computes of a parameter's gradient; default: that of its part.
+        gradient: Placement of the parameters' gradients; default: that of the parameters.
     """
     forward = module.forward
     placements = [gradient] if gradient else None
