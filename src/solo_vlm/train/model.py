@@ -83,6 +83,11 @@ def set_trainable(model: PreTrainedModel, recipe: Recipe, world_size: int = 1) -
             f"trainable = {recipe.trainable}: a plain LLM has neither a patch embedding nor vision tokens; "
             "convert it to a SOLO model first (solo init), or set trainable to all"
         )
+    if z_loss := getattr(model.config, "z_loss_coefficient", 0):  # Bamba; a SOLO model computes its own loss
+        raise SoloError(
+            f"z_loss_coefficient = {z_loss}: the z-loss of {model.config.model_type} models in transformers "
+            "counts padding; set it to 0 in the model's config.json"
+        )
     if recipe.quantize and not recipe.lora:
         raise SoloError("quantize: 4-bit weights cannot be trained directly; also set lora (QLoRA)")
     if recipe.quantize and recipe.float8:

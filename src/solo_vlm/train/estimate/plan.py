@@ -137,7 +137,12 @@ class Plan:
         return {
             "model": self.recipe.model,
             "shape_from": self.shape_from,
-            "parameters": {"total": counts.total, "trained": self.trained, **asdict(counts)},
+            "parameters": {
+                "total": counts.total,
+                "active": self.shape.active_parameters,
+                "trained": self.trained,
+                **asdict(counts),
+            },
             "steps": self.steps,
             "sequences": self.sequences,
             "tokens": self.tokens,
