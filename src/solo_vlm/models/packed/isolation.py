@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from inspect import getsource, signature
 from typing import Any, Literal, TypeGuard
 
@@ -164,6 +165,7 @@ def _source(layer: nn.Module) -> ast.AST:
     return ast.parse(textwrap.dedent(_text(type(layer).forward)))
 
 
+@cache  # finding a class parses its whole module
 def _text(definition: Any) -> str:
     """Return the source of a class or function; empty where there is none."""
     try:
