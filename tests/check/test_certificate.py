@@ -192,6 +192,27 @@ def test_future_tokens_in_the_training_attention_are_found(probe, monkeypatch):
     assert found["packing"].layer == "layer 1 (MistralDecoderLayer)"
 
 
+def test_cache_that_forgets_a_token_is_found(probe):
+    def forgetful(module, query, key, value, attention_mask, **kwargs):
+        if module.layer_idx == 1 and query.shape[2] == 1:
+            key = torch.cat([key[:, :, :1], key[:, :, :-1]], 2)
+        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("forgetful", forgetful)
+    AttentionMaskInterface.register("forgetful", eager_mask)
+    probe.model.set_attn_implementation("forgetful")
+    found = failures(probe)
+    assert found.keys() == {"caching"}
+    assert found["caching"].layer == "layer 1 (MistralDecoderLayer)"
+
+
+def test_padding_that_is_not_masked_is_found():
+    """The recurrent layers of RecurrentGemma read padding on the left as tokens."""
+    found = failures(Probe(tiny_llm("recurrent_gemma")))
+    assert found.keys() == {"batching"}
+    assert found["batching"].layer == "layer 0 (RecurrentGemmaDecoderLayer)"
+
+
 def test_wrong_patch_order_is_found(probe, monkeypatch):
     encode_image = SoloImageProcessor.encode_image
 

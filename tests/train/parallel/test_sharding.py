@@ -19,6 +19,8 @@ from tests.factories import (
 from torch.distributed.tensor import DTensor
 
 from solo_vlm.models.load import load_model
+from solo_vlm.models.packed import attention
+from solo_vlm.models.packed.groups import document_groups
 from solo_vlm.train import Recipe
 from solo_vlm.train import model as model_module
 from solo_vlm.train.model import load_base_model, make_model
@@ -45,6 +47,20 @@ def describe_shards(plain, path):
         source, _ = load_base_model(recipe.mixture.model_source())
         same = all(torch.equal(whole[name], p) for name, p in source.named_parameters())
         path.with_name(f"{path.name}-{context.rank}").write_text(json.dumps([held, same]))
+
+
+def train_with_a_leak(plain):
+    """Train with an attention that takes all documents of a row for one."""
+    attention.document_groups = lambda bounds, *options: document_groups(bounds[[0, -1]], *options)
+    run_recipe(plain)
+
+
+@pytest.mark.distributed
+def test_leak_between_documents_stops_all_processes(runs, tmp_path, start):
+    """Rank 0, which alone reads the model, finds it before the model is sharded."""
+    group = start(2, train_with_a_leak, run_settings(runs, tmp_path / "out", model="mistral"))
+    assert 0 not in group.wait()
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
