@@ -151,7 +151,8 @@ def _only_attends(layer: nn.Module) -> bool:
 
 def _chooses_tokens(layer: nn.Module) -> bool:
     """Return whether a layer attends to the tokens with the highest scores, where padding can break ties."""
-    return any("topk" in _text(type(part)) for part in layer.modules())
+    kinds: set[Any] = {type(part) for part in layer.modules()}
+    return any("topk" in _text(kind) for kind in kinds)
 
 
 def _is_interface_call(node: ast.AST) -> TypeGuard[ast.Call]:
