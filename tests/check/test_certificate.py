@@ -250,6 +250,9 @@ def test_check_leaves_the_model_as_it_was(probe):
     assert probe.model.config.to_dict() == settings
     assert probe.model.config.text_config._attn_implementation == attention
     assert not any(parameter.grad is not None for parameter in probe.model.parameters())
+    for module in probe.model.modules():
+        assert not module._forward_hooks
+        assert not {"forward", "packed_row"} & vars(module).keys()
 
 
 def test_left_out_property_is_skipped(probe):

@@ -173,10 +173,6 @@ class ModelShape:
         parameters = replace(self.parameters, patch_embedding=patch * self.hidden)
         return replace(self, patch=patch, parameters=parameters)
 
-    def splits(self, parts: int) -> bool:
-        """Return whether tensor parallelism can split every layer into `parts`."""
-        return not any(size % parts for size in (self.heads, self.key_heads, self.mlp))
-
 
 def count_parameters(config: Any) -> ParameterCounts:
     """Return the parameters of a SOLO model or a plain LLM, from its configuration alone.

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from solo_vlm.check.certificate import require_exact_packing
 from solo_vlm.check.probe import QUANTIZED, TOLERANCES
 from solo_vlm.data.encode import load_encoder
-from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_llm, load_model, quantization_config
+from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_config, load_llm, load_model, quantization_config
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.sharding import decoder_layers, load_full_state_dict, shard_model
+from solo_vlm.train.parallel.tensor_parallel import check_tensor_parallel
 from solo_vlm.train.recipe import LoraSettings, Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -206,7 +207,9 @@ def _load_checked(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
 
 def _load_sharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
     """Read the weights in rank 0 only, and distribute them to the shards of all ranks."""
-    world_size = context.dims.world_size
+    world_size, source = context.dims.world_size, recipe.mixture.model_source()
+    if context.dims.tp > 1:
+        context.broadcast_from_rank0(lambda: check_tensor_parallel(load_config(source), context.dims.tp))
     loaded: list[PreTrainedModel] = []
 
     def describe() -> tuple[type[PreTrainedModel], Any, Any, dict[str, Tensor], Any]:
