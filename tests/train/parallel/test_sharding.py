@@ -89,15 +89,27 @@ def test_losses_match_single_process(runs, tmp_path, start, family, size, tensor
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "jetmoe"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3_moe", {"activation_checkpointing": "full"}),
+        ("mixtral", {"activation_checkpointing": "selective", "parallel": {"reshard": False}}),
+        ("granitemoe", {"lora": {"rank": 2}}),
+        ("qwen3_moe", {"parallel": {"tensor": 2}}),
+        ("jetmoe", {}),
+        ("deepseek_v3", {"router_aux_loss": "auto"}),
+    ],
+    ids=str,
+)
 @pytest.mark.distributed
-def test_sharded_experts_match_single_process(tmp_path, start, family):
+def test_sharded_experts_match_single_process(tmp_path, start, family, changes):
     """Experts are one tensor, split between processes; the routers of DeepSeek-V3 have buffers."""
     write_training_data(tmp_path, image_rows(24), text_rows(64))
     make_solo(family).save(tmp_path / family)
-    changes = {"model": family, "steps": 6, "router_aux_loss": "auto" if family == "deepseek_v3" else 1.0}
+    changes = {"model": family, "steps": 6, "router_aux_loss": 1.0, **changes}
     group = start(2, run_recipe, run_settings(tmp_path, tmp_path / "shared", **changes))
-    assert start(1, run_recipe, run_settings(tmp_path, tmp_path / "alone", **changes)).wait() == [0]
+    alone = run_settings(tmp_path, tmp_path / "alone", **{**changes, "parallel": {}})
+    assert start(1, run_recipe, alone).wait() == [0]
     assert group.wait() == [0, 0]
     ours, theirs = (read_steps(tmp_path / name) for name in ("shared", "alone"))
     for key in ("loss", "gradient_norm", *(name for name in theirs[0] if name.startswith("moe/"))):
