@@ -141,7 +141,8 @@ def _run(check: Callable[[Probe], Finding], probe: Probe) -> Finding:
     try:
         return check(probe)
     except Exception as error:  # of any type, from the code of any family
-        return Finding("fails", f"{type(error).__name__}: {first_line(error)}")
+        kind = "" if isinstance(error, SoloError) else f"{type(error).__name__}: "
+        return Finding("fails", f"{kind}{first_line(error)}")
 
 
 def _kind(probe: Probe) -> str:

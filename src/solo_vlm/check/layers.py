@@ -98,7 +98,10 @@ def trace(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Trace:
         for handle in handles:
             handle.remove()
     states["logits"] = output.logits
-    return Trace({name: values.float() for name, values in states.items()}, inputs["input_ids"].shape[1])
+    length = inputs["input_ids"].shape[1]
+    # Where layers run document by document, the last group is not the row.
+    whole = {name: values for name, values in states.items() if length in (values.shape[1], values.shape[-2])}
+    return Trace({name: values.float() for name, values in whole.items()}, length)
 
 
 def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -165,10 +168,19 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 @contextmanager
 def isolated(model: PreTrainedModel) -> Iterator[None]:
-    """Keep the documents of a packed row apart, as training does."""
-    with _restored(model):
-        isolate_documents(model)
-        yield
+    """Keep the documents of a packed row apart, as training does; afterwards, nothing of it is left."""
+    before = [(module, dict(vars(module)), dict(module._forward_hooks)) for module in model.modules()]
+    try:
+        with _restored(model):
+            isolate_documents(model)
+            yield
+    finally:
+        for module, attributes, hooks in before:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
 
 
 @contextmanager
