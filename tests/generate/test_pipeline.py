@@ -53,6 +53,14 @@ def test_compile_is_rejected_where_a_static_cache_fails_or_changes_answers(famil
         pipeline(family, compile=True)
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_several_rows_per_chat_leave_the_prefix_cache_alone(options, picture):
+    ours, plain = pipeline(prefix_cache=PrefixCache()), pipeline()
+    inputs = plain.encode([ask("what is this?", picture(96, 64))])
+    for more in (options, {}, options):  # before and after the prompt is cached
+        assert ours.generate(inputs, 6, **more)[0].equal(plain.generate(inputs, 6, **more)[0])
+
+
 def test_cache_that_fails_is_not_used(picture, caplog):
     """The cache of xLSTM has other sizes than its states in transformers 5.23."""
     ours = pipeline("xlstm")
