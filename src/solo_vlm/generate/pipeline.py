@@ -282,7 +282,8 @@ class GenerationPipeline:
             answer = sequences[0, len(prompt) :].cpu().numpy()
             self.prefix_cache.add(np.concatenate([prompt, answer]), cache)
             return sequences, cached
-        if not self.use_cache:
+        reorders = options.get("num_beams", 1) > 1
+        if not self.use_cache or (reorders and not _takes_dynamic_cache(self.model)):
             options["use_cache"] = False
         elif self.compile:
             options["cache_implementation"] = "static"
