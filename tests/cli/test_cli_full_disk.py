@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 from tests.data.catalog.catalog_rows import USUAL
+from tests.evaluate.evaluation_runs import write_data_root
 from tests.factories import (
     image_rows,
     make_llm,
@@ -48,7 +50,18 @@ def inputs(tmp_path_factory):
         Image.new("RGB", (64, 32), (number, 0, 0)).save(folder / "images" / f"{number}.png")
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
     Image.fromarray(noise).save(folder / "noise.png")
+    (folder / "broken.jsonl").write_text("{}\n" * 600)
+    (folder / "broken.yaml").write_text(yaml.safe_dump(broken_mixture(folder)))
+    sizes = [(n, d) for n in (1e8, 3e8, 1e9, 3e9) for d in (1e10, 3e10, 1e11)]
+    points = [f"{n},{d},{1.7 + 400 / n**0.34 + 410 / d**0.28}" for n, d in sizes]
+    (folder / "points.csv").write_text("\n".join(["n,d,loss", *points, ""]))
+    write_data_root(folder / "benchmarks", ["ai2d"])
     return folder
+
+
+def broken_mixture(folder: Path) -> dict[str, Any]:
+    data = {"sources": [{"path": "broken.jsonl"}], "max_skipped": 1}
+    return {"root": str(folder), "model": "llama", "data": data}
 
 
 COMMANDS = {
@@ -59,10 +72,19 @@ COMMANDS = {
     "inspect": "inspect --image {inputs}/noise.png --out {disk}/grid.png",
     "data view": "data view {inputs}/recipe.yaml --out {disk}/view.html --samples 60",
     "push": "push {inputs}/llama owner/name --dry-run --out {disk}/published --license mit --base-model a/b",
+    "data verify": "data verify {inputs}/broken.yaml --report {disk}/report.jsonl",
+    "eval run": "eval run --model {inputs}/llama --tasks ai2d --data-root {inputs}/benchmarks "
+    "--out {disk}/scores --max-new-tokens 2",
+    "eval contamination": "eval contamination --mixture {inputs}/recipe.yaml --tasks ai2d "
+    "--data-root {inputs}/benchmarks --out {disk}/contamination",
+    "scaling fit": "scaling fit {inputs}/points.csv --out {disk}/law",
+    "scaling plot": "scaling plot {inputs}/points.csv --out {disk}/plots",
     "train": "train {inputs}/recipe.yaml out={disk}/run",
     "train, synchronous": "train {inputs}/recipe.yaml out={disk}/run checkpoint.asynchronous=false",
     "train, TensorBoard": "train {inputs}/recipe.yaml out={disk}/run trackers=[tensorboard]",
 }
+
+SMALL_OUTPUTS = ("data verify", "eval contamination")  # of a few kilobytes
 
 
 def finished_files(folder: Path) -> list[str]:
@@ -75,6 +97,8 @@ def test_full_disk_is_a_one_line_error_and_the_command_succeeds_with_more_space(
     run, inputs, small_disk, name
 ):
     arguments = COMMANDS[name].format(inputs=inputs, disk=small_disk.folder).split()
+    if name in SMALL_OUTPUTS:
+        (small_disk.folder / "other").write_bytes(bytes(12 * 1024))
     code, _, error = run(*arguments)
     *progress, last = error.strip().splitlines()
     assert code == 2, error
@@ -155,16 +179,35 @@ def test_answers_that_fit_are_kept_and_the_run_resumes(run, inputs, small_disk):
     assert out.read_bytes().splitlines(keepends=True)[: len(kept)] == kept
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["quickstart --out {disk}/quick", "scaling sweep sweeps/toy root={disk}", "ablate {study} {root}"],
-)
-def test_full_disk_stops_a_study_with_one_line(run, inputs, small_disk, command, tmp_path):
-    root = f"root={small_disk.folder}"
-    arguments = command.format(disk=small_disk.folder, study="from-scratch", root=root).split()
-    code, _, error = run(*arguments)
+LONG_COMMANDS = [
+    "quickstart --out {disk}/quick",
+    "scaling sweep sweeps/toy root={disk}",
+    "ablate from-scratch root={disk}",
+]
+
+
+@pytest.mark.parametrize("command", LONG_COMMANDS)
+def test_full_disk_stops_a_study_with_one_line(run, small_disk, command):
+    code, _, error = run(*command.format(disk=small_disk.folder).split())
     assert code == 2, error
     assert error.strip().splitlines()[-1].startswith(f"solo: cannot write {small_disk.folder}/"), error
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *LONG_COMMANDS,
+        "generate --model {inputs}/llama --images {inputs}/images --out {disk}/answers.jsonl --prompt x",
+    ],
+)
+def test_read_only_disk_stops_other_commands_with_one_line(run, inputs, small_disk, command):
+    small_disk.allow_writing(False)
+    code, _, error = run(*command.format(disk=small_disk.folder, inputs=inputs).split())
+    assert code == 2, error
+    *progress, line = error.strip().splitlines()
+    assert not any("Traceback" in text for text in progress)
+    assert line.startswith(f"solo: cannot write {small_disk.folder}")
+    assert "Read-only file system; make it writable, or choose another place" in line
 
 
 @pytest.mark.parametrize(

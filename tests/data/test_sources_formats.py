@@ -177,3 +177,76 @@ def test_json_notes_next_to_other_files_are_no_data(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": "row"}))
     (tmp_path / "report.json").write_text("{}")
     assert read(open_source(tmp_path, format="auto")) == ["a:row"]
+
+
+def test_folder_of_images_has_captions_of_text_files_and_classes(tmp_path, picture):
+    for name in ("a/golden_retriever/1.png", "a/golden_retriever/2.JPG", "b.png", "c.png", ".hidden/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture().save(tmp_path / name)
+    (tmp_path / "a/golden_retriever/2.txt").write_bytes(b"\xef\xbb\xbfA dog in the snow.\r\n")
+    (tmp_path / "b.txt").write_text("A bee.")
+    (tmp_path / "notes.txt").write_text("no caption")
+    source = open_source(tmp_path, format="auto")
+    rows = source.read(0)
+    assert [shown(rows[number]) for number in range(3)] == [
+        f"a:<{tmp_path}/a/golden_retriever/1.png>golden retriever",
+        f"a:<{tmp_path}/a/golden_retriever/2.JPG>A dog in the snow.",
+        f"a:<{tmp_path}/b.png>A bee.",
+    ]
+    assert len(rows) == 4
+    with pytest.raises(SampleError, match=r"no-caption: no c\.txt beside c\.png"):
+        rows[3]
+    assert source.where(0, 2) == f"{tmp_path}/b.png"
+    dogs = open_source(tmp_path, format="imagefolder", filter='label == "golden_retriever"')
+    assert dogs.fingerprint() != source.fingerprint()
+    with pytest.raises(SoloError, match="is not an expression"):
+        open_source(tmp_path, filter="label > ", format="imagefolder")
+
+
+@pytest.mark.parametrize("file", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+@pytest.mark.parametrize("name", ["auto", "imagefolder"])
+def test_folder_of_images_has_captions_of_a_metadata_file(tmp_path, photo, file, name):
+    rows = [{"file_name": photo, "text": "A cat, with\na hat."}, {"file_name": photo, "text": "A cat."}]
+    if file.endswith(".csv"):
+        (tmp_path / file).write_text(f'file_name,text\n{photo},"A cat, with\na hat."\n{photo},A cat.\n')
+    else:
+        WRITERS[f"x.{file.partition('.')[2]}"](tmp_path / file, rows)
+    assert read(open_source(tmp_path, format=name)) == [
+        f"a:<{tmp_path}/{photo}>A cat, with\na hat.",
+        f"a:<{tmp_path}/{photo}>A cat.",
+    ]
+
+
+def test_tables_are_read(tmp_path, photo):
+    (tmp_path / "x.tsv").write_text(f"picture\ttitle\tstars\n{photo}\tA cat.\t4\n{photo}\tA dog.\t2\n")
+    options: dict[str, Any] = {"columns": {"image": "picture", "text": "title"}, "filter": "stars >= 3"}
+    rows = open_source(tmp_path / "x.tsv", format="auto", **options).read(0)
+    assert shown(rows[0]) == f"a:<{tmp_path}/{photo}>A cat."
+    with pytest.raises(FilteredRow):
+        rows[1]
+    (tmp_path / "x.csv").write_text("image,text\na.png\n")
+    with pytest.raises(SoloError, match=r"x\.csv is not a readable table"):
+        open_source(tmp_path / "x.csv", format="auto")
+
+
+def test_arrow_files_of_save_to_disk_are_read(tmp_path):
+    table = pa.Table.from_pylist(
+        [{"image": {"bytes": b"jpeg", "path": None}, "text": f"row {n}"} for n in range(9)]
+    )
+    for part in range(2):
+        with (
+            pa.OSFile(str(tmp_path / f"data-0000{part}-of-00002.arrow"), "wb") as file,
+            pa.ipc.new_stream(file, table.schema) as stream,
+        ):
+            stream.write_table(table, max_chunksize=4)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text("{}")
+    for name in ("auto", "hf", "captions"):
+        source = open_source(tmp_path, format=name)
+        assert len(source) == 6
+        assert read(source) == [f"a:<{b'jpeg'!s}>row {n}" for n in range(9)] * 2
+    assert "data-00000-of-00002.arrow, batch at byte" in source.where(1, 2)
+    whole = (tmp_path / "data-00001-of-00002.arrow").read_bytes()
+    (tmp_path / "data-00001-of-00002.arrow").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SoloError, match=r"data-00001-of-00002\.arrow is not a readable Arrow stream"):
+        open_source(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -43,6 +44,11 @@ def set_config(folder, **changes):
     config = json.loads(file.read_text())
     config.get("text_config", config).update(changes)
     file.write_text(json.dumps(config))
+
+
+def set_quantization(folder, settings):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": settings}))
 
 
 def change_weights(folder, change):
@@ -119,6 +125,41 @@ def test_weight_of_integers_is_rejected_by_name(solo):
     change_weights(solo, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].view(torch.int32)}))
     with pytest.raises(SoloError, match=f"{WEIGHT} has the dtype I32"):
         load_model(solo)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [None, {}, {"bits": 8}, *({"quant_method": name} for name in ("unknown", "fp8", "mxfp4", "gguf"))],
+)
+def test_integers_under_another_quantization_are_rejected_by_name(solo, settings):
+    """transformers would convert them to floats without scales."""
+    set_quantization(solo, settings)
+    change_weights(solo, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].to(torch.int8)}))
+    with pytest.raises(SoloError, match=f"{WEIGHT} has the dtype I8"):
+        load_model(solo)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "torchao"])
+def test_quantized_folder_needs_the_package_of_its_method(solo, method):
+    if any(find_spec(name) for name in (method.replace("-", "_"), f"{method}model")):
+        pytest.skip(f"{method} is installed")
+    set_quantization(solo, {"quant_method": method, "bits": 4, "load_in_8bit": True})
+    with pytest.raises(SoloError, match=f"cannot load {solo}: ") as caught:
+        load_model(solo)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64])
+def test_weights_of_any_float_dtype_are_read_by_value(solo, dtype):
+    stored = {}
+
+    def convert(tensors):
+        stored[WEIGHT] = tensors[WEIGHT].to(dtype)
+        tensors.update(stored)
+
+    change_weights(solo, convert)
+    loaded = load_model(solo).get_parameter(WEIGHT)
+    torch.testing.assert_close(loaded, stored[WEIGHT].to(loaded.dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [{"longest_edge": 10**6}, {"height": 10**6, "width": 10**6}])

@@ -122,3 +122,54 @@ def test_page_may_have_any_name_with_a_key(solo):
         headers = {"Origin": "http://solo.example", "Authorization": "Bearer one"}
         assert send(server, "/v1/chat/completions", "solo.example", **headers) == 200
         assert send(server, "/v1/chat/completions", "solo.example", Origin="http://solo.example") == 401
+
+
+FORWARDED = {
+    "X_Forwarded_For": "127.0.0.1",
+    "X_Real_IP": "127.0.0.1",
+    "X_Forwarded_Host": "other.site",
+    "X_Forwarded_Proto": "https",
+    "X_Forwarded_Prefix": "/page",
+    "X_Original_URL": "/health",
+    "X_Rewrite_URL": "/health",
+    "X_HTTP_Method_Override": "GET",
+    "Forwarded": "for=127.0.0.1;host=other.site;proto=https",
+    "Via": "1.1 proxy",
+}
+
+
+@pytest.mark.parametrize("headers", [*({name: value} for name, value in FORWARDED.items()), FORWARDED])
+def test_headers_of_proxies_change_no_check(solo, server, host, headers):
+    path = "/v1/chat/completions"
+    assert send(server, path, host, Origin="http://other.site", **headers) == 403
+    assert send(server, path, "other.site", Origin="http://other.site", **headers) == 403
+    assert send(server, path, host, Sec_Fetch_Site="cross-site", **headers) == 403
+    with served(solo, Limits(), ["one"]) as protected:
+        assert send(protected, path, host, **headers) == 401
+        assert send(protected, path, host, Authorization="Bearer two", **headers) == 401
+        assert send(protected, path, host, Authorization="Bearer one", **headers) == 200
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1/chat/completions/",
+        "//v1/chat/completions",
+        "/./v1/chat/completions",
+        "/health/../v1/chat/completions",
+        "/health/..%2fv1/chat/completions",
+        "/%76%31/chat/completions",
+        "/v1%2fchat%2fcompletions",
+        "/V1/chat/completions",
+        "/v1/chat/completions?/health",
+        "/v1/chat/completions;/health",
+        "http://127.0.0.1/v1/chat/completions",
+        "/v1/models",
+        "/v1/models/x",
+    ],
+)
+def test_no_spelling_of_a_path_passes_the_key(solo, target):
+    request = http(json.dumps(WORK["/v1/chat/completions"]).encode(), target)
+    with served(solo, Limits(), ["one"]) as server:
+        assert exchange(server.port, request)[0] in (400, 401, 404, 405)
+        assert exchange(server.port, request.replace(b"POST", b"GET", 1))[0] in (400, 401, 404, 405)

@@ -11,10 +11,13 @@ import sys
 import textwrap
 import time
 
+import psutil
 import pytest
 
 from solo_vlm.serve.limits import Limits
+from solo_vlm.utils.pages import png_url
 
+from . import hostile_images
 from .conftest import question, served, wait_until
 from .hostile import http
 
@@ -78,6 +81,54 @@ BUSY = """
     engine.generate_batch = hang
     main()
 """
+
+
+def ask_about_images(port: int, names: list[str]) -> list[socket.socket]:
+    """Send one request for each costly image, all at once."""
+    build = hostile_images.costly_images()
+    urls = [png_url(build[name]()) for name in names]
+    bodies = [
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+        for url in urls
+    ]
+    connections = [socket.create_connection(("127.0.0.1", port)) for _ in bodies]
+    for connection, body in zip(connections, bodies, strict=True):
+        connection.sendall(http(json.dumps(body).encode()))
+    return connections
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drain_seconds", [0, 1])
+def test_sigterm_ends_a_server_that_decodes_costly_images(solo, tmp_path, drain_seconds):
+    solo.save(tmp_path / "solo")
+    command = [sys.executable, "-m", "solo_vlm", "serve", "--model", str(tmp_path / "solo"), "--port", "0"]
+    command += ["--max-drain-seconds", str(drain_seconds)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            port = int(re.search(r"http://[\d.]+:(\d+)", process.stderr.readline())[1])
+            server = psutil.Process(process.pid)
+            idle = server.memory_info().rss
+            connections = ask_about_images(
+                port,
+                [
+                    "PNG of 50 megapixels, 16 bits, transparent color",
+                    "JPEG of as many scans as are read",
+                    "WebP of 50 megapixels, lossless",
+                    "PNG of 50 megapixels, 16 bits, alpha, interlaced",
+                ],
+            )
+            wait_until(lambda: server.memory_info().rss > idle + 100e6)
+            children = server.children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+            started = time.monotonic()
+            assert process.wait(60) == 0
+            assert time.monotonic() - started < drain_seconds + 2
+            assert not any(child.is_running() for child in children)
+            for connection in connections:
+                connection.close()
+            assert process.stderr.read().count("\n") <= 1
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from solo_vlm.data.sources import open_source
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.load import load_model
 from solo_vlm.models.packed.isolation import isolate_documents
-from solo_vlm.train import Recipe, train, trainer
+from solo_vlm.train import Recipe, checkpoint, train, trainer
 from solo_vlm.train.model import load_base_model
 from solo_vlm.train.optimizer import learning_rate, make_optimizer
 from solo_vlm.train.recipe import OptimizerSettings
@@ -276,6 +276,57 @@ def test_resume_after_stop_is_bit_exact(runs, tmp_path, monkeypatch):
             train(stopped)
     train(stopped)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+@pytest.fixture
+def during_export(monkeypatch):
+    """Return a function that sets what happens once the weights of the exported model are written."""
+
+    def happen(action):
+        def save(folder, *arguments, **options):
+            save_model(folder, *arguments, **options)
+            action()
+
+        monkeypatch.setattr(checkpoint, "save_model", save)
+
+    save_model = checkpoint.save_model
+    return happen
+
+
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGTERM], [signal.SIGINT]])
+def test_signal_during_the_final_export_lets_it_finish(runs, tmp_path, during_export, numbers):
+    during_export(lambda: send(*numbers))
+    train(Recipe.parse(run_settings(runs, tmp_path / "out", steps=3)))
+    load_model(tmp_path / "out" / "model")
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_second_ctrl_c_ends_the_final_export_which_is_repeated(runs, tmp_path, during_export):
+    recipe = Recipe.parse(run_settings(runs, tmp_path / "out", steps=3))
+    during_export(lambda: send(signal.SIGINT, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    assert not list((tmp_path / "out").glob("*model*"))
+    during_export(lambda: None)
+    train(recipe)
+    assert (tmp_path / "out" / "model").is_dir()
+
+
+def test_second_run_during_the_final_export_is_rejected(runs, tmp_path, during_export):
+    recipe = Recipe.parse(run_settings(runs, tmp_path / "out", steps=3))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    command = [sys.executable, "-m", "solo_vlm", "train", str(tmp_path / "recipe.yaml")]
+    second = []
+    during_export(lambda: second.append(subprocess.run(command, capture_output=True, text=True)))
+    train(recipe)
+    assert second[0].returncode == 2
+    assert second[0].stderr.startswith(f"solo: another run is writing to {tmp_path}/out: wait for it")
+    assert (tmp_path / "out" / "model").is_dir()
 
 
 @pytest.fixture

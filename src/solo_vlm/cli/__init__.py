@@ -50,6 +50,8 @@ def _settings(
         format="%(message)s",
         handlers=[RichHandler(console=STDERR, show_path=False)],
     )
+    if not int(os.environ.get("RANK", 0)):  # one process says which format it took data for
+        logging.getLogger("solo_vlm.data.sources").setLevel(logging.INFO)
 
 
 for verb in (quickstart, init, check, generate, chat, web, serve, inspect, train, ablate, push):

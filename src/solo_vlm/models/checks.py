@@ -32,6 +32,9 @@ _OBSOLETE = "rotary_emb.inv_freq"
 _CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_COMPRESSION = 16  # parameters per stored number, of weights packed in a few bits
 
+_INTEGER_METHODS = ("bitsandbytes", "compressed-tensors")
+"""Quantization methods of transformers that store integers under the name and in the shape of the weight."""
+
 
 def check_files(path: str | Path) -> None:
     """Check the files of a local model folder, or a `config.json`, without reading weights.
@@ -103,15 +106,17 @@ def check_weights(path: str | Path, make_model: Any) -> None:
         raise SoloError(
             f"{folder}: config.json asks for {asked:,} parameters, but the weights have {found:,}"
         )
-    if "quantization_config" in config:  # weights are packed
-        return
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     for name in stored.keys() & expected.keys():
         if stored[name] != expected[name]:
+            if method:  # weights are packed
+                continue
             raise SoloError(
                 f"{folder}: {name} has the shape {list(stored[name])}, but config.json implies "
                 f"{list(expected[name])}"
             )
-        if "F" not in dtypes[name]:
+        if "F" not in dtypes[name] and method not in _INTEGER_METHODS:
             raise SoloError(f"{folder}: {name} has the dtype {dtypes[name]}, but weights are floating point")
 
 

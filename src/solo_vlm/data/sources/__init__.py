@@ -18,11 +18,14 @@ from solo_vlm.data.sources.files import (
     RawSource,
     find_files,
     find_folder,
+    is_folder,
 )
 from solo_vlm.data.sources.formatted import FormattedSource
+from solo_vlm.data.sources.image_folder import ImageFolderSource
 from solo_vlm.data.sources.jsonl import JsonlSource
 from solo_vlm.data.sources.megatron_indexed import TEXT_INDEX, MegatronIndexedSource
 from solo_vlm.data.sources.parquet import ParquetSource
+from solo_vlm.data.sources.tables import ArrowSource, CsvSource
 from solo_vlm.data.sources.webdataset import WebDatasetSource
 from solo_vlm.utils.errors import SoloError, first_line
 
@@ -80,20 +83,20 @@ class SharedShards:
         return self._source.fingerprint()
 
 
-SourceFormat = Literal["auto", FormatName]
+SourceFormat = Literal["auto", "imagefolder", "hf", FormatName]
 
-_READERS: dict[str, Callable[[str, list[DataFile]], RawSource]] = {
+_Readers = dict[str, Callable[[str, list[DataFile]], RawSource]]
+_READERS: _Readers = {
     ".parquet": ParquetSource,
     ".jsonl": JsonlSource,
     **{f".jsonl{compression}": JsonlSource for compression in CODECS},
     ".tar": WebDatasetSource,
 }
-# Folders of the others often have such files, too, as notes.
-_LESS_COMMON: dict[str, Callable[[str, list[DataFile]], RawSource]] = {
-    ".json": JsonlSource,
-    **{f".json{compression}": JsonlSource for compression in CODECS},
-}
-_ALL_READERS = _READERS | _LESS_COMMON
+# Folders of the kinds above have files of those below as notes, so these are looked for in this order.
+_ARROW: _Readers = {".arrow": ArrowSource}
+_JSON: _Readers = {".json": JsonlSource, **{f".json{compression}": JsonlSource for compression in CODECS}}
+_CSV: _Readers = {".csv": CsvSource, ".tsv": CsvSource}
+_ALL_READERS = _READERS | _ARROW | _JSON | _CSV
 _FIRST_ROWS = 8  # rows from which the format is recognized
 
 
@@ -107,13 +110,15 @@ def open_source(
 ) -> Source:
     """Open a file, a folder of files, or a glob pattern; local, or a URL that fsspec understands.
 
-    The kind of file follows from the names: .parquet, .jsonl, .json (also .gz, .zst, .lz4), .tar (WebDataset)
-    or -text.idx (the original SOLO code's packed data in Megatron's files).
+    The kind of file follows from the names: .parquet, .jsonl, .json (also .gz, .zst, .lz4), .csv, .tsv, .tar
+    (WebDataset), .arrow (`datasets`' save_to_disk) or -text.idx (the original SOLO code's packed data in
+    Megatron's files); a folder without any is one of images.
 
     Args:
         path: Path or URL.
         limits: Limits for reading the files.
-        format: Format of the rows; "auto" recognizes it from the first ones.
+        format: Format of the rows; "auto" recognizes it from the first ones, also those of a folder of images
+            ("imagefolder") or of save_to_disk ("hf").
         images: Folder that relative image paths refer to; default: the folder of the row's file.
         columns: Columns of the rows, by the names that the format reads.
         filter: Expression for the rows to keep.
@@ -123,41 +128,54 @@ def open_source(
             columns or the filter do not fit the rows.
     """
     try:
-        files = _find(str(path), limits)
         images = None if images is None else find_folder(images)
+        raw = _open_raw(str(path), limits, format, images)
     except SoloError:
         raise
     except Exception as error:  # file systems have own errors for missing packages, credentials, network
         raise SoloError(f"cannot read {path}: {first_line(error)}") from error
-    if not files:
-        raise SoloError(f"no data files at {path}")
-    kinds = {_kind(file) for file in files}
-    if len(kinds) > 1 or None in kinds:
-        raise SoloError(
-            f"{path}: expected files of one of the formats {', '.join([*_ALL_READERS, TEXT_INDEX])}"
-        )
-    (kind,) = kinds
-    if kind == TEXT_INDEX:
+    if isinstance(raw, MegatronIndexedSource):
         if format not in ("auto", "samples") or images or columns or filter:
-            raise SoloError(
-                f"{path}: packed data of the original SOLO code takes no format, columns or filter"
-            )
-        return MegatronIndexedSource(str(path), files)
-    if images:
-        files = [replace(file, images=images) for file in files]
-    raw = _ALL_READERS[str(kind)](str(path), files)
-    format = raw.own_format if format == "samples" else format
-    if format == raw.own_format and not columns and filter is None:
+            raise SoloError(f"{path}: packed data takes no format, images, columns or filter")
+        return raw
+    if format in ("samples", raw.own_format) and not columns and filter is None:
         return FormattedSource(raw, RowFormat(raw.own_format))
     rows = raw.first_rows(_FIRST_ROWS)
-    row_format = choose_format(str(path), rows, format, columns or {}, filter, raw.own_format)
-    if format == "auto" and row_format.name != raw.own_format:
+    name: Any = "auto" if format in ("imagefolder", "hf") else format
+    row_format = choose_format(str(path), rows, name, columns or {}, filter, raw.own_format)
+    if name == "auto" and row_format.name != raw.own_format:
         logger.info("%s: reading rows as %s", path, row_format.name)
     return FormattedSource(raw, row_format)
 
 
-def _find(path: str, limits: Limits) -> list[DataFile]:
-    for suffixes in ([*_READERS, TEXT_INDEX], [*_LESS_COMMON]):
+def _open_raw(
+    path: str, limits: Limits, format: SourceFormat, images: str | None
+) -> RawSource | MegatronIndexedSource:
+    """Open the files of a path, or its images."""
+    files = _find(path, limits, format)
+    if not files and format in ("auto", "imagefolder") and is_folder(path):
+        folder = ImageFolderSource(path, find_folder(path), limits)
+        if len(folder):
+            return folder
+    if not files:
+        raise SoloError(f"no data files at {path}")
+    kinds = {_kind(file) for file in files}
+    if len(kinds) > 1 or None in kinds:
+        known = ", ".join([*_ALL_READERS, TEXT_INDEX])
+        raise SoloError(f"{path}: expected files of one of the formats {known}")
+    (kind,) = kinds
+    if kind == TEXT_INDEX:
+        return MegatronIndexedSource(path, files)
+    return _ALL_READERS[str(kind)](path, [replace(file, images=images or "") for file in files])
+
+
+def _find(path: str, limits: Limits, format: SourceFormat) -> list[DataFile]:
+    searches = [[*_READERS, TEXT_INDEX], [*_ARROW], [*_JSON], [*_CSV]]
+    if format == "hf":
+        searches = [[*_ARROW]]
+    if format == "imagefolder":  # `datasets` puts captions into a file of this name
+        path, searches = f"{path.rstrip('/')}/metadata.*", [[*_ALL_READERS]]
+    for suffixes in searches:
         if files := find_files(path, suffixes, limits):
             # Megatron writes .jsonl files with counts next to its data.
             return [file for file in files if file.name.endswith(TEXT_INDEX)] or files

@@ -262,6 +262,13 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
 
 
 @retried
+def is_folder(path: str) -> bool:
+    """Return whether a path or URL is a folder."""
+    system, folder = fsspec.core.url_to_fs(path)
+    return bool(system.isdir(folder))
+
+
+@retried
 def find_folder(path: str) -> str:
     """Return the absolute path or the URL of a folder.
 

@@ -1,0 +1,120 @@
+"""Folder of images, whose captions are in .txt files beside them, or else the names of their folders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import fsspec
+
+from solo_vlm.data.formats.rows import RawRow
+from solo_vlm.data.sample import SampleError
+from solo_vlm.data.sources.files import DataFile, Limits, RawSource, read_url, retried
+
+_IMAGES_PER_SHARD = 256
+
+
+class ImageFolderSource(RawSource):
+    """Images at any depth below a folder; a shard is a range of them, in the order of their paths.
+
+    A row has `image`, its path; `label`, the name of its folder unless that is the source's own; and `text`,
+    the caption in the .txt file of the same name, or else the label with spaces for underscores.
+
+    Args:
+        name: Name of the source.
+        folder: Path or URL of the folder.
+        limits: Limits for reading the images.
+    """
+
+    own_format = "captions"
+
+    def __init__(self, name: str, folder: str, limits: Limits) -> None:
+        self.name = name
+        self._folder = DataFile(folder, 0, folder, limits, images=folder)
+        sizes = _list(folder)
+        suffixes = _image_suffixes()
+        self._names = sorted(path for path in sizes if path.lower().endswith(suffixes))
+        stems = {path.rpartition(".")[0] for path in self._names}
+        captions = [path for path in sizes if path.endswith(".txt") and path[:-4] in stems]
+        self._captions = {path[:-4]: sizes[path] for path in captions}
+        digest = hashlib.sha256()
+        for path in sorted([*self._names, *captions]):
+            digest.update(f"{path} {sizes[path]}\n".encode())
+        self._fingerprint = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return -(-len(self._names) // _IMAGES_PER_SHARD)
+
+    def read(self, shard: int) -> Sequence[RawRow]:
+        """Return the rows of a range of images; accessing one without a caption raises SampleError."""
+        return _Rows(self._names_of(shard), self._folder, self._captions)
+
+    def file(self, shard: int) -> DataFile:
+        """Return the folder, which image paths refer to."""
+        return self._folder
+
+    def where(self, shard: int, row: int) -> str:
+        """Name the image."""
+        return f"{self._folder.url}/{self._names_of(shard)[row]}"
+
+    def fingerprint(self) -> str:
+        """Return a hash of the paths and sizes of images and captions."""
+        return self._fingerprint
+
+    def _names_of(self, shard: int) -> list[str]:
+        return self._names[shard * _IMAGES_PER_SHARD : (shard + 1) * _IMAGES_PER_SHARD]
+
+
+class _Rows(Sequence[RawRow]):
+    """Rows whose captions are read when they are accessed."""
+
+    def __init__(self, names: list[str], folder: DataFile, captions: dict[str, int]) -> None:
+        self._names = names
+        self._folder = folder
+        self._captions = captions
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any) -> Any:
+        name = self._names[index]
+        parent, _, file = name.rpartition("/")
+        stem = name.rpartition(".")[0]
+        row = {"image": name, "id": name}
+        if parent:
+            row["label"] = parent.rpartition("/")[2]
+            row["text"] = row["label"].replace("_", " ")
+        if stem in self._captions:
+            self._folder.limits.check_row(self._captions[stem])
+            row["text"] = _caption(f"{self._folder.url}/{stem}.txt")
+        if "text" not in row:
+            raise SampleError("no-caption", f"no {file.rpartition('.')[0]}.txt beside {name}, and no folder")
+        return row
+
+
+@retried
+def _list(folder: str) -> dict[str, int]:
+    """Return the size of every file below a folder by its relative path, without hidden ones."""
+    system, root = fsspec.core.url_to_fs(folder)
+    found = system.find(root, detail=True)
+    sizes = {path[len(root) :].lstrip("/"): entry["size"] for path, entry in found.items()}
+    return {
+        path: size
+        for path, size in sizes.items()
+        if not any(part.startswith(".") for part in path.split("/"))
+    }
+
+
+@retried
+def _caption(url: str) -> str:
+    try:
+        return read_url(url).decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise SampleError("no-caption", f"{url} is not UTF-8: {error}") from error
+
+
+def _image_suffixes() -> tuple[str, ...]:
+    from solo_vlm.models.solo.image_loading_solo import image_suffixes
+
+    return tuple(image_suffixes())
