@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -26,6 +27,7 @@ from solo_vlm.generate.cache import supports_prefix_cache
 from solo_vlm.models.from_llm import compose
 from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.train.model import add_adapters
+from solo_vlm.train.parallel.sharding import _STYLES
 from solo_vlm.train.recipe import LoraSettings
 from solo_vlm.utils.errors import SoloError, first_line
 
@@ -64,12 +66,6 @@ def family_row(family: str) -> list[str]:
     ]
 
 
-def tensor_parallel_obstacle(config):  # TEMP
-    from solo_vlm.train.parallel.sharding import _STYLES
-    plan = getattr(config.get_text_config(), "base_model_tp_plan", None)
-    return None if plan and set(plan.values()) <= _STYLES.keys() else "transformers has no plan for its layers"
-
-
 def _verdict(*findings: Finding) -> str:
     for finding in findings:
         if finding.status == "fails":
@@ -92,8 +88,8 @@ def _no(detail: str) -> str:
 
 
 def _tensor_parallel(model: PreTrainedModel) -> str:
-    obstacle = tensor_parallel_obstacle(model.config)
-    return _no(obstacle) if obstacle else YES
+    plan = getattr(model.config.get_text_config(), "base_model_tp_plan", None)
+    return YES if plan and set(plan.values()) <= _STYLES.keys() else _no("no plan for its layers")
 
 
 def _lora(model: PreTrainedModel) -> str:
@@ -117,12 +113,14 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 def make_page(rows: dict[str, list[str]]) -> str:
     """Return the part of the page that follows from the installed transformers."""
-    others = {family: why_not_text(family) for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in rows}
+    others = {
+        family: why_not_text(family) for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in rows
+    }
     counts = [sum(row[column].startswith(YES) for row in rows.values()) for column in range(len(COLUMNS))]
     lines = [
         _START,
         "",
-        f"transformers {transformers.__version__} has {len(rows)} families of decoders for text. Those with a yes:",
+        f"transformers {transformers.__version__} has {len(rows)} families of text decoders. Those with yes:",
         ", ".join(f"{name} {count}" for name, count in zip(COLUMNS, counts, strict=True)) + ".",
         "",
         *_table(("family", *COLUMNS), ((f"`{family}`", *row) for family, row in rows.items())),

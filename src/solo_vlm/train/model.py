@@ -235,11 +235,11 @@ def _lora_targets(model: PreTrainedModel, lora: LoraSettings) -> str | list[str]
 
 
 def _routers(model: PreTrainedModel) -> set[str]:
-    """Return the names of linear layers with outputs of their own kind, which adapters cannot be added to."""
+    """Return the names of linear layers that choose experts and return tuples, which PEFT cannot adapt."""
     return {
         name.split(".")[-1]
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and type(layer).__module__.startswith("transformers.models.")
+        if isinstance(layer, nn.Linear) and "Router" in type(layer).__name__
     }
 
 
