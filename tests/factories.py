@@ -57,27 +57,22 @@ LLM_CONFIGS = {
 }
 
 
-def make_llm(family: str = "llama", seed: int = 0):
+def make_llm(family: str = "llama", seed: int = 0, **settings: Any):
     """Make a tiny random causal language model, of any family of transformers, with a real tokenizer."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = train_tokenizer(TEXTS, vocab_size=320)
+    settings |= {"vocab_size": len(tokenizer)}
+    settings |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     if family not in LLM_CONFIGS:
-        ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
-        return tiny_llm(family, seed, vocab_size=len(tokenizer), **ends), tokenizer
-    config = LLM_CONFIGS[family](
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-        **SIZES,
-    )
+        return tiny_llm(family, seed, **settings), tokenizer
+    config = LLM_CONFIGS[family](pad_token_id=None, **SIZES, **settings)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval(), tokenizer
 
 
-def make_solo(family: str = "llama", seed: int = 0) -> SoloModelAndProcessor:
-    llm, tokenizer = make_llm(family, seed)
+def make_solo(family: str = "llama", seed: int = 0, **settings: Any) -> SoloModelAndProcessor:
+    llm, tokenizer = make_llm(family, seed, **settings)
     solo = compose(llm, tokenizer, seed=seed)
     # The small initial patch embedding would hide errors with images from comparisons of logits.
     solo.model.model.embed_vision_patch.weight.data.mul_(20.0)

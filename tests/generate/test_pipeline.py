@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from tests.factories import ask, make_llm, make_solo
 
-from solo_vlm.generate import GenerationPipeline, PrefixCache
+from solo_vlm.generate import BatchGenerator, GenerationPipeline, GenerationRequest, PrefixCache
 from solo_vlm.utils.errors import SoloError
 
 
-def pipeline(family: str = "llama", **options) -> GenerationPipeline:
-    solo = make_solo(family)
+def pipeline(family: str = "llama", settings: dict | None = None, **options) -> GenerationPipeline:
+    solo = make_solo(family, **(settings or {}))
     return GenerationPipeline(solo.model.eval(), solo.processor, **options)
 
 
@@ -22,6 +22,78 @@ def test_static_cache_gives_the_same_answers(family, picture):
         expected = dynamic.answer(chats, max_new_tokens)
         assert static.answer(chats, max_new_tokens) == expected
         assert static.stream(chats[0], lambda text: None, max_new_tokens).text == expected[0]
+
+
+def test_chats_are_answered_alone_where_padding_changes_answers(picture, caplog):
+    ours = pipeline("rwkv")
+    chats = [ask("what is this?", picture(96, 64)), ask("hello"), ask("a red circle?", picture(32, 64))]
+    alone = [ours.stream(chat, lambda text: None, 6).text for chat in chats]
+    assert ours.answer(chats, 6) == alone
+    requests = [GenerationRequest(number, chat, 6) for number, chat in enumerate(chats)]
+    outputs = [output for batch in BatchGenerator(ours).generate(requests) for output in batch]
+    assert [output.text for output in sorted(outputs, key=lambda one: one.request_id)] == alone
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("solo_vlm")]
+    assert warnings == ["chats are answered one at a time: padding would change the answers of rwkv"]
+    with pytest.raises(SoloError, match="generate one at a time"):
+        ours.generate(ours.encode(chats), 6)
+
+
+@pytest.mark.parametrize("family", ["rwkv", "qwen3_5_text"])
+def test_prefix_cache_is_off_where_the_past_cannot_be_cut(family, picture, caplog):
+    ours = pipeline(family, prefix_cache=PrefixCache())
+    assert f"the prefix cache is off: {family} keeps more" in caplog.text
+    chat = ask("what is this?", picture(96, 64))
+    first, second = (ours.stream(chat, lambda text: None, 6) for _ in range(2))
+    assert first.text == second.text and second.cached_tokens == 0
+
+
+def test_compile_without_a_static_cache_is_rejected():
+    with pytest.raises(SoloError, match="rwkv has no static cache"):
+        pipeline("rwkv", compile=True)
+
+
+def test_cache_that_fails_is_not_used(picture, caplog):
+    """The cache of xLSTM has other sizes than its states in transformers 5.23."""
+    ours = pipeline("xlstm")
+    chat = ask("what is this?", picture(96, 64))
+    assert ours.generate(ours.encode([chat]), 6)[0][0].tolist() == uncached(ours, chat, 6)
+    assert "the cache of xlstm does not work" in caplog.text
+
+
+def test_decoder_without_a_cache_sees_the_whole_chat(picture):
+    ours = pipeline("openai-gpt")
+    chat = ask("what is this?", picture(96, 64))
+    assert ours.generate(ours.encode([chat]), 6)[0][0].tolist() == uncached(ours, chat, 6)
+
+
+def uncached(pipeline: GenerationPipeline, chat, tokens: int) -> list[int]:
+    """Return the IDs of a greedy answer, each computed from the whole sequence."""
+    inputs = pipeline.encode([chat])
+    options = {"max_new_tokens": tokens, "do_sample": False, "use_cache": False}
+    return pipeline.model.generate(**inputs, **options)[0].tolist()
+
+
+@pytest.mark.parametrize("cache", [None, PrefixCache()])
+def test_answer_beyond_the_original_length_of_long_rope(cache, picture):
+    """All keys change there: those of the prompt, of a cached prefix, and of shorter chats in a batch."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 6,
+        "long_factor": [6.0] * 6,
+        "original_max_position_embeddings": 40,
+        "factor": 12.8,
+    }
+    ours = pipeline("llama", prefix_cache=cache, settings={"rope_parameters": rope})
+    ours.model.generation_config.eos_token_id = None
+    chats = [ask("what is this?", picture(96, 64)), ask("hello"), ask("a red circle?", picture(32, 64))]
+    for tokens in (4, 30, 4):
+        expected = [uncached(ours, chat, tokens) for chat in chats]
+        lengths = [len(ids) for ids in expected]
+        assert tokens < 30 or min(lengths) < 40 < max(lengths)
+        found = [ours.generate(ours.encode([chat]), tokens)[0][0].tolist() for chat in chats]
+        assert found == expected
+        assert ours.answer(chats, tokens) == [ours.answer([chat], tokens)[0] for chat in chats]
 
 
 def test_compile_with_prefix_cache_is_rejected():

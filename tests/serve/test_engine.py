@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.factories import TEXTS, ask
+from tests.factories import TEXTS, ask, make_solo
 
+from solo_vlm.generate import GenerationPipeline, PrefixCache
 from solo_vlm.serve.engine import IncrementalDetokenizer, RowSampler, SamplingParams, merge_prompts
+from solo_vlm.serve.limits import Limits
 
-from .conftest import encode_prompt
+from .conftest import encode_prompt, question, served
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -3.0])
 
@@ -57,6 +61,25 @@ def test_merged_prompts_equal_a_padded_batch(solo, picture):
     )
     assert merged.keys() == batch.keys()
     assert all(torch.equal(merged[name], batch[name]) for name in batch)
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_5_text", "falcon_mamba", "gpt_oss", "llama4_text", "gemma3n_text", "rwkv"]
+)
+def test_concurrent_answers_equal_those_given_alone(family, picture):
+    """Hybrid, state space, experts and sinks, chunks, shared keys, and a state that padding changes."""
+    solo = make_solo(family)
+    images = [picture(32 * n, 64, seed=n) for n in range(1, 5)]
+    chats = [("hello " * n, images[:n] if n % 2 else []) for n in range(1, 5)]
+    with (
+        served(solo, Limits(), prefix_cache=PrefixCache()) as server,
+        ThreadPoolExecutor(len(chats) * 2) as clients,
+    ):
+        bodies = [question(text, *own, max_tokens=6) for text, own in chats] * 2
+        replies = list(clients.map(server.ask, bodies))
+    answers = [reply["choices"][0]["message"]["content"] for _, reply in replies]
+    alone = GenerationPipeline(solo.model, solo.processor)
+    assert answers == [alone.answer([ask(text, *own)], 6)[0] for text, own in chats] * 2
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,12 @@ from solo_vlm.cli._common import (
     progress_bar,
     quiet_libraries,
 )
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from solo_vlm.data.encode import Encoder
     from solo_vlm.data.mixture import Mixture
+    from solo_vlm.data.survey.preview import Preview, Run
 
 app = typer.Typer(
     help="List, download and convert the paper's data sets; inspect and verify mixtures.",
@@ -108,6 +110,62 @@ def _show_report(report: dict[str, Any]) -> None:
     for reason, count in report["rejected"].items():
         example = report["examples"][reason][0]
         STDOUT.print(f"  {count:,} rejected: {example}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def preview(
+    source: Annotated[str, typer.Argument(help="File, folder, glob pattern or URL, as in a recipe.")],
+    format: Annotated[str, typer.Option(help="Format of the rows; default: recognized.")] = "auto",
+    images: Annotated[str | None, typer.Option(help="Folder that image paths refer to.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="Column to read, as image=photo; may be repeated.")
+    ] = None,
+    filter: Annotated[str | None, typer.Option(help="Rows to keep, such as 'stars >= 3'.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of the model whose tokens to show; default: none.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows to show.")] = 3,
+    json: Json = False,
+) -> None:
+    """Show the first rows of a source as the model will read them, before there is a recipe."""
+    quiet_libraries()
+    from solo_vlm.data.encode import load_encoder
+    from solo_vlm.data.mixture import SourceSettings
+    from solo_vlm.data.survey.preview import preview as run
+
+    for column in columns or []:
+        if "=" not in column:
+            raise SoloError(f"--columns {column}: expected the format's name and yours, such as image=photo")
+    named = dict(column.split("=", 1) for column in columns or [])
+    options = {"path": source, "format": format, "images": images, "columns": named, "filter": filter}
+    settings = SourceSettings.parse(options, origin=source)
+    found = run(settings.open(), load_encoder(model) if model else None, rows)
+    print_json(found.as_dict()) if json else _show_preview(found)
+
+
+def _show_preview(found: Preview) -> None:
+    _print(f"{found.source}: rows read as {found.format}; columns {', '.join(found.columns)}")
+    if found.filtered:
+        _print(f"{found.filtered:,} rows left out by the filter")
+    for row in found.rows:
+        _print(f"\n{row.where}" + (f"\n  skipped: {row.error}" if row.error else ""))
+        for part in row.parts:
+            if part.type == "image":
+                grid = f"{part.rows} x {part.columns} patches, {part.tokens} tokens"
+                _print(f"  {part.role}: image of {part.width} x {part.height} pixels, {grid}")
+            else:
+                _print(f"  {part.role}{' (supervised)' if part.supervised else ''}: {part.text}")
+        if row.runs:
+            supervised = sum(run.tokens for run in row.runs if run.kind == "supervised")
+            total = sum(run.tokens for run in row.runs)
+            _print(f"  {total:,} tokens, {supervised:,} supervised, those in [[ ]]:")
+            _print(f"  {''.join(map(_shown_run, row.runs))!r}")
+
+
+def _shown_run(run: Run) -> str:
+    if run.kind == "vision":
+        return f"({run.tokens} vision tokens)"
+    return f"[[{run.text}]]" if run.kind == "supervised" else run.text
 
 
 @app.command()

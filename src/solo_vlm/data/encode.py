@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,10 @@ from solo_vlm.utils.errors import SoloError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
     from solo_vlm.models.solo.processing_solo import SoloProcessor
+
+R = TypeVar("R")
 
 IGNORE_INDEX = -100
 
@@ -111,15 +114,29 @@ def _encode_images(sample: Sample, processor: SoloProcessor) -> tuple[NDArray[np
     return patches[0] if len(patches) == 1 else np.concatenate(patches), image_grid_thw
 
 
-@retried
 def _encode_image(
     image: ImageSource, processor: SoloProcessor
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    return _read_image(image, processor.image_processor.encode_image)
+
+
+def load_pixels(image: ImageSource, image_processor: SoloImageProcessor) -> NDArray[np.uint8]:
+    """Return the pixels of an image before it is resized, (height, width, 3).
+
+    Raises:
+        SampleError: The image is damaged or missing ("image").
+        OSError: Reading it failed five times because of the disk or the network.
+    """
+    return _read_image(image, image_processor.load_pixels)
+
+
+@retried
+def _read_image(image: ImageSource, read: Callable[[ImageSource], R]) -> R:
     from solo_vlm.models.solo.image_loading_solo import ImageFetchError, ImageMissingError
 
     source = _fetch(image) if isinstance(image, str) and _FSSPEC_URL.match(image) else image
     try:
-        return processor.image_processor.encode_image(source)
+        return read(source)
     except ValueError as error:  # an ImageError, usually
         if isinstance(error, ImageFetchError) and not isinstance(error, ImageMissingError):
             raise OSError(errno.EIO, str(error)) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.sources import SharedShards, Source, SourceFormat, open_source
-from solo_vlm.data.sources.files import Limits
+from solo_vlm.data.sources.files import DEFAULT_LIMITS, Limits
 from solo_vlm.data.streams import MixtureItem, VirtualStream, WeightBy
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import Settings
@@ -38,6 +38,19 @@ class SourceSettings(Settings):
     images: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     filter: str | None = None
+
+    def open(self, limits: Limits = DEFAULT_LIMITS, at: Callable[[str], str] = str) -> Source:
+        """Open the source.
+
+        Args:
+            limits: Limits for reading the files.
+            at: Function that resolves a path.
+
+        Raises:
+            SoloError: The source is missing or unreadable, or its rows are not as the settings say.
+        """
+        images = None if self.images is None else at(self.images)
+        return open_source(at(self.path), limits, self.format, images, self.columns, self.filter)
 
 
 class DataSettings(Settings):
@@ -129,17 +142,7 @@ class Mixture(Settings):
             SoloError: A source is missing, unreadable or empty.
         """
         limits = Limits(self.data.allow_outside_paths, self.data.max_row_bytes, self.data.max_shard_bytes)
-        sources = [
-            open_source(
-                self.source_path(source.path),
-                limits,
-                source.format,
-                None if source.images is None else self.source_path(source.images),
-                source.columns,
-                source.filter,
-            )
-            for source in self.data.sources
-        ]
+        sources = [source.open(limits, self.source_path) for source in self.data.sources]
         for source in sources:
             if not len(source):
                 raise SoloError(f"{source.name} has no rows")

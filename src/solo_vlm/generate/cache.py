@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import MODEL_MAPPING, Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from solo_vlm.models.solo.modeling_solo import takes_dynamic_cache
 
 _SPARE_TOKENS = 256  # allocated beyond the current length
 
@@ -101,9 +103,11 @@ class PrefixCache:
 
 
 def supports_prefix_cache(config: PreTrainedConfig) -> bool:
-    """Return whether a decoder caches only keys and values of attention; recurrent states cannot be cut."""
-    layers = DynamicCache(config=config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    """Return whether a decoder's past can be cut at any token: it is the keys and values of attention alone.
+
+    States of recurrent and convolution layers cannot be cut, and other layers keep more than keys and values.
+    """
+    return _cache_layers(config) <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def prompt_key(inputs: Mapping[str, Any], image_token_id: int) -> Prompt:
@@ -217,7 +221,17 @@ def preallocated_cache() -> Cache:
 
 def has_full_attention(config: PreTrainedConfig) -> bool:
     """Return whether every layer attends to all earlier tokens, so that full-length caches waste nothing."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    return _cache_layers(config) <= {DynamicLayer}
+
+
+def _cache_layers(config: PreTrainedConfig) -> set[type | None]:
+    """Return the kinds of layers in a decoder's cache; {None} if its past is not in a `DynamicCache`."""
+    if not takes_dynamic_cache(MODEL_MAPPING[type(config)]):
+        return {None}
+    layers = [type(layer) for layer in DynamicCache(config=config).layers]
+    while layers and layers[-1] is DummyLayer:  # attends to the keys of an earlier layer
+        layers.pop()
+    return set(layers)
 
 
 class _PreallocatedLayer(DynamicLayer):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,6 +28,7 @@ from solo_vlm.generate.cache import (
     prompt_key,
     supports_prefix_cache,
 )
+from solo_vlm.generate.exactness import cache_error, padding_error, tolerance
 from solo_vlm.models.load import (
     Quantization,
     load_config,
@@ -34,9 +38,15 @@ from solo_vlm.models.load import (
     stop_ids,
 )
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
-from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+from solo_vlm.models.solo.modeling_solo import (
+    SoloForConditionalGeneration,
+    long_rope_length,
+    takes_dynamic_cache,
+)
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, Message, SoloProcessor
 from solo_vlm.utils.errors import SoloError
+
+logger = logging.getLogger(__name__)
 
 MIN_TEMPERATURE = 1e-4  # dividing logits by less would overflow
 _SORT_WINDOW = 16  # batches sorted by length together; their images are in memory at the same time
@@ -102,12 +112,12 @@ class GenerationPipeline:
         model: Model in evaluation mode, on its device.
         processor: Processor the model was trained with.
         prefix_cache: Keys and values of earlier single chats, reused for prefixes that a new chat shares with
-            them. Ignored for decoders with recurrent layers.
+            them. Ignored, with a warning, for decoders whose past cannot be cut, such as recurrent ones.
         compile: Decode with a static cache, for which transformers compiles the decoding step on an
             accelerator (not on a CPU). The first answers take minutes. Excludes `prefix_cache`.
 
     Raises:
-        SoloError: Both `prefix_cache` and `compile` are given.
+        SoloError: Both `prefix_cache` and `compile` are given, or the decoder has no static cache.
     """
 
     def __init__(
@@ -119,12 +129,21 @@ class GenerationPipeline:
     ) -> None:
         if prefix_cache and compile:
             raise SoloError("compile and a prefix cache are incompatible: choose one")
+        decoder = model.config.text_config
+        if compile and not takes_dynamic_cache(type(model.model.language_model)):
+            raise SoloError(f"{decoder.model_type} has no static cache: leave out compile")
+        if prefix_cache and not supports_prefix_cache(decoder):
+            logger.warning(
+                "the prefix cache is off: %s keeps more of its past than keys and values, and cannot cut it",
+                decoder.model_type,
+            )
+            prefix_cache = None
         model.generation_config.eos_token_id = stop_ids(model.generation_config, processor)
         self.model = model
         self.processor = processor
-        self.prefix_cache = prefix_cache if supports_prefix_cache(model.config.text_config) else None
+        self.prefix_cache = prefix_cache
         self.compile = compile
-        self._preallocate = has_full_attention(model.config.text_config)
+        self._preallocate = has_full_attention(decoder)
 
     @classmethod
     def from_pretrained(
@@ -155,8 +174,10 @@ class GenerationPipeline:
         return cls(load_model(path, dtype, device, settings), load_processor(path), prefix_cache, compile)
 
     def answer(self, chats: Sequence[list[Message]], max_new_tokens: int = 128) -> list[str]:
-        """Answer several chats in one batch; an answer does not depend on its neighbors."""
+        """Answer several chats, in one batch if that does not change their answers."""
         inputs = self.encode(chats)
+        if len(chats) > 1 and not self.may_batch(inputs["input_ids"].shape[1] + max_new_tokens):
+            return [self.answer([chat], max_new_tokens)[0] for chat in chats]
         sequences, _ = self.generate(inputs, max_new_tokens)
         return self._texts(sequences, inputs)
 
@@ -234,11 +255,18 @@ class GenerationPipeline:
 
         Returns:
             Prompts and answers, (chats, length) int64, and the number of prompt tokens found in the cache.
+
+        Raises:
+            SoloError: Answers would depend on the other chats of the batch, see `may_batch`.
         """
         options = {"do_sample": False, **options}
+        rows, prompt_length = inputs["input_ids"].shape
         if self.context_length:
-            max_new_tokens = min(max_new_tokens, self.context_length - inputs["input_ids"].shape[1])
-        if self.prefix_cache and len(inputs["input_ids"]) == 1:
+            max_new_tokens = min(max_new_tokens, self.context_length - prompt_length)
+        length = prompt_length + max_new_tokens
+        if rows > 1 and not self.may_batch(length):
+            raise SoloError(f"answers of up to {length} tokens depend on their batch: generate one at a time")
+        if self.prefix_cache and rows == 1 and length <= self._max_shared_length:
             prompt = prompt_key(inputs, self.model.config.image_token_id)
             cached, cache = self.prefix_cache.find(prompt)
             rest = drop_cached_images(inputs, prompt[:cached])
@@ -248,7 +276,9 @@ class GenerationPipeline:
             answer = sequences[0, len(prompt) :].cpu().numpy()
             self.prefix_cache.add(np.concatenate([prompt, answer]), cache)
             return sequences, cached
-        if self.compile:
+        if not self.use_cache:
+            options["use_cache"] = False
+        elif self.compile:
             options["cache_implementation"] = "static"
         elif self._preallocate:
             options["past_key_values"] = preallocated_cache()
@@ -280,6 +310,48 @@ class GenerationPipeline:
             )
         return outputs
 
+    def may_batch(self, length: int) -> bool:
+        """Return whether answers do not depend on the other chats of a batch.
+
+        Args:
+            length: Tokens of the longest prompt and answer together.
+        """
+        return self.batches and length <= self._max_shared_length
+
+    @property
+    def _max_shared_length(self) -> int:
+        """Length up to which the keys of a token do not depend on how long a sequence or a batch becomes."""
+        return long_rope_length(self.model.config.text_config) or sys.maxsize
+
+    @cached_property
+    def batches(self) -> bool:
+        """Whether padding leaves answers unchanged. If not, chats are answered one at a time.
+
+        Measured on the model at the first use, since some recurrent layers read the padding.
+        """
+        exact = padding_error(self.model, self.use_cache) < tolerance(self.model)
+        if not exact:
+            family = self.model.config.text_config.model_type
+            logger.warning("chats are answered one at a time: padding would change the answers of %s", family)
+        return exact
+
+    @cached_property
+    def use_cache(self) -> bool:
+        """Whether the decoder's cache leaves answers unchanged. If not, every token is computed anew.
+
+        Measured at the first use, if the decoder does not use a `DynamicCache`, which tests cover.
+        """
+        if takes_dynamic_cache(type(self.model.model.language_model)):
+            return True
+        try:
+            exact = cache_error(self.model) < tolerance(self.model)
+        except Exception:  # model families raise any type
+            exact = False
+        if not exact:
+            family = self.model.config.text_config.model_type
+            logger.warning("answers take long: the cache of %s does not work, so there is none", family)
+        return exact
+
     @property
     def context_length(self) -> int | None:
         """Maximum length of prompt and answer together, or None if the configuration names none."""
@@ -304,7 +376,7 @@ class BatchGenerator:
 
     def __init__(self, pipeline: GenerationPipeline, batch_size: int = 8) -> None:
         self.pipeline = pipeline
-        self.batch_size = batch_size
+        self.batch_size = batch_size if batch_size == 1 or pipeline.batches else 1
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[list[GenerationOutput]]:
         """Yield the outputs of one batch at a time, in any order.
@@ -342,17 +414,20 @@ class BatchGenerator:
         return patches + sum(len(part["text"]) for part in parts if part["type"] == "text") // 4
 
     def _encode(self, batch: list[GenerationRequest]) -> Iterator[tuple[list[GenerationRequest], Any]]:
-        """Yield a batch with its inputs; if a chat fails, every chat alone, with its inputs or error."""
+        """Yield a batch with its inputs; if that fails, every chat alone, with its inputs or error."""
         try:
             inputs = self.pipeline.encode([request.messages for request in batch])
         except SoloError as error:
             if len(batch) == 1:
                 yield batch, error
-            else:
-                for request in batch:
-                    yield from self._encode([request])
+                return
         else:
-            yield batch, inputs
+            length = inputs["input_ids"].shape[1] + batch[0].max_new_tokens
+            if len(batch) == 1 or self.pipeline.may_batch(length):
+                yield batch, inputs
+                return
+        for request in batch:
+            yield from self._encode([request])
 
 
 def check_prompt(prompt: str) -> None:

@@ -28,6 +28,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from solo_vlm.generate.cache import supports_prefix_cache
 from solo_vlm.models.solo.processing_solo import ChatTemplateError
 from solo_vlm.serve.body import SMALL_BODY, Body, BodyMemory
 from solo_vlm.serve.engine import Call, Engine, Finish, Prompt, Request, SamplingParams
@@ -249,7 +250,11 @@ class _Api:
 
     async def _attention_call(self, body: Body) -> Call[dict[str, Any]]:
         chat = await self._parse(parse_attention, body)
-        layers, layer = self._engine.pipeline.model.config.text_config.num_hidden_layers, chat.layer
+        decoder = self._engine.pipeline.model.config.text_config
+        if not supports_prefix_cache(decoder):
+            message = f"{decoder.model_type} has layers other than attention, so its attention is not shown."
+            raise ApiError(400, message)
+        layers, layer = decoder.num_hidden_layers, chat.layer
         if layer is not None and layer >= layers:
             message = f"Layer {layer} does not exist. The model has layers 0 to {layers - 1}."
             raise ApiError(400, message, "layer")

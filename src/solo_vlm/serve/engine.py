@@ -134,13 +134,13 @@ class Engine:
 
     Args:
         pipeline: Pipeline whose model and tokenizer only the engine uses; its image processor may be shared.
-        max_batch: Maximum requests per batch.
+        max_batch: Maximum requests per batch; 1 if padding would change the model's answers.
         max_batch_tokens: Maximum rows * (longest prompt + longest answer) per batch of several requests.
     """
 
     def __init__(self, pipeline: GenerationPipeline, max_batch: int, max_batch_tokens: int) -> None:
         self.pipeline = pipeline
-        self._max_batch = max_batch
+        self._max_batch = max_batch if max_batch == 1 or pipeline.batches else 1
         self._max_batch_tokens = max_batch_tokens
         self._running: Sequence[Request | Call[Any]] = ()
         self._queue: deque[Request | Call[Any]] = deque()
@@ -239,9 +239,12 @@ class Engine:
 
     def _fits(self, batch: list[Request]) -> bool:
         """Return whether requests fit in one batch: each row is padded to the longest prompt and answer."""
+        if len(batch) == 1:
+            return True
         length = max(len(r.prompt) for r in batch) + max(r.params.max_tokens for r in batch)
         small = len(batch) <= self._max_batch and len(batch) * length <= self._max_batch_tokens
-        return len(batch) == 1 or (small and length <= (self.pipeline.context_length or length))
+        fits = length <= (self.pipeline.context_length or length)
+        return small and fits and self.pipeline.may_batch(length)
 
 
 # ---------------------------------------------------------------------------------------- one batch

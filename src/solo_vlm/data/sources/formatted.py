@@ -9,6 +9,8 @@ from solo_vlm.data.formats.row_format import RowFormat
 from solo_vlm.data.formats.rows import SampleRow
 from solo_vlm.data.sources.files import DataFile, RawSource
 
+_FIRST_ROWS = 8
+
 
 class FormattedSource:
     """Sample rows of the files of a source, in one format.
@@ -25,6 +27,11 @@ class FormattedSource:
 
     def __len__(self) -> int:
         return len(self._raw)
+
+    def columns(self) -> list[str]:
+        """Return the columns of the first raw rows."""
+        rows = self._raw.first_rows(_FIRST_ROWS)
+        return list(dict.fromkeys(str(name) for row in rows if isinstance(row, dict) for name in row))
 
     def read(self, shard: int) -> Sequence[SampleRow]:
         """Return all rows of a shard; accessing a broken row or one that is left out raises SampleError."""

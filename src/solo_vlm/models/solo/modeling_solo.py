@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class SoloCausalLMOutputWithPast(ModelOutput):
         loss: Scalar; None without labels.
         logits: (batch, kept positions, vocabulary); None in training with labels (see `forward`).
         past_key_values: Cache of the decoder.
+        cache_params, state: Instead of it, the state of a decoder that has no cache of keys and values.
         hidden_states: One (batch, length, hidden) tensor per layer, on request.
         attentions: One (batch, heads, length, length) tensor per layer, on request.
         router_logits: One (batch * length, experts) tensor per layer of experts, on request.
@@ -56,6 +58,8 @@ class SoloCausalLMOutputWithPast(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
+    cache_params: Any = None
+    state: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
@@ -64,8 +68,13 @@ class SoloCausalLMOutputWithPast(ModelOutput):
 
 @dataclass
 class SoloModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of `SoloModel`: the decoder's output and `image_hidden_states` (num_patches, hidden)."""
+    """Output of `SoloModel`: the decoder's output and `image_hidden_states` (num_patches, hidden).
 
+    Mamba returns its states as `cache_params`, RWKV as `state`.
+    """
+
+    cache_params: Any = None
+    state: Any = None
     router_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
@@ -274,6 +283,8 @@ class SoloModel(SoloPreTrainedModel):
                     decoder, layout[0], inputs_embeds, attention_mask, position_ids, past_key_values
                 )
 
+        if kwargs.get("cache_params") is not None and attention_mask is not None:
+            attention_mask = attention_mask[:, -inputs_embeds.shape[1] :]  # the state contains the past
         # A compiler cannot trace the rotation.
         with rotated_by(layout) if layout is not None and in_2d else nullcontext():
             outputs = self.language_model(
@@ -287,6 +298,8 @@ class SoloModel(SoloPreTrainedModel):
         return SoloModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values", past_key_values),
+            cache_params=outputs.get("cache_params"),
+            state=outputs.get("state"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             router_logits=outputs.get("router_logits"),
@@ -372,13 +385,39 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         """See `SoloModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Add the `image_layout` of the new tokens, which depends on the whole sequence."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepare one step of generation.
+
+        Add the `image_layout` of the new tokens, which depends on the whole sequence. Start anew where
+        LongRoPE changes the keys of all tokens, and at each step of a decoder without a cache.
+        """
+        limit = long_rope_length(self.config.text_config)
+        if limit and past_key_values and past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
+            past_key_values = None
+        if all(past is None for past in (past_key_values, kwargs.get("cache_params"), kwargs.get("state"))):
+            next_sequence_length, is_first_iteration = None, True
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
         new = inputs["input_ids"]
         if self.config.locates_images and new is not None:
             inputs["layout"] = image_layout(input_ids, self.config.vision_token_ids)[..., -new.shape[-1] :]
         return inputs
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Tell `generate` to let a decoder make its own cache if it cannot use a `DynamicCache`."""
+        return takes_dynamic_cache(type(self.model.language_model))
 
     def head(self, hidden_states: Tensor) -> Tensor:
         """Map (..., hidden) to logits (..., vocabulary), scaled or capped as in the decoder's family."""
@@ -459,11 +498,26 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
+            cache_params=outputs.cache_params,
+            state=outputs.state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+
+def takes_dynamic_cache(decoder: type[PreTrainedModel]) -> bool:
+    """Return whether decoders of a class keep their past in a `DynamicCache`, unlike Mamba and MiniMax."""
+    takes_cache = "past_key_values" in signature(decoder.forward).parameters
+    # transformers' rule goes by the name of the class: here the decoder's, not SOLO's.
+    return takes_cache and GenerationMixin._supports_default_dynamic_cache.__func__(decoder)
+
+
+def long_rope_length(config: PreTrainedConfig) -> int | None:
+    """Return the length of a sequence beyond which LongRoPE rotates all of its keys by other frequencies."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
 
 
 def image_masks(

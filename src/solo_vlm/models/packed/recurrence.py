@@ -1,0 +1,264 @@
+"""Layers that carry state from token to token, computed for each document of a packed row from its start."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from solo_vlm.models.packed.attention import PackedMask
+from solo_vlm.models.packed.groups import IsolationError, document_groups
+
+CACHES = {
+    *("past_key_values", "past_key_value", "layer_past", "cache_params", "cache", "past", "state", "mems"),
+    "use_cache",  # the layer itself holds it
+}
+"""Names of the argument that holds what a layer remembers of earlier tokens."""
+
+_ROW = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+class PackedRow:
+    """The documents of the row that a model is computing, for layers that are not told.
+
+    Attributes:
+        treatments: Name of a layer's class to its treatment, see `isolate_documents`.
+        bounds: (documents + 1,) int64, cumulative document lengths; None for an unpacked batch.
+    """
+
+    def __init__(self, treatments: dict[str, Any]) -> None:
+        self.treatments = treatments
+        self.bounds: Tensor | None = None
+        self._mask: tuple[Any, Any] = (None, None)
+        self._groups: dict[bool, list[tuple[Tensor, Tensor]]] = {}
+
+    def set(self, bounds: Tensor | None) -> None:
+        """Change the documents."""
+        self.bounds, self._mask, self._groups = bounds, (None, None), {}
+
+    def groups(self, pad: bool) -> list[tuple[Tensor, Tensor]]:
+        """Return the documents in groups (see `document_groups`), made once per row."""
+        assert self.bounds is not None
+        if pad not in self._groups:
+            self._groups[pad] = list(document_groups(self.bounds, pad))
+        return self._groups[pad]
+
+    def closed(self, mask: Any) -> Tensor:
+        """Return a dense mask without other documents (see `_closed`), made once for layers that share it."""
+        assert self.bounds is not None
+        if mask is None or self._mask[0] is not mask:
+            self._mask = mask, _closed(mask, self.bounds)
+        closed: Tensor = self._mask[1]
+        return closed
+
+    def follow(self, model: nn.Module) -> None:
+        """Learn the documents of each batch that a model computes, in place."""
+        forward = model.forward
+        parameters = signature(forward).parameters
+
+        @wraps(forward)
+        def told(*args: Any, **kwargs: Any) -> Any:
+            bounds = _document_bounds(**dict(zip(parameters, args, strict=False)), **kwargs)
+            if bounds is not None and "use_cache" in parameters and len(args) < len(parameters):
+                kwargs.setdefault("use_cache", False)
+            self.set(bounds)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.set(None)
+
+        model.forward = told  # type: ignore[method-assign]
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.register_forward_hook(self._restore_in_backward)
+
+    def _restore_in_backward(self, layer: nn.Module, args: Any, output: Any) -> None:
+        """Let the documents be the same when a layer runs again in its backward pass (checkpointing)."""
+        is_reentrant = not torch.is_grad_enabled() and any(
+            isinstance(a, Tensor) and a.requires_grad for a in args
+        )
+        if is_reentrant and self.bounds is not None and set(self.treatments.values()) != {"packed attention"}:
+            raise IsolationError(
+                "reentrant checkpointing forgets the documents of a row; set use_reentrant=False"
+            )
+        hidden = output[0] if isinstance(output, tuple) else output
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
+            hidden.register_hook(partial(self._restore, self.bounds))
+
+    def _restore(self, bounds: Tensor | None, gradient: Tensor) -> None:
+        if self.bounds is not bounds:
+            self.set(bounds)
+            # At the end of this backward pass.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self.set, None))
+
+
+def _document_bounds(
+    cu_seq_lens_q: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Return the bounds of a batch's documents, from positions that restart if they are not given."""
+    if cu_seq_lens_q is not None:
+        return cu_seq_lens_q.long()
+    if position_ids is None or attention_mask is not None:
+        return None
+    positions = position_ids[0] if position_ids.ndim == 3 else position_ids  # of several axes
+    restarts = positions.diff(dim=-1) != 1
+    if not restarts.any():
+        return None
+    if len(positions) > 1:
+        raise IsolationError(f"a packed row must be the only one of its batch, which has {len(positions)}")
+    starts = restarts[0].nonzero()[:, 0] + 1
+    return F.pad(F.pad(starts, (1, 0)), (0, 1), value=positions.shape[1])
+
+
+def compute_apart(layer: nn.Module, row: PackedRow, attention: str | None = None, pad: bool = True) -> None:
+    """Make a layer compute each document of a packed row as if it were alone, in place.
+
+    Documents of similar length run as one batch, padded on the right, where causality hides the padding.
+    Arguments of shape (1, length, ...) are cut like the hidden states, and a mask becomes that of a single
+    document. Works for any layer that maps (batch, length, ...) to the same.
+
+    Args:
+        layer: Part of a decoder layer.
+        row: The documents of the current row.
+        attention: Attention implementation of transformers in the layer meanwhile, which takes dense masks.
+        pad: Whether to batch documents of different lengths.
+    """
+    forward = layer.forward
+    parameters = signature(forward).parameters
+
+    @wraps(forward)
+    @torch.compiler.disable
+    def apart(*args: Any, **kwargs: Any) -> Any:
+        if row.bounds is None:
+            return forward(*args, **kwargs)
+        arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        _refuse_cache(arguments)
+        if attention and "attention_mask" in arguments and arguments["attention_mask"] is None:
+            raise IsolationError(
+                "packed attention requires a mask; call isolate_documents after other changes"
+            )
+        for name in _ROW:
+            arguments.pop(name, None)
+        results, positions = [], []
+        with _using(layer, attention) if attention else nullcontext():
+            for index, valid in row.groups(pad):
+                results.append((forward(**_cut(arguments, index, int(row.bounds[-1]))), valid))
+                positions.append(index[valid])
+        return _join(results, torch.cat(positions).argsort())
+
+    layer.forward = apart  # type: ignore[method-assign]
+
+
+@contextmanager
+def _using(layer: nn.Module, attention: str) -> Iterator[None]:
+    """Give a layer, not the rest of its model, another attention implementation."""
+    configs = [(part, part.config) for part in layer.modules() if hasattr(part, "config")]
+    try:
+        for part, config in configs:
+            part.config = copy.copy(config)
+            part.config._attn_implementation_internal = attention  # type: ignore[union-attr]
+        yield
+    finally:
+        for part, config in configs:
+            part.config = config
+
+
+def _refuse_cache(arguments: dict[str, Any]) -> None:
+    for name in CACHES & arguments.keys():
+        if arguments[name] is not None and arguments[name] is not False:
+            raise IsolationError(f"a packed row takes no cache, but {name} is given; set use_cache=False")
+
+
+def close_mask(layer: nn.Module, row: PackedRow) -> None:
+    """Make attention that takes a dense mask see only the document of each token, in place."""
+    forward = layer.forward
+    parameters = signature(forward).parameters
+
+    @wraps(forward)
+    @torch.compiler.disable
+    def closed(*args: Any, **kwargs: Any) -> Any:
+        if row.bounds is None:
+            return forward(*args, **kwargs)
+        arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        _refuse_cache(arguments)
+        return forward(**{**arguments, "attention_mask": row.closed(arguments.get("attention_mask"))})
+
+    layer.forward = closed  # type: ignore[method-assign]
+
+
+def _closed(mask: Any, bounds: Tensor) -> Tensor:
+    """Return a (1, heads, length, length) mask, bool or added to scores, without other documents.
+
+    Raises:
+        IsolationError: It is another kind of mask, or shows tokens what follows them.
+    """
+    length = int(bounds[-1])
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (length, length):
+        raise IsolationError("cannot keep the documents of a packed row apart in a mask of this model's kind")
+    token = torch.arange(length, device=mask.device)
+    is_bool = mask.dtype == torch.bool
+    hides = is_bool and bool(mask[..., 0, 0].all().logical_not())  # MPT: True where attention is not allowed
+    sees = mask ^ hides if is_bool else mask > torch.finfo(mask.dtype).min / 2
+    if sees[..., token[:, None] < token].any():
+        raise IsolationError("packed training needs causal attention; this model's tokens see what follows")
+    document = torch.bucketize(token, bounds[1:], right=True)
+    is_other = document[:, None] != document
+    return mask.masked_fill(is_other, hides if is_bool else torch.finfo(mask.dtype).min)
+
+
+def _cut(arguments: dict[str, Any], index: Tensor, length: int) -> dict[str, Any]:
+    """Return a layer's arguments for a group of documents, whose tokens are `index`, (documents, longest)."""
+    images = arguments.pop("image_index", None)
+    states = next((value for value in arguments.values() if _is_states(value)), None)
+    dtype = torch.float32 if states is None else states.dtype
+
+    def cut(name: str, value: Any) -> Any:
+        if isinstance(value, PackedMask):
+            return value.dense(index.shape, dtype, index.device, cut(name, images))
+        if isinstance(value, tuple | list):
+            return type(value)(cut(name, item) for item in value)
+        if isinstance(value, dict):
+            return {key: cut(name, item) for key, item in value.items()}
+        if not isinstance(value, Tensor) or length not in value.shape:
+            return value
+        if value.shape[:2] == (1, length):
+            return value[0, index]
+        if value.ndim == 4 and value.shape[-2:] == (length, length):  # a mask
+            return value[0][:, index[:, :, None], index[:, None, :]].transpose(0, 1)
+        raise IsolationError(
+            f"cannot cut {name}, of shape {tuple(value.shape)}, into the documents of a packed row"
+        )
+
+    return {name: cut(name, value) for name, value in arguments.items()}
+
+
+def _is_states(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
+
+
+def _join(results: list[tuple[Any, Tensor]], order: Tensor) -> Any:
+    """Return the output for the row from those of groups of documents and the validity of their tokens."""
+    first, valid = results[0]
+    if isinstance(first, tuple | list):
+        columns = zip(*(output for output, _ in results), strict=True)
+        masks = [valid for _, valid in results]
+        return type(first)(_join(list(zip(column, masks, strict=True)), order) for column in columns)
+    if not isinstance(first, Tensor):
+        return first
+    if first.shape[:2] != valid.shape:
+        return None  # weights of attention, or a state, which belong to no token of the row
+    if not first.is_floating_point():  # tokens that sparse attention chooses; repeat some in short documents
+        width = torch.arange(max(output.shape[-1] for output, _ in results), device=first.device)
+        results = [(output[..., width.clamp(max=output.shape[-1] - 1)], valid) for output, valid in results]
+    return torch.cat([output[valid] for output, valid in results])[order][None]

@@ -1,0 +1,94 @@
+"""Generation equals computing every token anew, for every family of transformers that composes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.factories import make_solo
+
+from solo_vlm.check.tiny import text_families, tiny_config
+from solo_vlm.generate import GenerationPipeline
+from solo_vlm.generate.cache import supports_prefix_cache
+from solo_vlm.generate.exactness import cache_error, padding_error, prefix_cache_error, tolerance
+from solo_vlm.utils.errors import SoloError
+
+KINDS = {
+    "gpt_oss": "sinks, windows and experts",
+    "deepseek_v3": "latent attention",
+    "minimax": "linear attention with a cache of its own",
+    "qwen3_5_text": "gated delta rule",
+    "lfm2": "short convolutions",
+    "kimi_linear": "linear and latent attention",
+    "zamba2": "state space and attention in one layer",
+    "mamba2": "a state",
+    "rwkv": "a state that padding changes",
+    "xlstm": "a cache that fails",
+    "openai-gpt": "no cache",
+    "gemma3n_text": "layers that share keys, embeddings per layer",
+    "llama4_text": "chunks",
+    "bloom": "ALiBi",
+    "opt": "learned positions",
+}
+EXACT = 1e-4
+
+
+def make_model(family: str):
+    """Make a model without sparse attention, whose choice among equal scores is arbitrary."""
+    everything = {
+        name: 512 for name in ("index_topk", "indexer_budget") if hasattr(tiny_config(family), name)
+    }
+    return make_solo(family, **everything)
+
+
+def check_family(family: str) -> None:
+    """Check that whatever a pipeline does with a model is exact."""
+    solo = make_model(family)
+    pipeline = GenerationPipeline(solo.model, solo.processor)
+    if pipeline.use_cache:
+        assert cache_error(solo.model) < EXACT
+    if pipeline.batches:
+        assert padding_error(solo.model, pipeline.use_cache) < EXACT
+    if supports_prefix_cache(solo.model.config.text_config):
+        assert pipeline.use_cache
+        assert prefix_cache_error(solo.model) < EXACT
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_every_kind_of_layer_generates_exactly(family):
+    check_family(family)
+
+
+@pytest.mark.slow
+def test_every_family_generates_exactly_or_is_refused():
+    exact = 0
+    for family in text_families():
+        try:
+            check_family(family)
+        except SoloError:
+            continue
+        exact += 1
+    assert exact >= 120
+
+
+def test_padding_that_a_layer_reads_is_noticed():
+    model = make_model("rwkv").model
+    assert padding_error(model) > 10 * tolerance(model)
+
+
+def test_stale_keys_in_a_prefix_are_noticed():
+    """A model that changes after a prompt was cached must not go unnoticed either."""
+    model = make_model("gpt_oss").model
+    assert prefix_cache_error(model) < EXACT
+    keys = model.model.language_model.layers[-1].self_attn.k_proj
+    calls = iter(range(10**6))
+    keys.register_forward_hook(lambda module, args, out: out + (next(calls) == 0))
+    assert prefix_cache_error(model) > 1e-3
+
+
+def test_random_prompts_are_reproducible_and_free_of_vision_tokens():
+    from solo_vlm.generate.exactness import _random_ids
+
+    model = make_model("gpt_oss").model
+    ids = _random_ids(model, 1000, seed=0)
+    assert torch.equal(ids, _random_ids(model, 1000, seed=0))
+    assert not set(ids[0].tolist()) & set(model.generation_config.suppress_tokens)
