@@ -82,8 +82,7 @@ def _no(detail: str) -> str:
     elif match := re.match(r"prompt|new token", detail):
         reason = "batch differs from single" if match[0] == "prompt" else "cached differs from uncached"
     else:
-        reason = re.sub(r"\s+", " ", re.split("[;(]", detail)[0]).replace("|", "/").strip()
-        reason = re.sub(r"[\d.]+(e-\d+)?:", ":", reason)
+        reason = re.sub(r"\s+", " ", re.split("[;(]", detail)[0]).removeprefix("SoloError: ").strip()
     return f"no: {reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON].rstrip() + ' ...'}"
 
 
@@ -102,7 +101,11 @@ def _lora(model: PreTrainedModel) -> str:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     except Exception as error:  # of any type, from PEFT or the family
         return _no(first_line(error))
-    idle = {name.split(".")[-4] for name, p in adapters.items() if p.grad is None and ".experts." not in name}
+    idle = {
+        [part for part in name.split(".lora_B")[0].split(".") if not part.isdigit()][-1]
+        for name, p in adapters.items()
+        if p.grad is None and ".experts." not in name
+    }
     return f"{YES}, but not in {', '.join(sorted(idle))}" if idle else YES
 
 
