@@ -13,7 +13,15 @@ from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from solo_vlm.check import layers
-from solo_vlm.check.certificate import PROPERTIES, Certificate, certify, require_exact_packing
+from solo_vlm.check.certificate import (
+    OF_FAMILY,
+    OF_INIT,
+    PROPERTIES,
+    Certificate,
+    certify,
+    certify_init,
+    require_exact_packing,
+)
 from solo_vlm.check.probe import Probe
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.data.encode import Encoder
@@ -227,6 +235,14 @@ def test_packing_that_is_not_exact_is_rejected_before_training(probe, monkeypatc
         require_exact_packing(probe.model, "runs/model")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_model_is_checked_in_its_own_precision(dtype):
+    solo = make_solo()
+    certificate = certify_init(solo.model.to(dtype), solo.processor, "llm")
+    assert certificate.passed, certificate.as_dict()
+    assert certificate.findings.keys() == {*OF_INIT, *OF_FAMILY}
+
+
 def test_check_leaves_the_model_as_it_was(probe):
     settings = {**probe.model.config.to_dict(), "architectures": ["SoloForConditionalGeneration"]}
     attention = probe.model.config.text_config._attn_implementation
@@ -234,6 +250,9 @@ def test_check_leaves_the_model_as_it_was(probe):
     assert probe.model.config.to_dict() == settings
     assert probe.model.config.text_config._attn_implementation == attention
     assert not any(parameter.grad is not None for parameter in probe.model.parameters())
+    for module in probe.model.modules():
+        assert not module._forward_hooks
+        assert not {"forward", "packed_row"} & vars(module).keys()
 
 
 def test_left_out_property_is_skipped(probe):

@@ -377,3 +377,42 @@ def test_resume_with_an_unreadable_held_document_is_rejected(tmp_path):
         match=r"the data changed since the checkpoint: .*a\.jsonl.*row \d+ cannot be read again .image",
     ):
         stream().load_state_dict(state)
+
+
+def write_rated(folder, count: int, good: set[int]) -> None:
+    rows = [
+        {"messages": [{"role": "assistant", "content": f"a{i}"}], "stars": 5 if i in good else 1}
+        for i in range(count)
+    ]
+    (folder / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("good", [set(range(0, 300, 3)), {7, 290}])
+def test_filtered_rows_are_never_read_nor_skipped_and_resume_is_exact(tmp_path, good):
+    write_rated(tmp_path, 300, good)
+    source = open_source(tmp_path / "rated.jsonl", format="auto", filter="stars >= 3")
+
+    def stream(index: int, epochs: int | None) -> VirtualStream:
+        return VirtualStream(index, 4, [MixtureItem(source)], encode, 8, epochs=epochs, buffer_size=4)
+
+    once = [pack for index in range(4) for pack in stream(index, epochs=1)]
+    ids = [int(id) for pack in once for document in pack.documents for id in document.input_ids]
+    assert sorted(ids) == sorted(good)
+    # Endless streams whose own part has no row that passes read the whole source.
+    for index in range(4):
+        endless = list(islice(stream(index, epochs=None), 9))
+        assert {int(id) for pack in endless for doc in pack.documents for id in doc.input_ids} <= good
+        counts = endless[-1].state["counts"]
+        assert counts["filtered"] == counts[f"filtered/{source.name}"] > 0
+        assert "skipped" not in counts
+        again = stream(index, epochs=None)
+        again.load_state_dict(json.loads(json.dumps(endless[3].state)))
+        assert [pack.keys for pack in islice(again, 5)] == [pack.keys for pack in endless[4:]]
+
+
+def test_filter_that_keeps_no_row_is_rejected(tmp_path):
+    write_rated(tmp_path, 300, set())
+    source = open_source(tmp_path / "rated.jsonl", format="auto", filter="stars >= 3")
+    with pytest.raises(SoloError, match=r"rated\.jsonl has no rows that its filter keeps"):
+        next(iter(VirtualStream(0, 4, [MixtureItem(source)], encode, 8)))
+    assert not list(VirtualStream(0, 4, [MixtureItem(source)], encode, 8, epochs=1))

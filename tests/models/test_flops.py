@@ -24,7 +24,9 @@ from transformers import (
     T5Config,
 )
 
+from solo_vlm.check.tiny import text_families, tiny_config
 from solo_vlm.models.flops import (
+    AttentionLayer,
     Flops,
     ModelShape,
     count_parameters,
@@ -172,7 +174,7 @@ def test_qwen3_moe_counts_the_routed_experts():
     experts = 2 * (2 * 3 * 64 * 24 + 8 * 64)  # two layers of two experts and the router
     assert shape.projection_flops == 2 * attention
     assert shape.mlp_flops == 2 * (experts + 3 * 64 * 96)
-    assert shape.attention == ((4 * 4 * 16, None),) * 3
+    assert shape.attention == (AttentionLayer(4 * 4 * 16),) * 3
     assert shape.active_parameters == shape.parameters.total - 2 * 6 * 3 * 64 * 24
     assert shape.parameters.total == meta_parameters(config)
 
@@ -203,7 +205,7 @@ def test_deepseek_v3_counts_wider_keys_than_values():
     keys_and_values = 64 * (16 + 8) + 16 * 4 * (16 + 12)
     assert shape.projection_flops == 2 * 3 * (queries + keys_and_values + 4 * 12 * 64)
     assert shape.mlp_flops == 2 * (3 * 64 * 96 + 2 * (3 * 3 * 64 * 24 + 8 * 64))
-    assert shape.attention == ((2 * 4 * (24 + 12), None),) * 3
+    assert shape.attention == (AttentionLayer(2 * 4 * (24 + 12)),) * 3
     assert shape.parameters.total == meta_parameters(config)
 
 
@@ -219,7 +221,7 @@ def test_hybrid_counts_attention_in_some_layers_only():
         **TOKENS,
     )
     shape = ModelShape.of(config)
-    assert shape.attention == ((4 * 64, None),)
+    assert shape.attention == (AttentionLayer(4 * 64),)
     convolutions = 2 * 2 * (64 * 3 * 64 + 64 * 64 + 64 * config.conv_L_cache)
     assert shape.projection_flops == pytest.approx(convolutions + 2 * 64 * (2 * 64 + 2 * 32), rel=0.05)
     assert shape.mlp_flops == 2 * 3 * 3 * 64 * 96
@@ -252,6 +254,91 @@ def test_full_recomputation_flops_match_the_counter(family):
     expected = counted(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
     flops = not_causal(forward_flops(ModelShape.of(config), [LENGTH], 0, LENGTH - 1), LENGTH)
     assert flops.hardware("full") == pytest.approx(expected, rel=0.01)
+
+
+# Experts with and without shared ones, dense first layers, biases and sinks, latent attention, an indexer;
+# state-space, linear-attention and convolution layers.
+FAMILIES = (
+    *("mixtral", "qwen2_moe", "deepseek_v3", "deepseek_v32", "gpt_oss", "granitemoeshared", "ernie4_5_moe"),
+    *("qwen3_next", "lfm2_moe", "bailing_hybrid"),
+)
+REFUSED = {
+    "deepseek_v4": "it compresses keys",
+    "dots3_note_text": "num_attention_heads' is a per-layer attribute",
+    "jetmoe": "aten._local_scalar_dense.default",
+    "qwen4_exp_text": "aten.nonzero.default",
+}
+# Llama 4 computes all experts, some experts of Longcat compute nothing, and code of DBRX does not run here.
+OTHERWISE = {"llama4_text", "longcat_flash", "dbrx", *REFUSED}
+
+
+def counts_per_token(family) -> tuple[float, float]:
+    """Count a real forward pass with eager attention and experts; return FLOPs per token, and per pair."""
+    options = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(tiny_config(family), **options, dtype=torch.float32).eval()
+    counts = []
+    for length in (64, 128):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.randint(3, 320, (1, length)), use_cache=False)
+        counts.append(counter.get_total_flops())
+    pairs = (counts[1] - 2 * counts[0]) / (2 * 64**2)
+    return counts[0] / 64 - 64 * pairs, pairs
+
+
+def assert_counts_match(family):
+    config = tiny_config(family)
+    shape = ModelShape.of(config)
+    linear, pairs = counts_per_token(family)
+    head = 2 * shape.hidden * shape.vocabulary
+    assert shape.projection_flops + shape.mlp_flops + head == pytest.approx(linear, rel=0.015)
+    # Mamba 2 in PyTorch combines all pairs of chunks, and there are many where chunks have 16 tokens.
+    is_mamba = hasattr(config, "mamba_expand") or hasattr(config, "expand")
+    assert sum(layer.flops for layer in shape.attention) == pytest.approx(
+        pairs, rel=0.3 if is_mamba else 0.01, abs=64
+    )
+    assert shape.parameters.total == meta_parameters(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_match_the_counter(family):
+    assert_counts_match(family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted({*text_families()} - {*FAMILIES} - OTHERWISE))
+def test_all_families_match_the_counter(family):
+    assert_counts_match(family)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_that_cannot_be_counted_are_refused(family):
+    with pytest.raises(SoloError, match=f"cannot count.* {family}: .*{REFUSED[family]}"):
+        ModelShape.of(tiny_config(family))
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "dbrx"])
+def test_experts_without_implementations_count_as_routed(family):
+    config = tiny_config(family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    of_layers = [p for name, p in model.named_parameters() if "layers" in name or "blocks" in name]
+    matrices = sum(p.numel() for p in of_layers if p.ndim > 1) - experts
+    shape = ModelShape.of(config)  # two of four experts per token
+    assert shape.projection_flops + shape.mlp_flops == 2 * (matrices + experts // 2)
+    assert shape.active_parameters == shape.parameters.total - experts // 2
+
+
+def test_attention_in_chunks_counts_pairs_within_them():
+    shape = ModelShape.of(tiny_config("llama4_text"))
+    assert {layer.chunk for layer in shape.attention} == {None, 8}
+    lengths = [1, 7, 8, 9, 40, 100]
+    visible = {
+        None: sum(length * (length + 1) // 2 for length in lengths),
+        8: sum(i % 8 + 1 for length in lengths for i in range(length)),
+    }
+    flops = forward_flops(shape, lengths).attention
+    assert flops == sum(layer.flops * visible[layer.chunk] for layer in shape.attention)
 
 
 def test_counting_preserves_the_random_state():

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests.factories import ask, make_llm, make_solo, picture_chat, text_chat, turn, write_chats
 
+from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import parse_sample
@@ -353,3 +354,9 @@ def test_activation_checkpointing_works_with_compiled_layers(mode):
     use_activation_checkpointing(compiled, mode)
     compile_layers(compiled)
     torch.testing.assert_close(gradients(compiled), gradients(plain), atol=1e-5, rtol=1e-4)
+
+
+def test_z_loss_that_counts_padding_is_rejected():
+    model = tiny_llm("bamba", z_loss_coefficient=1e-4)
+    with pytest.raises(SoloError, match=r"z_loss_coefficient = 0.0001: the z-loss of bamba .* set it to 0"):
+        set_trainable(model, recipe())

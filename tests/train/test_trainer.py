@@ -126,6 +126,44 @@ def test_resume_after_crash_is_bit_exact(run_folder, tmp_path, monkeypatch, prec
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_experts_resume_exactly_and_reload(run_folder, tmp_path, monkeypatch, family):
+    """The routers of DeepSeek-V3 have a bias that is no parameter."""
+    start = make_solo(family)
+    for name, bias in start.model.named_buffers():
+        if "e_score_correction_bias" in name:
+            bias.copy_(torch.linspace(-0.3, 0.3, len(bias)))
+    start.save(tmp_path / "start")
+    validation = {"sources": [{"path": "images.parquet"}], "interval": 4, "sequences": 2}
+    changes = {"model": str(tmp_path / "start"), "router_aux_loss": "auto", "validation": validation}
+    whole, cut = (recipe(run_folder, tmp_path / name, **changes) for name in ("whole", "cut"))
+    trained = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            trainer, "export_model", lambda *of: trained.append(of[1]) or checkpoint.export_model(*of)
+        )
+        exported = train(whole).model
+    with monkeypatch.context() as patch:
+        dies_after(8, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    train(cut, resume=True)
+    ours, theirs = (read_steps(tmp_path / name) for name in ("cut", "whole"))
+    assert ("moe/aux_loss" in theirs[0]) == (family == "qwen3_moe")
+    for key in {"loss", "validation_loss", *(name for name in theirs[0] if name.startswith("moe/"))}:
+        assert [line.get(key) for line in ours] == [line.get(key) for line in theirs], key
+    model, reloaded = trained[0].eval(), load_model(exported)
+    model.set_attn_implementation(reloaded.config.text_config._attn_implementation)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, reloaded(ids).logits)
+    state, saved = model.state_dict(), reloaded.state_dict()
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[name], saved[name]) for name in state)
+    if family == "deepseek_v3":
+        assert any("e_score_correction_bias" in name and saved[name].any() for name in saved)
+
+
 def test_manifest_reproduces_run(run_folder, tmp_path):
     train(recipe(run_folder, tmp_path / "out", steps=3))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

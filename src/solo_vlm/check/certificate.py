@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from solo_vlm.check import properties
-from solo_vlm.check.probe import FLOAT32, SHORT, Probe
+from solo_vlm.check.probe import SHORT, TOLERANCES, Probe
 from solo_vlm.check.properties import Finding
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.data.encode import Encoder
@@ -102,7 +103,7 @@ def certify_init(model: PreTrainedModel, processor: Any, name: str) -> Certifica
         name: Path or hub ID of the LLM, for the certificate.
     """
     started = time.perf_counter()
-    probe = Probe(model, Encoder(processor))
+    probe = Probe(model, Encoder(processor), tolerance=TOLERANCES[model.dtype])
     findings = {key: _run(PROPERTIES[key][1], probe) for key in OF_INIT}
     try:
         family = Probe(tiny_llm(model.config.text_config.model_type))
@@ -113,7 +114,9 @@ def certify_init(model: PreTrainedModel, processor: Any, name: str) -> Certifica
     return Certificate(name, _kind(probe), findings, time.perf_counter() - started)
 
 
-def require_exact_packing(model: PreTrainedModel, path: str | Path, tolerance: float = FLOAT32) -> None:
+def require_exact_packing(
+    model: PreTrainedModel, path: str | Path, tolerance: float = TOLERANCES[torch.float32]
+) -> None:
     """Check that training on packed documents is exact, on three short documents.
 
     Args:
@@ -138,7 +141,8 @@ def _run(check: Callable[[Probe], Finding], probe: Probe) -> Finding:
     try:
         return check(probe)
     except Exception as error:  # of any type, from the code of any family
-        return Finding("fails", f"{type(error).__name__}: {first_line(error)}")
+        kind = "" if isinstance(error, SoloError) else f"{type(error).__name__}: "
+        return Finding("fails", f"{kind}{first_line(error)}")
 
 
 def _kind(probe: Probe) -> str:

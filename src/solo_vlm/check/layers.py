@@ -165,10 +165,19 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 @contextmanager
 def isolated(model: PreTrainedModel) -> Iterator[None]:
-    """Keep the documents of a packed row apart, as training does."""
-    with _restored(model):
-        isolate_documents(model)
-        yield
+    """Keep the documents of a packed row apart, as training does; afterwards, nothing of it is left."""
+    before = [(module, dict(vars(module)), dict(module._forward_hooks)) for module in model.modules()]
+    try:
+        with _restored(model):
+            isolate_documents(model)
+            yield
+    finally:
+        for module, attributes, hooks in before:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
 
 
 @contextmanager

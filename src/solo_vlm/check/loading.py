@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from solo_vlm.check.probe import BFLOAT16, FLOAT16, FLOAT32, Probe
+from solo_vlm.check.probe import TOLERANCES, Probe
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.data.encode import Encoder, load_encoder
 from solo_vlm.models.checks import check_files, check_loaded
@@ -26,7 +26,6 @@ from solo_vlm.models.load import is_solo, load_config, load_llm, load_model
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.utils.errors import SoloError, first_line
 
-_TOLERANCES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
 _MAX_RANDOM_PARAMETERS = 3 * 10**8
 
 
@@ -42,7 +41,7 @@ def load_probe(path: str, llm: str | None = None, dtype: str = "float32") -> Pro
     Raises:
         SoloError: The model or the LLM cannot be loaded.
     """
-    tolerance = _TOLERANCES[dtype]
+    tolerance = TOLERANCES[getattr(torch, dtype)]
     if Path(path).is_file():
         model, weights = _random_model(load_config(path))
         return Probe(model, tolerance=tolerance, weights=weights)

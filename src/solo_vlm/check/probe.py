@@ -24,8 +24,11 @@ Pieces = Sequence[int | tuple[int, int]]  # numbers of text tokens, and grids of
 LONG: tuple[Pieces, ...] = ((4, (2, 3), 5, (1, 2), 6), (7,), (1, (3, 1), 18))
 SHORT: tuple[Pieces, ...] = ((3, (1, 2), 5), (5,), (9,))
 
-FLOAT32, FLOAT16, BFLOAT16, QUANTIZED = 1e-4, 2e-2, 5e-2, 1e-1
-"""Largest differences of outputs that are equal up to rounding, relative to their size."""
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest difference of outputs that are equal up to rounding, relative to their size."""
+
+QUANTIZED = 1e-1
+"""The same for weights of 8 or 4 bits."""
 
 _GRIDS = ((2, 3), (3, 1), (2, 2), (1, 2), (1, 1))
 _PADDING = 3  # tokens
@@ -55,7 +58,7 @@ class Probe:
     encoder: Encoder | None = None
     llm: PreTrainedModel | None = None
     processor: Any = None
-    tolerance: float = FLOAT32
+    tolerance: float = TOLERANCES[torch.float32]
     shapes: tuple[Pieces, ...] = LONG
     weights: str = ""
 
@@ -68,6 +71,21 @@ class Probe:
     def is_foreign(self) -> bool:
         """Whether the model reads images in another way."""
         return not self.sees_images and self.model.config.get_text_config() is not self.model.config
+
+    @property
+    def sees_whole_prompt(self) -> bool:
+        """Whether tokens of a prompt attend to later ones by design, as in PaliGemma."""
+        settings = self.model.config.get_text_config()
+        return self.is_foreign and getattr(settings, "use_bidirectional_attention", None) is True
+
+    @cached_property
+    def image_inputs(self) -> dict[str, Any] | None:
+        """Inputs for a question about an image of an image-text model that is no SOLO model."""
+        if self.processor is None:
+            return None
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
+        inputs = _ask(self.processor, image)
+        return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     @cached_property
     def documents(self) -> list[Document]:
@@ -196,6 +214,19 @@ def pad_left(inputs: Sequence[Tensor], pad_token_id: int) -> dict[str, Tensor]:
         ids[number, length - row.shape[1] :] = row[0]
         mask[number, length - row.shape[1] :] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def _ask(processor: Any, image: Image.Image) -> dict[str, Tensor]:
+    """Return a processor's inputs for a question about an image, by its chat template if it has one."""
+    if getattr(processor, "chat_template", None):
+        parts = [{"type": "image", "image": image}, {"type": "text", "text": _QUESTIONS[0]}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        text = f"{getattr(processor, 'image_token', '<image>')}{_QUESTIONS[0]}"
+        inputs = processor(text=text, images=image, return_tensors="pt")
+    return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
 def _message(role: str, text: str, images: int = 0) -> dict[str, Any]:

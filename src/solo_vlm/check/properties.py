@@ -37,6 +37,7 @@ Status = Literal["holds", "fails", "differs", "skipped"]
 
 _NOISE = 1e-5  # of equal computations in equal shapes, relative
 _NEW_TOKENS = 6
+_WHOLE_PROMPT = "tokens of a prompt see each other in both directions (use_bidirectional_attention)"
 _CHOOSERS = (".experts.", ".indexer.")  # experts that no token chose, and choices without a gradient
 _MAX_SAVED_BYTES = 2**32
 
@@ -81,12 +82,10 @@ def causality(probe: Probe) -> Finding:
             changed = changed_after(document, cut, probe.model.config)
             after = trace(probe.model, probe.inputs(changed)).part(stop=cut)
             if parting := first_parting(after, before.part(stop=cut), noise):
-                return Finding(
-                    "fails",
-                    f"token {cut} changes the outputs before it: {parting}",
-                    parting.difference,
-                    parting.layer,
-                )
+                what = f"token {cut} changes the outputs before it: {parting}"
+                status: Status = "differs" if probe.sees_whole_prompt else "fails"
+                what += f"; by design: {_WHOLE_PROMPT}" if probe.sees_whole_prompt else ""
+                return Finding(status, what, parting.difference, parting.layer)
     return Finding("holds", f"{len(document)} tokens", 0.0)
 
 
@@ -136,6 +135,8 @@ def supervision(probe: Probe) -> Finding:
 
 def batching(probe: Probe) -> Finding:
     """Compare generation in a padded batch with that of each prompt alone."""
+    if probe.sees_whole_prompt:
+        return Finding("skipped", _WHOLE_PROMPT)
     prompts = [probe.inputs(document) for document in probe.documents[:2]]
     with narrow_windows(probe.model):
         alone = [_generate(probe.model, prompt) for prompt in prompts]
@@ -158,6 +159,8 @@ def batching(probe: Probe) -> Finding:
 
 def caching(probe: Probe) -> Finding:
     """Compare generation with a cache with the model's logits without one."""
+    if probe.sees_whole_prompt:
+        return Finding("skipped", _WHOLE_PROMPT)
     document = probe.documents[0]
     prompt, worst = probe.inputs(document), 0.0
     with narrow_windows(probe.model):
@@ -187,9 +190,10 @@ def caching(probe: Probe) -> Finding:
 
 def patches(probe: Probe) -> Finding:
     """Compare what the decoder receives at `<vpatch>` with patches cut, normalized and embedded here."""
+    if probe.is_foreign:
+        return _image_places(probe)
     if not (probe.sees_images and probe.encoder):
-        why = "no images" if not probe.sees_images else "no processor"
-        return Finding("skipped", why)
+        return Finding("skipped", "no processor" if probe.sees_images else "no images")
     processor, model = probe.encoder.processor, probe.model
     images = make_images(processor.image_processor)
     if not images:
@@ -221,13 +225,17 @@ def gradients(probe: Probe) -> Finding:
     documents = [*probe.documents, *(document for document in probe.encoded if len(document) < 512)]
     with isolated(probe.model) if not probe.is_foreign else attention(probe.model, "eager"):
         batch = probe.packed(documents) if not probe.is_foreign else _labeled(probe, documents[0])
-        missing, count = _without_gradient(probe.model, batch)
+        if probe.image_inputs:
+            batch = {**probe.image_inputs, "labels": probe.image_inputs["input_ids"]}
+        text_only = probe.model.get_decoder() if probe.is_foreign and not probe.image_inputs else None
+        missing, count = _without_gradient(probe.model, batch, text_only)
     idle = [name for name in missing if any(part in name for part in _CHOOSERS)]
     missing = [name for name in missing if name not in idle]
     note = f"; none reaches {len(idle)} of experts or indexers ({idle[0]}, ...)" if idle else ""
     if missing:
         shown = ", ".join(missing[:2]) + (f" and {len(missing) - 2} more" if len(missing) > 2 else "")
-        return Finding("fails", f"none reaches {shown}{note}")
+        return Finding("differs" if probe.is_foreign else "fails", f"none reaches {shown}{note}")
+    note += " of the decoder; without a processor, there are no images" if text_only else ""
     return Finding("holds", f"{count - len(idle)} parameters{note}")
 
 
@@ -420,6 +428,23 @@ def _decoder_input(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     return received[0].float()
 
 
+def _image_places(probe: Probe) -> Finding:
+    """Compare what the decoder of another image-text model receives for two images."""
+    inputs, config = probe.image_inputs, probe.model.config
+    token_id = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    if inputs is None or token_id is None:
+        return Finding("skipped", "no processor")
+    one = _decoder_input(probe.model, inputs)[0]
+    pixels = inputs["pixel_values"]
+    other = _decoder_input(probe.model, {**inputs, "pixel_values": pixels.flip(-1) + 0.5})[0]
+    changed, places = (one != other).any(-1), inputs["input_ids"][0] == token_id
+    what = f"{int(places.sum())} image tokens"
+    if not bool(torch.equal(changed, places)):
+        wrong = int((changed != places).nonzero()[0])
+        return Finding("fails", f"{what}, but another image changes other places, such as token {wrong}")
+    return Finding("holds", f"another image changes the {what}, and no other place")
+
+
 @contextmanager
 def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -450,8 +475,12 @@ def _embedded_patches(model: Any, images: list[NDArray[np.uint8]]) -> Tensor:
     return embedded + token.double().cpu()
 
 
-def _without_gradient(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[list[str], int]:
+def _without_gradient(
+    model: PreTrainedModel, batch: dict[str, Any], part: nn.Module | None = None
+) -> tuple[list[str], int]:
     """Return the names of trainable parameters whose gradient is None or zero, and how many there are.
+
+    Only those of `part` count, if it is given.
 
     Gradients are dropped as soon as they are seen, so that a large model's do not add up.
     """
@@ -463,7 +492,8 @@ def _without_gradient(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[li
             reached.add(id(parameter))
         parameter.grad = None
 
-    trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    counted = {id(each) for each in (part or model).parameters() if each.requires_grad}
+    trainable = {name: each for name, each in model.named_parameters() if id(each) in counted}
     handles = [each.register_post_accumulate_grad_hook(see) for each in trainable.values()]
     model.train()
     try:

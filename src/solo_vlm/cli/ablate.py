@@ -59,7 +59,13 @@ def ablate(
     from solo_vlm.train.metrics import progress_bar
 
     try:
-        from solo_vlm.experiments.ablations.report import COLUMNS, result_lines, write_report
+        from solo_vlm.experiments.ablations.report import (
+            COLUMNS,
+            EFFECT_COLUMNS,
+            effect_lines,
+            result_lines,
+            write_report,
+        )
         from solo_vlm.experiments.ablations.run import run_ablation
 
         with progress_bar() as progress:
@@ -71,6 +77,8 @@ def ablate(
     if json:
         return print_json({**facts, "folder": str(folder)})
     print_table(facts["question"], COLUMNS, result_lines(facts), left=2)
+    if effects := list(effect_lines(facts)):
+        print_table("Main effects and interactions", EFFECT_COLUMNS, effects, left=2)
     for note in facts["notes"]:
         STDOUT.print(note, style="dim")
     STDOUT.print(f"report: {folder / 'report.html'}")

@@ -104,11 +104,12 @@ def _plan(
 
 
 def _model_lines(plan: Plan) -> list[str]:
-    counts = plan.parameters
+    counts, active = plan.parameters, plan.shape.active_parameters
+    of_token = f", {active:,} active per token" if active < counts.total else ""  # mixture of experts
     parts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in vars(counts).items() if count)
     return [
         f"model       {plan.recipe.model}, shape from {plan.shape_from}",
-        f"parameters  {counts.total:,}, trained {plan.trained:,}",
+        f"parameters  {counts.total:,}{of_token}, trained {plan.trained:,}",
         f"            {parts}",
     ]
 

@@ -1,7 +1,7 @@
 """Data, from files to packed batches.
 
-Reading order: `sample`, `sources`, `encode`, `packing`, `streams`, `collate`, `loader`. `catalog` holds
-the paper's data sets, `survey` looks at data before training.
+Reading order: `sample`, `formats`, `sources`, `encode`, `packing`, `streams`, `collate`, `loader`. `catalog`
+holds the paper's data sets, `survey` looks at data before training.
 
 May import: models, utils.
 """

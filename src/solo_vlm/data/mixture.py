@@ -26,7 +26,7 @@ class SourceSettings(Settings):
     Attributes:
         path: File, folder, glob pattern or URL.
         weight: Relative share, see `DataSettings.weight_by`.
-        format: Format of the rows (docs/data.md has a table); "auto" recognizes it from the first rows.
+        format: Format of the rows, such as "llava"; "auto" recognizes it from the first ones.
         images: Folder that relative image paths refer to; default: the folder of the row's file.
         columns: Columns of the rows, by the names that the format reads: `{image: photo, text: title}`.
         filter: Rows to keep: a comparison of their columns, such as `relevance_min >= 3 and "en" in lang`.

@@ -5,14 +5,18 @@ forward pass, so every family of decoders is counted by the code that runs it. W
 
 - Matrix products, a multiplication with an addition as two; lookups of embeddings, norms, activation
   functions, softmax and rotary embeddings are left out, as is usual (Hoffmann et al. 2022, appendix F;
-  Chowdhery et al. 2022, appendix B). Of a mixture of experts, the experts that a token is routed to.
+  Chowdhery et al. 2022, appendix B). Of a mixture of experts, the experts that a token is routed to, and
+  shared ones.
 - Attention only where it is needed: between the pairs of tokens that causality, document borders and the
-  sliding window of each layer leave. The count takes its heads, sizes and windows from the calls of
-  transformers' attention interface.
+  sliding window or chunks of each layer leave. The count takes its heads, sizes and windows from the calls
+  of transformers' attention interface.
+- Linear attention and state-space layers as their PyTorch code computes them: products within chunks count,
+  scans of element-wise operations (Mamba) do not.
 - No recomputation (see `Flops.hardware`).
 
 All but attention is linear in the number of tokens, so counts at two lengths give any length. What remains
-quadratic belongs to families with their own attention, which is then counted as causal without a window.
+quadratic belongs to families with their own attention, which is then counted as causal without a window;
+sparse attention by an index (DeepSeek V3.2) as if it were dense.
 """
 
 from __future__ import annotations
@@ -22,17 +26,21 @@ import operator
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from solo_vlm.models.solo.processing_solo import num_image_tokens
@@ -73,6 +81,20 @@ class ParameterCounts:
         return sum(vars(self).values())
 
 
+class AttentionLayer(NamedTuple):
+    """Attention of one layer.
+
+    Attributes:
+        flops: FLOPs per pair of tokens.
+        window: Number of tokens that a query attends to, itself included; None: all before it.
+        chunk: Tokens of the chunks that a document is cut into, for attention within each; None: no chunks.
+    """
+
+    flops: int
+    window: int | None = None
+    chunk: int | None = None
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a SOLO model or a plain LLM; `ModelShape.of` counts them.
@@ -88,8 +110,7 @@ class ModelShape:
             and values), all heads together.
         mlp: Width inside the MLP; with experts, of those that a token is routed to, all together.
         norms, head_norms: Norms per layer as wide as the hidden states, and of other widths.
-        attention: (FLOPs per pair of tokens, window) of each attention layer; a window is the number of
-            tokens that a query attends to, itself included, None for all before it.
+        attention: Attention layers.
         projection_flops, mlp_flops: FLOPs per token in all layers, of the projections around attention (with
             all that is not MLP) and of the MLPs.
         last_flops: Share of these that full activation checkpointing need not compute again: the last product
@@ -111,7 +132,7 @@ class ModelShape:
     mlp: int
     norms: int
     head_norms: int
-    attention: tuple[tuple[int, int | None], ...]
+    attention: tuple[AttentionLayer, ...]
     projection_flops: int
     mlp_flops: int
     last_flops: int
@@ -131,21 +152,22 @@ class ModelShape:
                 device.
         """
         text = getattr(config, "text_config", config)
-        return _count(text, patch=getattr(config, "patch_dim", 0))
+        try:
+            return _count(text, patch=getattr(config, "patch_dim", 0))
+        except SoloError:
+            raise
+        except Exception as error:  # settings of any family, or of a model's own
+            raise SoloError(f"cannot count {text.model_type}: {first_line(error)}") from error
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Window of each attention layer."""
-        return tuple(window for _, window in self.attention)
+        return tuple(layer.window for layer in self.attention)
 
     def with_patch(self, patch: int) -> ModelShape:
         """Return the shape with a patch embedding for `patch` values per patch; 0 removes it."""
         parameters = replace(self.parameters, patch_embedding=patch * self.hidden)
         return replace(self, patch=patch, parameters=parameters)
-
-    def splits(self, parts: int) -> bool:
-        """Return whether tensor parallelism can split every layer into `parts`."""
-        return not any(size % parts for size in (self.heads, self.key_heads, self.mlp))
 
 
 def count_parameters(config: Any) -> ParameterCounts:
@@ -240,7 +262,7 @@ def forward_flops(
     return Flops(
         projections=shape.projection_flops * tokens,
         mlp=shape.mlp_flops * tokens,
-        attention=sum(count * flops * _visible_pairs(lengths, window) for (flops, window), count in layers),
+        attention=sum(count * layer.flops * _visible_pairs(lengths, layer) for layer, count in layers),
         patches=2 * shape.patch * shape.hidden * patches,
         head=2 * shape.hidden * shape.vocabulary * predicted,
         last=shape.last_flops * tokens,
@@ -282,10 +304,17 @@ def _span(shape: ModelShape, tokens: int, before: int, patches: int = 0, predict
     return forward_flops(shape, [before + tokens], patches, predicted) - forward_flops(shape, [before])
 
 
-def _visible_pairs(lengths: NDArray[np.int64], window: int | None) -> int:
+def _visible_pairs(lengths: NDArray[np.int64], layer: AttentionLayer) -> int:
     """Return the number of (query, key) pairs in causal attention, a token with itself included."""
-    seen = lengths if window is None else np.minimum(lengths, window)
-    return int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
+    if layer.chunk is not None:
+        whole, rest = np.divmod(lengths, layer.chunk)
+        return int(whole.sum()) * _triangle(layer.chunk) + int(_triangle(rest).sum())
+    seen = lengths if layer.window is None else np.minimum(lengths, layer.window)
+    return int((_triangle(seen) + (lengths - seen) * seen).sum())
+
+
+def _triangle(number: Any) -> Any:
+    return number * (number + 1) // 2
 
 
 # --- counting -----------------------------------------------------------------------------------------
@@ -293,39 +322,59 @@ def _visible_pairs(lengths: NDArray[np.int64], window: int | None) -> int:
 
 @dataclass(frozen=True)
 class _AttentionCall:
-    """Sizes of one call of the attention interface, and the window of its layer."""
+    """Sizes of one call of the attention interface, and the window or chunk of its layer."""
 
     heads: int
     key_heads: int
     key_dim: int
     value_dim: int
-    window: int | None
+    window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def layer(self) -> AttentionLayer:
+        return AttentionLayer(2 * self.heads * (self.key_dim + self.value_dim), self.window, self.chunk)
+
+
+class _Uncountable(SoloError):
+    """FLOPs that are no function of pairs of tokens."""
 
 
 _calls: ContextVar[list[_AttentionCall]] = ContextVar("attention calls")
 _COUNTING = "solo_counting"
+_CHUNKED = "chunked_attention"  # as `layer_types` calls it
+_EXPERTS = "batched_mm"  # computes the experts that a token is routed to, without looking at the values
 
 
 def _record_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """Record the sizes of an attention call without computing it; tensors are (batch, heads, length, dim)."""
-    window = options.get("sliding_window")
-    _calls.get().append(
-        _AttentionCall(query.shape[1], key.shape[1], query.shape[3], value.shape[3], window or None)
-    )
+    if key.shape[2] != query.shape[2]:  # DeepSeek V4
+        raise _Uncountable(f"cannot count FLOPs of {module.config.model_type}: it compresses keys")
+    sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+    kinds = getattr(module.config, "layer_types", None) or ()
+    is_chunked = _CHUNKED in kinds and kinds[module.layer_idx] == _CHUNKED
+    chunk = module.config.attention_chunk_size if is_chunked else None
+    _calls.get().append(_AttentionCall(*sizes, options.get("sliding_window") or None, chunk))
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
 AttentionInterface.register(_COUNTING, _record_attention)
 
+# While tracing, which takes longer, transformers does not look at values, for example for padding. Some
+# families do not use its attention interface, or need its masks.
+_tracing = partial(FakeTensorMode, allow_non_fake_inputs=True)
+_ATTEMPTS: tuple[tuple[str, Callable[[], AbstractContextManager[Any]]], ...] = (
+    (_COUNTING, nullcontext),
+    (_COUNTING, _tracing),
+    ("eager", _tracing),
+)
+
 
 def _count(text: Any, patch: int) -> ModelShape:
-    model = _build(text)
-    layers = _layers(model, text)
     length = getattr(text, "mamba_chunk_size", None) or getattr(text, "chunk_size", None) or _LENGTH
-    calls, one = _run(model, layers, length)
-    _, two = _run(model, layers, 2 * length)
+    model, layers, calls, one, two = _run_twice(text, length)
 
     def per_token(part: str) -> tuple[int, int]:
         """Solve linear * tokens + quadratic * tokens**2 for both coefficients."""
@@ -336,8 +385,10 @@ def _count(text: Any, patch: int) -> ModelShape:
         return (one[part] - quadratic * length**2) // length, quadratic
 
     projections, own_attention = per_token("projections")
-    (mlp, _), (last, _), (experts, _) = map(per_token, ("mlp", "last", "experts"))
-    attention = [(2 * call.heads * (call.key_dim + call.value_dim), call.window) for call in calls]
+    mlp, own_in_mlp = per_token("mlp")  # Zamba's shared block
+    own_attention += own_in_mlp
+    (last, _), (experts, _) = map(per_token, ("last", "experts"))
+    attention = [call.layer for call in calls]
     sizes = calls or [_declared_attention(text)]
     linear_sizes: Counter[str] = Counter()
     for name, module in model.base_model.named_modules():
@@ -366,7 +417,7 @@ def _count(text: Any, patch: int) -> ModelShape:
         mlp=width if width and not routed else mlp // (6 * text.hidden_size * len(layers)),
         norms=wide // len(layers),
         head_norms=(len(norms) - wide) // len(layers),
-        attention=(*attention, *([(own_attention, None)] if own_attention else ())),
+        attention=(*attention, *([AttentionLayer(own_attention)] if own_attention else ())),
         projection_flops=projections,
         mlp_flops=mlp,
         last_flops=last,
@@ -376,35 +427,81 @@ def _count(text: Any, patch: int) -> ModelShape:
     )
 
 
-def _build(text: Any) -> Any:
+def _run_twice(
+    text: Any, length: int
+) -> tuple[Any, list[nn.Module], list[_AttentionCall], Counter[str], Counter[str]]:
+    """Run a model on `length` and 2 * `length` tokens; return it, its layers, and results of `_run`."""
+    failure: SoloError | None = None
+    for attention, mode in _ATTEMPTS:
+        try:
+            model = _build(text, attention)
+            layers = _layers(model, text)
+            calls, one = _run(model, layers, length, mode())
+            _, two = _run(model, layers, 2 * length, mode())
+        except _Uncountable:
+            raise
+        except SoloError as error:
+            failure = error
+        else:
+            return model, layers, calls, one, two
+    assert failure is not None
+    raise failure
+
+
+def _build(text: Any, attention: str) -> Any:
     """Build the causal language model on the meta device; its weights take no memory."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
     if kind is None:
         raise SoloError(f"cannot count {text.model_type}: it is not a causal language model of transformers")
-    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
-        raise SoloError(f"cannot count {text.model_type}: attention in chunks is not supported")
     text = copy.deepcopy(text)
-    text.pad_token_id = None  # else some families look for padding among the values of the tokens
-    attention = _COUNTING if kind._supports_attention_backend else "eager"
+    with suppress(Exception):  # else some families look for padding among the values of the tokens
+        text.pad_token_id = None
     try:
         # Initialization must not advance the random state of a run.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                text, attn_implementation=attention, experts_implementation="batched_mm"
+            model = AutoModelForCausalLM.from_config(
+                text, attn_implementation=attention, experts_implementation=_EXPERTS
             ).eval()
     except Exception as error:  # code of any family, or of a model's own
         raise SoloError(f"cannot count {text.model_type}: {first_line(error)}") from error
+    for name, module in model.named_modules():
+        if name.endswith(".experts") and not hasattr(type(module).forward, "__wrapped__"):
+            module.forward = partial(_compute_routed, module, text)  # its class takes no implementation
+    return model
+
+
+def _compute_routed(
+    experts: Any, text: Any, hidden: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Compute a product of the FLOPs of the experts that tokens are routed to.
+
+    For families whose own code depends on the values of tokens (DBRX), or computes all experts (Llama 4).
+    """
+    if chosen is None:  # each token comes once per expert
+        rows = hidden.numel() // hidden.shape[-1] // experts.num_experts * text.num_experts_per_tok
+    else:
+        rows = chosen.numel()
+    per_expert = sum(
+        weight.numel() // (len(weight) if weight.ndim == 3 else experts.num_experts)
+        for weight in experts.parameters()
+    )
+    torch.mm(hidden.new_empty(rows, per_expert), hidden.new_empty(per_expert, 1))
+    return hidden
 
 
 def _layers(model: Any, text: Any) -> list[nn.Module]:
     """Return the decoder layers."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == text.num_hidden_layers:
-            return list(module)
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    decoder = [layers for layers in lists if isinstance(layers[0], GradientCheckpointingLayer)]
+    # Longcat counts the attentions of its layers, two in each.
+    for layers in [*(layers for layers in lists if len(layers) == text.num_hidden_layers), *decoder[:1]]:
+        return layers
     raise SoloError(f"cannot count {text.model_type}: its decoder has no list of layers")
 
 
-def _run(model: Any, layers: list[nn.Module], length: int) -> tuple[list[_AttentionCall], Counter[str]]:
+def _run(
+    model: Any, layers: list[nn.Module], length: int, mode: AbstractContextManager[Any]
+) -> tuple[list[_AttentionCall], Counter[str]]:
     """Run one forward pass on the meta device; return its attention calls, and its other FLOPs by part."""
     names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules()}
     last: dict[nn.Module, nn.Module] = {}
@@ -417,8 +514,10 @@ def _run(model: Any, layers: list[nn.Module], length: int) -> tuple[list[_Attent
     calls: list[_AttentionCall] = []
     token = _calls.set(calls)
     try:
-        with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), torch.device("meta"), mode, FlopCounterMode(display=False) as counter:
             model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    except _Uncountable:
+        raise
     except Exception as error:
         raise SoloError(f"cannot count FLOPs of {model.config.model_type}: {first_line(error)}") from error
     finally:
@@ -466,9 +565,11 @@ def _parameters(model: Any, layers: list[nn.Module], patch: int) -> ParameterCou
 
 def _declared_attention(text: Any) -> _AttentionCall:
     """Return the sizes of the configuration, for families whose attention is not recorded."""
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:  # Mamba
+        return _AttentionCall(0, 0, 0, 0)
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return _AttentionCall(heads, getattr(text, "num_key_value_heads", None) or heads, dim, dim, None)
+    return _AttentionCall(heads, getattr(text, "num_key_value_heads", None) or heads, dim, dim)
 
 
 def _is_norm(module: nn.Module) -> bool:

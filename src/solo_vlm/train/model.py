@@ -13,12 +13,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from solo_vlm.check.certificate import require_exact_packing
-from solo_vlm.check.probe import FLOAT32, QUANTIZED
+from solo_vlm.check.probe import QUANTIZED, TOLERANCES
 from solo_vlm.data.encode import load_encoder
-from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_llm, load_model, quantization_config
+from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_config, load_llm, load_model, quantization_config
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.sharding import decoder_layers, load_full_state_dict, shard_model
+from solo_vlm.train.parallel.tensor_parallel import check_tensor_parallel
 from solo_vlm.train.recipe import LoraSettings, Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -81,6 +82,11 @@ def set_trainable(model: PreTrainedModel, recipe: Recipe, world_size: int = 1) -
         raise SoloError(
             f"trainable = {recipe.trainable}: a plain LLM has neither a patch embedding nor vision tokens; "
             "convert it to a SOLO model first (solo init), or set trainable to all"
+        )
+    if z_loss := getattr(model.config, "z_loss_coefficient", 0):  # Bamba; a SOLO model computes its own loss
+        raise SoloError(
+            f"z_loss_coefficient = {z_loss}: the z-loss of {model.config.model_type} models in transformers "
+            "counts padding; set it to 0 in the model's config.json"
         )
     if recipe.quantize and not recipe.lora:
         raise SoloError("quantize: 4-bit weights cannot be trained directly; also set lora (QLoRA)")
@@ -194,13 +200,16 @@ def _load_checked(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     """Load the base model of a recipe, and check that it keeps the documents of a packed row apart."""
     source = recipe.mixture.model_source()
     model, processor = load_base_model(source, recipe)
-    require_exact_packing(model, source, tolerance=QUANTIZED if recipe.quantize else FLOAT32)
+    tolerance = QUANTIZED if recipe.quantize else TOLERANCES[torch.float32]
+    require_exact_packing(model, source, tolerance)
     return model, processor
 
 
 def _load_sharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
     """Read the weights in rank 0 only, and distribute them to the shards of all ranks."""
-    world_size = context.dims.world_size
+    world_size, source = context.dims.world_size, recipe.mixture.model_source()
+    if context.dims.tp > 1:
+        context.broadcast_from_rank0(lambda: check_tensor_parallel(load_config(source), context.dims.tp))
     loaded: list[PreTrainedModel] = []
 
     def describe() -> tuple[type[PreTrainedModel], Any, Any, dict[str, Tensor], Any]:

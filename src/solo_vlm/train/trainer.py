@@ -234,10 +234,11 @@ class Trainer:
             "text_tokens": counts["tokens"] - counts["vision"],
             "documents": counts["documents"],
             "fill": counts["tokens"] / capacity,
-            "flops": counts["flops"],
             "memory_gb": memory_gb(context.device),
         }
-        if self.peak_flops and counts["flops"]:
+        if self.shape:
+            metrics["flops"] = counts["flops"]
+        if self.shape and self.peak_flops:
             metrics["mfu"] = counts["flops"] / seconds / self.peak_flops
 
         is_last = state.step == recipe.steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import combinations, product
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,8 +15,11 @@ from scipy import stats
 from solo_vlm.experiments.ablations.pipeline import build_pipelines
 from solo_vlm.experiments.ablations.report import (
     COLUMNS,
+    EFFECT_COLUMNS,
+    Comparison,
     Report,
     Row,
+    effect_lines,
     estimate,
     result_lines,
     write_report,
@@ -60,6 +64,43 @@ def test_intervals_cover_the_true_mean_95_percent_of_the_time():
     rng = np.random.default_rng(0)
     held = [low <= 2.0 <= high for _, low, high, _ in map(estimate, rng.normal(2.0, 0.3, (2000, 3)))]
     assert 0.935 < np.mean(held) < 0.965  # three standard errors of the share are 0.015
+
+
+def test_effects_equal_a_regression_on_coded_factors():
+    factors, seeds = ("a", "b", "c"), 4
+    rng = np.random.default_rng(0)
+    names = [
+        [name for name, on in zip(factors, levels, strict=True) if on] for levels in product((0, 1), repeat=3)
+    ]
+    values = {" + ".join(present) or "base": rng.normal(size=seeds).tolist() for present in names}
+    effects = Comparison("m", "loss", 7, values).effects(factors)
+    coded = np.array([[0.5 if name in present else -0.5 for name in factors] for present in names])
+    terms = [term for size in (1, 2, 3) for term in combinations(range(3), size)]
+    design = np.array([[1.0, *(np.prod(row[list(term)]) for term in terms)] for row in coded])
+    fitted = np.linalg.solve(design, np.array(list(values.values())))  # (terms, seeds)
+    assert list(effects) == [" x ".join(factors[index] for index in term) for term in terms]
+    for effect, by_seed in zip(effects.values(), fitted[1:], strict=True):
+        assert effect == pytest.approx(estimate(by_seed.tolist()))
+
+
+def test_report_of_factors_shows_their_effects(load, report, tmp_path):
+    ablation = load(
+        "seeds=3",
+        "variants=null",
+        "factors={from-scratch: {init: {from_scratch: true}}, x: {sft: {steps: 3}}}",
+    )
+    comparisons = [
+        replace(one, values={**one.values, "x": one.values["base"], "from-scratch + x": one.values["base"]})
+        for one in report.comparisons
+    ]
+    designed = replace(report, ablation=ablation, comparisons=comparisons)
+    steps = {variant: {"sft": 3} for variant in ablation.settings.variant_names}
+    designed = replace(designed, steps=steps)
+    lines = list(effect_lines(designed.as_dict()))
+    assert [line[1] for line in lines[:3]] == ["from-scratch", "x", "from-scratch x x"]
+    assert {len(line) for line in lines} == {len(EFFECT_COLUMNS)}
+    write_report(designed, tmp_path)
+    assert "from-scratch x x" in (tmp_path / "report.html").read_text()
 
 
 def test_equal_values_have_no_p_value():

@@ -35,6 +35,16 @@ def test_ablation_without_metrics_is_rejected(load):
         load("scores={}", "losses={}")
 
 
+def test_factors_become_all_combinations(load):
+    settings = load(
+        "variants=null", "factors={a: {init: {from_scratch: true}}, b: {sft: {steps: 3}}}"
+    ).settings
+    both = {"init": {"from_scratch": True}, "sft": {"steps": 3}}
+    assert settings.variants == {"a": {"init": both["init"]}, "b": {"sft": both["sft"]}, "a + b": both}
+    with pytest.raises(SoloError, match="variants or factors, not both"):
+        load("factors={a: {sft: {steps: 3}}}")
+
+
 def test_describe_changes():
     changes = {"stage1": None, "sft": {"steps": 7, "data": {"vision_loss": True}}}
     assert describe_changes(changes) == ["without stage1", "sft.steps = 7", "sft.data.vision_loss = true"]
@@ -50,6 +60,9 @@ def test_packaged_ablations_change_at_most_two_settings(name):
     ablation = Ablation.load(name)
     variants = {pipeline.variant: pipeline for pipeline in build_pipelines(ablation)}
     for variant, changes in ablation.settings.variants.items():
+        if ablation.settings.factors:
+            assert set(variant.split(" + ")) <= set(ablation.settings.factors)
+            continue
         kinds = {line.partition(".")[2] or line for line in describe_changes(changes)}
         assert len({kind.split(" = ")[0] for kind in kinds}) <= 2, kinds
         steps = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import struct
 import subprocess
@@ -362,6 +363,26 @@ def test_bands_of_a_large_image_equal_the_whole(monkeypatch, mode):
     monkeypatch.setattr(image_loading_solo, "_BAND_PIXELS", 170)
     np.testing.assert_array_equal(load_pixels(data), whole)
     np.testing.assert_array_equal(load_image(data), whole)
+
+
+@pytest.mark.usefixtures("_decoder")
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_decoded_pixels_are_freed_at_once(file_format):
+    """A reference cycle would hold them until the next garbage collection."""
+
+    def images() -> int:
+        return sum(isinstance(thing, Image.Image) for thing in gc.get_objects())
+
+    data = saved(photo(), file_format)
+    load_pixels(data)
+    gc.collect()
+    gc.disable()
+    try:
+        before = images()
+        load_pixels(data)
+        assert images() == before
+    finally:
+        gc.enable()
 
 
 _MEASURE = """

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ import pyarrow.parquet as pq
 
 from solo_vlm.experiments.ablations.measure import Kind
 from solo_vlm.experiments.ablations.pipeline import Pipeline
-from solo_vlm.experiments.ablations.settings import BASE, Ablation, describe_changes
+from solo_vlm.experiments.ablations.settings import BASE, Ablation, describe_changes, join_factors
 from solo_vlm.utils.files import new_file, write_text
 from solo_vlm.utils.pages import png_url, render, save_figure
 
 COLUMNS = ("metric", "variant", "mean", "difference", "95% interval", "p")
+EFFECT_COLUMNS = ("metric", "effect", "difference", "95% interval", "p")
 
 _CONFIDENCE = 0.95
 _FEW_SEEDS = 5
@@ -110,6 +112,28 @@ class Comparison:
             if variant != BASE
         }
 
+    def effects(self, factors: Sequence[str]) -> dict[str, Estimate]:
+        """Estimate main effects and interactions of factors, all of whose combinations are variants.
+
+        A main effect is the difference that a factor makes, averaged over the others. An interaction is how
+        much more difference a factor makes when the other is there. Both are paired by seed (Montgomery,
+        "Design and Analysis of Experiments", chapter 6).
+        """
+        effects = {}
+        for number in range(1, len(factors) + 1):
+            for chosen in combinations(factors, number):
+                contrast = np.zeros(len(self.values[BASE]))
+                for present in _subsets(factors):
+                    sign = (-1) ** len(set(chosen) - set(present))
+                    contrast += sign * np.asarray(self.values[join_factors(present)])
+                contrast /= 2 ** (len(factors) - number)
+                effects[" x ".join(chosen)] = estimate(contrast.tolist())
+        return effects
+
+
+def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    return chain.from_iterable(combinations(names, number) for number in range(len(names) + 1))
+
 
 @dataclass(frozen=True)
 class Report:
@@ -156,6 +180,11 @@ class Report:
         ]
         if (tests := len(settings.variants) * len(self.comparisons)) > 1:
             notes.append(f"p-values are not corrected for multiple comparisons; there are {tests}.")
+        if settings.factors:
+            notes.append(
+                "A main effect (one factor) is averaged over the other factors; an interaction (A x B) is "
+                "how much more difference A makes where B is."
+            )
         if self.fraction != 1:
             notes.append(f"Only {self.fraction:.3g} of the steps were trained.")
         return notes
@@ -184,6 +213,10 @@ class Report:
                         for variant, m in comparison.means.items()
                     },
                     "differences": {variant: d._asdict() for variant, d in comparison.differences.items()},
+                    "effects": {
+                        name: effect._asdict()
+                        for name, effect in comparison.effects(tuple(settings.factors)).items()
+                    },
                 }
                 for comparison in self.comparisons
             },
@@ -214,6 +247,14 @@ def result_lines(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield ("" if number else metric, variant, format_value(mean["mean"], share), *compared)
 
 
+def effect_lines(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Format one line per metric and effect of `Report.as_dict`, with the cells of `EFFECT_COLUMNS`."""
+    for metric, found in facts["metrics"].items():
+        for number, (name, effect) in enumerate(found["effects"].items()):
+            cells = _format_difference(effect, found["kind"] == "accuracy")
+            yield ("" if number else metric, name, *cells)
+
+
 def format_value(value: float, share: bool) -> str:
     """Format an accuracy (a share) or a loss."""
     return f"{value:.1%}" if share else f"{value:.3f}"
@@ -234,6 +275,8 @@ def write_report(report: Report, out: Path) -> None:
         facts=facts,
         columns=COLUMNS,
         lines=list(result_lines(facts)),
+        effect_columns=EFFECT_COLUMNS,
+        effects=list(effect_lines(facts)),
         format_value=format_value,
         plot=png_url((out / "plot.png").read_bytes()),
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from solo_vlm.quickstart.data.files import ToySettings
 from solo_vlm.utils.errors import SoloError, did_you_mean
-from solo_vlm.utils.settings import Settings, find_settings, list_settings, override, read_settings
+from solo_vlm.utils.settings import Settings, find_settings, list_settings, merge, override, read_settings
 
 BASE = "base"  # the variant without changes, which the others are compared with
 INIT = "init"  # the stage that makes a SOLO model from an LLM
@@ -87,6 +89,8 @@ class AblationSettings(Settings):
             `root`, `model`, `out` and `seed`, or a set of changes to the recipe named by its key `recipe`:
             a file next to the ablation's, or a recipe of the package. A stage set to null is skipped.
         variants: Changes to the stages, by name of the variant.
+        factors: Changes to the stages, by name of the factor, in place of variants: every combination becomes
+            a variant, and the report has main effects and interactions.
         scores: Held-out chats by name, measured by the share of correct generated answers.
         losses: Held-out samples by name, measured by the loss on their supervised tokens.
         axis: The x axis, for variants that can be ordered.
@@ -101,6 +105,7 @@ class AblationSettings(Settings):
     llm: str | None = None
     stages: StageSettings = Field(min_length=1)
     variants: dict[str, StageSettings] = Field(min_length=1)
+    factors: dict[str, StageSettings] = Field(default_factory=dict)
     scores: dict[str, HeldOutSettings] = Field(default_factory=dict)
     losses: dict[str, HeldOutSettings] = Field(default_factory=dict)
     axis: AxisSettings | None = None
@@ -115,6 +120,21 @@ class AblationSettings(Settings):
     def variant_names(self) -> tuple[str, ...]:
         """Names of the base and the variants."""
         return (BASE, *self.variants)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _combine_factors(cls, values: Any) -> Any:
+        factors = values.get("factors") if isinstance(values, dict) else None
+        if not isinstance(factors, dict):
+            return values
+        combined = {
+            join_factors(names): reduce(merge, (factors[name] for name in names))
+            for number in range(1, len(factors) + 1)
+            for names in combinations(factors, number)
+        }
+        if values.get("variants") not in (None, combined):
+            raise ValueError("give variants or factors, not both")
+        return values | {"variants": combined}
 
     @model_validator(mode="after")
     def _check(self) -> AblationSettings:
@@ -136,6 +156,11 @@ class AblationSettings(Settings):
             for variant in self.variant_names:
                 _check_known("axis.values", "value for", variant, self.axis.values)
         return self
+
+
+def join_factors(names: Iterable[str]) -> str:
+    """Return the name of the variant that combines factors; without any, that of the base."""
+    return " + ".join(names) or BASE
 
 
 @dataclass(frozen=True)
@@ -170,7 +195,7 @@ class Ablation:
 def list_ablations() -> dict[str, str]:
     """Return the questions of the package's ablations, by name."""
     read = {path.stem: read_settings(path, "ablation") for path in list_settings(_FOLDER)}
-    return {name: settings["question"] for name, settings in read.items() if "variants" in settings}
+    return {name: settings["question"] for name, settings in read.items() if "question" in settings}
 
 
 def describe_changes(changes: StageSettings) -> list[str]:

@@ -385,7 +385,11 @@ def _decode_within_limits(file: BinaryIO, name: str, options: _Options) -> Image
     _check(image, name, options)
     _prepare_ppm(image)
     check_decoder(image, file)
-    decoded = _decode_in_subprocess(image, file, name) if image.format in _FORMATS_IN_SUBPROCESS else image
+    decoded: Image.Image = image
+    if image.format in _FORMATS_IN_SUBPROCESS:
+        decoded = _decode_in_subprocess(image, file, name)
+    elif image.format == "WEBP":
+        decoded = _decode_webp(image, name)
     rgb = _to_upright_rgb(decoded, name)
     rgb.format = None  # marks the image as checked; see _check
     return rgb
@@ -427,6 +431,20 @@ def _decode_in_subprocess(image: Image.Image, file: BinaryIO, name: str) -> Imag
     if done.returncode:
         raise _damaged(ValueError(done.stderr.decode(errors="replace").strip().rpartition("\n")[2]), name)
     decoded: Image.Image = pickle.loads(done.stdout)
+    return decoded
+
+
+def _decode_webp(image: Any, name: str) -> Image.Image:
+    """Decode a WebP; free its decoder, which holds the pixels twice, before they are copied again."""
+    try:
+        pixels, *_ = image._get_next()
+        image._decoder = None
+        decoded = Image.frombytes(image.mode, image.size, pixels, "raw", image.rawmode)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _damaged(error, name) from error
+    decoded.info = image.info
     return decoded
 
 
@@ -475,8 +493,6 @@ def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         _prepare_tiff(image, name)
         alpha = _prepare_png(image)
-        if image.format == "WEBP":
-            _free_decoder_early(image)
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
         rgb = _to_rgb(image, name, alpha)
@@ -488,18 +504,6 @@ def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
         raise
     except Exception as error:
         raise _damaged(error, name) from error
-
-
-def _free_decoder_early(image: Any) -> None:
-    """Let a WebP free its decoder, with two copies of the pixels, before it copies them into the image."""
-    decode = image._get_next
-
-    def decode_and_free() -> Any:
-        frame = decode()
-        image._decoder = None
-        return frame
-
-    image._get_next = decode_and_free
 
 
 def _orientation(image: Image.Image) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.models.flops import ModelShape, ParameterCounts, forward_flops
@@ -15,6 +16,7 @@ from solo_vlm.models.load import load_config
 from solo_vlm.train.estimate.data import DataEstimate, estimate_data
 from solo_vlm.train.estimate.memory import Device, Memory, memory_per_device, trained_parameters
 from solo_vlm.train.parallel.context import ParallelDims
+from solo_vlm.train.parallel.tensor_parallel import check_tensor_parallel
 from solo_vlm.train.recipe import ParallelSettings, Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -35,6 +37,7 @@ class Plan:
     """
 
     recipe: Recipe
+    config: PreTrainedConfig
     shape: ModelShape
     shape_from: str
     dims: ParallelDims
@@ -96,7 +99,7 @@ class Plan:
             changed = recipe.model_copy(update=update)
             try:
                 total = memory_per_device(
-                    self.shape, changed, _parallel_dims(changed, processes, self.shape)
+                    self.shape, changed, _parallel_dims(changed, processes, self.config)
                 ).total
             except SoloError:  # does not divide processes or layers
                 continue
@@ -134,7 +137,12 @@ class Plan:
         return {
             "model": self.recipe.model,
             "shape_from": self.shape_from,
-            "parameters": {"total": counts.total, "trained": self.trained, **asdict(counts)},
+            "parameters": {
+                "total": counts.total,
+                "active": self.shape.active_parameters,
+                "trained": self.trained,
+                **asdict(counts),
+            },
             "steps": self.steps,
             "sequences": self.sequences,
             "tokens": self.tokens,
@@ -170,11 +178,13 @@ def make_plan(
     """
     _check_end(recipe)
     source = _config_source(recipe, config_folder)
-    shape = _read_shape(source)
-    dims = _parallel_dims(recipe, processes, shape)
+    config = _read_config(source)
+    shape = ModelShape.of(config)
+    dims = _parallel_dims(recipe, processes, config)
     data, missing = _estimate(recipe, source)
     return Plan(
         recipe=recipe,
+        config=config,
         shape=shape,
         shape_from=str(source),
         dims=dims,
@@ -204,14 +214,10 @@ def _steps(recipe: Recipe, data: DataEstimate) -> int:
     return max(math.ceil(data.sequences / recipe.global_batch), 1)
 
 
-def _parallel_dims(recipe: Recipe, processes: int, shape: ModelShape) -> ParallelDims:
+def _parallel_dims(recipe: Recipe, processes: int, config: PreTrainedConfig) -> ParallelDims:
     """Return the parallel dimensions; raise SoloError if they cannot split the layers."""
     dims = ParallelDims.from_recipe(recipe, processes)
-    if not shape.splits(dims.tp):
-        raise SoloError(
-            f"parallel.tensor = {dims.tp} does not divide the model's {shape.heads} query heads, "
-            f"{shape.key_heads} key-value heads and MLP size {shape.mlp}: set it to a common divisor"
-        )
+    check_tensor_parallel(config, dims.tp)
     if recipe.lora and dims.tp > 1:
         raise SoloError("lora: adapters do not support tensor parallelism; set parallel.tensor to 1")
     return dims
@@ -225,9 +231,9 @@ def _config_source(recipe: Recipe, config_folder: Path | None) -> str | Path:
     return known if known.is_file() else recipe.mixture.model_source()
 
 
-def _read_shape(source: str | Path) -> ModelShape:
+def _read_config(source: str | Path) -> PreTrainedConfig:
     try:
-        return ModelShape.of(load_config(source))
+        return load_config(source)
     except SoloError as error:
         raise SoloError(
             f"no plan: {error}; download the model, create it with solo init, or run the previous stage"

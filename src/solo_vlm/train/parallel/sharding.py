@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,19 +12,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from solo_vlm.train.parallel.context import DP, TP, DistributedContext
+from solo_vlm.train.parallel.tensor_parallel import split_layers
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.utils.errors import SoloError
 
 FSDP_UNIT_SIZE = 100_000_000
 """Parameters gathered together where single layers are smaller."""
@@ -61,7 +51,7 @@ def shard_model(
     assert context.mesh is not None
     layers = decoder_layers(model)
     if context.dims.tp > 1:
-        _split_layers(model, layers, context.mesh[TP])
+        split_layers(model, context.mesh[TP])
     dtype = torch.bfloat16 if recipe.precision == "bf16" else None
     options: dict[str, Any] = {
         "mesh": context.mesh[DP],
@@ -119,30 +109,3 @@ def average_replicated_gradients(parameters: list[nn.Parameter], mesh: DeviceMes
         if isinstance(gradient, DTensor) and TP not in (gradient.device_mesh.mesh_dim_names or ()):
             dist.all_reduce(gradient.to_local(), group=group)
             gradient.to_local().div_(size)
-
-
-def _split_layers(model: PreTrainedModel, layers: list[nn.Module], mesh: DeviceMesh) -> None:
-    config = model.config.get_text_config()
-    plan = getattr(config, "base_model_tp_plan", None)
-    if not plan or not set(plan.values()) <= _STYLES.keys():
-        raise SoloError(
-            f"parallel.tensor: {config.model_type} models have no tensor-parallel plan; set it to 1"
-        )
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(config, name) % mesh.size():
-            raise SoloError(
-                f"parallel.tensor = {mesh.size()} does not divide the model's {name} = "
-                f"{getattr(config, name)}; set it to a common divisor"
-            )
-    styles = {re.sub(r"^layers\.\*\.", "", name): _STYLES[style] for name, style in plan.items()}
-    for layer in layers:
-        parallelize_module(layer, mesh, {name: style() for name, style in styles.items()})
-
-
-# The styles of transformers' plans whose layers compute on local heads and features. Norms of single heads
-# ("replicated") get whole heads: their input is split over heads, (batch, length, heads, head_dim).
-_STYLES: dict[str, Callable[[], ParallelStyle]] = {
-    "colwise": ColwiseParallel,
-    "rowwise": RowwiseParallel,
-    "replicated_with_grad_allreduce": partial(SequenceParallel, sequence_dim=2, use_local_output=True),
-}

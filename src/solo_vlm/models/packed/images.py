@@ -1,0 +1,164 @@
+"""Attention that is causal over a document and bidirectional inside an image, without a dense mask.
+
+A patch sees the tokens before it, itself, and the later patches of its image. The first two are plain causal
+attention. The last is causal attention too, over the patches of an image in reverse order: the one before the
+last sees the last, and so on. The two results are merged by the logarithms of their softmax denominators, and
+the gradient of each part follows from the merged result, as in ring attention (Liu et al. 2023, "Ring
+Attention with Blockwise Transformers"; Dao et al. 2022, "FlashAttention", appendix B).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solo_vlm.models.packed.groups import document_groups
+
+
+@dataclass(frozen=True)
+class Part:
+    """Causal attention of some tokens of a row to others, in segments of equal numbers of both.
+
+    Attributes:
+        queries: (n,) int64, indices of the querying tokens, segment by segment.
+        keys: (n,) int64, indices of the tokens that they see: the i-th of a segment sees its first i + 1.
+        bounds: (segments + 1,) int64, cumulative lengths of the segments.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    bounds: Tensor
+
+
+def later_patches(images: Tensor) -> Part:
+    """Return the part of attention that reaches later patches of the same image.
+
+    Args:
+        images: (length,) int64, image of each patch, -1 for other tokens.
+    """
+    patches = (images >= 0).nonzero()[:, 0].flip(0)  # in reverse, images too
+    own = images[patches]
+    follows = own[1:] == own[:-1]  # not the last patch of its image
+    lengths = torch.unique_consecutive(own[1:][follows], return_counts=True)[1]
+    return Part(
+        patches[1:][follows], patches[:-1][follows], torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    )
+
+
+def attend_with_images(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, images: Tensor, scaling: float
+) -> Tensor:
+    """Compute attention over a packed row of documents with images.
+
+    Args:
+        query: (length, num_heads, head_dim).
+        key: (length, num_key_value_heads, head_dim).
+        value: As `key`.
+        bounds: (documents + 1,) int64, cumulative document lengths.
+        images: (length,) int64, image of each patch, -1 for other tokens; none lies in two documents.
+        scaling: Factor of the scores.
+
+    Returns:
+        (length, num_heads, head_dim).
+    """
+    everything = torch.arange(len(images), device=images.device)
+    parts = [Part(everything, everything, bounds), later_patches(images)]
+    return _Merged.apply(query, key, value, parts, scaling)
+
+
+class _Merged(torch.autograd.Function):
+    """Attention over the union of disjoint parts, the first of which has every token as a query."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: list[Part], scaling: float
+    ) -> Tensor:
+        output, total = _attend(query, key, value, parts[0], scaling)
+        for part in parts[1:]:
+            more, log_sum = _attend(query, key, value, part, scaling)
+            before = total[part.queries]
+            after = torch.logaddexp(before, log_sum)
+            share = (log_sum - after).exp()[..., None]
+            kept = output[part.queries]
+            output[part.queries] = torch.lerp(kept.to(share), more.to(share), share).to(output.dtype)
+            total[part.queries] = after
+        ctx.save_for_backward(query, key, value, output, total)
+        ctx.parts, ctx.scaling = parts, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, total = ctx.saved_tensors
+        gradients = [torch.zeros_like(states) for states in (query, key, value)]
+        for part in ctx.parts:
+            of_part = _attend_backward(gradient, query, key, value, output, total, part, ctx.scaling)
+            for sums, more, index in zip(
+                gradients, of_part, (part.queries, part.keys, part.keys), strict=True
+            ):
+                sums.index_add_(0, index, more.to(sums.dtype))
+        return (*gradients, None, None)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, part: Part, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return the output of a part, (n, num_heads, head_dim), and its log-sum-exp, (n, num_heads)."""
+    output = query.new_empty(len(part.queries), *query.shape[1:])
+    log_sum = output.new_empty(output.shape[:2], dtype=_accurate(output.dtype))
+    for index, valid in document_groups(part.bounds):
+        q, k, v = _batch(query, key, value, part, index)
+        attended, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, True, scale=scaling
+        )
+        output[index[valid]] = attended.transpose(1, 2)[valid]
+        log_sum[index[valid]] = sums.transpose(1, 2)[valid].to(log_sum.dtype)
+    return output, log_sum
+
+
+def _attend_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    total: Tensor,
+    part: Part,
+    scaling: float,
+) -> list[Tensor]:
+    """Return the gradients of a part's queries, keys and values, (n, heads, head_dim)."""
+    shapes = [(len(part.queries), *states.shape[1:]) for states in (query, key, value)]
+    gradients = [query.new_empty(shape) for shape in shapes]
+    for index, valid in document_groups(part.bounds):
+        q, k, v = _batch(query, key, value, part, index)
+        rows = part.queries[index]
+        # Padding gets no gradient; the kernel would let it reach tokens of other documents.
+        incoming = (gradient[rows] * valid[..., None, None]).transpose(1, 2)
+        of_batch = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            incoming,
+            q,
+            k,
+            v,
+            output[rows].transpose(1, 2),
+            total[rows].transpose(1, 2).contiguous(),
+            0.0,
+            True,
+            scale=scaling,
+        )
+        for target, states, heads in zip(gradients, of_batch, (query, key, value), strict=True):
+            own = states.unflatten(1, (heads.shape[1], -1)).sum(2)  # (documents, own heads, longest, d)
+            target[index[valid]] = own.transpose(1, 2)[valid]
+    return gradients
+
+
+def _batch(query: Tensor, key: Tensor, value: Tensor, part: Part, index: Tensor) -> list[Tensor]:
+    """Return (segments, num_heads, longest, head_dim) states; keys and values repeated for all heads."""
+    repeats = query.shape[1] // key.shape[1]
+    return [
+        query[part.queries[index]].transpose(1, 2),
+        *(states[part.keys[index]].transpose(1, 2).repeat_interleave(repeats, 1) for states in (key, value)),
+    ]
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
