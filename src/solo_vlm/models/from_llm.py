@@ -180,8 +180,8 @@ def compose(
     difference = (_text_logits(model, probe)[..., : expected.shape[-1]] - expected).abs().max().item()
     if difference > _LOGITS_TOLERANCE * max(1.0, expected.abs().max().item()):
         raise SoloError(
-            f"SOLO does not reproduce the head of {type(language_model).__name__}; text logits differ from the "
-            f"LLM's by {difference:.2g}: please report this architecture"
+            f"SOLO does not reproduce the head of {type(language_model).__name__}; text logits differ by "
+            f"{difference:.2g}: please report this architecture"
         )
     return SoloModelAndProcessor(model, processor, chat_template)
 
