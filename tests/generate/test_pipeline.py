@@ -14,7 +14,7 @@ def pipeline(family: str = "llama", settings: dict | None = None, **options) -> 
     return GenerationPipeline(solo.model.eval(), solo.processor, **options)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen3_5_text", "llama4_text"])
 def test_static_cache_gives_the_same_answers(family, picture):
     dynamic, static = pipeline(family), pipeline(family, compile=True)
     chats = [ask("what is this?", picture(96, 64)), ask("hello"), ask("a red circle?", picture(32, 64))]
@@ -47,9 +47,10 @@ def test_prefix_cache_is_off_where_the_past_cannot_be_cut(family, picture, caplo
     assert first.text == second.text and second.cached_tokens == 0
 
 
-def test_compile_without_a_static_cache_is_rejected():
-    with pytest.raises(SoloError, match="rwkv has no static cache"):
-        pipeline("rwkv", compile=True)
+@pytest.mark.parametrize("family", ["rwkv", "bloom", "gpt_neo"])
+def test_compile_is_rejected_where_a_static_cache_fails_or_changes_answers(family):
+    with pytest.raises(SoloError, match=f"{family} does not work with a static cache"):
+        pipeline(family, compile=True)
 
 
 def test_cache_that_fails_is_not_used(picture, caplog):

@@ -506,6 +506,13 @@ def test_attention_of_a_word_is_divided_among_images_and_text(server, picture):
     assert attend(server, messages, 6, 12)[1]["images"][0]["weights"] != maps["images"][0]["weights"]
 
 
+def test_attention_of_other_layers_is_rejected(picture):
+    with served(make_solo("qwen3_5_text"), Limits()) as server:
+        status, reply = attend(server, answered("what is this?", picture()), 0, 1)
+    assert status == 400
+    assert "qwen3_5_text has layers other than attention" in reply["error"]["message"]
+
+
 def test_attention_runs_between_batches(solo, slow_model, picture):
     """An attention request waits for the running batch, and later requests wait for it."""
     expected = {}

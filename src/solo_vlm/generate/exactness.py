@@ -26,15 +26,28 @@ def tolerance(model: SoloForConditionalGeneration) -> float:
 
 
 @torch.inference_mode()
-def cache_error(model: SoloForConditionalGeneration) -> float:
+def cache_error(model: SoloForConditionalGeneration, static: bool = False) -> float:
     """Return the error of logits computed token by token with the decoder's cache, relative to the largest.
 
     The reference is computed from the whole sequence, without a cache.
+
+    Args:
+        static: Whether to use a static cache, without compiling.
     """
+    options = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    answer = _answer(model)
     return max(
-        _error(_answer_logits(model, inputs, answer), _reference(model, inputs, answer))
-        for inputs, answer in ((_text(model), _answer(model)), (_with_image(model), _answer(model)))
+        _error(_answer_logits(model, inputs, answer, **options), _reference(model, inputs, answer))
+        for inputs in (_text(model), _with_image(model))
     )
+
+
+def is_exact(model: SoloForConditionalGeneration, static: bool = False) -> bool:
+    """Return whether generation with the decoder's cache, or a static one, works and is exact."""
+    try:
+        return cache_error(model, static) < tolerance(model)
+    except Exception:  # model families raise any type
+        return False
 
 
 @torch.inference_mode()

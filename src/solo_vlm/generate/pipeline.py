@@ -28,7 +28,7 @@ from solo_vlm.generate.cache import (
     prompt_key,
     supports_prefix_cache,
 )
-from solo_vlm.generate.exactness import cache_error, padding_error, tolerance
+from solo_vlm.generate.exactness import is_exact, padding_error, tolerance
 from solo_vlm.models.load import (
     Quantization,
     load_config,
@@ -130,8 +130,8 @@ class GenerationPipeline:
         if prefix_cache and compile:
             raise SoloError("compile and a prefix cache are incompatible: choose one")
         decoder = model.config.text_config
-        if compile and not takes_dynamic_cache(type(model.model.language_model)):
-            raise SoloError(f"{decoder.model_type} has no static cache: leave out compile")
+        if compile and not (_takes_dynamic_cache(model) and is_exact(model, static=True)):
+            raise SoloError(f"{decoder.model_type} does not work with a static cache: leave out compile")
         if prefix_cache and not supports_prefix_cache(decoder):
             logger.warning(
                 "the prefix cache is off: %s keeps more of its past than keys and values, and cannot cut it",
@@ -327,8 +327,11 @@ class GenerationPipeline:
     def batches(self) -> bool:
         """Whether padding leaves answers unchanged. If not, chats are answered one at a time.
 
-        Measured on the model at the first use, since some recurrent layers read the padding.
+        Attention masks padding. Other layers may read it, so models with such layers are measured at their
+        first batch.
         """
+        if supports_prefix_cache(self.model.config.text_config):
+            return True
         exact = padding_error(self.model, self.use_cache) < tolerance(self.model)
         if not exact:
             family = self.model.config.text_config.model_type
@@ -341,12 +344,9 @@ class GenerationPipeline:
 
         Measured at the first use, if the decoder does not use a `DynamicCache`, which tests cover.
         """
-        if takes_dynamic_cache(type(self.model.model.language_model)):
+        if _takes_dynamic_cache(self.model):
             return True
-        try:
-            exact = cache_error(self.model) < tolerance(self.model)
-        except Exception:  # model families raise any type
-            exact = False
+        exact = is_exact(self.model)
         if not exact:
             family = self.model.config.text_config.model_type
             logger.warning("answers take long: the cache of %s does not work, so there is none", family)
@@ -428,6 +428,10 @@ class BatchGenerator:
                 return
         for request in batch:
             yield from self._encode([request])
+
+
+def _takes_dynamic_cache(model: SoloForConditionalGeneration) -> bool:
+    return takes_dynamic_cache(type(model.model.language_model))
 
 
 def check_prompt(prompt: str) -> None:

@@ -6,32 +6,59 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tests.factories import LLM_CONFIGS, ask, make_solo, png
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
+from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.models.packed.attention import _flash, _supports_flash, packed_attention
+from solo_vlm.models.packed.attention import PackedMask, _flash, _supports_flash, packed_attention
 from solo_vlm.models.packed.isolation import isolate_documents
+from solo_vlm.utils.errors import SoloError
 
 ANSWER = [{"role": "assistant", "content": [{"type": "text", "text": "a blue square"}]}]
 
 
-def dense(query, key, value, bounds, window):
-    """Return a dense boolean mask: same document, causal, within the window."""
+def dense(query, key, value, bounds, window=None, chunk=None, softcap=None, sinks=None):
+    """Return attention by a dense mask: same document, causal, within the window or chunk."""
     length = query.shape[2]
     document = torch.bucketize(torch.arange(length), bounds[1:], right=True)
-    position = torch.arange(length)
+    position = torch.arange(length) - bounds[document]
     distance = position[:, None] - position[None]
     mask = (document[:, None] == document[None]) & (distance >= 0)
     if window:
         mask &= distance < window
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True, scale=0.3)
+    if chunk:
+        mask &= position[:, None] // chunk == position[None] // chunk
+    repeats = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(repeats, 1).transpose(-1, -2) * 0.3
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].expand(1, -1, length, 1)], -1)
+    output = scores.softmax(-1)[..., :length] @ value.repeat_interleave(repeats, 1)
     return output.transpose(1, 2)
+
+
+def assert_equal_with_gradients(ours, theirs, inputs):
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    weight = torch.randn_like(ours)
+    for one, other in zip(
+        torch.autograd.grad((ours * weight).sum(), inputs),
+        torch.autograd.grad((theirs * weight).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 @settings(max_examples=30, deadline=None)
@@ -44,15 +71,123 @@ def test_output_and_gradients_equal_dense_attention(lengths, window, with_long):
     packed, _ = packed_attention(
         None, *states, None, scaling=0.3, sliding_window=window, cu_seq_lens_q=bounds.int()
     )
-    expected = dense(*states, bounds, window)
-    torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-4)
-    weight = torch.randn_like(packed)
-    for one, other in zip(
-        torch.autograd.grad((packed * weight).sum(), states),
-        torch.autograd.grad((expected * weight).sum(), states),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert_equal_with_gradients(packed, dense(*states, bounds, window), states)
+
+
+KINDS = {
+    "chunk": {"chunk": 5},
+    "capped": {"softcap": 0.7},
+    "capped window": {"softcap": 0.7, "window": 5},
+    "sinks": {"with_sinks": True},
+    "sinks and window": {"with_sinks": True, "window": 5},
+    "sinks and chunk": {"with_sinks": True, "chunk": 5},
+    "sinks and capped": {"with_sinks": True, "softcap": 0.7, "window": 5},
+}
+BOUNDS = torch.tensor([0, 1, 3, 20, 36, 66, 366])
+
+
+def make_states(value_dim=8):
+    torch.manual_seed(0)
+    shapes = [(4, 8), (2, 8), (2, value_dim)]
+    return [torch.randn(1, heads, int(BOUNDS[-1]), dim, requires_grad=True) for heads, dim in shapes]
+
+
+def attend(states, window=None, chunk=None, softcap=None, sinks=None):
+    mask = PackedMask(window, chunk)
+    return packed_attention(
+        None, *states, mask, scaling=0.3, softcap=softcap, s_aux=sinks, cu_seq_lens_q=BOUNDS.int()
+    )[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_attention_equals_its_definition(kind, monkeypatch):
+    monkeypatch.setattr("solo_vlm.models.packed.attention._SCORES", 5000)  # several parts
+    options = dict(KINDS[kind])
+    states = make_states()
+    sinks = torch.randn(4, requires_grad=True) if options.pop("with_sinks", False) else None
+    inputs = states if sinks is None else [*states, sinks]
+    ours = attend(states, sinks=sinks, **options)
+    assert_equal_with_gradients(ours, dense(*states, BOUNDS, sinks=sinks, **options), inputs)
+
+
+@pytest.mark.parametrize("value_dim", [4, 12])
+def test_values_may_have_another_size_than_keys(value_dim):
+    states = make_states(value_dim)
+    assert_equal_with_gradients(attend(states), dense(*states, BOUNDS), states)
+
+
+def test_flash_attention_takes_sinks_as_tokens(monkeypatch):
+    """The kernel sees plain causal attention, of head sizes that it supports."""
+    monkeypatch.setattr("solo_vlm.models.packed.attention._supports_flash", lambda query: True)
+
+    def varlen_attn(query, key, value, bounds, _, longest, *args, scale, **options):
+        assert query.shape[-1] % 8 == 0 and longest == bounds.diff().max()
+        states = [x.transpose(0, 1)[None] for x in (query / 0.3 * scale, key, value)]
+        return dense(*states, bounds.long())[0]
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    states, sinks = make_states(), torch.randn(4, requires_grad=True)
+    assert_equal_with_gradients(
+        attend(states, sinks=sinks), dense(*states, BOUNDS, sinks=sinks), [*states, sinks]
+    )
+
+
+def test_capped_attention_never_holds_all_scores():
+    """A document of 4,096 tokens has 16.8 million scores per head, 268 MB for four heads."""
+    torch.manual_seed(0)
+    states = [torch.randn(1, 4, 4096, 8, requires_grad=True) for _ in range(3)]
+    sizes = []
+
+    def note(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        packed_attention(None, *states, None, softcap=5.0, cu_seq_lens_q=torch.tensor([0, 4096]).int())
+    assert max(sizes) < 4096 * 4096
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"is_causal": False}, "is_causal"),
+        ({"image_index": torch.zeros(1, 366).long(), "softcap": 1.0}, "capped"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_errors(arguments, message):
+    with pytest.raises(SoloError, match=message):
+        packed_attention(None, *make_states(), None, cu_seq_lens_q=BOUNDS.int(), **arguments)
+
+
+def test_arguments_without_effect_are_accepted():
+    packed_attention(
+        None, *make_states(), None, cu_seq_lens_q=BOUNDS.int(), position_bias=None, use_cache=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("create", "expected"),
+    [
+        (create_causal_mask, PackedMask()),
+        (create_sliding_window_causal_mask, PackedMask(window=8)),
+        (create_chunked_causal_mask, PackedMask(chunk=8)),
+    ],
+)
+def test_masks_of_transformers_are_described(create, expected):
+    model = tiny_llm("llama4_text", sliding_window=8)
+    isolate_documents(model)
+    positions = torch.cat([torch.arange(n) for n in (3, 20, 9)])[None]
+    embeds = torch.zeros(1, 32, 4)
+    mask = create(model.config, embeds, attention_mask=None, past_key_values=None, position_ids=positions)
+    assert mask == expected
+
+
+def test_masks_that_show_the_future_are_rejected():
+    model = tiny_llm("llama")
+    isolate_documents(model)
+    with pytest.raises(SoloError, match="causal"):
+        create_bidirectional_mask(model.config, torch.zeros(1, 32, 4), None)
 
 
 @pytest.mark.parametrize("window", [None, 5])

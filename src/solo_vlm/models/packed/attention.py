@@ -324,13 +324,9 @@ def _capped(
         for part in position.split(step):
             end = int(part[-1]) + 1
             start = 0 if window is None else max(0, int(part[0]) + 1 - window)
-            allowed = _allowed(part, position[start:end], window)
             states = (query[index[:, part]].transpose(1, 2), k[:, :, start:end], v[:, :, start:end])
-            parts.append(
-                checkpoint(
-                    _capped_part, *states, allowed, scaling, dropout, softcap, sinks, use_reentrant=False
-                )
-            )
+            options = (part, position[start:end], window, scaling, dropout, softcap, sinks)
+            parts.append(checkpoint(_capped_part, *states, *options, use_reentrant=False))
         outputs.append(torch.cat(parts, 2).transpose(1, 2)[valid])
         positions.append(index[valid])
     return torch.cat(outputs)[torch.cat(positions).argsort()]
@@ -340,14 +336,17 @@ def _capped_part(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    allowed: Tensor,
+    query_position: Tensor,
+    key_position: Tensor,
+    window: int | None,
     scaling: float,
     dropout: float,
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Return (documents, num_heads, queries, value_dim); `allowed` is (queries, keys)."""
+    """Return (documents, num_heads, queries, value_dim) for some queries and the keys they can see."""
     scores = torch.tanh(query @ key.transpose(-1, -2) * scaling / softcap) * softcap
+    allowed = _allowed(query_position, key_position, window)
     scores = scores.float().masked_fill(~allowed, float("-inf"))
     if sinks is not None:
         column = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,38 +26,41 @@ CACHES = {
 _ROW = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
+class Documents(NamedTuple):
+    """Documents of a packed row.
+
+    Attributes:
+        bounds: (documents + 1,) int64, cumulative document lengths.
+        length: Tokens of the row.
+        groups: The result of `document_groups` with and without padding, where a layer needs it.
+    """
+
+    bounds: Tensor
+    length: int
+    groups: dict[bool, list[tuple[Tensor, Tensor]]]
+
+
 class PackedRow:
-    """The documents of the row that a model is computing, for layers that are not told.
+    """The row that a model is computing, for layers that are not told.
 
     Attributes:
         treatments: Name of a layer's class to its treatment, see `isolate_documents`.
-        bounds: (documents + 1,) int64, cumulative document lengths; None for an unpacked batch.
+        documents: None for an unpacked batch.
     """
 
     def __init__(self, treatments: dict[str, Any]) -> None:
         self.treatments = treatments
-        self.bounds: Tensor | None = None
-        self._mask: tuple[Any, Any] = (None, None)
-        self._groups: dict[bool, list[tuple[Tensor, Tensor]]] = {}
+        self.documents: Documents | None = None
+        self._pads: set[bool] = set()
 
-    def set(self, bounds: Tensor | None) -> None:
-        """Change the documents."""
-        self.bounds, self._mask, self._groups = bounds, (None, None), {}
+    @property
+    def bounds(self) -> Tensor | None:
+        """Return the bounds of the documents."""
+        return self.documents.bounds if self.documents else None
 
-    def groups(self, pad: bool) -> list[tuple[Tensor, Tensor]]:
-        """Return the documents in groups (see `document_groups`), made once per row."""
-        assert self.bounds is not None
-        if pad not in self._groups:
-            self._groups[pad] = list(document_groups(self.bounds, pad))
-        return self._groups[pad]
-
-    def closed(self, mask: Any) -> Tensor:
-        """Return a dense mask without other documents (see `_closed`), made once for layers that share it."""
-        assert self.bounds is not None
-        if mask is None or self._mask[0] is not mask:
-            self._mask = mask, _closed(mask, self.bounds)
-        closed: Tensor = self._mask[1]
-        return closed
+    def use_groups(self, pad: bool) -> None:
+        """Make the groups of each row to come, outside layers: a layer that runs again must do the same."""
+        self._pads.add(pad)
 
     def follow(self, model: nn.Module) -> None:
         """Learn the documents of each batch that a model computes, in place."""
@@ -69,11 +72,13 @@ class PackedRow:
             bounds = _document_bounds(**dict(zip(parameters, args, strict=False)), **kwargs)
             if bounds is not None and "use_cache" in parameters and len(args) < len(parameters):
                 kwargs.setdefault("use_cache", False)
-            self.set(bounds)
+            if bounds is not None:
+                groups = {pad: list(document_groups(bounds, pad)) for pad in self._pads}
+                self.documents = Documents(bounds, int(bounds[-1]), groups)
             try:
                 return forward(*args, **kwargs)
             finally:
-                self.set(None)
+                self.documents = None
 
         model.forward = told  # type: ignore[method-assign]
         for layer in model.modules():
@@ -82,22 +87,26 @@ class PackedRow:
 
     def _restore_in_backward(self, layer: nn.Module, args: Any, output: Any) -> None:
         """Let the documents be the same when a layer runs again in its backward pass (checkpointing)."""
-        is_reentrant = not torch.is_grad_enabled() and any(
+        # Reentrant checkpointing in earlier versions of transformers, where this hook runs inside of it.
+        is_forgotten = not torch.is_grad_enabled() and any(
             isinstance(a, Tensor) and a.requires_grad for a in args
         )
-        if is_reentrant and self.bounds is not None and set(self.treatments.values()) != {"packed attention"}:
+        if is_forgotten and self.documents and set(self.treatments.values()) != {"packed attention"}:
             raise IsolationError(
                 "reentrant checkpointing forgets the documents of a row; set use_reentrant=False"
             )
         hidden = output[0] if isinstance(output, tuple) else output
         if isinstance(hidden, Tensor) and hidden.requires_grad:
-            hidden.register_hook(partial(self._restore, self.bounds))
+            hidden.register_hook(partial(self._restore, self.documents))
 
-    def _restore(self, bounds: Tensor | None, gradient: Tensor) -> None:
-        if self.bounds is not bounds:
-            self.set(bounds)
+    def _restore(self, documents: Documents | None, gradient: Tensor) -> None:
+        if self.documents is not documents:
+            self.documents = documents
             # At the end of this backward pass.
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self.set, None))
+            torch.autograd.Variable._execution_engine.queue_callback(self._forget)
+
+    def _forget(self) -> None:
+        self.documents = None
 
 
 def _document_bounds(
@@ -136,11 +145,12 @@ def compute_apart(layer: nn.Module, row: PackedRow, attention: str | None = None
     """
     forward = layer.forward
     parameters = signature(forward).parameters
+    row.use_groups(pad)
 
     @wraps(forward)
     @torch.compiler.disable
     def apart(*args: Any, **kwargs: Any) -> Any:
-        if row.bounds is None:
+        if row.documents is None:
             return forward(*args, **kwargs)
         arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
         _refuse_cache(arguments)
@@ -150,10 +160,11 @@ def compute_apart(layer: nn.Module, row: PackedRow, attention: str | None = None
             )
         for name in _ROW:
             arguments.pop(name, None)
+        images, length = arguments.pop("image_index", None), row.documents.length
         results, positions = [], []
         with _using(layer, attention) if attention else nullcontext():
-            for index, valid in row.groups(pad):
-                results.append((forward(**_cut(arguments, index, int(row.bounds[-1]))), valid))
+            for index, valid in row.documents.groups[pad]:
+                results.append((forward(**_cut(arguments, images, index, length)), valid))
                 positions.append(index[valid])
         return _join(results, torch.cat(positions).argsort())
 
@@ -192,7 +203,9 @@ def close_mask(layer: nn.Module, row: PackedRow) -> None:
             return forward(*args, **kwargs)
         arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
         _refuse_cache(arguments)
-        return forward(**{**arguments, "attention_mask": row.closed(arguments.get("attention_mask"))})
+        return forward(
+            **{**arguments, "attention_mask": _closed(arguments.get("attention_mask"), row.bounds)}
+        )
 
     layer.forward = closed  # type: ignore[method-assign]
 
@@ -217,25 +230,27 @@ def _closed(mask: Any, bounds: Tensor) -> Tensor:
     return mask.masked_fill(is_other, hides if is_bool else torch.finfo(mask.dtype).min)
 
 
-def _cut(arguments: dict[str, Any], index: Tensor, length: int) -> dict[str, Any]:
+def _cut(arguments: dict[str, Any], images: Tensor | None, index: Tensor, length: int) -> dict[str, Any]:
     """Return a layer's arguments for a group of documents, whose tokens are `index`, (documents, longest)."""
-    images = arguments.pop("image_index", None)
     states = next((value for value in arguments.values() if _is_states(value)), None)
+    if states is not None and states.shape[:2] != (1, length):
+        raise IsolationError(f"states of shape {tuple(states.shape)} are no packed row of {length} tokens")
     dtype = torch.float32 if states is None else states.dtype
 
     def cut(name: str, value: Any) -> Any:
         if isinstance(value, PackedMask):
-            return value.dense(index.shape, dtype, index.device, cut(name, images))
+            return value.dense(index.shape, dtype, index.device, None if images is None else images[0, index])
         if isinstance(value, tuple | list):
-            return type(value)(cut(name, item) for item in value)
+            return [cut(name, item) for item in value]
         if isinstance(value, dict):
             return {key: cut(name, item) for key, item in value.items()}
         if not isinstance(value, Tensor) or length not in value.shape:
             return value
-        if value.shape[:2] == (1, length):
-            return value[0, index]
         if value.ndim == 4 and value.shape[-2:] == (length, length):  # a mask
             return value[0][:, index[:, :, None], index[:, None, :]].transpose(0, 1)
+        for axis in range(value.ndim - 1):
+            if value.shape[axis : axis + 2] == (1, length):
+                return value.movedim((axis, axis + 1), (0, 1))[0, index].movedim((0, 1), (axis, axis + 1))
         raise IsolationError(
             f"cannot cut {name}, of shape {tuple(value.shape)}, into the documents of a packed row"
         )
