@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import subprocess
 import sys
 import zlib
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from tests.factories import make_llm, make_solo
+from tests.serve.hostile_images import exif_that_overlaps, png_chunk, png_file
 
 from solo_vlm import SoloConfig, SoloImageProcessor
 from solo_vlm.cli._common import print_table
@@ -19,15 +19,7 @@ from solo_vlm.cli._common import print_table
 
 def bomb(path: Path) -> Path:
     """Write a PNG that claims 30,000 x 30,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(1000))
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )
+    path.write_bytes(png_file(30_000, 30_000, pixels=png_chunk(b"IDAT", zlib.compress(bytes(1000)))))
     return path
 
 
@@ -218,3 +210,13 @@ def test_table_wider_than_the_terminal_keeps_its_text(monkeypatch, capsys):
     print_table("title", ("name", *numbers), rows)
     out = capsys.readouterr().out
     assert all(text in out for text in ("name", "some/file.parquet", "total", "1,234,567", *numbers))
+
+
+def test_image_with_many_warnings_does_not_fill_stderr(tmp_path):
+    """Pillow warns about each tag."""
+    (tmp_path / "image.png").write_bytes(
+        png_file(64, 64, before=png_chunk(b"eXIf", exif_that_overlaps(500, 99)))
+    )
+    command = [sys.executable, "-m", "solo_vlm", "inspect", "--image", "image.png", "--out", "grid.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -348,6 +349,21 @@ def test_second_ctrl_c_ends_the_final_export_which_is_repeated(runs, tmp_path, d
     recipe = Recipe.parse(run_settings(runs, tmp_path / "out", steps=3))
     during_export(lambda: send(signal.SIGINT, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    assert not list((tmp_path / "out").glob("*model*"))
+    during_export(lambda: None)
+    train(recipe)
+    assert (tmp_path / "out" / "model").is_dir()
+
+
+def test_full_disk_during_the_final_export_leaves_nothing_and_the_run_resumes(runs, tmp_path, during_export):
+    recipe = Recipe.parse(run_settings(runs, tmp_path / "out", steps=3))
+
+    def fill():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    during_export(fill)
+    with pytest.raises(SoloError, match=rf"cannot write {tmp_path}/out/model: No space left on device; free"):
         train(recipe)
     assert not list((tmp_path / "out").glob("*model*"))
     during_export(lambda: None)

@@ -130,6 +130,18 @@ def test_ten_lines_of_yaml_train_on_data_as_it_is(run, folder, solo_folder, name
     assert any("filtered/" in key for key in read_steps(folder / "run")[-1]) == (name == "finevision")
 
 
+def test_plan_counts_only_the_rows_that_the_filter_keeps(run, folder, solo_folder):
+    write_finevision(folder)
+    plans = []
+    for source in ("{path: x.parquet}", '{path: x.parquet, filter: "visual_dependency_min >= 3"}'):
+        code, out, error = train(
+            run, folder, solo_folder, source, "--dry-run", "--json", "data.epochs=4", "steps=null"
+        )
+        assert code == 0, error
+        plans.append(json.loads(out))
+    assert plans[1]["steps"] < plans[0]["steps"]
+
+
 def test_wrong_columns_give_one_line_with_found_and_expected(run, folder, solo_folder):
     write_lines(folder, [{"photo": "dog/3.png", "title": "A dog."}] * 4)
     for source, message in (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 import typer
 from rich.logging import RichHandler
@@ -50,6 +51,8 @@ def _settings(
         format="%(message)s",
         handlers=[RichHandler(console=STDERR, show_path=False)],
     )
+    # An image file can cause hundreds of warnings, and a full pipe behind stderr blocks the process.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     if not int(os.environ.get("RANK", 0)):  # one process says which format it took data for
         logging.getLogger("solo_vlm.data.sources").setLevel(logging.INFO)
 

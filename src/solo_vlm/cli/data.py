@@ -144,7 +144,8 @@ def preview(
 
 
 def _show_preview(found: Preview) -> None:
-    _print(f"{found.source}: rows read as {found.format}; columns {', '.join(found.columns)}")
+    unread = f"; not read: {', '.join(found.unread)}" if found.unread else ""
+    _print(f"{found.source}: rows read as {found.format}; columns {', '.join(found.columns)}{unread}")
     if found.filtered:
         _print(f"{found.filtered:,} rows left out by the filter")
     for row in found.rows:

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,8 +58,6 @@ def serve_model(
         SoloError: The address is not available, or the model cannot be loaded.
     """
     return_large_blocks()
-    # An image file can cause a hundred thousand warnings, and a full pipe behind stderr blocks the process.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
     with bind(host, port) as address:
         engine = Engine(load(), limits.max_batch, limits.max_batch_tokens)
         server = Server(make_app(engine, name, limits, api_keys, host), limits)

@@ -111,6 +111,7 @@ def test_row_becomes_the_sample_that_its_author_meant(name, row, expected):
         ),
         ("instruction", {"question": "Q", "answer": "A", "query": "Q", "response": "A"}, "raw-schema"),
         ("instruction", {"question": "Q", "answer": 2}, "text"),
+        ("instruction", {"question": "Q", "answer": "B", "choices": ["x", "y"]}, "raw-schema"),
         ("captions", {"image": "a.jpg", "caption": ["one", "two"]}, "text"),
         ("captions", {"image": "a.jpg", "caption": "one", "text": "two"}, "raw-schema"),
         ("captions", {"image": None, "caption": "one"}, "image-missing"),

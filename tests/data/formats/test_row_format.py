@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.data.formats.test_converters import ROWS, messages, turns
 
-from solo_vlm.data.formats.row_format import RowFormat, choose_format
-from solo_vlm.data.sample import FilteredRow
+from solo_vlm.data.formats.row_format import FORMATS, KNOWN_COLUMNS, RowFormat, choose_format
+from solo_vlm.data.sample import FilteredRow, SampleError, parse_sample
 from solo_vlm.utils.errors import SoloError
 
 LLAVA = {"id": 1, "image": "a.jpg", "conversations": turns("<image>\nWhat?", "A cat.")}
@@ -95,3 +99,35 @@ def test_filtered_row_is_told_apart_from_a_broken_one():
 def test_filter_names_columns_as_found_or_as_read():
     for expression in ("len(title) > 2", "len(text) > 2"):
         assert chosen(PHOTO, columns={"image": "photo", "text": "title"}, filter=expression)(PHOTO)
+
+
+SIMPLE = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=4) | st.text(max_size=30)
+)
+NAMES = st.sampled_from(
+    sorted({*KNOWN_COLUMNS, "role", "content", "from", "value", "user", "assistant", "type"})
+)
+VALUES = st.recursive(
+    SIMPLE | st.sampled_from(["user", "gpt", "<image>", "a.jpg"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@pytest.mark.fuzz
+@given(row=VALUES | st.dictionaries(NAMES, VALUES, max_size=5))
+def test_any_row_is_recognized_and_read_or_is_an_error_with_a_reason(row):
+    with contextlib.suppress(SoloError):
+        chosen(row)
+    for name in FORMATS:
+        with contextlib.suppress(SampleError):
+            parse_sample(RowFormat(name)(row))
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), ROWS)
+@given(changes=st.dictionaries(NAMES, VALUES, min_size=1, max_size=2))
+def test_usual_row_with_any_change_is_read_or_is_an_error_with_a_reason(name, row, expected, changes):
+    with contextlib.suppress(SoloError):
+        chosen(row | changes)
+    with contextlib.suppress(SampleError):
+        parse_sample(RowFormat(name)(row | changes))

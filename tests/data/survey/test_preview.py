@@ -32,7 +32,7 @@ def test_preview_shows_parts_in_order_and_skipped_rows(run_data, folder):
     assert "chats.json: reading rows as llava" in " ".join(error.split())
     where = f"{folder}/chats.json, block at byte 1, row"
     assert out.replace("\n", "").replace(" ", "") == (
-        "chats.json: rows read as llava; columns id, image, conversations, stars"
+        "chats.json: rows read as llava; columns id, image, conversations, stars; not read: stars"
         f"{where} 0"
         "user: image of 640 x 427 pixels, 14 x 20 patches, 295 tokens"
         "user: what?"

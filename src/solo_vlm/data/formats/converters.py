@@ -15,6 +15,7 @@ from solo_vlm.data.formats.rows import (
     list_field,
     parts,
     role,
+    source_of,
     text,
 )
 from solo_vlm.data.sample import IMAGE_PLACEHOLDER, SampleError
@@ -37,6 +38,7 @@ QUESTIONS = {
 }
 """Columns that may contain a question, with those that may contain its answer."""
 
+_CHOICES = ("choices", "options")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 
 
@@ -141,7 +143,8 @@ def row_images(row: RawRow) -> list[ImageSource]:
 def _images(value: Any) -> list[ImageSource]:
     if isinstance(value, list):
         return list(map(image, value))
-    return [image(value)] if value not in (None, "") and value == value else []  # NaN is pandas' None
+    source = source_of(value)
+    return [] if source is None else [source]
 
 
 def cauldron_chat(row: RawRow) -> SampleRow:
@@ -205,6 +208,9 @@ def instruction(row: RawRow) -> SampleRow:
     found = answer_columns(row)
     if len(found) != 1:
         raise SampleError("raw-schema", "no question and answer" if not found else f"several of {found}")
+    for name in _CHOICES:
+        if row.get(name):
+            raise SampleError("raw-schema", f"{name} are not read: write them into the question")
     ((asked, answered),) = found
     if isinstance(row[asked], list):
         return chat({**row, "conversations": row[asked] + list_field(row, answered)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +10,7 @@ from solo_vlm.data.formats import converters
 from solo_vlm.data.formats.converters import CAPTION_IMAGES, CAPTION_TEXTS, QUESTIONS, TURNS
 from solo_vlm.data.formats.row_filter import RowFilter
 from solo_vlm.data.formats.rows import RawRow, SampleRow
-from solo_vlm.data.sample import FilteredRow, SampleError
+from solo_vlm.data.sample import IMAGE_PLACEHOLDER, FilteredRow, SampleError
 from solo_vlm.data.values import COLUMNS, looks_like_image, printable
 from solo_vlm.utils.errors import SoloError, did_you_mean
 
@@ -59,11 +59,12 @@ def _is_sample(row: RawRow) -> bool:
     messages = converters.samples(row).get("messages", ())
     if not isinstance(messages, list) or not messages:
         return "messages" in row
-    return all(isinstance(turn, dict) and turn.get("role") in _SAMPLE_ROLES for turn in messages)
+    return all(isinstance(turn, dict) and str(turn.get("role")) in _SAMPLE_ROLES for turn in messages)
 
 
 def _has_image(row: RawRow) -> bool:
-    return any(row.get(name) is not None for name in COLUMNS) or "<image>" in str(row)
+    turns = [row.get(name) for name in TURNS]
+    return any(row.get(name) is not None for name in COLUMNS) or IMAGE_PLACEHOLDER in str(turns)
 
 
 def _has_texts(row: RawRow) -> bool:
@@ -189,6 +190,11 @@ class RowFormat:
             _check_for_lost_image(row, FORMATS[self.name].reads)
         return sample
 
+    def unread(self, columns: Iterable[str]) -> list[str]:
+        """Return the columns of rows that neither the format nor the filter reads."""
+        read = {*FORMATS[self.name].reads, *self.columns.values()}
+        return sorted({*columns} - read - (self.filter.columns if self.filter else frozenset()))
+
     def __str__(self) -> str:
         settings = [f"columns {dict(self.columns)}"] if self.columns else []
         settings += [f"filter {self.filter.expression!r}"] if self.filter else []
@@ -209,6 +215,11 @@ def _check_for_lost_image(row: RawRow, reads: Sequence[str]) -> None:
             raise SampleError(
                 "image-column", f"{name} looks like an image; columns: {{image: {name}}} reads it as one"
             )
+
+
+def columns_of(rows: Sequence[Any]) -> list[str]:
+    """Return the columns of raw rows in order of appearance."""
+    return list(dict.fromkeys(str(name) for row in rows if isinstance(row, dict) for name in row))
 
 
 def choose_format(
@@ -233,7 +244,7 @@ def choose_format(
         SoloError: The columns or the filter do not fit the rows, no or several formats do, or no row is of
             the named format.
     """
-    found = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+    found = columns_of(rows)
     _check_columns(where, found, name, columns)
     row_filter = RowFilter(filter) if filter is not None else None
     if row_filter and rows and (missing := sorted(row_filter.columns - {*found, *columns})):

@@ -71,13 +71,21 @@ def image(value: Any) -> ImageSource:
     Raises:
         SampleError: There is no image ("image-missing"), or the value cannot be one ("image-path").
     """
-    try:
-        source = image_source(value)
-    except ValueError as error:
-        raise SampleError("image-path", str(error)) from error
-    if source is None:
+    if (source := source_of(value)) is None:
         raise SampleError("image-missing", "the row has no image")
     return source
+
+
+def source_of(value: Any) -> ImageSource | None:
+    """Return the image that a value of any form contains; None if it is empty.
+
+    Raises:
+        SampleError: The value cannot be an image ("image-path").
+    """
+    try:
+        return image_source(value)
+    except ValueError as error:
+        raise SampleError("image-path", str(error)) from error
 
 
 def document(value: Any, images: Iterable[ImageSource] = (), id: Any = None) -> SampleRow:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 from weakref import WeakValueDictionary
 
-from solo_vlm.data.formats.row_format import FormatName, RowFormat, choose_format
+from solo_vlm.data.formats.row_format import FormatName, RowFormat, choose_format, columns_of
 from solo_vlm.data.sources.files import (
     CODECS,
     DEFAULT_LIMITS,
@@ -20,7 +20,7 @@ from solo_vlm.data.sources.files import (
     find_folder,
     is_folder,
 )
-from solo_vlm.data.sources.formatted import FormattedSource
+from solo_vlm.data.sources.formatted import FIRST_ROWS, FormattedSource
 from solo_vlm.data.sources.image_folder import ImageFolderSource
 from solo_vlm.data.sources.jsonl import JsonlSource
 from solo_vlm.data.sources.megatron_indexed import TEXT_INDEX, MegatronIndexedSource
@@ -97,7 +97,6 @@ _ARROW: _Readers = {".arrow": ArrowSource}
 _JSON: _Readers = {".json": JsonlSource, **{f".json{compression}": JsonlSource for compression in CODECS}}
 _CSV: _Readers = {".csv": CsvSource, ".tsv": CsvSource}
 _ALL_READERS = _READERS | _ARROW | _JSON | _CSV
-_FIRST_ROWS = 8  # rows from which the format is recognized
 
 
 def open_source(
@@ -140,12 +139,14 @@ def open_source(
         return raw
     if format in ("samples", raw.own_format) and not columns and filter is None:
         return FormattedSource(raw, RowFormat(raw.own_format))
-    rows = raw.first_rows(_FIRST_ROWS)
+    rows = raw.first_rows(FIRST_ROWS)
     name: Any = "auto" if format in ("imagefolder", "hf") else format
     row_format = choose_format(str(path), rows, name, columns or {}, filter, raw.own_format)
+    source = FormattedSource(raw, row_format)
     if name == "auto" and row_format.name != raw.own_format:
-        logger.info("%s: reading rows as %s", path, row_format.name)
-    return FormattedSource(raw, row_format)
+        unread = ", ".join(row_format.unread(columns_of(rows)))
+        logger.info("%s: reading rows as %s; columns not read: %s", path, row_format.name, unread or "none")
+    return source
 
 
 def _open_raw(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from solo_vlm.data.formats.row_format import RowFormat
+from solo_vlm.data.formats.row_format import RowFormat, columns_of
 from solo_vlm.data.formats.rows import SampleRow
 from solo_vlm.data.sources.files import DataFile, RawSource
 
-_FIRST_ROWS = 8
+FIRST_ROWS = 8  # rows from which format and columns are recognized
 
 
 class FormattedSource:
@@ -30,8 +30,7 @@ class FormattedSource:
 
     def columns(self) -> list[str]:
         """Return the columns of the first raw rows."""
-        rows = self._raw.first_rows(_FIRST_ROWS)
-        return list(dict.fromkeys(str(name) for row in rows if isinstance(row, dict) for name in row))
+        return columns_of(self._raw.first_rows(FIRST_ROWS))
 
     def read(self, shard: int) -> Sequence[SampleRow]:
         """Return all rows of a shard; accessing a broken row or one that is left out raises SampleError."""

@@ -79,6 +79,7 @@ class Preview:
         source: Path of the source.
         format: Format of its rows.
         columns: Columns of the first rows.
+        unread: Those of them that are not read.
         rows: Rows that are used, and those skipped between them.
         filtered: Number of rows between them that the filter leaves out.
     """
@@ -86,6 +87,7 @@ class Preview:
     source: str
     format: str
     columns: list[str]
+    unread: list[str]
     rows: list[PreviewedRow]
     filtered: int
 
@@ -112,8 +114,10 @@ def preview(source: Source, encoder: Encoder | None = None, rows: int = 3) -> Pr
             shown.append(row)
         if sum(row.reason is None for row in shown) == rows or len(shown) + filtered == _MAX_ROWS:
             break
-    name = formatted.row_format.name if formatted else "samples"
-    return Preview(source.name, name, formatted.columns() if formatted else [], shown, filtered)
+    if formatted is None:
+        return Preview(source.name, "samples", [], [], shown, filtered)
+    columns, row_format = formatted.columns(), formatted.row_format
+    return Preview(source.name, row_format.name, columns, row_format.unread(columns), shown, filtered)
 
 
 def _read(source: Source, encoder: Encoder | None) -> Iterator[PreviewedRow | None]:
