@@ -27,7 +27,7 @@ from solo_vlm.generate.cache import supports_prefix_cache
 from solo_vlm.models.from_llm import compose
 from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.train.model import add_adapters
-from solo_vlm.train.parallel.sharding import _STYLES
+from solo_vlm.train.parallel.tensor_parallel import tensor_parallel_obstacle
 from solo_vlm.train.recipe import LoraSettings
 from solo_vlm.utils.errors import SoloError, first_line
 
@@ -87,8 +87,8 @@ def _no(detail: str) -> str:
 
 
 def _tensor_parallel(model: PreTrainedModel) -> str:
-    plan = getattr(model.config.get_text_config(), "base_model_tp_plan", None)
-    return YES if plan and set(plan.values()) <= _STYLES.keys() else _no("no plan for its layers")
+    obstacle = tensor_parallel_obstacle(model.config)
+    return _no(obstacle) if obstacle else YES
 
 
 def _lora(model: PreTrainedModel) -> str:

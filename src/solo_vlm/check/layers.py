@@ -98,7 +98,10 @@ def trace(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Trace:
         for handle in handles:
             handle.remove()
     states["logits"] = output.logits
-    return Trace({name: values.float() for name, values in states.items()}, inputs["input_ids"].shape[1])
+    length = inputs["input_ids"].shape[1]
+    # Layers within a part that runs document by document do not see the whole row.
+    whole = {name: values.float() for name, values in states.items() if length in values.shape[1:]}
+    return Trace(whole, length)
 
 
 def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
