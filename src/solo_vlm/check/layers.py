@@ -99,9 +99,9 @@ def trace(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Trace:
             handle.remove()
     states["logits"] = output.logits
     length = inputs["input_ids"].shape[1]
-    # Layers within a part that runs document by document do not see the whole row.
-    whole = {name: values.float() for name, values in states.items() if length in values.shape[1:]}
-    return Trace(whole, length)
+    # Where layers run document by document, the last group is not the row.
+    whole = {name: values for name, values in states.items() if length in (values.shape[1], values.shape[-2])}
+    return Trace({name: values.float() for name, values in whole.items()}, length)
 
 
 def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
