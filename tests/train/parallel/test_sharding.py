@@ -73,10 +73,10 @@ def test_losses_match_single_process(runs, tmp_path, start, family, size, tensor
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "jetmoe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "jetmoe", "qwen3_next"])
 @pytest.mark.distributed
 def test_sharded_experts_match_single_process(tmp_path, start, family):
-    """Experts are one tensor, split between processes; the routers of DeepSeek-V3 have buffers."""
+    """Experts are one tensor; the routers of DeepSeek-V3 have buffers; Qwen3-Next has recurrent layers."""
     write_training_data(tmp_path, image_rows(24), text_rows(64))
     make_solo(family).save(tmp_path / family)
     changes = {"model": family, "steps": 6, "router_aux_loss": "auto" if family == "deepseek_v3" else 1.0}
