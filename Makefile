@@ -128,7 +128,7 @@ $(VENV)/.installed-browser: $(VENV)/.installed
 	@touch $@
 
 test-gpu: venv  ## tests that need a CUDA GPU; without one they skip
-	@$(TEST) tests/train/test_trainer_gpu.py -m gpu --timeout 600 $(ARGS) $(OR_NONE)
+	@$(TEST) tests/train tests/models -m gpu --timeout 600 $(ARGS) $(OR_NONE)
 
 test-browser: $(VENV)/.installed-browser  ## the page in the system's Chromium; screenshots in test-artifacts/
 	@$(TEST) tests/serve/page -m browser $(ARGS) $(OR_NONE)

@@ -23,6 +23,7 @@ from solo_vlm.check.certificate import (
     require_exact_packing,
 )
 from solo_vlm.check.probe import Probe
+from solo_vlm.check.properties import causality, gradients, labels, packing
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.data.encode import Encoder
 from solo_vlm.models.from_llm import ImageDesign, compose
@@ -35,6 +36,14 @@ from solo_vlm.utils.errors import SoloError
 HEALTHY = (
     *("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma", "gemma2", "gemma3_text", "phi3"),
     *("olmo2", "granite", "cohere", "starcoder2", "glm4", "smollm3", "deepseek_v3"),
+)
+
+
+# Sinks, latent and chunked attention, state spaces, linear attention, convolutions, learned positions, ALiBi.
+PACKED = (
+    *("gpt_oss", "nemotron_h", "bamba", "jamba", "granitemoehybrid", "lfm2", "falcon_h1", "mamba2", "bloom"),
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gemma3n_text", "gemma4_text", "llama4_text", "gpt2"),
+    *("kimi_linear", "deepseek_v2", "olmo3", "gpt_neox", "opt", "minimax"),
 )
 
 
@@ -105,6 +114,14 @@ def test_healthy_llm_passes_everything(family):
     assert certificate.passed, certificate.as_dict()
 
 
+@pytest.mark.parametrize("family", PACKED)
+def test_family_trains_exactly_on_packed_documents(family):
+    """Causal, labels shifted once, and gradients reach every parameter, too."""
+    probe = Probe(tiny_llm(family))
+    for check in (causality, packing, labels, gradients):
+        assert check(probe).status == "holds", check(probe)
+
+
 def test_labels_shifted_twice_are_found(probe, monkeypatch):
     forward = probe.model.forward
 
@@ -173,6 +190,27 @@ def test_future_tokens_in_the_training_attention_are_found(probe, monkeypatch):
     found = failures(probe)
     assert found.keys() == {"packing"}
     assert found["packing"].layer == "layer 1 (MistralDecoderLayer)"
+
+
+def test_cache_that_forgets_a_token_is_found(probe):
+    def forgetful(module, query, key, value, attention_mask, **kwargs):
+        if module.layer_idx == 1 and query.shape[2] == 1:
+            key = torch.cat([key[:, :, :1], key[:, :, :-1]], 2)
+        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("forgetful", forgetful)
+    AttentionMaskInterface.register("forgetful", eager_mask)
+    probe.model.set_attn_implementation("forgetful")
+    found = failures(probe)
+    assert found.keys() == {"caching"}
+    assert found["caching"].layer == "layer 1 (MistralDecoderLayer)"
+
+
+def test_padding_that_is_not_masked_is_found():
+    """The recurrent layers of RecurrentGemma read padding on the left as tokens."""
+    found = failures(Probe(tiny_llm("recurrent_gemma")))
+    assert found.keys() == {"batching"}
+    assert found["batching"].layer == "layer 0 (RecurrentGemmaDecoderLayer)"
 
 
 def test_wrong_patch_order_is_found(probe, monkeypatch):

@@ -186,7 +186,7 @@ def test_frozen_routers_get_no_auxiliary_loss_unless_configured():
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "llama4_text", "llama"])
-def test_families_without_auxiliary_loss_reject_a_coefficient(family):
+def test_families_without_auxiliary_loss_say_so_and_reject_a_coefficient(family, caplog):
     model = tiny_llm(family)
     with pytest.raises(
         SoloError, match=f"no auxiliary loss for the routers of {family} models; set it to auto or 0"
@@ -194,6 +194,7 @@ def test_families_without_auxiliary_loss_reject_a_coefficient(family):
         ExpertRouting.of(model, 0.01)
     experts = ExpertRouting.of(model)
     assert experts is None if family == "llama" else experts.coefficient == 0
+    assert (f"transformers has none for {family}" in caplog.text) == (family != "llama")
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "llama4_text"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from solo_vlm.train.estimate.memory import find_device
 from solo_vlm.train.estimate.plan import make_plan
 from solo_vlm.train.optimizer import learning_rate
 from solo_vlm.train.parallel.context import ParallelDims
-from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.recipe import LoraSettings, Recipe
 from solo_vlm.utils.errors import SoloError
 
 RECIPES = ROOT / "recipes"
@@ -66,6 +67,18 @@ def test_file_that_is_not_a_recipe_is_rejected(tmp_path, text):
         Recipe.load(write(tmp_path, "broken.yaml", text))
 
 
+def test_base_may_be_a_recipe_of_the_package(tmp_path):
+    text = "base: presets/lora\nout: mine\ndata: {sources: [{path: chats.json, images: photos}]}"
+    recipe = Recipe.load(write(tmp_path, "mine.yaml", text))
+    assert recipe.out == "mine"
+    assert recipe.lora == LoraSettings(rank=16, alpha=32)
+    assert [source.path for source in recipe.data.sources] == ["chats.json"]
+    with pytest.raises(
+        SoloError, match=r"mine\.yaml: no base presets/lore, neither beside it nor in the package"
+    ):
+        Recipe.load(write(tmp_path, "mine.yaml", "base: presets/lore"))
+
+
 def test_missing_recipe_error_says_what_to_pass():
     with pytest.raises(SoloError, match="no recipe nowhere"):
         Recipe.load("nowhere")
@@ -93,6 +106,34 @@ def test_defaults_are_those_of_the_paper(recipe):
     optimizer = settings.optimizer
     assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps) == (5e-5, 5e-6, 200)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.1, 1.0)
+
+
+DECODER = json.loads((RECIPES / "smollm2-135m/config.json").read_text())
+SHAPES = {
+    "0.9B": {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 24,
+             "num_attention_heads": 24, "num_key_value_heads": 8},
+    "3.2B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+             "num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 128320},
+    "7.2B": json.loads((RECIPES / "solo-7b/config.json").read_text())["text_config"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape", "overrides"),
+    [
+        ("full", "0.9B", ()),
+        ("patches", "3.2B", ()),
+        ("lora", "3.2B", ()),
+        ("lora", "7.2B", ("quantize=nf4",)),
+    ],
+)
+def test_presets_fit_one_gpu_of_24_gb(tmp_path, preset, shape, overrides):
+    config = {**DECODER, "text_config": {**DECODER["text_config"], **SHAPES[shape]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = Recipe.load(f"presets/{preset}", [f"model={tmp_path}", "steps=100", *overrides])
+    plan = make_plan(recipe, 1, find_device("RTX-4090"), 0.4)
+    assert abs(plan.parameters.total / 1e9 - float(shape.removesuffix("B"))) < 0.1
+    assert plan.fits
 
 
 # The paper's Table 1: packed sequences of 32,768 tokens.

@@ -130,6 +130,16 @@ def test_ten_lines_of_yaml_train_on_data_as_it_is(run, folder, solo_folder, name
     assert any("filtered/" in key for key in read_steps(folder / "run")[-1]) == (name == "finevision")
 
 
+@pytest.mark.parametrize("preset", ["full", "lora", "patches"])
+def test_preset_trains_on_data_named_in_the_command(run, folder, solo_folder, preset):
+    write_llava(folder)
+    sources = "data.sources=[{path: chats.json, images: photos}]"
+    smaller = ("data.workers=0", "data.sequence_length=128", "global_batch=2", "data.streams=2")
+    code, _, error = run("train", f"presets/{preset}", f"model={solo_folder}", sources, *smaller)
+    assert code == 0, error
+    assert (folder / "run/model/config.json").is_file()
+
+
 def test_plan_counts_only_the_rows_that_the_filter_keeps(run, folder, solo_folder):
     write_finevision(folder)
     plans = []

@@ -98,7 +98,10 @@ def trace(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Trace:
         for handle in handles:
             handle.remove()
     states["logits"] = output.logits
-    return Trace({name: values.float() for name, values in states.items()}, inputs["input_ids"].shape[1])
+    length = inputs["input_ids"].shape[1]
+    # Where layers run document by document, the last group is not the row.
+    whole = {name: values for name, values in states.items() if length in (values.shape[1], values.shape[-2])}
+    return Trace({name: values.float() for name, values in whole.items()}, length)
 
 
 def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:

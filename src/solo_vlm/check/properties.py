@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,7 +151,7 @@ def batching(probe: Probe) -> Finding:
             worst = max(worst, error)
             if error > probe.tolerance:
                 what = f"prompt {row} of {len(alone)}, new token {step}: logits differ by {error:.2g}{note}"
-                return Finding("fails", what, error)
+                return Finding("fails", what, error, _layer(_layer_of_padding, probe, prompts, row))
             if together.logits[step][row].argmax() != own.logits[step][0].argmax():
                 break  # equal up to rounding, but a tie: the rest may differ
     note = "; its tokenizer pads on the right" if side != "left" else ""
@@ -171,9 +172,11 @@ def caching(probe: Probe) -> Finding:
             own = uncached.logits[:, len(document) - 1 + step]
             worst = max(worst, error := difference(logits.float(), own))
             if error > probe.tolerance:
-                return Finding("fails", f"new token {step}: logits differ by {error:.2g}", error)
+                layer = _layer(_layer_of_cache, probe, whole, len(document), uncached)
+                return Finding("fails", f"new token {step}: logits differ by {error:.2g}", error, layer)
         paths = ["generate"]
-        if probe.sees_images and probe.encoder:
+        # In 16 bits, rounding decides between tokens.
+        if probe.sees_images and probe.encoder and probe.model.dtype == torch.float32:
             paths += ["solo generate", "prefix cache"]
             prefix_cache = PrefixCache()
             for cache, name in ((None, paths[1]), (prefix_cache, paths[1]), (prefix_cache, paths[2])):
@@ -241,12 +244,9 @@ def gradients(probe: Probe) -> Finding:
 
 def saving(probe: Probe) -> Finding:
     """Compare the model, bit for bit, with itself after saving and loading."""
-    size = sum(values.nbytes for values in probe.model.state_dict().values())
-    free = shutil.disk_usage(tempfile.gettempdir()).free
-    if size > min(_MAX_SAVED_BYTES, free // 2):
-        return Finding(
-            "skipped", f"{size / 2**30:.1f} GiB of weights are too many for {tempfile.gettempdir()}"
-        )
+    size, where = sum(values.nbytes for values in probe.model.state_dict().values()), tempfile.gettempdir()
+    if size > min(_MAX_SAVED_BYTES, shutil.disk_usage(where).free // 2):
+        return Finding("skipped", f"{size / 2**30:.1f} GiB of weights are too many for {where}")
     with tempfile.TemporaryDirectory() as temporary:
         if probe.encoder:
             save_model(Path(temporary), probe.model, probe.encoder.processor)
@@ -409,6 +409,42 @@ def _padded(probe: Probe, prompts: list[dict[str, Any]]) -> dict[str, Any]:
         if values := [prompt[name] for prompt in prompts if name in prompt]:
             batch[name] = torch.cat(values)
     return batch
+
+
+def _layer(find: Callable[..., str | None], *arguments: Any) -> str | None:
+    """Return the layer of a fault that is already known; None if the family takes other arguments."""
+    try:
+        return find(*arguments)
+    except Exception:  # of any type, from the code of any family
+        return None
+
+
+def _layer_of_padding(probe: Probe, prompts: list[dict[str, Any]], row: int) -> str | None:
+    """Return the first layer that computes something else for a prompt in a padded batch, if one does."""
+    batch = _padded(probe, prompts)
+    mask = batch["attention_mask"]
+    if "position_ids" in signature(probe.model.forward).parameters:
+        batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    start = int(mask[row].argmax())
+    with narrow_windows(probe.model):
+        together = trace(probe.model, batch).part(row, start, start + int(mask[row].sum()))
+        parting = first_parting(together, trace(probe.model, prompts[row]), probe.tolerance)
+    return parting.layer if parting else None
+
+
+def _layer_of_cache(probe: Probe, whole: dict[str, Any], length: int, uncached: Trace) -> str | None:
+    """Return the first layer that computes something else with a cache of the prompt, if one does."""
+    prompt = {**whole, "input_ids": whole["input_ids"][:, :length]}
+    with torch.no_grad():
+        cache = getattr(probe.model(**prompt, use_cache=True), "past_key_values", None)
+    if cache is None:
+        return None
+    for place in range(length, whole["input_ids"].shape[1]):
+        token = {"input_ids": whole["input_ids"][:, place : place + 1], "past_key_values": cache}
+        own = uncached.part(start=place, stop=place + 1)
+        if parting := first_parting(trace(probe.model, token), own, probe.tolerance):
+            return parting.layer
+    return None
 
 
 class _Received(Exception):

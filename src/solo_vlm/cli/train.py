@@ -43,7 +43,24 @@ def train(
     ] = 0.4,
     json: JsonOption = False,
 ) -> None:
-    """Train a model. An interrupted run resumes from its newest checkpoint."""
+    """Train a model. An interrupted run resumes from its newest checkpoint.
+
+    Show what a run will do and need:
+
+        solo train recipe.yaml --dry-run --device RTX-4090
+
+    Fine-tune on your data with one 24 GB GPU:
+
+        solo train presets/lora "data.sources=[{path: x.json, images: photos}]"
+
+    Train a stage of a recipe of the package, with other settings:
+
+        solo train quickstart/stage2 root=runs/quickstart steps=2000
+
+    Repeat a run:
+
+        solo train --from-manifest run/manifest.json out=again
+    """
     quiet_libraries()
     from solo_vlm.train.recipe import Recipe
     from solo_vlm.train.run_folder import read_manifest_recipe

@@ -37,7 +37,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -518,6 +522,10 @@ def _run(
             model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
     except _Uncountable:
         raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise SoloError(
+            f"cannot count FLOPs of {model.config.model_type}: they depend on the values of tokens"
+        ) from error
     except Exception as error:
         raise SoloError(f"cannot count FLOPs of {model.config.model_type}: {first_line(error)}") from error
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.utils.errors import SoloError
+
+logger = logging.getLogger(__name__)
 
 Routed = tuple[Tensor, Tensor]
 """Output of a router: logits (tokens, experts), and chosen experts (tokens, top_k)."""
@@ -75,6 +78,10 @@ class ExpertRouting:
             )
         if coefficient == "auto":
             is_trained = any(p.requires_grad for router, _ in routers for p in router.parameters())
+            if is_trained and aux_loss is None:
+                logger.warning(
+                    "no auxiliary loss balances the experts: transformers has none for %s", config.model_type
+                )
             coefficient = _setting(config, _COEFFICIENTS) or 0.0 if aux_loss and is_trained else 0.0
         if aux_loss and inspect.signature(aux_loss).parameters.keys() != _AUX_LOSS_ARGUMENTS:
             if coefficient:
@@ -198,5 +205,5 @@ def _setting(config: Any, names: Sequence[str]) -> Any:
 
 def _tokens_per_expert(logits: Tensor, chosen: Tensor, is_token: Tensor) -> Tensor:
     """Return the number of tokens routed to each expert, (experts,) int64."""
-    counted = is_token.repeat_interleave(chosen.shape[-1]).long()
+    counted = is_token[:, None].expand_as(chosen).flatten().long()
     return counted.new_zeros(logits.shape[-1]).scatter_add_(0, chosen.flatten(), counted)

@@ -57,10 +57,8 @@ def find_settings(path: str | Path, kind: str, *folders: Path) -> Path:
 
     The name may lack `.yaml`; `kind` ("recipe", "mixture", ...) names the file in the error message.
     """
-    for folder in (*folders, Path(), *_recipes()):
-        for candidate in (folder / path, folder / f"{path}.yaml"):
-            if candidate.is_file():
-                return candidate
+    if found := _find(path, [*folders, Path(), *_recipes()]):
+        return found
     raise SoloError(f"no {kind} {path}: give the path of a YAML file, or a name such as quickstart/stage1")
 
 
@@ -70,7 +68,10 @@ def list_settings(folder: str) -> list[Path]:
 
 
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
-    """Read a YAML file as plain settings, merged over those of the file named by its `base` key."""
+    """Read a YAML file as plain settings, merged over those of the file named by its `base` key.
+
+    The base is a file relative to the first one, or a recipe of the package, such as `presets/lora`.
+    """
     try:
         settings = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -78,7 +79,18 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise SoloError(f"{path} is not a {kind}: expected keys and values")
     base = settings.pop("base", None)
-    return merge(read_settings(path.parent / base, kind), settings) if base else settings
+    if not base:
+        return settings
+    found = _find(base, [path.parent, *_recipes()])
+    if found is None:
+        raise SoloError(f"cannot read {kind} {path}: no base {base}, neither beside it nor in the package")
+    return merge(read_settings(found, kind), settings)
+
+
+def _find(path: str | Path, folders: Sequence[Path]) -> Path | None:
+    """Find a settings file, whose name may lack `.yaml`, in the first folder that has it."""
+    candidates = (folder / name for folder in folders for name in (path, f"{path}.yaml"))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def override(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

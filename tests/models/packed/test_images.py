@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solo_vlm.models.packed.images import attend_with_images, later_patches
+from solo_vlm.models.packed.images import attend_with_images, flash_is_exact, later_patches
 
 
 @st.composite
@@ -90,3 +90,9 @@ def test_lower_precision_is_near_float64(dtype):
     torch.testing.assert_close(
         found.double(), expected, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_flash_attention_on_cuda_equals_a_dense_mask():
+    assert flash_is_exact(torch.device("cuda", 0), torch.bfloat16, 128)

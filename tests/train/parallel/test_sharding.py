@@ -19,6 +19,8 @@ from tests.factories import (
 from torch.distributed.tensor import DTensor
 
 from solo_vlm.models.load import load_model
+from solo_vlm.models.packed import attention
+from solo_vlm.models.packed.groups import document_groups
 from solo_vlm.train import Recipe
 from solo_vlm.train import model as model_module
 from solo_vlm.train.model import load_base_model, make_model
@@ -47,6 +49,20 @@ def describe_shards(plain, path):
         path.with_name(f"{path.name}-{context.rank}").write_text(json.dumps([held, same]))
 
 
+def train_with_a_leak(plain):
+    """Train with an attention that takes all documents of a row for one."""
+    attention.document_groups = lambda bounds, *options: document_groups(bounds[[0, -1]], *options)
+    run_recipe(plain)
+
+
+@pytest.mark.distributed
+def test_leak_between_documents_stops_all_processes(runs, tmp_path, start):
+    """Rank 0, which alone reads the model, finds it before the model is sharded."""
+    group = start(2, train_with_a_leak, run_settings(runs, tmp_path / "out", model="mistral"))
+    assert 0 not in group.wait()
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("family", "size", "tensor"),
     [
@@ -73,15 +89,28 @@ def test_losses_match_single_process(runs, tmp_path, start, family, size, tensor
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "jetmoe", "qwen3_next"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3_moe", {"activation_checkpointing": "full"}),
+        ("mixtral", {"activation_checkpointing": "selective", "parallel": {"reshard": False}}),
+        ("granitemoe", {"lora": {"rank": 2}}),
+        ("qwen3_moe", {"parallel": {"tensor": 2}}),
+        ("jetmoe", {}),
+        ("qwen3_next", {}),
+        ("deepseek_v3", {"router_aux_loss": "auto"}),
+    ],
+    ids=str,
+)
 @pytest.mark.distributed
-def test_sharded_experts_match_single_process(tmp_path, start, family):
-    """Experts are one tensor; the routers of DeepSeek-V3 have buffers; Qwen3-Next has recurrent layers."""
+def test_sharded_experts_match_single_process(tmp_path, start, family, changes):
+    """Experts are one tensor, split between processes; the routers of DeepSeek-V3 have buffers."""
     write_training_data(tmp_path, image_rows(24), text_rows(64))
     make_solo(family).save(tmp_path / family)
-    changes = {"model": family, "steps": 6, "router_aux_loss": "auto" if family == "deepseek_v3" else 1.0}
+    changes = {"model": family, "steps": 6, "router_aux_loss": 1.0, **changes}
     group = start(2, run_recipe, run_settings(tmp_path, tmp_path / "shared", **changes))
-    assert start(1, run_recipe, run_settings(tmp_path, tmp_path / "alone", **changes)).wait() == [0]
+    alone = run_settings(tmp_path, tmp_path / "alone", **{**changes, "parallel": {}})
+    assert start(1, run_recipe, alone).wait() == [0]
     assert group.wait() == [0, 0]
     ours, theirs = (read_steps(tmp_path / name) for name in ("shared", "alone"))
     for key in ("loss", "gradient_norm", *(name for name in theirs[0] if name.startswith("moe/"))):

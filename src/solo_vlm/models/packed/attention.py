@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from solo_vlm.models.packed.groups import IsolationError, document_groups, split_documents
+from solo_vlm.models.packed.images import attend_with_images, flash_is_exact
 
 _TINY = 64  # tokens; in bfloat16 on CPU, flash is several times slower than math for shorter documents
 _SCORES = 2**26  # scores that capped attention holds at a time
@@ -195,12 +196,24 @@ def packed_attention(
     is_sunk_window = s_aux is not None and window is not None
     if images is None and not dropout and not is_sunk_window and _supports_flash(q):
         attended = _flash(q, k, v, bounds.int(), max_length_q, scaling, window)
+    elif images is not None and not dropout and _merges_images(q, bounds, window):
+        q, k, v = (part.to(_compute_dtype(q)) for part in (q, k, v))
+        attended = attend_with_images(q, k, v, bounds.long(), images, scaling)
     else:
         sees_first = s_aux is not None
         attended = _grouped(q, k, v, bounds.long(), scaling, dropout, window, images, sees_first)
     if s_aux is not None:
         attended = attended[places]
     return attended[None, ..., : value.shape[-1]], None
+
+
+def _merges_images(query: Tensor, bounds: Tensor, window: int | None) -> bool:
+    """Return whether `attend_with_images` can compute a row: no window hides part of a document."""
+    if window is not None and int(bounds.diff().max()) > window:
+        return False
+    if query.device.type == "cpu":
+        return True
+    return _supports_flash(query) and flash_is_exact(query.device, _compute_dtype(query), query.shape[-1])
 
 
 def _supports_flash(query: Tensor) -> bool:

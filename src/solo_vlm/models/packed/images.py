@@ -9,13 +9,20 @@ Attention with Blockwise Transformers"; Dao et al. 2022, "FlashAttention", appen
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from solo_vlm.models.packed.groups import document_groups
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = 0.02  # of values of size 1 in half precision
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,7 @@ def later_patches(images: Tensor) -> Part:
     own = images[patches]
     follows = own[1:] == own[:-1]  # not the last patch of its image
     lengths = torch.unique_consecutive(own[1:][follows], return_counts=True)[1]
-    return Part(
-        patches[1:][follows], patches[:-1][follows], torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    )
+    return Part(patches[1:][follows], patches[:-1][follows], F.pad(lengths.cumsum(0), (1, 0)))
 
 
 def attend_with_images(
@@ -66,7 +71,8 @@ def attend_with_images(
     """
     everything = torch.arange(len(images), device=images.device)
     parts = [Part(everything, everything, bounds), later_patches(images)]
-    return _Merged.apply(query, key, value, parts, scaling)
+    attended: Tensor = _Merged.apply(query, key, value, parts, scaling)
+    return attended
 
 
 class _Merged(torch.autograd.Function):
@@ -76,9 +82,11 @@ class _Merged(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: list[Part], scaling: float
     ) -> Tensor:
-        output, total = _attend(query, key, value, parts[0], scaling)
+        attend = _attend_flash if query.is_cuda else _attend
+        output, total = attend(query, key, value, parts[0], scaling)
+        parts = [part for part in parts if len(part.queries)]
         for part in parts[1:]:
-            more, log_sum = _attend(query, key, value, part, scaling)
+            more, log_sum = attend(query, key, value, part, scaling)
             before = total[part.queries]
             after = torch.logaddexp(before, log_sum)
             share = (log_sum - after).exp()[..., None]
@@ -93,8 +101,9 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, total = ctx.saved_tensors
         gradients = [torch.zeros_like(states) for states in (query, key, value)]
+        attend_backward = _attend_flash_backward if query.is_cuda else _attend_backward
         for part in ctx.parts:
-            of_part = _attend_backward(gradient, query, key, value, output, total, part, ctx.scaling)
+            of_part = attend_backward(gradient, query, key, value, output, total, part, ctx.scaling)
             for sums, more, index in zip(
                 gradients, of_part, (part.queries, part.keys, part.keys), strict=True
             ):
@@ -149,6 +158,73 @@ def _attend_backward(
             own = states.unflatten(1, (heads.shape[1], -1)).sum(2)  # (documents, own heads, longest, d)
             target[index[valid]] = own.transpose(1, 2)[valid]
     return gradients
+
+
+def _attend_flash(
+    query: Tensor, key: Tensor, value: Tensor, part: Part, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """See `_attend`; by variable-length flash attention on CUDA."""
+    bounds, longest = part.bounds.int(), int(part.bounds.diff().max())
+    states = (query[part.queries], key[part.keys], value[part.keys])
+    sizes = (bounds, bounds, longest, longest, 0.0, True)
+    output, log_sum, *_ = torch.ops.aten._flash_attention_forward(*states, *sizes, False, scale=scaling)
+    return output, log_sum.transpose(0, 1)
+
+
+def _attend_flash_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    total: Tensor,
+    part: Part,
+    scaling: float,
+) -> list[Tensor]:
+    """See `_attend_backward`."""
+    bounds, longest = part.bounds.int(), int(part.bounds.diff().max())
+    rows = part.queries
+    states = (query[rows], key[part.keys], value[part.keys])
+    unused = torch.empty(2, dtype=torch.uint64, device=query.device)  # the random state of dropout
+    return list(
+        torch.ops.aten._flash_attention_backward(
+            gradient[rows],
+            *states,
+            output[rows],
+            total[rows].transpose(0, 1).contiguous(),
+            *(bounds, bounds, longest, longest, 0.0, True),
+            *(unused, unused),
+            scale=scaling,
+        )
+    )
+
+
+@cache
+def flash_is_exact(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Return whether flash attention on a CUDA device equals a dense mask, in value and gradient.
+
+    The kernels are internal to torch, so a small row is tried before they are used.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.full((96,), -1)
+    images[5:30], images[40:70] = 0, 1
+    states = [torch.randn(96, 2, head_dim, generator=generator) for _ in range(4)]
+    outcomes = []
+    try:
+        for where, precision in ((torch.device("cpu"), torch.float64), (device, dtype)):
+            q, k, v, weight = (part.to(where, precision).requires_grad_() for part in states)
+            bounds = torch.tensor([0, 35, 96], device=where)
+            output = attend_with_images(q, k, v, bounds, images.to(where), head_dim**-0.5)
+            gradients = torch.autograd.grad((output * weight).sum(), (q, k, v))
+            outcomes.append([part.detach().cpu().double() for part in (output, *gradients)])
+    except (RuntimeError, TypeError) as error:
+        logger.warning("flash attention for images is not available, using dense masks: %s", error)
+        return False
+    worst = max(float((one - other).abs().max()) for one, other in zip(*outcomes, strict=True))
+    if worst > _TOLERANCE * 4:  # gradients reach sizes of 4
+        logger.warning("flash attention for images differs by %.2g, using dense masks", worst)
+        return False
+    return True
 
 
 def _batch(query: Tensor, key: Tensor, value: Tensor, part: Part, index: Tensor) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from inspect import getsource, signature
 from typing import Any, Literal, TypeGuard
 
@@ -150,7 +151,8 @@ def _only_attends(layer: nn.Module) -> bool:
 
 def _chooses_tokens(layer: nn.Module) -> bool:
     """Return whether a layer attends to the tokens with the highest scores, where padding can break ties."""
-    return any("topk" in _text(type(part)) for part in layer.modules())
+    kinds: set[Any] = {type(part) for part in layer.modules()}
+    return any("topk" in _text(kind) for kind in kinds)
 
 
 def _is_interface_call(node: ast.AST) -> TypeGuard[ast.Call]:
@@ -164,6 +166,7 @@ def _source(layer: nn.Module) -> ast.AST:
     return ast.parse(textwrap.dedent(_text(type(layer).forward)))
 
 
+@cache  # finding a class parses its whole module
 def _text(definition: Any) -> str:
     """Return the source of a class or function; empty where there is none."""
     try:
