@@ -14,6 +14,7 @@ from itertools import combinations, product
 import pytest
 import torch
 from tests.factories import (
+    TEXTS,
     ProcessGroup,
     image_rows,
     make_solo,
@@ -24,7 +25,10 @@ from tests.factories import (
 )
 from torch.distributed.checkpoint import filesystem
 
+from solo_vlm.check.tiny import tiny_llm
+from solo_vlm.models.from_llm import compose
 from solo_vlm.models.load import load_model
+from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.train import Recipe, train, trainer
 from solo_vlm.train.failures import Stopped
 
@@ -192,6 +196,25 @@ def test_resumed_run_matches_uninterrupted_run(
             assert mine == pytest.approx(right, rel=1e-4)
         for name, right in weights[1].items():
             torch.testing.assert_close(weights[0][name], right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", ["mixtral", "phi3", "deepseek_v2"])
+def test_split_and_sharded_run_resumes_in_one_process(folder, tmp_path, start, family):
+    """Experts, fused projections and latent attention, over two data-parallel groups of two processes."""
+    tokenizer = train_tokenizer(TEXTS, vocab_size=320)
+    compose(tiny_llm(family), tokenizer).save(tmp_path / family)
+    plain = plain_recipe(folder, tmp_path / "out", "tensor", "") | {"model": str(tmp_path / family)}
+    alone = plain | {"out": str(tmp_path / "alone"), "parallel": {"tensor": 1}}
+    group = start(4, run_until, plain, "SIGTERM", 3)
+    assert start(1, run_whole, alone).wait() == [0]
+    assert group.wait(90) == [128 + signal.SIGTERM] * 4
+    assert start(1, resume, plain | {"parallel": {"tensor": 1}}).wait() == [0]
+    ours, theirs = ([line["loss"] for line in read_steps(tmp_path / run)] for run in ("out", "alone"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    weights = [load_model(tmp_path / run / "model").state_dict() for run in ("out", "alone")]
+    for name, right in weights[1].items():
+        torch.testing.assert_close(weights[0][name], right, rtol=1e-3, atol=1e-4)
 
 
 def run_with_a_slow_file_system(plain):

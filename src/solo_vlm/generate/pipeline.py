@@ -28,7 +28,7 @@ from solo_vlm.generate.cache import (
     prompt_key,
     supports_prefix_cache,
 )
-from solo_vlm.generate.exactness import is_exact, padding_error, tolerance
+from solo_vlm.generate.exactness import cache_fault, reads_padding
 from solo_vlm.models.load import (
     Quantization,
     load_config,
@@ -130,8 +130,12 @@ class GenerationPipeline:
         if prefix_cache and compile:
             raise SoloError("compile and a prefix cache are incompatible: choose one")
         decoder = model.config.text_config
-        if compile and not (_takes_dynamic_cache(model) and is_exact(model, static=True)):
-            raise SoloError(f"{decoder.model_type} does not work with a static cache: leave out compile")
+        if compile:
+            fault = cache_fault(model, static=True) if _takes_dynamic_cache(model) else "it keeps a state"
+            if fault:
+                raise SoloError(
+                    f"{decoder.model_type} does not work with a static cache ({fault}): leave out compile"
+                )
         if prefix_cache and not supports_prefix_cache(decoder):
             logger.warning(
                 "the prefix cache is off: %s keeps more of its past than keys and values, and cannot cut it",
@@ -332,11 +336,10 @@ class GenerationPipeline:
         """
         if supports_prefix_cache(self.model.config.text_config):
             return True
-        exact = padding_error(self.model, self.use_cache) < tolerance(self.model)
-        if not exact:
+        if harmful := reads_padding(self.model, self.use_cache):
             family = self.model.config.text_config.model_type
             logger.warning("chats are answered one at a time: padding would change the answers of %s", family)
-        return exact
+        return not harmful
 
     @cached_property
     def use_cache(self) -> bool:
@@ -346,11 +349,10 @@ class GenerationPipeline:
         """
         if _takes_dynamic_cache(self.model):
             return True
-        exact = is_exact(self.model)
-        if not exact:
+        if fault := cache_fault(self.model):
             family = self.model.config.text_config.model_type
-            logger.warning("answers take long: the cache of %s does not work, so there is none", family)
-        return exact
+            logger.warning("answers take long: the cache of %s does not work (%s)", family, fault)
+        return fault is None
 
     @property
     def context_length(self) -> int | None:

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from tests.factories import run_settings
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from solo_vlm.check.tiny import text_families, tiny_config, tiny_llm
 from solo_vlm.train import Recipe
+from solo_vlm.train.model import use_activation_checkpointing
 from solo_vlm.train.parallel.context import init_distributed
 from solo_vlm.train.parallel.sharding import (
     average_replicated_gradients,
@@ -98,6 +100,22 @@ def compare_families(plain, families, path):
     path.with_name(f"{path.name}-{context.rank}").write_text(json.dumps(result))
 
 
+def count_all_reduces(plain, path):
+    """Write the all-reduces per layer of a forward and backward pass, without and with recomputation."""
+    recipe = Recipe.parse(plain)
+    counted = []
+    with init_distributed(recipe) as context:
+        for mode in ("none", "full"):
+            model = tiny_llm("llama")
+            shard_model(model, recipe, context)
+            use_activation_checkpointing(model, mode)
+            with CommDebugMode() as communication:
+                model(input_ids=torch.arange(24)[None], use_cache=False).logits.sum().backward()
+            all_reduces = communication.get_comm_counts()[torch.ops.c10d_functional.all_reduce]
+            counted.append(all_reduces / model.config.num_hidden_layers)
+    path.with_name(f"{path.name}-{context.rank}").write_text(json.dumps(counted))
+
+
 def compare(start, tmp_path, size, families):
     plain = run_settings(tmp_path, tmp_path / "out", parallel={"tensor": 2})
     assert start(size, compare_families, plain, families, tmp_path / "found").wait(600) == [0] * size
@@ -127,6 +145,14 @@ def test_split_families_match_a_single_process(obstacles, start, tmp_path):
 def test_split_and_sharded_families_match_a_single_process(start, tmp_path):
     kinds = ["phi3", "mixtral", "deepseek_v2", "gpt_oss", "llama4_text"]
     assert compare(start, tmp_path, 4, kinds) == {family: [] for family in kinds}
+
+
+@pytest.mark.distributed
+def test_a_layer_needs_four_all_reduces_or_five_with_recomputation(start, tmp_path):
+    """Outputs of attention and MLP, gradients of their inputs, and the output of attention once more."""
+    plain = run_settings(tmp_path, tmp_path / "out", parallel={"tensor": 2})
+    assert start(2, count_all_reduces, plain, tmp_path / "counted").wait() == [0, 0]
+    assert [json.loads((tmp_path / f"counted-{rank}").read_text()) for rank in range(2)] == [[4, 5]] * 2
 
 
 def test_indivisible_heads_are_rejected_with_supported_sizes():

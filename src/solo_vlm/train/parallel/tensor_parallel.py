@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -16,6 +17,7 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -28,7 +30,7 @@ Split = Callable[[nn.Module, nn.Module, DeviceMesh], Any]
 
 # What transformers' plans lack, by model type.
 _ADDITIONS = {
-    "apertus": {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},  # its parameters see split features
+    "apertus": {"layers.*.mlp.act_fn": "applied_to_parts"},  # its parameters see split features
     "gpt_oss": {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -71,14 +73,19 @@ def split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     whose gradients are partial, because each process applies them to its own features only. All others stay
     as they are.
     """
-    modules = dict(model.named_modules())
-    for name, style in _plan(model).items():
-        if name in modules:
-            _STYLES[style](modules[name], modules[_owner(name)], mesh)
+    modules, plan = dict(model.named_modules()), _plan(model)
+    sharing = _sharing_inputs(model, plan)
+    for name, style in plan.items():
+        owner = modules[_owner(name)]
+        if name not in modules:
+            placement = Shard(_dimension(model.get_parameter(name), style))
+            _distribute(owner, name.rpartition(".")[2], mesh, placement)
+        elif style == "colwise" and _owner(name) in sharing:
+            _split_outputs(modules[name], mesh)
         else:
-            parameter = model.get_parameter(name)
-            placement = Shard(_dimension(parameter, style))
-            _distribute(modules[_owner(name)], name.rpartition(".")[2], mesh, placement)
+            _STYLES[style](modules[name], owner, mesh)
+    for name in sharing:
+        _sum_input_gradients(modules[name], mesh)
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
@@ -196,6 +203,30 @@ def _unplanned(model: PreTrainedModel, plan: dict[str, str]) -> Iterator[tuple[s
                 yield name, "is beside split layers, but not in the plan"
 
 
+def _sharing_inputs(model: PreTrainedModel, plan: dict[str, str]) -> set[str]:
+    """Return the names of modules whose hidden states only split projections see.
+
+    Their gradients are summed once per module, not once per projection.
+    """
+    modules, styles = (
+        dict(model.named_modules()),
+        {"colwise", "rowwise", "replicated_with_grad_allreduce", "applied_to_parts"},
+    )
+    found = set()
+    for owner in {_owner(name) for name, style in plan.items() if style == "colwise" and name in modules}:
+        inside = {name: style for name, style in plan.items() if name.startswith(f"{owner}.")}
+        parameters = [name for name, _ in modules[owner].named_parameters(prefix=owner)]
+        is_planned = all(any(f"{name}.".startswith(f"{part}.") for part in inside) for name in parameters)
+        is_plain = all(
+            type(modules[name]) is nn.Linear
+            for name in inside
+            if inside[name] == "colwise" and name in modules
+        )
+        if is_planned and is_plain and set(inside.values()) <= styles:
+            found.add(owner)
+    return found
+
+
 def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
     """Replace a parameter by a DTensor."""
     parameter = module.get_parameter(name)
@@ -223,6 +254,7 @@ def _use_local_parameters(module: nn.Module, gradient: Placement | None = None) 
     forward = module.forward
     placements = [gradient] if gradient else None
 
+    @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         own: dict[str, Any] = {n: p for n, p in module._parameters.items() if isinstance(p, DTensor)}
         local = {n: p.to_local(grad_placements=placements) for n, p in own.items()}
@@ -239,12 +271,36 @@ def _by_torch(style: Callable[[], ParallelStyle]) -> Split:
     return lambda module, owner, mesh: parallelize_module(module, mesh, style())
 
 
+def _split_outputs(module: nn.Linear, mesh: DeviceMesh) -> None:
+    """Split the output features of a linear layer, whose input has its gradients summed already."""
+    for name, _ in list(module.named_parameters()):
+        _distribute(module, name, mesh, Shard(0))
+
+    def run(input: Tensor) -> Tensor:
+        weight, bias = (p.to_local() if isinstance(p, DTensor) else p for p in (module.weight, module.bias))
+        return F.linear(input, weight, bias)
+
+    module.forward = run  # type: ignore[method-assign]
+
+
+def _sum_input_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Sum the gradients of the first argument, the hidden states."""
+    first = next(iter(signature(module.forward).parameters))
+
+    def run(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if args:
+            return (_sum_gradients(args[0], mesh), *args[1:]), kwargs
+        return args, kwargs | {first: _sum_gradients(kwargs[first], mesh)}
+
+    module.register_forward_pre_hook(run, with_kwargs=True)
+
+
 def _run_on_parts(module: nn.Module, owner: nn.Module, mesh: DeviceMesh) -> None:
     _use_local_parameters(module)
 
 
 def _apply_to_parts(module: nn.Module, owner: nn.Module, mesh: DeviceMesh) -> None:
-    """Replicate a module that sees this process's features only, such as a norm of heads."""
+    """Replicate a module that sees this process's features only, such as an activation with parameters."""
     for name, _ in list(module.named_parameters(recurse=False)):
         _distribute(module, name, mesh, Replicate())
     _use_local_parameters(module, Partial())
@@ -328,7 +384,11 @@ _STYLES: dict[str, Split] = {
     "rowwise_split_input": _by_torch(partial(RowwiseParallel, input_layouts=Replicate())),
     "embedding_rowwise": _by_torch(partial(RowwiseParallel, input_layouts=Replicate())),
     "embedding_colwise": _by_torch(partial(ColwiseParallel, output_layouts=Replicate())),
-    "replicated_with_grad_allreduce": _apply_to_parts,
+    # Norms of single heads; each process has its own, and which dimension counts as split is of no account.
+    "replicated_with_grad_allreduce": _by_torch(
+        partial(SequenceParallel, sequence_dim=0, use_local_output=True)
+    ),
+    "applied_to_parts": _apply_to_parts,
     "local_params": _run_on_parts,
     "all_reduce": _add_outputs,
     "copied": _copy_output,
