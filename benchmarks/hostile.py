@@ -38,9 +38,9 @@ from solo_vlm.serve.limits import Limits
 from solo_vlm.utils.files import write_text
 
 BODY_SECONDS = 3.0  # time limit of the server for bodies that never end; their seconds count from there
-CLOSED = 0  # instead of a status: TCP drops a response if the client sends more than its request
+CLOSED = 0  # no status: none came, or TCP dropped it, since the client had sent more than its request
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
-_MAX_SEED_BYTES = 100_000
+_MAX_SEED_BYTES, _MAX_SEED_FILE_BYTES = 100_000, 500_000
 MAX_TOKENS = 8  # of an answer: generation is not what is measured
 TEXT = {"messages": [{"role": "user", "content": "what is this?"}], "max_tokens": 4}
 
@@ -169,14 +169,14 @@ def fuzzed(seeds: list[bytes], files: list[bytes], number: int, seed: int) -> It
     Args:
         seeds: Requests.
         files: Image files, which are mutated beside small ordinary ones.
-        number: Number of variations, half of them of image files.
+        number: Number of variations, half of them or all of image files.
         seed: Seed of the random numbers.
     """
     rng = random.Random(seed)
     ordinary = [parts for name in _FORMATS for parts in mutated_images.SEEDS[name]]
     costly = [mutated_images.parts_of(file) for file in files]
     for _ in range(number):
-        if rng.random() < 0.5:
+        if not seeds or rng.random() < 0.5:
             parts = rng.choice(costly if costly and rng.random() < 0.2 else ordinary)
             yield hostile.http(_question_about(mutated_images.mutated(rng, parts, ordinary)))
             continue
@@ -224,7 +224,7 @@ def run(url: str, process: psutil.Process, arguments: argparse.Namespace) -> dic
         if arguments.fuzz:
             seeds = [request for make in made.values() if len(request := make()) < _MAX_SEED_BYTES]
             images = [make for name, make in hostile_images.costly_images().items() if _image(name) in made]
-            files = [file for make in images if len(file := make()) < _MAX_SEED_BYTES]
+            files = [file for make in images if len(file := make()) < _MAX_SEED_FILE_BYTES]
             variations = fuzzed(seeds, files, arguments.fuzz, arguments.seed)
             counts: Counter[int] = Counter()
             total = Cost()
@@ -250,7 +250,7 @@ def send(observer: Observer, port: int, requests: list[bytes]) -> tuple[list[int
             started = time.perf_counter()
             try:
                 status, _ = hostile.exchange(port, request)
-            except ConnectionError:
+            except (ConnectionError, TimeoutError):  # after 30 s
                 status = CLOSED
             waited = BODY_SECONDS * (status == 408)
             answers.append((status, time.perf_counter() - started - waited))

@@ -24,7 +24,7 @@ from solo_vlm.check.certificate import (
 )
 from solo_vlm.check.probe import Probe
 from solo_vlm.check.properties import causality, gradients, labels, packing
-from solo_vlm.check.tiny import tiny_llm
+from solo_vlm.check.tiny import text_families, tiny_llm
 from solo_vlm.data.encode import Encoder
 from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.packed.attention import packed_attention
@@ -120,6 +120,19 @@ def test_family_trains_exactly_on_packed_documents(family):
     probe = Probe(tiny_llm(family))
     for check in (causality, packing, labels, gradients):
         assert check(probe).status == "holds", check(probe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", text_families())
+def test_every_family_is_exact_or_rejected(family):
+    probe = Probe(tiny_llm(family))
+    assert causality(probe).status == "holds"
+    try:
+        require_exact_packing(probe.model, family)
+    except SoloError as error:
+        assert "see solo check" in str(error)
+    else:
+        assert packing(probe).status == labels(probe).status == "holds"
 
 
 def test_labels_shifted_twice_are_found(probe, monkeypatch):

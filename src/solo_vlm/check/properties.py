@@ -502,7 +502,7 @@ def _embedded_patches(model: Any, images: list[NDArray[np.uint8]]) -> Tensor:
             for left in range(0, width, side):
                 patch = pixels[top : top + side, left : left + side].transpose(2, 0, 1) / 255.0
                 patches.append(((patch - mean) / std).reshape(-1))
-    token = model.get_input_embeddings()(torch.tensor([config.image_token_id], device=model.device))
+    token = model.model.embed_tokens(torch.tensor([config.image_token_id], device=model.device))
     layer, values = model.get_submodule("model.embed_vision_patch"), torch.from_numpy(np.stack(patches))
     if isinstance(layer, nn.Linear):
         embedded = values @ layer.weight.double().cpu().T

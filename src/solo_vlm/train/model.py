@@ -129,7 +129,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings | None, new_tokens: 
             "lora_alpha": lora.alpha,
             "lora_dropout": lora.dropout,
             "target_modules": _lora_targets(model, lora),
-            "exclude_modules": [PATCH_EMBEDDING, HEAD],
+            "exclude_modules": [PATCH_EMBEDDING, HEAD, *_routers(model)],
         }
     if model.config.model_type == "solo":
         settings["modules_to_save"] = [PATCH_EMBEDDING]
@@ -240,13 +240,22 @@ def _lora_targets(model: PreTrainedModel, lora: LoraSettings) -> str | list[str]
     if isinstance(lora.targets, str):
         return lora.targets
     linear = {name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    names = linear - {PATCH_EMBEDDING, HEAD}
+    names = linear - {PATCH_EMBEDDING, HEAD} - _routers(model)
     if unknown := set(lora.targets) - names:
         raise SoloError(
             f"lora.targets: the decoder has no linear layer {', '.join(sorted(unknown))}; "
             f"it has {', '.join(sorted(names))}"
         )
     return list(lora.targets)
+
+
+def _routers(model: PreTrainedModel) -> set[str]:
+    """Return the names of linear layers that choose experts and return tuples, which PEFT cannot adapt."""
+    return {
+        name.split(".")[-1]
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and "Router" in type(layer).__name__
+    }
 
 
 def _vision_token_rows(model: PreTrainedModel) -> dict[str, list[int]]:

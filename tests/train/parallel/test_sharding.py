@@ -97,6 +97,7 @@ def test_losses_match_single_process(runs, tmp_path, start, family, size, tensor
         ("granitemoe", {"lora": {"rank": 2}}),
         ("qwen3_moe", {"parallel": {"tensor": 2}}),
         ("jetmoe", {}),
+        ("qwen3_next", {}),
         ("deepseek_v3", {"router_aux_loss": "auto"}),
     ],
     ids=str,

@@ -57,14 +57,16 @@ class PackedMask:
     def dense(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, images: Tensor | None = None
     ) -> Tensor:
-        """Return the mask of a group of documents as transformers' eager attention adds it to scores.
+        """Return the mask of a group of documents as attention of transformers takes it.
 
         Args:
             shape: Number of documents, and their length.
+            dtype: `torch.bool` for sdpa, the dtype of the scores for eager attention, which adds it to them.
             images: (documents, length), image of each patch, -1 for text; see `packed_attention`.
 
         Returns:
-            (documents, 1, length, length): 0 where attention is allowed, the lowest number elsewhere.
+            (documents, 1, length, length): True or 0 where attention is allowed, False or the lowest number
+            elsewhere.
         """
         position = torch.arange(shape[1], device=device)
         allowed = _allowed(position, position, self.window)
@@ -72,8 +74,11 @@ class PackedMask:
             chunk = position // self.chunk
             allowed &= chunk[:, None] == chunk[None]
         allowed = allowed[None, None] if images is None else _image_mask(images, allowed)
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
-        return mask.masked_fill(~allowed, torch.finfo(dtype).min).expand(shape[0], -1, -1, -1)
+        mask = allowed
+        if dtype != torch.bool:
+            mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+            mask = mask.masked_fill(~allowed, torch.finfo(dtype).min)
+        return mask.expand(shape[0], -1, -1, -1)
 
 
 def packed_mask(
@@ -175,7 +180,7 @@ def packed_attention(
             "bidirectional_images works neither with capped scores nor with chunked attention"
         )
     if chunk is not None:
-        bounds, max_length_q = split_documents(bounds, chunk), None
+        bounds, max_length_q = split_documents(bounds, chunk), min(chunk, max_length_q or chunk)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (length, heads, d)
     images = image_index[0] if image_index is not None else None
@@ -183,7 +188,7 @@ def packed_attention(
         return _capped(q, k, v, bounds.long(), scaling, dropout, window, softcap, s_aux)[None], None
     if s_aux is not None:
         q, k, v, bounds, places = _prepend_sinks(q, k, v, bounds, s_aux, scaling)
-        max_length_q = None
+        max_length_q = max_length_q + 1 if max_length_q else None
         if images is not None:
             images = images.new_full((len(q),), -1).index_copy(0, places, images)
     width = max(q.shape[-1], v.shape[-1])  # latent attention has other values than queries; kernels do not
