@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from solo_vlm.check.properties import Finding
 from solo_vlm.check.tiny import text_families, tiny_llm, why_not_text
 from solo_vlm.data.encode import Encoder
 from solo_vlm.generate.cache import supports_prefix_cache
+from solo_vlm.generate.pipeline import GenerationPipeline
 from solo_vlm.models.from_llm import compose
 from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.train.model import add_adapters
@@ -53,14 +54,14 @@ def family_row(family: str) -> list[str]:
     text_logits = (_logits(model, ids)[..., : expected.shape[-1]] - expected).abs().max().item()
     others = ("text_logits", "causality", "packing_by_transformers", "supervision", "gradients")
     findings = certify(Probe(model, Encoder(solo.processor)), family, leave_out=others).findings
-    generation = _verdict(findings["batching"], findings["caching"])
+    generation = _generation(GenerationPipeline(model, solo.processor), findings)
     has_prefixes = supports_prefix_cache(model.config.text_config)
     return [
         _verdict(findings["patches"], findings["saving"]),
         YES if text_logits == 0 else "up to rounding",
         _verdict(findings["packing"], findings["labels"]),
         generation,
-        _NOTHING if generation != YES else YES if has_prefixes else "off",
+        YES if has_prefixes and generation.startswith(YES) else "off",
         _tensor_parallel(model),
         _lora(model),
     ]
@@ -84,6 +85,14 @@ def _no(detail: str) -> str:
     else:
         reason = re.sub(r"\s+", " ", re.split("[;(]", detail)[0]).removeprefix("SoloError: ").strip()
     return f"no: {reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON].rstrip() + ' ...'}"
+
+
+def _generation(pipeline: GenerationPipeline, findings: Mapping[str, Finding]) -> str:
+    if not pipeline.use_cache:
+        return f"{YES}, without a cache"
+    if not pipeline.batches:
+        return f"{YES}, one chat at a time"
+    return _verdict(findings["batching"], findings["caching"])
 
 
 def _tensor_parallel(model: PreTrainedModel) -> str:
