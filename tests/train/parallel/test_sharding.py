@@ -170,7 +170,13 @@ def test_epoch_ends_on_all_ranks_together(runs, tmp_path, start):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}, {"compile": True}],
+    [
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective"},
+        {"compile": True},
+        {"compile": True, "activation_checkpointing": "full", "parallel": {"tensor": 2}},
+        {"compile": True, "activation_checkpointing": "selective", "parallel": {"tensor": 2}},
+    ],
     ids=str,
 )
 @pytest.mark.distributed
