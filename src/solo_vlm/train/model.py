@@ -66,9 +66,13 @@ def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedM
             use_float8(model, context.device)
     else:
         model, processor = _load_sharded(recipe, context)
-    use_activation_checkpointing(model, recipe.activation_checkpointing)
     isolate_documents(model)
-    if recipe.compile:
+    # torch cannot compile a checkpoint around layers that tensor parallelism splits, so it stays outside.
+    compile_first = recipe.activation_checkpointing == "full" and context.dims.tp > 1
+    if recipe.compile and compile_first:
+        compile_layers(model)
+    use_activation_checkpointing(model, recipe.activation_checkpointing)
+    if recipe.compile and not compile_first:
         compile_layers(model)
     return model.train(), processor
 
@@ -158,7 +162,8 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
     """Keep only the input of each decoder layer ("full"), or also its expensive results ("selective").
 
-    Call it before `compile_layers`: a selection is only effective inside compiled code.
+    Call it before `compile_layers`: a selection is only effective inside compiled code. "full" may also be
+    called after it.
 
     References: Chen et al. 2016, "Training deep nets with sublinear memory cost"; Korthikanti et al. 2022,
     "Reducing activation recomputation in large transformer models".
@@ -169,7 +174,8 @@ def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "select
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _checkpoint_policy)
     for layer in decoder_layers(model):
-        forward = partial(type(layer).forward, layer)  # the class's, so that layers share compiled code
+        # The class's, so that layers share compiled code; after `compile_layers`, the compiled one.
+        forward = vars(layer).get("forward") or partial(type(layer).forward, layer)
         layer.forward = partial(checkpoint, forward, **options)  # type: ignore[method-assign]
 
 

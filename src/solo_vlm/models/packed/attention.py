@@ -180,7 +180,7 @@ def packed_attention(
             "bidirectional_images works neither with capped scores nor with chunked attention"
         )
     if chunk is not None:
-        bounds, max_length_q = split_documents(bounds, chunk), None
+        bounds, max_length_q = split_documents(bounds, chunk), min(chunk, max_length_q or chunk)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (length, heads, d)
     images = image_index[0] if image_index is not None else None
@@ -188,7 +188,7 @@ def packed_attention(
         return _capped(q, k, v, bounds.long(), scaling, dropout, window, softcap, s_aux)[None], None
     if s_aux is not None:
         q, k, v, bounds, places = _prepend_sinks(q, k, v, bounds, s_aux, scaling)
-        max_length_q = None
+        max_length_q = max_length_q + 1 if max_length_q else None
         if images is not None:
             images = images.new_full((len(q),), -1).index_copy(0, places, images)
     width = max(q.shape[-1], v.shape[-1])  # latent attention has other values than queries; kernels do not
