@@ -23,8 +23,8 @@ from solo_vlm.check.certificate import (
     require_exact_packing,
 )
 from solo_vlm.check.probe import Probe
-from solo_vlm.check.properties import causality, gradients, labels, packing
-from solo_vlm.check.tiny import tiny_llm
+from solo_vlm.check.properties import caching, causality, gradients, labels, packing
+from solo_vlm.check.tiny import text_families, tiny_llm
 from solo_vlm.data.encode import Encoder
 from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.packed.attention import packed_attention
@@ -122,6 +122,19 @@ def test_family_trains_exactly_on_packed_documents(family):
         assert check(probe).status == "holds", check(probe)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", text_families())
+def test_every_family_is_exact_or_rejected(family):
+    probe = Probe(tiny_llm(family))
+    assert causality(probe).status == "holds"
+    try:
+        require_exact_packing(probe.model, family)
+    except SoloError as error:
+        assert "see solo check" in str(error)
+    else:
+        assert packing(probe).status == labels(probe).status == "holds"
+
+
 def test_labels_shifted_twice_are_found(probe, monkeypatch):
     forward = probe.model.forward
 
@@ -204,6 +217,13 @@ def test_cache_that_forgets_a_token_is_found(probe):
     found = failures(probe)
     assert found.keys() == {"caching"}
     assert found["caching"].layer == "layer 1 (MistralDecoderLayer)"
+
+
+@pytest.mark.parametrize(("index_topk", "status"), [(16, "differs"), (64, "holds")])
+def test_ties_of_sparse_attention_are_no_fault_of_the_cache(index_topk, status):
+    finding = caching(Probe(tiny_llm("glm_moe_dsa", index_topk=index_topk)))
+    assert finding.status == status
+    assert ("breaks ties" in finding.detail) == (status == "differs")
 
 
 def test_padding_that_is_not_masked_is_found():

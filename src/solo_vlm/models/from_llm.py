@@ -181,8 +181,8 @@ def compose(
     difference = (_text_logits(model, probe)[..., : expected.shape[-1]] - expected).abs().max().item()
     if difference > _LOGITS_TOLERANCE * max(1.0, expected.abs().max().item()):
         raise SoloError(
-            f"text logits differ from the LLM's by {difference:.2g}: SOLO does not reproduce the head of "
-            f"{type(language_model).__name__}; please report this architecture"
+            f"SOLO does not reproduce the head of {type(language_model).__name__}; text logits differ by "
+            f"{difference:.2g}: please report this architecture"
         )
     return SoloModelAndProcessor(model, processor, chat_template)
 
@@ -367,8 +367,8 @@ def _assemble(language_model: PreTrainedModel, config: SoloConfig) -> SoloForCon
     model.model.embed_vision_patch = make_patch_embedding(config).to(tokens.dtype)
     if differing := sorted(_shapes(model) ^ shapes):
         raise SoloError(
-            f"{family} cannot take new tokens: its {differing[0][0]} would not follow the "
-            "size of the vocabulary; choose another LLM"
+            f"{family} cannot take new tokens; the size of {differing[0][0]} does not follow the vocabulary: "
+            "choose another LLM"
         )
     embedded = model.model.embed_tokens(torch.arange(len(tokens), device=tokens.device))
     _initialize(model.model.embed_vision_patch, embedded)
