@@ -248,6 +248,14 @@ def test_wrong_patch_order_is_found(probe, monkeypatch):
     assert "patch 1 of 9" in found["patches"].detail
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("image_mean", [0.5, 0.5, 0.5]), ("vision_row_token_id", 50)], ids=str
+)
+def test_disagreement_of_model_and_processor_is_found(probe, setting, value):
+    setattr(probe.model.config, setting, value)
+    assert "in config.json" in failures(probe)["patches"].detail
+
+
 def test_padding_on_the_right_is_found(probe):
     probe.encoder.tokenizer.padding_side = "right"
     found = failures(probe)

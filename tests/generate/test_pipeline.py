@@ -53,6 +53,23 @@ def test_compile_is_rejected_where_a_static_cache_fails_or_changes_answers(famil
         pipeline(family, compile=True)
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_several_rows_per_chat_leave_the_prefix_cache_alone(options, picture):
+    ours, plain = pipeline(prefix_cache=PrefixCache()), pipeline()
+    inputs = plain.encode([ask("what is this?", picture(96, 64))])
+    for more in (options, {}, options):  # before and after the prompt is cached
+        assert ours.generate(inputs, 6, **more)[0].equal(plain.generate(inputs, 6, **more)[0])
+
+
+@pytest.mark.parametrize("family", ["minimax", "rwkv"])
+def test_beams_do_not_use_a_cache_that_cannot_be_reordered(family):
+    """That of MiniMax reorders only its keys and values in transformers 5.23."""
+    ours = pipeline(family)
+    inputs = ours.encode([ask("a red circle")])
+    expected = ours.model.generate(**inputs, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=False)
+    assert ours.generate(inputs, 6, num_beams=3)[0].equal(expected)
+
+
 def test_cache_that_fails_is_not_used(picture, caplog):
     """The cache of xLSTM has other sizes than its states in transformers 5.23."""
     ours = pipeline("xlstm")

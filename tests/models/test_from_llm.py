@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from solo_vlm.check.tiny import tiny_config
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.generate import GenerationPipeline
-from solo_vlm.models.from_llm import compose, from_llm
+from solo_vlm.models.from_llm import ImageDesign, compose, from_llm
 from solo_vlm.models.load import load_model
 from solo_vlm.utils.errors import SoloError
 
@@ -327,3 +327,15 @@ def test_real_llm_from_gguf(tmp_path, picture):
     ]
     assert "Paris" in answer
     assert pipeline.answer([ask("What is this?", picture(64, 64))], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("rwkv", "no layer of rwkv lets patches see later ones"),
+        *((family, f"{family} takes no masks of images") for family in ("nemotron_h", "opt")),
+    ],
+)
+def test_family_whose_patches_cannot_see_later_ones_is_rejected(family, reason):
+    with pytest.raises(SoloError, match=f"image_attention=bidirectional: {reason}.*: use causal"):
+        compose(*make_llm(family), design=ImageDesign("bidirectional"))

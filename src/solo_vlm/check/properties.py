@@ -196,12 +196,17 @@ def caching(probe: Probe) -> Finding:
 
 
 def patches(probe: Probe) -> Finding:
-    """Compare what the decoder receives at `<vpatch>` with patches cut, normalized and embedded here."""
+    """Compare what the decoder receives at `<vpatch>` with patches cut, normalized and embedded here.
+
+    The model and its processor also have to agree about tokens and normalization.
+    """
     if probe.is_foreign:
         return _image_places(probe)
     if not (probe.sees_images and probe.encoder):
         return Finding("skipped", "no processor" if probe.sees_images else "no images")
     processor, model = probe.encoder.processor, probe.model
+    if fault := _disagreement(model.config, processor):
+        return Finding("fails", fault)
     images = make_images(processor.image_processor)
     if not images:
         return Finding("skipped", "the image processor resizes images of every size")
@@ -454,6 +459,21 @@ def _layer_of_cache(probe: Probe, whole: dict[str, Any], length: int, uncached: 
         own = uncached.part(start=place, stop=place + 1)
         if parting := first_parting(trace(probe.model, token), own, probe.tolerance):
             return parting.layer
+    return None
+
+
+def _disagreement(config: Any, processor: Any) -> str | None:
+    """Return which setting of images differs between a SOLO model and its processor, if one does."""
+    names = ("image_token", "vision_start_token", "vision_row_token", "vision_end_token")
+    tokens = [getattr(processor, name) for name in names]
+    images = processor.image_processor
+    for what, own, others in (
+        ("vision_token_ids", config.vision_token_ids, processor.tokenizer.convert_tokens_to_ids(tokens)),
+        ("image_mean", config.image_mean, images.image_mean),
+        ("image_std", config.image_std, images.image_std),
+    ):
+        if list(own) != list(others):
+            return f"{what}: {list(own)} in config.json, {list(others)} in the processor's files"
     return None
 
 

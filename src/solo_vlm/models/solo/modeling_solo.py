@@ -542,7 +542,7 @@ def image_masks(
         (batch, 1, length, cached + length) mask, or a dict of masks by layer type.
 
     Raises:
-        ValueError: The attention implementation takes no masks.
+        ValueError: The attention implementation takes no masks, or transformers makes none for the family.
     """
     if config._attn_implementation not in _TAKE_MASKS:
         raise ValueError(
@@ -550,7 +550,7 @@ def image_masks(
             f"not with {config._attn_implementation}"
         )
     past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-    return create_masks_for_generate(
+    masks = create_masks_for_generate(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
@@ -558,6 +558,9 @@ def image_masks(
         position_ids=position_ids,
         block_sequence_ids=F.pad(index, (past, 0), value=-1),  # no image continues from the cache
     )
+    if masks is None or masks is attention_mask:  # transformers leaves them to the model
+        raise ValueError(f"transformers makes no masks of bidirectional images for {config.model_type}")
+    return masks
 
 
 def supervised_cross_entropy(
