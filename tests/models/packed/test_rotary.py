@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.factories import make_llm
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
+from solo_vlm.check.probe import Probe
+from solo_vlm.check.properties import packing
+from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.packed.groups import IsolationError
 from solo_vlm.models.packed.isolation import isolate_documents
 
@@ -48,6 +52,18 @@ def packed_and_alone(config, lengths):
 def test_longrope_depends_on_each_document_alone(lengths):
     packed, alone = packed_and_alone(Phi3Config(rope_parameters=LONGROPE, **SIZES), lengths)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("base", [None, 1e3])
+def test_longrope_counts_positions_of_images_in_two_dimensions(base):
+    """The first document has more tokens than the limit, but not more positions."""
+    rope = {**LONGROPE, "short_factor": [1.0] * 6, "long_factor": [6.0] * 6}
+    llm = make_llm(rope_parameters={**rope, "original_max_position_embeddings": 40})
+    solo = compose(*llm, design=ImageDesign(image_positions="2d", rope_base_2d=base))
+    solo.model.model.embed_vision_patch.weight.data.mul_(20.0)
+    shapes = ((10, (6, 6), 12), (7,), (30, (3, 4), 18))
+    finding = packing(Probe(solo.model, shapes=shapes))
+    assert finding.status == "holds", finding
 
 
 def test_dynamic_rope_is_refused_beyond_the_original_length():

@@ -26,7 +26,9 @@ def rotate_apart(rotary: nn.Module, row: PackedRow) -> None:
         if row.documents is None or limit is None:
             return forward(x, position_ids, *args, **kwargs)
         lengths = row.documents.bounds.diff()
-        is_long = lengths > limit
+        # As transformers does: by positions, which are fewer than tokens where images have 2-D positions.
+        longest = torch.segment_reduce(position_ids[0].double(), "max", lengths=lengths)
+        is_long = longest >= limit
         if not is_long.any():
             return forward(x, position_ids, *args, **kwargs)
         if "dynamic" in _rope_type(rotary, layer_type):
