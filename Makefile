@@ -25,7 +25,7 @@ OR_NONE = || { status=$$?; [ $$status -eq 5 ] || exit $$status; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test lint types format test-slow test-examples test-distributed test-gpu test-browser test-vllm fuzz docs docs-assets bench clean
+.PHONY: help venv quickstart test lint types format test-slow test-examples test-distributed test-gpu test-browser test-vllm fuzz docs docs-assets docs-models bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -146,6 +146,9 @@ docs: $(VENV)/.installed-docs  ## documentation, into site/; a broken link or re
 # Redraws the pictures in docs/assets/; needs Chromium, and npm for diagrams.
 docs-assets: $(VENV)/.installed-browser  ## diagrams and screenshots of the documentation, after `make quickstart`
 	@$(BIN)/python docs/make_assets.py --quickstart $(OUT) $(ARGS)
+
+docs-models: venv  ## table of the LLM families of the installed transformers, from tiny models
+	@$(BIN)/python docs/make_models.py $(ARGS)
 
 clean:  ## delete build products and caches; keeps the environment and runs/
 	@rm -rf build dist site test-artifacts .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -23,8 +23,8 @@ from solo_vlm.check.certificate import (
     require_exact_packing,
 )
 from solo_vlm.check.probe import Probe
-from solo_vlm.check.properties import causality, gradients, labels, packing
-from solo_vlm.check.tiny import tiny_llm
+from solo_vlm.check.properties import caching, causality, gradients, labels, packing
+from solo_vlm.check.tiny import text_families, tiny_llm
 from solo_vlm.data.encode import Encoder
 from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.packed.attention import packed_attention
@@ -122,6 +122,19 @@ def test_family_trains_exactly_on_packed_documents(family):
         assert check(probe).status == "holds", check(probe)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", text_families())
+def test_every_family_is_exact_or_rejected(family):
+    probe = Probe(tiny_llm(family))
+    assert causality(probe).status == "holds"
+    try:
+        require_exact_packing(probe.model, family)
+    except SoloError as error:
+        assert "see solo check" in str(error)
+    else:
+        assert packing(probe).status == labels(probe).status == "holds"
+
+
 def test_labels_shifted_twice_are_found(probe, monkeypatch):
     forward = probe.model.forward
 
@@ -206,6 +219,13 @@ def test_cache_that_forgets_a_token_is_found(probe):
     assert found["caching"].layer == "layer 1 (MistralDecoderLayer)"
 
 
+@pytest.mark.parametrize(("index_topk", "status"), [(16, "differs"), (64, "holds")])
+def test_ties_of_sparse_attention_are_no_fault_of_the_cache(index_topk, status):
+    finding = caching(Probe(tiny_llm("glm_moe_dsa", index_topk=index_topk)))
+    assert finding.status == status
+    assert ("breaks ties" in finding.detail) == (status == "differs")
+
+
 def test_padding_that_is_not_masked_is_found():
     """The recurrent layers of RecurrentGemma read padding on the left as tokens."""
     found = failures(Probe(tiny_llm("recurrent_gemma")))
@@ -226,6 +246,14 @@ def test_wrong_patch_order_is_found(probe, monkeypatch):
     assert found.keys() == {"patches"}
     assert found["patches"].layer == "embeddings"
     assert "patch 1 of 9" in found["patches"].detail
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("image_mean", [0.5, 0.5, 0.5]), ("vision_row_token_id", 50)], ids=str
+)
+def test_disagreement_of_model_and_processor_is_found(probe, setting, value):
+    setattr(probe.model.config, setting, value)
+    assert "in config.json" in failures(probe)["patches"].detail
 
 
 def test_padding_on_the_right_is_found(probe):

@@ -50,7 +50,7 @@ def inputs(tmp_path_factory):
         Image.new("RGB", (64, 32), (number, 0, 0)).save(folder / "images" / f"{number}.png")
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
     Image.fromarray(noise).save(folder / "noise.png")
-    (folder / "broken.jsonl").write_text("{}\n" * 600)
+    (folder / "broken.jsonl").write_text('{"messages": []}\n' * 600)
     (folder / "broken.yaml").write_text(yaml.safe_dump(broken_mixture(folder)))
     sizes = [(n, d) for n in (1e8, 3e8, 1e9, 3e9) for d in (1e10, 3e10, 1e11)]
     points = [f"{n},{d},{1.7 + 400 / n**0.34 + 410 / d**0.28}" for n, d in sizes]

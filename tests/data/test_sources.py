@@ -300,7 +300,7 @@ def test_broken_row_group_does_not_affect_others(tmp_path):
     ("name", "content", "message"),
     [
         ("x.parquet", b"PAR1 not really", "not a readable parquet file"),
-        ("x.csv", b"a,b", "expected files of one of the formats"),
+        ("x.xml", b"<a>", "expected files of one of the formats"),
         (None, b"", "no data files"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 from tests.factories import ask, make_llm, make_solo
 
 from solo_vlm.generate import BatchGenerator, GenerationPipeline, GenerationRequest, PrefixCache
+from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.utils.errors import SoloError
 
 
@@ -53,6 +54,23 @@ def test_compile_is_rejected_where_a_static_cache_fails_or_changes_answers(famil
         pipeline(family, compile=True)
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_several_rows_per_chat_leave_the_prefix_cache_alone(options, picture):
+    ours, plain = pipeline(prefix_cache=PrefixCache()), pipeline()
+    inputs = plain.encode([ask("what is this?", picture(96, 64))])
+    for more in (options, {}, options):  # before and after the prompt is cached
+        assert ours.generate(inputs, 6, **more)[0].equal(plain.generate(inputs, 6, **more)[0])
+
+
+@pytest.mark.parametrize("family", ["minimax", "rwkv"])
+def test_beams_do_not_use_a_cache_that_cannot_be_reordered(family):
+    """That of MiniMax reorders only its keys and values in transformers 5.23."""
+    ours = pipeline(family)
+    inputs = ours.encode([ask("a red circle")])
+    expected = ours.model.generate(**inputs, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=False)
+    assert ours.generate(inputs, 6, num_beams=3)[0].equal(expected)
+
+
 def test_cache_that_fails_is_not_used(picture, caplog):
     """The cache of xLSTM has other sizes than its states in transformers 5.23."""
     ours = pipeline("xlstm")
@@ -74,8 +92,9 @@ def uncached(pipeline: GenerationPipeline, chat, tokens: int) -> list[int]:
     return pipeline.model.generate(**inputs, **options)[0].tolist()
 
 
-@pytest.mark.parametrize("cache", [None, PrefixCache()])
-def test_answer_beyond_the_original_length_of_long_rope(cache, picture):
+@pytest.mark.parametrize("positions", ["1d", "2d"])
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_answer_beyond_the_original_length_of_long_rope(has_cache, positions, picture):
     """All keys change there: those of the prompt, of a cached prefix, and of shorter chats in a batch."""
     rope = {
         "rope_type": "longrope",
@@ -85,9 +104,11 @@ def test_answer_beyond_the_original_length_of_long_rope(cache, picture):
         "original_max_position_embeddings": 40,
         "factor": 12.8,
     }
-    ours = pipeline("llama", prefix_cache=cache, settings={"rope_parameters": rope})
+    solo = compose(*make_llm(rope_parameters=rope), design=ImageDesign(image_positions=positions))
+    solo.model.model.embed_vision_patch.weight.data.mul_(20.0)
+    ours = GenerationPipeline(solo.model, solo.processor, PrefixCache() if has_cache else None)
     ours.model.generation_config.eos_token_id = None
-    chats = [ask("what is this?", picture(96, 64)), ask("hello"), ask("a red circle?", picture(32, 64))]
+    chats = [ask("what is this?", picture(96, 160)), ask("hello"), ask("a red circle?", picture(32, 64))]
     for tokens in (4, 30, 4):
         expected = [uncached(ours, chat, tokens) for chat in chats]
         lengths = [len(ids) for ids in expected]

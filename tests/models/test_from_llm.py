@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from tests.factories import LLM_CONFIGS, ask, make_llm, make_solo
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from solo_vlm.check.tiny import tiny_config
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.generate import GenerationPipeline
-from solo_vlm.models.from_llm import compose, from_llm
+from solo_vlm.models.from_llm import ImageDesign, compose, from_llm
 from solo_vlm.models.load import load_model
 from solo_vlm.utils.errors import SoloError
 
@@ -75,6 +77,28 @@ def test_text_logits_equal_the_llm(family, tmp_path):
     assert again.config.text_config.vocab_size % 64 == 0
     is_tied = again.lm_head.weight is again.get_input_embeddings().weight
     assert is_tied == (llm.get_output_embeddings().weight is llm.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "vision"),
+    [
+        ("gemma3", {"image_size": 28, "patch_size": 14}),
+        ("qwen3_5", {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}),
+    ],
+)
+def test_multimodal_checkpoint_becomes_a_model_by_its_text_model(family, vision, tmp_path):
+    _, tokenizer = make_llm()
+    text = tiny_config(f"{family}_text", vocab_size=len(tokenizer), final_logit_softcapping=None)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CONFIG_MAPPING[family](text_config=text.to_dict(), vision_config=sizes | vision)
+    multimodal = AutoModelForImageTextToText.from_config(config).eval()
+    multimodal.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids = torch.randint(len(tokenizer), (1, 40), generator=torch.Generator().manual_seed(1))
+    solo = from_llm(tmp_path).model
+    assert solo.config.text_config.model_type == f"{family}_text"
+    expected = logits(multimodal, ids)
+    assert torch.equal(logits(solo, ids)[..., : expected.shape[-1]], expected)
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
@@ -303,3 +327,15 @@ def test_real_llm_from_gguf(tmp_path, picture):
     ]
     assert "Paris" in answer
     assert pipeline.answer([ask("What is this?", picture(64, 64))], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("rwkv", "no layer of rwkv lets patches see later ones"),
+        *((family, f"{family} takes no masks of images") for family in ("nemotron_h", "opt")),
+    ],
+)
+def test_family_whose_patches_cannot_see_later_ones_is_rejected(family, reason):
+    with pytest.raises(SoloError, match=f"image_attention=bidirectional: {reason}.*: use causal"):
+        compose(*make_llm(family), design=ImageDesign("bidirectional"))

@@ -56,6 +56,17 @@ def test_design_unsupported_by_vllm_is_rejected(tmp_path, run, design):
     assert "--engine vllm runs causal attention with 1-D positions only" in error
 
 
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [("granite", "logits_scaling"), ("gemma2", "final_logit_softcapping"), ("phi", "the bias of its head")],
+)
+def test_decoder_whose_logits_vllm_would_change_is_rejected(tmp_path, run, family, part):
+    make_solo(family).save(tmp_path / "model")
+    code, _, error = run("serve", "--model", tmp_path / "model", "--engine", "vllm")
+    assert code == 2
+    assert f"vLLM does not apply {part} of {family} models" in error
+
+
 # ------------------------------------------------------------------------------------- with vLLM installed
 
 

@@ -113,8 +113,9 @@ def test_trainable_all_trains_every_parameter():
 
 
 @pytest.mark.parametrize("settings", [{"trainable": "new_tokens"}, {"lora": {}}])
-def test_new_adapters_keep_logits(settings):
-    solo = make_solo()
+@pytest.mark.parametrize("family", ["llama", "phimoe"])  # routers of phimoe are linear layers
+def test_new_adapters_keep_logits(family, settings):
+    solo = make_solo(family)
     ids = torch.tensor([[5, 6, 7, solo.model.config.vision_start_token_id, 8]])
     before = solo.model(input_ids=ids).logits
     set_trainable(solo.model, recipe(**settings))

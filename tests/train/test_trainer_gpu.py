@@ -144,6 +144,34 @@ def test_attention_matches_reference(monkeypatch, dtype, size, window, scale, is
     assert max(map(distance, ours, reference)) < tolerance
 
 
+@pytest.mark.parametrize(("window", "is_flash"), [(None, True), (33, False)])
+def test_attention_with_sinks_matches_float64(monkeypatch, window, is_flash):
+    lengths = [1, 7, 128, 1000, 3, 640, 2, 300]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    states = [torch.randn(1, heads, sum(lengths), 64, dtype=torch.bfloat16) for heads in (8, 2, 2)]
+    states.append(torch.randn(8, dtype=torch.bfloat16))
+    flash, calls = attention._flash, []
+    monkeypatch.setattr(attention, "_flash", lambda *given: calls.append(1) or flash(*given))
+
+    def attend(device, dtype):
+        inputs = [part.to(device, dtype).requires_grad_() for part in states]
+        output, _ = packed_attention(
+            None,
+            *inputs[:3],
+            None,
+            s_aux=inputs[3],
+            sliding_window=window,
+            cu_seq_lens_q=bounds.to(device),
+            max_length_q=max(lengths),
+        )
+        weight = torch.linspace(-1, 1, output.numel(), dtype=dtype, device=device).view_as(output)
+        return [output, *torch.autograd.grad((output * weight).sum(), inputs)]
+
+    ours, expected = attend(DEVICE, torch.bfloat16), attend("cpu", torch.float64)
+    assert bool(calls) == is_flash
+    assert max(distance(one, other.to(DEVICE)) for one, other in zip(ours, expected, strict=True)) < 2e-2
+
+
 @pytest.mark.parametrize("family", LLM_CONFIGS)
 def test_packed_logits_match_each_document_alone(family):
     """In bfloat16, packed logits are as close to float32 as those of plain attention per document."""

@@ -20,6 +20,7 @@ WINDOW = 8
 _NOISE = 0.1  # standard deviation of weights, and of what else would be constant
 _VOCABULARY = 320
 
+# An indexer has many heads, because scores of few of them tie at zero, where its choice is arbitrary.
 _SIZES = {
     64: """
         hidden_size d_model n_embd embedding_size word_embed_proj_dim lru_width emb_dim embedding_dim
@@ -37,7 +38,7 @@ _SIZES = {
     4: """
         num_hidden_layers n_layer n_layers num_layers num_blocks num_attention_heads n_head n_heads
         num_heads linear_num_value_heads linear_num_heads swa_num_attention_heads num_experts
-        n_routed_experts num_local_experts moe_num_experts index_n_heads indexer_n_heads zero_expert_num
+        n_routed_experts num_local_experts moe_num_experts zero_expert_num
     """,
     2: """
         num_key_value_heads num_kv_heads n_head_kv swa_num_key_value_heads linear_num_key_heads
@@ -52,7 +53,8 @@ _SIZES = {
         head_dim swa_head_dim qk_rope_head_dim qk_nope_head_dim linear_key_head_dim linear_value_head_dim
         linear_head_dim index_head_dim indexer_head_dim mamba_d_state mamba_dt_rank state_size
         time_step_rank ssm_state_size chunk_size mamba_chunk_size kv_channels hidden_size_per_layer_input
-        laurel_rank d_rel index_topk indexer_budget
+        laurel_rank d_rel index_topk indexer_budget index_n_heads
+        indexer_n_heads
     """,
     24: "v_head_dim",
     512: """
@@ -133,11 +135,11 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "lfm2_moe": _CONV_AND_FULL,
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "mellum": _WINDOWED_AND_FULL,
-    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "minimax_m3_vl_text": {"index_n_heads": 4, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "ministral": _WINDOWED_AND_FULL,
     "qwen4_exp_text": {
         "eos_token_id": 2,
-        "indexer_n_heads": 4,
+        "indexer_n_heads": 16,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
         "indexer_budget": 16,

@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 MIN_TEMPERATURE = 1e-4  # dividing logits by less would overflow
 _SORT_WINDOW = 16  # batches sorted by length together; their images are in memory at the same time
+_ROWS_PER_CHAT = ("num_beams", "num_return_sequences")  # options by which `generate` repeats a prompt
 _PREFETCH = 4  # batches encoded ahead of the model
 
 T = TypeVar("T")
@@ -250,7 +251,7 @@ class GenerationPipeline:
 
     @torch.inference_mode()
     def generate(self, inputs: Any, max_new_tokens: int, **options: Any) -> tuple[torch.Tensor, int]:
-        """Generate token IDs; a single chat goes through the prefix cache.
+        """Generate token IDs; a single chat with a single answer goes through the prefix cache.
 
         Args:
             inputs: Result of `encode`.
@@ -270,7 +271,8 @@ class GenerationPipeline:
         length = prompt_length + max_new_tokens
         if rows > 1 and not self.may_batch(length):
             raise SoloError(f"answers of up to {length} tokens depend on their batch: generate one at a time")
-        if self.prefix_cache and rows == 1 and length <= self._max_shared_length:
+        is_single = rows == 1 and all(options.get(name, 1) == 1 for name in _ROWS_PER_CHAT)
+        if self.prefix_cache and is_single and length <= self._max_shared_length:
             prompt = prompt_key(inputs, self.model.config.image_token_id)
             cached, cache = self.prefix_cache.find(prompt)
             rest = drop_cached_images(inputs, prompt[:cached])
@@ -280,7 +282,8 @@ class GenerationPipeline:
             answer = sequences[0, len(prompt) :].cpu().numpy()
             self.prefix_cache.add(np.concatenate([prompt, answer]), cache)
             return sequences, cached
-        if not self.use_cache:
+        reorders = options.get("num_beams", 1) > 1
+        if not self.use_cache or (reorders and not _takes_dynamic_cache(self.model)):
             options["use_cache"] = False
         elif self.compile:
             options["cache_implementation"] = "static"

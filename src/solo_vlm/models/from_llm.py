@@ -176,14 +176,36 @@ def compose(
     )
     model = _assemble(language_model, config)
     model.generation_config = _generation_config(language_model, processor, config)
-
+    if design.image_attention == "bidirectional":
+        _check_image_attention(model)
     difference = (_text_logits(model, probe)[..., : expected.shape[-1]] - expected).abs().max().item()
     if difference > _LOGITS_TOLERANCE * max(1.0, expected.abs().max().item()):
         raise SoloError(
-            f"text logits differ from the LLM's by {difference:.2g}: SOLO does not reproduce the head of "
-            f"{type(language_model).__name__}; please report this architecture"
+            f"SOLO does not reproduce the head of {type(language_model).__name__}; text logits differ by "
+            f"{difference:.2g}: please report this architecture"
         )
     return SoloModelAndProcessor(model, processor, chat_template)
+
+
+@torch.no_grad()
+def _check_image_attention(model: SoloForConditionalGeneration) -> None:
+    """Reject decoders in which a patch cannot see a later patch of its image."""
+    family, (patch, start, _, end) = model.config.text_config.model_type, model.config.vision_token_ids
+    ids = torch.tensor([[start, patch, patch, end]], device=model.device)
+    images = torch.zeros(2, 2, model.config.patch_dim, dtype=torch.uint8, device=model.device)
+    images[1, 1] = 255  # the second patch
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    try:
+        one, other = (model.model(**inputs, pixel_values=image).last_hidden_state for image in images)
+    except Exception as error:  # of any type, from the code of any family
+        raise SoloError(
+            f"image_attention=bidirectional: {family} takes no masks of images "
+            f"({first_line(error)}): use causal"
+        ) from error
+    if one[0, 1].equal(other[0, 1]):
+        raise SoloError(
+            f"image_attention=bidirectional: no layer of {family} lets patches see later ones: use causal"
+        )
 
 
 def _check_causality(language_model: PreTrainedModel, logits: Tensor) -> None:
@@ -345,8 +367,8 @@ def _assemble(language_model: PreTrainedModel, config: SoloConfig) -> SoloForCon
     model.model.embed_vision_patch = make_patch_embedding(config).to(tokens.dtype)
     if differing := sorted(_shapes(model) ^ shapes):
         raise SoloError(
-            f"{family} cannot take new tokens: its {differing[0][0]} would not follow the "
-            "size of the vocabulary; choose another LLM"
+            f"{family} cannot take new tokens; the size of {differing[0][0]} does not follow the vocabulary: "
+            "choose another LLM"
         )
     embedded = model.model.embed_tokens(torch.arange(len(tokens), device=tokens.device))
     _initialize(model.model.embed_vision_patch, embedded)

@@ -21,6 +21,16 @@ _BACKEND = "vllm.model_executor.models.transformers:TransformersMultiModalForCau
 # vLLM downloads images from anywhere, private networks included, unless it has a list of allowed hosts. This
 # host can never exist (RFC 6761).
 _NO_HOST = "images.invalid"
+# Factors and caps of logits, and embeddings per layer, beyond the `logit_scale` that vLLM's backend applies.
+_DECODER_PARTS = (
+    "logits_scaling",
+    "lm_head_multiplier",
+    "logits_mup_width_multiplier",
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "hidden_size_per_layer_input",
+)
 _SUPPORTED_LIMITS = ("max_batch", "max_images", "max_tokens")
 
 
@@ -37,13 +47,24 @@ def register() -> None:
 
 
 def check_design(model: str) -> None:
-    """Check that vLLM, which sees neither images nor positions as we do, can run a model.
+    """Check that vLLM's backend for transformers models computes what a model does.
 
     Raises:
-        SoloError: The model is not readable, or not purely causal with 1-D positions.
+        SoloError: The model is not readable, not purely causal with 1-D positions, or its decoder has parts
+            that the backend does not know to apply.
     """
     config = load_config(model)
-    if isinstance(config, SoloConfig) and config.locates_images:
+    if not isinstance(config, SoloConfig):
+        return
+    text = config.text_config
+    parts = [name for name in _DECODER_PARTS if getattr(text, name, None) not in (None, 0, 1.0)]
+    if config.lm_head_bias:
+        parts.append("the bias of its head")
+    if parts:
+        raise SoloError(
+            f"--engine vllm: vLLM does not apply {parts[0]} of {text.model_type} models; leave --engine out"
+        )
+    if config.locates_images:
         raise SoloError(
             f"--engine vllm runs causal attention with 1-D positions only, but {model} has image_attention="
             f"{config.image_attention} and image_positions={config.image_positions}: leave --engine out"

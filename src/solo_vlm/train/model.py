@@ -66,9 +66,13 @@ def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedM
             use_float8(model, context.device)
     else:
         model, processor = _load_sharded(recipe, context)
-    use_activation_checkpointing(model, recipe.activation_checkpointing)
     isolate_documents(model)
-    if recipe.compile:
+    # torch cannot compile a checkpoint around layers that tensor parallelism splits, so it stays outside.
+    compile_first = recipe.activation_checkpointing == "full" and context.dims.tp > 1
+    if recipe.compile and compile_first:
+        compile_layers(model)
+    use_activation_checkpointing(model, recipe.activation_checkpointing)
+    if recipe.compile and not compile_first:
         compile_layers(model)
     return model.train(), processor
 
@@ -125,7 +129,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSettings | None, new_tokens: 
             "lora_alpha": lora.alpha,
             "lora_dropout": lora.dropout,
             "target_modules": _lora_targets(model, lora),
-            "exclude_modules": [PATCH_EMBEDDING, HEAD],
+            "exclude_modules": [PATCH_EMBEDDING, HEAD, *_routers(model)],
         }
     if model.config.model_type == "solo":
         settings["modules_to_save"] = [PATCH_EMBEDDING]
@@ -158,7 +162,8 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
     """Keep only the input of each decoder layer ("full"), or also its expensive results ("selective").
 
-    Call it before `compile_layers`: a selection is only effective inside compiled code.
+    Call it before `compile_layers`: a selection is only effective inside compiled code. "full" may also be
+    called after it.
 
     References: Chen et al. 2016, "Training deep nets with sublinear memory cost"; Korthikanti et al. 2022,
     "Reducing activation recomputation in large transformer models".
@@ -169,7 +174,8 @@ def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "select
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _checkpoint_policy)
     for layer in decoder_layers(model):
-        forward = partial(type(layer).forward, layer)  # the class's, so that layers share compiled code
+        # The class's, so that layers share compiled code; after `compile_layers`, the compiled one.
+        forward = vars(layer).get("forward") or partial(type(layer).forward, layer)
         layer.forward = partial(checkpoint, forward, **options)  # type: ignore[method-assign]
 
 
@@ -234,13 +240,22 @@ def _lora_targets(model: PreTrainedModel, lora: LoraSettings) -> str | list[str]
     if isinstance(lora.targets, str):
         return lora.targets
     linear = {name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    names = linear - {PATCH_EMBEDDING, HEAD}
+    names = linear - {PATCH_EMBEDDING, HEAD} - _routers(model)
     if unknown := set(lora.targets) - names:
         raise SoloError(
             f"lora.targets: the decoder has no linear layer {', '.join(sorted(unknown))}; "
             f"it has {', '.join(sorted(names))}"
         )
     return list(lora.targets)
+
+
+def _routers(model: PreTrainedModel) -> set[str]:
+    """Return the names of linear layers that choose experts and return tuples, which PEFT cannot adapt."""
+    return {
+        name.split(".")[-1]
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and "Router" in type(layer).__name__
+    }
 
 
 def _vision_token_rows(model: PreTrainedModel) -> dict[str, list[int]]:

@@ -97,6 +97,7 @@ def test_losses_match_single_process(runs, tmp_path, start, family, size, tensor
         ("granitemoe", {"lora": {"rank": 2}}),
         ("qwen3_moe", {"parallel": {"tensor": 2}}),
         ("jetmoe", {}),
+        ("qwen3_next", {"activation_checkpointing": "full"}),
         ("deepseek_v3", {"router_aux_loss": "auto"}),
     ],
     ids=str,
@@ -169,7 +170,13 @@ def test_epoch_ends_on_all_ranks_together(runs, tmp_path, start):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}, {"compile": True}],
+    [
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective"},
+        {"compile": True},
+        {"compile": True, "activation_checkpointing": "full", "parallel": {"tensor": 2}},
+        {"compile": True, "activation_checkpointing": "selective", "parallel": {"tensor": 2}},
+    ],
     ids=str,
 )
 @pytest.mark.distributed

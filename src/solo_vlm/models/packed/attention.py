@@ -57,14 +57,16 @@ class PackedMask:
     def dense(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, images: Tensor | None = None
     ) -> Tensor:
-        """Return the mask of a group of documents as transformers' eager attention adds it to scores.
+        """Return the mask of a group of documents as attention of transformers takes it.
 
         Args:
             shape: Number of documents, and their length.
+            dtype: `torch.bool` for sdpa, the dtype of the scores for eager attention, which adds it to them.
             images: (documents, length), image of each patch, -1 for text; see `packed_attention`.
 
         Returns:
-            (documents, 1, length, length): 0 where attention is allowed, the lowest number elsewhere.
+            (documents, 1, length, length): True or 0 where attention is allowed, False or the lowest number
+            elsewhere.
         """
         position = torch.arange(shape[1], device=device)
         allowed = _allowed(position, position, self.window)
@@ -72,8 +74,11 @@ class PackedMask:
             chunk = position // self.chunk
             allowed &= chunk[:, None] == chunk[None]
         allowed = allowed[None, None] if images is None else _image_mask(images, allowed)
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
-        return mask.masked_fill(~allowed, torch.finfo(dtype).min).expand(shape[0], -1, -1, -1)
+        mask = allowed
+        if dtype != torch.bool:
+            mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+            mask = mask.masked_fill(~allowed, torch.finfo(dtype).min)
+        return mask.expand(shape[0], -1, -1, -1)
 
 
 def packed_mask(
@@ -170,20 +175,18 @@ def packed_attention(
     if attention_mask is None:
         attention_mask = PackedMask(window=sliding_window)
     window, chunk = attention_mask.window, attention_mask.chunk
-    if image_index is not None and (softcap is not None or chunk is not None):
-        raise IsolationError(
-            "bidirectional_images works neither with capped scores nor with chunked attention"
-        )
+    if image_index is not None and chunk is not None:
+        raise IsolationError("bidirectional attention within images does not work with chunked attention")
     if chunk is not None:
-        bounds, max_length_q = split_documents(bounds, chunk), None
+        bounds, max_length_q = split_documents(bounds, chunk), min(chunk, max_length_q or chunk)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (length, heads, d)
     images = image_index[0] if image_index is not None else None
     if softcap is not None:
-        return _capped(q, k, v, bounds.long(), scaling, dropout, window, softcap, s_aux)[None], None
+        return _capped(q, k, v, bounds.long(), scaling, dropout, window, softcap, s_aux, images)[None], None
     if s_aux is not None:
         q, k, v, bounds, places = _prepend_sinks(q, k, v, bounds, s_aux, scaling)
-        max_length_q = None
+        max_length_q = max_length_q + 1 if max_length_q else None
         if images is not None:
             images = images.new_full((len(q),), -1).index_copy(0, places, images)
     width = max(q.shape[-1], v.shape[-1])  # latent attention has other values than queries; kernels do not
@@ -322,6 +325,7 @@ def _capped(
     window: int | None,
     softcap: float,
     sinks: Tensor | None,
+    images: Tensor | None,
 ) -> Tensor:
     """Return (length, num_heads, value_dim) by attention with capped scores, which no fused kernel computes.
 
@@ -337,8 +341,12 @@ def _capped(
         for part in position.split(step):
             end = int(part[-1]) + 1
             start = 0 if window is None else max(0, int(part[0]) + 1 - window)
+            shown = None
+            if images is not None:  # which can reach beyond, and behind a window
+                start, end = 0, len(position)
+                shown = (images[index[:, part]], images[index])
             states = (query[index[:, part]].transpose(1, 2), k[:, :, start:end], v[:, :, start:end])
-            options = (part, position[start:end], window, scaling, dropout, softcap, sinks)
+            options = (part, position[start:end], window, scaling, dropout, softcap, sinks, shown)
             parts.append(checkpoint(_capped_part, *states, *options, use_reentrant=False))
         outputs.append(torch.cat(parts, 2).transpose(1, 2)[valid])
         positions.append(index[valid])
@@ -356,10 +364,14 @@ def _capped_part(
     dropout: float,
     softcap: float,
     sinks: Tensor | None,
+    images: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Return (documents, num_heads, queries, value_dim) for some queries and the keys they can see."""
     scores = torch.tanh(query @ key.transpose(-1, -2) * scaling / softcap) * softcap
     allowed = _allowed(query_position, key_position, window)
+    if images is not None:
+        of_queries, of_keys = images[0][:, None, :, None], images[1][:, None, None, :]
+        allowed = allowed | (of_queries == of_keys) & (of_queries >= 0)
     scores = scores.float().masked_fill(~allowed, float("-inf"))
     if sinks is not None:
         column = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from solo_vlm.models.packed.attention import packed_attention, packed_mask
 from solo_vlm.models.packed.recurrence import CACHES, PackedRow, close_mask, compute_apart
+from solo_vlm.models.packed.rotary import rotate_apart
 from solo_vlm.models.solo.modeling_solo import PACKED_ATTENTION
 from solo_vlm.utils.errors import SoloError
 
@@ -91,6 +92,9 @@ def _isolate(model: PreTrainedModel, attention: str | None) -> PackedRow:
         else:
             dense = "sdpa" if attention == "sdpa" else "eager"
             compute_apart(layer, row, dense if attends[layer] else None, pad=not _chooses_tokens(layer))
+    for module in list(model.modules()):
+        if hasattr(module, "rope_type"):
+            rotate_apart(module, row)
     row.follow(model)
     return row
 

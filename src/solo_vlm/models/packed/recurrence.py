@@ -160,11 +160,11 @@ def compute_apart(layer: nn.Module, row: PackedRow, attention: str | None = None
             )
         for name in _ROW:
             arguments.pop(name, None)
-        images, length = arguments.pop("image_index", None), row.documents.length
+        cut = partial(_cut, arguments, arguments.pop("image_index", None), row.documents.length, attention)
         results, positions = [], []
         with _using(layer, attention) if attention else nullcontext():
             for index, valid in row.documents.groups[pad]:
-                results.append((forward(**_cut(arguments, images, index, length)), valid))
+                results.append((forward(**cut(index)), valid))
                 positions.append(index[valid])
         return _join(results, torch.cat(positions).argsort())
 
@@ -230,12 +230,14 @@ def _closed(mask: Any, bounds: Tensor) -> Tensor:
     return mask.masked_fill(is_other, hides if is_bool else torch.finfo(mask.dtype).min)
 
 
-def _cut(arguments: dict[str, Any], images: Tensor | None, index: Tensor, length: int) -> dict[str, Any]:
+def _cut(
+    arguments: dict[str, Any], images: Tensor | None, length: int, attention: str | None, index: Tensor
+) -> dict[str, Any]:
     """Return a layer's arguments for a group of documents, whose tokens are `index`, (documents, longest)."""
     states = next((value for value in arguments.values() if _is_states(value)), None)
     if states is not None and states.shape[:2] != (1, length):
         raise IsolationError(f"states of shape {tuple(states.shape)} are no packed row of {length} tokens")
-    dtype = torch.float32 if states is None else states.dtype
+    dtype = torch.bool if attention == "sdpa" or states is None else states.dtype
 
     def cut(name: str, value: Any) -> Any:
         if isinstance(value, PackedMask):

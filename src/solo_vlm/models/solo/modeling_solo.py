@@ -398,9 +398,16 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         Add the `image_layout` of the new tokens, which depends on the whole sequence. Start anew where
         LongRoPE changes the keys of all tokens, and at each step of a decoder without a cache.
         """
+        layout = None
+        if self.config.locates_images:
+            layout = image_layout(input_ids, self.config.vision_token_ids)  # (4, batch, length)
         limit = long_rope_length(self.config.text_config)
-        if limit and past_key_values and past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
-            past_key_values = None
+        if limit and past_key_values and (cached := past_key_values.get_seq_length()):
+            position = torch.arange(input_ids.shape[1], device=input_ids.device)
+            if layout is not None and self.config.image_positions == "2d":
+                position = position + layout[1]
+            if position[..., :cached].max() < limit <= position.max():
+                past_key_values = None
         if all(past is None for past in (past_key_values, kwargs.get("cache_params"), kwargs.get("state"))):
             next_sequence_length, is_first_iteration = None, True
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
@@ -411,8 +418,8 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         new = inputs["input_ids"]
-        if self.config.locates_images and new is not None:
-            inputs["layout"] = image_layout(input_ids, self.config.vision_token_ids)[..., -new.shape[-1] :]
+        if layout is not None and new is not None:
+            inputs["layout"] = layout[..., -new.shape[-1] :]
         return inputs
 
     def _supports_default_dynamic_cache(self) -> bool:
@@ -542,7 +549,7 @@ def image_masks(
         (batch, 1, length, cached + length) mask, or a dict of masks by layer type.
 
     Raises:
-        ValueError: The attention implementation takes no masks.
+        ValueError: The attention implementation takes no masks, or transformers makes none for the family.
     """
     if config._attn_implementation not in _TAKE_MASKS:
         raise ValueError(
@@ -550,7 +557,7 @@ def image_masks(
             f"not with {config._attn_implementation}"
         )
     past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-    return create_masks_for_generate(
+    masks = create_masks_for_generate(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
@@ -558,6 +565,9 @@ def image_masks(
         position_ids=position_ids,
         block_sequence_ids=F.pad(index, (past, 0), value=-1),  # no image continues from the cache
     )
+    if masks is None or masks is attention_mask:  # transformers leaves them to the model
+        raise ValueError(f"transformers makes no masks of bidirectional images for {config.model_type}")
+    return masks
 
 
 def supervised_cross_entropy(

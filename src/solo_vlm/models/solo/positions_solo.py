@@ -171,7 +171,10 @@ def _rotate(
     if layout is None:
         return None
     layer_type = kwargs.get("layer_type", args[2] if len(args) > 2 else None)
-    frequencies: Any = getattr(module, f"{layer_type}_inv_freq" if layer_type else "inv_freq")
+    prefix = f"{layer_type}_" if layer_type else ""
+    frequencies: Any = getattr(module, f"{prefix}inv_freq")
+    # LongRoPE changes its frequencies with the length of a text, which rows and columns do not have.
+    frequencies = getattr(module, f"{prefix}original_inv_freq", frequencies).to(frequencies.device)
     number = frequencies.numel()
     if base is not None:
         frequencies = base ** -(torch.arange(number, device=frequencies.device) / number)

@@ -5,7 +5,7 @@ PyTorch saves them for the backward pass of transformers' decoders, by the metho
 "Reducing Activation Recomputation in Large Transformer Models", section 4, adapted to flash attention, gated
 MLPs, grouped queries, RMS norms in float32, no dropout, and a chunked loss. Not counted: the CUDA context
 (about 0.5 GiB), NCCL buffers and fragmentation. torch.compile saves less; attention that saves its scores
-(Gemma 2's eager attention) saves far more.
+(eager attention) saves far more.
 """
 
 from __future__ import annotations
