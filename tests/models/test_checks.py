@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from importlib.util import find_spec
@@ -91,6 +92,20 @@ def test_absurd_sizes_are_rejected(solo, llm, setting):
         with pytest.raises(SoloError, match=r"config\.json") as caught:
             load(folder)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", ["rms_norm_eps", "rope_parameters"])
+def test_settings_that_are_not_a_number_are_rejected(solo, llm, setting):
+    nan = float("nan")
+    for folder, load in ((solo, load_model), (llm, load_llm)):
+        set_config(folder, **{setting: {"rope_theta": nan} if setting == "rope_parameters" else nan})
+        with pytest.raises(SoloError, match=r"config\.json.* NaN"):
+            load(folder)
+
+
+def test_infinite_limits_are_accepted(llm):
+    set_config(llm, time_step_limit=[0.0, float("inf")])
+    load_config(llm)
 
 
 def test_large_numbers_that_are_no_sizes_are_accepted(llm):
@@ -306,6 +321,14 @@ def test_unreadable_config_is_rejected(solo, text):
     for load in (load_model, load_processor, load_config, load_encoder):
         with pytest.raises(SoloError, match=r"config\.json"):
             load(solo)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_pipe_is_rejected(solo, name):
+    (solo / name).unlink()
+    os.mkfifo(solo / name)
+    with pytest.raises(SoloError, match=f"{name} is not a regular file"):
+        load_model(solo)
 
 
 def test_endless_template_is_rejected_when_it_is_used(solo):

@@ -103,6 +103,18 @@ def test_server_stays_responsive_during_a_body_in_tiny_chunks(solo):
         assert answers == 4
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/health"])
+def test_request_of_two_lengths_ends_its_connection(server, path):
+    """A proxy that believes the other length takes a part of the body for the next request."""
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    lengths = "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    connection = server.connect(f"{head}{lengths}0\r\n\r\n".encode() + GET)
+    with connection.makefile("rb") as answer:
+        received = answer.read()
+    assert received.startswith(b"HTTP/1.1 400")
+    assert received.count(b"HTTP/1.1") == 1
+
+
 def test_malformed_requests_are_not_logged(server, caplog):
     upgrade = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
     for request in (b"\x16\x03\x01\r\n\r\n", GET.replace(b"Host", b"H st"), upgrade, http_request(b"{")):

@@ -176,3 +176,32 @@ def test_sigterm_ends_a_busy_server_within_its_limit(solo, tmp_path, drain_secon
         output = process.stderr.read()
         assert output.count("\n") == 1
         assert f"requests unfinished after --max-drain-seconds {drain_seconds}: 18" in output
+
+
+# The signals arrive when the URL has been printed: a supervisor may stop a server as soon as it is ready.
+STOPPED_WHEN_READY = """
+    import signal, sys
+    from solo_vlm.cli import main, serve
+
+    names = sys.argv.pop()
+
+    def print_and_stop(*_, **__):
+        for name in names.split(","):
+            signal.raise_signal(signal.Signals[name])
+
+    serve.__globals__["STDERR"].print = print_and_stop
+    main()
+"""
+
+
+@pytest.mark.parametrize("signals", ["SIGTERM", "SIGINT", "SIGTERM,SIGTERM", "SIGINT,SIGINT"])
+def test_signals_to_a_server_that_just_became_ready_stop_it(solo, tmp_path, signals):
+    solo.save(tmp_path)
+    command = ["serve", "--model", str(tmp_path), "--port", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STOPPED_WHEN_READY), *command, signals],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -43,8 +43,9 @@ def check_files(path: str | Path) -> None:
     folder, and SOLO_MAX_FILE_BYTES is the largest size of a file other than weights.
 
     Raises:
-        SoloError: A link leads out of the folder, a file other than weights is too large, `config.json` has
-            absurd sizes, or a shard that the index lists is missing or elsewhere.
+        SoloError: A link leads out of the folder, a file is a pipe or device, one other than weights is too
+            large, `config.json` has absurd sizes or NaN, or a shard that the index lists is missing or
+            elsewhere.
     """
     folder = Path(path)
     if folder.is_file():
@@ -59,6 +60,8 @@ def check_files(path: str | Path) -> None:
                 f"{file} is a link to {file.readlink()}, outside of the model's folder: copy the file, or "
                 "set SOLO_ALLOW_OUTSIDE_FILES=1"
             )
+        if file.exists() and not (file.is_file() or file.is_dir()):  # reading a pipe may never end
+            raise SoloError(f"{file} is not a regular file: remove it")
         if file.is_file() and file.suffix not in _WEIGHTS and file.stat().st_size > largest:
             raise SoloError(
                 f"{file} has {file.stat().st_size:,} bytes, more than SOLO_MAX_FILE_BYTES = {largest:,}"
@@ -184,12 +187,18 @@ def _numbers(settings: Any) -> Iterator[tuple[str, int]]:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_parse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise SoloError(f"{file} cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise SoloError(f"{file} holds no JSON object")
     return content
+
+
+def _parse_constant(name: str) -> float:
+    if name == "NaN":  # a model would compute NaN and answer with it; some limits are infinite
+        raise ValueError("a number is NaN")
+    return float(name)
 
 
 def _stored_tensors(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:

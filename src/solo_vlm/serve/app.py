@@ -137,6 +137,7 @@ def make_app(
         lifespan=lifespan,
         middleware=[
             Middleware(_CountRequests, metrics, {route.path for route in routes}),
+            Middleware(_RejectTwoLengths),
             Middleware(_ProtectApi, api_keys, host),
         ],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error},
@@ -413,6 +414,24 @@ class _CountRequests:
             if scope["path"].startswith(_MODELS):  # one label for all names that clients request
                 path = f"{_MODELS}{{name}}"
             self._metrics.count_request(path, status)
+
+
+class _RejectTwoLengths:
+    """Middleware that rejects requests with both headers for a body's length, and ends their connections.
+
+    A proxy that believes the other one takes a part of the body for the next request (request smuggling).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        lengths = {b"content-length", b"transfer-encoding"}
+        if scope["type"] == "http" and lengths <= {name for name, _ in scope["headers"]}:
+            message = "A request has the header Content-Length or Transfer-Encoding, not both."
+            error = ApiError(400, message, headers={"Connection": "close"})
+            return await _response(error)(scope, receive, send)
+        await self._app(scope, receive, send)
 
 
 class _ProtectApi:

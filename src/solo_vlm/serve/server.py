@@ -62,8 +62,8 @@ def serve_model(
         engine = Engine(load(), limits.max_batch, limits.max_batch_tokens)
         server = Server(make_app(engine, name, limits, api_keys, host), limits)
         address.listen()
-        on_ready(address.url)
-        with _signals_only_for_uvicorn():
+        with _signals_stop(server):
+            on_ready(address.url)
             server.run(sockets=[address.socket])
     _exit()
 
@@ -94,7 +94,12 @@ class Server(uvicorn.Server):
         self._drain_seconds = limits.max_drain_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin the shutdown, and set an alarm that ends the process even if a thread hangs."""
+        """Begin the shutdown, and set an alarm that ends the process even if a thread hangs.
+
+        A second SIGINT ends the process at once.
+        """
+        if self.should_exit and sig == signal.SIGINT:
+            _exit()
         if not self.should_exit:
             signal.signal(signal.SIGALRM, lambda *_: _exit())
             signal.setitimer(signal.ITIMER_REAL, self._drain_seconds + _EXIT_SECONDS)
@@ -174,10 +179,10 @@ def _advise(host: str, port: int) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_only_for_uvicorn() -> Iterator[None]:
-    """Ignore the signal that uvicorn raises again after its shutdown, which would kill the process."""
+def _signals_stop(server: Server) -> Iterator[None]:
+    """Handle signals before uvicorn does, and when it raises them again after its shutdown."""
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    before = {number: signal.signal(number, server.handle_exit) for number in numbers}
     try:
         yield
     finally:
