@@ -200,7 +200,8 @@ def tiny_config(family: str, **settings: Any) -> PreTrainedConfig:
         if isinstance(kinds := known.get(name), list):
             sizes[name] = list(islice(cycle(dict.fromkeys(kinds)), layers))
     if "use_sliding_window" in known:
-        sizes |= {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": None}
+        sizes |= {"use_sliding_window": True, "sliding_window": WINDOW}
+        sizes |= {"layer_types": None} if "layer_types" in known else {}
     tokens = {name: token for name, token in _TOKENS.items() if known.get(name) is not None}
     factors = {name: factor for name, factor in _FACTORS.items() if name in known}
     return type(default)(**{**sizes, **tokens, **factors, **own, **settings})

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tests.factories import SIZES, TEXTS, ask, png
+from tests.factories import SIZES, TEXTS, ask, make_llm, png
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -28,6 +28,7 @@ from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate.cache import PrefixCache
 from solo_vlm.generate.pipeline import GenerationPipeline
 from solo_vlm.models.from_llm import ImageDesign, compose
+from solo_vlm.models.load import load_model
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.solo.positions_solo import image_layout, rotated_by, use_2d_positions
 from solo_vlm.quickstart.llm import train_tokenizer
@@ -263,3 +264,8 @@ def test_families_without_rope_are_refused_in_one_line(family):
 def test_base_without_2d_positions_is_refused():
     with pytest.raises(SoloError, match="rope_base_2d has no effect on 1-D positions"):
         ImageDesign(rope_base_2d=10000.0)
+
+
+def test_model_with_2d_positions_loads_in_16_bits(tmp_path):
+    compose(*make_llm(), design=ImageDesign(image_positions="2d")).save(tmp_path / "model")
+    assert load_model(tmp_path / "model", "bfloat16", "cpu").dtype == torch.bfloat16

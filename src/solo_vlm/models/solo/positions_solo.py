@@ -123,12 +123,13 @@ def _arrangement(module: nn.Module, config: PreTrainedConfig) -> Arrangement:
             name = _frequency_names(twin)[0]
             layer_type = name.removesuffix("_inv_freq") if name != "inv_freq" else None
             options = {"layer_type": layer_type} if layer_type else {}
-            output = twin(torch.zeros(1, 1, 1), position_ids=torch.ones(1, 1, dtype=torch.long), **options)
+            states = torch.zeros(1, 1, 1, dtype=torch.float32)  # a model may be loaded in 16 bits
+            output = twin(states, position_ids=torch.ones(1, 1, dtype=torch.long), **options)
     except Exception as error:  # any type, from any model family
         raise ValueError(
             f"image_positions=2d: {kind.__name__} cannot be wrapped ({error}): use 1d"
         ) from error
-    frequencies = getattr(twin, name)
+    frequencies = getattr(twin, name).float()
     angles = output.angle() if isinstance(output, Tensor) else torch.atan2(output[1], output[0])
     for arrange in (_once, _twice, _in_pairs):
         expected = torch.remainder(arrange(frequencies) + math.pi, 2 * math.pi) - math.pi
