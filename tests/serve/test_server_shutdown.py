@@ -194,7 +194,7 @@ STOPPED_WHEN_READY = """
 """
 
 
-@pytest.mark.parametrize("signals", ["SIGTERM", "SIGINT", "SIGTERM,SIGTERM", "SIGINT,SIGINT"])
+@pytest.mark.parametrize("signals", ["SIGTERM", "SIGINT", "SIGHUP", "SIGTERM,SIGTERM", "SIGINT,SIGINT"])
 def test_signals_to_a_server_that_just_became_ready_stop_it(solo, tmp_path, signals):
     solo.save(tmp_path)
     command = ["serve", "--model", str(tmp_path), "--port", "0"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
@@ -160,6 +162,24 @@ def test_sigterm_to_torchrun_saves_with_loader_workers(torchrun, tmp_path, runs)
     step = int(checkpoint.name.removeprefix("step-"))
     assert step == len(read_steps(tmp_path / "out"))
     assert printed.count(f"solo: stopped by SIGTERM, saved after step {step}") == 1
+
+
+def test_closed_terminal_saves(runs, tmp_path):
+    settings = run_settings(runs, tmp_path / "out", steps=10**5, checkpoint={"save_interval": 10**5})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    pid, terminal = pty.fork()
+    if not pid:
+        arguments = [sys.executable, "-m", "solo_vlm", "train", str(tmp_path / "run.yaml")]
+        os.execve(sys.executable, arguments, {**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while not (tmp_path / "out/metrics.jsonl").exists() or len(read_steps(tmp_path / "out")) < 2:
+            assert select.select([terminal], [], [], 60)[0]
+            os.read(terminal, 10**5)
+    finally:
+        os.close(terminal)
+        _, status = os.waitpid(pid, 0)
+    assert len(list((tmp_path / "out/checkpoints").iterdir())) == 1
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
 
 
 def test_sole_error_is_raised_unchanged():

@@ -28,6 +28,7 @@ from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
 from solo_vlm.models.solo.processing_solo import num_vision_tokens
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import process_exists
+from solo_vlm.utils.signals import STOP_SIGNALS
 
 MakeStream = Callable[[int], VirtualStream]
 # (sequences of this rank, whether its data ended) -> (number of sequences per rank, whether all data ended)
@@ -342,14 +343,13 @@ def _end_with(owner: int) -> None:
 
     The owner handles those signals, and needs its workers until it has saved a checkpoint.
     """
-    signals = {signal.SIGTERM, signal.SIGINT}
     if not hasattr(signal, "sigtimedwait"):  # macOS
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def wait() -> None:
         while process_exists(owner):
-            sent = signal.sigtimedwait(signals, 5.0)
+            sent = signal.sigtimedwait(STOP_SIGNALS, 5.0)
             if sent and sent.si_pid == owner:
                 break
         os._exit(0)

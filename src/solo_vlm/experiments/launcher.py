@@ -123,7 +123,7 @@ def run_jobs(
 ) -> Iterator[tuple[Job, int]]:
     """Run jobs in order, as slots become free, and yield each with its exit status as it ends.
 
-    CPU cores and GPUs are divided evenly among the slots. On SIGINT or SIGTERM, running processes are
+    CPU cores and GPUs are divided evenly among the slots. On a stop signal, running processes are
     terminated and waited for.
 
     Args:

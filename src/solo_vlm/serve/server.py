@@ -26,6 +26,7 @@ from solo_vlm.serve.engine import Engine
 from solo_vlm.serve.limits import Limits
 from solo_vlm.serve.memory import return_large_blocks
 from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.signals import handle_stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def serve_model(
     api_keys: Sequence[str],
     on_ready: Callable[[str], None],
 ) -> NoReturn:
-    """Serve a model until SIGTERM or SIGINT, then finish in-flight requests and end the process.
+    """Serve a model until SIGTERM, SIGINT or SIGHUP, then finish in-flight requests and end the process.
 
     Args:
         load: Function that loads the model, called once the address is known to be free.
@@ -62,7 +63,8 @@ def serve_model(
         engine = Engine(load(), limits.max_batch, limits.max_batch_tokens)
         server = Server(make_app(engine, name, limits, api_keys, host), limits)
         address.listen()
-        with _signals_stop(server):
+        # Before uvicorn does, and when it raises signals again after its shutdown.
+        with handle_stop_signals(server.handle_exit):
             on_ready(address.url)
             server.run(sockets=[address.socket])
     _exit()
@@ -176,15 +178,3 @@ def _advise(host: str, port: int) -> Iterator[None]:
         raise SoloError(
             f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port"
         ) from error
-
-
-@contextmanager
-def _signals_stop(server: Server) -> Iterator[None]:
-    """Handle signals before uvicorn does, and when it raises them again after its shutdown."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, server.handle_exit) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Graceful stop on SIGTERM and SIGINT, and joint exit of all processes when one of them fails.
+"""Graceful stop on signals, and joint exit of all processes when one of them fails.
 
 A process that waits in a collective cannot notice that another one has failed. The first failure is therefore
 written to the store that all processes share, and a thread in each process polls the store for it.
@@ -25,6 +25,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 
 from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.signals import handle_stop_signals
 
 _KEY = "solo_vlm/failure"
 _POLL_SECONDS = 0.5
@@ -80,17 +81,13 @@ class StopRequest:
 
 @contextmanager
 def catch_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
-    """Record SIGTERM and SIGINT in a request; no-op outside the main thread (Python's rule)."""
+    """Record stop signals in a request; no-op outside the main thread (Python's rule)."""
     request = request or StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handle_stop_signals(request):
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)

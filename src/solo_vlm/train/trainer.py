@@ -85,7 +85,7 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     Raises:
         SoloError: Model or data cannot be read, the output directory belongs to another run, there is nothing
             to resume, the recipe cannot be divided among the processes, or losses are no longer finite.
-        Stopped: SIGTERM or SIGINT was received, and the run is saved.
+        Stopped: SIGTERM, SIGINT or SIGHUP was received, and the run is saved.
     """
     stop = StopRequest()
     with (
