@@ -273,6 +273,26 @@ def test_links_out_of_the_folder_need_a_setting(models, solo, monkeypatch, name)
     load_processor(solo)
 
 
+def test_links_out_of_nested_folders_need_a_setting(models, solo, llm):
+    for folder, load in ((solo, load_processor), (llm, load_tokenizer)):
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates/x.jinja").symlink_to(models / "solo/chat_template.jinja")
+        with pytest.raises(SoloError, match=r"x\.jinja is a link to .* outside of the model's folder"):
+            load(folder)
+
+
+def test_default_chat_template_of_several_is_used(solo):
+    template = load_processor(solo).chat_template
+    (solo / "additional_chat_templates").mkdir()
+    (solo / "additional_chat_templates/x.jinja").write_text("x")
+    processor = load_processor(solo)
+    assert processor.chat_template == template
+    assert processor.end_of_turn_ids == load_model(solo).generation_config.eos_token_id
+    (solo / "chat_template.jinja").unlink()
+    with pytest.raises(SoloError, match=r"none of the chat templates \(x\) is named default"):
+        load_processor(solo)
+
+
 def test_links_in_the_hub_cache_are_followed(models, tmp_path):
     blobs, snapshot = (tmp_path / "models--a--b" / name for name in ("blobs", "snapshots/123"))
     shutil.copytree(models / "solo", blobs)
@@ -321,6 +341,54 @@ def test_unreadable_config_is_rejected(solo, text):
     for load in (load_model, load_processor, load_config, load_encoder):
         with pytest.raises(SoloError, match=r"config\.json"):
             load(solo)
+
+
+GENERATION = {
+    "[": "cannot be read as JSON",
+    "[]": "holds no JSON object",
+    '{"eos_token_id": NaN}': "a number is NaN",
+    '{"temperature": NaN, "do_sample": true}': "a number is NaN",
+    '{"eos_token_id": 99999999999}': "is absurd",
+    '{"eos_token_id": "a"}': "eos_token_id = a is no token ID",
+    '{"eos_token_id": [[[1]]]}': r"eos_token_id = \[\[1\]\] is no token ID",
+}
+OWN_GENERATION = {
+    '{"eos_token_id": 99999}': "eos_token_id = 99999 is not in the vocabulary",
+    '{"suppress_tokens": [3, 9999999]}': "suppress_tokens = 9999999 is not in the vocabulary",
+    '{"repetition_penalty": -1}': "repetition_penalty = -1 of",
+    '{"repetition_penalty": Infinity}': "repetition_penalty = inf of",
+    '{"top_k": "many"}': "top_k = many of",
+    '{"do_sample": 1}': "do_sample = 1 of",
+    '{"max_length": -5}': "max_length = -5 of",
+    '{"num_beams": 4}': "num_beams = 4 of .* is neither of greedy decoding nor of sampling",
+    '{"stop_strings": ["a"]}': "stop_strings",
+    '{"max_time": 0}': "max_time = 0 of",
+    '{"return_dict_in_generate": true}': "return_dict_in_generate = True of",
+}
+
+
+@pytest.mark.parametrize("text", GENERATION)
+def test_unreadable_generation_settings_are_rejected(solo, llm, text):
+    for folder, load in ((solo, load_model), (llm, load_llm), (llm, from_llm)):
+        (folder / "generation_config.json").write_text(text)
+        with pytest.raises(SoloError, match=rf"generation_config\.json.*{GENERATION[text]}") as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", OWN_GENERATION)
+def test_impossible_generation_settings_are_rejected(solo, text):
+    (solo / "generation_config.json").write_text(text)
+    with pytest.raises(SoloError, match=OWN_GENERATION[text]) as caught:
+        load_model(solo)
+    assert "\n" not in str(caught.value)
+
+
+def test_usual_generation_settings_are_accepted(solo):
+    settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    settings |= {"num_beams": 1, "output_attentions": False, "eos_token_id": [1, 2], "max_length": 4096}
+    (solo / "generation_config.json").write_text(json.dumps(settings))
+    load_model(solo)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import is_inside
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_GENERATION = "generation_config.json"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _MAX_FILE_BYTES = 2**28  # of tokenizers and settings; the largest known tokenizers have 35 MB
 _MAX_HEADER_BYTES = 2**25
@@ -29,6 +31,23 @@ _COUNT = re.compile(r"(num|n)_(?!ctx|positions|vocab|embeddings)\w+")  # of laye
 _NO_SIZE = re.compile(r"\w*(seed|theta|base|param(eter)?s|tokens)|model_max_length")  # any number is harmless
 _LAYERS = re.compile(r"(num_hidden_layers|num_layers|n_layers?|num_blocks)")
 _OBSOLETE = "rotary_emb.inv_freq"
+_GENERATION_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("max_length", "max_new_tokens"), (1, _MAX_NUMBER)),
+    **dict.fromkeys(("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), (0, _MAX_NUMBER)),
+    **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), (0, 1)),
+    **dict.fromkeys(("do_sample", "use_cache"), (False, True)),
+    "temperature": (0, 100),
+    "repetition_penalty": (0.01, 100),
+}
+_TOKEN_IDS = re.compile(r"(bos|eos|pad)_token_id|(begin_)?suppress_tokens")
+_WITHOUT_EFFECT = re.compile(r"_\w+|transformers_version")
+_ONES = {
+    "num_beams",
+    "num_beam_groups",
+    "num_return_sequences",
+    "length_penalty",
+    "encoder_repetition_penalty",
+}
 _CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_COMPRESSION = 16  # parameters per stored number, of weights packed in a few bits
 
@@ -44,8 +63,8 @@ def check_files(path: str | Path) -> None:
 
     Raises:
         SoloError: A link leads out of the folder, a file is a pipe or device, one other than weights is too
-            large, `config.json` has absurd sizes or NaN, or a shard that the index lists is missing or
-            elsewhere.
+            large, a file of settings is broken or has absurd sizes or NaN, or a shard that the index lists is
+            missing or elsewhere.
     """
     folder = Path(path)
     if folder.is_file():
@@ -54,7 +73,7 @@ def check_files(path: str | Path) -> None:
         return
     allows_outside = os.environ.get("SOLO_ALLOW_OUTSIDE_FILES") == "1"
     largest = int(os.environ.get("SOLO_MAX_FILE_BYTES", _MAX_FILE_BYTES))
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.rglob("*")):
         if file.is_symlink() and not allows_outside and not is_inside(str(file), str(folder)):
             raise SoloError(
                 f"{file} is a link to {file.readlink()}, outside of the model's folder: copy the file, or "
@@ -62,16 +81,21 @@ def check_files(path: str | Path) -> None:
             )
         if file.exists() and not (file.is_file() or file.is_dir()):  # reading a pipe may never end
             raise SoloError(f"{file} is not a regular file: remove it")
-        if file.is_file() and file.suffix not in _WEIGHTS and file.stat().st_size > largest:
+        is_read = file.parent == folder or file.suffix == ".jinja"
+        if is_read and file.is_file() and file.suffix not in _WEIGHTS and file.stat().st_size > largest:
             raise SoloError(
                 f"{file} has {file.stat().st_size:,} bytes, more than SOLO_MAX_FILE_BYTES = {largest:,}"
             )
     for name in _INDEXES:
         if (folder / name).is_file():
             _check_index(folder / name)
-    for name in ("config.json", *_PROCESSORS):
+    for name in ("config.json", _GENERATION, *_PROCESSORS):
         if (folder / name).is_file():
             _check_numbers(folder / name)
+    if (folder / _GENERATION).is_file():
+        for key, value in _read_object(folder / _GENERATION).items():
+            if key.endswith("token_id") or _TOKEN_IDS.fullmatch(key):
+                _check_token_ids(f"{folder / _GENERATION}: {key}", value)
 
 
 def check_weights(path: str | Path, make_model: Any) -> None:
@@ -144,6 +168,42 @@ def check_loaded(path: str | Path, model: nn.Module, info: Mapping[str, Any]) ->
     for name, parameter in model.named_parameters():
         if not _is_finite(parameter):
             raise SoloError(f"{path}: the weight {name} is not finite (NaN or infinite): the file is damaged")
+
+
+def check_generation(path: str | Path, settings: GenerationConfig, vocabulary: int) -> None:
+    """Check the generation settings of a SOLO model.
+
+    Args:
+        path: Folder or hub ID, for messages.
+        settings: Loaded settings.
+        vocabulary: Number of token IDs.
+
+    Raises:
+        SoloError: A value is impossible, or a setting is not one of greedy decoding and sampling.
+    """
+    for key, value in settings.to_dict().items():
+        if value is None or _WITHOUT_EFFECT.fullmatch(key):
+            continue
+        if _TOKEN_IDS.fullmatch(key):
+            _check_token_ids(f"{path}: {key}", value, vocabulary)
+        elif key in _GENERATION_RANGES:
+            low, high = _GENERATION_RANGES[key]
+            kinds = (type(low),) if isinstance(low, bool) else (int, float)
+            if type(value) not in kinds or not low <= value <= high:
+                raise SoloError(f"{path}: {key} = {value} of {_GENERATION} is not from {low} to {high}")
+        elif value is not False and (key not in _ONES or value != 1):
+            raise SoloError(
+                f"{path}: {key} = {value} of {_GENERATION} is neither of greedy decoding nor of sampling: "
+                "remove it"
+            )
+
+
+def _check_token_ids(name: str, value: Any, vocabulary: int | None = None) -> None:
+    for one in value if isinstance(value, list) else [] if value is None else [value]:
+        if type(one) is not int:
+            raise SoloError(f"{name} = {one} is no token ID or list of them")
+        if vocabulary is not None and not 0 <= one < vocabulary:
+            raise SoloError(f"{name} = {one} is not in the vocabulary of {vocabulary:,} tokens")
 
 
 def _is_finite(parameter: nn.Parameter) -> bool:

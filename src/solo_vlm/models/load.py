@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from solo_vlm.models.checks import check_files, check_loaded, check_weights
+from solo_vlm.models.checks import check_files, check_generation, check_loaded, check_weights
 from solo_vlm.models.original import (
     has_tokenizer,
     original_generation_config,
@@ -67,6 +67,7 @@ def load_model(
     check_loaded(path, model, info)
     if is_original(settings):
         _use_original_vocabulary(model, path)
+    check_generation(path, model.generation_config, model.config.text_config.vocab_size)
     where = device or _default_device()
     try:
         return model.to(where).eval()

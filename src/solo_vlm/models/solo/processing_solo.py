@@ -71,7 +71,7 @@ class SoloProcessor(ProcessorMixin):
 
     Args:
         tokenizer: The LLM's tokenizer with the four vision tokens added.
-        chat_template: Jinja source.
+        chat_template: Jinja source, or several by name, of which "default" is used.
         image_token: Spelling of `<vpatch>`, which differs where the LLM already had such a token.
         vision_start_token, vision_row_token, vision_end_token: Spelling of `<vision>`, `<vrow_sep>` and
             `</vision>`, which may differ too.
@@ -83,7 +83,7 @@ class SoloProcessor(ProcessorMixin):
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         image_token: str = "<vpatch>",
         vision_start_token: str = "<vision>",
         vision_row_token: str = "<vrow_sep>",
@@ -342,8 +342,14 @@ class SoloProcessor(ProcessorMixin):
         return source if isinstance(source, tuple) else self.image_processor.encode_image(source)
 
 
-def _template_for(image_layout: str, chat_template: str | None, image_token: str) -> str | None:
+def _template_for(
+    image_layout: str, chat_template: str | dict[str, str] | None, image_token: str
+) -> str | None:
     """Return the chat template of a layout, since a saved processor may be loaded with the other layout."""
+    if isinstance(chat_template, dict):
+        if "default" not in chat_template:
+            raise ValueError(f"none of the chat templates ({', '.join(chat_template)}) is named default")
+        chat_template = chat_template["default"]
     if image_layout == "original":
         return original_chat_template(image_token)
     paper = with_images(SOLO_CHAT_TEMPLATE, image_token)
