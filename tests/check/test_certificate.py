@@ -221,7 +221,8 @@ def test_cache_that_forgets_a_token_is_found(probe):
 
 @pytest.mark.parametrize(("index_topk", "status"), [(16, "differs"), (64, "holds")])
 def test_ties_of_sparse_attention_are_no_fault_of_the_cache(index_topk, status):
-    finding = caching(Probe(tiny_llm("glm_moe_dsa", index_topk=index_topk)))
+    """Few heads of the indexer give many tokens the score zero."""
+    finding = caching(Probe(tiny_llm("glm_moe_dsa", index_topk=index_topk, index_n_heads=4)))
     assert finding.status == status
     assert ("breaks ties" in finding.detail) == (status == "differs")
 

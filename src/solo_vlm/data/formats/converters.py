@@ -215,7 +215,7 @@ def instruction(row: RawRow) -> SampleRow:
     if isinstance(row[asked], list):
         return chat({**row, "conversations": row[asked] + list_field(row, answered)})
     turns = [("system", parts(row["system"]))] if row.get("system") else []
-    for pair in row.get("history") or ():
+    for pair in list_field(row, "history") if row.get("history") else ():
         if not isinstance(pair, list) or len(pair) != 2:
             raise SampleError("raw-schema", "history is not a list of pairs of turns")
         turns += [("user", parts(pair[0])), ("assistant", parts(pair[1]))]
