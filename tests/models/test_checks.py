@@ -319,6 +319,29 @@ def test_large_tokenizer_files_need_a_setting(solo, llm, monkeypatch, name):
         monkeypatch.delenv("SOLO_MAX_FILE_BYTES")
 
 
+@pytest.mark.parametrize(("count", "length"), [(300_000, 1), (10_000, 1000)])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokens_beyond_any_use_are_rejected(solo, llm, name, count, length):
+    tokens = [{"id": number, "content": "x" * length} for number in range(count)]
+    if name == "tokenizer.json":
+        key, added = "added_tokens", tokens
+    else:
+        key, added = "added_tokens_decoder", {str(token["id"]): token for token in tokens}
+    for folder, load in ((solo, load_processor), (llm, load_tokenizer)):
+        settings = json.loads((folder / name).read_text()) | {key: added}
+        (folder / name).write_text(json.dumps(settings))
+        with pytest.raises(SoloError, match=rf"{name} adds {count:,} tokens of {count * length:,} char"):
+            load(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"added_tokens": 7}', "\0" * 100])
+def test_damaged_tokenizer_is_named(solo, llm, text):
+    for folder, load in ((solo, load_processor), (llm, load_tokenizer)):
+        (folder / "tokenizer.json").write_text(text)
+        with pytest.raises(SoloError, match=r"tokenizer\.json(:| cannot| holds)"):
+            load(folder)
+
+
 def test_code_of_a_folder_is_never_run(llm, tmp_path):
     set_config(
         llm, model_type="stranger", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"}

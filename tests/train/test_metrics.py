@@ -16,7 +16,7 @@ from tests.factories import read_steps, run_settings
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.mixture import make_loader
 from solo_vlm.train import Recipe, train, trainer
-from solo_vlm.train.metrics import ProgressLines
+from solo_vlm.train.metrics import MetricsLogger, ProgressLines, progress_bar
 from solo_vlm.train.model import load_base_model
 from solo_vlm.utils.errors import SoloError
 
@@ -62,6 +62,18 @@ def test_truncated_metrics_line_is_repaired_on_resume(runs, tmp_path, monkeypatc
         file.write('{"step": 6, "lo')
     train(Recipe.parse(plain))
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', "\0" * 100, '[3]\n{"step": 4, "loss": 1.0}\n'])
+def test_lost_metrics_are_reported_and_cut(tmp_path, caplog, tail):
+    file = tmp_path / "metrics.jsonl"
+    whole = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n'
+    file.write_text(whole + tail)
+    with progress_bar(quiet=True) as progress:
+        MetricsLogger(tmp_path, [], progress, total_steps=9, done=4).close()
+    assert file.read_text() == whole
+    (record,) = caplog.records
+    assert record.message == f"{file} is damaged from line 3 on: metrics of steps 3 to 4 may be lost"
 
 
 def test_missing_tracker_package_is_named(runs, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from solo_vlm.check.probe import TOLERANCES, Probe
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.data.encode import Encoder, load_encoder
-from solo_vlm.models.checks import check_files, check_loaded
+from solo_vlm.models.checks import check_files, check_loaded, check_tokenizer
 from solo_vlm.models.load import is_solo, load_config, load_llm, load_model
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.utils.errors import SoloError, first_line
@@ -65,6 +65,7 @@ def _is_image_text(config: PreTrainedConfig) -> bool:
 def _load_image_text(path: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     """Load another image-text model, and its processor where it has one."""
     check_files(path)
+    check_tokenizer(path)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             path, trust_remote_code=False, dtype=getattr(torch, dtype), output_loading_info=True

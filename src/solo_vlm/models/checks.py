@@ -21,7 +21,10 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _GENERATION = "generation_config.json"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_MAX_FILE_BYTES = 2**28  # of tokenizers and settings; the largest known tokenizers have 35 MB
+_MAX_FILE_BYTES = 2**26  # of tokenizers and settings; the largest known tokenizers have 35 MB
+_ADDED_TOKENS = {"tokenizer.json": "added_tokens", "tokenizer_config.json": "added_tokens_decoder"}
+_MAX_ADDED_TOKENS = 2**18  # speech models add 65,536
+_MAX_ADDED_CHARACTERS = 2**23  # each takes about 60 bytes of memory
 _MAX_HEADER_BYTES = 2**25
 _MAX_NUMBER = 2**31
 _MAX_SIDE = 2**13  # pixels
@@ -145,6 +148,28 @@ def check_weights(path: str | Path, make_model: Any) -> None:
             )
         if "F" not in dtypes[name] and method not in _INTEGER_METHODS:
             raise SoloError(f"{folder}: {name} has the dtype {dtypes[name]}, but weights are floating point")
+
+
+def check_tokenizer(path: str | Path) -> None:
+    """Check the added tokens of a local folder, which take far more memory than their file.
+
+    Raises:
+        SoloError: A file of the tokenizer is no JSON object, or it adds too many tokens or too much text.
+    """
+    for name, key in _ADDED_TOKENS.items():
+        file = Path(path, name)
+        if not file.is_file():
+            continue
+        added = _read_object(file).get(key) or []
+        if not isinstance(added, dict | list):
+            raise SoloError(f"{file}: {key} is no list of tokens")
+        entries = added.values() if isinstance(added, dict) else added
+        characters = sum(len(str(entry.get("content"))) for entry in entries if isinstance(entry, dict))
+        if len(entries) > _MAX_ADDED_TOKENS or characters > _MAX_ADDED_CHARACTERS:
+            raise SoloError(
+                f"{file} adds {len(entries):,} tokens of {characters:,} characters: at most "
+                f"{_MAX_ADDED_TOKENS:,} and {_MAX_ADDED_CHARACTERS:,} are accepted"
+            )
 
 
 def check_loaded(path: str | Path, model: nn.Module, info: Mapping[str, Any]) -> None:

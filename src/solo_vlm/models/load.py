@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from solo_vlm.models.checks import check_files, check_generation, check_loaded, check_weights
+from solo_vlm.models.checks import check_files, check_generation, check_loaded, check_tokenizer, check_weights
 from solo_vlm.models.original import (
     has_tokenizer,
     original_generation_config,
@@ -82,6 +82,7 @@ def load_processor(path: str | Path) -> SoloProcessor:
         SoloError: The path is not readable.
     """
     settings = _read_settings(path)
+    check_tokenizer(path)
     if is_original(settings):
         tokenizer = original_tokenizer(path, rows=settings["vocab_size"])
         return original_processor(tokenizer, settings.get("vision_patch_size", 32), layout="original")
@@ -134,6 +135,7 @@ def load_tokenizer(path: str | Path, **options: Any) -> Any:
         SoloError: The folder has no readable tokenizer.
     """
     check_files(path)
+    check_tokenizer(path)
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **options)
     except Exception as error:  # tokenizers raises any type on a broken file

@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerFast
 
+from solo_vlm.models.checks import check_tokenizer
 from solo_vlm.models.solo.chat_template import SOLO_CHAT_TEMPLATE, with_images
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
@@ -112,6 +113,7 @@ def original_generation_config(config: SoloConfig) -> GenerationConfig:
 
 
 def _backend(source: str | Path) -> Tokenizer:
+    check_tokenizer(source)
     try:
         if Path(source).is_dir() and not (Path(source) / _SENTENCEPIECE).is_file():
             return AutoTokenizer.from_pretrained(source).backend_tokenizer

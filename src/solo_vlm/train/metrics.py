@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from rich.table import Column, Table
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import write_text
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = {  # metrics of the live view and their formats
     "loss": "{:.4f}",
@@ -243,14 +246,23 @@ def _metrics_table(metrics: dict[str, float]) -> Table:
 
 
 def _truncate_after(path: Path, step: int) -> None:
-    """Drop lines after a step, which will be repeated, and a truncated last line."""
+    """Drop lines after a step, which will be repeated, and from a damaged line on, with a warning."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
+    kept, last = [], 0
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
-            if json.loads(line)["step"] <= step:
+            last = json.loads(line)["step"]
+            if last <= step:
                 kept.append(f"{line}\n")
         except (ValueError, LookupError, TypeError):
+            if last < step:  # as after a crash of the machine; a line after the step is repeated anyway
+                logger.warning(
+                    "%s is damaged from line %d on: metrics of steps %d to %d may be lost",
+                    path,
+                    number,
+                    last + 1,
+                    step,
+                )
             break
     write_text(path, "".join(kept))
