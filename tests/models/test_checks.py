@@ -103,6 +103,44 @@ def test_settings_that_are_not_a_number_are_rejected(solo, llm, setting):
             load(folder)
 
 
+def test_context_must_be_positive(solo, llm):
+    for folder, load in ((solo, load_model), (llm, load_llm)):
+        set_config(folder, max_position_embeddings=-5)
+        with pytest.raises(SoloError, match="max_position_embeddings = -5 is not positive"):
+            load(folder)
+
+
+def test_settings_that_imply_infinite_buffers_are_rejected(solo, llm):
+    for folder, load in ((solo, load_model), (llm, load_llm)):
+        set_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 0})
+        with pytest.raises(SoloError, match="inv_freq is not finite"):
+            load(folder)
+
+
+def test_reason_of_a_nested_error_is_named(solo):
+    set_config(solo, layer_types=["x", "x"])
+    with pytest.raises(SoloError, match=r"validate_layer_type.*entries must be in"):
+        load_model(solo)
+
+
+@pytest.mark.parametrize("std", [[0, 0, 0], [0.2, -0.2, 0.2], [0.2, float("inf"), 0.2]])
+def test_standard_deviation_must_be_positive(solo, std):
+    for name, load in (("config.json", load_model), ("processor_config.json", load_processor)):
+        settings = json.loads((solo / name).read_text())
+        settings.get("image_processor", settings)["image_std"] = std
+        (solo / name).write_text(json.dumps(settings))
+        with pytest.raises(SoloError, match=r"image_std=.* is not positive and finite"):
+            load(solo)
+
+
+def test_filter_must_be_known(solo):
+    settings = json.loads((solo / "processor_config.json").read_text())
+    settings["image_processor"]["resample"] = 77
+    (solo / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(SoloError, match="resample=77 is no filter of Pillow"):
+        load_processor(solo)
+
+
 def test_infinite_limits_are_accepted(llm):
     set_config(llm, time_step_limit=[0.0, float("inf")])
     load_config(llm)

@@ -173,7 +173,7 @@ def check_tokenizer(path: str | Path) -> None:
 
 
 def check_loaded(path: str | Path, model: nn.Module, info: Mapping[str, Any]) -> None:
-    """Check that a model got all of its weights from the files, and that they are finite.
+    """Check that a model got all of its weights from the files, and that they and its buffers are finite.
 
     Args:
         path: Folder or hub ID, for messages.
@@ -181,7 +181,8 @@ def check_loaded(path: str | Path, model: nn.Module, info: Mapping[str, Any]) ->
         info: Loading info of transformers.
 
     Raises:
-        SoloError: A weight is missing, belongs to a layer that the model does not have, or is not finite.
+        SoloError: A weight is missing, belongs to a layer that the model does not have, or is not finite, or
+            settings imply such a buffer.
     """
     if missing := sorted(info["missing_keys"]):
         raise SoloError(
@@ -193,6 +194,10 @@ def check_loaded(path: str | Path, model: nn.Module, info: Mapping[str, Any]) ->
     for name, parameter in model.named_parameters():
         if not _is_finite(parameter):
             raise SoloError(f"{path}: the weight {name} is not finite (NaN or infinite): the file is damaged")
+    for name, buffer in model.named_buffers():
+        # Masks may hold -inf.
+        if buffer.is_floating_point() and not buffer.is_meta and not (buffer < torch.inf).all():
+            raise SoloError(f"{path}: {name} is not finite (NaN or infinite), as config.json implies it")
 
 
 def check_generation(path: str | Path, settings: GenerationConfig, vocabulary: int) -> None:
@@ -256,6 +261,8 @@ def _check_numbers(config: Path) -> None:
         limit = _MAX_SIDE if key in _SIDES else _MAX_COUNT if _COUNT.fullmatch(key) else _MAX_NUMBER
         if abs(value) > limit:
             raise SoloError(f"{config}: {key} = {value:,} is absurd: at most {limit:,} is accepted")
+        if key == "max_position_embeddings" and value < 1:
+            raise SoloError(f"{config}: {key} = {value} is not positive")
 
 
 def _numbers(settings: Any) -> Iterator[tuple[str, int]]:

@@ -25,5 +25,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type if there is no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an exception's message, or its type if there is no message.
+
+    A line that ends with a colon, as of lists and nested errors, is joined with the next one.
+    """
+    lines = map(str.strip, (str(error).strip() or type(error).__name__).splitlines())
+    first, *rest = filter(None, lines)
+    return f"{first} {rest[0]}" if first.endswith(":") and rest else first

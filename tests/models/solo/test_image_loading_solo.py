@@ -382,3 +382,13 @@ def test_errors_about_undecodable_file_names_are_printable():
     with pytest.raises(ImageMissingError) as error:
         load_image("caf\udce9.png")
     str(error.value).encode()
+
+
+def test_png_without_its_palette_is_rejected():
+    file = io.BytesIO()
+    Image.new("P", (8, 8)).save(file, "PNG")
+    data = file.getvalue()
+    start = data.index(b"PLTE") - 4
+    length = int.from_bytes(data[start : start + 4], "big")
+    with pytest.raises(ImageError, match="its pixels refer to a palette, but it has none"):
+        load_image(data[:start] + data[start + 12 + length :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -72,6 +73,11 @@ class SoloConfig(PreTrainedConfig):
         if kwargs.pop("bidirectional_images", False):  # name until version 0.4
             self.image_attention = "bidirectional"
         super().__post_init__(**kwargs)
+
+    def validate_image_std(self) -> None:
+        """Reject a division by zero; `strict` calls this."""
+        if not all(0 < one < math.inf for one in self.image_std):
+            raise ValueError(f"image_std={self.image_std} is not positive and finite")
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -494,6 +494,8 @@ def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
         _prepare_tiff(image, name)
         alpha = _prepare_png(image)
         image.load()
+        if image.mode == "P" and image.palette is None:
+            raise ValueError("its pixels refer to a palette, but it has none")
         turn = _UPRIGHT.get(_orientation(image))
         rgb = _to_rgb(image, name, alpha)
         if turn is not None:
@@ -792,7 +794,7 @@ def _describe_file(file: BinaryIO) -> str:
 def _damaged(error: Exception, name: str) -> ImageError:
     if isinstance(error, OSError) and error.errno is not None:  # raised by the system, not by Pillow
         return ImageFetchError(f"{name}: {error.strerror}")
-    return ImageError(f"{name}: truncated or damaged image ({error or type(error).__name__})")
+    return ImageError(f"{name}: truncated or damaged image ({str(error) or type(error).__name__})")
 
 
 def _shorten(text: str, limit: int = 200) -> str:

@@ -5,6 +5,7 @@ patch size, nothing is cropped, and the patches of all images are concatenated, 
 """
 
 import ctypes
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -317,6 +318,10 @@ class SoloImageProcessor(PilBackend):
     def __init__(self, **kwargs: Unpack[SoloImageProcessorKwargs]):
         super().__init__(**kwargs)
         self.get_patch_grid(self.patch_size, self.patch_size)  # rejects invalid settings here
+        if self.resample not in (None, *Image.Resampling):
+            raise ValueError(f"resample={self.resample} is no filter of Pillow")
+        if self.image_std is not None and not all(0 < one < math.inf for one in np.ravel(self.image_std)):
+            raise ValueError(f"image_std={self.image_std} is not positive and finite")
 
     def preprocess(self, images: ImageInput, **kwargs: Unpack[SoloImageProcessorKwargs]) -> BatchFeature:
         """Convert images to patches.
