@@ -14,6 +14,7 @@ from solo_vlm.utils.errors import did_you_mean, first_line
         (ValueError("\n  one\n"), "one"),
         (ValueError("one of:\n\n  (1) two\nthree"), "one of: (1) two"),
         (ValueError("nothing:\n"), "nothing:"),
+        (KeyError("model_type"), "missing 'model_type'"),
         (NotImplementedError(), "NotImplementedError"),
         (OSError(2, "No such file"), "[Errno 2] No such file"),
     ],

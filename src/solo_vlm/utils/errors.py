@@ -29,6 +29,8 @@ def first_line(error: BaseException) -> str:
 
     A line that ends with a colon, as of lists and nested errors, is joined with the next one.
     """
+    if isinstance(error, KeyError):  # its message is the key alone
+        return f"missing {error}"
     lines = map(str.strip, (str(error).strip() or type(error).__name__).splitlines())
     first, *rest = filter(None, lines)
     return f"{first} {rest[0]}" if first.endswith(":") and rest else first
