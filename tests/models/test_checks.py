@@ -357,6 +357,14 @@ def test_large_tokenizer_files_need_a_setting(solo, llm, monkeypatch, name):
         monkeypatch.delenv("SOLO_MAX_FILE_BYTES")
 
 
+@pytest.mark.parametrize("name", ["tf_model.h5", "flax_model.msgpack", "demo.mp4", "onnx/model.onnx"])
+def test_large_files_that_are_not_read_are_accepted(solo, name):
+    (solo / name).parent.mkdir(exist_ok=True)
+    with (solo / name).open("wb") as stream:
+        stream.truncate(3 * 10**9)
+    load_processor(solo)
+
+
 @pytest.mark.parametrize(("count", "length"), [(300_000, 1), (10_000, 1000)])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_tokens_beyond_any_use_are_rejected(solo, llm, name, count, length):

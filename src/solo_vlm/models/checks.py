@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import is_inside
 
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+_READ_WHOLE = (".json", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".bpe")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _GENERATION = "generation_config.json"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -62,11 +62,11 @@ def check_files(path: str | Path) -> None:
     """Check the files of a local model folder, or a `config.json`, without reading weights.
 
     Two environment variables relax the limits: SOLO_ALLOW_OUTSIDE_FILES=1 accepts links that lead out of the
-    folder, and SOLO_MAX_FILE_BYTES is the largest size of a file other than weights.
+    folder, and SOLO_MAX_FILE_BYTES is the largest size of a file of settings or of a tokenizer.
 
     Raises:
-        SoloError: A link leads out of the folder, a file is a pipe or device, one other than weights is too
-            large, a file of settings is broken or has absurd sizes or NaN, or a shard that the index lists is
+        SoloError: A link leads out of the folder, a file is a pipe or device, one that is read as a whole
+            is too large, a file of settings is broken or has absurd sizes or NaN, or a shard that the index lists is
             missing or elsewhere.
     """
     folder = Path(path)
@@ -84,8 +84,8 @@ def check_files(path: str | Path) -> None:
             )
         if file.exists() and not (file.is_file() or file.is_dir()):  # reading a pipe may never end
             raise SoloError(f"{file} is not a regular file: remove it")
-        is_read = file.parent == folder or file.suffix == ".jinja"
-        if is_read and file.is_file() and file.suffix not in _WEIGHTS and file.stat().st_size > largest:
+        is_read = file.suffix == ".jinja" or (file.parent == folder and file.suffix in _READ_WHOLE)
+        if is_read and file.is_file() and file.stat().st_size > largest:
             raise SoloError(
                 f"{file} has {file.stat().st_size:,} bytes, more than SOLO_MAX_FILE_BYTES = {largest:,}"
             )
