@@ -66,8 +66,8 @@ def check_files(path: str | Path) -> None:
 
     Raises:
         SoloError: A link leads out of the folder, a file is a pipe or device, one that is read as a whole
-            is too large, a file of settings is broken or has absurd sizes or NaN, or a shard that the index lists is
-            missing or elsewhere.
+            is too large, a file of settings is broken or has absurd sizes or NaN, or a shard that the index
+            lists is missing or elsewhere.
     """
     folder = Path(path)
     if folder.is_file():
