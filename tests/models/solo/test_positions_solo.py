@@ -30,6 +30,7 @@ from solo_vlm.generate.pipeline import GenerationPipeline
 from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.load import load_model
 from solo_vlm.models.packed.isolation import isolate_documents
+from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.positions_solo import image_layout, rotated_by, use_2d_positions
 from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.utils.errors import SoloError
@@ -269,3 +270,14 @@ def test_base_without_2d_positions_is_refused():
 def test_model_with_2d_positions_loads_in_16_bits(tmp_path):
     compose(*make_llm(), design=ImageDesign(image_positions="2d")).save(tmp_path / "model")
     assert load_model(tmp_path / "model", "bfloat16", "cpu").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["image_attention", "image_positions", "patch_embedding"])
+def test_unknown_design_in_a_configuration_is_an_error(name):
+    with pytest.raises(ValueError, match=f"{name} = '2D': expected "):
+        SoloConfig(**{name: "2D"})
+
+
+def test_earlier_name_of_bidirectional_images_is_read():
+    assert SoloConfig(bidirectional_images=True).image_attention == "bidirectional"
+    assert SoloConfig(bidirectional_images=False).image_attention == "causal"

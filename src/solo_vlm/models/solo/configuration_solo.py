@@ -14,6 +14,12 @@ from .original_solo import config_from_original, is_original
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_DESIGNS = {
+    "image_attention": ("causal", "bidirectional"),
+    "image_positions": ("1d", "2d"),
+    "patch_embedding": ("linear", "conv"),
+}
+
 
 @strict
 class SoloConfig(PreTrainedConfig):
@@ -72,6 +78,9 @@ class SoloConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if kwargs.pop("bidirectional_images", False):  # name until version 0.4
             self.image_attention = "bidirectional"
+        for name, known in _DESIGNS.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} = {value!r}: expected {' or '.join(known)}")
         super().__post_init__(**kwargs)
 
     def validate_image_std(self) -> None:
