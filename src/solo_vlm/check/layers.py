@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from solo_vlm.check.tiny import WINDOW
 from solo_vlm.models.packed.isolation import isolate_documents
-
-WINDOW = 8
-"""Tokens of attention windows and chunks while a model is probed: fewer than a document has."""
 
 _WINDOWS = (
     "sliding_window",

@@ -83,10 +83,10 @@ class _Merged(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: list[Part], scaling: float
     ) -> Tensor:
         attend = _attend_flash if query.is_cuda else _attend
-        output, total = attend(query, key, value, parts[0], scaling)
         parts = [part for part in parts if len(part.queries)]
+        output, total = attend(*_gathered(query, key, value, parts[0]), parts[0].bounds, scaling)
         for part in parts[1:]:
-            more, log_sum = attend(query, key, value, part, scaling)
+            more, log_sum = attend(*_gathered(query, key, value, part), part.bounds, scaling)
             before = total[part.queries]
             after = torch.logaddexp(before, log_sum)
             share = (log_sum - after).exp()[..., None]
@@ -103,7 +103,10 @@ class _Merged(torch.autograd.Function):
         gradients = [torch.zeros_like(states) for states in (query, key, value)]
         attend_backward = _attend_flash_backward if query.is_cuda else _attend_backward
         for part in ctx.parts:
-            of_part = attend_backward(gradient, query, key, value, output, total, part, ctx.scaling)
+            rows, states = part.queries, _gathered(query, key, value, part)
+            of_part = attend_backward(
+                gradient[rows], *states, output[rows], total[rows], part.bounds, ctx.scaling
+            )
             for sums, more, index in zip(
                 gradients, of_part, (part.queries, part.keys, part.keys), strict=True
             ):
@@ -111,14 +114,19 @@ class _Merged(torch.autograd.Function):
         return (*gradients, None, None)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, part: Part, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return the output of a part, (n, num_heads, head_dim), and its log-sum-exp, (n, num_heads)."""
-    output = query.new_empty(len(part.queries), *query.shape[1:])
-    log_sum = output.new_empty(output.shape[:2], dtype=_accurate(output.dtype))
-    for index, valid in document_groups(part.bounds):
-        q, k, v = _batch(query, key, value, part, index)
+def _gathered(query: Tensor, key: Tensor, value: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    return query[part.queries], key[part.keys], value[part.keys]
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return attention within segments, (n, num_heads, head_dim), and its log-sum-exp, (n, num_heads)."""
+    output = torch.empty_like(query)
+    log_sum = output.new_empty(output.shape[:2], dtype=torch.promote_types(output.dtype, torch.float32))
+    for index, valid in document_groups(bounds):
         attended, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, True, scale=scaling
+            *_batch(query, key, value, index), 0.0, True, scale=scaling
         )
         output[index[valid]] = attended.transpose(1, 2)[valid]
         log_sum[index[valid]] = sums.transpose(1, 2)[valid].to(log_sum.dtype)
@@ -132,42 +140,43 @@ def _attend_backward(
     value: Tensor,
     output: Tensor,
     total: Tensor,
-    part: Part,
+    bounds: Tensor,
     scaling: float,
 ) -> list[Tensor]:
-    """Return the gradients of a part's queries, keys and values, (n, heads, head_dim)."""
-    shapes = [(len(part.queries), *states.shape[1:]) for states in (query, key, value)]
-    gradients = [query.new_empty(shape) for shape in shapes]
-    for index, valid in document_groups(part.bounds):
-        q, k, v = _batch(query, key, value, part, index)
-        rows = part.queries[index]
+    """Return the gradients of the queries, keys and values, given those of the merged output."""
+    gradients = [torch.empty_like(states) for states in (query, key, value)]
+    for index, valid in document_groups(bounds):
         # Padding gets no gradient; the kernel would let it reach tokens of other documents.
-        incoming = (gradient[rows] * valid[..., None, None]).transpose(1, 2)
+        incoming = (gradient[index] * valid[..., None, None]).transpose(1, 2)
         of_batch = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             incoming,
-            q,
-            k,
-            v,
-            output[rows].transpose(1, 2),
-            total[rows].transpose(1, 2).contiguous(),
+            *_batch(query, key, value, index),
+            output[index].transpose(1, 2),
+            total[index].transpose(1, 2).contiguous(),
             0.0,
             True,
             scale=scaling,
         )
-        for target, states, heads in zip(gradients, of_batch, (query, key, value), strict=True):
-            own = states.unflatten(1, (heads.shape[1], -1)).sum(2)  # (documents, own heads, longest, d)
+        for target, states in zip(gradients, of_batch, strict=True):
+            own = states.unflatten(1, (target.shape[1], -1)).sum(2)  # (segments, own heads, longest, d)
             target[index[valid]] = own.transpose(1, 2)[valid]
     return gradients
 
 
+def _batch(query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> list[Tensor]:
+    """Return (segments, num_heads, longest, head_dim) states; keys and values repeated for all heads."""
+    repeats = query.shape[1] // key.shape[1]
+    keys = [states[index].transpose(1, 2).repeat_interleave(repeats, 1) for states in (key, value)]
+    return [query[index].transpose(1, 2), *keys]
+
+
 def _attend_flash(
-    query: Tensor, key: Tensor, value: Tensor, part: Part, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """See `_attend`; by variable-length flash attention on CUDA."""
-    bounds, longest = part.bounds.int(), int(part.bounds.diff().max())
-    states = (query[part.queries], key[part.keys], value[part.keys])
-    sizes = (bounds, bounds, longest, longest, 0.0, True)
-    output, log_sum, *_ = torch.ops.aten._flash_attention_forward(*states, *sizes, False, scale=scaling)
+    output, log_sum, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, *_segments(bounds), False, scale=scaling
+    )
     return output, log_sum.transpose(0, 1)
 
 
@@ -178,25 +187,22 @@ def _attend_flash_backward(
     value: Tensor,
     output: Tensor,
     total: Tensor,
-    part: Part,
+    bounds: Tensor,
     scaling: float,
 ) -> list[Tensor]:
     """See `_attend_backward`."""
-    bounds, longest = part.bounds.int(), int(part.bounds.diff().max())
-    rows = part.queries
-    states = (query[rows], key[part.keys], value[part.keys])
     unused = torch.empty(2, dtype=torch.uint64, device=query.device)  # the random state of dropout
+    log_sum = total.transpose(0, 1).contiguous()
+    states = (gradient, query, key, value, output, log_sum)
     return list(
-        torch.ops.aten._flash_attention_backward(
-            gradient[rows],
-            *states,
-            output[rows],
-            total[rows].transpose(0, 1).contiguous(),
-            *(bounds, bounds, longest, longest, 0.0, True),
-            *(unused, unused),
-            scale=scaling,
-        )
+        torch.ops.aten._flash_attention_backward(*states, *_segments(bounds), unused, unused, scale=scaling)
     )
+
+
+def _segments(bounds: Tensor) -> tuple[Any, ...]:
+    """Return the arguments of flash attention for causal segments without dropout."""
+    longest = int(bounds.diff().max())
+    return bounds.int(), bounds.int(), longest, longest, 0.0, True
 
 
 @cache
@@ -225,16 +231,3 @@ def flash_is_exact(device: torch.device, dtype: torch.dtype, head_dim: int) -> b
         logger.warning("flash attention for images differs by %.2g, using dense masks", worst)
         return False
     return True
-
-
-def _batch(query: Tensor, key: Tensor, value: Tensor, part: Part, index: Tensor) -> list[Tensor]:
-    """Return (segments, num_heads, longest, head_dim) states; keys and values repeated for all heads."""
-    repeats = query.shape[1] // key.shape[1]
-    return [
-        query[part.queries[index]].transpose(1, 2),
-        *(states[part.keys[index]].transpose(1, 2).repeat_interleave(repeats, 1) for states in (key, value)),
-    ]
-
-
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

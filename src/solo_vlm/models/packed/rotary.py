@@ -17,6 +17,9 @@ def rotate_apart(rotary: nn.Module, row: PackedRow) -> None:
 
     transformers chooses them once, by the longest. Modules with fixed frequencies stay as they are.
     """
+    kinds: Any = rotary.rope_type
+    if not any(_depends_on_length(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])):
+        return
     forward = rotary.forward
 
     @wraps(forward)
@@ -45,6 +48,10 @@ def rotate_apart(rotary: nn.Module, row: PackedRow) -> None:
         return tuple(torch.where(chosen, one, other) for one, other in zip(by_long, by_short, strict=True))
 
     rotary.forward = apart  # type: ignore[method-assign]
+
+
+def _depends_on_length(rope_type: Any) -> bool:
+    return any(kind in str(rope_type) for kind in ("longrope", "dynamic"))
 
 
 def _rope_type(rotary: Any, layer_type: str | None) -> str:
