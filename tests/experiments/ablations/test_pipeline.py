@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.sources.parquet import write_samples
@@ -54,6 +55,18 @@ def test_each_stage_starts_from_the_preceding_model(load):
     assert pipeline.after(None) is sft
     assert pipeline.after("stage1") is stage1
     assert [stage.depth for stage in (init, stage1, sft)] == [0, 1, 2]
+
+
+def test_another_image_in_a_folder_of_images_is_another_run(load, study):
+    pictures = study / "root" / "data" / "pictures" / "red"
+    pictures.mkdir(parents=True)
+    ablation = load("stages.stage1.data.sources=[{path: data/pictures}]")
+    runs = []
+    for number in range(2):
+        Image.new("RGB", (32, 32), "red").save(pictures / f"{number}.png")
+        runs.append(names(by_variant(ablation)["base"]))
+    assert runs[0]["init"] == runs[1]["init"]
+    assert runs[0]["stage1"] != runs[1]["stage1"]
 
 
 def test_variants_differ_only_in_their_changes(load):

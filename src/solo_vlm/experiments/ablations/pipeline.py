@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from solo_vlm.data.mixture import Mixture, SourceSettings
 from solo_vlm.data.sample import Sample, parse_sample
-from solo_vlm.data.sources import all_rows, open_source
+from solo_vlm.data.sources import all_rows
 from solo_vlm.data.sources.parquet import write_samples
 from solo_vlm.experiments.ablations.settings import (
     BASE,
@@ -277,7 +278,7 @@ class _PipelineBuilder:
         if isinstance(settings, Recipe):
             return [
                 config_fingerprint(settings),
-                [self._fingerprint(path) for path in settings.mixture.source_paths()],
+                [self._fingerprint(source, settings.mixture) for source in settings.data.sources],
             ]
         plain = settings or self.settings.toy_data
         return [plain.model_dump(mode="json", exclude_defaults=True) if plain else None]
@@ -298,11 +299,12 @@ class _PipelineBuilder:
             }
         )
 
-    def _fingerprint(self, path: str) -> str:
+    def _fingerprint(self, source: SourceSettings, mixture: Mixture) -> str:
         """Return the fingerprint of data; empty for missing data, which no run has used yet."""
-        if path not in self._fingerprints:
+        key = source.model_dump_json(exclude={"weight"})
+        if key not in self._fingerprints:
             try:
-                self._fingerprints[path] = open_source(path).fingerprint()
+                self._fingerprints[key] = source.open(at=mixture.source_path).fingerprint()
             except SoloError:
-                self._fingerprints[path] = ""
-        return self._fingerprints[path]
+                self._fingerprints[key] = ""
+        return self._fingerprints[key]
