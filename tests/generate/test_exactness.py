@@ -77,7 +77,7 @@ def test_every_family_generates_exactly_or_is_refused():
 )
 def test_padding_that_a_layer_reads_is_noticed(family, expected, dtype):
     """In bfloat16 too, whose rounding is as large as the effect of padding on RecurrentGemma."""
-    assert reads_padding(make_model(family).model.to(dtype)) == (family in ("rwkv", "recurrent_gemma"))
+    assert reads_padding(make_model(family).model.to(dtype)) == expected
 
 
 def test_stale_keys_in_a_prefix_are_noticed():
@@ -97,3 +97,9 @@ def test_random_prompts_are_reproducible_and_free_of_vision_tokens():
     ids = _random_ids(model, 1000, seed=0)
     assert torch.equal(ids, _random_ids(model, 1000, seed=0))
     assert not set(ids[0].tolist()) & set(model.generation_config.suppress_tokens)
+
+
+def test_padding_that_makes_logits_nan_is_noticed():
+    model = make_solo().model
+    model.get_input_embeddings().weight.data[0] = float("nan")  # of the token that pads
+    assert reads_padding(model)
