@@ -10,7 +10,6 @@ processor time.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment
+from environment import environment, publish
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from solo_vlm.check.certificate import certify_init, require_exact_packing
@@ -33,7 +32,6 @@ from solo_vlm.models.load import load_model
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.quickstart.llm import train_tokenizer
-from solo_vlm.utils.files import write_text
 
 Times = dict[str, tuple[float, float]]  # seconds and processor seconds by part
 
@@ -82,10 +80,9 @@ def main() -> None:
         "init_ratio": round(1 + times["checks of init"][0] / times["init"][0], 3),
         "environment": environment(),
     }
-    if arguments.out:
-        write_text(arguments.out, json.dumps(results, indent=1) + "\n")
+    publish(results, arguments.json, arguments.out)
     if arguments.json:
-        return print(json.dumps(results))
+        return
     print(f"{parameters:,} parameters, {results['threads']} threads")
     for name, (wall, busy) in times.items():
         print(f"{name:24} {wall:8.2f} s {busy:8.2f} s of processor time")

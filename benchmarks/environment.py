@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from solo_vlm.utils.files import write_text
 
 
 def environment() -> dict[str, object]:
@@ -17,6 +21,14 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "transformers", "numpy", "pillow")},
     }
+
+
+def publish(results: dict[str, Any], as_json: bool, out: Path | None) -> None:
+    """Print results as one JSON object if asked, and write them to a file if there is one."""
+    if as_json:
+        print(json.dumps(results))
+    if out:
+        write_text(out, json.dumps(results, indent=2) + "\n")
 
 
 def _processor() -> str:

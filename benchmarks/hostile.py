@@ -28,14 +28,13 @@ from threading import Event, Thread
 from typing import Any
 
 import psutil
-from environment import environment
+from environment import environment, publish
 from serving import make_model, served
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.serve import hostile, hostile_images, mutated_images
 
 from solo_vlm.serve.limits import Limits
-from solo_vlm.utils.files import write_text
 
 BODY_SECONDS = 3.0  # time limit of the server for bodies that never end; their seconds count from there
 CLOSED = 0  # no status: none came, or TCP dropped it, since the client had sent more than its request
@@ -279,10 +278,7 @@ def main() -> None:
         with served(model, *options) as server:
             measured = run(server.url, psutil.Process(server.process.pid), arguments)
     results = {"environment": {**environment(), "load_average": psutil.getloadavg()[0]}, **measured}
-    if arguments.json:
-        print(json.dumps(results))
-    if arguments.out:
-        write_text(arguments.out, json.dumps(results, indent=2) + "\n")
+    publish(results, arguments.json, arguments.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ bfloat16), and of attention alone: causal, bidirectional by two causal parts, an
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,13 +18,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from environment import environment
+from environment import environment, publish
 from torch import Tensor
 from transformers import AutoModel, LlamaConfig, MistralConfig
 
 from solo_vlm.models.packed import attention
 from solo_vlm.models.packed.isolation import isolate_documents
-from solo_vlm.utils.files import write_text
 
 CUDA = torch.cuda.is_available()
 REPEATS = 5
@@ -122,14 +120,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write it to a file")
     arguments = parser.parse_args()
     results = {"environment": environment(), "tokens": arguments.tokens, "seconds": measure(arguments)}
-    if arguments.json:
-        print(json.dumps(results))
-    else:
+    publish(results, arguments.json, arguments.out)
+    if not arguments.json:
         for part, times in results["seconds"].items():
             for name, value in times.items():
                 print(f"{part:16} {name:14} {value:8.3f} s {value / times['causal']:6.2f} x")
-    if arguments.out:
-        write_text(arguments.out, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,9 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import psutil
-from environment import environment
+from environment import environment, publish
 from PIL import Image
 from serving import make_model, served
-
-from solo_vlm.utils.files import write_text
 
 WIDTHS = (300, 640, 1024, 2000, 3600)
 FORMATS: dict[str, dict[str, Any]] = {
@@ -84,10 +82,7 @@ def main() -> None:
     ):
         measured = run(server.url, psutil.Process(server.process.pid), arguments.requests)
     results = {"environment": environment(), **measured}
-    if arguments.json:
-        print(json.dumps(results))
-    if arguments.out:
-        write_text(arguments.out, json.dumps(results, indent=2) + "\n")
+    publish(results, arguments.json, arguments.out)
 
 
 if __name__ == "__main__":

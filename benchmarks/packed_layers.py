@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -26,14 +25,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from environment import environment
+from environment import environment, publish
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.models.packed.isolation import isolate_documents
-from solo_vlm.utils.files import write_text
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512, "max_position_embeddings": 8192}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -124,10 +122,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     results = {**measure(arguments.rounds, arguments.tokens), "environment": environment()}
-    if arguments.out:
-        write_text(arguments.out, json.dumps(results, indent=2) + "\n")
+    publish(results, arguments.json, arguments.out)
     if arguments.json:
-        print(json.dumps(results))
         return
     for name, value in results.items():
         print(f"{name:12}", value)

@@ -28,10 +28,8 @@ from typing import Any
 import aiohttp
 import numpy as np
 import psutil
-from environment import environment
+from environment import environment, publish
 from PIL import Image
-
-from solo_vlm.utils.files import write_text
 
 CLIENTS = (1, 2, 4, 8, 16, 32)
 TOKENS = 32
@@ -197,10 +195,7 @@ def main() -> None:
                 results[f"clients_{clients}"] = result
                 if not arguments.json:
                     print(f"{clients:2} clients", *(f"{name} {value:.1f}" for name, value in result.items()))
-    if arguments.json:
-        print(json.dumps(results))
-    if arguments.out:
-        write_text(arguments.out, json.dumps(results, indent=2) + "\n")
+    publish(results, arguments.json, arguments.out)
 
 
 if __name__ == "__main__":

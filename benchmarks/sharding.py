@@ -14,7 +14,6 @@ The variants alternate; results are medians of the rounds, and ratios are taken 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment
+from environment import environment, publish
 from training.machine import one_sharded_process, random_model, seconds, this_device
 from training.workload import Workload
 from transformers.utils import logging
@@ -33,7 +32,6 @@ from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.parallel.sharding import FSDP_UNIT_SIZE
 from solo_vlm.train.trainer import optimizer_step
-from solo_vlm.utils.files import write_text
 
 UNITS = {"layer by layer": 1, "units": FSDP_UNIT_SIZE, "whole": None}  # parameters gathered at once
 NARROW = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -90,10 +88,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     results = {**measure(arguments.rounds, arguments.warmup), "environment": environment()}
-    if arguments.out:
-        write_text(arguments.out, json.dumps(results, indent=2) + "\n")
+    publish(results, arguments.json, arguments.out)
     if arguments.json:
-        print(json.dumps(results))
         return
     for name, value in results.items():
         print(f"{name:28}", value if isinstance(value, dict | str) else f"{value:,.3f}")
