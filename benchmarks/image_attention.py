@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -43,17 +44,12 @@ def make_row(tokens: int, vision: float, seed: int = 0) -> tuple[Tensor, Tensor]
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Return the median time of a function, after one warm-up."""
-    times = []
-    for _ in range(REPEATS + 1):
-        if CUDA:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        run()
-        if CUDA:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    """Return the time of a call."""
+    started = time.perf_counter()
+    run()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def make_decoder(layers: int) -> Any:
@@ -102,12 +98,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
         ).last_hidden_state
         output.sum().backward()
 
+    def by_masks(run: Callable[[Tensor | None], None]) -> None:
+        with patch.object(attention, "_merges_images", return_value=False):
+            run(images[None])
+
     results: dict[str, dict[str, float]] = {}
     for part, run in (("attention", attend), ("decoder layers", step)):
-        results[part] = {"causal": seconds(lambda run=run: run(None))}
-        results[part]["bidirectional"] = seconds(lambda run=run: run(images[None]))
-        with patch.object(attention, "_merges_images", return_value=False):
-            results[part]["dense masks"] = seconds(lambda run=run: run(images[None]))
+        variants = {
+            "causal": partial(run, None),
+            "bidirectional": partial(run, images[None]),
+            "dense masks": partial(by_masks, run),
+        }
+        # In turns, so that other work on the machine slows all of them; the first round is a warm-up.
+        rounds = [{name: seconds(call) for name, call in variants.items()} for _ in range(REPEATS + 1)][1:]
+        results[part] = {name: statistics.median(taken[name] for taken in rounds) for name in variants}
     return results
 
 
