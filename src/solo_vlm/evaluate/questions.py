@@ -76,7 +76,7 @@ class Question(HeldOutQuestion):
         id: Position in the file, from 1.
         answers: Accepted answers; the letter of the correct option if there are options.
         options: Texts of the options A, B, C, ...; empty for other questions.
-        metric: How a response is compared with the answers.
+        metric: Comparison of a response with the answers.
     """
 
     id: str
