@@ -7,9 +7,9 @@ decoder alone; the whole path (decode, resize, cut into uint8 patches); the same
 library (OpenCV resizes and splits, on one thread or on its default threads); Pillow and NumPy alone; and the
 steps of the original code (from base64 by Pillow to normalized float32 patches by torch). Also photographs
 four times as wide and high, which shrink. Then, in wall-clock time, the loader with 0, 1 and 2 workers of one
-or two threads: parquet to packed sequences of 32,768 tokens. Then the loader's memory as the data grows. Last, a
-stream of eight sources of photographs, each with its own packer: the memory of the documents that wait, both
-compressed, as they are, and decoded; the size of its state; and what a resume encodes.
+or two threads: parquet to packed sequences of 32,768 tokens. Then the loader's memory as the data grows, and
+a stream of eight sources of photographs, each with its own packer: the memory of the documents that wait, as
+they are, compressed, and decoded; the size of its state; and what a resume encodes.
 
 The variants alternate, in the first part every ten images, and each result is the median of the turns.
 Without `--images`, photographs of about 500 x 375 are cut from the two in scikit-learn.
