@@ -36,10 +36,11 @@ Key = tuple[int, int, int, int]  # source, shard, row, piece of a long text
 Encode = Callable[[Sample], Draft]
 WeightBy = Literal["samples", "tokens", "sequences"]
 
-ORDER_VERSION = 4  # increased if the same data and seed give another order; older states are rejected
+ORDER_VERSION = 5  # increased if the same data and seed give another order; older states are rejected
 
 LISTED = 20  # skipped samples that a stream lists; it counts all
 
+_OPEN_BYTES = 2**26  # memory of the open shards of a stream
 _MAX_ERROR_LENGTH = 500  # characters kept of a skipped sample's error
 _MIN_ROWS = 1000  # rows assumed when max_skipped is applied to fewer; also the limit of a series
 
@@ -108,10 +109,12 @@ class VirtualStream:
         self._weight_by = weight_by
         self._max_skipped = max_skipped
         self._orders = []
+        # A run's memory grows neither with streams beyond 64 nor, up to four, with sources.
+        open_bytes = _OPEN_BYTES * 64 // max(streams, 64) // min(len(mixture), 4)
         first = 0  # stream with the first part of a source's remainder
         for number, source in enumerate(self._sources):
             share, first = deal(len(source), index, streams, first)
-            self._orders.append(RowOrder(source, share, f"{seed}/{number}", index, epochs))
+            self._orders.append(RowOrder(source, share, f"{seed}/{number}", index, epochs, open_bytes))
         self._phases = _phases(self._weights, index, str(seed))
         self._consumed = list(self._phases)
         numbers = range(len(mixture))

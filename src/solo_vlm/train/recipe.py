@@ -164,7 +164,8 @@ class Recipe(Settings):
     @property
     def mixture(self) -> Mixture:
         """Training data, with the model that reads it."""
-        return Mixture(root=self.root, model=self.model, data=self.data)
+        data = self.data.for_batch(self.global_batch)
+        return Mixture(root=self.root, model=self.model, data=data)
 
     @property
     def validation_mixture(self) -> Mixture | None:
