@@ -35,6 +35,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=val
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _COUNTS = ("instances", "samples", "images", "tokens")
+_WELL_SHUFFLED = 0.5
 
 
 @app.command("list")
@@ -221,6 +222,13 @@ def _print_notes(facts: dict[str, Any]) -> None:
     if total["skipped"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in total["skipped"].items())
         STDOUT.print(f"skipped: {reasons}", highlight=False)
+    for source in facts["sources"]:
+        if source["shuffle"] < _WELL_SHUFFLED:
+            STDOUT.print(
+                f"shuffle {source['shuffle']:.2f}: a packed sequence of {source['source']} has that share of "
+                "the shards of a perfect shuffle: if its files are sorted, convert it or write smaller ones",
+                highlight=False,
+            )
     if facts["exact"]:
         return
     intervals = {name: f"{low:,} to {high:,}" for name, (low, high) in total["interval_95"].items()}

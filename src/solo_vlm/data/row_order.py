@@ -12,10 +12,19 @@ import numpy as np
 from solo_vlm.data.sources import Source
 from solo_vlm.utils.errors import SoloError
 
+OPEN_BYTES = 2**26  # memory of the open shards of a stream
 MIN_OPEN, MAX_OPEN = 2, 64  # shards of a source from which a stream draws rows at a time
 _FIRST_OPEN = 4
 _ROWS_PER_OPENING = 8  # rows drawn per shard that is opened in the beginning, so that a run starts soon
 _MIN_PART_ROWS = 64  # shards with smaller parts are not divided: each stream reads all of them
+
+
+def open_bytes(streams: int, sources: int) -> int:
+    """Return the memory for open shards of each source in a stream.
+
+    That of a run grows neither with streams beyond 64 nor, up to four, with sources.
+    """
+    return OPEN_BYTES * 64 // max(streams, 64) // min(sources, 4)
 
 
 class Share(NamedTuple):
@@ -67,7 +76,7 @@ class RowOrder:
         seed: Seed of the order.
         stream: Number of the stream.
         epochs: Number of passes. Default: endless.
-        open_bytes: Memory up to which shards are opened, `MIN_OPEN` to `MAX_OPEN` of them.
+        memory: Bytes up to which shards are opened, `MIN_OPEN` to `MAX_OPEN` of them.
     """
 
     def __init__(
@@ -77,10 +86,10 @@ class RowOrder:
         seed: str,
         stream: int,
         epochs: int | None,
-        open_bytes: int = 2**26,
+        memory: int = OPEN_BYTES,
     ) -> None:
         self._source = source
-        self._open_bytes = open_bytes
+        self._memory = memory
         self._share = share
         self._pieces = len(share.whole) + len(share.parts)
         self._reads_all = False
@@ -158,13 +167,13 @@ class RowOrder:
                     left_out = " that its filter keeps" if self.filtered else ""
                     raise SoloError(f"{self._source.name} has no rows{left_out}")
             piece = int(self._order("units", self._pieces)[self._opened])
-            if len(self._open) >= MIN_OPEN and self._memory(piece) > self._open_bytes:
+            if len(self._open) >= MIN_OPEN and self._memory_with(piece) > self._memory:
                 return
             self._opened += 1
             if len(self._row_order(piece)):
                 self._open.append([piece, 0])
 
-    def _memory(self, piece: int) -> int:
+    def _memory_with(self, piece: int) -> int:
         """Return the memory of the open pieces and another one."""
         shards = {self._piece(number)[0] for number in (piece, *(number for number, _ in self._open))}
         return sum(map(self._source.memory, shards))

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from solo_vlm.data.encode import Document, Draft, fit_to_length
 from solo_vlm.data.packing import Packer
-from solo_vlm.data.row_order import RowOrder, deal, fraction
+from solo_vlm.data.row_order import RowOrder, deal, fraction, open_bytes
 from solo_vlm.data.sample import FilteredRow, Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source
 from solo_vlm.utils.errors import SoloError
@@ -40,7 +40,6 @@ ORDER_VERSION = 5  # increased if the same data and seed give another order; old
 
 LISTED = 20  # skipped samples that a stream lists; it counts all
 
-_OPEN_BYTES = 2**26  # memory of the open shards of a stream
 _MAX_ERROR_LENGTH = 500  # characters kept of a skipped sample's error
 _MIN_ROWS = 1000  # rows assumed when max_skipped is applied to fewer; also the limit of a series
 
@@ -109,12 +108,11 @@ class VirtualStream:
         self._weight_by = weight_by
         self._max_skipped = max_skipped
         self._orders = []
-        # A run's memory grows neither with streams beyond 64 nor, up to four, with sources.
-        open_bytes = _OPEN_BYTES * 64 // max(streams, 64) // min(len(mixture), 4)
+        memory = open_bytes(streams, len(mixture))
         first = 0  # stream with the first part of a source's remainder
         for number, source in enumerate(self._sources):
             share, first = deal(len(source), index, streams, first)
-            self._orders.append(RowOrder(source, share, f"{seed}/{number}", index, epochs, open_bytes))
+            self._orders.append(RowOrder(source, share, f"{seed}/{number}", index, epochs, memory))
         self._phases = _phases(self._weights, index, str(seed))
         self._consumed = list(self._phases)
         numbers = range(len(mixture))
