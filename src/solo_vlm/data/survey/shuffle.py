@@ -33,7 +33,7 @@ def shuffle_quality(
     for stream in range(min(streams, _STREAMS)):
         share, _ = deal(len(source), stream, streams)
         order = RowOrder(counted, share, str(seed), stream, 1, open_bytes(streams, sources))
-        shards = []
+        shards: list[int] = []
         while len(shards) < _ROWS and not order.exhausted:
             shards.append(order.next_key()[0])
         together = min(documents, len(shards)) or 1
