@@ -94,13 +94,14 @@ def convert(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of files in progress; default: one per CPU.")
     ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Convert a data set's raw files to sample files. Run the same command again to resume."""
+    """Convert a data set's raw files to shuffled sample files. Run the same command again to resume."""
     from solo_vlm.data.catalog.convert import convert as run
 
     with progress_bar(name) as on_progress:
-        report = run(name, raw, out, executor, workers, on_progress)
+        report = run(name, raw, out, executor, workers, on_progress, seed)
     print_json(report) if json else _show_report(report)
 
 
