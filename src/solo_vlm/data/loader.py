@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from solo_vlm.data.collate import PackedBatch, collate, num_supervised_tokens
 from solo_vlm.data.sources import Source, fingerprints, is_same_data
+from solo_vlm.data.sources.hub import HubPath
 from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
 from solo_vlm.models.solo.processing_solo import num_vision_tokens
 from solo_vlm.utils.errors import SoloError
@@ -376,7 +377,8 @@ def _check_unchanged(before: State, now: State) -> None:
     for (old_name, old), (name, new) in zip(before["sources"], now["sources"], strict=True):
         if not is_same_data(old, new):
             was = "" if old_name == name else f" (then {old_name})"
+            same = f"set its path to {old_name}" if HubPath.parse(old_name) else "put them back"
             raise SoloError(
                 f"the data changed since the checkpoint: files of source {name}{was} were added, removed or "
-                "rewritten; put them back, or start a new run"
+                f"rewritten; {same}, or start a new run"
             )
