@@ -542,11 +542,12 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
 
 def _keeps_state(decoder: nn.Module) -> bool:
     """Return whether layers keep a state in themselves, not in a cache, as in RecurrentGemma."""
-    return any(map(_is_told_only_to_cache, {type(module) for module in decoder.modules()}))
+    kinds: set[Any] = {type(module) for module in decoder.modules()}
+    return any(map(_is_told_only_to_cache, kinds))
 
 
 @cache
-def _is_told_only_to_cache(kind: type[nn.Module]) -> bool:
+def _is_told_only_to_cache(kind: Any) -> bool:
     names = signature(kind.forward).parameters.keys()
     has_past = any("past" in name or "cache_" in name or name == "state" for name in names)
     return "use_cache" in names and not has_past
