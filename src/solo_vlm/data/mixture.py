@@ -167,7 +167,7 @@ class StreamFactory:
             index,
             settings.streams,
             [MixtureItem(*item) for item in zip(self.sources, weights, strict=True)],
-            self.encoder,
+            self.encoder.draft,
             settings.sequence_length,
             seed=settings.seed,
             epochs=settings.epochs,
