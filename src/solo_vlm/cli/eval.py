@@ -156,10 +156,13 @@ def compare(
     from solo_vlm.evaluate.compare import compare_runs
     from solo_vlm.evaluate.run_folder import RunFolder
 
-    comparisons = compare_runs(RunFolder(first), RunFolder(second))
+    runs = RunFolder(first), RunFolder(second)
+    comparisons = compare_runs(*runs)
+    left_out = {task for run in runs for task in run.tasks} - {each.task for each in comparisons}
     if json:
         tasks = [asdict(comparison) for comparison in comparisons]
-        return print_json({"first": str(first), "second": str(second), "tasks": tasks})
+        facts = {"first": str(first), "second": str(second), "tasks": tasks}
+        return print_json({**facts, "not_compared": sorted(left_out)})
     STDOUT.print(f"A: {first}\nB: {second}")
     rows = [
         (
@@ -176,6 +179,9 @@ def compare(
     for comparison in comparisons:
         if comparison.left_out:
             STDOUT.print(f"{comparison.title}: {comparison.left_out:,} rows of only one run are left out")
+    if left_out:
+        names = ", ".join(sorted(left_out))
+        STDOUT.print(f"not compared, as only one run has them or lmms-eval scores them: {names}")
     STDOUT.print(
         "On the rows that both runs have, scored by rules. Paired bootstrap over questions (over images for "
         "MME), 10,000 resamples."
