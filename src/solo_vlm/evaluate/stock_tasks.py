@@ -237,7 +237,7 @@ def _reason(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """What lmms-eval makes of the responses to a task."""
+    """Metrics of lmms-eval for the responses to a task."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)  # in its units: some fractions, some points
     note: str = ""  # reason if there are none

@@ -1,4 +1,4 @@
-"""Scores against the output of the official scripts on made-up rows with edge cases.
+"""Official scripts as references for scores, on made-up rows with edge cases.
 
 `tests/golden/scores/TASK.json` has the script's name and version, rows with credits, and totals.
 """
