@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from . import texts
+from .grids import ASK, draw_grid
 from .scenes import (
     DIGIT_QUESTION,
     FAMILIES,
@@ -104,6 +105,13 @@ def instruction_sample(rng: np.random.Generator) -> Sample:
     return chat_sample(_some(rng, scene.questions, turns), scene.image)
 
 
+def grid_sample(rng: np.random.Generator) -> Sample:
+    """Build a chat about the cells of a grid, of two questions of each kind."""
+    grid = draw_grid(rng)
+    asked = [ASK[kind % len(ASK)](rng, grid) for kind in rng.permutation(2 * len(ASK))]
+    return chat_sample([question for question in asked if question], grid.image)
+
+
 def held_out_digit_sample(index: int) -> Sample:
     """Build the question which digit the held-out image number `index` shows."""
     scene = held_out_digit(index)
@@ -120,6 +128,14 @@ def held_out_question_sample(index: int, rng: np.random.Generator) -> Sample:
     """Build one question; scene families alternate, and half of the pairs are reserved ones."""
     scene = _held_out_scene(index, rng)
     return chat_sample(_some(rng, scene.questions, 1), scene.image)
+
+
+def held_out_grid_sample(index: int, rng: np.random.Generator) -> Sample:
+    """Build one question about the cells of a grid; the kinds of questions alternate."""
+    while True:
+        grid = draw_grid(rng)
+        if question := ASK[index % len(ASK)](rng, grid):
+            return chat_sample([question], grid.image)
 
 
 def pretraining_sample(text: str, image: Image.Image | None = None) -> Sample:
