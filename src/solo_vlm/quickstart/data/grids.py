@@ -1,99 +1,69 @@
-"""Grids of shapes, with questions that only a reader who knows rows and columns can answer.
+"""Shapes in grids, with questions that need rows and columns.
 
-They are for studies of positions: the scenes of the quickstart have up to three columns and hardly need them.
+They are for studies of positions: the quickstart's scenes hardly need them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from PIL import Image
 
-from .scenes import Page, Question
-from .vocabulary import COLORS, NUMBERS, SHAPES
+from .scenes import Page, Question, Scene, Thing, random_thing
+from .vocabulary import NUMBERS, with_article
 
 _SIZES = (3, 4)  # rows and columns
-_COLOR_NAMES = tuple(COLORS)
-_DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
-
-Cell = tuple[int, int]  # (row, column)
+_SIDES = (("at the top", "at the bottom"), ("on the left", "on the right"))  # by axis
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Page with one shape of each color in different cells, and the color in each of these."""
-
-    image: Image.Image
-    rows: int
-    columns: int
-    color_at: dict[Cell, str]
-
-    def lines(self, down: int, right: int) -> Iterator[tuple[str, str, str]]:
-        """Yield the colors of any three cells in a row from the first, in steps of `down` and `right`."""
-        for (row, column), color in self.color_at.items():
-            second, third = (row + down, column + right), (row + 2 * down, column + 2 * right)
-            if {second, third} <= self.color_at.keys():
-                yield color, self.color_at[second], self.color_at[third]
+def placed_object(rng: np.random.Generator) -> Scene:
+    """Draw one shape in any cell, and ask for its row and column."""
+    grid = rng.choice(_SIZES, size=2)
+    row, column = rng.integers(grid).tolist()
+    color, shape = random_thing(rng)
+    answer = f"row {NUMBERS[row + 1]}, column {NUMBERS[column + 1]}"
+    return _scene(rng, grid, [((row, column), (color, shape))], [("Where is it?", answer)])
 
 
-def draw_grid(rng: np.random.Generator) -> Grid:
-    """Draw one shape of each color on a page of three or four rows and columns."""
-    rows, columns = rng.choice(_SIZES, size=2).tolist()
-    page = Page(rng, rows, columns)
-    cells = list(product(range(rows), range(columns)))
-    chosen = [cells[index] for index in rng.permutation(len(cells))[: len(_COLOR_NAMES)]]
-    color_at = dict(zip(chosen, _COLOR_NAMES, strict=True))
-    for (row, column), color in color_at.items():
-        page.shape(SHAPES[rng.integers(len(SHAPES))], color, row, column)
-    return Grid(page.image, rows, columns, color_at)
-
-
-def ask_place(rng: np.random.Generator, grid: Grid) -> Question | None:
-    """Ask for the row, or the column, of a color."""
-    cell, color = _one(rng, grid.color_at.items())
-    axis = int(rng.integers(2))
-    return f"Which {('row', 'column')[axis]} is {color} in?", NUMBERS[cell[axis] + 1]
-
-
-def ask_count(rng: np.random.Generator, grid: Grid) -> Question | None:
-    """Ask how many shapes are in a row, or in a column."""
-    axis = int(rng.integers(2))
-    line = int(rng.integers((grid.rows, grid.columns)[axis]))
-    count = sum(cell[axis] == line for cell in grid.color_at)
-    return f"How many shapes are in {('row', 'column')[axis]} {NUMBERS[line + 1]}?", NUMBERS[count]
-
-
-def ask_neighbor(rng: np.random.Generator, grid: Grid) -> Question | None:
-    """Ask for the color left of, right of, above or below another."""
-    relation, (down, right) = _one(rng, _DIRECTIONS.items())
-    pairs = [
-        (color, grid.color_at[cell[0] + down, cell[1] + right])
-        for cell, color in grid.color_at.items()
-        if (cell[0] + down, cell[1] + right) in grid.color_at
+def objects_in_line(rng: np.random.Generator) -> Scene:
+    """Draw three different shapes into a row or a column, and ask for the first, the middle and the last."""
+    grid = rng.choice(_SIZES, size=2)
+    axis = int(rng.integers(2))  # along which they differ
+    line = int(rng.integers(grid[1 - axis]))
+    things: list[Thing] = []
+    while len(things) < 3:
+        thing = random_thing(rng)
+        things += [thing] * (thing not in things)
+    places = sorted(rng.permutation(grid[axis])[:3].tolist())
+    cells = [(line, place) if axis else (place, line) for place in places]
+    names = (_SIDES[axis][0], "in the middle", _SIDES[axis][1])
+    questions = [
+        (f"What is {name}?", with_article(" ".join(thing))) for name, thing in zip(names, things, strict=True)
     ]
-    if not pairs:
-        return None
-    color, neighbor = _one(rng, pairs)
-    return f"Which colour is {relation} {color}?", neighbor
+    drawn = list(zip(cells, things, strict=True))
+    return _scene(rng, grid, [drawn[index] for index in rng.permutation(3)], questions)
 
 
-def ask_between(rng: np.random.Generator, grid: Grid) -> Question | None:
-    """Ask for the color between two others in a row or in a column."""
-    lines = [*grid.lines(0, 1), *grid.lines(1, 0)]
-    if not lines:
-        return None
-    first, middle, last = _one(rng, lines)
-    return f"Which colour is between {first} and {last}?", middle
+def counted_lines(rng: np.random.Generator) -> Scene:
+    """Draw equal shapes into a third to two thirds of the cells, and ask for their number in rows and columns."""
+    grid = rng.choice(_SIZES, size=2)
+    thing = random_thing(rng)
+    cells = list(product(*map(range, grid)))
+    count = int(rng.integers(len(cells) // 3, 2 * len(cells) // 3 + 1))
+    chosen = [cells[index] for index in rng.permutation(len(cells))[:count]]
+    questions = [
+        (f"How many are in {name} {NUMBERS[line + 1]}?", NUMBERS[sum(cell[axis] == line for cell in chosen)])
+        for axis, name in enumerate(("row", "column"))
+        for line in range(grid[axis])
+    ]
+    return _scene(rng, grid, [(cell, thing) for cell in chosen], questions)
 
 
-ASK: tuple[Callable[[np.random.Generator, Grid], Question | None], ...] = (
-    *(ask_place, ask_count, ask_neighbor, ask_between),
-)
+def _scene(rng, grid, drawn, questions) -> Scene:
+    page = Page(rng, *grid.tolist())
+    for (row, column), (color, shape) in drawn:
+        page.shape(shape, color, row, column)
+    return Scene(page.image, "", "", tuple(questions))
 
 
-def _one(rng, choices):
-    choices = tuple(choices)
-    return choices[rng.integers(len(choices))]
+GRIDS = (placed_object, objects_in_line, counted_lines)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from . import texts
-from .grids import ASK, draw_grid
+from .grids import GRIDS
 from .scenes import (
     DIGIT_QUESTION,
     FAMILIES,
@@ -106,10 +106,9 @@ def instruction_sample(rng: np.random.Generator) -> Sample:
 
 
 def grid_sample(rng: np.random.Generator) -> Sample:
-    """Build a chat about the cells of a grid, of two questions of each kind."""
-    grid = draw_grid(rng)
-    asked = [ASK[kind % len(ASK)](rng, grid) for kind in rng.permutation(2 * len(ASK))]
-    return chat_sample([question for question in asked if question], grid.image)
+    """Build a chat about shapes in a grid, of up to four questions."""
+    scene = GRIDS[rng.integers(len(GRIDS))](rng)
+    return chat_sample(_some(rng, scene.questions, 4), scene.image)
 
 
 def held_out_digit_sample(index: int) -> Sample:
@@ -131,11 +130,9 @@ def held_out_question_sample(index: int, rng: np.random.Generator) -> Sample:
 
 
 def held_out_grid_sample(index: int, rng: np.random.Generator) -> Sample:
-    """Build one question about the cells of a grid; the kinds of questions alternate."""
-    while True:
-        grid = draw_grid(rng)
-        if question := ASK[index % len(ASK)](rng, grid):
-            return chat_sample([question], grid.image)
+    """Build one question about shapes in a grid; the kinds of grids alternate."""
+    scene = GRIDS[index % len(GRIDS)](rng)
+    return chat_sample(_some(rng, scene.questions, 1), scene.image)
 
 
 def pretraining_sample(text: str, image: Image.Image | None = None) -> Sample:
