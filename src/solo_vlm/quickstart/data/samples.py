@@ -106,9 +106,9 @@ def instruction_sample(rng: np.random.Generator) -> Sample:
 
 
 def grid_sample(rng: np.random.Generator) -> Sample:
-    """Build a chat about shapes in a grid, of up to four questions."""
-    scene = GRIDS[rng.integers(len(GRIDS))](rng)
-    return chat_sample(_some(rng, scene.questions, 4), scene.image)
+    """Build a chat of up to four questions about shapes in a grid."""
+    image, questions = GRIDS[rng.integers(len(GRIDS))](rng)
+    return chat_sample(_some(rng, questions, 4), image)
 
 
 def held_out_digit_sample(index: int) -> Sample:
@@ -131,8 +131,8 @@ def held_out_question_sample(index: int, rng: np.random.Generator) -> Sample:
 
 def held_out_grid_sample(index: int, rng: np.random.Generator) -> Sample:
     """Build one question about shapes in a grid; the kinds of grids alternate."""
-    scene = GRIDS[index % len(GRIDS)](rng)
-    return chat_sample(_some(rng, scene.questions, 1), scene.image)
+    image, questions = GRIDS[index % len(GRIDS)](rng)
+    return chat_sample(_some(rng, questions, 1), image)
 
 
 def pretraining_sample(text: str, image: Image.Image | None = None) -> Sample:

@@ -259,6 +259,7 @@ FAMILIES: dict[str, Callable[[np.random.Generator], Scene]] = {
 
 
 def random_thing(rng: np.random.Generator) -> Thing:
+    """Choose a color and a shape."""
     return _COLOR_NAMES[rng.integers(len(_COLOR_NAMES))], SHAPES[rng.integers(len(SHAPES))]
 
 
