@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from . import texts
-from .grids import GRIDS
+from .grids import GRIDS, Grid, counted_lines, objects_in_line, placed_object
 from .scenes import (
     DIGIT_QUESTION,
     FAMILIES,
@@ -58,6 +58,8 @@ _ASKED: dict[Draw, float] = {
     training_digit: 0.07,
     single_object: 0.04,
 }
+
+_GRIDS = {placed_object: 0.5, objects_in_line: 0.4, counted_lines: 0.1}
 
 
 def text_sample(rng: np.random.Generator) -> Sample:
@@ -106,9 +108,12 @@ def instruction_sample(rng: np.random.Generator) -> Sample:
 
 
 def grid_sample(rng: np.random.Generator) -> Sample:
-    """Build a chat of up to four questions about shapes in a grid."""
-    image, questions = GRIDS[rng.integers(len(GRIDS))](rng)
-    return chat_sample(_some(rng, questions, 4), image)
+    """Build a chat of up to three questions about shapes in a grid, or name a single shape."""
+    if rng.random() < 0.5:
+        scene = single_object(rng)
+        return pretraining_sample(scene.name, scene.image)
+    image, questions = _draw_grid(rng)
+    return chat_sample(_some(rng, questions, 3), image)
 
 
 def held_out_digit_sample(index: int) -> Sample:
@@ -163,6 +168,10 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def _draw_grid(rng: np.random.Generator) -> Grid:
+    return tuple(_GRIDS)[rng.choice(len(_GRIDS), p=tuple(_GRIDS.values()))](rng)
 
 
 def _draw(rng: np.random.Generator, shares: dict[Draw, float]) -> Scene:
