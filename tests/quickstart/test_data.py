@@ -208,7 +208,7 @@ def cells(image: Image.Image) -> dict[tuple[int, int], str]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(seeds, st.sampled_from(GRIDS))
+@given(seeds, st.sampled_from(tuple(GRIDS)))
 def test_grid_answers_match_the_image(seed: int, draw_grid: Any) -> None:
     image, questions = draw_grid(np.random.default_rng(seed))
     drawn = cells(image)

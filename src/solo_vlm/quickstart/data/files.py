@@ -129,7 +129,8 @@ class ToySettings(Settings):
         stage2: Number of images with captions.
         stage3: Number of images with captions, questions and answers.
         sft: Number of chats.
-        grids: Number of chats about grids of shapes, whose questions need rows and columns.
+        grids: Number of single shapes with their names, and chats about grids of shapes, half and half;
+            their questions need rows and columns.
         heldout_digits: Number of questions about held-out handwritten digits.
         heldout_captions: Number of caption requests for held-out images.
         heldout_qa: Number of questions about held-out images.

@@ -70,7 +70,12 @@ def counted_lines(rng: np.random.Generator) -> Grid:
     return _page(rng, size, [(cell, thing) for cell in chosen]), questions
 
 
-GRIDS: tuple[Callable[[np.random.Generator], Grid], ...] = (placed_object, objects_in_line, counted_lines)
+# Sampling probabilities in training; held-out questions have equal shares.
+GRIDS: dict[Callable[[np.random.Generator], Grid], float] = {
+    placed_object: 0.5,
+    objects_in_line: 0.4,
+    counted_lines: 0.1,
+}
 
 
 def _size(rng: np.random.Generator) -> list[int]:
