@@ -27,7 +27,7 @@ EFFECT_COLUMNS = ("metric", "effect", "difference", "95% interval", "p")
 _CONFIDENCE = 0.95
 _FEW_SEEDS = 5
 _DECIMALS = 12  # equates values that differ by rounding, such as 0.55 - 0.5 and 0.61 - 0.56
-_PANEL_WIDTH, _PANEL_HEIGHT = 3.2, 3.4  # inches
+_PANEL_WIDTH, _PANEL_HEIGHT, _VARIANT_WIDTH = 3.2, 3.4, 0.5  # inches; the panel grows with many variants
 _SEED_COLOR, _BASE_COLOR, _VARIANT_COLOR = "#999999", "#000000", "#0072B2"
 
 _SCHEMA = pa.schema(
@@ -305,8 +305,8 @@ def _draw(report: Report) -> Any:
 
     factors = tuple(report.ablation.settings.factors)
     rows = 2 if factors else 1
-    size = (_PANEL_WIDTH * len(report.comparisons), _PANEL_HEIGHT * rows)
-    figure = Figure(figsize=size, layout="constrained")
+    width = max(_PANEL_WIDTH, _VARIANT_WIDTH * len(report.ablation.settings.variant_names))
+    figure = Figure(figsize=(width * len(report.comparisons), _PANEL_HEIGHT * rows), layout="constrained")
     panels = figure.subplots(rows, len(report.comparisons), squeeze=False)
     for axes, comparison in zip(panels[0], report.comparisons, strict=True):
         _draw_panel(axes, comparison, report)
@@ -334,8 +334,9 @@ def _draw_panel(axes: Any, comparison: Comparison, report: Report) -> None:
         axes.plot(positions.values(), means, color=_VARIANT_COLOR)
         axes.set_xlabel(axis.label)
     else:
-        axes.set_xticks(list(positions.values()), list(positions), rotation=20, ha="right")
-        axes.margins(x=0.25)
+        crowded = _VARIANT_WIDTH * len(positions) > _PANEL_WIDTH
+        axes.set_xticks(list(positions.values()), list(positions), rotation=45 if crowded else 20, ha="right")
+        axes.margins(x=0.05 if crowded else 0.25)
     if comparison.kind == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title(comparison.metric, fontsize="medium")
