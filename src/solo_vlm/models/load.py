@@ -15,7 +15,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from solo_vlm.models.checks import check_files, check_generation, check_loaded, check_tokenizer, check_weights
+from solo_vlm.models.checks import (
+    check_files,
+    check_generation,
+    check_image_attention,
+    check_loaded,
+    check_tokenizer,
+    check_weights,
+)
 from solo_vlm.models.original import (
     has_tokenizer,
     original_generation_config,
@@ -47,7 +54,8 @@ def load_model(
         quantization_config: Configuration of transformers for quantizing the weights while they are read.
 
     Raises:
-        SoloError: The path is not readable or not a SOLO model, or the model cannot be put on the device.
+        SoloError: The path is not readable or not a SOLO model, its decoder cannot follow its settings of
+            images, or it cannot be put on the device.
     """
     settings = _read_settings(path)
     if settings and not _is_solo(settings):  # transformers would load it as a SOLO-7B with random weights
@@ -70,9 +78,11 @@ def load_model(
     check_generation(path, model.generation_config, model.config.text_config.vocab_size)
     where = device or _default_device()
     try:
-        return model.to(where).eval()
+        model = model.to(where).eval()
     except (AssertionError, RuntimeError) as error:  # no such device, or out of memory
         raise SoloError(f"cannot put the model on {where}: {first_line(error)}") from error
+    check_image_attention(model)
+    return model
 
 
 def load_processor(path: str | Path) -> SoloProcessor:
