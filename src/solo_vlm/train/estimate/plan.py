@@ -120,9 +120,6 @@ class Plan:
         recipe, parallel, processes = self.recipe, self.recipe.parallel, self.dims.world_size
         changes: dict[str, dict[str, Any]] = {
             "activation_checkpointing=full": {"activation_checkpointing": "full"},
-            "optimizer.name=adamw_8bit": {
-                "optimizer": recipe.optimizer.model_copy(update={"name": "adamw_8bit"})
-            },
             "parallel.reshard=true": {"parallel": ParallelSettings(tensor=parallel.tensor)},
             f"parallel.tensor={2 * parallel.tensor}": {
                 "parallel": ParallelSettings(tensor=2 * parallel.tensor, reshard=parallel.reshard)
