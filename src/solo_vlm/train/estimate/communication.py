@@ -113,6 +113,9 @@ def collectives(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> list[C
     outside = outside_weights(shape)
     is_partial = recipe.lora is not None or recipe.trainable != "all"
     trained = trained_parameters(shape, recipe) if is_partial else layers + outside
+    if is_partial:  # adapters, and the trained copy of the patch embedding
+        layers += trained - shape.parameters.patch_embedding
+        outside += shape.parameters.patch_embedding
     gathers = 2 if recipe.parallel.reshard else 1
     found = [
         Collective(
