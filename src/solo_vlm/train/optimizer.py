@@ -34,7 +34,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     more than the hidden size of a small decoder.
 
     Raises:
-        SoloError: torchao is missing, or blocks of 8-bit moments would cross the parts of a split matrix.
+        SoloError: 8-bit moments without torchao, or with blocks that cross the parts of a split matrix.
     """
     if settings.name == "adamw_8bit":
         _require_torchao()

@@ -24,7 +24,7 @@ _FLOAT32 = 4  # bytes
 _GIGA = 1e9
 
 # Bytes per second and direction between two devices of a machine. Sources: NVIDIA's data sheets of A100 and
-# H100 (NVLink 600 and 900 GB/s, both directions together); PCI Express 4.0 and 5.0 with 16 lanes.
+# H100 (NVLink 600 and 900 GB/s, both directions together); PCI Express 4.0 and 5.0, x16.
 _INSIDE = {"nvlink3": 300e9, "nvlink4": 450e9, "pcie4": 32e9, "pcie5": 64e9}
 _NVLINK = {"A100-40GB": "nvlink3", "A100-80GB": "nvlink3"}  # other devices: the fourth generation
 _NETWORK = re.compile(r"(nvlink|nvlink3|nvlink4|pcie4|pcie5)(?:\+(\d+)g)?", re.IGNORECASE)
@@ -35,8 +35,8 @@ class Network:
     """Bandwidth of a device, in bytes per second and direction.
 
     Attributes:
-        inside: To the other devices of its machine.
-        between: To other machines; None: there is a single machine.
+        inside: Bandwidth to the other devices of its machine.
+        between: Bandwidth to other machines; None: a single machine.
         devices: Devices per machine.
     """
 
