@@ -23,9 +23,9 @@ from solo_vlm.convert.checkpoint_files import open_safetensors
 from solo_vlm.data.catalog.entry import DATA_SETS, DataSet
 from solo_vlm.data.mixture import LOADER_SETTINGS
 from solo_vlm.data.sources.hub import HubPath
-from solo_vlm.evaluate.benchmarks import get
+from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.run_folder import RunFolder, weights_hash
-from solo_vlm.evaluate.scoring.score import Score
+from solo_vlm.evaluate.scoring.score import Score, points, span
 from solo_vlm.hub.folder import weight_files
 from solo_vlm.models.load import load_config, load_processor
 from solo_vlm.models.solo.processing_solo import num_image_tokens
@@ -80,6 +80,8 @@ def model_card(
     text = render(
         "solo_vlm.hub",
         "card.md.jinja",
+        points=points,
+        span=span,
         repo_id=repo_id,
         runs=runs,
         facts={name: [own.get(name, "") for own in facts] for name in names},
@@ -284,8 +286,8 @@ class Evaluation:
         return cls(scores, backend, versions)
 
     def results(self) -> list[EvalResult]:
-        """Return the card's metadata; partial scores are left out, because it cannot mark them."""
-        return [_result(score) for score in self.scores if not score.partial]
+        """Return the card's metadata; it can neither mark partial scores nor name other data sets."""
+        return [_result(score) for score in self.scores if not score.partial and score.task in BENCHMARKS]
 
 
 def _result(score: Score) -> EvalResult:
