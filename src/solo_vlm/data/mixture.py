@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -94,10 +94,6 @@ class DataSettings(Settings):
     max_shard_bytes: PositiveInt = Limits.max_shard_bytes
     max_skipped: float = Field(0.01, ge=0, le=1)
     seed: int = 0
-
-    def for_batch(self, global_batch: int) -> Self:
-        """Return a copy with the default number of streams for this global batch, unless it is set."""
-        return self.model_copy(update={"streams": self.streams or default_streams(global_batch)})
 
 
 def default_streams(global_batch: int = 1) -> int:

@@ -154,12 +154,11 @@ def _count_sequences(
 ) -> int:
     """Count the packed sequences of all epochs, by simulating the packing if there are few documents."""
     data = recipe.mixture.data
-    assert data.streams is not None
     if documents <= _MAX_SIMULATED:
         sources = [_SimulatedSource(sample, data.seed) for sample in samples]
         settings = data.model_copy(update={"epochs": data.epochs or 1, "max_skipped": 1})
         make_stream = StreamFactory(sources, settings, encoder, _SimulatedStream)
-        return sum(1 for index in range(data.streams) for _ in make_stream(index))
+        return sum(1 for index in range(recipe.streams) for _ in make_stream(index))
     generator = np.random.default_rng(data.seed)
     full = sum(
         estimate_instances(
@@ -172,7 +171,7 @@ def _count_sequences(
         for sample in samples
     )
     # The last sequence of each stream (and source, if sequences are weighted) is half full on average.
-    return full + data.streams * (len(samples) if data.weight_by == "sequences" else 1) // 2
+    return full + recipe.streams * (len(samples) if data.weight_by == "sequences" else 1) // 2
 
 
 class _SimulatedSource:

@@ -50,8 +50,7 @@ class ParallelDims:
     def from_recipe(cls, recipe: Recipe, world_size: int) -> Self:
         """Divide the global batch among processes, each of which takes one packed sequence at a time."""
         tp, batch = recipe.parallel.tensor, recipe.global_batch
-        streams = recipe.data.for_batch(batch).streams
-        assert streams is not None
+        streams = recipe.streams
         if world_size % tp:
             divisors = _join(_divisors(world_size))
             raise SoloError(
@@ -190,8 +189,7 @@ class DistributedContext:
             opened.extend(mixture.open_sources())
             return pack_sources(opened, mixture.root)
 
-        with self.long_timeout():
-            packed = self.broadcast_from_rank0(pack)
+        packed = self.broadcast_from_rank0(pack)
         others = max(self.dims.world_size - 1, 1)
         return opened or unpack_sources(packed, mixture.root, self.rank % others, others)
 
