@@ -43,7 +43,7 @@ from solo_vlm.train.metrics import MetricsLogger, make_trackers, memory_gb, prog
 from solo_vlm.train.model import make_model
 from solo_vlm.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from solo_vlm.train.parallel.context import LONG_TIMEOUT, SHORT_TIMEOUT, DistributedContext, init_distributed
-from solo_vlm.train.parallel.sharding import average_replicated_gradients, reshard
+from solo_vlm.train.parallel.sharding import average_replicated_gradients, reduce_gradients, reshard
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import prepare_output_dir, write_manifest
 from solo_vlm.utils.errors import SoloError
@@ -113,7 +113,7 @@ class Trainer:
 
         set_seed(recipe.seed)
         self.model, self.processor = make_model(recipe, context)
-        self.experts = ExpertRouting.of(self.model, recipe.router_aux_loss)
+        self.experts = ExpertRouting.of(self.model, recipe.router_aux_loss, context.slices)
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
         dp = context.dims.dp
         self.loader = make_loader(recipe.mixture, self.processor, self.sources, context.dp_rank, dp)
@@ -201,8 +201,8 @@ class Trainer:
             return False
         batches = [sequence.batch if sequence else self.loader.empty_batch() for sequence in sequences]
 
-        # Reseed from (seed, step, dp_rank), so checkpoints need no RNG state.
-        entropy = (recipe.seed, state.step, context.dp_rank)
+        # Reseed from (seed, step, rank), so checkpoints need no RNG state.
+        entropy = (recipe.seed, state.step, context.dp_rank, context.cp_rank)
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         rate = learning_rate(state.step, state.total_steps, recipe.optimizer)
         set_learning_rate(self.optimizer, rate)
@@ -374,11 +374,12 @@ class Validator:
         while self._context.max(len(batches := list(islice(sequences, dp)))):
             batch = batches[dp_rank] if dp_rank < len(batches) else loader.empty_batch()
             with autocast(self._recipe, self._context):
-                inputs = model_inputs(model, batch)
+                inputs = model_inputs(model, batch, self._context.cp_rank, self._context.dims.cp)
                 total += model(**inputs, use_cache=False, num_items_in_batch=1, logits_to_keep=1).loss.item()
             supervised += num_supervised_tokens([batch])
         model.train()
         reshard(model)
+        (total,) = self._context.sum_slices(total)
         total, supervised = self._context.sum(total, supervised)
         return total / max(supervised, 1)
 
@@ -391,7 +392,7 @@ class StepResult:
         loss: Mean cross entropy over all supervised tokens of the global batch.
         gradient_norm: Global gradient norm before clipping.
         is_finite: Whether both are finite; otherwise the weights were not updated.
-        losses: Contributions of this process's sequences to `loss`.
+        losses: Contributions of this process's sequences, all slices of them, to `loss`.
     """
 
     loss: float
@@ -417,7 +418,11 @@ def optimizer_step(
         supervised: Supervised tokens of the global batch over all processes.
         experts: Routing of a mixture of experts, with this step started.
     """
-    losses = forward_backward(model, batches, supervised, autocast(recipe, context), experts)
+    part, is_deferred = (context.cp_rank, context.dims.cp), recipe.parallel.defer_reduction
+    losses = forward_backward(
+        model, batches, supervised, autocast(recipe, context), experts, part, is_deferred
+    )
+    losses = context.sum_slices(*losses)
     (loss,) = context.sum(sum(losses))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if context.mesh is not None and context.dims.tp > 1:
@@ -436,15 +441,23 @@ def forward_backward(
     supervised: int,
     precision: AbstractContextManager[Any],
     experts: ExpertRouting | None = None,
+    part: tuple[int, int] = (0, 1),
+    is_deferred: bool = False,
 ) -> list[float]:
-    """Accumulate gradients; return each batch's summed cross entropy divided by `supervised`."""
+    """Accumulate gradients; return each batch's summed cross entropy divided by `supervised`.
+
+    Args:
+        part: Index of this process's slice of each packed sequence, and the number of slices.
+        is_deferred: See `reduce_gradients`.
+    """
     losses = []
     for row, batch in enumerate(batches):
         recording: AbstractContextManager[list[Routed]] = experts.recording() if experts else nullcontext([])
         with precision, recording as routed:
-            inputs = model_inputs(model, batch)
+            inputs = model_inputs(model, batch, *part)
             loss = model(**inputs, use_cache=False, num_items_in_batch=max(supervised, 1)).loss
         penalty = experts.add_row(row, routed) if experts else 0.0
+        reduce_gradients(model, row == len(batches) - 1, is_deferred)
         (loss + penalty).backward()
         losses.append(loss.detach())
     return torch.stack(losses).tolist()

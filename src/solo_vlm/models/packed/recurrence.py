@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from inspect import signature
@@ -46,11 +46,14 @@ class PackedRow:
     Attributes:
         treatments: Name of a layer's class to its treatment, see `isolate_documents`.
         documents: None for an unpacked batch.
+        attend_across: Attention of a process that has a slice of the row: called with attention over whole
+            rows, and the slice's queries, keys, values and sinks. None: this process has the row.
     """
 
     def __init__(self, treatments: dict[str, Any]) -> None:
         self.treatments = treatments
         self.documents: Documents | None = None
+        self.attend_across: Callable[..., Tensor] | None = None
         self._pads: set[bool] = set()
 
     @property

@@ -92,7 +92,8 @@ class Memory:
         optimizer: Shard of Adam's two moments in float32.
         gathered: Temporarily unsharded tensors: weights, in the compute precision, of two FSDP units
             (`layers_per_fsdp_unit`; the next one is prefetched) or, without `parallel.reshard`, of all, and
-            those outside layers; gradients of one unit and of those, before they are reduced.
+            those outside layers; gradients of one unit and of those, before they are reduced, or with
+            `parallel.defer_reduction` of all.
         activations: Activations saved for the backward pass, and the peak working memory of the backward
             pass of one layer or one chunk of the loss.
     """
@@ -118,7 +119,7 @@ def memory_per_device(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> 
     compute = _compute_bytes(recipe)
     layer, outside = _layer_weights(shape, dims.tp), _outside_weights(shape)
     whole = shape.layers * layer + outside
-    weights = _FLOAT32 * whole / dims.dp
+    weights = _FLOAT32 * whole / dims.shards
     unit = layers_per_fsdp_unit(shape.layers, round(_layer_weights(shape)))
     layers_gathered = min(2 * unit, shape.layers) if recipe.parallel.reshard else shape.layers
     gathered = compute * (layers_gathered * layer + outside)
@@ -127,10 +128,12 @@ def memory_per_device(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> 
     trained, waiting = whole, unit * layer + outside
     if recipe.lora or recipe.trainable != "all":
         trained = waiting = trained_parameters(shape, recipe)
+    if recipe.parallel.defer_reduction and dims.gradient_accumulation_steps > 1:
+        waiting = trained
     return Memory(
         weights=round(weights),
-        gradients=round(_FLOAT32 * trained / dims.dp),
-        optimizer=round(2 * _FLOAT32 * trained / dims.dp),
+        gradients=round(_FLOAT32 * trained / dims.shards),
+        optimizer=round(2 * _FLOAT32 * trained / dims.shards),
         gathered=round(gathered + (compute + _FLOAT32) * waiting),
         activations=kept_activations(shape, recipe, dims) + _working_activations(shape, recipe, dims),
     )
@@ -145,7 +148,7 @@ def kept_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> i
     layer = _kept_of_layer(shape, recipe, dims)
     # The last norm, and the hidden states at supervised tokens; patches as bytes, and normalized.
     ends = (_FLOAT32 + 2 * compute) * shape.hidden + (1 + compute) * shape.patch
-    return round(recipe.data.sequence_length * (shape.layers * layer + ends))
+    return round(recipe.data.sequence_length / dims.cp * (shape.layers * layer + ends))
 
 
 def trained_parameters(shape: ModelShape, recipe: Recipe) -> int:
@@ -178,7 +181,7 @@ def _outside_weights(shape: ModelShape) -> int:
 
 def _working_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> int:
     """Return the working bytes of the backward pass: the maximum of one layer and one loss chunk."""
-    compute, tokens = _compute_bytes(recipe), recipe.data.sequence_length
+    compute, tokens = _compute_bytes(recipe), recipe.data.sequence_length // dims.cp
     recomputed = _all_of_layer(shape, dims, compute) - _kept_of_layer(shape, recipe, dims)
     # Gradients of the gate, the up projection and their product, which itself is freed by then.
     gradients = 2 * compute * shape.mlp / dims.tp
