@@ -257,6 +257,14 @@ def test_disagreement_of_model_and_processor_is_found(probe, setting, value):
     assert "in config.json" in failures(probe)["patches"].detail
 
 
+def test_template_that_drops_the_system_message_is_found(probe):
+    template = "{%- set messages = messages | rejectattr('role', 'equalto', 'system') | list -%}"
+    probe.encoder.processor.chat_template = template + probe.encoder.processor.chat_template
+    found = failures(probe)
+    assert found.keys() == {"supervision"}
+    assert "leaves out system messages" in found["supervision"].detail
+
+
 def test_padding_on_the_right_is_found(probe):
     probe.encoder.tokenizer.padding_side = "right"
     found = failures(probe)
@@ -285,7 +293,7 @@ def test_error_inside_a_model_is_one_finding(probe, monkeypatch):
     monkeypatch.setattr(probe.model.model.language_model.layers[0], "forward", broken)
     found = failures(probe)
     assert found["causality"].detail == "RuntimeError: no kernel"
-    assert found.keys() == set(PROPERTIES) - {"text_logits", "supervision", "patches"}
+    assert found.keys() == set(PROPERTIES) - {"text_logits", "settings", "supervision", "patches"}
 
 
 def test_packing_that_is_not_exact_is_rejected_before_training(probe, monkeypatch):
@@ -308,6 +316,16 @@ def test_new_model_is_checked_in_its_own_precision(dtype):
     certificate = certify_init(solo.model.to(dtype), solo.processor, "llm")
     assert certificate.passed, certificate.as_dict()
     assert certificate.findings.keys() == {*OF_INIT, *OF_FAMILY}
+
+
+def test_new_model_is_checked_with_its_design_of_images(monkeypatch):
+    def causal(*args, image_index=None, **kwargs):
+        return packed_attention(*args, **kwargs)
+
+    plant_in_training(monkeypatch, causal)
+    for attention, status in (("causal", "holds"), ("bidirectional", "fails")):
+        solo = compose(*make_llm("gemma2"), design=ImageDesign(attention))
+        assert certify_init(solo.model, solo.processor, "llm").findings["packing"].status == status
 
 
 def test_check_leaves_the_model_as_it_was(probe):

@@ -329,6 +329,19 @@ def test_real_llm_from_gguf(tmp_path, picture):
     assert pipeline.answer([ask("What is this?", picture(64, 64))], max_new_tokens=4)
 
 
+def test_template_that_drops_system_messages_rejects_them_afterwards(caplog):
+    llm, tokenizer = make_llm()
+    users = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    tokenizer.chat_template = users + CHATML
+    processor = compose(llm, tokenizer).processor
+    assert "leaves out message 1 (system)" in caplog.text
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    assert not processor.drops_system
+    assert "hello" in processor.apply_chat_template(chat)
+    with pytest.raises(Exception, match="would leave out system messages"):
+        processor.apply_chat_template([{"role": "system", "content": "be brief"}, *chat])
+
+
 @pytest.mark.parametrize(
     ("family", "reason"),
     [

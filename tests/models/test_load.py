@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.from_llm import from_llm
-from solo_vlm.models.load import save_model, stop_ids
+from solo_vlm.models.load import load_model, save_model, stop_ids
+from solo_vlm.utils.errors import SoloError
 
 CHATML_EOS_LAST = (  # like OLMo 3
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
@@ -102,3 +104,28 @@ def test_stop_ids_are_unique(solo):
     assert stop_ids(settings, solo.processor) == [eos]
     assert stop_ids(type("Settings", (), {"eos_token_id": [7, eos]}), solo.processor) == [7, eos]
     assert stop_ids(object()) == []
+
+
+def edit_config(folder: Path, **settings) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+@pytest.mark.parametrize("family", ["rwkv", "xlstm", "gpt_neo", "mamba2"])
+def test_edited_configuration_that_no_layer_follows_is_rejected(family, tmp_path):
+    make_solo(family).save(tmp_path / "model")
+    edit_config(tmp_path / "model", image_attention="bidirectional")
+    with pytest.raises(SoloError, match=r"image_attention=bidirectional: .*: use causal"):
+        load_model(tmp_path / "model", device="cpu")
+
+
+def test_edited_configuration_that_ties_a_separate_head_is_rejected(tmp_path):
+    """transformers would keep both with a warning, but tie them in a model made anew, as for sharding."""
+    solo = make_solo("qwen3")
+    solo.save(tmp_path / "model")
+    edit_config(
+        tmp_path / "model",
+        text_config={**solo.model.config.text_config.to_dict(), "tie_word_embeddings": True},
+    )
+    with pytest.raises(SoloError, match=r"tie_word_embeddings, but .* a head of their own: set it to false"):
+        load_model(tmp_path / "model", device="cpu")

@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 from solo_vlm.check import properties
 from solo_vlm.check.probe import SHORT, TOLERANCES, Probe
 from solo_vlm.check.properties import Finding
-from solo_vlm.check.tiny import tiny_llm
+from solo_vlm.check.settings import settings
+from solo_vlm.check.tiny import tiny_solo
 from solo_vlm.data.encode import Encoder
 from solo_vlm.utils.errors import SoloError, first_line
 
 PROPERTIES: dict[str, tuple[str, Callable[[Probe], Finding]]] = {
     "text_logits": ("text logits equal the LLM's", properties.text_logits),
+    "settings": ("settings fit tokenizer and LLM", settings),
     "causality": ("no future token is visible", properties.causality),
     "packing": ("packed equals alone: training", properties.packing),
     "packing_by_transformers": ("packed equals alone: transformers", properties.packing_by_transformers),
@@ -38,7 +40,7 @@ OF_INIT = ("supervision", "patches")
 """What making a SOLO model can break, apart from text logits; needs no pass through the decoder."""
 
 OF_FAMILY = ("causality", "packing", "batching", "caching", "gradients")
-"""What depends on the family of the decoder alone."""
+"""What depends on the family of the decoder and the design of images, not on weights."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def certify(
 
 
 def certify_init(model: PreTrainedModel, processor: Any, name: str) -> Certificate:
-    """Check a new SOLO model without a pass through its decoder, and a tiny model of its family.
+    """Check a new SOLO model without a pass through its decoder, and a tiny one of its family and design.
 
     Args:
         model: New model.
@@ -107,7 +109,7 @@ def certify_init(model: PreTrainedModel, processor: Any, name: str) -> Certifica
     probe = Probe(model, Encoder(processor), tolerance=TOLERANCES[model.dtype])
     findings = {key: _run(PROPERTIES[key][1], probe) for key in OF_INIT}
     try:
-        family = Probe(tiny_llm(model.config.text_config.model_type))
+        family = Probe(tiny_solo(model.config))
     except Exception as error:  # of any type: not every family can be made at any size
         findings |= dict.fromkeys(OF_FAMILY, Finding("skipped", first_line(error)))
     else:

@@ -362,6 +362,8 @@ def _label_fault(probe: Probe) -> str | None:
     assert probe.encoder
     tokenizer, ends = probe.encoder.tokenizer, set(stop_ids(probe.model.generation_config))
     ends |= {tokenizer.eos_token_id, *getattr(probe.encoder.processor, "end_of_turn_ids", ())}
+    if getattr(probe.encoder.processor, "drops_system", False):
+        return "the chat template leaves out system messages; make it write them, or call raise_exception"
     for sample, document in zip(probe.samples, probe.encoded, strict=True):
         supervised = document.labels != IGNORE_INDEX
         if not np.array_equal(document.labels[supervised], document.input_ids[supervised]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -13,6 +13,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+
+from solo_vlm.models.packed.kernels import compute_without_kernels_on_cpu
+from solo_vlm.models.solo.configuration_solo import SoloConfig
+from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 WINDOW = 8
 """Tokens of attention windows and chunks: fewer than a document has, so that they matter."""
@@ -156,6 +162,11 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "sliding_window": WINDOW,
     },
 }
+_VISION_TOKENS = ("image_token_id", "vision_start_token_id", "vision_row_token_id", "vision_end_token_id")
+_DESIGN = (
+    *("image_attention", "image_positions", "rope_base_2d", "patch_embedding", "vision_patch_size"),
+    "lm_head_bias",
+)
 _NOT_CAUSAL = {"cpmant": "bidirectional within the prompt", "xlnet": "permutation language model"}
 
 
@@ -213,9 +224,24 @@ def tiny_llm(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
     Parameters that start constant, such as norms, biases and sinks, are made random as well.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **settings), dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.numel() > 1 and parameter.min() == parameter.max():
-                parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
+    return _noisy(AutoModelForCausalLM.from_config(tiny_config(family, **settings), dtype=torch.float32))
+
+
+def tiny_solo(config: SoloConfig) -> SoloForConditionalGeneration:
+    """Make a tiny random SOLO model with the family of a configuration, and its way of reading images."""
+    tokens = dict(zip(_VISION_TOKENS, range(_VOCABULARY - len(_VISION_TOKENS), _VOCABULARY), strict=True))
+    design = {name: getattr(config, name) for name in _DESIGN}
+    tiny = SoloConfig(text_config=tiny_config(config.text_config.model_type), **design, **tokens)
+    torch.manual_seed(0)
+    model = _noisy(SoloForConditionalGeneration(tiny).float())
+    model.generation_config.suppress_tokens = list(tiny.vision_token_ids)
     return model
+
+
+@torch.no_grad()
+def _noisy(model: Model) -> Model:
+    for parameter in model.parameters():
+        if parameter.numel() > 1 and parameter.min() == parameter.max():
+            parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
+    compute_without_kernels_on_cpu(model)
+    return model.eval()

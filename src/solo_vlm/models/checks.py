@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import is_inside
@@ -172,7 +172,7 @@ def check_tokenizer(path: str | Path) -> None:
             )
 
 
-def check_loaded(path: str | Path, model: nn.Module, info: Mapping[str, Any]) -> None:
+def check_loaded(path: str | Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
     """Check that a model got all of its weights from the files, and that they and its buffers are finite.
 
     Args:
@@ -182,7 +182,7 @@ def check_loaded(path: str | Path, model: nn.Module, info: Mapping[str, Any]) ->
 
     Raises:
         SoloError: A weight is missing, belongs to a layer that the model does not have, or is not finite, or
-            settings imply such a buffer.
+            settings imply such a buffer, or a head that is the token embedding, but the files have another.
     """
     if missing := sorted(info["missing_keys"]):
         raise SoloError(
@@ -191,6 +191,14 @@ def check_loaded(path: str | Path, model: nn.Module, info: Mapping[str, Any]) ->
     unexpected = sorted(key for key in info["unexpected_keys"] if not key.endswith(_OBSOLETE))
     if unexpected:
         raise SoloError(f"{path}: {unexpected[0]} is no weight of the model that config.json describes")
+    # transformers keeps both with a warning; a model made anew from this configuration would tie them.
+    if model._tied_weights_keys and model.config.get_text_config().tie_word_embeddings:
+        head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and head.weight is not tokens.weight:
+            raise SoloError(
+                f"{path}: config.json says tie_word_embeddings, but the weights have a head of their own: "
+                "set it to false"
+            )
     for name, parameter in model.named_parameters():
         if not _is_finite(parameter):
             raise SoloError(f"{path}: the weight {name} is not finite (NaN or infinite): the file is damaged")
@@ -198,6 +206,33 @@ def check_loaded(path: str | Path, model: nn.Module, info: Mapping[str, Any]) ->
         # Masks may hold -inf.
         if buffer.is_floating_point() and not buffer.is_meta and not (buffer < torch.inf).all():
             raise SoloError(f"{path}: {name} is not finite (NaN or infinite), as config.json implies it")
+
+
+@torch.no_grad()
+def check_image_attention(model: PreTrainedModel) -> None:
+    """Check that a SOLO model with bidirectional images lets a patch see a later patch of its image.
+
+    Raises:
+        SoloError: The decoder takes no masks, or none of its layers follows them.
+    """
+    if model.config.image_attention != "bidirectional":
+        return
+    family, (patch, start, _, end) = model.config.text_config.model_type, model.config.vision_token_ids
+    ids = torch.tensor([[start, patch, patch, end]], device=model.device)
+    images = torch.zeros(2, 2, model.config.patch_dim, dtype=torch.uint8, device=model.device)
+    images[1, 1] = 255  # the second patch
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    try:
+        one, other = (model.model(**inputs, pixel_values=image).last_hidden_state for image in images)
+    except Exception as error:  # of any type, from the code of any family
+        raise SoloError(
+            f"image_attention=bidirectional: {family} takes no masks of images "
+            f"({first_line(error)}): use causal"
+        ) from error
+    if one[0, 1].equal(other[0, 1]):
+        raise SoloError(
+            f"image_attention=bidirectional: no layer of {family} lets patches see later ones: use causal"
+        )
 
 
 def check_generation(path: str | Path, settings: GenerationConfig, vocabulary: int) -> None:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from solo_vlm.models.checks import check_image_attention
 from solo_vlm.models.load import load_llm, load_tokenizer, pad_left, save_model, stop_ids
 from solo_vlm.models.solo.bounded_template import render
 from solo_vlm.models.solo.chat_template import (
@@ -21,6 +22,7 @@ from solo_vlm.models.solo.chat_template import (
     has_date,
     with_fixed_date,
     with_images,
+    without_system,
 )
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
@@ -176,8 +178,7 @@ def compose(
     )
     model = _assemble(language_model, config)
     model.generation_config = _generation_config(language_model, processor, config)
-    if design.image_attention == "bidirectional":
-        _check_image_attention(model)
+    check_image_attention(model)
     difference = (_text_logits(model, probe)[..., : expected.shape[-1]] - expected).abs().max().item()
     if difference > _LOGITS_TOLERANCE * max(1.0, expected.abs().max().item()):
         raise SoloError(
@@ -185,27 +186,6 @@ def compose(
             f"{difference:.2g}: please report this architecture"
         )
     return SoloModelAndProcessor(model, processor, chat_template)
-
-
-@torch.no_grad()
-def _check_image_attention(model: SoloForConditionalGeneration) -> None:
-    """Reject decoders in which a patch cannot see a later patch of its image."""
-    family, (patch, start, _, end) = model.config.text_config.model_type, model.config.vision_token_ids
-    ids = torch.tensor([[start, patch, patch, end]], device=model.device)
-    images = torch.zeros(2, 2, model.config.patch_dim, dtype=torch.uint8, device=model.device)
-    images[1, 1] = 255  # the second patch
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    try:
-        one, other = (model.model(**inputs, pixel_values=image).last_hidden_state for image in images)
-    except Exception as error:  # of any type, from the code of any family
-        raise SoloError(
-            f"image_attention=bidirectional: {family} takes no masks of images "
-            f"({first_line(error)}): use causal"
-        ) from error
-    if one[0, 1].equal(other[0, 1]):
-        raise SoloError(
-            f"image_attention=bidirectional: no layer of {family} lets patches see later ones: use causal"
-        )
 
 
 def _check_causality(language_model: PreTrainedModel, logits: Tensor) -> None:
@@ -333,6 +313,8 @@ def _set_template(processor: SoloProcessor, own: str | None) -> TemplateSource:
         processor.encode_chat([_SYSTEM, *[_USER, _ASSISTANT] * 2])
     except ChatTemplateError as error:
         logger.warning("chats of several turns with a system message will be skipped: %s", error)
+    if processor.drops_system:  # other software would do so in silence
+        processor.chat_template = without_system(processor.chat_template)
     return source
 
 

@@ -15,7 +15,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from solo_vlm.models.checks import check_files, check_generation, check_loaded, check_tokenizer, check_weights
+from solo_vlm.models.checks import (
+    check_files,
+    check_generation,
+    check_image_attention,
+    check_loaded,
+    check_tokenizer,
+    check_weights,
+)
 from solo_vlm.models.original import (
     has_tokenizer,
     original_generation_config,
@@ -23,6 +30,7 @@ from solo_vlm.models.original import (
     original_tokenizer,
     tokenizer_vision_ids,
 )
+from solo_vlm.models.packed.kernels import compute_without_kernels_on_cpu
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.original_solo import is_original
@@ -47,7 +55,8 @@ def load_model(
         quantization_config: Configuration of transformers for quantizing the weights while they are read.
 
     Raises:
-        SoloError: The path is not readable or not a SOLO model, or the model cannot be put on the device.
+        SoloError: The path is not readable or not a SOLO model, its decoder cannot follow its settings of
+            images, or it cannot be put on the device.
     """
     settings = _read_settings(path)
     if settings and not _is_solo(settings):  # transformers would load it as a SOLO-7B with random weights
@@ -65,14 +74,17 @@ def load_model(
         output_loading_info=True,
     )
     check_loaded(path, model, info)
+    compute_without_kernels_on_cpu(model)
     if is_original(settings):
         _use_original_vocabulary(model, path)
     check_generation(path, model.generation_config, model.config.text_config.vocab_size)
     where = device or _default_device()
     try:
-        return model.to(where).eval()
+        model = model.to(where).eval()
     except (AssertionError, RuntimeError) as error:  # no such device, or out of memory
         raise SoloError(f"cannot put the model on {where}: {first_line(error)}") from error
+    check_image_attention(model)
+    return model
 
 
 def load_processor(path: str | Path) -> SoloProcessor:
@@ -164,6 +176,7 @@ def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
     except Exception as error:  # transformers raises any type on a broken file
         raise SoloError(f"cannot read a language model from {path}: {first_line(error)}") from error
     check_loaded(path, model, info)
+    compute_without_kernels_on_cpu(model)
     return model
 
 

@@ -112,6 +112,15 @@ def test_row_becomes_the_sample_that_its_author_meant(name, row, expected):
         ("instruction", {"question": "Q", "answer": "A", "query": "Q", "response": "A"}, "raw-schema"),
         ("instruction", {"question": "Q", "answer": 2}, "text"),
         ("instruction", {"question": "Q", "answer": "B", "choices": ["x", "y"]}, "raw-schema"),
+        ("questions", {"question": "Q", "answer": []}, "no-answer"),
+        ("questions", {"question": "Q", "answer": True}, "text"),
+        ("questions", {"question": "Q", "answer": " "}, "text-empty"),
+        ("questions", {"question": "Q"}, "raw-schema"),
+        ("questions", {"question": "Q", "answer": "z", "options": ["x", "y"]}, "no-answer"),
+        ("questions", {"question": "Q", "answer": ["A", "B"], "options": ["x", "y"]}, "no-answer"),
+        ("questions", {"question": "Q", "answer": "C", "options": ["x", "y"]}, "no-answer"),
+        ("questions", {"question": "Q", "answer": "x", "options": ["x", "x"]}, "no-answer"),
+        ("questions", {"question": "Q", "answer": "x", "options": "x, y"}, "raw-schema"),
         ("captions", {"image": "a.jpg", "caption": ["one", "two"]}, "text"),
         ("captions", {"image": "a.jpg", "caption": "one", "text": "two"}, "raw-schema"),
         ("captions", {"image": None, "caption": "one"}, "image-missing"),
@@ -122,3 +131,31 @@ def test_ambiguous_or_broken_row_is_rejected_with_a_reason(name, row, reason):
     with pytest.raises(SampleError) as error:
         RowFormat(name)(row)
     assert error.value.reason == reason
+
+
+LETTERS = "A. cat\nB. dog\nAnswer with the option's letter from the given choices directly."
+
+
+@pytest.mark.parametrize(
+    ("row", "expected", "answers", "metric"),
+    [
+        ({"image": "a.jpg", "question": "What?", "answer": "cat"}, "u:<a.jpg>What?|a:cat", ["cat"], None),
+        ({"question": "2 + 2?", "answer": 4}, "u:2 + 2?|a:4", ["4"], "number"),
+        ({"question": "Where?", "answer": ["UK", "United Kingdom"]}, "u:Where?|a:UK",
+         ["UK", "United Kingdom"], None),
+        ({"image": "a.jpg", "question": "Name?", "answer": "Al", "metric": "anls"}, "u:<a.jpg>Name?|a:Al",
+         ["Al"], "anls"),
+        ({"images": ["a.jpg", "b.jpg"], "question": "<image> or <image>?", "answer": "first"},
+         "u:<a.jpg>or<b.jpg>?|a:first", ["first"], None),
+        ({"image": "a.jpg", "question": "What?", "answer": "dog", "options": ["cat", "dog"]},
+         f"u:<a.jpg>What?\n{LETTERS}|a:B", ["B"], "choice"),
+        ({"question": "What?", "answer": "A", "options": ["cat", "dog"]}, f"u:What?\n{LETTERS}|a:A", ["A"],
+         "choice"),
+        ({"question": "What?", "answer": "A", "options": ["B", "A"]},
+         "u:What?\nA. B\nB. A\n" + LETTERS.rpartition("\n")[2] + "|a:B", ["B"], "choice"),
+    ],
+)  # fmt: skip
+def test_questions_keep_accepted_answers_and_list_options(row, expected, answers, metric):
+    converted = RowFormat("questions")(row)
+    assert shown(converted) == expected
+    assert (converted["answers"], converted["metric"]) == (answers, metric)

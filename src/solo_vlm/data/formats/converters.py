@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from string import ascii_uppercase
 from typing import Any
 
 from solo_vlm.data.formats.rows import (
@@ -39,6 +40,9 @@ QUESTIONS = {
 """Columns that may contain a question, with those that may contain its answer."""
 
 _CHOICES = ("choices", "options")
+_ASKS_FOR_LETTER = (
+    "Answer with the option's letter from the given choices directly."  # as in LLaVA-1.5's data
+)
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 
 
@@ -210,7 +214,7 @@ def instruction(row: RawRow) -> SampleRow:
         raise SampleError("raw-schema", "no question and answer" if not found else f"several of {found}")
     for name in _CHOICES:
         if row.get(name):
-            raise SampleError("raw-schema", f"{name} are not read: write them into the question")
+            raise SampleError("raw-schema", f"{name} are not read: set format: questions")
     ((asked, answered),) = found
     if isinstance(row[asked], list):
         return chat({**row, "conversations": row[asked] + list_field(row, answered)})
@@ -234,6 +238,54 @@ def answer_columns(row: RawRow) -> list[tuple[str, str]]:
         for answered in answers
         if row.get(answered) is not None
     ]
+
+
+def questions(row: RawRow) -> SampleRow:
+    """Build a conversation of a question and its first accepted answer; options are listed with letters.
+
+    The answer of a question with `options` is a letter, or the text of one option. What an evaluation needs
+    stays beside the conversation: `answers`, a list of texts; `options`; `metric`, "number" where the answer
+    is one, unless the row names another.
+    """
+    given = field(row, "answer")
+    values = given if isinstance(given, list) else [given]
+    answers = [_answer(value) for value in values]
+    if not answers:
+        raise SampleError("no-answer", "answer is an empty list")
+    is_number = not any(isinstance(value, str) for value in values)
+    question = parts(field(row, "question"))
+    options = (
+        [str(text(option)["text"]) for option in list_field(row, "options")] if row.get("options") else []
+    )
+    if options:
+        answers = [_letter(answers, options)]
+        listed = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+        question.append(text("\n".join([*listed, _ASKS_FOR_LETTER])))
+    turns = [("user", _joined(question)), ("assistant", [text(answers[0])])]
+    return {
+        **conversation(turns, row_images(row), row.get("id")),
+        "answers": answers,
+        "options": options,
+        "metric": row.get("metric") or ("choice" if options else "number" if is_number else None),
+    }
+
+
+def _answer(value: Any) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else str(text(value)["text"])
+
+
+def _letter(answers: list[str], options: list[str]) -> str:
+    """Return the letter of the option that an answer names."""
+    letters = ascii_uppercase[: len(options)]
+    if len(answers) == 1 and 1 < len(options) == len(letters):
+        (answer,) = answers
+        same = [letter for letter, option in zip(letters, options, strict=True) if option == answer]
+        if len(same) == 1 or (not same and answer in [*letters]):
+            return same[0] if same else answer
+    raise SampleError(
+        "no-answer", f"answer {answers} is not the letter or the text of one of the options {options}"
+    )
 
 
 def _joined(content: list[dict[str, Any]]) -> list[dict[str, Any]]:

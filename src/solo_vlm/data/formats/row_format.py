@@ -23,6 +23,7 @@ FormatName = Literal[
     "finevision",
     "cauldron",
     "instruction",
+    "questions",
     "captions",
     "text",
 ]
@@ -143,6 +144,13 @@ FORMATS: dict[FormatName, _Format] = {
         (*_ALL_QUESTIONS, "input", "history", *COLUMNS, "system", "id"),
         "one of instruction, query, question or prompt, its output, response, answer or completion, image or "
         "images if there are any",
+    ),
+    "questions": _Format(
+        converters.questions,
+        lambda row: False,  # other formats have rows of questions and answers, too
+        ("question", "answer", "options", "metric", *COLUMNS, "id"),
+        "question, answer (a text, a number or a list of accepted ones), image or images, options (a list) "
+        "and metric if there are any",
     ),
     "captions": _Format(
         converters.captions,
@@ -280,7 +288,8 @@ def _recognize(where: str, rows: Sequence[Any], found: Sequence[str], own: Forma
     rows = [row for row in rows if isinstance(row, dict)]
     if not rows or any(map(FORMATS[own].matches, rows)):
         return own
-    others = {name: kind for name, kind in FORMATS.items() if name not in ("samples", "webdataset")}
+    named_only = ("samples", "webdataset", "questions")
+    others = {name: kind for name, kind in FORMATS.items() if name not in named_only}
     matching = {name: sum(map(kind.matches, rows)) for name, kind in others.items()}
     near = [name for name, count in matching.items() if count and count == max(matching.values())]
     if not near:

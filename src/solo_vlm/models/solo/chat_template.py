@@ -100,6 +100,12 @@ _FLATTEN_CONTENT = """\
 {%- set messages = flat.messages -%}
 """
 
+_REJECT_SYSTEM = """\
+{%- for message in messages if message['role'] == 'system' -%}
+  {{- raise_exception('this chat template would leave out system messages') -}}
+{%- endfor -%}
+"""
+
 
 def with_images(chat_template: str, image_token: str) -> str:
     """Return a chat template that also takes lists of text and image parts as content.
@@ -109,6 +115,11 @@ def with_images(chat_template: str, image_token: str) -> str:
         image_token: Placeholder of an image part, which the processor expands.
     """
     return _FLATTEN_CONTENT.replace("IMAGE_TOKEN", image_token) + chat_template
+
+
+def without_system(chat_template: str) -> str:
+    """Return a chat template that rejects system messages."""
+    return _REJECT_SYSTEM + chat_template
 
 
 def has_date(chat_template: str) -> bool:
@@ -223,6 +234,16 @@ def end_tokens(render: Render, candidates: Collection[str], eos_token: str) -> s
             continue
         ends |= {text.strip().removeprefix(answer).strip() for text, is_answer in segments if is_answer}
     return ends
+
+
+def drops_system(render: Render) -> bool:
+    """Return whether a chat template leaves out system messages without rejecting them."""
+    mark = _MARK.format(index=0)
+    roles = {"system": mark, "user": "Hi.", "assistant": "Hello."}
+    try:
+        return mark not in render([{"role": role, "content": text} for role, text in roles.items()], False)
+    except ChatTemplateError:
+        return False
 
 
 def check_roles(roles: Sequence[str], render: Render) -> None:

@@ -21,6 +21,7 @@ from .chat_template import (
     Message,
     check_roles,
     cut_turns,
+    drops_system,
     end_tokens,
     is_original_template,
     original_chat_template,
@@ -237,6 +238,11 @@ class SoloProcessor(ProcessorMixin):
     def end_of_turn_ids(self) -> list[int]:
         """IDs of the tokens that end an answer: EOS and the end-of-turn tokens of the chat template."""
         return sorted(self.tokenizer.convert_tokens_to_ids(list(self._end_tokens())))
+
+    @property
+    def drops_system(self) -> bool:
+        """Whether the chat template leaves out system messages without rejecting them."""
+        return drops_system(self._render)
 
     def _end_tokens(self) -> set[str]:
         if self.chat_template not in self._ends:
