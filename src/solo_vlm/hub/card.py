@@ -22,6 +22,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from solo_vlm.convert.checkpoint_files import open_safetensors
 from solo_vlm.data.catalog.entry import DATA_SETS, DataSet
 from solo_vlm.data.mixture import LOADER_SETTINGS
+from solo_vlm.data.sources.hub import HubPath
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.run_folder import RunFolder, weights_hash
 from solo_vlm.evaluate.scoring.score import Score
@@ -295,10 +296,13 @@ def _result(score: Score) -> EvalResult:
 
 
 def catalog_entry(path: str) -> DataSet | None:
-    """Return the catalog entry that the last part of a path, or its folder, is named after.
+    """Return the catalog entry of a data set of the hub, or that a path's last part or folder is named after.
 
     `slimpajama-stage1` counts as `slimpajama`, because recipes name the shares of the stages like this.
     """
+    if place := HubPath.parse(path):
+        sources = (place.repo, f"{place.repo}:{place.config}")
+        return next((entry for entry in DATA_SETS.values() if entry.source in sources), None)
     for part in reversed(_parts(path)[-2:]):
         name = part.partition(".")[0]
         if entry := DATA_SETS.get(name) or DATA_SETS.get(re.sub(r"-stage\d+$", "", name)):
