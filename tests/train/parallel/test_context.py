@@ -44,7 +44,7 @@ def test_parameters_are_sharded_over_slices_and_within_copies():
         (["global_batch=2"], 3, "set it to 3, or start 1 or 2 processes"),
         (["parallel.tensor=2", "parallel.context=2"], 6, "groups of parallel.tensor x parallel.context = 4"),
         (["parallel.replicate=3"], 4, "3 does not divide 4 data-parallel groups: set it to one of 1, 2 or 4"),
-        (["parallel.context=3"], 3, "sequence_length = 4096 is not divisible .*: set it to 4095 or 4098"),
+        (["parallel.context=3"], 3, "sequence_length = 32768 is not divisible .*: set it to 32766 or 32769"),
         (["data.streams=10", "data.workers=3"], 2, "2 data-parallel groups x 3 workers: set it to 6 or 12"),
     ],
 )
