@@ -114,8 +114,7 @@ class Trainer:
         self.recipe, self.context, self.stop = recipe, context, stop
         self.out = recipe.output_dir
         context.check_same_settings(recipe)
-        self.sources = recipe.mixture.open_sources()
-        context.check_same_data(self.sources)
+        self.sources = context.open_sources(recipe.mixture)
         self._lock: IO[str] | None = None
         checkpoint = context.broadcast_from_rank0(lambda: self._prepare_output_dir(resume))
         self.started = first_start(self.out) if context.is_main_process else 0.0
@@ -377,8 +376,7 @@ class Validator:
         self._recipe, self._mixture, self._context = recipe, recipe.validation_mixture, context
         self._sequences = recipe.validation.sequences
         self._processor = processor
-        self._sources = self._mixture.open_sources()
-        context.check_same_data(self._sources)
+        self._sources = context.open_sources(self._mixture)
 
     @torch.no_grad()
     def loss(self, model: PreTrainedModel) -> float:
