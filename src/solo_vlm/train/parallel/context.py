@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -16,15 +16,12 @@ from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeo
 
 from solo_vlm.data.sources import Source, fingerprints, is_same_data
 from solo_vlm.train.failures import Stopped, StopRequest, fail_together
-from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.recipe import Recipe, TimeoutSettings
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import describe_changes, find_changes
 
 DP, CP, TP = "dp", "cp", "tp"  # dimensions of the mesh by which data is divided
 REPLICATE, SHARD = "replicate", "shard"  # and, with TP, of the mesh by which parameters are
-
-LONG_TIMEOUT = timedelta(minutes=30)  # if one process may work alone: reading or writing a large model
-SHORT_TIMEOUT = timedelta(minutes=5)  # if all processes do the same: at startup and between steps
 
 T = TypeVar("T")
 
@@ -103,6 +100,7 @@ class DistributedContext:
     Attributes:
         mesh: Device mesh (dp, cp, tp), or None for a single process that needs no process group.
         parameter_mesh: Device mesh (replicate, shard, tp) of the same processes.
+        timeouts: Timeouts of collectives.
     """
 
     rank: int
@@ -110,6 +108,7 @@ class DistributedContext:
     device: torch.device
     mesh: DeviceMesh | None = None
     parameter_mesh: DeviceMesh | None = None
+    timeouts: TimeoutSettings = field(default_factory=TimeoutSettings)
 
     @property
     def is_main_process(self) -> bool:
@@ -182,8 +181,17 @@ class DistributedContext:
         if self.mesh is not None:
             dist.barrier()
 
-    def set_timeout(self, timeout: timedelta) -> None:
+    def per_rank(self, value: float) -> list[float]:
+        """Return one value per process, by rank, in every process."""
+        values = torch.zeros(self.dims.world_size, dtype=torch.float64, device=self.device)
+        values[self.rank] = value
+        if self.mesh is not None:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def set_timeout(self, seconds: float) -> None:
         """Set the timeout of all further collectives."""
+        timeout = timedelta(seconds=seconds)
         if self.mesh is not None:
             assert self.parameter_mesh is not None
             for group in (None, *self.mesh.get_all_groups(), *self.parameter_mesh.get_all_groups()):
@@ -191,10 +199,10 @@ class DistributedContext:
 
     @contextmanager
     def long_timeout(self) -> Iterator[None]:
-        """Extend the timeout of collectives in the body for writing a large model."""
-        self.set_timeout(LONG_TIMEOUT)
+        """Extend the timeout of collectives in the body, where one process may work alone."""
+        self.set_timeout(self.timeouts.start)
         yield
-        self.set_timeout(SHORT_TIMEOUT)
+        self.set_timeout(self.timeouts.step)
 
     def check_same_settings(self, recipe: Recipe) -> None:
         """Require every process to have the recipe of process 0."""
@@ -245,7 +253,8 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
         finally:
             dist.destroy_process_group()
         return
-    dist.init_process_group(backend, timeout=SHORT_TIMEOUT)  # torchrun starts all processes at once
+    # torchrun starts all processes at once.
+    dist.init_process_group(backend, timeout=timedelta(seconds=recipe.timeouts.step))
     try:
         with fail_together(_get_default_store(), rank, stop or StopRequest()):
             yield _make_context(recipe, world_size, rank, device)
@@ -261,8 +270,8 @@ def _make_context(recipe: Recipe, world_size: int, rank: int, device: torch.devi
     parameter_mesh = init_device_mesh(
         device.type, (dims.replicate, dims.shards, dims.tp), mesh_dim_names=(REPLICATE, SHARD, TP)
     )
-    context = DistributedContext(rank, dims, device, mesh, parameter_mesh)
-    context.set_timeout(LONG_TIMEOUT)
+    context = DistributedContext(rank, dims, device, mesh, parameter_mesh, recipe.timeouts)
+    context.set_timeout(recipe.timeouts.start)
     return context
 
 
