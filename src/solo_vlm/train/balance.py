@@ -2,14 +2,15 @@
 
 Ranks run in lock step: each gathers the weights of every layer together with the others, so each of the
 step's microbatches takes as long as its heaviest sequence. Sequences of equal length differ in FLOPs:
-attention costs the sum of the squared lengths of their documents, and the head their supervised tokens. Sorted
-by FLOPs, neighbors make a microbatch.
+attention costs the sum of the squared lengths of their documents, the head their supervised tokens. In the
+order of FLOPs, neighbors make a microbatch.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from solo_vlm.data.loader import LoadedSequence
 from solo_vlm.models.flops import ModelShape, Recompute, forward_flops
-from solo_vlm.train.parallel.context import LONG_TIMEOUT, DistributedContext
+from solo_vlm.train.parallel.context import DistributedContext
 
 Place = tuple[int, int]
 """Rank that has read a sequence, and the sequence's index there."""
@@ -35,7 +36,8 @@ class Balancer:
         self._shape, self._recompute, self._context = shape, recompute, context
         ranks = context.mesh.mesh.flatten(1).T.tolist()
         # Sequences are in main memory, so they travel by gloo next to an accelerator, too.
-        self._group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=LONG_TIMEOUT, backend="gloo")
+        timeout = timedelta(seconds=context.timeouts.start)
+        self._group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout, backend="gloo")
 
     def __call__(self, sequences: Sequence[LoadedSequence | None]) -> list[LoadedSequence | None]:
         """Return the sequences that this rank computes, given those that it has read."""
