@@ -27,6 +27,7 @@ from solo_vlm.data.collate import PackedBatch, model_inputs, num_supervised_toke
 from solo_vlm.data.loader import LoadedSequence, PackedLoader
 from solo_vlm.data.mixture import make_loader
 from solo_vlm.models.flops import ModelShape, training_flops
+from solo_vlm.train.balance import Balancer
 from solo_vlm.train.checkpoint import (
     Checkpointer,
     TrainState,
@@ -146,6 +147,9 @@ class Trainer:
         except SoloError as error:
             logger.warning("metrics will have no FLOPs: %s", error)
             self.shape = None
+        self.balancer: Balancer | None = None
+        if self.shape and context.dims.dp > 1 and context.dims.gradient_accumulation_steps > 1:
+            self.balancer = Balancer(self.shape, recipe.activation_checkpointing, context)
         device = recognize_device(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
         self.peak_flops = device.peak_flops * context.dims.world_size if device else None
         self.profiler = StepProfiler(recipe.profile, self.out, context.rank)
@@ -212,6 +216,8 @@ class Trainer:
             if recipe.steps:
                 logger.warning("the data ended after %d of %d steps", state.step, recipe.steps)
             return False
+        if self.balancer:
+            sequences = self.balancer(sequences)
         batches = [sequence.batch if sequence else self.loader.empty_batch() for sequence in sequences]
 
         # Reseed from (seed, step, rank), so checkpoints need no RNG state.
