@@ -480,6 +480,11 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
                 logits = cap * torch.tanh(logits / cap)
         return logits
 
+    @staticmethod
+    def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross entropy of logits (n, vocabulary)."""
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
     @can_return_tuple
     def forward(
         self,
@@ -527,7 +532,9 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         loss = logits = None
         if labels is not None:
             shifted = labels if shift_labels is None else F.pad(shift_labels, (1, 0))
-            loss = supervised_cross_entropy(hidden_states, shifted, self.head, num_items_in_batch)
+            loss = supervised_cross_entropy(
+                hidden_states, shifted, self.head, num_items_in_batch, cross_entropy=self.cross_entropy
+            )
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.head(hidden_states[:, kept])
@@ -619,6 +626,7 @@ def supervised_cross_entropy(
     head: Callable[[Tensor], Tensor],
     num_items_in_batch: Tensor | int | None = None,
     chunk_size: int = CHUNK_SIZE,
+    cross_entropy: Callable[[Tensor, Tensor], Tensor] = SoloForConditionalGeneration.cross_entropy,
 ) -> Tensor:
     """Return the next-token cross entropy over supervised positions.
 
@@ -634,6 +642,7 @@ def supervised_cross_entropy(
         num_items_in_batch: Supervised tokens of the global batch, the divisor of the summed loss. Default:
             those of this call, which gives the mean.
         chunk_size: Supervised positions per chunk.
+        cross_entropy: Function from logits and targets (n,) to their summed cross entropy.
 
     Returns:
         Scalar float32 tensor; zero with zero gradient if nothing is supervised.
@@ -644,14 +653,19 @@ def supervised_cross_entropy(
     targets = targets[supervised]  # (n,)
     total = hidden.sum().float() * 0.0
     for chunk, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-        total = total + checkpoint(_chunk_loss, chunk, target, head, use_reentrant=False)
+        total = total + checkpoint(_chunk_loss, chunk, target, head, cross_entropy, use_reentrant=False)
     if num_items_in_batch is None:
         num_items_in_batch = max(targets.numel(), 1)
     return total / num_items_in_batch
 
 
-def _chunk_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+def _chunk_loss(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    cross_entropy: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    return cross_entropy(head(hidden), targets)
 
 
 __all__ = ["SoloForConditionalGeneration", "SoloModel", "SoloPreTrainedModel"]

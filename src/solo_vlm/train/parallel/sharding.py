@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from solo_vlm.train.parallel.context import REPLICATE, SHARD, TP, DistributedContext
 from solo_vlm.train.parallel.tensor_parallel import split_layers
+from solo_vlm.train.parallel.vocabulary import split_head
 from solo_vlm.train.recipe import Recipe
 
 FSDP_UNIT_SIZE = 100_000_000
@@ -53,6 +54,7 @@ def shard_model(
     layers = decoder_layers(model)
     if context.dims.tp > 1:
         split_layers(model, mesh[TP])
+        split_head(model, mesh[TP])
     dtype = torch.bfloat16 if recipe.precision == "bf16" else None
     options: dict[str, Any] = {
         "mesh": mesh[REPLICATE, SHARD] if context.dims.replicate > 1 else mesh[SHARD],
