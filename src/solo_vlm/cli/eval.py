@@ -56,6 +56,13 @@ def run(
     ],
     out: Annotated[Path, typer.Option(help="Output folder; an interrupted run resumes.")],
     tasks: Tasks = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead of tasks: a file of questions, or `validation.questions` of a recipe.",
+        ),
+    ] = None,
     data_root: DataRoot = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of rows per task, from the first.")
@@ -83,9 +90,14 @@ def run(
     """Evaluate a model on benchmarks: generate answers, score them as the papers do, write a report."""
     _quiet_harness()
     from solo_vlm.evaluate.data import Rows, load_benchmark
+    from solo_vlm.evaluate.question_run import QuestionRun, load_files
+    from solo_vlm.evaluate.questions import DEFAULT_MAX_NEW_TOKENS, parse_question_files
     from solo_vlm.evaluate.run import EvaluationRun
 
-    names = _task_names(tasks)
+    if questions and tasks:
+        raise SoloError("give either --tasks or --questions: a run has one kind of report")
+    names = [] if questions else _task_names(tasks)
+    files = load_files(parse_question_files(questions)) if questions else {}
     if engine == "transformers" and (base_url or api_key):
         raise SoloError("--base-url and --api-key need a served model: add --engine vllm or --engine openai")
     if judge and "mathvista" not in names:
@@ -97,7 +109,11 @@ def run(
         backend, info = _local(model, dtype, batch_size)
     else:
         backend, info = _served(model, engine, base_url, api_key, concurrency)
-    scores = EvaluationRun(out, info, limit, max_new_tokens).evaluate(backend, rows, progress_bar)
+    if questions:
+        asked = QuestionRun(out, info, limit, max_new_tokens or DEFAULT_MAX_NEW_TOKENS)
+        scores = asked.evaluate(backend, files, progress_bar)
+    else:
+        scores = EvaluationRun(out, info, limit, max_new_tokens).evaluate(backend, rows, progress_bar)
     if json:
         facts = {"out": str(out), "model": info.as_dict(), "scores": [score.as_dict() for score in scores]}
         return print_json(facts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from inspect import getsource, signature
 from typing import Any, Literal, TypeGuard
@@ -57,6 +58,21 @@ def isolate_documents(model: PreTrainedModel) -> dict[str, Isolation]:
     return row.treatments
 
 
+@contextmanager
+def unpacked_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let an isolated model compute batches with padding and a cache meanwhile, as it did before."""
+    row: PackedRow = model.packed_row  # type: ignore[assignment]
+    packed = model.config.get_text_config()._attn_implementation
+    if row.attention == packed:
+        yield
+        return
+    model.set_attn_implementation(row.attention)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(packed)
+
+
 def _isolate(model: PreTrainedModel, attention: str | None) -> PackedRow:
     """Change the layers that compute over tokens, in place, once they are all known to be exact."""
     family = model.config.get_text_config().model_type
@@ -83,7 +99,7 @@ def _isolate(model: PreTrainedModel, attention: str | None) -> PackedRow:
                 'load the model with attn_implementation="sdpa" or "eager"'
             )
 
-    row = PackedRow({type(layer).__name__: treatment for layer, treatment in treatments.items()})
+    row = PackedRow({type(layer).__name__: treatment for layer, treatment in treatments.items()}, attention)
     for layer, treatment in treatments.items():
         if treatment == "packed attention":
             layer.packed_row = row  # type: ignore[assignment]

@@ -45,11 +45,13 @@ class PackedRow:
 
     Attributes:
         treatments: Name of a layer's class to its treatment, see `isolate_documents`.
+        attention: Attention implementation of the model before.
         documents: None for an unpacked batch.
     """
 
-    def __init__(self, treatments: dict[str, Any]) -> None:
+    def __init__(self, treatments: dict[str, Any], attention: str | None) -> None:
         self.treatments = treatments
+        self.attention = attention
         self.documents: Documents | None = None
         self._pads: set[bool] = set()
 
