@@ -7,7 +7,9 @@ decoder alone; the whole path (decode, resize, cut into uint8 patches); the same
 library (OpenCV resizes and splits, on one thread or on its default threads); Pillow and NumPy alone; and the
 steps of the original code (from base64 by Pillow to normalized float32 patches by torch). Also photographs
 four times as wide and high, which shrink. Then, in wall-clock time, the loader with 0, 1 and 2 workers of one
-or two threads: parquet to packed sequences of 32,768 tokens. Last, the loader's memory as the data grows.
+or two threads: parquet to packed sequences of 32,768 tokens. Then the loader's memory as the data grows, and
+a stream of eight sources of photographs, each with its own packer: the memory of the documents that wait, as
+they are, compressed, and decoded; the size of its state; and what a resume encodes.
 
 The variants alternate, in the first part every ten images, and each result is the median of the turns.
 Without `--images`, photographs of about 500 x 375 are cut from the two in scikit-learn.
@@ -22,6 +24,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -44,8 +47,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from solo_vlm import SoloImageProcessor
-from solo_vlm.data.encode import Encoder
+from solo_vlm.data.encode import Document, Draft, Encoder
 from solo_vlm.data.loader import PackedLoader
+from solo_vlm.data.sample import Sample
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.sources.parquet import SCHEMA, write_samples
 from solo_vlm.data.streams import MixtureItem, VirtualStream
@@ -194,7 +198,7 @@ class StreamMaker:
 
     def __call__(self, index: int) -> VirtualStream:
         mixture = [MixtureItem(open_source(str(self.path)))]
-        return VirtualStream(index, STREAMS, mixture, self.encoder, self.length)
+        return VirtualStream(index, STREAMS, mixture, self.encoder.draft, self.length)
 
 
 def make_encoder() -> Encoder:
@@ -253,6 +257,51 @@ def resident_megabytes(path: Path, sequences: int) -> float:
     return sum(process.memory_info().rss for process in (this, *this.children())) / 1e6
 
 
+# --- packers -------------------------------------------------------------------------------------------
+
+
+def packers(path: Path, length: int) -> dict[str, float]:
+    """Return memory, state and resume of a stream of eight sources with a packer each."""
+    encoder, calls = make_encoder(), Counter[str]()
+
+    def make_stream() -> VirtualStream:
+        mixture = [MixtureItem(open_source(str(path))) for _ in range(8)]
+        return VirtualStream(0, STREAMS, mixture, encode, length, weight_by="sequences")
+
+    def encode(row: Sample) -> Draft:
+        calls["encoded"] += 1
+        return encoder.draft(row)
+
+    stream = make_stream()
+    packs = iter(stream)
+    state = [next(packs).state for _ in range(16)][-1]
+    held = [item for group in stream._groups for part in group.parts() for item in part]
+    compressed = sum(nbytes(item.draft) for item in held)
+    decoded = sum(nbytes(item.draft.decode()) for item in held)
+    calls.clear()
+    again = make_stream()
+    again.load_state_dict(state)
+    on_resume = calls["encoded"]
+    if next(iter(again)).keys != next(packs).keys:
+        raise AssertionError("the resumed stream differs")
+    return {
+        "documents": len(held),
+        "megabytes": compressed / 1e6,
+        "decoded_megabytes": decoded / 1e6,
+        "decoded_over_compressed": decoded / compressed,
+        "state_bytes": len(json.dumps(state)),
+        "state_bytes_per_document": len(state["documents"]) / len(held),
+        "encoded_on_resume": on_resume,
+    }
+
+
+def nbytes(held: Draft | Document) -> int:
+    """Return the bytes of a document's arrays and compressed images."""
+    arrays = [value for value in vars(held).values() if isinstance(value, np.ndarray)]
+    images = held.images if isinstance(held, Draft) else ()
+    return sum(array.nbytes for array in arrays) + sum(len(image) for image, _ in images)
+
+
 # --- disk ----------------------------------------------------------------------------------------------
 
 
@@ -295,6 +344,7 @@ def measure(images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str,
             },
             "loader_2_threads_images_per_second": {str(w): rate for (w, n), rate in rates.items() if n == 2},
             "loader_memory_mb": loader_memory(folder, arguments.growth, sequences),
+            "packers_of_eight_sources": packers(file, arguments.length),
             "bytes_on_disk_over_jpeg": disk(folder, images),
             "photographs": len(images),
             "mean_jpeg_bytes": statistics.mean(map(len, images)),

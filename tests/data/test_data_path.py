@@ -31,3 +31,5 @@ def test_script_prints_its_results(tmp_path, own):
     assert results["most_levels_from_pillow"] <= 1
     assert set(results["loader_images_per_second"]) == {"0", "1", "2"}
     assert len(results["loader_memory_mb"]) == 2
+    assert results["packers_of_eight_sources"]["decoded_over_compressed"] > 2
+    assert results["packers_of_eight_sources"]["encoded_on_resume"] == 0

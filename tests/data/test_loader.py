@@ -76,7 +76,7 @@ def test_two_epochs_yield_every_sample_twice(written, run):
     assert len(seen) == written[1]
     assert set(seen.values()) == {EPOCHS}
     skipped = loader.skipped()
-    assert Counter(entry["reason"] for entry in skipped) == {"image": EPOCHS, "json": EPOCHS}
+    assert Counter(entry["reason"] for entry in skipped) == {"image": 2 * EPOCHS, "json": EPOCHS}
     assert loader.counts()["samples"] == EPOCHS * written[1] + len(skipped)
 
 

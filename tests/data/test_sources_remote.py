@@ -1,4 +1,4 @@
-"""Remote sources: S3 on a local server, HTTP with range requests, hub paths."""
+"""Remote sources: S3 on a local server, HTTP with range requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import threading
 
 import fsspec
-import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -174,51 +173,3 @@ def test_every_format_is_read_over_http(web, name):
     assert texts(open_source(f"{address}/{name}")) == TEXTS
     assert ranges or name.endswith(".gz")  # ranges of the file, not the whole file per shard
     assert type(fsspec.filesystem("https")) is type(fsspec.filesystem("http"))
-
-
-class Hub(huggingface_hub.HfApi):
-    """Fake hub with one data set and HfApi's interface."""
-
-    def repo_info(self, repo_id, *, repo_type=None, **options):
-        assert (repo_id, repo_type) == ("owner/pictures", "dataset")
-
-    def list_repo_tree(self, repo_id, path_in_repo=None, **options):
-        assert repo_id == "owner/pictures"
-        folder = huggingface_hub.hf_api.RepoFolder(path="train", oid="train")
-        return iter(self._files() if path_in_repo == "train" else [folder])
-
-    def get_paths_info(self, repo_id, paths, **options):
-        return [file for file in self._files() if file.path in paths]
-
-    def _files(self):
-        return [
-            huggingface_hub.hf_api.RepoFile(
-                path=f"train/{number}.parquet",
-                size=len(FILES["a.parquet"]),
-                oid=str(number),
-                lastCommit={"id": "0", "title": "", "date": "2024-01-01T00:00:00.000Z"},
-            )
-            for number in range(2)
-        ]
-
-
-@pytest.mark.parametrize("path", ["train", "train/*.parquet", "train/1.parquet"])
-def test_hub_paths_are_read(path, monkeypatch):
-    """`hf://` is resolved by the hub's file system with the path in the data set."""
-    asked = []
-
-    def open_file(self, path, mode="rb", **options):
-        asked.append((path, mode))
-        return io.BytesIO(FILES["a.parquet"])
-
-    monkeypatch.setattr(huggingface_hub.hf_file_system, "HfApi", Hub)
-    monkeypatch.setattr(huggingface_hub.HfFileSystem, "_open", open_file)
-    huggingface_hub.HfFileSystem.clear_instance_cache()
-    source = open_source(f"hf://datasets/owner/pictures/{path}")
-    files = 1 if path.endswith("1.parquet") else 2
-    assert texts(source) == files * TEXTS
-    assert {name for name, _ in asked} == {
-        f"datasets/owner/pictures/train/{number}.parquet" for number in range(2)[-files:]
-    }
-    assert source.where(0, 3) == f"hf://datasets/owner/pictures/train/{2 - files}.parquet, row group 0, row 3"
-    huggingface_hub.HfFileSystem.clear_instance_cache()

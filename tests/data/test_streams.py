@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, islice
 
 import numpy as np
@@ -15,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from solo_vlm.data.collate import collate
-from solo_vlm.data.encode import Document, fit_to_length
+from solo_vlm.data.encode import Document, Draft, fit_to_length
 from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.sample import Sample, SampleError
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.sources.parquet import ParquetSource
-from solo_vlm.data.streams import MixtureItem, VirtualStream, deal
+from solo_vlm.data.streams import MixtureItem, VirtualStream
 from solo_vlm.utils.errors import SoloError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -48,13 +49,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def encode(sample: Sample) -> Document:
+def encode(sample: Sample) -> Draft:
     """Encode each word as one token, whose ID identifies the sample."""
     words = sample.messages[0]["content"][0]["text"].split()
     if words[0] == "bad":
         raise SampleError("image", "broken")
     ids = np.array([1000 * (word[0] == "b") + int(word[1:]) for word in words])
-    return Document(ids, ids.copy(), np.empty((0, 3072), np.uint8), np.empty((0, 3), np.int64))
+    return Draft(ids.astype(np.int32), np.ones(len(ids), bool))
 
 
 class MakeStream:
@@ -161,29 +162,6 @@ def test_order_is_shuffled_and_differs_between_epochs(folder):
     assert first[:100] != second[:100]
 
 
-@given(st.integers(1, 300), st.integers(1, 70), st.integers(0, 69))
-def test_shards_are_divided_completely_and_evenly(shards, streams, first):
-    first %= streams
-    shares = [deal(shards, stream, streams, first) for stream in range(streams)]
-    pieces = [
-        piece for (whole, parts), _ in shares for piece in [*((shard, 0, 1) for shard in whole), *parts]
-    ]
-    by_shard = {shard: sorted(piece[1:] for piece in pieces if piece[0] == shard) for shard in range(shards)}
-    assert all(
-        parts == [(part, len(parts)) for part in range(len(parts))] and parts for parts in by_shard.values()
-    )
-    assert sum(map(len, by_shard.values())) == len(pieces)
-    amounts = [len(whole) + sum(1 / parts for *_, parts in shared) for (whole, shared), _ in shares]
-    largest_part = max((1 / parts for *_, parts in pieces if parts > 1), default=0)
-    assert max(amounts) - min(amounts) <= largest_part + 1e-9
-    assert min(amounts) > 0
-    ((_, following),) = {(0, following) for _, following in shares}
-    longest = [stream for stream, amount in enumerate(amounts) if amount > min(amounts) + 1e-9]
-    assert sorted((stream - first) % streams for stream in longest) == list(range(len(longest)))
-    if longest:
-        assert following == (first + len(longest)) % streams
-
-
 def test_endless_source_with_few_shards_is_read_by_all_streams(tmp_path):
     rows = [{"messages": [{"role": "assistant", "content": f"a{i}"}]} for i in range(40)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -252,21 +230,40 @@ def test_repeated_broken_row_counts_once(tmp_path):
     assert (counts["unusable_rows"], counts["rows"]) == (1, 40)
 
 
-def test_resume_reads_only_the_held_documents(folder, monkeypatch):
+def test_resume_reads_and_encodes_nothing_until_a_sequence_is_complete(folder, monkeypatch):
     make = MakeStream(folder)
+    whole, _ = load(make, 31)
     _, state = load(make, 30)
-    reads = []
+    reads, drafts = [], []
     read = ParquetSource.read
     monkeypatch.setattr(
         ParquetSource, "read", lambda self, shard: reads.append((self.name[-9], shard)) or read(self, shard)
     )
-    for number, saved in json.loads(json.dumps(state))["streams"].items():
-        stream = make(int(number))
-        assert not reads
+    drafts_of = VirtualStream.drafts_of
+    monkeypatch.setattr(
+        VirtualStream, "drafts_of", lambda self, row: drafts.append(row) or drafts_of(self, row)
+    )
+    streams = {int(number): saved for number, saved in json.loads(json.dumps(state))["streams"].items()}
+    for number, saved in streams.items():
+        stream = make(number)
         stream.load_state_dict(saved)
-        held = {tuple(key[:2]) for packer in saved["packers"] for part in packer.values() for key in part}
-        assert Counter(reads) == {("ab"[source], shard): 1 for source, shard in held}
-        reads.clear()
+        assert stream.state_dict() == saved
+        assert not reads
+        assert not drafts
+    stream = make(2)
+    stream.load_state_dict(streams[2])
+    assert sum(map(len, next(iter(stream)).documents)) == sum(token != 9999 for token in whole[30])
+    # Once for its held documents, and once to draw more rows.
+    assert max(Counter(reads).values()) <= 2
+
+
+def test_state_is_small(folder):
+    """Twice 128 documents: the packer is full, and the open sequence, of short ones, has as many."""
+    items = [MixtureItem(open_source(folder / f"{name}.parquet")) for name in ROWS]
+    stream = VirtualStream(0, 1, items, encode, 2560, 3, buffer_size=128)
+    for pack in islice(stream, 5):
+        assert sum(pack.state["held"]) > 128
+        assert len(json.dumps(pack.state)) < 2000
 
 
 def test_unusable_samples_are_skipped_and_counted(tmp_path):
@@ -298,12 +295,12 @@ def test_indivisible_layouts_are_rejected(folder):
 
 def test_long_texts_are_cut_but_images_never():
     ids = np.arange(150)
-    text = Document(ids, ids.copy(), np.empty((0, 3072), np.uint8), np.empty((0, 3), np.int64))
-    pieces = list(fit_to_length(text, LENGTH))
+    text = Draft(ids.astype(np.int32), np.ones(len(ids), bool))
+    pieces = [piece.decode() for piece in fit_to_length(text, LENGTH)]
     assert [len(piece) for piece in pieces] == [64, 64, 22]
     assert np.concatenate([piece.input_ids for piece in pieces]).tolist() == ids.tolist()
     assert all(piece.labels[0] == -100 and (piece.labels[1:] >= 0).all() for piece in pieces)
-    image = Document(ids, ids, np.zeros((1, 3072), np.uint8), np.array([[1, 1, 1]]))
+    image = replace(text, image_grid_thw=np.array([[1, 1, 1]]))
     with pytest.raises(SampleError, match="too-long"):
         list(fit_to_length(image, LENGTH))
 
@@ -376,7 +373,9 @@ def test_resume_with_an_unreadable_held_document_is_rejected(tmp_path):
         SoloError,
         match=r"the data changed since the checkpoint: .*a\.jsonl.*row \d+ cannot be read again .image",
     ):
-        stream().load_state_dict(state)
+        again = stream()
+        again.load_state_dict(state)
+        list(again)
 
 
 def write_rated(folder, count: int, good: set[int]) -> None:

@@ -110,6 +110,11 @@ def write_cut_tar(path, picture) -> Counter:
     return Counter({"broken-shard": 1})
 
 
+def skipped(stream: VirtualStream) -> list[dict[str, str]]:
+    """Read a stream to its end; return the skipped samples that it lists."""
+    return [*(entry for pack in stream for entry in pack.skipped), *stream.take_skipped()]
+
+
 WRITERS = {
     "pictures.parquet": write_parquet,
     "groups.parquet": write_broken_row_group,
@@ -128,7 +133,7 @@ def test_each_fault_is_counted_by_source_and_reason(tmp_path, picture, solo):
     strict.chat_template = ALTERNATE + strict.chat_template
 
     def make_stream(index: int) -> VirtualStream:
-        return VirtualStream(index, 1, mixture, Encoder(strict), LENGTH, epochs=1, max_skipped=0.5)
+        return VirtualStream(index, 1, mixture, Encoder(strict).draft, LENGTH, epochs=1, max_skipped=0.5)
 
     loader = PackedLoader(make_stream, 1, LENGTH, 0, sources=sources)
     for _ in loader:
@@ -151,26 +156,22 @@ def test_invalid_text_is_skipped_and_an_invalid_id_ignored(tmp_path, solo):
     rows += [line("lost", photo="a.png"), line("missing", image="\udce9.png"), line("good")]
     (tmp_path / "x.jsonl").write_text("\n".join(rows))
     mixture = [MixtureItem(open_source(tmp_path / "x.jsonl"))]
-    stream = VirtualStream(0, 1, mixture, Encoder(solo.processor), LENGTH, epochs=1, max_skipped=0.5)
-    for _ in stream:
-        pass
+    stream = VirtualStream(0, 1, mixture, Encoder(solo.processor).draft, LENGTH, epochs=1, max_skipped=0.5)
+    listed = skipped(stream)
     state = stream.state_dict()
     assert state["counts"]["documents"] == 2
-    reasons = Counter(entry["reason"] for entry in state["skipped"])
+    reasons = Counter(entry["reason"] for entry in listed)
     assert reasons == {"schema": 1, "json": 1, "image-column": 1, "image": 1}
-    json.dumps(state, ensure_ascii=False).encode()  # manifests and checkpoints can store it
+    json.dumps([state, listed], ensure_ascii=False).encode()  # manifests and checkpoints can store it
 
 
 @pytest.mark.parametrize("bad", [LISTED + 5, 2])
 def test_first_skipped_samples_are_listed_and_all_are_counted(tmp_path, bad, solo):
     (tmp_path / "x.jsonl").write_text("\n".join([line("good")] * 200 + ["no JSON"] * bad))
     mixture = [MixtureItem(open_source(tmp_path / "x.jsonl"))]
-    stream = VirtualStream(0, 1, mixture, Encoder(solo.processor), LENGTH, epochs=1, max_skipped=0.5)
-    for _ in stream:
-        pass
-    state = stream.state_dict()
-    assert state["counts"]["skipped"] == bad
-    assert len(state["skipped"]) == min(bad, LISTED)
+    stream = VirtualStream(0, 1, mixture, Encoder(solo.processor).draft, LENGTH, epochs=1, max_skipped=0.5)
+    assert len(skipped(stream)) == min(bad, LISTED)
+    assert stream.state_dict()["counts"]["skipped"] == bad
 
 
 def test_too_many_skipped_samples_stop_the_run_with_a_list(tmp_path, solo):
@@ -179,7 +180,7 @@ def test_too_many_skipped_samples_stop_the_run_with_a_list(tmp_path, solo):
 
     def make_stream(index: int) -> VirtualStream:
         return VirtualStream(
-            index, 1, [MixtureItem(source)], Encoder(solo.processor), LENGTH, epochs=1, max_skipped=0.02
+            index, 1, [MixtureItem(source)], Encoder(solo.processor).draft, LENGTH, epochs=1, max_skipped=0.02
         )
 
     with pytest.raises(SoloError, match=r"^21 of \d+ rows are unusable, .*max_skipped = 0.02") as error:

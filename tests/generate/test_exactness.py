@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 from tests.factories import make_solo
@@ -29,6 +31,7 @@ KINDS = {
     "bloom": "ALiBi",
     "opt": "learned positions",
 }
+NO_BEAMS = {"rwkv", "recurrent_gemma"}  # states that are no cache, or in the layers
 EXACT = 1e-4
 
 
@@ -56,6 +59,48 @@ def check_family(family: str) -> None:
 @pytest.mark.parametrize("family", KINDS)
 def test_every_kind_of_layer_generates_exactly(family):
     check_family(family)
+
+
+@torch.no_grad()
+def check_beams(family: str) -> None:
+    """Compare beams with those found without a cache, or see that the family rejects them with one."""
+    model = make_model(family).model
+    ids = torch.randint(3, 300, (1, 11), generator=torch.Generator().manual_seed(0))
+    options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6, "min_new_tokens": 6}
+    options |= {
+        "attention_mask": torch.ones_like(ids),
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    expected = model.generate(ids, use_cache=False, **options)
+    if family == "xlstm":  # its cache fails by itself
+        return
+    if family in NO_BEAMS:
+        with pytest.raises(ValueError, match=f"cannot reorder the states of {family}: set num_beams=1"):
+            model.generate(ids, **options)
+        return
+    found = model.generate(ids, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("family", [*KINDS, *sorted(NO_BEAMS - KINDS.keys())])
+def test_beams_with_a_cache_equal_those_without(family):
+    check_beams(family)
+
+
+@pytest.mark.slow
+def test_every_family_searches_beams_exactly_or_refuses():
+    for family in text_families():
+        with suppress(SoloError):
+            check_beams(family)
+
+
+@pytest.mark.parametrize("family", ["recurrent_gemma", "qwen3_5_text", "mamba2"])
+def test_assisted_generation_is_rejected_where_a_past_cannot_be_cut(family):
+    model, ids = make_model(family).model, torch.arange(3, 9)[None].repeat(1, 3)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=3, max_new_tokens=4)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from solo_vlm.models.packed.kernels import compute_without_kernels_on_cpu
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 
@@ -242,4 +243,5 @@ def _noisy(model: Model) -> Model:
     for parameter in model.parameters():
         if parameter.numel() > 1 and parameter.min() == parameter.max():
             parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
+    compute_without_kernels_on_cpu(model)
     return model.eval()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +31,7 @@ R = TypeVar("R")
 IGNORE_INDEX = -100
 
 _FSSPEC_URL = re.compile(r"(?!(https?|file):)[a-z][a-z0-9+.-]*://", re.IGNORECASE)  # others: load_image
+_REMOTE_URL = re.compile(r"https?://|data:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -71,53 +73,113 @@ def make_labels(input_ids: NDArray[np.int64], supervised: NDArray[np.bool_]) -> 
     return labels
 
 
-def encode(
-    sample: Sample,
-    processor: SoloProcessor,
-    vision_loss: bool = False,
-    lock: AbstractContextManager[Any] | None = None,
-) -> Document:
+@dataclass(frozen=True)
+class Draft:
+    """Encoded sample, or a piece of a long text, whose images are still compressed: small while it waits.
+
+    Attributes:
+        input_ids: (length,) int32, with the tokens of every image.
+        supervised: (length,) bool.
+        image_grid_thw: (num_images, 3) int64, from the images' headers.
+        images: Encoded images, or their local paths, each with its name for messages if it has one.
+        image_processor: Image processor of the model; None for a plain LLM.
+    """
+
+    input_ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+    image_grid_thw: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), np.int64))
+    images: Sequence[tuple[ImageSource, str | None]] = ()
+    image_processor: SoloImageProcessor | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def decode(self) -> Document:
+        """Decode the images.
+
+        Raises:
+            SampleError: An image is damaged, or of another size than its header states ("image").
+            OSError: Reading an image failed five times because of the disk or the network.
+        """
+        input_ids = self.input_ids.astype(np.int64)
+        labels = make_labels(input_ids, self.supervised)
+        return Document(input_ids, labels, self._patches(), self.image_grid_thw)
+
+    def _patches(self) -> NDArray[np.uint8]:
+        if self.image_processor is None:
+            return np.empty((0, 0), np.uint8)
+        encode_image = self.image_processor.encode_image
+        patches = [np.empty((0, _patch_dim(self.image_processor)), np.uint8)]
+        for (image, name), stated in zip(self.images, self.image_grid_thw, strict=True):
+            of_image, grid = _read_image(image, partial(encode_image, name=name))
+            if (grid != stated).any():
+                sizes = " but ".join(f"{rows} x {columns}" for _, rows, columns in (grid, stated))
+                raise SampleError("image", f"{name or 'image'}: {sizes} patches by its header")
+            patches.append(of_image)
+        # A single image, the usual case, is not copied.
+        return patches[1] if len(patches) == 2 else np.concatenate(patches)
+
+
+def encode(sample: Sample, processor: SoloProcessor, vision_loss: bool = False) -> Document:
     """Encode one sample; the assistant's text and the tokens that end its turns are supervised.
 
     Args:
         sample: Sample to encode.
         processor: Processor of the model.
         vision_loss: Whether to supervise the tokens of images, too.
-        lock: Held while the tokenizer runs, for threads that share it.
 
     Raises:
         SampleError: An image is damaged or missing ("image"), or the chat template rejects the chat
             ("chat-template").
         OSError: Reading an image failed five times because of the disk or the network.
     """
+    return draft(sample, processor, vision_loss).decode()
+
+
+def draft(
+    sample: Sample,
+    processor: SoloProcessor,
+    vision_loss: bool = False,
+    lock: AbstractContextManager[Any] | None = None,
+) -> Draft:
+    """Encode one sample like `encode`, but leave its images compressed; remote ones are fetched.
+
+    Args:
+        sample, processor, vision_loss: See `encode`.
+        lock: Held while the tokenizer runs, for threads that share it.
+
+    Raises:
+        SampleError, OSError: See `encode`; damaged pixels are found by decoding alone.
+    """
     from solo_vlm.models.solo.processing_solo import ChatTemplateError
 
-    pixel_values, image_grid_thw = _encode_images(sample, processor)
+    image_processor = processor.image_processor
+    images = [_fetched(image) for image in sample.images]
+    grids = [_read_image(image, partial(image_processor.read_grid, name=name)) for image, name in images]
+    image_grid_thw = np.array(grids, np.int64).reshape(-1, 3)
     try:
         with lock or nullcontext():
             chat = processor.encode_chat(sample.messages, image_grid_thw)
     except ChatTemplateError as error:
         raise SampleError("chat-template", str(error)) from error
-    if (expected := np.count_nonzero(chat.input_ids == processor.image_token_id)) != len(pixel_values):
-        raise SampleError("image", f"{len(pixel_values)} patches for {expected} <vpatch> tokens")
+    patches = int(image_grid_thw.prod(axis=1).sum())
+    if (expected := np.count_nonzero(chat.input_ids == processor.image_token_id)) != patches:
+        raise SampleError("image", f"{patches} patches for {expected} <vpatch> tokens")
     supervised = chat.supervised
     if vision_loss:
         supervised = supervised | np.isin(chat.input_ids, processor.image_input_ids(2, 1))
-    return Document(chat.input_ids, make_labels(chat.input_ids, supervised), pixel_values, image_grid_thw)
+    return Draft(chat.input_ids.astype(np.int32), supervised, image_grid_thw, images, image_processor)
 
 
-def _encode_images(sample: Sample, processor: SoloProcessor) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    images = [_encode_image(image, processor) for image in sample.images]
-    patches = [patches for patches, _ in images] or [np.empty((0, _patch_dim(processor)), np.uint8)]
-    image_grid_thw = np.array([grid for _, grid in images], np.int64).reshape(-1, 3)
-    # A single image, the usual case, is not copied.
-    return patches[0] if len(patches) == 1 else np.concatenate(patches), image_grid_thw
+def _fetched(image: ImageSource) -> tuple[ImageSource, str | None]:
+    """Return the image, or the content of its URL with its name."""
+    from solo_vlm.models.solo.image_loading_solo import read_bytes
 
-
-def _encode_image(
-    image: ImageSource, processor: SoloProcessor
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    return _read_image(image, processor.image_processor.encode_image)
+    if isinstance(image, str) and _FSSPEC_URL.match(image):
+        return _fetch(image), image
+    if isinstance(image, str) and _REMOTE_URL.match(image):
+        return _read_image(image, read_bytes)
+    return image, None
 
 
 def load_pixels(image: ImageSource, image_processor: SoloImageProcessor) -> NDArray[np.uint8]:
@@ -127,22 +189,23 @@ def load_pixels(image: ImageSource, image_processor: SoloImageProcessor) -> NDAr
         SampleError: The image is damaged or missing ("image").
         OSError: Reading it failed five times because of the disk or the network.
     """
-    return _read_image(image, image_processor.load_pixels)
+    source, name = _fetched(image)
+    return _read_image(source, partial(image_processor.load_pixels, name=name))
 
 
 @retried
 def _read_image(image: ImageSource, read: Callable[[ImageSource], R]) -> R:
     from solo_vlm.models.solo.image_loading_solo import ImageFetchError, ImageMissingError
 
-    source = _fetch(image) if isinstance(image, str) and _FSSPEC_URL.match(image) else image
     try:
-        return read(source)
+        return read(image)
     except ValueError as error:  # an ImageError, usually
         if isinstance(error, ImageFetchError) and not isinstance(error, ImageMissingError):
             raise OSError(errno.EIO, str(error)) from error
         raise SampleError("image", str(error)) from error
 
 
+@retried
 def _fetch(url: str) -> bytes:
     try:
         return read_url(url)
@@ -150,33 +213,32 @@ def _fetch(url: str) -> bytes:
         raise SampleError("image", f"{url}: {error}") from error
 
 
-def _patch_dim(processor: SoloProcessor) -> int:
-    return 3 * processor.image_processor.patch_size**2
+def _patch_dim(image_processor: SoloImageProcessor) -> int:
+    return 3 * image_processor.patch_size**2
 
 
-def fit_to_length(document: Document, length: int) -> Iterator[Document]:
-    """Yield the document, or a long text in pieces of at most `length` tokens.
+def fit_to_length(draft: Draft, length: int) -> Iterator[Draft]:
+    """Yield the draft, or a long text in pieces of at most `length` tokens.
 
     Raises:
         SampleError: The document is too long and has images, which are never cut ("too-long").
     """
-    if len(document) <= length:
-        yield document
+    if len(draft) <= length:
+        yield draft
         return
-    if len(document.pixel_values):
-        images, patches = len(document.image_grid_thw), len(document.pixel_values)
+    if images := len(draft.image_grid_thw):
+        patches = draft.image_grid_thw.prod(axis=1).sum()
         raise SampleError(
             "too-long",
-            f"{len(document)} tokens, {patches} of them patches of {images} images, exceed the {length} of a "
+            f"{len(draft)} tokens, {patches} of them patches of {images} images, exceed the {length} of a "
             "sequence; limit images by max_patches (solo init), or raise data.sequence_length",
         )
-    for start in range(0, len(document), length):
-        input_ids, labels = (ids[start : start + length] for ids in (document.input_ids, document.labels))
-        labels = make_labels(input_ids, labels != IGNORE_INDEX)
-        yield Document(input_ids, labels, document.pixel_values, document.image_grid_thw)
+    for start in range(0, len(draft), length):
+        piece = slice(start, start + length)
+        yield replace(draft, input_ids=draft.input_ids[piece], supervised=draft.supervised[piece])
 
 
-def encode_text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Document:
+def draft_text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Draft:
     """Encode a text document as BOS, text, EOS, to train a plain LLM.
 
     Raises:
@@ -187,9 +249,8 @@ def encode_text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Document:
     text = "".join(part["text"] for part in sample.messages[0]["content"])
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    input_ids = np.array([bos, *ids, tokenizer.eos_token_id], dtype=np.int64)
-    labels = make_labels(input_ids, np.ones(len(input_ids), bool))
-    return Document(input_ids, labels, np.empty((0, 0), np.uint8), np.empty((0, 3), np.int64))
+    input_ids = np.array([bos, *ids, tokenizer.eos_token_id], dtype=np.int32)
+    return Draft(input_ids, np.ones(len(input_ids), bool))
 
 
 @dataclass(frozen=True)
@@ -210,15 +271,19 @@ class Encoder:
         """Encode a training sample.
 
         Raises:
-            SampleError: No token is supervised ("unsupervised"), or as for `encode` and `encode_text`.
+            SampleError: No token is supervised ("unsupervised"), or as for `encode` and `draft_text`.
         """
+        return self.draft(sample).decode()
+
+    def draft(self, sample: Sample) -> Draft:
+        """Encode a training sample, and leave its images compressed; errors are those of a call."""
         if self.sees_images:
-            document = encode(sample, self.processor, self.vision_loss, self._lock)
-            if (document.labels == IGNORE_INDEX).all():
+            drafted = draft(sample, self.processor, self.vision_loss, self._lock)
+            if not drafted.supervised[1:].any():
                 raise SampleError("unsupervised", "the assistant's turns are empty, so no token has a label")
-            return document
+            return drafted
         with self._lock:
-            return encode_text(sample, self.processor)
+            return draft_text(sample, self.processor)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Encoder, (self.processor, self.vision_loss)
@@ -234,7 +299,7 @@ class Encoder:
     @property
     def patch_dim(self) -> int:
         """Width of a document's `pixel_values`; 0 for a plain LLM."""
-        return _patch_dim(self.processor) if self.sees_images else 0
+        return _patch_dim(self.processor.image_processor) if self.sees_images else 0
 
     @property
     def vision_ids(self) -> NDArray[np.int64]:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from solo_vlm.data.collate import PackedBatch, collate, num_supervised_tokens
 from solo_vlm.data.sources import Source, fingerprints, is_same_data
+from solo_vlm.data.sources.hub import HubPath
 from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
 from solo_vlm.models.solo.processing_solo import num_vision_tokens
 from solo_vlm.utils.errors import SoloError
@@ -90,6 +91,7 @@ class PackedLoader:
             "sources": [list(pair) for pair in fingerprints(sources)],
         }
         self._states: dict[int, State] = {}
+        self._skipped: dict[int, list[dict[str, str]]] = {}
         self._slots = 0  # slots of the run that have been consumed
         self._ended: set[int] = set()  # ended streams of this rank
         self._turns: Iterator[_Slot | SoloError] | None = None
@@ -143,6 +145,8 @@ class PackedLoader:
                 self.close()
                 raise slot
             self._states[slot.stream] = slot.state
+            if slot.skipped:
+                self._skipped.setdefault(slot.stream, []).extend(slot.skipped)
             if slot.batch is None:
                 self._ended.add(slot.stream)
             else:
@@ -180,10 +184,12 @@ class PackedLoader:
     def state_dict(self) -> State:
         """Return the position of this rank, prefetched sequences excluded.
 
-        Keys: `slots` of the run consumed so far, states of this rank's `streams`, `data` to detect changes.
+        Keys: `slots` of the run consumed so far, states of this rank's `streams`, what they `skipped`, `data`
+        to detect changes.
         """
         streams = {str(stream): state for stream, state in self._states.items()}
-        return {"slots": self._slots, "streams": streams, "data": self._data}
+        skipped = {str(stream): list(entries) for stream, entries in self._skipped.items()}
+        return {"slots": self._slots, "streams": streams, "skipped": skipped, "data": self._data}
 
     @staticmethod
     def merge(states: Sequence[State]) -> State:
@@ -195,8 +201,11 @@ class PackedLoader:
         slots = [state["slots"] for state in states]
         if len(set(slots)) > 1:
             raise SoloError(f"ranks must be saved at the same position, not after {slots} slots")
-        streams = {stream: saved for state in states for stream, saved in state["streams"].items()}
-        return {"slots": slots[0], "streams": streams, "data": states[0]["data"]}
+        streams, skipped = (
+            {stream: saved for state in states for stream, saved in state[part].items()}
+            for part in ("streams", "skipped")
+        )
+        return {"slots": slots[0], "streams": streams, "skipped": skipped, "data": states[0]["data"]}
 
     def load_state_dict(self, state: State) -> None:
         """Resume after the last consumed slot of a run with any number of ranks and workers.
@@ -209,7 +218,10 @@ class PackedLoader:
         """
         _check_unchanged(state["data"], self._data)
         self._slots = state["slots"]
-        self._states = {s: state["streams"][str(s)] for s in self._own if str(s) in state["streams"]}
+        self._states, self._skipped = (
+            {s: state[part][str(s)] for s in self._own if str(s) in state[part]}
+            for part in ("streams", "skipped")
+        )
         self._ended, self._turns = set(), None
 
     def counts(self) -> dict[str, int]:
@@ -224,7 +236,7 @@ class PackedLoader:
 
         Keys: `source`, `where` (file and row), `reason` and `error`, as in the report of `solo data verify`.
         """
-        return [entry for state in self._states.values() for entry in state["skipped"]]
+        return [entry for entries in self._skipped.values() for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -268,6 +280,7 @@ class _Slot:
     state: State
     batch: PackedBatch | None = None
     keys: Sequence[Key] = ()
+    skipped: Sequence[dict[str, str]] = ()
 
     def pin_memory(self) -> _Slot:
         """Pin the tensors; called by DataLoader."""
@@ -332,8 +345,10 @@ class _Slots(IterableDataset[_Slot | SoloError]):
         if number in self._states:
             stream.load_state_dict(self._states[number])
         for packed in stream:
-            yield _Slot(number, packed.state, collate(packed.documents, **self._form), packed.keys)
+            batch = collate(packed.documents, **self._form)
+            yield _Slot(number, packed.state, batch, packed.keys, packed.skipped)
         ended = _Slot(number, stream.state_dict())
+        yield replace(ended, skipped=stream.take_skipped())
         while True:
             yield ended
 
@@ -376,7 +391,8 @@ def _check_unchanged(before: State, now: State) -> None:
     for (old_name, old), (name, new) in zip(before["sources"], now["sources"], strict=True):
         if not is_same_data(old, new):
             was = "" if old_name == name else f" (then {old_name})"
+            same = f"set its path to {old_name}" if HubPath.parse(old_name) else "put them back"
             raise SoloError(
                 f"the data changed since the checkpoint: files of source {name}{was} were added, removed or "
-                "rewritten; put them back, or start a new run"
+                f"rewritten; {same}, or start a new run"
             )

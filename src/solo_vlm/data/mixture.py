@@ -24,12 +24,13 @@ class SourceSettings(Settings):
     """One source of a mixture.
 
     Attributes:
-        path: File, folder, glob pattern or URL.
+        path: File, folder, glob pattern or URL; `hf://datasets/OWNER/NAME` is a data set of the hub.
         weight: Relative share, see `DataSettings.weight_by`.
         format: Format of the rows, such as "llava"; "auto" recognizes it from the first ones.
         images: Folder that relative image paths refer to; default: the folder of the row's file.
         columns: Columns of the rows, by the names that the format reads: `{image: photo, text: title}`.
         filter: Rows to keep: a comparison of their columns, such as `relevance_min >= 3 and "en" in lang`.
+        cache: Download each file of the hub into its cache (HF_HOME) when it is first read.
     """
 
     path: str
@@ -38,6 +39,7 @@ class SourceSettings(Settings):
     images: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     filter: str | None = None
+    cache: bool = False
 
     def open(self, limits: Limits = DEFAULT_LIMITS, at: Callable[[str], str] = str) -> Source:
         """Open the source.
@@ -50,7 +52,7 @@ class SourceSettings(Settings):
             SoloError: The source is missing or unreadable, or its rows are not as the settings say.
         """
         images = None if self.images is None else at(self.images)
-        return open_source(at(self.path), limits, self.format, images, self.columns, self.filter)
+        return open_source(at(self.path), limits, self.format, images, self.columns, self.filter, self.cache)
 
 
 class DataSettings(Settings):
@@ -169,7 +171,7 @@ class StreamFactory:
             index,
             settings.streams,
             [MixtureItem(*item) for item in zip(self.sources, weights, strict=True)],
-            self.encoder,
+            self.encoder.draft,
             settings.sequence_length,
             seed=settings.seed,
             epochs=settings.epochs,

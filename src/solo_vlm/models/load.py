@@ -30,6 +30,7 @@ from solo_vlm.models.original import (
     original_tokenizer,
     tokenizer_vision_ids,
 )
+from solo_vlm.models.packed.kernels import compute_without_kernels_on_cpu
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.original_solo import is_original
@@ -73,6 +74,7 @@ def load_model(
         output_loading_info=True,
     )
     check_loaded(path, model, info)
+    compute_without_kernels_on_cpu(model)
     if is_original(settings):
         _use_original_vocabulary(model, path)
     check_generation(path, model.generation_config, model.config.text_config.vocab_size)
@@ -174,6 +176,7 @@ def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
     except Exception as error:  # transformers raises any type on a broken file
         raise SoloError(f"cannot read a language model from {path}: {first_line(error)}") from error
     check_loaded(path, model, info)
+    compute_without_kernels_on_cpu(model)
     return model
 
 

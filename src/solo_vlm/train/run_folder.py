@@ -16,6 +16,7 @@ import yaml
 from solo_vlm import __version__
 from solo_vlm.data.mixture import LOADER_SETTINGS
 from solo_vlm.data.sources import Source
+from solo_vlm.data.sources.hub import without_revision
 from solo_vlm.train.checkpoint import find_checkpoints, remove_partial_checkpoints, step_of
 from solo_vlm.train.inputs import check_inputs, fingerprint_model, fingerprint_validation, write_inputs
 from solo_vlm.train.recipe import Recipe
@@ -82,12 +83,24 @@ def config_fingerprint(recipe: Recipe) -> dict[str, Any]:
 
 
 def describe_recipe_changes(before: Recipe, now: Recipe) -> str:
-    """Describe the changed settings that affect the trained model; empty if there are none."""
-    before = before.model_copy(update={"out": now.out})  # the folder may have been moved
+    """Describe the changed settings that affect the trained model; empty if there are none.
+
+    The folder may have been moved, and data may be read at the commit of the run: its contents are compared.
+    """
+    before, now = (_without_revisions(recipe).model_copy(update={"out": ""}) for recipe in (before, now))
     if config_fingerprint(before) == config_fingerprint(now):
         return ""
     old, new = (recipe.model_dump(mode="json", exclude=_EXCLUDED) for recipe in (before, now))
     return describe_changes(find_changes(old, new))
+
+
+def _without_revisions(recipe: Recipe) -> Recipe:
+    paths = [without_revision(source.path) for source in recipe.data.sources]
+    sources = [
+        source.model_copy(update={"path": path})
+        for source, path in zip(recipe.data.sources, paths, strict=True)
+    ]
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
 
 
 def write_manifest(path: Path, recipe: Recipe, sources: list[Source], outcome: dict[str, Any]) -> None:

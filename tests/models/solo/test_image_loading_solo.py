@@ -6,10 +6,16 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from solo_vlm.models.solo import image_loading_solo
-from solo_vlm.models.solo.image_loading_solo import ImageError, ImageMissingError, load_image, load_pixels
+from solo_vlm.models.solo.image_loading_solo import (
+    ImageError,
+    ImageMissingError,
+    image_size,
+    load_image,
+    load_pixels,
+)
 
 GRAY, RGB = 0, 2  # color types of PNG
 WHITE_IS_ZERO, BLACK_IS_ZERO, TRUE_COLOR = 0, 1, 2  # photometric interpretations of TIFF
@@ -392,3 +398,41 @@ def test_png_without_its_palette_is_rejected():
     length = int.from_bytes(data[start : start + 4], "big")
     with pytest.raises(ImageError, match="its pixels refer to a palette, but it has none"):
         load_image(data[:start] + data[start + 12 + length :])
+
+
+ORIENTED = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF")
+
+
+@pytest.mark.parametrize("file_format", [*ORIENTED, "GIF", "BMP", "PPM", "TGA", "JPEG2000"])
+def test_size_by_the_header_is_that_of_the_decoded_image(decoder, tmp_path, file_format):
+    image = Image.fromarray(np.zeros((20, 33, 3), np.uint8))
+    for orientation in range(9) if file_format in ORIENTED else [0]:
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        data = encoded(image, file_format, **({"exif": exif} if orientation else {}))
+        height, width = load_pixels(data).shape[:2]
+        assert image_size(data) == (height, width) == ((33, 20) if orientation > 4 else (20, 33))
+    (tmp_path / "image").write_bytes(data)
+    assert image_size(str(tmp_path / "image")) == (height, width)
+
+
+@pytest.mark.parametrize("keyword", ["Raw profile type exif", "XML:com.adobe.xmp"])
+def test_size_heeds_an_orientation_in_the_texts_of_a_png(keyword):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    texts = PngImagePlugin.PngInfo()
+    if keyword.startswith("Raw"):
+        texts.add_text(keyword, f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n", zip=True)
+    else:
+        texts.add_itxt(keyword, '<x:xmpmeta tiff:Orientation="6"/>')
+    data = encoded(Image.fromarray(np.zeros((20, 33, 3), np.uint8)), "PNG", pnginfo=texts)
+    assert image_size(data) == load_pixels(data).shape[:2] == (33, 20)
+
+
+def test_size_is_known_before_damage_is_found():
+    data = encoded(Image.effect_noise((200, 100), 50).convert("RGB"), "JPEG")[:-500]
+    assert image_size(data) == (100, 200)
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        load_pixels(data)
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        image_size(data[:20])

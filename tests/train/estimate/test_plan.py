@@ -186,7 +186,8 @@ def test_planned_steps_match_packing_of_the_data(data, weight_by):
         for path, source in zip(settings.mixture.source_paths(), settings.data.sources, strict=True)
     ]
     streams = [
-        VirtualStream(index, 2, items, encoder, 256, epochs=2, weight_by=weight_by) for index in range(2)
+        VirtualStream(index, 2, items, encoder.draft, 256, epochs=2, weight_by=weight_by)
+        for index in range(2)
     ]
     sequences = sum(1 for stream in streams for _ in stream)
     assert planned_steps(settings) == pytest.approx(sequences / 4, rel=0.03)

@@ -21,6 +21,7 @@ from solo_vlm.data.sources.files import (
     is_folder,
 )
 from solo_vlm.data.sources.formatted import FIRST_ROWS, FormattedSource
+from solo_vlm.data.sources.hub import HubPath, pin, split_files, what_exists
 from solo_vlm.data.sources.image_folder import ImageFolderSource
 from solo_vlm.data.sources.jsonl import JsonlSource
 from solo_vlm.data.sources.megatron_indexed import TEXT_INDEX, MegatronIndexedSource
@@ -106,8 +107,11 @@ def open_source(
     images: str | None = None,
     columns: Mapping[str, str] | None = None,
     filter: str | None = None,
+    cache: bool = False,
 ) -> Source:
     """Open a file, a folder of files, or a glob pattern; local, or a URL that fsspec understands.
+
+    Data sets of the hub are read in place, at the commit that their revision stands for now.
 
     The kind of file follows from the names: .parquet, .jsonl, .json (also .gz, .zst, .lz4), .csv, .tsv, .tar
     (WebDataset), .arrow (`datasets`' save_to_disk) or -text.idx (the original SOLO code's packed data in
@@ -121,14 +125,15 @@ def open_source(
         images: Folder that relative image paths refer to; default: the folder of the row's file.
         columns: Columns of the rows, by the names that the format reads.
         filter: Expression for the rows to keep.
+        cache: Whether to download each file of the hub into its cache when it is first read.
 
     Raises:
         SoloError: There are no files, or they have an unknown format or several formats; or the format, the
             columns or the filter do not fit the rows.
     """
     try:
-        images = None if images is None else find_folder(images)
-        raw = _open_raw(str(path), limits, format, images)
+        images = None if images is None else find_folder(pin(images))
+        raw = _open_raw(pin(str(path)), limits, format, images, cache)
     except SoloError:
         raise
     except Exception as error:  # file systems have own errors for missing packages, credentials, network
@@ -150,16 +155,19 @@ def open_source(
 
 
 def _open_raw(
-    path: str, limits: Limits, format: SourceFormat, images: str | None
+    path: str, limits: Limits, format: SourceFormat, images: str | None, cache: bool
 ) -> RawSource | MegatronIndexedSource:
     """Open the files of a path, or its images."""
-    files = _find(path, limits, format)
+    hub = HubPath.parse(path)
+    if cache and hub is None:
+        raise SoloError(f"{path}: cache is for data of the hub, hf://datasets/OWNER/NAME")
+    files = split_files(hub, limits) if hub and not hub.path else _find(path, limits, format)
     if not files and format in ("auto", "imagefolder") and is_folder(path):
         folder = ImageFolderSource(path, find_folder(path), limits)
         if len(folder):
             return folder
     if not files:
-        raise SoloError(f"no data files at {path}")
+        raise SoloError(f"no data files at {path}{what_exists(path)}")
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1 or None in kinds:
         known = ", ".join([*_ALL_READERS, TEXT_INDEX])
@@ -167,7 +175,8 @@ def _open_raw(
     (kind,) = kinds
     if kind == TEXT_INDEX:
         return MegatronIndexedSource(path, files)
-    return _ALL_READERS[str(kind)](path, [replace(file, images=images or "") for file in files])
+    files = [replace(file, images=images or "", cached=cache) for file in files]
+    return _ALL_READERS[str(kind)](path, files)
 
 
 def _find(path: str, limits: Limits, format: SourceFormat) -> list[DataFile]:
@@ -202,7 +211,7 @@ def fingerprints(sources: Sequence[Source]) -> list[tuple[str, str]]:
 def is_same_data(before: str, now: str) -> bool:
     """Return whether two fingerprints are of the same files.
 
-    Contents are compared if both have them: not those of remote files, nor of runs of earlier versions.
+    Contents are compared if both have them: not those of web servers and S3, nor of earlier versions.
     """
     files_before, _, contents_before = before.partition("-")
     files_now, _, contents_now = now.partition("-")

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, ParamSpec, TypeVar
 import fsspec
 import numpy as np
 import pyarrow as pa
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from numpy.typing import NDArray
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
@@ -34,6 +36,7 @@ CODECS = {".gz": "gzip", ".zst": "zstd", ".lz4": "lz4"}
 
 _BLOCK_SIZE = 1 << 20
 _HASH_BLOCK_SIZE, _HASH_BLOCKS = 1 << 14, 16
+_CLOSE = 1 << 12  # bytes between ranges that are read in one request
 _OPEN_AT_A_TIME = 16  # files indexed in parallel when a source is opened
 _ATTEMPTS = 5
 _FIRST_WAIT = 0.5  # seconds, doubled each time
@@ -53,6 +56,9 @@ def retried(read: Callable[P, R]) -> Callable[P, R]:
 def _is_transient(error: BaseException) -> bool:
     """Return whether a retry can help: not if content is broken or a file is missing."""
     if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
+        return False
+    status = getattr(getattr(error, "response", None), "status_code", None)  # of the hub
+    if status is not None and status < 500 and status not in (408, 429):
         return False
     if isinstance(error, OSError):
         return _is_system_error(error)
@@ -108,6 +114,8 @@ class DataFile:
         limits: Limits for reading the file.
         modified: Time of the last modification in ns; None for remote files.
         images: Folder that relative paths in the file refer to; default: the file's own.
+        content: Hash of the content, as the hub states it; empty for other files.
+        cached: Whether to download the file into the hub's cache when it is first read.
     """
 
     url: str
@@ -116,6 +124,8 @@ class DataFile:
     limits: Limits = DEFAULT_LIMITS
     modified: int | None = None
     images: str = ""
+    content: str = ""
+    cached: bool = False
 
     @property
     def name(self) -> str:
@@ -137,8 +147,11 @@ class DataFile:
             SoloError: The file is gone, or has changed since the source was opened.
         """
         with self._unchanged():
-            system, path = fsspec.core.url_to_fs(self.url)
-            return system.open(path, "rb", **({} if ahead else {"cache_type": "none"}))
+            system, path = self._locate()
+            options: dict[str, Any] = {} if ahead else {"cache_type": "none"}
+            if self.content and not self.cached:
+                options["size"] = self.size  # else each process would list the folder
+            return system.open(path, "rb", **options)
 
     def read(self, *places: tuple[int, int]) -> list[bytes]:
         """Return the bytes of each (start, end) range, fetching nothing else.
@@ -148,16 +161,40 @@ class DataFile:
                 support range requests.
         """
         filled = [(start, end) for start, end in places if end > start]
-        system, path = fsspec.core.url_to_fs(self.url)
-        with self._unchanged():
-            parts = system.cat_ranges([path] * len(filled), [s for s, _ in filled], [e for _, e in filled])
-            for failure in parts:
-                if isinstance(failure, Exception):
-                    raise failure
+        parts = self._read_ranges(filled)
         for part, (start, end) in zip(parts, filled, strict=True):
             if len(part) > end - start:
                 raise SoloError(f"{self.url}: its server does not support range requests; download it first")
         return [parts.pop(0) if end > start else b"" for start, end in places]
+
+    def _read_ranges(self, places: list[tuple[int, int]]) -> list[bytes]:
+        system, path = self._locate()
+        if not system.async_impl:  # `cat_ranges` would read ahead
+            with self.open(ahead=False) as stream:
+                return _read_from(stream, places)
+        with self._unchanged():
+            parts = system.cat_ranges([path] * len(places), [s for s, _ in places], [e for _, e in places])
+        if failure := next((part for part in parts if isinstance(part, Exception)), None):
+            raise failure
+        return parts
+
+    def _locate(self) -> tuple[Any, str]:
+        """Return the file system and the path on it; a cached file is downloaded first."""
+        system, path = fsspec.core.url_to_fs(self.url)
+        if not self.cached:
+            return system, path
+        at = system.resolve_path(path)
+        try:
+            local = hf_hub_download(
+                at.repo_id,
+                at.path_in_repo,
+                repo_type=at.repo_type,
+                revision=at.revision,
+                endpoint=system.endpoint,
+            )
+        except LocalEntryNotFoundError as error:  # the hub does not answer
+            raise ConnectionError(f"cannot download {self.url}: {first_line(error)}") from error
+        return fsspec.filesystem("file"), local
 
     def read_decompressed(self) -> bytes:
         """Return the whole content, decompressed if it is .gz, .zst or .lz4; raise if it is truncated."""
@@ -199,6 +236,18 @@ class DataFile:
             raise SoloError(f"{self.url} is gone: put it back and run the same command again") from error
 
 
+def _read_from(stream: BinaryIO, places: list[tuple[int, int]]) -> list[bytes]:
+    """Return the bytes of each range; those close together, as a row's in a tar, are read at once."""
+    if not places:
+        return []
+    first, last = min(places)[0], max(end for _, end in places)
+    if last - first > sum(end - start for start, end in places) + _CLOSE * len(places):
+        return [part for place in places for part in _read_from(stream, [place])]
+    stream.seek(first)
+    block = stream.read(last - first)
+    return [block[start - first : end - first] for start, end in places]
+
+
 def read_url(url: str) -> bytes:
     """Return the content of a file on any file system of fsspec.
 
@@ -224,8 +273,10 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
             which would be missed.
     """
     system, root = fsspec.core.url_to_fs(path)
+    contents = {}
     if system.isfile(root):
         names, source_folder = [root], root.rpartition("/")[0]
+        contents[root] = system.info(root).get("blob_id", "")
     else:
         listed = system.isdir(root)
         found = system.ls(root, detail=True) if listed else system.glob(root, detail=True).values()
@@ -237,6 +288,7 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
             # Hidden files and folders may be incomplete downloads of other programs.
             if not any(part.startswith(".") for part in entry["name"][fixed:].split("/"))
         }
+        contents = {entry["name"]: entry.get("blob_id", "") for entry in found}
         names = sorted(name for name in kinds if _is_data(name, suffixes))
         if folder := next((name for name in names if kinds[name] == "directory"), None):
             raise SoloError(f"{folder} is a folder among files: make it a separate source, or move it away")
@@ -255,8 +307,9 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
             DataFile(name, state.st_size, source_folder, limits, state.st_mtime_ns)
             for name, state in found_at
         ]
+    folder = system.unstrip_protocol(source_folder)
     return [
-        DataFile(system.unstrip_protocol(name), size, system.unstrip_protocol(source_folder), limits)
+        DataFile(system.unstrip_protocol(name), size, folder, limits, content=contents.get(name, ""))
         for name, size in zip(names, system.sizes(names), strict=True)
     ]
 
@@ -290,15 +343,16 @@ def _is_data(name: str, suffixes: Sequence[str]) -> bool:
 
 
 def fingerprint(files: Sequence[DataFile]) -> str:
-    """Return a hash of the names and sizes of files, and one of the contents of local ones.
+    """Return a hash of the names and sizes of files, and one of the contents of files here or on the hub.
 
     Of a large file, blocks are hashed, so that runs start fast: a file that was replaced has other blocks.
+    The hub states hashes of whole files.
     """
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.size}\n".encode())
     names = digest.hexdigest()[:16]
-    if any(file.modified is None for file in files):
+    if any(file.modified is None and not file.content for file in files):
         return names
     contents = hashlib.sha256("".join(read_each(_hash_content, files)).encode())
     return f"{names}-{contents.hexdigest()[:16]}"
@@ -307,6 +361,8 @@ def fingerprint(files: Sequence[DataFile]) -> str:
 @lru_cache(maxsize=100_000)  # a run compares fingerprints several times
 @retried
 def _hash_content(file: DataFile) -> str:
+    if file.content:
+        return file.content
     with file.open() as content:
         return hash_blocks(content, file.size, _HASH_BLOCK_SIZE, _HASH_BLOCKS)
 

@@ -81,7 +81,8 @@ class RowReader:
             where = self.source.where(shard, row)
             try:
                 sample = parse_sample(rows[row])
-                documents = list(fit_to_length(self.encoder(sample), self.length))
+                drafts = fit_to_length(self.encoder.draft(sample), self.length)
+                documents = [draft.decode() for draft in drafts]
             except SampleError as error:
                 yield ReadRow(where, error=error)
             else:

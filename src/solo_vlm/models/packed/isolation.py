@@ -99,7 +99,8 @@ def _isolate(model: PreTrainedModel, attention: str | None) -> PackedRow:
                 'load the model with attn_implementation="sdpa" or "eager"'
             )
 
-    row = PackedRow({type(layer).__name__: treatment for layer, treatment in treatments.items()}, attention)
+    names = {type(layer).__name__: treatment for layer, treatment in treatments.items()}
+    row = PackedRow(names, model.config.get_text_config())
     for layer, treatment in treatments.items():
         if treatment == "packed attention":
             layer.packed_row = row  # type: ignore[assignment]

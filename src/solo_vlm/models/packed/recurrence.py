@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from inspect import signature
@@ -12,10 +13,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from solo_vlm.models.packed.attention import PackedMask
 from solo_vlm.models.packed.groups import IsolationError, document_groups
+from solo_vlm.models.packed.kernels import Use, kernel_fault, row_arguments, takes_row_arguments
+from solo_vlm.utils.errors import first_line
+
+logger = logging.getLogger(__name__)
 
 CACHES = {
     *("past_key_values", "past_key_value", "layer_past", "cache_params", "cache", "past", "state", "mems"),
@@ -33,11 +39,13 @@ class Documents(NamedTuple):
         bounds: (documents + 1,) int64, cumulative document lengths.
         length: Tokens of the row.
         groups: The result of `document_groups` with and without padding, where a layer needs it.
+        kernels: Uses of layers whose kernels take the whole row.
     """
 
     bounds: Tensor
     length: int
     groups: dict[bool, list[tuple[Tensor, Tensor]]]
+    kernels: frozenset[Use] = frozenset()
 
 
 class PackedRow:
@@ -45,15 +53,19 @@ class PackedRow:
 
     Attributes:
         treatments: Name of a layer's class to its treatment, see `isolate_documents`.
-        attention: Attention implementation of the model before.
+        config: Configuration of the decoder.
+        attention: Attention implementation of the decoder before it was isolated.
         documents: None for an unpacked batch.
     """
 
-    def __init__(self, treatments: dict[str, Any], attention: str | None) -> None:
+    def __init__(self, treatments: dict[str, Any], config: PreTrainedConfig) -> None:
         self.treatments = treatments
-        self.attention = attention
+        self.config = config
+        self.attention = config._attn_implementation
         self.documents: Documents | None = None
         self._pads: set[bool] = set()
+        self._kernels: dict[Use, bool] = {}
+        self._untried: dict[Use, nn.Module] = {}
 
     @property
     def bounds(self) -> Tensor | None:
@@ -76,16 +88,43 @@ class PackedRow:
                 kwargs.setdefault("use_cache", False)
             if bounds is not None:
                 groups = {pad: list(document_groups(bounds, pad)) for pad in self._pads}
-                self.documents = Documents(bounds, int(bounds[-1]), groups)
+                kernels = frozenset(use for use, is_exact in self._kernels.items() if is_exact)
+                self.documents = Documents(bounds, int(bounds[-1]), groups, kernels)
             try:
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
             finally:
                 self.documents = None
+            self._try_kernels()
+            return output
 
         model.forward = told  # type: ignore[method-assign]
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.register_forward_hook(self._restore_in_backward)
+
+    def has_kernels(self, layer: nn.Module, arguments: dict[str, Any]) -> bool:
+        """Return whether the kernels of a layer take the current row; try unknown ones after it."""
+        states = next((value for value in arguments.values() if _is_states(value)), None)
+        if self.documents is None or states is None or not takes_row_arguments(layer):
+            return False
+        use = Use(type(layer), layer.training, states.dtype, states.device)
+        if use not in self._kernels:
+            self._untried.setdefault(use, layer)
+        return use in self.documents.kernels and not any(
+            isinstance(v, PackedMask) for v in arguments.values()
+        )
+
+    def _try_kernels(self) -> None:
+        """Try new kernels, outside layers: one that runs again (checkpointing) must do the same."""
+        while self._untried:
+            use, layer = self._untried.popitem()
+            try:
+                fault = kernel_fault(layer, use, self.config, _in_groups_of)
+            except Exception as failure:  # of any type, from kernels or from the code of any family
+                fault = first_line(failure)
+            self._kernels[use] = fault is None
+            how = f"document by document: {fault}" if fault else "in one pass of its kernels"
+            logger.info("%s computes packed rows %s", use.kind.__name__, how)
 
     def _restore_in_backward(self, layer: nn.Module, args: Any, output: Any) -> None:
         """Let the documents be the same when a layer runs again in its backward pass (checkpointing)."""
@@ -162,15 +201,31 @@ def compute_apart(layer: nn.Module, row: PackedRow, attention: str | None = None
             )
         for name in _ROW:
             arguments.pop(name, None)
-        cut = partial(_cut, arguments, arguments.pop("image_index", None), row.documents.length, attention)
-        results, positions = [], []
+        images = arguments.pop("image_index", None)
+        if not attention and row.has_kernels(layer, arguments):
+            return forward(**arguments, **row_arguments(row.documents.bounds, row.documents.length))
         with _using(layer, attention) if attention else nullcontext():
-            for index, valid in row.documents.groups[pad]:
-                results.append((forward(**cut(index)), valid))
-                positions.append(index[valid])
-        return _join(results, torch.cat(positions).argsort())
+            return _in_groups(forward, arguments, row.documents.groups[pad], images, attention)
 
     layer.forward = apart  # type: ignore[method-assign]
+
+
+def _in_groups(
+    forward: Callable[..., Any],
+    arguments: dict[str, Any],
+    groups: list[tuple[Tensor, Tensor]],
+    images: Tensor | None = None,
+    attention: str | None = None,
+) -> Any:
+    """Compute a packed row in groups of documents."""
+    positions = torch.cat([index[valid] for index, valid in groups])
+    cut = partial(_cut, arguments, images, len(positions), attention)
+    results = [(forward(**cut(index)), valid) for index, valid in groups]
+    return _join(results, positions.argsort())
+
+
+def _in_groups_of(forward: Callable[..., Any], arguments: dict[str, Any], bounds: Tensor) -> Any:
+    return _in_groups(forward, arguments, list(document_groups(bounds)))
 
 
 @contextmanager

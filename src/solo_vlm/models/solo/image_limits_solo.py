@@ -28,6 +28,8 @@ _MAX_JPEG_SCANS, _MAX_JPEG_SCAN_PIXELS = 500, 2_000_000_000  # scans, and scans 
 _MAX_JPEG_SEGMENTS = 2000
 _MAX_EXIF_BYTES, _MAX_TAGS = 2**18, 500  # cameras write a JPEG segment, of 64 KiB at most, and dozens of tags
 _MAX_PNG_CHUNKS = 100_000
+_PNG_TEXTS, _PNG_KEYWORD = (b"tEXt", b"zTXt", b"iTXt"), 32
+_PNG_ORIENTED = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # keywords of texts with an orientation
 _MAX_PROFILE_BYTES, _MAX_PROFILE_TAGS, _MAX_PROFILE_ELEMENTS = 4 * 2**20, 100, 32
 _MAX_TIFF_TILES = 65_535
 _MAX_READS = 2_000_000  # at half a microsecond each in Pillow's Python readers
@@ -135,22 +137,28 @@ def _check_scans(scans: int, pixels: int) -> None:
         )
 
 
-def check_png(file: BinaryIO) -> None:
+def check_png(file: BinaryIO) -> bool:
     """Check the chunks and color profiles of a PNG: Pillow reads each chunk and inflates each profile.
+
+    Returns:
+        Whether a chunk may hold an orientation.
 
     Raises:
         LimitError: There are too many chunks, or several color profiles.
     """
     file.seek(8)
-    profiles = 0
+    profiles, may_turn = 0, False
     for _ in range(_MAX_PNG_CHUNKS):
         head = file.read(8)
         if len(head) < 8 or head.endswith(b"IEND"):
-            return
-        profiles += head.endswith(b"iCCP")
+            return may_turn
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        profiles += kind == b"iCCP"
         if profiles > 1:
             raise LimitError("more than one color profile; save it without metadata")
-        file.seek(int.from_bytes(head[:4], "big") + 4, SEEK_CUR)
+        keyword = file.read(min(length, _PNG_KEYWORD)) if kind in _PNG_TEXTS else b""
+        may_turn |= kind == b"eXIf" or keyword.startswith(_PNG_ORIENTED)
+        file.seek(length - len(keyword) + 4, SEEK_CUR)
     raise LimitError(f"more than {_MAX_PNG_CHUNKS:,} chunks; save it again")
 
 

@@ -23,7 +23,7 @@ from functools import lru_cache
 from http.client import InvalidURL
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypedDict, Unpack
+from typing import Any, BinaryIO, Literal, TypedDict, TypeVar, Unpack
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
@@ -56,6 +56,8 @@ MAX_DOWNLOAD_BYTES = 256 * 2**20
 
 ChannelOrder = Literal["channels_first", "channels_last"]
 
+R = TypeVar("R")
+
 _UPRIGHT = {  # EXIF orientation -> transposition that makes the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,6 +67,12 @@ _UPRIGHT = {  # EXIF orientation -> transposition that makes the stored pixels u
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 _ORIENTATION_TAG = 0x0112
 _JPEG_START, _PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _TIFF_STARTS = (b"II", b"MM")
@@ -82,6 +90,9 @@ _OTHER_SUFFIXES = {".heic", ".heif", ".hif", ".jxl", ".svg"}
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000", "HEIF", "JXL")
 """Formats that are read, by Pillow's names; HEIF and JPEG XL with a plug-in."""
+
+_FORMATS_WITH_SIZE = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM", "TGA", "AVIF", "JPEG2000")
+"""Formats whose header gives the size of the decoded image, so that `image_size` need not decode it."""
 
 _FORMATS_IN_SUBPROCESS = ("AVIF", "JPEG2000")  # their cost does not follow from the header
 _MAX_SUBPROCESS_SECONDS, _MAX_SUBPROCESS_BYTES = 10, 4 * 2**30
@@ -240,6 +251,31 @@ def load_pixels(source: Any, **options: Unpack[LoadOptions]) -> NDArray[np.uint8
     return loaded if isinstance(loaded, np.ndarray) else _to_array(loaded)
 
 
+def image_size(source: Any, **options: Unpack[LoadOptions]) -> tuple[int, int]:
+    """Return (height, width) of what `load_pixels` returns for an image file, from its header if that tells.
+
+    Args:
+        source, **options: See `load_image`; an image file in any form, not one in memory.
+
+    Raises:
+        ImageError, ImageFetchError, ImageMissingError, TypeError: See `load_image`; damaged pixels are found
+            by decoding alone.
+    """
+    return _read(source, _Options(**options), _size)
+
+
+def read_bytes(source: Any, **options: Unpack[LoadOptions]) -> tuple[bytes, str]:
+    """Return the bytes of an image file, and its name in error messages.
+
+    Args:
+        source, **options: See `load_image`; an image file in any form, not one in memory.
+
+    Raises:
+        ImageError, ImageFetchError, ImageMissingError, TypeError: See `load_image`.
+    """
+    return _read(source, _Options(**options), lambda file, name, _: (file.read(), name))
+
+
 def _load(source: Any, options: _Options) -> Image.Image | np.ndarray:
     """Return the image, or its pixels if they were decoded without Pillow."""
     name, order = options.name, options.input_data_format
@@ -248,55 +284,60 @@ def _load(source: Any, options: _Options) -> Image.Image | np.ndarray:
         with _naming(name):
             _check(source, name, options)
             return _to_upright_rgb(source, name)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(BytesIO(source), name or f"image of {len(source)} bytes", options)
     if isinstance(source, np.ndarray):
         return _from_array(source, name or f"array {source.shape} {source.dtype}", order)
     if type(source).__module__.partition(".")[0] == "torch" and hasattr(source, "detach"):
         tensor = source.detach().cpu()
         array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bfloat16
         return _from_array(array, name or f"tensor {array.shape} {tensor.dtype}", order)
+    return _read(source, options, _decode)
+
+
+def _read(source: Any, options: _Options, read: Callable[[BinaryIO, str, _Options], R]) -> R:
+    """Open the image file of a source, and call `read` with it and its name."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return read(BytesIO(source), options.name or f"image of {len(source)} bytes", options)
     if isinstance(source, str):
-        return _from_text(source, options)
+        return _from_text(source, options, read)
     if isinstance(source, os.PathLike):
         path = os.fsdecode(source)
         if not options.allow_paths:
-            raise ImageError(f"{name or _shorten(path)}: reading local files is not allowed here")
-        return _from_file(path, options)
+            raise ImageError(f"{options.name or _shorten(path)}: reading local files is not allowed here")
+        return _from_file(path, options, read)
     raise TypeError(
         "an image must be a PIL image, array, tensor, path, URL, base64 string or bytes, "
         f"not {type(source).__module__}.{type(source).__qualname__}"
     )
 
 
-def _from_text(text: str, options: _Options) -> Image.Image | np.ndarray:
-    """Load from a URL, data URL, file URL, path or bare base64, tried in this order."""
+def _from_text(text: str, options: _Options, read: Callable[[BinaryIO, str, _Options], R]) -> R:
+    """Read from a URL, data URL, file URL, path or bare base64, tried in this order."""
     scheme = text[:8].lower()
     if scheme.startswith(("http://", "https://")):
         name = options.name or _shorten(text)
         if not options.allow_urls:
             raise ImageError(f"{name}: fetching URLs is not allowed here")
-        return _decode(BytesIO(_download(text, name, options.timeout, options.max_bytes)), name, options)
+        return read(BytesIO(_download(text, name, options.timeout, options.max_bytes)), name, options)
     if scheme.startswith("data:"):
         name = options.name or f"data URL ({_shorten(text.partition(',')[0])})"
-        return _decode(BytesIO(read_data_url(text, name)), name, options)
+        return read(BytesIO(read_data_url(text, name)), name, options)
     if scheme.startswith("file:"):
         name = options.name or _shorten(text)
         if not options.allow_paths:
             raise ImageError(f"{name}: reading local files is not allowed here")
-        return _from_file(_path_of_file_url(text, name), options)
+        return _from_file(_path_of_file_url(text, name), options, read)
     if options.allow_paths and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on long base64
-        return _from_file(text, options)
+        return _from_file(text, options, read)
     # The smallest image files have about 30 bytes: a shorter text is a mistyped path.
     data = _decode_base64(text.encode("ascii", "replace")) if len(text) > 40 else None
     if data is not None:
-        return _decode(BytesIO(data), options.name or "base64 image", options)
+        return read(BytesIO(data), options.name or "base64 image", options)
     if not options.allow_paths:
         raise ImageError(
             f"{options.name or _shorten(text)}: neither a URL nor base64, and reading local files is not "
             "allowed here"
         )
-    return _from_file(text, options)  # raises with the reason
+    return _from_file(text, options, read)  # raises with the reason
 
 
 def _path_of_file_url(url: str, name: str) -> str:
@@ -334,14 +375,14 @@ def read_data_url(url: str, name: str) -> bytes:
     return decoded
 
 
-def _from_file(path: str, options: _Options) -> Image.Image | np.ndarray:
+def _from_file(path: str, options: _Options, read: Callable[[BinaryIO, str, _Options], R]) -> R:
     name = options.name or _shorten(path)
     try:
         mode = Path(path).stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a pipe may never end
             raise ImageMissingError(f"{name}: not a regular file")
         with Path(path).open("rb") as file:
-            return _decode(file, name, options)
+            return read(file, name, options)
     except ImageError:
         raise
     except ValueError as error:  # a NUL byte in the path
@@ -366,12 +407,60 @@ def _naming(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: {error}") from error
 
 
-def _decode_within_limits(file: BinaryIO, name: str, options: _Options) -> Image.Image | np.ndarray:
+def _size(file: BinaryIO, name: str, options: _Options) -> tuple[int, int]:
+    """Return (height, width) of the decoded image, from the header where possible."""
+    with _naming(name):
+        start = _start(file)
+        may_turn = True
+        if start.startswith(_JPEG_START):
+            data = file.read()
+            may_turn = not check_jpeg(data)
+            if not may_turn and (size := _jpeg_size(data)) is not None:
+                options.check_size(size[1], size[0])
+                return size
+        elif start == _PNG_START:
+            may_turn = check_png(file)
+        if start == _PNG_START and may_turn:  # Pillow decodes a PNG to read its orientation
+            return _size_of(_decode_within_limits(file, name, options))
+        file.seek(0)
+        image = _open(file, name, options.formats)
+        _check(image, name, options)
+        if image.format not in _FORMATS_WITH_SIZE:
+            return _size_of(_decode_within_limits(file, name, options))
+        width, height = image.size
+        turn = _UPRIGHT.get(_orientation(image)) if may_turn else None
+        return (width, height) if turn in _ON_ITS_SIDE else (height, width)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Return the stated (height, width) of a JPEG; None if Pillow must find or reject it."""
+    if simplejpeg is None:
+        return None
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (height, width) if height and width else None
+
+
+def _size_of(decoded: Image.Image | np.ndarray) -> tuple[int, int]:
+    if isinstance(decoded, Image.Image):
+        return decoded.height, decoded.width
+    return decoded.shape[0], decoded.shape[1]
+
+
+def _start(file: BinaryIO) -> bytes:
+    """Return the first bytes of a file, after checking its size."""
     if (size := file.seek(0, os.SEEK_END)) > MAX_FILE_BYTES:
         raise LimitError(f"{size:,} bytes are more than the limit of {MAX_FILE_BYTES:,}")
     file.seek(0)
     start = file.read(len(_PNG_START))
     file.seek(0)
+    return start
+
+
+def _decode_within_limits(file: BinaryIO, name: str, options: _Options) -> Image.Image | np.ndarray:
+    start = _start(file)
     if start.startswith(_JPEG_START):
         data = file.read()
         if (pixels := _decode_plain_jpeg(data, check_jpeg(data), options)) is not None:

@@ -28,7 +28,14 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 from .image_limits_solo import MAX_ASPECT_RATIO, LimitError, check_aspect_ratio
-from .image_loading_solo import ChannelOrder, ImageError, LoadOptions, load_image, load_pixels
+from .image_loading_solo import (
+    ChannelOrder,
+    ImageError,
+    LoadOptions,
+    image_size,
+    load_image,
+    load_pixels,
+)
 
 try:
     import cv2
@@ -364,6 +371,11 @@ class SoloImageProcessor(PilBackend):
             ImageError: The image cannot be read or used.
         """
         return self.encode_pixels(self.load_pixels(source, **options))
+
+    def read_grid(self, source: Any, **options: Unpack[LoadOptions]) -> NDArray[np.int64]:
+        """Return the grid that `encode_image` returns for an image file, from its header if that tells."""
+        options.setdefault("max_aspect_ratio", self.max_aspect_ratio or MAX_ASPECT_RATIO)
+        return np.array([1, *self.get_patch_grid(*image_size(source, **options))], np.int64)
 
     def load_pixels(self, source: Any, **options: Unpack[LoadOptions]) -> NDArray[np.uint8]:
         """Read one image into (height, width, 3) uint8 pixels, by the rules of `encode_image`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -426,6 +427,31 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         """Tell `generate` to let a decoder make its own cache if it cannot use a `DynamicCache`."""
         return takes_dynamic_cache(type(self.model.language_model))
 
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether a past cannot be cut, which transformers then rejects for assisted generation."""
+        decoder = self.model.language_model
+        return decoder._is_stateful or _keeps_state(decoder)
+
+    def _reorder_cache(self, past: Any, beam_idx: Tensor) -> Any:
+        """Reorder the rows of a decoder's past for beam search.
+
+        Raises:
+            ValueError: A part of the past is out of reach.
+        """
+        if _keeps_state(self.model.language_model) or not hasattr(past, "reorder_cache"):
+            family = self.config.text_config.model_type
+            raise ValueError(
+                f"beam search cannot reorder the states of {family}: set num_beams=1, or use_cache=False"
+            )
+        # MiniMax selects rows of all it holds, but would reorder keys and values alone.
+        has_own_rows = type(past).batch_select_indices is not Cache.batch_select_indices
+        if has_own_rows and type(past).reorder_cache is Cache.reorder_cache:
+            past.batch_select_indices(beam_idx)
+        else:
+            past.reorder_cache(beam_idx)
+        return past
+
     def head(self, hidden_states: Tensor) -> Tensor:
         """Map (..., hidden) to logits (..., vocabulary), scaled or capped as in the decoder's family."""
         text_config = self.config.text_config
@@ -512,6 +538,19 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+
+def _keeps_state(decoder: nn.Module) -> bool:
+    """Return whether layers keep a state in themselves, not in a cache, as in RecurrentGemma."""
+    kinds: set[Any] = {type(module) for module in decoder.modules()}
+    return any(map(_is_told_only_to_cache, kinds))
+
+
+@cache
+def _is_told_only_to_cache(kind: Any) -> bool:
+    names = signature(kind.forward).parameters.keys()
+    has_past = any("past" in name or "cache_" in name or name == "state" for name in names)
+    return "use_cache" in names and not has_past
 
 
 def takes_dynamic_cache(decoder: type[PreTrainedModel]) -> bool:

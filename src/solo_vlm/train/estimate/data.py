@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from solo_vlm.data.encode import Document, Encoder
+from solo_vlm.data.encode import Draft, Encoder
 from solo_vlm.data.mixture import StreamFactory
 from solo_vlm.data.sample import SampleError
 from solo_vlm.data.sources import Source
@@ -206,9 +206,9 @@ class _SimulatedSource:
 class _SimulatedStream(VirtualStream):
     """Virtual stream that packs lengths instead of documents."""
 
-    def documents_of(self, row: Any) -> list[Document]:
+    def drafts_of(self, row: Any) -> list[Draft]:
         if not row:
             raise SampleError("planned", "stands for a row that could not be used")
-        patches, grids = np.empty((0, 0), np.uint8), np.empty((0, 3), np.int64)
-        ids = [np.broadcast_to(np.int64(0), length) for length in row]
-        return [Document(of_document, of_document, patches, grids) for of_document in ids]
+        return [
+            Draft(np.broadcast_to(np.int32(0), length), np.broadcast_to(np.True_, length)) for length in row
+        ]

@@ -1,0 +1,188 @@
+"""Order in which a stream reads the rows of one source."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from solo_vlm.data.sources import Source
+from solo_vlm.utils.errors import SoloError
+
+_OPEN_SHARDS = 4  # shards per stream from which rows are drawn at a time
+_MIN_PART_ROWS = 64  # shards with smaller parts are not divided: each stream reads all of them
+
+
+class Share(NamedTuple):
+    """A stream's share of the shards of a source.
+
+    Attributes:
+        whole: Shards that only this stream reads.
+        parts: (shard, part, parts) for each part of a shard that several streams divide by rows.
+    """
+
+    whole: range
+    parts: list[tuple[int, int, int]]
+
+
+def deal(shards: int, stream: int, streams: int, first: int = 0) -> tuple[Share, int]:
+    """Divide the shards of a source so evenly that all streams end at nearly the same time.
+
+    Every stream gets the same number of whole shards. The remaining shards, fewer than streams, are divided
+    into the smallest number of parts that gives every stream one, and some streams a second one.
+
+    Args:
+        shards: Number of shards of the source.
+        stream: Stream whose share is returned.
+        streams: Number of streams.
+        first: Stream that gets the first part.
+
+    Returns:
+        The share, and the stream that gets the first part of the next source.
+    """
+    rest = shards % streams
+    whole = range(stream, shards - rest, streams)
+    if not rest:
+        return Share(whole, []), first
+    parts = math.ceil(streams / rest)
+    numbers = range((stream - first) % streams, rest * parts, streams)
+    shared = [(shards - rest + number % rest, number // rest, parts) for number in numbers]
+    return Share(whole, shared), (first + rest * parts) % streams
+
+
+class RowOrder:
+    """Position of a stream in one source: its open pieces, and the rows read of each.
+
+    A piece is a shard or a part of one, numbered within the stream's share. No shard is opened before the
+    first row is asked for, because a state may be loaded first.
+    """
+
+    def __init__(self, source: Source, share: Share, seed: str, stream: int, epochs: int | None) -> None:
+        self._source = source
+        self._share = share
+        self._pieces = len(share.whole) + len(share.parts)
+        self._reads_all = False
+        self._shard_seed = seed  # the same in all streams, which must agree on the parts of a shard
+        self._seed = f"{seed}/{stream}"
+        self._epochs = epochs
+        self.epoch = 0
+        self._opened = 0  # pieces opened in this epoch
+        self._drawn = 0  # rows drawn in all epochs
+        self.filtered = 0  # those of them that the source's filter leaves out
+        self._open: list[list[int]] = []  # [piece, rows read]
+        self._cache: dict[int, Sequence[dict[str, Any]]] = {}
+        self._row_orders: dict[int, np.ndarray] = {}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all passes are done; if not, `epoch` is the epoch of the next sample."""
+        self._fill()
+        return not self._open
+
+    def next_key(self) -> tuple[int, int]:
+        """Return (shard, row) of the next sample, in the shuffled order of the epoch."""
+        self._fill()
+        chosen = chance(f"{self._seed}/{self._drawn}") % len(self._open)
+        piece, done = self._open[chosen]
+        order = self._row_order(piece)
+        row = int(order[done])
+        self._drawn += 1
+        self._open[chosen][1] += 1
+        if done + 1 == len(order):
+            self._open.pop(chosen)
+            self._row_orders.pop(piece)
+        return self._piece(piece)[0], row
+
+    def row(self, shard: int, row: int) -> dict[str, Any]:
+        """Read the raw sample of a key.
+
+        Raises:
+            SampleError: The row is broken.
+        """
+        return self._rows(shard)[row]
+
+    def peek(self, shard: int) -> Sequence[dict[str, Any]]:
+        """Return the rows of a shard that need not be open, and do not keep them."""
+        return self._cache.get(shard) or self._source.read(shard)
+
+    def state(self) -> tuple[list[int], list[list[int]]]:
+        """Return counters, and (piece, rows read) of each open piece."""
+        counters = [self.epoch, self._opened, self._drawn, self.filtered, int(self._reads_all)]
+        return counters, [list(piece) for piece in self._open]
+
+    def load_state(self, counters: Sequence[int], open_pieces: Sequence[Sequence[int]]) -> None:
+        """Continue from a state."""
+        *_, reads_all = counters
+        if reads_all:
+            self._read_all()
+        self.epoch, self._opened, self._drawn, self.filtered, _ = counters
+        self._open = [list(piece) for piece in open_pieces]
+        self._row_orders.clear()
+
+    def _fill(self) -> None:
+        """Keep enough pieces open; start the next epoch at the end of this one."""
+        while self._pieces and len(self._open) < _OPEN_SHARDS:
+            if self._opened == self._pieces:
+                last = self._epochs is not None and self.epoch + 1 >= self._epochs
+                if self._open or last:
+                    return
+                if self._drawn > self.filtered or self._epochs is not None:
+                    self.epoch, self._opened = self.epoch + 1, 0
+                elif not self._reads_all:
+                    self._read_all()
+                else:
+                    left_out = " that its filter keeps" if self.filtered else ""
+                    raise SoloError(f"{self._source.name} has no rows{left_out}")
+            piece = int(self._order("units", self._pieces)[self._opened])
+            self._opened += 1
+            if len(self._row_order(piece)):
+                self._open.append([piece, 0])
+
+    def _read_all(self) -> None:
+        """Read all shards of an endless source whose share for this stream has no rows."""
+        self._reads_all = True
+        self._share = Share(range(len(self._source)), [])
+        self._pieces, self._opened = len(self._source), 0
+        self._row_orders.clear()
+
+    def _piece(self, piece: int) -> tuple[int, int, int]:
+        """Return (shard, part, parts) of a piece."""
+        whole, shared = self._share
+        return (whole[piece], 0, 1) if piece < len(whole) else shared[piece - len(whole)]
+
+    def _row_order(self, piece: int) -> np.ndarray:
+        """Return the rows of a piece in the order of this epoch."""
+        if piece not in self._row_orders:
+            shard, part, parts = self._piece(piece)
+            rows = np.arange(len(self._rows(shard)))
+            # An endless source does not count passes, so all streams may read a shard too small to divide.
+            if parts > 1 and (self._epochs is not None or len(rows) >= _MIN_PART_ROWS * parts):
+                generator = np.random.default_rng(chance(f"{self._shard_seed}/parts/{shard}"))
+                rows = generator.permutation(rows)[part::parts]
+            self._row_orders[piece] = rows[self._order(f"rows/{shard}/{part}", len(rows))]
+        return self._row_orders[piece]
+
+    def _order(self, what: str, count: int) -> np.ndarray:
+        generator = np.random.default_rng(chance(f"{self._seed}/{what}/{self.epoch}"))
+        return generator.permutation(count)
+
+    def _rows(self, shard: int) -> Sequence[dict[str, Any]]:
+        """Return the rows of a shard; open shards and the last one stay in memory."""
+        if shard not in self._cache:
+            in_use = {self._piece(piece)[0] for piece, _ in self._open}
+            self._cache = {number: rows for number, rows in self._cache.items() if number in in_use}
+            self._cache[shard] = self._source.read(shard)
+        return self._cache[shard]
+
+
+def fraction(name: str) -> float:
+    """Return a reproducible random number in [0, 1)."""
+    return chance(name) / 2**64
+
+
+def chance(name: str) -> int:
+    """Return a reproducible random 64-bit integer derived from a name, without generator state."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
