@@ -153,7 +153,7 @@ def _question(number: int, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw_answers(browser: Browser, quickstart: Path) -> None:
-    """Repeat the quickstart's last stage, with questions about held-out digits and captions."""
+    """Repeat the start of the quickstart's last stage, with questions about held-out images."""
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for name in ("digits", "qa"):
@@ -162,9 +162,9 @@ def draw_answers(browser: Browser, quickstart: Path) -> None:
             files[name] = f"{folder}/{name}.parquet"
             pq.write_table(pa.Table.from_pylist(list(map(_asked, asked))), files[name])
         out = Path(folder, "sft")
-        validation = {"questions": files, "interval": 50, "samples": 5, "best": "digits/accuracy"}
+        validation = {"questions": files, "interval": 10, "samples": 5, "best": "digits/accuracy"}
         changes = [
-            "steps=200",
+            "steps=40",
             f"root={quickstart.resolve()}",
             f"out={out}",
             f"validation={json.dumps(validation)}",
