@@ -62,9 +62,7 @@ def test_wandb_gets_a_table_with_images(tmp_path, answered, monkeypatch):
     table = json.loads(tables[0].read_text())
     assert table["columns"] == ["id", "image", "question", "expected", "answer", "credit"]
     assert table["data"][1] == ["2", None, "2 + 2?", "4", "<b>five</b>", 0.0]
-    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/colors/*/*.png")) or list(
-        tmp_path.glob("wandb/offline-run-*/files/media/images/**/*.png")
-    )
+    assert table["data"][0][:3] == ["1", "Image", "what | is this?"]
 
 
 def test_page_escapes_answers(tmp_path, answered):
