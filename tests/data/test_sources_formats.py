@@ -231,6 +231,26 @@ def test_tables_are_read(tmp_path, photo):
         open_source(tmp_path / "x.csv", format="auto")
 
 
+def test_labels_have_the_names_of_their_classes(tmp_path):
+    label = {"names": ["tabby, tabby cat", "goldfish"], "_type": "ClassLabel"}
+    for note, texts in (
+        (json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": label}}}), label["names"]),
+        ("[]", None),
+        ("{", None),
+    ):
+        rows = [{"image": {"bytes": b"jpeg", "path": None}, "label": n} for n in (0, 1, -1)]
+        table = pa.Table.from_pylist(rows).replace_schema_metadata({"huggingface": note})
+        pq.write_table(table, tmp_path / "x.parquet")
+        if texts is None:
+            with pytest.raises(SoloError, match="rows have image, label"):
+                open_source(tmp_path / "x.parquet", format="auto", columns={"text": "label"})
+            continue
+        source = open_source(tmp_path / "x.parquet", format="captions", columns={"text": "label"})
+        assert [shown(source.read(0)[n]) for n in (0, 1)] == [f"a:<{b'jpeg'!s}>{text}" for text in texts]
+        with pytest.raises(SampleError):
+            source.read(0)[2]
+
+
 def test_arrow_files_of_save_to_disk_are_read(tmp_path):
     table = pa.Table.from_pylist(
         [{"image": {"bytes": b"jpeg", "path": None}, "text": f"row {n}"} for n in range(9)]

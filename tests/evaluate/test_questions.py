@@ -145,6 +145,9 @@ def test_columns_images_and_metric_are_settings(tmp_path):
         (ROWS[3], "roma", 1),
         (ROWS[3], "Romw", 0.75),
         (ROWS[3], "Milan", 0),
+        (ROWS[0] | {"answer": 100, "metric": "relaxed"}, "104", 1),
+        (ROWS[0] | {"answer": 100, "metric": "relaxed"}, "106", 0),
+        (ROWS[0] | {"metric": "relaxed"}, "RED", 1),
     ],
 )
 def test_credit_of_a_response(tmp_path, row, response, credit):

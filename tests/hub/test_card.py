@@ -126,6 +126,9 @@ def test_only_known_files_are_published(publication, tmp_path, home):
         ("/home/alice/data/vqav2/*.parquet", "vqav2"),
         ("data/slimpajama-stage2", "slimpajama"),
         ("data/dvqa-sft", "dvqa-sft"),
+        ("hf://datasets/HuggingFaceM4/FineVision:chartqa/train", "finevision"),
+        ("hf://datasets/HuggingFaceM4/the_cauldron:vqav2/train", "vqav2"),
+        ("hf://datasets/alice/secret:default/train", "train"),
     ],
 )
 def test_public_names(path, name):

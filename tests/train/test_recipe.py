@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from tests.factories import ROOT
 
-from solo_vlm.data.catalog.entry import DATA_SETS
+from solo_vlm.hub.card import catalog_entry
+from solo_vlm.models.flops import count_parameters
+from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.train.estimate.memory import find_device
 from solo_vlm.train.estimate.plan import make_plan
 from solo_vlm.train.optimizer import learning_rate
@@ -235,14 +237,16 @@ def test_paper_finetuning_recipe():
     assert weights(recipe) == SAMPLES
 
 
-@pytest.mark.parametrize("model", ["solo-7b", "smollm2-135m"])
+ALL_STAGES = ("stage1", "stage2", "stage3", "sft")
+
+
+@pytest.mark.parametrize("model", ["solo-7b", "smollm2-135m", "solo-open", "solo-open/1.7b", "solo-open/7b"])
 def test_each_stage_starts_from_previous_model(model):
-    stages = [Recipe.load(f"{model}/{stage}") for stage in ("stage1", "stage2", "stage3", "sft")]
+    stages = [Recipe.load(f"{model}/{stage}") for stage in ALL_STAGES]
     for before, after in pairwise(stages):
         assert after.model == f"{before.out}/model"
         assert after.root == before.root
-    names = {name.partition("-stage")[0] for stage in stages for name in weights(stage)}
-    assert names <= DATA_SETS.keys()
+    assert all(catalog_entry(source.path) for stage in stages for source in stage.data.sources)
 
 
 def test_small_recipe_fits_on_one_gpu():
@@ -252,6 +256,27 @@ def test_small_recipe_fits_on_one_gpu():
         assert plan.fits
         assert plan.dims == ParallelDims(1, 1, 64)
         assert plan.parameters.total == 134_515_008 + 64 * 576 + 3072 * 576  # SmolLM2-135M and new parameters
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "processes", "parameters"),
+    [
+        ("solo-open", "RTX-4090", 1, 134_515_008 + 64 * 576 + 3072 * 576),
+        ("solo-open/1.7b", "A100-80GB", 1, 1_711_376_384 + 64 * 2048 + 3072 * 2048),
+        ("solo-open/7b", "A100-80GB", 8, count_parameters(SoloConfig()).total),
+    ],
+)
+def test_recipes_on_open_data_fit_and_plan_offline(run, model, device, processes, parameters):
+    for stage in ALL_STAGES:
+        command = ("train", f"{model}/{stage}", "--dry-run", "--device", device, "--processes", processes)
+        code, out, error = run(*command, "--json")
+        assert code == 0, error
+        plan = json.loads(out)
+        assert plan["fits"]
+        assert plan["parameters"]["total"] == parameters
+        recipe = Recipe.load(f"{model}/{stage}")
+        assert recipe.data.streams % (plan["parallel"]["dp"] * recipe.data.workers) == 0
+        assert sum(source.weight for source in recipe.data.sources) == 100
 
 
 def weights(recipe: Recipe) -> dict[str, float]:

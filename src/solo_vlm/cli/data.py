@@ -44,7 +44,7 @@ def list_data_sets(
         bool, typer.Option("--markdown", help="Print the Markdown table of the documentation.")
     ] = False,
 ) -> None:
-    """List the paper's data sets with their counts."""
+    """List the data sets of the paper, with its counts, and those of the recipes solo-open/."""
     from rich.table import Table
 
     from solo_vlm.data.catalog.entry import DATA_SETS, markdown_table

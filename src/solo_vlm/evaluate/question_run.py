@@ -26,7 +26,7 @@ from solo_vlm.evaluate.questions import (
 )
 from solo_vlm.evaluate.run import ModelInfo, ProgressBar, begin_run
 from solo_vlm.evaluate.run_folder import AnswerFile, RunFolder, SavedAnswer
-from solo_vlm.evaluate.scoring.score import Part, Score
+from solo_vlm.evaluate.scoring.score import Part, Score, points, span
 from solo_vlm.generate import GenerationOutput, GenerationRequest
 from solo_vlm.models.solo.image_loading_solo import ImageError
 
@@ -183,8 +183,8 @@ def _metric(answer: Answer) -> str:
 def _table(score: Score, model: str, answers: Sequence[Answer]) -> QuestionTable:
     shown = [answers[place] for place in shown_places(len(answers))]
     note = (
-        f"{score.score:.1f}% of {score.n:,} questions, 95% interval {score.interval[0]:.1f}% to "
-        f"{score.interval[1]:.1f}%. {len(shown):,} are shown; predictions/{score.task}.jsonl has all."
+        f"{points(score)}% of {score.n:,} questions, 95% interval {span(score)}. "
+        f"{len(shown):,} are shown; predictions/{score.task}.jsonl has all."
     )
     rows = [
         (each.question, image_urls(each.question), [Response(each.response, each.credit)]) for each in shown

@@ -15,19 +15,25 @@ from solo_vlm.data.mixture import SourceSettings
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources import Source
 from solo_vlm.data.sources.files import DEFAULT_LIMITS, Limits
+from solo_vlm.evaluate.benchmarks.short_answers import relaxed_accuracy
 from solo_vlm.evaluate.held_out import HeldOutQuestion
-from solo_vlm.evaluate.scoring.extract import clean, read_choice
+from solo_vlm.evaluate.scoring.extract import final_text, read_choice
 from solo_vlm.evaluate.scoring.numbers import as_number, read_number
-from solo_vlm.evaluate.scoring.score import Unit, bootstrap_interval, proportion_interval, score_of
+from solo_vlm.evaluate.scoring.score import Unit, mean_interval, score_of
 from solo_vlm.evaluate.scoring.text import anls, exact_match
 from solo_vlm.utils.errors import SoloError, did_you_mean, first_line
 from solo_vlm.utils.settings import Settings
 
-Metric = Literal["exact", "anls", "choice", "number"]
+Metric = Literal["exact", "anls", "relaxed", "choice", "number"]
 
 DEFAULT_MAX_NEW_TOKENS = 32
 """Maximum length of an answer: a phrase, not an explanation."""
 
+_COMPARISONS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact": exact_match,
+    "anls": anls,
+    "relaxed": lambda text, answers: relaxed_accuracy(text, answers)[0],
+}
 _PRECISION = 1e-6  # relative difference up to which numbers are equal: a third may be written 0.3333333
 _NAME = r"^\w[\w.-]*$"  # a part of names of metrics and files
 
@@ -202,9 +208,9 @@ class Answer:
         if question.metric == "number":
             number = read_number(response)
             return cls(question, response, number, float(_is_near(number, question.answers)))
-        text = clean(response)
-        similarity = anls if question.metric == "anls" else exact_match
-        return cls(question, response, text or None, float(similarity(text, question.answers)))
+        text = final_text(response).strip()
+        compare = _COMPARISONS[question.metric]
+        return cls(question, response, text or None, float(compare(text, question.answers)))
 
 
 def _is_near(number: str | None, answers: Sequence[str]) -> bool:
@@ -217,6 +223,5 @@ def _is_near(number: str | None, answers: Sequence[str]) -> bool:
 def summarize(answers: Sequence[Answer]) -> QuestionScore:
     """Return the mean credit with its 95% interval: Wilson's for right and wrong, else the bootstrap's."""
     units = [Unit(answer.question.id, 100 * answer.credit) for answer in answers]
-    is_proportion = all(answer.credit in (0, 1) for answer in answers)
-    low, high = proportion_interval(units) if is_proportion else bootstrap_interval(units)
+    low, high = mean_interval(units)
     return QuestionScore(score_of(units) / 100, low / 100, high / 100, len(units))

@@ -22,9 +22,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from solo_vlm.convert.checkpoint_files import open_safetensors
 from solo_vlm.data.catalog.entry import DATA_SETS, DataSet
 from solo_vlm.data.mixture import LOADER_SETTINGS
-from solo_vlm.evaluate.benchmarks import get
+from solo_vlm.data.sources.hub import HubPath
+from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.run_folder import RunFolder, weights_hash
-from solo_vlm.evaluate.scoring.score import Score
+from solo_vlm.evaluate.scoring.score import Score, points, span
 from solo_vlm.hub.folder import weight_files
 from solo_vlm.models.load import load_config, load_processor
 from solo_vlm.models.solo.processing_solo import num_image_tokens
@@ -73,6 +74,8 @@ def model_card(
     text = render(
         "solo_vlm.hub",
         "card.md.jinja",
+        points=points,
+        span=span,
         repo_id=repo_id,
         runs=runs,
         facts={name: [own.get(name, "") for own in facts] for name in names},
@@ -276,8 +279,8 @@ class Evaluation:
         return cls(scores, backend, versions)
 
     def results(self) -> list[EvalResult]:
-        """Return the card's metadata; partial scores are left out, because it cannot mark them."""
-        return [_result(score) for score in self.scores if not score.partial]
+        """Return the card's metadata; it can neither mark partial scores nor name other data sets."""
+        return [_result(score) for score in self.scores if not score.partial and score.task in BENCHMARKS]
 
 
 def _result(score: Score) -> EvalResult:
@@ -295,10 +298,13 @@ def _result(score: Score) -> EvalResult:
 
 
 def catalog_entry(path: str) -> DataSet | None:
-    """Return the catalog entry that the last part of a path, or its folder, is named after.
+    """Return the catalog entry of a data set of the hub, or that a path's last part or folder is named after.
 
     `slimpajama-stage1` counts as `slimpajama`, because recipes name the shares of the stages like this.
     """
+    if place := HubPath.parse(path):
+        sources = (place.repo, f"{place.repo}:{place.config}")
+        return next((entry for entry in DATA_SETS.values() if entry.source in sources), None)
     for part in reversed(_parts(path)[-2:]):
         name = part.partition(".")[0]
         if entry := DATA_SETS.get(name) or DATA_SETS.get(re.sub(r"-stage\d+$", "", name)):

@@ -206,4 +206,40 @@ FINETUNING: dict[str, tuple[dict[str, Any], str]] = {
     ),
 }
 
-USUAL = PRETRAINING | FINETUNING
+OPEN: dict[str, tuple[dict[str, Any], str]] = {
+    "imagenet-1k": ({"image": {"bytes": JPEG, "path": "x.JPEG"}, "label": "goldfish"}, "a:<>goldfish"),
+    "fineweb-edu": ({"text": "A theorem.", "id": "<urn:uuid:1>", "url": "https://x"}, "a:A theorem."),
+    "cc3m-wds": ({"key": "000000012", "jpg": JPEG, "txt": "a fox"}, "a:<>a fox"),
+    "cc12m-wds": ({"key": "000000012", "jpg": JPEG, "txt": "a fox"}, "a:<>a fox"),
+    "pixmo-cap": (
+        {
+            "image": {"bytes": JPEG, "path": None},
+            "image_url": "https://x/1.jpg",
+            "caption": "A fox in the snow.",
+            "transcripts": ["so there is a fox"],
+        },
+        "a:<>A fox in the snow.",
+    ),
+    "llava-onevision-mid": ({"image": {"bytes": JPEG}, "caption": "A fox."}, "a:<>A fox."),
+    "finevision": (
+        {**cauldron("How many bars?", "3", "chartqa"), "relevance_ratings": [5], "relevance_min": 5},
+        "u:<>How many bars?|a:3",
+    ),
+    "llava-next": (
+        {**llava("", "<image>\nWhat is it?", "A fox."), "image": {"bytes": JPEG}, "data_source": "x"},
+        "u:<>What is it?|a:A fox.",
+    ),
+    "llava-onevision-instruct": (
+        {**llava("", "<image>\nWhat is it?", "A fox."), "image": {"bytes": JPEG}},
+        "u:<>What is it?|a:A fox.",
+    ),
+    "smoltalk": (
+        {
+            "messages": [{"content": "2 + 2?", "role": "user"}, {"content": "4", "role": "assistant"}],
+            "source": "x",
+        },
+        "u:2 + 2?|a:4",
+    ),
+}
+
+USUAL = PRETRAINING | FINETUNING | OPEN

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.data.catalog.catalog_rows import FINETUNING, JPEG, PRETRAINING, USUAL, cauldron, llava
+from tests.data.catalog.catalog_rows import FINETUNING, JPEG, OPEN, PRETRAINING, USUAL, cauldron, llava
 
 from solo_vlm.data.catalog.entry import DATA_SETS, get
 from solo_vlm.data.catalog.raw_folder import RawFolder
@@ -36,7 +36,7 @@ def convert(name: str, row: dict[str, Any], raw: Path) -> dict[str, Any]:
 
 def test_every_data_set_has_a_test_row():
     assert list(USUAL) == list(DATA_SETS)
-    assert (len(PRETRAINING), len(FINETUNING)) == (12, 33)
+    assert (len(PRETRAINING), len(FINETUNING), len(OPEN)) == (12, 33, 10)
 
 
 @pytest.mark.parametrize("name", USUAL)

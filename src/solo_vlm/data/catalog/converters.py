@@ -57,6 +57,11 @@ def class_name(row: RawRow, names: Mapping[str, str]) -> SampleRow:
     return document(names[class_id], [image(image_member(row))], key)
 
 
+def labeled_image(row: RawRow) -> SampleRow:
+    """Build a document from `{"image", "label"}`; the label is the name of a class."""
+    return document(field(row, "label"), [image(field(row, "image"))])
+
+
 def slimpajama(row: RawRow) -> SampleRow:
     """Build a document from `{"text", "meta"}`; reject the two web crawls, as the original SOLO code does."""
     if field(field(row, "meta"), "redpajama_set_name") in ("RedPajamaCommonCrawl", "RedPajamaC4"):

@@ -1,4 +1,4 @@
-"""Catalog of the paper's data sets: entries, read from YAML, by name and as a table."""
+"""Catalog of data sets, of the paper and of the recipes: entries, read from YAML, by name and as a table."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class UrlList:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set of the paper.
+    """A data set of the paper, or one of the recipes `solo-open/`.
 
     Attributes:
         name: Name on the command line.
-        title: Name in the paper.
+        title: Name in the paper, or of the data set itself.
         source: Hub ID (`owner/name`, followed by `:` and a configuration or file) or URL.
         license: License stated by the source; "(unchecked)" if that page was not available.
         raw_schema: Description of a raw row.
@@ -66,7 +66,7 @@ class DataSet:
         schema_confirmed: Whether the format was seen in a dataset card, an official script or the original
             SOLO code.
         stages: The paper's counts, for a pre-training set.
-        group: The paper's group, for a fine-tuning set.
+        group: The paper's group, for a fine-tuning set; or the stages of `solo-open/`.
         samples: The paper's rounded count, for a fine-tuning set.
         url_list: Columns of the list, if the source publishes URLs and images have to be downloaded first.
         note: Anything else that a user should know.
@@ -153,7 +153,11 @@ def _load(file: str) -> Iterator[DataSet]:
         yield DataSet(name=name, **entry)
 
 
-DATA_SETS = {entry.name: entry for file in ("pretraining.yaml", "finetuning.yaml") for entry in _load(file)}
+DATA_SETS = {
+    entry.name: entry
+    for file in ("pretraining.yaml", "finetuning.yaml", "open.yaml")
+    for entry in _load(file)
+}
 
 
 def get(name: str) -> DataSet:

@@ -77,10 +77,14 @@ class ParquetSource(RawSource):
 
 
 class TableRows(Sequence[RawRow]):
-    """Rows of a table, converted to Python objects one at a time, so images are not held twice."""
+    """Rows of a table, converted to Python objects one at a time, so images are not held twice.
+
+    Labels have the names of their classes, if `datasets` wrote the table.
+    """
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
+        self._class_names = _class_names(table.schema)
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -88,16 +92,28 @@ class TableRows(Sequence[RawRow]):
     def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        row = {}
+        row: RawRow = {}
         for name, column in zip(self._table.column_names, self._table.columns, strict=True):
             try:
                 row[name] = column[index].as_py()
+                if name in self._class_names and row[name] is not None:
+                    row[name] = self._class_names[name].get(row[name])
             except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is not UTF-8, a date
                 if name in KNOWN_COLUMNS:
                     raise SampleError(
                         "schema", f"column {name} cannot be read: {first_line(error)}"
                     ) from error
         return row
+
+
+def _class_names(schema: pa.Schema) -> dict[str, dict[int, str]]:
+    """Return the class names by number of each column of labels, from the note that `datasets` writes."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        labels = {name: feature["names"] for name, feature in features.items() if "names" in feature}
+        return {name: {n: str(each) for n, each in enumerate(names)} for name, names in labels.items()}
+    except (KeyError, TypeError, ValueError):  # another program's note
+        return {}
 
 
 @retried
