@@ -20,7 +20,7 @@ from solo_vlm.models.solo.processing_solo import SoloProcessor
 from solo_vlm.train.model import autocast
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.sharding import gather_outside_layers, reshard
-from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.recipe import Recipe, ValidationSettings
 from solo_vlm.utils.errors import SoloError
 
 BATCH_SIZE = 8
@@ -44,15 +44,11 @@ class QuestionValidator:
     def __init__(
         self, recipe: Recipe, model: PreTrainedModel, processor: Any, context: DistributedContext
     ) -> None:
-        assert recipe.validation is not None
+        settings = recipe.validation
+        assert settings is not None
         if not isinstance(processor, SoloProcessor):
             raise SoloError("validation.questions: a plain LLM has no chats with images; ask a SOLO model")
-        files, sources = recipe.validation.questions, recipe.open_questions()
-        context.check_same_data(list(sources.values()))
-        self.questions = {
-            name: load_questions(source, recipe.validation.samples, files[name].metric)[0]
-            for name, source in sources.items()
-        }
+        self.questions = context.broadcast_from_rank0(lambda: _load(recipe, settings))
         self._recipe, self._context = recipe, context
         self._all = list(chain.from_iterable(self.questions.values()))
         groups, total = context.dims.dp, len(self._all)
@@ -65,7 +61,7 @@ class QuestionValidator:
         )  # the pipeline adds end tokens, which training shall not export
         self._pipeline = GenerationPipeline(model, processor, in_training=True)  # type: ignore[arg-type]
         self._generation_config, model.generation_config = model.generation_config, own
-        self._max_new_tokens = recipe.validation.max_new_tokens
+        self._max_new_tokens = settings.max_new_tokens
         if (length := self._pipeline.context_length) is not None:
             self._max_new_tokens = min(self._max_new_tokens, length // 2)  # as `BatchGenerator` does
         self._batches = self._encode(model)
@@ -131,3 +127,10 @@ class QuestionValidator:
             model.generation_config = own
             model.train()
             reshard(model)
+
+
+def _load(recipe: Recipe, settings: ValidationSettings) -> dict[str, list[Question]]:
+    return {
+        name: load_questions(source, settings.samples, settings.questions[name].metric)[0]
+        for name, source in recipe.open_questions().items()
+    }
