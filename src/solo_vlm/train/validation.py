@@ -108,7 +108,8 @@ class LossValidator:
         self._recipe, self._mixture, self._context = recipe, recipe.validation_mixture, context
         self._sequences = recipe.validation.sequences
         self._processor = processor
-        self._sources = context.open_sources(self._mixture)
+        self._sources = self._mixture.open_sources()
+        context.check_same_data(self._sources)
 
     @torch.no_grad()
     def loss(self, model: PreTrainedModel) -> float:
