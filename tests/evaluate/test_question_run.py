@@ -1,4 +1,4 @@
-"""Runs over files of questions: scores, resume, and equality with the evaluation while training."""
+"""Files of questions: scores, resume, and equality with the evaluation while training."""
 
 from __future__ import annotations
 
