@@ -1,4 +1,4 @@
-"""Answers while training: equal to the exported model's, without any effect on the run, on any processes."""
+"""Greedy answers while training: those of the exported model, without effect on the run, on any processes."""
 
 from __future__ import annotations
 
