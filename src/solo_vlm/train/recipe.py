@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
-from solo_vlm.data.mixture import DataSettings, Mixture, SourceSettings
+from solo_vlm.data.mixture import DataSettings, Mixture, SourceSettings, default_streams
 from solo_vlm.data.sources import Source
 from solo_vlm.evaluate.questions import DEFAULT_MAX_NEW_TOKENS, QuestionFiles
 from solo_vlm.utils.settings import Settings
@@ -265,7 +265,13 @@ class Recipe(Settings):
     @property
     def mixture(self) -> Mixture:
         """Training data, with the model that reads it."""
-        return Mixture(root=self.root, model=self.model, data=self.data)
+        data = self.data.model_copy(update={"streams": self.streams})
+        return Mixture(root=self.root, model=self.model, data=data)
+
+    @property
+    def streams(self) -> int:
+        """Number of virtual streams."""
+        return self.data.streams or default_streams(self.global_batch)
 
     @property
     def validation_mixture(self) -> Mixture | None:

@@ -116,8 +116,7 @@ class Trainer:
         self.recipe, self.context, self.stop = recipe, context, stop
         self.out = recipe.output_dir
         context.check_same_settings(recipe)
-        self.sources = recipe.mixture.open_sources()
-        context.check_same_data(self.sources)
+        self.sources = context.open_sources(recipe.mixture)
         self._lock: IO[str] | None = None
         checkpoint = context.broadcast_from_rank0(lambda: self._prepare_output_dir(resume))
         self.started = first_start(self.out) if context.is_main_process else 0.0

@@ -108,8 +108,7 @@ class LossValidator:
         self._recipe, self._mixture, self._context = recipe, recipe.validation_mixture, context
         self._sequences = recipe.validation.sequences
         self._processor = processor
-        self._sources = self._mixture.open_sources()
-        context.check_same_data(self._sources)
+        self._sources = context.open_sources(self._mixture)
 
     @torch.no_grad()
     def loss(self, model: PreTrainedModel) -> float:

@@ -59,7 +59,7 @@ def host_memory(
     data, devices = recipe.data, min(dims.world_size, DEVICES)
     patches = vision_share * shape.patch
     # Processes of a tensor-parallel group read the same data, each for itself.
-    streams = devices * data.streams / dims.dp
+    streams = devices * recipe.streams / dims.dp
     packers = len(data.sources) if data.weight_by == "sequences" else 1
     waiting = packers * data.packing_buffer * min(document_length, data.sequence_length)
     ready = max(data.workers, 1) * data.threads + _PREFETCHED * data.workers

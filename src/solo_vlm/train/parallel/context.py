@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
-from solo_vlm.data.sources import Source, fingerprints, is_same_data
+from solo_vlm.data.mixture import Mixture
+from solo_vlm.data.sources import Source
+from solo_vlm.data.sources.sharing import pack_sources, unpack_sources
 from solo_vlm.train.failures import Stopped, StopRequest, fail_together
 from solo_vlm.train.recipe import Recipe, TimeoutSettings
 from solo_vlm.utils.errors import SoloError
@@ -47,7 +49,8 @@ class ParallelDims:
     @classmethod
     def from_recipe(cls, recipe: Recipe, world_size: int) -> Self:
         """Divide the global batch among processes, each of which takes one packed sequence at a time."""
-        tp, batch, streams = recipe.parallel.tensor, recipe.global_batch, recipe.data.streams
+        tp, batch = recipe.parallel.tensor, recipe.global_batch
+        streams = recipe.streams
         if world_size % tp:
             divisors = _join(_divisors(world_size))
             raise SoloError(
@@ -57,9 +60,10 @@ class ParallelDims:
         dp = world_size // tp
         if batch % dp:
             fewer = [count * tp for count in _divisors(batch) if count < dp]
+            beyond = "; beyond global_batch, only parallel.tensor uses more processes" if dp > batch else ""
             raise SoloError(
                 f"global_batch = {batch} is not divisible by {dp} data-parallel groups: set it to "
-                f"{_join(_neighbors(batch, dp))}, or start {_join(fewer)} processes"
+                f"{_join(_neighbors(batch, dp))}, or start {_join(fewer)} processes{beyond}"
             )
         workers = max(recipe.data.workers, 1)
         if streams % (dp * workers):
@@ -171,16 +175,23 @@ class DistributedContext:
                 f"({describe_changes(changed)}): use the same recipe everywhere"
             )
 
-    def check_same_data(self, sources: Sequence[Source]) -> None:
-        """Require every process to see the files of process 0; otherwise it would read other samples."""
-        ours = fingerprints(sources)
-        theirs = self.broadcast_from_rank0(lambda: ours)
-        for (name, first), (_, own) in zip(theirs, ours, strict=True):
-            if not is_same_data(first, own):
-                raise SoloError(
-                    f"process {self.rank} sees other files of source {name} than process 0: make the files "
-                    "of all machines identical"
-                )
+    def open_sources(self, mixture: Mixture) -> list[Source]:
+        """Open a mixture's sources in process 0, and share them: only that process lists and indexes files.
+
+        Raises:
+            SoloError: As for `Mixture.open_sources`; or this process sees other files.
+        """
+        if self.mesh is None:
+            return mixture.open_sources()
+        opened: list[Source] = []
+
+        def pack() -> bytes:
+            opened.extend(mixture.open_sources())
+            return pack_sources(opened, mixture.root)
+
+        packed = self.broadcast_from_rank0(pack)
+        others = max(self.dims.world_size - 1, 1)
+        return opened or unpack_sources(packed, mixture.root, self.rank % others, others)
 
 
 @contextmanager
