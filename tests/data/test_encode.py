@@ -104,3 +104,10 @@ def test_image_tokens_alone_suffice_with_vision_loss(solo, picture):
     assert (Encoder(solo.processor, vision_loss=True)(sample).labels != IGNORE_INDEX).sum() == 7
     with pytest.raises(SampleError, match="unsupervised"):
         Encoder(solo.processor)(sample)
+
+
+def test_rows_are_filled_with_eos(solo):
+    """The embedding of a padding token may be zero."""
+    encoder = Encoder(solo.processor)
+    encoder.tokenizer.pad_token = encoder.tokenizer.bos_token
+    assert encoder.padding_id == encoder.tokenizer.eos_token_id

@@ -297,6 +297,14 @@ class Encoder:
         return self.processor.tokenizer if self.sees_images else self.processor
 
     @property
+    def padding_id(self) -> int:
+        """Token that fills packed rows: EOS, which training knows.
+
+        The embedding of a padding token may be zero, as Gemma's, where the gradients of Gemma 3n are NaN.
+        """
+        return int(self.tokenizer.eos_token_id)
+
+    @property
     def patch_dim(self) -> int:
         """Width of a document's `pixel_values`; 0 for a plain LLM."""
         return _patch_dim(self.processor.image_processor) if self.sees_images else 0

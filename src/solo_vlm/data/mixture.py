@@ -190,13 +190,11 @@ def make_loader(
         ranks: Number of data-parallel ranks.
     """
     encoder = Encoder(processor, mixture.data.vision_loss)
-    tokenizer = encoder.tokenizer
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return PackedLoader(
         StreamFactory([SharedShards(source) for source in sources], mixture.data, encoder),
         mixture.data.streams,
         mixture.data.sequence_length,
-        padding,
+        encoder.padding_id,
         rank=rank,
         ranks=ranks,
         workers=mixture.data.workers,

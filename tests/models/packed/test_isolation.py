@@ -62,6 +62,29 @@ def next_token_loss(logits: Tensor, rows: list[Tensor]) -> Tensor:
     return torch.stack(losses).sum() / sum(length - 1 for length in LENGTHS)
 
 
+def padded_gradients(family: str) -> dict[str, Tensor]:
+    """Return the gradients of a row filled with EOS, in a model whose padding token has no embedding."""
+    model = tiny_llm(family).train()
+    model.get_input_embeddings().weight.data[0] = 0.0
+    isolate_documents(model)
+    batch = packed(documents())
+    labels = batch["input_ids"].clone()
+    labels[:, -PADDING:] = -100
+    model(**batch, labels=labels).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text", "llama"])
+def test_gradients_of_padded_rows_are_finite(family):
+    assert all(gradient.isfinite().all() for gradient in padded_gradients(family).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(text_families()) - REFUSED))
+def test_gradients_of_padded_rows_are_finite_in_every_family(family):
+    assert all(gradient.isfinite().all() for gradient in padded_gradients(family).values())
+
+
 @pytest.mark.parametrize("family", text_families())
 def test_packed_documents_equal_each_alone(family):
     """Logits, loss and gradients; and no document changes with another one."""

@@ -29,7 +29,38 @@ Split = Callable[[nn.Module, nn.Module, DeviceMesh], Any]
 """Splits a module in place; the second argument is the module that has it as a child."""
 
 # What transformers' plans lack, by model type.
-_ADDITIONS = {
+_ATTENTION = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
+_MLP = {
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+_OF_HEADS = "replicated_with_grad_allreduce"  # a norm of each head alone
+
+_ADDITIONS: dict[str, dict[str, str]] = {
+    "falcon_h1": {
+        **_ATTENTION,
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.feed_forward.gate_proj": "colwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    },
+    "hunyuan_v1_dense": {
+        **_ATTENTION,
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.self_attn.query_layernorm": _OF_HEADS,
+        "layers.*.self_attn.key_layernorm": _OF_HEADS,
+        **_MLP,
+    },
+    "lfm2": {
+        **_ATTENTION,
+        "layers.*.self_attn.out_proj": "rowwise",
+        "layers.*.self_attn.q_layernorm": _OF_HEADS,
+        "layers.*.self_attn.k_layernorm": _OF_HEADS,
+        "layers.*.feed_forward.w1": "colwise",
+        "layers.*.feed_forward.w3": "colwise",
+        "layers.*.feed_forward.w2": "rowwise",
+    },
     "apertus": {"layers.*.mlp.act_fn": "applied_to_parts"},  # its parameters see split features
     "gpt_oss": {
         "layers.*.self_attn.q_proj": "colwise",
