@@ -16,7 +16,7 @@ from solo_vlm.data.sources.files import DEFAULT_LIMITS, Limits
 from solo_vlm.evaluate.held_out import HeldOutQuestion
 from solo_vlm.evaluate.scoring.extract import clean, read_choice
 from solo_vlm.evaluate.scoring.numbers import as_number, read_number
-from solo_vlm.evaluate.scoring.score import Unit, bootstrap_interval, proportion_interval, score_of
+from solo_vlm.evaluate.scoring.score import Unit, mean_interval, score_of
 from solo_vlm.evaluate.scoring.text import anls, exact_match
 from solo_vlm.utils.errors import SoloError, did_you_mean
 from solo_vlm.utils.settings import Settings
@@ -204,6 +204,5 @@ def _is_near(number: str | None, answers: Sequence[str]) -> bool:
 def summarize(answers: Sequence[Answer]) -> QuestionScore:
     """Return the mean credit with its 95% interval: Wilson's for right and wrong, else the bootstrap's."""
     units = [Unit(answer.question.id, 100 * answer.credit) for answer in answers]
-    is_proportion = all(answer.credit in (0, 1) for answer in answers)
-    low, high = proportion_interval(units) if is_proportion else bootstrap_interval(units)
+    low, high = mean_interval(units)
     return QuestionScore(score_of(units) / 100, low / 100, high / 100, len(units))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -14,16 +14,15 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
-from solo_vlm.data.sources import Source, fingerprints, is_same_data
+from solo_vlm.data.mixture import Mixture
+from solo_vlm.data.sources import Source
+from solo_vlm.data.sources.sharing import pack_sources, unpack_sources
 from solo_vlm.train.failures import Stopped, StopRequest, fail_together
-from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.recipe import Recipe, TimeoutSettings
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import describe_changes, find_changes
 
 DP, TP = "dp", "tp"  # mesh dimensions
-
-LONG_TIMEOUT = timedelta(minutes=30)  # if one process may work alone: reading or writing a large model
-SHORT_TIMEOUT = timedelta(minutes=5)  # if all processes do the same: at startup and between steps
 
 T = TypeVar("T")
 
@@ -50,7 +49,8 @@ class ParallelDims:
     @classmethod
     def from_recipe(cls, recipe: Recipe, world_size: int) -> Self:
         """Divide the global batch among processes, each of which takes one packed sequence at a time."""
-        tp, batch, streams = recipe.parallel.tensor, recipe.global_batch, recipe.data.streams
+        tp, batch = recipe.parallel.tensor, recipe.global_batch
+        streams = recipe.streams
         if world_size % tp:
             divisors = _join(_divisors(world_size))
             raise SoloError(
@@ -60,9 +60,10 @@ class ParallelDims:
         dp = world_size // tp
         if batch % dp:
             fewer = [count * tp for count in _divisors(batch) if count < dp]
+            beyond = "; beyond global_batch, only parallel.tensor uses more processes" if dp > batch else ""
             raise SoloError(
                 f"global_batch = {batch} is not divisible by {dp} data-parallel groups: set it to "
-                f"{_join(_neighbors(batch, dp))}, or start {_join(fewer)} processes"
+                f"{_join(_neighbors(batch, dp))}, or start {_join(fewer)} processes{beyond}"
             )
         workers = max(recipe.data.workers, 1)
         if streams % (dp * workers):
@@ -79,12 +80,14 @@ class DistributedContext:
 
     Attributes:
         mesh: Device mesh (dp, tp), or None for a single process that needs no process group.
+        timeouts: Timeouts of collectives.
     """
 
     rank: int
     dims: ParallelDims
     device: torch.device
     mesh: DeviceMesh | None = None
+    timeouts: TimeoutSettings = field(default_factory=TimeoutSettings)
 
     @property
     def is_main_process(self) -> bool:
@@ -140,18 +143,27 @@ class DistributedContext:
         if self.mesh is not None:
             dist.barrier()
 
-    def set_timeout(self, timeout: timedelta) -> None:
+    def per_rank(self, value: float) -> list[float]:
+        """Return one value per process, by rank, in every process."""
+        values = torch.zeros(self.dims.world_size, dtype=torch.float64, device=self.device)
+        values[self.rank] = value
+        if self.mesh is not None:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def set_timeout(self, seconds: float) -> None:
         """Set the timeout of all further collectives."""
+        timeout = timedelta(seconds=seconds)
         if self.mesh is not None:
             for group in (None, self.mesh.get_group(DP), self.mesh.get_group(TP)):
                 _set_pg_timeout(timeout, group)
 
     @contextmanager
     def long_timeout(self) -> Iterator[None]:
-        """Extend the timeout of collectives in the body for writing a large model."""
-        self.set_timeout(LONG_TIMEOUT)
+        """Extend the timeout of collectives in the body, where one process may work alone."""
+        self.set_timeout(self.timeouts.start)
         yield
-        self.set_timeout(SHORT_TIMEOUT)
+        self.set_timeout(self.timeouts.step)
 
     def check_same_settings(self, recipe: Recipe) -> None:
         """Require every process to have the recipe of process 0."""
@@ -163,16 +175,23 @@ class DistributedContext:
                 f"({describe_changes(changed)}): use the same recipe everywhere"
             )
 
-    def check_same_data(self, sources: Sequence[Source]) -> None:
-        """Require every process to see the files of process 0; otherwise it would read other samples."""
-        ours = fingerprints(sources)
-        theirs = self.broadcast_from_rank0(lambda: ours)
-        for (name, first), (_, own) in zip(theirs, ours, strict=True):
-            if not is_same_data(first, own):
-                raise SoloError(
-                    f"process {self.rank} sees other files of source {name} than process 0: make the files "
-                    "of all machines identical"
-                )
+    def open_sources(self, mixture: Mixture) -> list[Source]:
+        """Open a mixture's sources in process 0, and share them: only that process lists and indexes files.
+
+        Raises:
+            SoloError: As for `Mixture.open_sources`; or this process sees other files.
+        """
+        if self.mesh is None:
+            return mixture.open_sources()
+        opened: list[Source] = []
+
+        def pack() -> bytes:
+            opened.extend(mixture.open_sources())
+            return pack_sources(opened, mixture.root)
+
+        packed = self.broadcast_from_rank0(pack)
+        others = max(self.dims.world_size - 1, 1)
+        return opened or unpack_sources(packed, mixture.root, self.rank % others, others)
 
 
 @contextmanager
@@ -202,7 +221,8 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
         finally:
             dist.destroy_process_group()
         return
-    dist.init_process_group(backend, timeout=SHORT_TIMEOUT)  # torchrun starts all processes at once
+    # torchrun starts all processes at once.
+    dist.init_process_group(backend, timeout=timedelta(seconds=recipe.timeouts.step))
     try:
         with fail_together(_get_default_store(), rank, stop or StopRequest()):
             yield _make_context(recipe, world_size, rank, device)
@@ -215,8 +235,8 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
 def _make_context(recipe: Recipe, world_size: int, rank: int, device: torch.device) -> DistributedContext:
     dims = ParallelDims.from_recipe(recipe, world_size)
     mesh = init_device_mesh(device.type, (dims.dp, dims.tp), mesh_dim_names=(DP, TP))
-    context = DistributedContext(rank, dims, device, mesh)
-    context.set_timeout(LONG_TIMEOUT)
+    context = DistributedContext(rank, dims, device, mesh, recipe.timeouts)
+    context.set_timeout(recipe.timeouts.start)
     return context
 
 
