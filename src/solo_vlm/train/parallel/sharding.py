@@ -105,6 +105,12 @@ def reduce_gradients(model: nn.Module, is_last: bool, deferred: bool) -> None:
         model.set_requires_all_reduce(is_last)
 
 
+def gather_outside_layers(model: nn.Module) -> None:
+    """Gather the weights outside layers, which generation uses before it calls the model; see `reshard`."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+
+
 def reshard(model: nn.Module) -> None:
     """Free all gathered weights, so that the model's parameters are the shards held by the optimizer.
 
