@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -183,6 +184,14 @@ def compile_layers(model: nn.Module) -> None:
     """Compile each decoder layer on its own: equal layers share code, and FSDP's hooks stay outside."""
     for layer in decoder_layers(model):
         layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+
+
+def autocast(recipe: Recipe, context: DistributedContext) -> AbstractContextManager[Any]:
+    """Return the autocast context of a run; FSDP casts the weights of a sharded model itself."""
+    is_sharded = context.mesh is not None and not recipe.quantize
+    if recipe.precision == "fp32" or is_sharded:
+        return nullcontext()
+    return torch.autocast(context.device.type, dtype=torch.bfloat16)
 
 
 def use_float8(model: nn.Module, device: torch.device) -> None:

@@ -54,12 +54,14 @@ class PackedRow:
     Attributes:
         treatments: Name of a layer's class to its treatment, see `isolate_documents`.
         config: Configuration of the decoder.
+        attention: Attention implementation of the decoder before it was isolated.
         documents: None for an unpacked batch.
     """
 
     def __init__(self, treatments: dict[str, Any], config: PreTrainedConfig) -> None:
         self.treatments = treatments
         self.config = config
+        self.attention = config._attn_implementation
         self.documents: Documents | None = None
         self._pads: set[bool] = set()
         self._kernels: dict[Use, bool] = {}

@@ -86,6 +86,12 @@ def load_full_state_dict(
     set_model_state_dict(model, state_dict, options=options)
 
 
+def gather_outside_layers(model: nn.Module) -> None:
+    """Gather the weights outside layers, which generation uses before it calls the model; see `reshard`."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+
+
 def reshard(model: nn.Module) -> None:
     """Free all gathered weights, so that the model's parameters are the shards held by the optimizer.
 
