@@ -485,6 +485,11 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         """Return the summed cross entropy of logits (n, vocabulary)."""
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
+    @staticmethod
+    def whole_logits(logits: Tensor) -> Tensor:
+        """Return the logits of the whole vocabulary, given what `head` returns."""
+        return logits
+
     @can_return_tuple
     def forward(
         self,
@@ -537,7 +542,7 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             )
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.head(hidden_states[:, kept])
+            logits = self.whole_logits(self.head(hidden_states[:, kept]))
         return SoloCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from solo_vlm.models.flops import Flops, ModelShape
-from solo_vlm.train.estimate.memory import compute_bytes, layer_weights, outside_weights, trained_parameters
+from solo_vlm.train.estimate.memory import (
+    compute_bytes,
+    head_weights,
+    layer_weights,
+    outside_weights,
+    trained_parameters,
+)
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
 from solo_vlm.train.recipe import Recipe
@@ -111,7 +117,7 @@ def collectives(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> list[C
     """Return the collectives of a step; those of metrics and norms are too small to count."""
     compute, steps, tp = compute_bytes(recipe), dims.gradient_accumulation_steps, dims.tp
     layers = shape.layers * layer_weights(shape, tp)
-    outside = outside_weights(shape)
+    outside = outside_weights(shape, tp)
     is_partial = recipe.lora is not None or recipe.trainable != "all"
     trained = trained_parameters(shape, recipe) if is_partial else layers + outside
     if is_partial:  # adapters, and the trained copy of the patch embedding
@@ -148,12 +154,18 @@ def collectives(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> list[C
         tokens = recipe.data.sequence_length / dims.cp
         passes = 5 if recipe.activation_checkpointing == "full" else 4
         hidden = steps * shape.layers * passes * tokens * shape.hidden * compute
-        replicated = _FLOAT32 * (outside + shape.parameters.norms - shape.hidden) / shards
+        head = head_weights(shape, tp)
+        is_split = head < shape.parameters.head
+        whole = outside - is_split * head + shape.parameters.norms - shape.hidden
+        replicated = _FLOAT32 * whole / shards
+        # Of every token: the gradient of its state; twice, the largest logit, and the logits' sum and target.
+        loss = is_split * steps * tokens * (compute * shape.hidden + 2 * 3 * _FLOAT32)
         found += [
             Collective("hidden states", "all-reduce", hidden, tp, 1, overlaps=False),
+            Collective("loss", "all-reduce", loss, tp, 1, overlaps=False),
             Collective("replicated gradients", "all-reduce", replicated, tp, 1, overlaps=False),
         ]
-    return [collective for collective in found if collective.size > 1]
+    return [collective for collective in found if collective.size > 1 and collective.payload]
 
 
 @dataclass(frozen=True)

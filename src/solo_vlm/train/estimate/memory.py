@@ -19,6 +19,7 @@ from solo_vlm.models.solo.modeling_solo import CHUNK_SIZE
 from solo_vlm.train.optimizer import BLOCK_SIZE
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
+from solo_vlm.train.parallel.vocabulary import can_split_head
 from solo_vlm.train.recipe import LoraSettings, Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -119,7 +120,7 @@ def memory_per_device(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> 
     not be saved.
     """
     compute = compute_bytes(recipe)
-    layer, outside = layer_weights(shape, dims.tp), outside_weights(shape)
+    layer, outside = layer_weights(shape, dims.tp), outside_weights(shape, dims.tp)
     whole = shape.layers * layer + outside
     weights = _FLOAT32 * whole / dims.shards
     unit = layers_per_fsdp_unit(shape.layers, round(layer_weights(shape)))
@@ -167,7 +168,7 @@ def _optimizer_bytes(shape: ModelShape, recipe: Recipe, tensor: int) -> float:
     """Return the bytes of the optimizer's state on the processes that hold the model once."""
     counts, name = shape.parameters, recipe.optimizer.name
     matrices = float(counts.attention + counts.mlp)
-    trained = shape.layers * layer_weights(shape, tensor) + outside_weights(shape)
+    trained = shape.layers * layer_weights(shape, tensor) + outside_weights(shape, tensor)
     if recipe.lora or recipe.trainable != "all":
         trained = trained_parameters(shape, recipe)
         matrices = _adapter_weights(shape, recipe.lora) if recipe.lora else 0
@@ -196,10 +197,16 @@ def layer_weights(shape: ModelShape, tensor: int = 1) -> float:
     return (matrices / tensor + norms) / shape.layers
 
 
-def outside_weights(shape: ModelShape) -> int:
-    """Return the parameters outside layers, which tensor parallelism replicates."""
+def outside_weights(shape: ModelShape, tensor: int = 1) -> int:
+    """Return the parameters outside layers per tensor-parallel process."""
     counts = shape.parameters
-    return counts.embedding + counts.patch_embedding + counts.head + shape.hidden
+    return counts.embedding + counts.patch_embedding + head_weights(shape, tensor) + shape.hidden
+
+
+def head_weights(shape: ModelShape, tensor: int) -> int:
+    """Return the parameters of the head per tensor-parallel process; a plain LLM's is not split."""
+    is_split = shape.patch > 0 and can_split_head(shape.vocabulary, shape.tied, tensor)
+    return shape.parameters.head // tensor if is_split else shape.parameters.head
 
 
 def _working_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> int:
@@ -209,6 +216,8 @@ def _working_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) 
     # Gradients of the gate, the up projection and their product, which itself is freed by then.
     gradients = 2 * compute * shape.mlp / dims.tp
     logits = min(CHUNK_SIZE, tokens) * shape.vocabulary
+    if shape.patch and can_split_head(shape.vocabulary, shape.tied, dims.tp):
+        logits //= dims.tp
     loss = 3 * _FLOAT32 * logits  # logits, softmax, gradient
     return round(max(tokens * (recomputed + gradients), loss))
 

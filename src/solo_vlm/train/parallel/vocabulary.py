@@ -9,20 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial
+from torch.distributed.tensor import Partial, Shard
 
 from solo_vlm.train.parallel.tensor_parallel import reduce_parts, split_outputs, sum_input_gradients
 
 
 def can_split_head(vocabulary: int, is_tied: bool, size: int) -> bool:
-    """Return whether `size` processes can split a head: a tied one is the embedding, which they all look up."""
+    """Return whether processes can split a head: a tied one is the embedding, which they all look up."""
     return not is_tied and vocabulary % size == 0
 
 
 def split_head(model: Any, mesh: DeviceMesh) -> None:
     """Split the head of a SOLO model over its vocabulary, in place, if that is possible.
 
-    The head then returns this process's part of the logits, which scaling and capping leave as they are.
+    The head then returns this process's part of the logits, which scaling and capping leave as they are; the
+    model gathers the logits that it returns.
     """
     head = getattr(model, "lm_head", None)
     if model.config.model_type != "solo" or type(head) is not nn.Linear:
@@ -31,6 +32,7 @@ def split_head(model: Any, mesh: DeviceMesh) -> None:
         split_outputs(head, mesh)
         sum_input_gradients(head, mesh)
         model.cross_entropy = partial(split_cross_entropy, mesh)
+        model.whole_logits = lambda logits: reduce_parts(logits, mesh, Shard(-1))
 
 
 def split_cross_entropy(mesh: DeviceMesh, logits: Tensor, targets: Tensor) -> Tensor:
