@@ -94,11 +94,11 @@ def test_optimizer_state_matches_optimizer(name, changes):
     assert memory_per_device(ModelShape.of(CONFIG), settings, ALONE).optimizer == expected
 
 
-def test_tensor_parallelism_splits_layer_matrices():
+def test_tensor_parallelism_splits_layer_matrices_and_head():
     shape = ModelShape.of(CONFIG)
     counts = count_parameters(CONFIG)
     split = memory_per_device(shape, recipe("parallel.tensor=2"), ParallelDims(1, 2, 128))
-    assert split.weights == 4 * (counts.total - (counts.attention + counts.mlp) // 2)
+    assert split.weights == 4 * (counts.total - (counts.attention + counts.mlp + counts.head) // 2)
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])

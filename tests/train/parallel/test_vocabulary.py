@@ -35,7 +35,8 @@ def compare_heads(plain, path):
                 whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
                 outcomes.append([output.loss[None], output.logits, *whole])
             errors = [
-                float((one - other).norm() / one.norm().clamp(min=1e-3)) for one, other in zip(*outcomes, strict=True)
+                float((one - other).norm() / one.norm().clamp(min=1e-3))
+                for one, other in zip(*outcomes, strict=True)
             ]
             rows = model.lm_head.weight.to_local().shape[0] / alone.lm_head.weight.shape[0]
             found[family] = rows, max(errors)
