@@ -210,8 +210,17 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
         finally:
             dist.destroy_process_group()
         return
-    # torchrun starts all processes at once.
-    dist.init_process_group(backend, timeout=timedelta(seconds=recipe.timeouts.step))
+    # torchrun starts all processes at once. When it restarts them, its store still has the keys of the last
+    # attempt: addresses of processes that are gone, and their failure.
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(seconds=recipe.timeouts.step),
+        store=dist.PrefixStore(f"attempt-{attempt}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=world_size,
+    )
     try:
         with fail_together(_get_default_store(), rank, stop or StopRequest()):
             yield _make_context(recipe, world_size, rank, device)
