@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.sources import Source
@@ -266,7 +267,7 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
         return
     # torchrun starts all processes at once. When it restarts them, its store still has the keys of the last
     # attempt: addresses of processes that are gone, and their failure.
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    store, rank, world_size = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         backend,
