@@ -15,7 +15,7 @@ from PIL import Image
 from tests.convert.original_files import CHAT, LOCATIONS, TEXT_TOKENS, VISION, write_sentencepiece
 from tests.factories import png
 
-from solo_vlm.data.encode import draft
+from solo_vlm.data.encode import draft, encode
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources import open_source
 from solo_vlm.models.original import original_processor, original_tokenizer
