@@ -41,6 +41,12 @@ def train(
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Model FLOPs utilization assumed by a dry run.")
     ] = 0.4,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="Network of a dry run, e.g. nvlink+400g: in a machine, and Gbit/s per device between."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Train a model. An interrupted run resumes from its newest checkpoint.
@@ -75,7 +81,7 @@ def train(
     else:
         raise SoloError("give a recipe, or --from-manifest FILE")
     if dry_run:
-        _plan(settings, recipe if not from_manifest else None, processes, device, mfu, json)
+        _plan(settings, recipe if not from_manifest else None, processes, device, mfu, network, json)
     else:
         _train(settings, resume, json)
 
@@ -96,10 +102,17 @@ def _train(recipe: Recipe, resume: bool, json: bool) -> None:
 
 
 def _plan(
-    recipe: Recipe, name: str | None, processes: int | None, device: str | None, mfu: float, json: bool
+    recipe: Recipe,
+    name: str | None,
+    processes: int | None,
+    device: str | None,
+    mfu: float,
+    network: str | None,
+    json: bool,
 ) -> None:
     import torch
 
+    from solo_vlm.train.estimate.communication import Network
     from solo_vlm.train.estimate.memory import find_device, recognize_device
     from solo_vlm.train.estimate.plan import make_plan
     from solo_vlm.utils.settings import find_settings
@@ -107,16 +120,24 @@ def _plan(
     # Default: torchrun's world size, or one process per accelerator; at least one tensor-parallel group.
     found = int(os.environ.get("WORLD_SIZE", 0)) or torch.accelerator.device_count()
     here = recognize_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    chosen = find_device(device) if device else here or find_device(_DEFAULT_DEVICE)
     plan = make_plan(
         recipe,
         processes or max(found, recipe.parallel.tensor),
-        find_device(device) if device else here or find_device(_DEFAULT_DEVICE),
+        chosen,
         mfu,
         find_settings(name, "recipe").parent if name else None,
+        Network.parse(network, chosen.name) if network else None,
     )
     if json:
         return print_json(plan.as_dict())
-    for line in [*_model_lines(plan), *_run_lines(plan), *_memory_lines(plan), *_advice_lines(plan)]:
+    for line in [
+        *_model_lines(plan),
+        *_run_lines(plan),
+        *_memory_lines(plan),
+        *_network_lines(plan),
+        *_advice_lines(plan),
+    ]:
         STDOUT.print(line, markup=False)
 
 
@@ -160,7 +181,38 @@ def _run_lines(plan: Plan) -> list[str]:
 def _memory_lines(plan: Plan) -> list[str]:
     parts = [f"  {name:<12}{_gib(size)}" for name, size in vars(plan.memory).items()]
     total = f"  {'total':<12}{_gib(plan.memory.total)} of {plan.device.memory / _GIB:g} GiB"
-    return [f"memory per {plan.device.name}", *parts, total]
+    host = [f"  {name:<12}{_gib(size)}" for name, size in vars(plan.host).items() if size]
+    of_host = f"  {'total':<12}{_gib(plan.host.total)}"
+    return [
+        f"memory per {plan.device.name}",
+        *parts,
+        total,
+        "main memory of the first machine",
+        *host,
+        of_host,
+    ]
+
+
+def _network_lines(plan: Plan) -> list[str]:
+    found = plan.collectives
+    if not found:
+        return []
+    network = plan.network
+    lines = ["sent per process and step"]
+    for each in found:
+        took = f", {_duration(each.seconds(network))} over {network.name}" if network else ""
+        hidden = " behind computation" if network and each.overlaps else ""
+        lines.append(
+            f"  {each.purpose:<21}{_gib(each.sent)}  {each.kind} over {each.size} processes{took}{hidden}"
+        )
+    if plan.speeds:
+        worst, best = plan.speeds
+        lines.append(
+            f"expected    {worst.mfu:.0%} to {best.mfu:.0%} MFU: {_duration(best.compute)} to "
+            f"{_duration(worst.compute)} of computation, and {_duration(worst.exposed)} of communication "
+            f"that it does not hide ({worst.exposed / (worst.compute + worst.exposed):.0%})"
+        )
+    return lines
 
 
 def _advice_lines(plan: Plan) -> list[str]:

@@ -36,6 +36,12 @@ from solo_vlm.utils.pages import render
 
 _IMAGE_SIZES = ((336, 336), (640, 480), (1024, 768), (1920, 1080))  # (width, height) in pixels
 # Recipe keys that name paths, or do not affect the model.
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adamw_bf16": "AdamW with bfloat16 moments",
+    "adamw_8bit": "AdamW with 8-bit moments",
+    "muon": "Muon with AdamW",
+}
 _PRIVATE = ("root", "model", "out", "trackers", "checkpoint", "log_interval")
 
 
@@ -188,7 +194,8 @@ class TrainingRun:
             "learning rate": f"{optimizer.learning_rate:g} to {optimizer.min_learning_rate:g}, cosine",
             "learning rate of the patch embedding": f"{patches:g}" if patches else "",
             "warmup steps": f"{optimizer.warmup_steps:,}",
-            "AdamW": f"betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
+            "optimizer": f"{_OPTIMIZERS[optimizer.name]}, "
+            f"betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
             f"weight decay {optimizer.weight_decay:g}, gradients clipped at {optimizer.max_grad_norm:g}",
             "trained": self._trained(),
             "precision": recipe.precision,

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,8 +37,9 @@ from solo_vlm.train.model import (
     merge_adapter,
     set_trainable,
 )
-from solo_vlm.train.optimizer import MOMENTS, named_trainable
-from solo_vlm.train.parallel.context import LONG_TIMEOUT, DistributedContext
+from solo_vlm.train.optimizer import named_trainable
+from solo_vlm.train.parallel.context import DistributedContext
+from solo_vlm.train.parallel.export import can_save_sharded, save_sharded
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_folder, remove, sync, write_text, writing
@@ -49,6 +51,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL_PREFIX = ".partial-"  # as in utils/files.py, but with a name that all processes know
 _BLOCK_SIZE = 1 << 20
 _FLOAT32_BYTES = 4
+_GATHERED_SIZE = 4 * 10**9  # bytes of a sharded model that one process gathers, to export it as a single file
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class TrainState:
         tokens: Tokens processed, including padding.
         skipped_steps: Steps skipped for a non-finite loss or gradient.
         data: Merged state of the data loaders of all ranks.
+        productive_seconds: Seconds that the steps took, without waiting for data.
     """
 
     step: int = 0
@@ -70,12 +74,13 @@ class TrainState:
     tokens: int = 0
     skipped_steps: int = 0
     data: dict[str, Any] | None = None
+    productive_seconds: float = 0.0
 
 
 class Checkpointer:
     """Writer of checkpoints, as folders `step-NNNNNNNN` in torch's distributed format.
 
-    They hold the trainable parameters, the optimizer's moments, `training_state.json`, and the checksums of
+    They hold the trainable parameters, the optimizer's state, `training_state.json`, and the checksums of
     all files. No RNG state is needed, because each step reseeds. Any number of processes can load them.
 
     Args:
@@ -89,7 +94,8 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._context = context
         # A separate group, because a background thread communicates.
-        self._group = None if context.mesh is None else dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+        timeout = timedelta(seconds=context.timeouts.start)
+        self._group = None if context.mesh is None else dist.new_group(backend="gloo", timeout=timeout)
         self._finalizer = ThreadPoolExecutor(1, "checkpoint-finalizer")
         self._pending: Future[Any] | None = None
 
@@ -149,11 +155,10 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def warn_if_disk_is_short(out: Path, model: nn.Module, keep: int) -> None:
+def warn_if_disk_is_short(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
     """Log a warning if the run will need more space for checkpoints and the exported model than is free."""
-    trained = sum(parameter.numel() for _, parameter in named_trainable(model))
-    checkpoint = trained * _FLOAT32_BYTES * 3  # with Adam's two moments
-    exported = sum(parameter.numel() for parameter in model.parameters()) * _FLOAT32_BYTES
+    checkpoint = sum(t.numel() * t.element_size() for t in _trained_tensors(model, optimizer).values())
+    exported = _float32_bytes(model)
     present = sum(file.stat().st_size for file in (out / "checkpoints").rglob("*") if file.is_file())
     needed, free = (keep + 1) * checkpoint + exported - present, shutil.disk_usage(out).free
     if needed > free:
@@ -253,6 +258,8 @@ def export_model(
             _save_folder(path, merged, processor)
     elif context.mesh is None:
         _save_folder(path, model, processor)
+    elif _float32_bytes(model) > _GATHERED_SIZE and can_save_sharded(model):
+        save_sharded(path, model, processor, context)
     else:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state_dict = get_model_state_dict(model, options=options)
@@ -371,9 +378,13 @@ def _trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
             f"not saved or loaded: {len(held) - len(parameters)} parameters are not the model's"
         )
     for name, parameter in parameters.items():
-        for moment in MOMENTS:
-            tensors[f"optimizer/{name}/{moment}"] = optimizer.state[parameter][moment]
+        for moment, tensor in optimizer.state[parameter].items():
+            tensors[f"optimizer/{name}/{moment}"] = tensor
     return tensors
+
+
+def _float32_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters()) * _FLOAT32_BYTES
 
 
 def _save_folder(path: Path, model: PreTrainedModel, processor: Any, **options: Any) -> None:

@@ -169,6 +169,12 @@ class ExpertRouting:
         router.routed = routed  # type: ignore[assignment]
 
 
+def router_modules(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that choose experts."""
+    named = {module for module in model.modules() if "Router" in type(module).__name__}
+    return named | {router for router, _ in _find_routers(model)[1]}
+
+
 def _find_routers(model: nn.Module) -> tuple[PreTrainedModel | None, list[tuple[nn.Module, int]]]:
     """Return the decoder and its routers, each with the index of the logits in its output.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 from threading import Event, Thread
 from typing import Any, Protocol
 from uuid import uuid4
@@ -27,6 +29,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import write_text
@@ -184,6 +187,40 @@ def memory_gb(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def first_start(folder: Path) -> float:
+    """Return when a run was first started, in seconds since the epoch; restarts do not change it."""
+    path = folder / "first_start"
+    if not path.is_file():
+        write_text(path, f"{time.time():.0f}\n")
+    return float(path.read_text())
+
+
+def slowest_process(context: DistributedContext) -> dict[str, float]:
+    """Return the process with the slowest device, and its time relative to the median; a collective call.
+
+    Processes wait for each other in every layer, so that a step takes equally long in all. Each one therefore
+    times a matrix product of its own.
+    """
+    times = context.per_rank(_time_product(context.device))
+    slowest = max(times)
+    return {"slowest_rank": times.index(slowest), "slowest_ratio": slowest / median(times)}
+
+
+def _time_product(device: torch.device) -> float:
+    """Return the seconds of a matrix product, the shortest of several."""
+    is_cpu = device.type == "cpu"
+    matrix = torch.ones((256, 256) if is_cpu else (4096, 4096), device=device)
+    matrix = matrix if is_cpu else matrix.bfloat16()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        if not is_cpu:
+            torch.accelerator.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def make_trackers(recipe: Recipe, folder: Path, done: int) -> list[Tracker]:

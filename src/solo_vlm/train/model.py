@@ -197,7 +197,7 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
     try:
         from torchao.float8 import convert_to_float8_training
     except ImportError as error:
-        raise SoloError("float8: requires torchao; pip install torchao") from error
+        raise SoloError("float8: requires torchao; pip install 'solo-vlm[low-bit]'") from error
     for layer in decoder_layers(model):
         convert_to_float8_training(layer)
 

@@ -11,11 +11,16 @@ from pydantic_core import PydanticCustomError
 from solo_vlm.data.mixture import DataSettings, Mixture, SourceSettings
 from solo_vlm.utils.settings import Settings
 
+_MAX_BFLOAT16_BETA = 0.98
+
 
 class OptimizerSettings(Settings):
-    """AdamW and its learning-rate schedule; the defaults are those of the paper's pre-training.
+    """Optimizer and its learning-rate schedule; the defaults are those of the paper's pre-training.
 
     Attributes:
+        name: "adamw" keeps its moments in float32, "adamw_bf16" in bfloat16, "adamw_8bit" those of the
+            matrices in decoder layers in 8 bits (needs torchao); "muon" (Jordan et al. 2024) orthogonalizes
+            the updates of the linear layers in decoder layers, and trains everything else by AdamW.
         learning_rate: Peak learning rate, reached after warm-up.
         patch_learning_rate: Peak learning rate of the patch embedding (default: `learning_rate`). Small
             decoders need a smaller one. Its ratio to `learning_rate` is constant over the schedule.
@@ -27,6 +32,7 @@ class OptimizerSettings(Settings):
         max_grad_norm: Gradient norm above which gradients are clipped.
     """
 
+    name: Literal["adamw", "adamw_bf16", "adamw_8bit", "muon"] = "adamw"
     learning_rate: PositiveFloat = 5e-5
     patch_learning_rate: PositiveFloat | None = None
     min_learning_rate: float = Field(5e-6, ge=0)
@@ -35,6 +41,18 @@ class OptimizerSettings(Settings):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _check_rounding(self) -> Self:
+        # A step changes the second moment by at least 1 - beta2 where gradients vanish; bfloat16 has 8 bits.
+        if self.name == "adamw_bf16" and self.betas[1] > _MAX_BFLOAT16_BETA:
+            raise PydanticCustomError(
+                "beta_above_rounding",
+                "betas = {betas}: bfloat16 moments would round off the steps of a second beta above "
+                "{maximum}; lower it, or set name to adamw_8bit or adamw",
+                {"betas": list(self.betas), "maximum": _MAX_BFLOAT16_BETA},
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_minimum(self) -> Self:
@@ -73,6 +91,49 @@ class ParallelSettings(Settings):
 
     tensor: PositiveInt = 1
     reshard: bool = True
+
+
+class TimeoutSettings(Settings):
+    """Seconds that a process waits for the others before the run fails.
+
+    Attributes:
+        start: Until the first step is done, which loads the model and compiles it, and while a checkpoint or
+            the model is saved.
+        step: Between steps.
+    """
+
+    start: PositiveFloat = 1800
+    step: PositiveFloat = 300
+
+
+class ProfileSettings(Settings):
+    """Steps to record with torch's profiler, as a Chrome trace per process in `out/profile`.
+
+    Attributes:
+        steps: First and last step, counted from 1. The first steps of a run are slower than the others.
+    """
+
+    steps: tuple[PositiveInt, PositiveInt]
+
+    @property
+    def first(self) -> int:
+        """First step to record."""
+        return self.steps[0]
+
+    @property
+    def last(self) -> int:
+        """Last step to record."""
+        return self.steps[1]
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.last < self.first:
+            raise PydanticCustomError(
+                "steps_reversed",
+                "steps = {steps}: the last step comes before the first; swap them",
+                {"steps": list(self.steps)},
+            )
+        return self
 
 
 class LoraSettings(Settings):
@@ -132,6 +193,8 @@ class Recipe(Settings):
         parallel: Tensor and data parallelism.
         validation: Held-out data, if any.
         checkpoint: Checkpoint intervals and retention.
+        timeouts: Timeouts of collectives.
+        profile: Steps to record with torch's profiler, if any.
         log_interval: Steps between lines of metrics.
         trackers: Destinations of metrics in addition to `metrics.jsonl`.
         max_nonfinite: Consecutive steps that may be skipped for a non-finite loss or gradient.
@@ -156,6 +219,8 @@ class Recipe(Settings):
     parallel: ParallelSettings = ParallelSettings()
     validation: ValidationSettings | None = None
     checkpoint: CheckpointSettings = CheckpointSettings()
+    timeouts: TimeoutSettings = TimeoutSettings()
+    profile: ProfileSettings | None = None
     log_interval: PositiveInt = 10
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     max_nonfinite: PositiveInt = 5

@@ -30,6 +30,8 @@ _RESUMABLE = (
     "parallel",
     "activation_checkpointing",
     "compile",
+    "timeouts",
+    "profile",
     "log_interval",
     "trackers",
     "checkpoint",

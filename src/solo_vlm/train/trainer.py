@@ -39,11 +39,19 @@ from solo_vlm.train.estimate.memory import recognize_device
 from solo_vlm.train.estimate.plan import planned_steps
 from solo_vlm.train.experts import ExpertRouting, Routed
 from solo_vlm.train.failures import Stopped, StopRequest, catch_signals
-from solo_vlm.train.metrics import MetricsLogger, make_trackers, memory_gb, progress_bar
+from solo_vlm.train.metrics import (
+    MetricsLogger,
+    first_start,
+    make_trackers,
+    memory_gb,
+    progress_bar,
+    slowest_process,
+)
 from solo_vlm.train.model import make_model
 from solo_vlm.train.optimizer import learning_rate, make_optimizer, set_learning_rate
-from solo_vlm.train.parallel.context import LONG_TIMEOUT, SHORT_TIMEOUT, DistributedContext, init_distributed
+from solo_vlm.train.parallel.context import DistributedContext, init_distributed
 from solo_vlm.train.parallel.sharding import average_replicated_gradients, reshard
+from solo_vlm.train.profile import StepProfiler
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import prepare_output_dir, write_manifest
 from solo_vlm.utils.errors import SoloError
@@ -110,6 +118,7 @@ class Trainer:
         context.check_same_data(self.sources)
         self._lock: IO[str] | None = None
         checkpoint = context.broadcast_from_rank0(lambda: self._prepare_output_dir(resume))
+        self.started = first_start(self.out) if context.is_main_process else 0.0
 
         set_seed(recipe.seed)
         self.model, self.processor = make_model(recipe, context)
@@ -131,7 +140,7 @@ class Trainer:
         folder = self.out / "checkpoints"
         self.checkpointer = Checkpointer(folder, settings.keep, settings.asynchronous, context)
         if context.is_main_process:
-            warn_if_disk_is_short(self.out, self.model, settings.keep)
+            warn_if_disk_is_short(self.out, self.model, self.optimizer, settings.keep)
         self.validator = Validator(recipe, self.processor, context) if recipe.validation else None
         try:
             self.shape: ModelShape | None = ModelShape.of(self.model.config)
@@ -140,6 +149,7 @@ class Trainer:
             self.shape = None
         device = recognize_device(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
         self.peak_flops = device.peak_flops * context.dims.world_size if device else None
+        self.profiler = StepProfiler(recipe.profile, self.out, context.rank)
         self.metrics_logger = None
         if context.is_main_process:
             trackers = make_trackers(recipe, self.out, self.state.step)
@@ -153,10 +163,12 @@ class Trainer:
         try:
             while self.state.step < (self.recipe.steps or sys.maxsize) and self.train_step():
                 if self.state.step == first_step:  # which may have compiled the model
-                    self.context.set_timeout(SHORT_TIMEOUT)
+                    self.context.set_timeout(self.recipe.timeouts.step)
             self._finish_saving()
         except BaseException:
             self.loader.close()
+            with suppress(Exception):
+                self.profiler.close()
             # A failing process still completes its part of a checkpoint that all processes are writing.
             with suppress(Exception), self.stop.uninterrupted():
                 self.checkpointer.wait(_SAVE_TIMEOUT)
@@ -164,8 +176,9 @@ class Trainer:
                 self._close_logger()
             raise
         self.loader.close()
+        self.profiler.close()
         self._close_logger()
-        self.context.set_timeout(LONG_TIMEOUT)
+        self.context.set_timeout(self.recipe.timeouts.start)
         seconds = time.perf_counter() - started
         summary = {
             "steps": self.state.step,
@@ -188,6 +201,7 @@ class Trainer:
     def train_step(self) -> bool:
         """Run one optimizer step; return False if the data has ended before it."""
         recipe, context, state = self.recipe, self.context, self.state
+        self.profiler.before_step(state.step + 1)
 
         # This rank's packed sequences of the global batch, and token counts over all ranks.
         started = time.perf_counter()
@@ -220,7 +234,9 @@ class Trainer:
         if not result.is_finite:
             self._skip_step(result, sequences)
 
+        self.profiler.after_step(state.step)
         seconds = time.perf_counter() - started
+        state.productive_seconds += seconds - data_wait
         metrics = {
             "loss": result.loss,
             "learning_rate": rate,
@@ -249,7 +265,9 @@ class Trainer:
             if self.experts:
                 metrics.update(self.experts.metrics(context))
             left_out = {n: c for n, c in self._sample_counts().items() if n.startswith(_LEFT_OUT)}
+            metrics.update(slowest_process(context))
             if self.metrics_logger:
+                metrics["goodput"] = state.productive_seconds / (time.time() - self.started)
                 self.metrics_logger.log(state.step, {**metrics, **left_out})
         if self.metrics_logger:
             self.metrics_logger.advance(state.step)

@@ -29,6 +29,7 @@ from solo_vlm.train.estimate.memory import (
 )
 from solo_vlm.train.estimate.plan import make_plan, planned_steps
 from solo_vlm.train.model import set_trainable, use_activation_checkpointing
+from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
@@ -77,6 +78,19 @@ def test_weights_gradients_and_moments_are_exact():
     assert memory.optimizer == size(moments)
     shared = memory_per_device(ModelShape.of(CONFIG), recipe(), ParallelDims(4, 1, 32))
     assert shared.weights + shared.gradients + shared.optimizer == 16 * count_parameters(CONFIG).total / 4
+
+
+@pytest.mark.parametrize("name", ["adamw_bf16", "adamw_8bit", "muon"])
+@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 64}}, {"trainable": "patch_embedding"}])
+def test_optimizer_state_matches_optimizer(name, changes):
+    if name == "adamw_8bit":
+        pytest.importorskip("torchao")
+    model = SoloForConditionalGeneration(CONFIG)
+    settings = recipe(f"optimizer.name={name}", **changes)
+    set_trainable(model, settings)
+    states = make_optimizer(model, settings.optimizer).state.values()
+    expected = size(tensor for state in states for key, tensor in state.items() if key != "step")
+    assert memory_per_device(ModelShape.of(CONFIG), settings, ALONE).optimizer == expected
 
 
 def test_tensor_parallelism_splits_layer_matrices():

@@ -11,9 +11,17 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from solo_vlm.data.encode import load_encoder
-from solo_vlm.models.flops import ModelShape, ParameterCounts, forward_flops
+from solo_vlm.models.flops import Flops, ModelShape, ParameterCounts, forward_flops
 from solo_vlm.models.load import load_config
+from solo_vlm.train.estimate.communication import (
+    Collective,
+    Network,
+    Speed,
+    collectives,
+    expected_speeds,
+)
 from solo_vlm.train.estimate.data import DataEstimate, estimate_data
+from solo_vlm.train.estimate.host import HostMemory, host_memory
 from solo_vlm.train.estimate.memory import Device, Memory, memory_per_device, trained_parameters
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.parallel.tensor_parallel import check_tensor_parallel
@@ -34,6 +42,8 @@ class Plan:
             one text document per sequence is assumed, which maximizes attention.
         data_missing: Reason for a missing estimate, if any.
         mfu: Assumed model FLOPs utilization.
+        host: Main memory of one machine.
+        network: Network between the devices, if it is known.
     """
 
     recipe: Recipe
@@ -47,6 +57,8 @@ class Plan:
     data: DataEstimate | None
     data_missing: str
     mfu: float
+    host: HostMemory
+    network: Network | None = None
 
     @property
     def parameters(self) -> ParameterCounts:
@@ -66,13 +78,32 @@ class Plan:
     @property
     def flops_per_step(self) -> int:
         """FLOPs of forward and backward pass over all processes, without recomputation."""
-        length = self.recipe.data.sequence_length
+        is_frozen = self.recipe.is_decoder_frozen
+        return self.forward_flops.training_frozen if is_frozen else self.forward_flops.training
+
+    @property
+    def forward_flops(self) -> Flops:
+        """FLOPs of the forward pass of a step over all processes."""
+        length, batch = self.recipe.data.sequence_length, self.recipe.global_batch
         documents = max(round(length / self.data.document_length), 1) if self.data else 1
         vision = round(length * self.data.vision_share) if self.data else 0
-        borders = np.linspace(0, length, documents + 1).astype(int)
-        flops = forward_flops(self.shape, np.diff(borders), patches=vision, predicted=length - vision)
-        is_frozen = self.recipe.is_decoder_frozen
-        return self.recipe.global_batch * (flops.training_frozen if is_frozen else flops.training)
+        lengths = np.tile(np.diff(np.linspace(0, length, documents + 1).astype(int)), batch)
+        return forward_flops(self.shape, lengths, batch * vision, predicted=batch * (length - vision))
+
+    @property
+    def collectives(self) -> list[Collective]:
+        """Collectives of a step."""
+        return collectives(self.shape, self.recipe, self.dims)
+
+    @property
+    def speeds(self) -> tuple[Speed, Speed] | None:
+        """Worst and best expected speed of a step; None if the network is not known."""
+        if self.network is None:
+            return None
+        counts = self.forward_flops, self.flops_per_step
+        return expected_speeds(
+            *counts, self.shape, self.recipe, self.dims, self.device.peak_flops, self.network
+        )
 
     @property
     def seconds_per_step(self) -> float:
@@ -159,11 +190,20 @@ class Plan:
             "flops_per_step": self.flops_per_step,
             "seconds_per_step": self.seconds_per_step,
             "seconds": self.seconds,
+            "host_memory": {"total": self.host.total, **asdict(self.host)},
+            "collectives": [{**asdict(each), "sent": each.sent} for each in self.collectives],
+            "network": asdict(self.network) if self.network else None,
+            "speeds": [asdict(speed) for speed in self.speeds] if self.speeds else None,
         }
 
 
 def make_plan(
-    recipe: Recipe, processes: int, device: Device, mfu: float, config_folder: Path | None = None
+    recipe: Recipe,
+    processes: int,
+    device: Device,
+    mfu: float,
+    config_folder: Path | None = None,
+    network: Network | None = None,
 ) -> Plan:
     """Plan a run. No weights are read, and the model need not exist yet.
 
@@ -171,6 +211,7 @@ def make_plan(
         processes: Number of processes, one per device.
         mfu: Assumed model FLOPs utilization: model FLOPs over peak FLOPs of the devices.
         config_folder: Folder whose `config.json` describes the model while it does not exist yet.
+        network: Network between the devices, if it is known.
 
     Raises:
         SoloError: There is no configuration of the model, its family is not supported, or global batch or
@@ -194,6 +235,8 @@ def make_plan(
         data=data,
         data_missing=missing,
         mfu=mfu,
+        host=host_memory(shape, recipe, dims, *(data.vision_share, data.document_length) if data else ()),
+        network=network,
     )
 
 

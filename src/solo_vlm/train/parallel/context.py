@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -16,14 +16,11 @@ from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeo
 
 from solo_vlm.data.sources import Source, fingerprints, is_same_data
 from solo_vlm.train.failures import Stopped, StopRequest, fail_together
-from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.recipe import Recipe, TimeoutSettings
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import describe_changes, find_changes
 
 DP, TP = "dp", "tp"  # mesh dimensions
-
-LONG_TIMEOUT = timedelta(minutes=30)  # if one process may work alone: reading or writing a large model
-SHORT_TIMEOUT = timedelta(minutes=5)  # if all processes do the same: at startup and between steps
 
 T = TypeVar("T")
 
@@ -79,12 +76,14 @@ class DistributedContext:
 
     Attributes:
         mesh: Device mesh (dp, tp), or None for a single process that needs no process group.
+        timeouts: Timeouts of collectives.
     """
 
     rank: int
     dims: ParallelDims
     device: torch.device
     mesh: DeviceMesh | None = None
+    timeouts: TimeoutSettings = field(default_factory=TimeoutSettings)
 
     @property
     def is_main_process(self) -> bool:
@@ -140,18 +139,27 @@ class DistributedContext:
         if self.mesh is not None:
             dist.barrier()
 
-    def set_timeout(self, timeout: timedelta) -> None:
+    def per_rank(self, value: float) -> list[float]:
+        """Return one value per process, by rank, in every process."""
+        values = torch.zeros(self.dims.world_size, dtype=torch.float64, device=self.device)
+        values[self.rank] = value
+        if self.mesh is not None:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def set_timeout(self, seconds: float) -> None:
         """Set the timeout of all further collectives."""
+        timeout = timedelta(seconds=seconds)
         if self.mesh is not None:
             for group in (None, self.mesh.get_group(DP), self.mesh.get_group(TP)):
                 _set_pg_timeout(timeout, group)
 
     @contextmanager
     def long_timeout(self) -> Iterator[None]:
-        """Extend the timeout of collectives in the body for writing a large model."""
-        self.set_timeout(LONG_TIMEOUT)
+        """Extend the timeout of collectives in the body, where one process may work alone."""
+        self.set_timeout(self.timeouts.start)
         yield
-        self.set_timeout(SHORT_TIMEOUT)
+        self.set_timeout(self.timeouts.step)
 
     def check_same_settings(self, recipe: Recipe) -> None:
         """Require every process to have the recipe of process 0."""
@@ -202,7 +210,8 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
         finally:
             dist.destroy_process_group()
         return
-    dist.init_process_group(backend, timeout=SHORT_TIMEOUT)  # torchrun starts all processes at once
+    # torchrun starts all processes at once.
+    dist.init_process_group(backend, timeout=timedelta(seconds=recipe.timeouts.step))
     try:
         with fail_together(_get_default_store(), rank, stop or StopRequest()):
             yield _make_context(recipe, world_size, rank, device)
@@ -215,8 +224,8 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
 def _make_context(recipe: Recipe, world_size: int, rank: int, device: torch.device) -> DistributedContext:
     dims = ParallelDims.from_recipe(recipe, world_size)
     mesh = init_device_mesh(device.type, (dims.dp, dims.tp), mesh_dim_names=(DP, TP))
-    context = DistributedContext(rank, dims, device, mesh)
-    context.set_timeout(LONG_TIMEOUT)
+    context = DistributedContext(rank, dims, device, mesh, recipe.timeouts)
+    context.set_timeout(recipe.timeouts.start)
     return context
 
 
