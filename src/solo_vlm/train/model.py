@@ -13,12 +13,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from solo_vlm.check.certificate import require_exact_packing
+from solo_vlm.check.certificate import require_exact_packing, require_exact_slices
 from solo_vlm.check.probe import QUANTIZED, TOLERANCES
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_config, load_llm, load_model, quantization_config
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.parallel.context import DistributedContext
+from solo_vlm.train.parallel.context_parallel import check_context_parallel, exchange_heads
 from solo_vlm.train.parallel.sharding import decoder_layers, load_full_state_dict, shard_model
 from solo_vlm.train.parallel.tensor_parallel import check_tensor_parallel
 from solo_vlm.train.recipe import LoraSettings, Recipe
@@ -68,6 +69,8 @@ def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedM
     else:
         model, processor = _load_sharded(recipe, context)
     isolate_documents(model)
+    if context.slices is not None:
+        exchange_heads(model, context.slices)
     # torch cannot compile a checkpoint around layers that tensor parallelism splits, so it stays outside.
     compile_first = recipe.activation_checkpointing == "full" and context.dims.tp > 1
     if recipe.compile and compile_first:
@@ -223,12 +226,20 @@ def _load_checked(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
 def _load_sharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
     """Read the weights in rank 0 only, and distribute them to the shards of all ranks."""
     world_size, source = context.dims.world_size, recipe.mixture.model_source()
-    if context.dims.tp > 1:
-        context.broadcast_from_rank0(lambda: check_tensor_parallel(load_config(source), context.dims.tp))
+    tp, cp = context.dims.tp, context.dims.cp
+
+    def check() -> None:
+        check_tensor_parallel(load_config(source), tp)
+        check_context_parallel(load_config(source), cp, tp)
+
+    if tp > 1 or cp > 1:
+        context.broadcast_from_rank0(check)
     loaded: list[PreTrainedModel] = []
 
     def describe() -> tuple[type[PreTrainedModel], Any, Any, dict[str, Tensor], Any]:
         model, processor = _load_checked(recipe)
+        if cp > 1:
+            require_exact_slices(model, source, cp)
         set_trainable(model, recipe, world_size)
         loaded.append(model)
         return type(model), model.config, model.generation_config, dict(model.named_buffers()), processor

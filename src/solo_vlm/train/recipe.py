@@ -83,15 +83,23 @@ class CheckpointSettings(Settings):
 
 
 class ParallelSettings(Settings):
-    """Parallelism. Processes form groups of size `tensor`, and the data is divided among the groups (FSDP).
+    """Parallelism. Groups of `tensor` x `context` processes read different data and share parameters (FSDP).
 
     Attributes:
-        tensor: Tensor-parallel degree; 2 in the paper.
+        tensor: Processes that split every layer; 2 in the paper.
+        context: Processes that compute a slice of every packed sequence each.
+        replicate: Copies of the parameters (HSDP), usually the number of machines: each is sharded within a
+            machine, and gradients are summed over the copies once per step.
+        defer_reduction: Sum the gradients of processes once per step, not after every packed sequence: less
+            communication, and memory for whole gradients in float32.
         reshard: Free the gathered weights of a layer after its forward pass and gather them again for its
             backward pass: less memory, more communication.
     """
 
     tensor: PositiveInt = 1
+    context: PositiveInt = 1
+    replicate: PositiveInt = 1
+    defer_reduction: bool = False
     reshard: bool = True
 
 
@@ -226,7 +234,7 @@ class Recipe(Settings):
         router_aux_loss: Coefficient of the auxiliary loss that balances the load of experts. "auto": the
             model's own (`router_aux_loss_coef`); 0 if its routers are frozen, or if transformers has no such
             loss for its family.
-        parallel: Tensor and data parallelism.
+        parallel: Parallelism of data, context and layers.
         validation: Evaluation on held-out data while training, if any.
         checkpoint: Checkpoint intervals and retention.
         timeouts: Timeouts of collectives.

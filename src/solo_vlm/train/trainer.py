@@ -28,6 +28,7 @@ from solo_vlm.data.loader import LoadedSequence, PackedLoader
 from solo_vlm.data.mixture import make_loader
 from solo_vlm.models.flops import ModelShape, training_flops
 from solo_vlm.train.answers import AnswerLog
+from solo_vlm.train.balance import Balancer
 from solo_vlm.train.checkpoint import (
     Checkpointer,
     TrainState,
@@ -51,7 +52,7 @@ from solo_vlm.train.metrics import (
 from solo_vlm.train.model import autocast, make_model
 from solo_vlm.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from solo_vlm.train.parallel.context import DistributedContext, init_distributed
-from solo_vlm.train.parallel.sharding import average_replicated_gradients
+from solo_vlm.train.parallel.sharding import average_replicated_gradients, reduce_gradients
 from solo_vlm.train.profile import StepProfiler
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import prepare_output_dir, write_manifest
@@ -123,7 +124,7 @@ class Trainer:
 
         set_seed(recipe.seed)
         self.model, self.processor = make_model(recipe, context)
-        self.experts = ExpertRouting.of(self.model, recipe.router_aux_loss)
+        self.experts = ExpertRouting.of(self.model, recipe.router_aux_loss, context.slices)
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
         dp = context.dims.dp
         self.loader = make_loader(recipe.mixture, self.processor, self.sources, context.dp_rank, dp)
@@ -151,6 +152,9 @@ class Trainer:
         except SoloError as error:
             logger.warning("metrics will have no FLOPs: %s", error)
             self.shape = None
+        self.balancer: Balancer | None = None
+        if self.shape and context.dims.dp > 1 and context.dims.gradient_accumulation_steps > 1:
+            self.balancer = Balancer(self.shape, recipe.activation_checkpointing, context)
         device = recognize_device(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
         self.peak_flops = device.peak_flops * context.dims.world_size if device else None
         self.profiler = StepProfiler(recipe.profile, self.out, context.rank)
@@ -222,10 +226,12 @@ class Trainer:
                 self._log(self._validate())
                 self._save_best()
             return False
+        if self.balancer:
+            sequences = self.balancer(sequences)
         batches = [sequence.batch if sequence else self.loader.empty_batch() for sequence in sequences]
 
-        # Reseed from (seed, step, dp_rank), so checkpoints need no RNG state.
-        entropy = (recipe.seed, state.step, context.dp_rank)
+        # Reseed from (seed, step, rank), so checkpoints need no RNG state.
+        entropy = (recipe.seed, state.step, context.dp_rank, context.cp_rank)
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         rate = learning_rate(state.step, state.total_steps, recipe.optimizer)
         set_learning_rate(self.optimizer, rate)
@@ -411,7 +417,7 @@ class StepResult:
         loss: Mean cross entropy over all supervised tokens of the global batch.
         gradient_norm: Global gradient norm before clipping.
         is_finite: Whether both are finite; otherwise the weights were not updated.
-        losses: Contributions of this process's sequences to `loss`.
+        losses: Contributions of this process's sequences, all slices of them, to `loss`.
     """
 
     loss: float
@@ -437,7 +443,11 @@ def optimizer_step(
         supervised: Supervised tokens of the global batch over all processes.
         experts: Routing of a mixture of experts, with this step started.
     """
-    losses = forward_backward(model, batches, supervised, autocast(recipe, context), experts)
+    part, is_deferred = (context.cp_rank, context.dims.cp), recipe.parallel.defer_reduction
+    losses = forward_backward(
+        model, batches, supervised, autocast(recipe, context), experts, part, is_deferred
+    )
+    losses = context.sum_slices(*losses)
     (loss,) = context.sum(sum(losses))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if context.mesh is not None and context.dims.tp > 1:
@@ -456,15 +466,23 @@ def forward_backward(
     supervised: int,
     precision: AbstractContextManager[Any],
     experts: ExpertRouting | None = None,
+    part: tuple[int, int] = (0, 1),
+    is_deferred: bool = False,
 ) -> list[float]:
-    """Accumulate gradients; return each batch's summed cross entropy divided by `supervised`."""
+    """Accumulate gradients; return each batch's summed cross entropy divided by `supervised`.
+
+    Args:
+        part: Index of this process's slice of each packed sequence, and the number of slices.
+        is_deferred: See `reduce_gradients`.
+    """
     losses = []
     for row, batch in enumerate(batches):
         recording: AbstractContextManager[list[Routed]] = experts.recording() if experts else nullcontext([])
         with precision, recording as routed:
-            inputs = model_inputs(model, batch)
+            inputs = model_inputs(model, batch, *part)
             loss = model(**inputs, use_cache=False, num_items_in_batch=max(supervised, 1)).loss
         penalty = experts.add_row(row, routed) if experts else 0.0
+        reduce_gradients(model, row == len(batches) - 1, is_deferred)
         (loss + penalty).backward()
         losses.append(loss.detach())
     return torch.stack(losses).tolist()

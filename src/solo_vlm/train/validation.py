@@ -122,10 +122,11 @@ class LossValidator:
         while self._context.max(len(batches := list(islice(sequences, dp)))):
             batch = batches[dp_rank] if dp_rank < len(batches) else loader.empty_batch()
             with autocast(self._recipe, self._context):
-                inputs = model_inputs(model, batch)
+                inputs = model_inputs(model, batch, self._context.cp_rank, self._context.dims.cp)
                 total += model(**inputs, use_cache=False, num_items_in_batch=1, logits_to_keep=1).loss.item()
             supervised += num_supervised_tokens([batch])
         model.train()
         reshard(model)
+        (total,) = self._context.sum_slices(total)
         total, supervised = self._context.sum(total, supervised)
         return total / max(supervised, 1)

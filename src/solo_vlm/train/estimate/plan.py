@@ -25,8 +25,9 @@ from solo_vlm.train.estimate.host import HostMemory, host_memory
 from solo_vlm.train.estimate.memory import Device, Memory, memory_per_device, trained_parameters
 from solo_vlm.train.estimate.questions import QuestionEstimate, estimate_questions, forward_passes
 from solo_vlm.train.parallel.context import ParallelDims
+from solo_vlm.train.parallel.context_parallel import check_context_parallel
 from solo_vlm.train.parallel.tensor_parallel import check_tensor_parallel
-from solo_vlm.train.recipe import ParallelSettings, Recipe
+from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
 _USABLE = 0.9  # share of the device memory; the rest covers what `memory.py` does not count
@@ -137,18 +138,17 @@ class Plan:
         recipe, parallel, processes = self.recipe, self.recipe.parallel, self.dims.world_size
         changes: dict[str, dict[str, Any]] = {
             "activation_checkpointing=full": {"activation_checkpointing": "full"},
-            "parallel.reshard=true": {"parallel": ParallelSettings(tensor=parallel.tensor)},
-            f"parallel.tensor={2 * parallel.tensor}": {
-                "parallel": ParallelSettings(tensor=2 * parallel.tensor, reshard=parallel.reshard)
-            },
         }
+        values: dict[str, Any] = {"reshard": True, "defer_reduction": False, "replicate": 1}
+        values |= {"tensor": 2 * parallel.tensor, "context": 2 * parallel.context}
+        for name, value in values.items():
+            changed = parallel.model_copy(update={name: value})
+            changes[f"parallel.{name}={str(value).lower()}"] = {"parallel": changed}
         totals = {}
         for change, update in changes.items():
-            changed = recipe.model_copy(update=update)
+            new = recipe.model_copy(update=update)
             try:
-                total = memory_per_device(
-                    self.shape, changed, _parallel_dims(changed, processes, self.config)
-                ).total
+                total = memory_per_device(self.shape, new, _parallel_dims(new, processes, self.config)).total
             except SoloError:  # does not divide processes or layers
                 continue
             if total < self.memory.total:
@@ -282,6 +282,7 @@ def _parallel_dims(recipe: Recipe, processes: int, config: PreTrainedConfig) -> 
     """Return the parallel dimensions; raise SoloError if they cannot split the layers."""
     dims = ParallelDims.from_recipe(recipe, processes)
     check_tensor_parallel(config, dims.tp)
+    check_context_parallel(config, dims.cp, dims.tp)
     if recipe.lora and dims.tp > 1:
         raise SoloError("lora: adapters do not support tensor parallelism; set parallel.tensor to 1")
     return dims
