@@ -278,7 +278,7 @@ class SoloModel(SoloPreTrainedModel):
         if layout is not None and bidirectional:
             decoder = self.language_model.config
             if decoder._attn_implementation == PACKED_ATTENTION:
-                kwargs["image_index"] = layout[0]
+                kwargs.setdefault("image_index", layout[0])
             else:
                 attention_mask = image_masks(
                     decoder, layout[0], inputs_embeds, attention_mask, position_ids, past_key_values
@@ -495,6 +495,7 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SoloCausalLMOutputWithPast:
         """Compute logits, and the loss if `labels` are given.
@@ -507,6 +508,8 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             labels: (batch, length) int64, -100 at unsupervised positions; shifted here.
             logits_to_keep: Number of last positions to compute logits for (0: all), or their indices.
             num_items_in_batch: Supervised tokens of the global batch, the divisor of the summed loss.
+            shift_labels: (batch, length) int64, the label that each position predicts, in place of `labels`:
+                the last token of a slice of a sequence predicts the first one of the next slice.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -523,7 +526,8 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = supervised_cross_entropy(hidden_states, labels, self.head, num_items_in_batch)
+            shifted = labels if shift_labels is None else F.pad(shift_labels, (1, 0))
+            loss = supervised_cross_entropy(hidden_states, shifted, self.head, num_items_in_batch)
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.head(hidden_states[:, kept])
@@ -624,7 +628,8 @@ def supervised_cross_entropy(
 
     Args:
         hidden_states: (batch, length, hidden), output of the decoder.
-        labels: (batch, length) int64; `labels[:, t]` is the token at t, or -100 if unsupervised.
+        labels: (batch, length) int64; `labels[:, t]` is the token at t, or -100 if unsupervised. May be one
+            longer, for the last position to predict.
         head: Function from (n, hidden) to logits (n, vocabulary).
         num_items_in_batch: Supervised tokens of the global batch, the divisor of the summed loss. Default:
             those of this call, which gives the mean.
@@ -635,7 +640,7 @@ def supervised_cross_entropy(
     """
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
-    hidden = hidden_states[:, :-1][supervised]  # (n, hidden)
+    hidden = hidden_states[:, : targets.shape[1]][supervised]  # (n, hidden)
     targets = targets[supervised]  # (n,)
     total = hidden.sum().float() * 0.0
     for chunk, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):

@@ -7,6 +7,7 @@ them. Time is bytes over published bandwidth, of which NCCL's rings reach about 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,13 +84,13 @@ class Collective:
     """All collectives of one purpose in a step.
 
     Attributes:
-        payload: Bytes of the whole tensors.
+        payload: Bytes of the whole tensors; of an all-to-all, of what one process has.
         stride: Distance between the ranks of the group.
         overlaps: Whether computation can go on meanwhile.
     """
 
     purpose: str
-    kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
+    kind: Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
     payload: float
     size: int
     stride: int
@@ -117,22 +118,37 @@ def collectives(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> list[C
         layers += trained - shape.parameters.patch_embedding
         outside += shape.parameters.patch_embedding
     gathers = 2 if recipe.parallel.reshard else 1
+    reductions = 1 if recipe.parallel.defer_reduction else steps
+    shards, copies = dims.shards, dims.replicate
     found = [
         Collective(
             "weights",
             "all-gather",
             steps * compute * (gathers * layers + outside),
-            dims.dp,
+            shards,
             tp,
             overlaps=True,
         ),
-        Collective("gradients", "reduce-scatter", steps * _FLOAT32 * trained, dims.dp, tp, overlaps=True),
+        Collective("gradients", "reduce-scatter", reductions * _FLOAT32 * trained, shards, tp, overlaps=True),
+        Collective(
+            "copies of gradients",
+            "all-reduce",
+            _FLOAT32 * trained / shards,
+            copies,
+            tp * shards,
+            overlaps=True,
+        ),
     ]
+    passes = 2 + (recipe.activation_checkpointing == "full")
+    keys = shape.key * math.lcm(shape.key_heads // tp or 1, dims.cp) / (shape.key_heads // tp or 1)
+    states = (recipe.data.sequence_length / dims.cp) * 2 * (shape.query + keys) / tp * compute
+    exchanged = steps * shape.layers * passes * states
+    found.append(Collective("slices for heads", "all-to-all", exchanged, dims.cp, tp, overlaps=False))
     if tp > 1:
-        tokens = recipe.data.sequence_length
+        tokens = recipe.data.sequence_length / dims.cp
         passes = 5 if recipe.activation_checkpointing == "full" else 4
         hidden = steps * shape.layers * passes * tokens * shape.hidden * compute
-        replicated = _FLOAT32 * (outside + shape.parameters.norms - shape.hidden) / dims.dp
+        replicated = _FLOAT32 * (outside + shape.parameters.norms - shape.hidden) / shards
         found += [
             Collective("hidden states", "all-reduce", hidden, tp, 1, overlaps=False),
             Collective("replicated gradients", "all-reduce", replicated, tp, 1, overlaps=False),

@@ -59,12 +59,12 @@ def host_memory(
     data, devices = recipe.data, min(dims.world_size, DEVICES)
     patches = vision_share * shape.patch
     # Processes of a tensor-parallel group read the same data, each for itself.
-    streams = devices * data.streams / dims.dp
+    streams = devices * recipe.streams / dims.dp
     packers = len(data.sources) if data.weight_by == "sequences" else 1
     waiting = packers * data.packing_buffer * min(document_length, data.sequence_length)
     ready = max(data.workers, 1) * data.threads + _PREFETCHED * data.workers
     memory = memory_per_device(shape, recipe, dims)
-    trained = min(_FLOAT32 * trained_parameters(shape, recipe) / dims.dp, memory.weights)
+    trained = min(_FLOAT32 * trained_parameters(shape, recipe) / dims.shards, memory.weights)
     staged = devices * (trained + memory.optimizer) if recipe.checkpoint.asynchronous else 0
     return HostMemory(
         processes=devices * (1 + data.workers) * _PROCESS,

@@ -94,7 +94,8 @@ class Memory:
             activations are free by then.
         gathered: Temporarily unsharded tensors: weights, in the compute precision, of two FSDP units
             (`layers_per_fsdp_unit`; the next one is prefetched) or, without `parallel.reshard`, of all, and
-            those outside layers; gradients of one unit and of those, before they are reduced.
+            those outside layers; gradients of one unit and of those, before they are reduced, or with
+            `parallel.defer_reduction` of all.
         activations: Activations saved for the backward pass, and the peak working memory of the backward
             pass of one layer or one chunk of the loss.
     """
@@ -120,7 +121,7 @@ def memory_per_device(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> 
     compute = compute_bytes(recipe)
     layer, outside = layer_weights(shape, dims.tp), outside_weights(shape)
     whole = shape.layers * layer + outside
-    weights = _FLOAT32 * whole / dims.dp
+    weights = _FLOAT32 * whole / dims.shards
     unit = layers_per_fsdp_unit(shape.layers, round(layer_weights(shape)))
     layers_gathered = min(2 * unit, shape.layers) if recipe.parallel.reshard else shape.layers
     gathered = compute * (layers_gathered * layer + outside)
@@ -129,10 +130,12 @@ def memory_per_device(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> 
     trained, waiting = whole, unit * layer + outside
     if recipe.lora or recipe.trainable != "all":
         trained = waiting = trained_parameters(shape, recipe)
+    if recipe.parallel.defer_reduction and dims.gradient_accumulation_steps > 1:
+        waiting = trained
     return Memory(
         weights=round(weights),
-        gradients=round(_FLOAT32 * trained / dims.dp),
-        optimizer=round(_optimizer_bytes(shape, recipe, dims.tp) / dims.dp),
+        gradients=round(_FLOAT32 * trained / dims.shards),
+        optimizer=round(_optimizer_bytes(shape, recipe, dims.tp) / dims.shards),
         gathered=round(gathered + (compute + _FLOAT32) * waiting),
         activations=kept_activations(shape, recipe, dims) + _working_activations(shape, recipe, dims),
     )
@@ -147,7 +150,7 @@ def kept_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> i
     layer = _kept_of_layer(shape, recipe, dims)
     # The last norm, and the hidden states at supervised tokens; patches as bytes, and normalized.
     ends = (_FLOAT32 + 2 * compute) * shape.hidden + (1 + compute) * shape.patch
-    return round(recipe.data.sequence_length * (shape.layers * layer + ends))
+    return round(recipe.data.sequence_length / dims.cp * (shape.layers * layer + ends))
 
 
 def trained_parameters(shape: ModelShape, recipe: Recipe) -> int:
@@ -201,7 +204,7 @@ def outside_weights(shape: ModelShape) -> int:
 
 def _working_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> int:
     """Return the working bytes of the backward pass: the maximum of one layer and one loss chunk."""
-    compute, tokens = compute_bytes(recipe), recipe.data.sequence_length
+    compute, tokens = compute_bytes(recipe), recipe.data.sequence_length // dims.cp
     recomputed = _all_of_layer(shape, dims, compute) - _kept_of_layer(shape, recipe, dims)
     # Gradients of the gate, the up projection and their product, which itself is freed by then.
     gradients = 2 * compute * shape.mlp / dims.tp
