@@ -238,7 +238,10 @@ def make_plan(
     _check_end(recipe)
     source = _config_source(recipe, config_folder)
     config = _read_config(source)
-    shape = ModelShape.of(config)
+    try:
+        shape = ModelShape.of(config)
+    except SoloError as error:
+        raise SoloError(f"no plan: {error}; the run needs none: start it without --dry-run") from error
     dims = _parallel_dims(recipe, processes, config)
     data, missing = _estimate(recipe, source)
     questions, questions_missing = _estimate_questions(recipe, source, shape)

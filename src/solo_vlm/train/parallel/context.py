@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.sources import Source
@@ -264,8 +265,17 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
         finally:
             dist.destroy_process_group()
         return
-    # torchrun starts all processes at once.
-    dist.init_process_group(backend, timeout=timedelta(seconds=recipe.timeouts.step))
+    # torchrun starts all processes at once. When it restarts them, its store still has the keys of the last
+    # attempt: addresses of processes that are gone, and their failure.
+    store, rank, world_size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(seconds=recipe.timeouts.step),
+        store=dist.PrefixStore(f"attempt-{attempt}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=world_size,
+    )
     try:
         with fail_together(_get_default_store(), rank, stop or StopRequest()):
             yield _make_context(recipe, world_size, rank, device)
