@@ -79,7 +79,7 @@ def test_requeued_slurm_job_resumes_by_itself(tmp_path):
             assert job.poll() is None
             time.sleep(0.1)
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)  # as --signal=B:TERM@600
-        assert job.wait(240) == 0
+        assert job.wait(600) == 0
     finally:
         job.terminate()
     assert [line["step"] for line in read_steps(tmp_path / "out")] == list(range(1, 61))

@@ -152,7 +152,7 @@ def test_torchrun_restarts_a_killed_run_from_its_checkpoint(torchrun, tmp_path, 
         options = two_machines()
     options += ["--max-restarts", "1"]
     started = [torchrun(1, "kill once", *options, steps=8) for _ in range(agents)]
-    printed = [agent.communicate(timeout=200)[1] for agent in started]
+    printed = [agent.communicate(timeout=600)[1] for agent in started]
     assert [agent.returncode for agent in started] == [0] * agents, printed
     assert [line["step"] for line in read_steps(tmp_path / "out")] == list(range(1, 9))
     assert (tmp_path / "out" / "model").is_dir()

@@ -35,7 +35,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=val
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _COUNTS = ("instances", "samples", "images", "tokens")
-_WELL_SHUFFLED = 0.5
+_WELL_SHUFFLED = 0.25
 
 
 @app.command("list")

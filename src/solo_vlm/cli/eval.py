@@ -69,6 +69,13 @@ def run(
     ],
     out: Annotated[Path, typer.Option(help="Output folder; an interrupted run resumes.")],
     tasks: AnyTasks = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead of tasks: a file of questions, or `validation.questions` of a recipe.",
+        ),
+    ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with further task files of lmms-eval, read recursively.")
     ] = None,
@@ -101,21 +108,30 @@ def run(
     A task that is no benchmark of `solo eval rescore` is run with lmms-eval's own data, prompts and scores.
     """
     _quiet_harness()
+    from solo_vlm.evaluate.question_run import QuestionRun, load_files
+    from solo_vlm.evaluate.questions import DEFAULT_MAX_NEW_TOKENS, parse_question_files
     from solo_vlm.evaluate.run import EvaluationRun
 
-    names = _task_names(tasks)
+    if questions and tasks:
+        raise SoloError("give either --tasks or --questions: a run has one kind of report")
+    names = [] if questions else _task_names(tasks)
+    files = load_files(parse_question_files(questions)) if questions else {}
     if engine == "transformers" and (base_url or api_key):
         raise SoloError("--base-url and --api-key need a served model: add --engine vllm or --engine openai")
     if judge and "mathvista" not in names:
         raise SoloError("--judge needs mathvista among the tasks")
     benchmarks = {"mathvista": _benchmark("mathvista", judge, judge_url)} if judge or judge_url else {}
-    opened, failed = _open_tasks(names, benchmarks, include_path, data_root)
+    opened, failed = _open_tasks(names, benchmarks, include_path, data_root) if names else ([], {})
     if engine == "transformers":
         backend, info = _local(model, dtype, batch_size)
     else:
         backend, info = _served(model, engine, base_url, api_key, concurrency)
-    run = EvaluationRun(out, info, limit, max_new_tokens)
-    scores, failed = run.evaluate(backend, opened, progress_bar, failed)
+    if questions:
+        asked = QuestionRun(out, info, limit, max_new_tokens or DEFAULT_MAX_NEW_TOKENS)
+        scores = asked.evaluate(backend, files, progress_bar)
+    else:
+        run = EvaluationRun(out, info, limit, max_new_tokens)
+        scores, failed = run.evaluate(backend, opened, progress_bar, failed)
     if json:
         facts = {"out": str(out), "model": info.as_dict(), "scores": [score.as_dict() for score in scores]}
         print_json({**facts, "failed": failed})

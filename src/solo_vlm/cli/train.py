@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,6 +100,14 @@ def _train(recipe: Recipe, resume: bool, json: bool) -> None:
         f"{result.model}: {metrics['steps']} steps, {metrics['tokens']:,} tokens, "
         f"{metrics['tokens_per_second']:,.0f} tokens/s"
     )
+    if metrics["stopped"]:
+        STDOUT.print(f"stopped early: {metrics['stopped']}")
+    if best := metrics["best"]:
+        STDOUT.print(
+            f"best: step {best['step']:,}, {best['metric']} {best['value']:.4g}; export it with solo convert "
+            f"checkpoint {result.model.parent} FOLDER --step {best['step']}",
+            soft_wrap=True,
+        )
 
 
 def _plan(
@@ -131,13 +140,8 @@ def _plan(
     )
     if json:
         return print_json(plan.as_dict())
-    for line in [
-        *_model_lines(plan),
-        *_run_lines(plan),
-        *_memory_lines(plan),
-        *_network_lines(plan),
-        *_advice_lines(plan),
-    ]:
+    parts = (_model_lines, _run_lines, _question_lines, _memory_lines, _network_lines, _advice_lines)
+    for line in chain.from_iterable(part(plan) for part in parts):
         STDOUT.print(line, markup=False)
 
 
@@ -167,15 +171,39 @@ def _run_lines(plan: Plan) -> list[str]:
             f"{plan.data.vision_share:.1%} vision tokens"
         )
     total = f", {_duration(plan.seconds)} in total" if plan.seconds else ""
+    copies = f" (parameters on {dims.replicate} x {dims.shards})" if dims.replicate > 1 else ""
+    slices = f" x context parallel {dims.cp}" if dims.cp > 1 else ""
+    layout = f"data parallel {dims.dp}{copies}{slices} x tensor parallel {dims.tp}"
     return [
         f"step        {batch:,} sequences of {length:,} tokens: {plan.tokens_per_step:,} tokens",
         f"run         {run}",
         f"data        {data}",
-        f"processes   {dims.world_size}: data parallel {dims.dp} x tensor parallel {dims.tp}, "
+        f"processes   {dims.world_size}: {layout}, "
         f"{dims.gradient_accumulation_steps} gradient accumulation steps",
         f"time        {_duration(plan.seconds_per_step)} per step{total}, on {dims.world_size} x "
         f"{device.name} at {plan.mfu:.0%} of {device.peak_flops / 1e12:,.0f} TFLOP/s",
     ]
+
+
+def _question_lines(plan: Plan) -> list[str]:
+    validation = plan.recipe.validation
+    if plan.questions_missing:
+        return [f"questions   not counted: {plan.questions_missing}"]
+    if not plan.questions or validation is None:
+        return []
+    lines = []
+    for file in plan.questions:
+        question, expected, metric = file.example
+        lines += [
+            f"{file.name}: {file.asked:,} of {file.total:,} in {file.path}, about {file.tokens:,.0f} tokens "
+            "each",
+            f"  {' '.join(question.split())[:80]} -> {expected[:40]} ({metric})",
+        ]
+    lines.append(
+        f"every {validation.interval:,} steps, at most {plan.question_passes:,} forward passes per process: "
+        f"{plan.question_share:.1%} of the FLOPs of the steps between"
+    )
+    return [f"{'' if number else 'questions':<12}{line}" for number, line in enumerate(lines)]
 
 
 def _memory_lines(plan: Plan) -> list[str]:

@@ -149,14 +149,18 @@ class Mixture(Settings):
         """Resolve a source's path relative to the root; return URLs unchanged."""
         return path if "://" in path else str(self.at(path))
 
+    @property
+    def limits(self) -> Limits:
+        """Limits for reading the files."""
+        return Limits(self.data.allow_outside_paths, self.data.max_row_bytes, self.data.max_shard_bytes)
+
     def open_sources(self) -> list[Source]:
         """Open all sources.
 
         Raises:
             SoloError: A source is missing, unreadable or empty.
         """
-        limits = Limits(self.data.allow_outside_paths, self.data.max_row_bytes, self.data.max_shard_bytes)
-        sources = [source.open(limits, self.source_path) for source in self.data.sources]
+        sources = [source.open(self.limits, self.source_path) for source in self.data.sources]
         for source in sources:
             if not len(source):
                 raise SoloError(f"{source.name} has no rows")

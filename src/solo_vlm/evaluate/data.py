@@ -100,9 +100,10 @@ def find_benchmark(benchmark: Benchmark, data_root: Path) -> tuple[str, list[Pat
         ]  # not hidden
         if chosen := _select_split(files, benchmark.split, benchmark.hub_config):
             return file_format, chosen
+    table = ", or put VLMEvalKit's TSV there" if benchmark.name in _CONVERTERS else ""
     raise SoloError(
         f"{folder} has no data of {benchmark.title} ({', '.join(_FORMATS)}): "
-        f"{download_command(benchmark, data_root)}, or put VLMEvalKit's TSV there"
+        f"{download_command(benchmark, data_root)}{table}"
     )
 
 

@@ -87,7 +87,8 @@ class EvaluationRun:
         from solo_vlm.evaluate.stock_tasks import TaskError
 
         folder = RunFolder(self.out)
-        run = self._begin(folder, failed or {})
+        run = begin_run(folder, self.model, self.limit, self.max_new_tokens, _PACKAGES)
+        run["failed"] = dict(failed or {})
         reports: list[TaskReport] = []
         for task in tasks:
             name = task[0].name if isinstance(task, tuple) else task.config.task
@@ -104,24 +105,6 @@ class EvaluationRun:
             folder.write_metadata(run)
         write_reports(self.out, run, reports)
         return [report.score for report in reports], run["failed"]
-
-    def _begin(self, folder: RunFolder, failed: Mapping[str, str]) -> dict[str, Any]:
-        """Return the metadata of the run, written before the first response."""
-        if (self.out / "run.json").exists():
-            if not self.model.matches(folder.read_metadata()):
-                raise SoloError(f"{self.out} holds a run of another model: choose another folder")
-        else:
-            check_new(self.out)
-        versions = {"solo_vlm": __version__, "python": platform.python_version()}
-        run = {
-            "model": self.model.as_dict(),
-            "settings": {"limit": self.limit, "max_new_tokens": self.max_new_tokens},
-            "versions": {**versions, **{name: metadata.version(name) for name in _PACKAGES}},
-            "tasks": {},
-            "failed": dict(failed),
-        }
-        folder.write_metadata(run)
-        return run
 
     def _evaluate(
         self,
@@ -226,3 +209,31 @@ def check_harness() -> None:
             f"evaluation needs lmms-eval ({error}): pip install 'solo-vlm[eval]', "
             "then pip install --no-deps lmms-eval==0.7.3"
         ) from error
+
+
+def begin_run(
+    folder: RunFolder,
+    model: ModelInfo,
+    limit: int | None,
+    max_new_tokens: int | None,
+    packages: Sequence[str],
+) -> dict[str, Any]:
+    """Return the metadata of a run, written before the first response.
+
+    Raises:
+        SoloError: The folder is not empty and has no run of this model.
+    """
+    if (folder.path / "run.json").exists():
+        if not model.matches(folder.read_metadata()):
+            raise SoloError(f"{folder.path} holds a run of another model: choose another folder")
+    else:
+        check_new(folder.path)
+    versions = {"solo_vlm": __version__, "python": platform.python_version()}
+    run = {
+        "model": model.as_dict(),
+        "settings": {"limit": limit, "max_new_tokens": max_new_tokens},
+        "versions": {**versions, **{name: metadata.version(name) for name in packages}},
+        "tasks": {},
+    }
+    folder.write_metadata(run)
+    return run

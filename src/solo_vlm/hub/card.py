@@ -209,7 +209,7 @@ class TrainingRun:
         private: Any = {**dict.fromkeys(_PRIVATE, True), "data": LOADER_SETTINGS}
         recipe = self.recipe.model_dump(mode="json", exclude_defaults=True, exclude=private)
         for part in (recipe["data"], recipe.get("validation") or {}):
-            for source in part.get("sources", []):
+            for source in (*part.get("sources", []), *part.get("questions", {}).values()):
                 source |= {key: public_name(source[key]) for key in ("path", "images") if key in source}
         return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 

@@ -56,6 +56,15 @@ _GATHERED_SIZE = 4 * 10**9  # bytes of a sharded model that one process gathers,
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Best:
+    """Best evaluation of a run so far: metric, its value, and the step."""
+
+    metric: str
+    value: float
+    step: int
+
+
 @dataclass
 class TrainState:
     """Progress of a run.
@@ -67,6 +76,9 @@ class TrainState:
         skipped_steps: Steps skipped for a non-finite loss or gradient.
         data: Merged state of the data loaders of all ranks.
         productive_seconds: Seconds that the steps took, without waiting for data.
+        best: Best evaluation, whose checkpoint is kept.
+        stale_evaluations: Evaluations since the best.
+        stopped: Reason why the run ended early; empty if it did not.
     """
 
     step: int = 0
@@ -75,6 +87,9 @@ class TrainState:
     skipped_steps: int = 0
     data: dict[str, Any] | None = None
     productive_seconds: float = 0.0
+    best: Best | None = None
+    stale_evaluations: int = 0
+    stopped: str = ""
 
 
 class Checkpointer:
@@ -84,7 +99,7 @@ class Checkpointer:
     all files. No RNG state is needed, because each step reseeds. Any number of processes can load them.
 
     Args:
-        keep: Number of newest checkpoints to keep.
+        keep: Number of newest checkpoints to keep, besides the best.
         asynchronous: Whether `save` returns before the files are written.
     """
 
@@ -116,7 +131,10 @@ class Checkpointer:
         )
         # Rank 0 finishes last, because it collects the metadata of all ranks.
         is_main = self._context.is_main_process
-        self._pending = self._finalizer.submit(self._finalize, future, partial, path) if is_main else future
+        best = state.best.step if state.best else None
+        self._pending = (
+            self._finalizer.submit(self._finalize, future, partial, path, best) if is_main else future
+        )
         if not self._asynchronous:
             self.wait()
 
@@ -135,8 +153,8 @@ class Checkpointer:
             with writing(self._folder):
                 pending.result(timeout)
 
-    def _finalize(self, written: Future[Any], partial: Path, path: Path) -> None:
-        """Rename a complete checkpoint and delete old ones, in the background."""
+    def _finalize(self, written: Future[Any], partial: Path, path: Path, best: int | None) -> None:
+        """Rename a complete checkpoint and delete old ones, except the best, in the background."""
         try:
             written.result()
             sync(partial)
@@ -145,6 +163,8 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)  # a failed save may have filled the disk
         sync(path.parent)
         for old in find_checkpoints(path.parent)[: -self._keep]:
+            if step_of(old) == best:
+                continue
             # Renamed first, so that a crash cannot leave half a checkpoint under a valid name.
             shutil.rmtree(old.rename(old.with_name(f"{_PARTIAL_PREFIX}{old.name}")))
 
@@ -183,7 +203,8 @@ def step_of(path: Path) -> int:
 def load_train_state(path: Path) -> TrainState:
     """Read the progress of the run from a checkpoint."""
     try:
-        state = TrainState(**json.loads((path / _STATE_FILE).read_text()))
+        values = json.loads((path / _STATE_FILE).read_text())
+        state = TrainState(**{**values, "best": Best(**values["best"]) if values.get("best") else None})
     except (OSError, ValueError, TypeError) as error:
         raise SoloError(f"cannot resume from {path}: {_STATE_FILE} is not readable: {error}") from error
     if state.step != step_of(path):

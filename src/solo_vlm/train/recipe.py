@@ -9,6 +9,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from solo_vlm.data.mixture import DataSettings, Mixture, SourceSettings, default_streams
+from solo_vlm.data.sources import Source
+from solo_vlm.evaluate.questions import DEFAULT_MAX_NEW_TOKENS, QuestionFiles
 from solo_vlm.utils.settings import Settings
 
 _MAX_BFLOAT16_BETA = 0.98
@@ -81,15 +83,23 @@ class CheckpointSettings(Settings):
 
 
 class ParallelSettings(Settings):
-    """Parallelism. Processes form groups of size `tensor`, and the data is divided among the groups (FSDP).
+    """Parallelism. Groups of `tensor` x `context` processes read different data and share parameters (FSDP).
 
     Attributes:
-        tensor: Tensor-parallel degree; 2 in the paper.
+        tensor: Processes that split every layer; 2 in the paper.
+        context: Processes that compute a slice of every packed sequence each.
+        replicate: Copies of the parameters (HSDP), usually the number of machines: each is sharded within a
+            machine, and gradients are summed over the copies once per step.
+        defer_reduction: Sum the gradients of processes once per step, not after every packed sequence: less
+            communication, and memory for whole gradients in float32.
         reshard: Free the gathered weights of a layer after its forward pass and gather them again for its
             backward pass: less memory, more communication.
     """
 
     tensor: PositiveInt = 1
+    context: PositiveInt = 1
+    replicate: PositiveInt = 1
+    defer_reduction: bool = False
     reshard: bool = True
 
 
@@ -153,17 +163,51 @@ class LoraSettings(Settings):
 
 
 class ValidationSettings(Settings):
-    """Settings of the loss on held-out data.
+    """Settings of the evaluation on held-out data while training: its loss, answers to questions, or both.
 
     Attributes:
-        sources: Held-out sources, given as in `data.sources`.
+        sources: Held-out sources for the loss, given as in `data.sources`.
+        questions: Files of questions that the model answers, by name; a path alone is called "questions".
         interval: Steps between evaluations.
-        sequences: Packed sequences to evaluate, the same ones each time.
+        sequences: Packed sequences for the loss, the same ones each time.
+        samples: Questions per file, spread evenly over it, the same ones each time.
+        max_new_tokens: Maximum length of an answer.
+        best: Metric by which the best checkpoint is kept: "validation_loss", or "NAME/accuracy" of a file.
+        patience: Evaluations in a row that do not improve `best`, after which the run ends early.
     """
 
-    sources: list[SourceSettings] = Field(min_length=1)
+    sources: list[SourceSettings] = Field(default_factory=list)
+    questions: QuestionFiles = Field(default_factory=dict)
     interval: PositiveInt = 500
     sequences: PositiveInt = 64
+    samples: PositiveInt = 64
+    max_new_tokens: PositiveInt = DEFAULT_MAX_NEW_TOKENS
+    best: str | None = None
+    patience: PositiveInt | None = None
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metrics that `best` may name."""
+        accuracies = [f"{name}/accuracy" for name in self.questions]
+        return ["validation_loss", *accuracies] if self.sources else accuracies
+
+    @model_validator(mode="after")
+    def _check_metrics(self) -> Self:
+        if not self.metrics:
+            raise PydanticCustomError("nothing_to_validate", "set sources, questions or both")
+        if self.best is not None and self.best not in self.metrics:
+            raise PydanticCustomError(
+                "unknown_metric",
+                "best = {best} is not measured: set it to {metrics}",
+                {"best": self.best, "metrics": " or ".join(self.metrics)},
+            )
+        if self.patience is not None and self.best is None:
+            raise PydanticCustomError(
+                "patience_without_best",
+                "patience needs the metric that has to improve: set best to {metrics}",
+                {"metrics": " or ".join(self.metrics)},
+            )
+        return self
 
 
 class Recipe(Settings):
@@ -190,8 +234,8 @@ class Recipe(Settings):
         router_aux_loss: Coefficient of the auxiliary loss that balances the load of experts. "auto": the
             model's own (`router_aux_loss_coef`); 0 if its routers are frozen, or if transformers has no such
             loss for its family.
-        parallel: Tensor and data parallelism.
-        validation: Held-out data, if any.
+        parallel: Parallelism of data, context and layers.
+        validation: Evaluation on held-out data while training, if any.
         checkpoint: Checkpoint intervals and retention.
         timeouts: Timeouts of collectives.
         profile: Steps to record with torch's profiler, if any.
@@ -240,10 +284,16 @@ class Recipe(Settings):
     @property
     def validation_mixture(self) -> Mixture | None:
         """Held-out data as a single stream, so that it is the same for any number of processes."""
-        if self.validation is None:
+        if self.validation is None or not self.validation.sources:
             return None
         changes = {"sources": self.validation.sources, "epochs": 1, "streams": 1, "workers": 0}
         return self.mixture.model_copy(update={"data": self.data.model_copy(update=changes)})
+
+    def open_questions(self) -> dict[str, Source]:
+        """Open the files of validation questions, by name."""
+        files = self.validation.questions if self.validation else {}
+        mixture = self.mixture
+        return {name: file.open(mixture.limits, mixture.source_path) for name, file in files.items()}
 
     @property
     def output_dir(self) -> Path:

@@ -21,10 +21,16 @@ _SIZE = {  # whole tensors of an operation, from its arguments
     "c10d::_allgather_base_": lambda output, *_: [output],
     "c10d::_reduce_scatter_base_": lambda _, tensor, *__: [tensor],
     "c10d::allreduce_": lambda tensors, *_: tensors,
+    "_c10d_functional::all_to_all_single": lambda tensor, *_: [tensor],
     "_c10d_functional::all_reduce": lambda tensor, *_: [tensor],
     "_c10d_functional::all_reduce_": lambda tensor, *_: [tensor],
 }
-_KIND = {"allgather": "all-gather", "scatter": "reduce-scatter", "reduce": "all-reduce"}
+_KIND = {
+    "all_to_all": "all-to-all",
+    "allgather": "all-gather",
+    "scatter": "reduce-scatter",
+    "reduce": "all-reduce",
+}
 
 
 class ByteCounter(TorchDispatchMode):
@@ -68,6 +74,8 @@ def count(plain, out):
         (2, {"parallel": {"tensor": 2}, "activation_checkpointing": "full"}),
         (4, {"parallel": {"tensor": 2}}),
         (2, {"lora": {"rank": 2}}),
+        (4, {"parallel": {"replicate": 2, "defer_reduction": True}}),
+        (4, {"parallel": {"context": 2, "replicate": 2}, "activation_checkpointing": "full"}),
     ],
 )
 def test_bytes_are_those_counted(runs, tmp_path, start, family, size, changes):

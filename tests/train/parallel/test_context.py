@@ -19,6 +19,13 @@ def test_paper_recipe_accumulates_32_sequences():
     assert ParallelDims.from_recipe(recipe("parallel.tensor=2"), 8) == ParallelDims(4, 2, 32)
 
 
+def test_parameters_are_sharded_over_slices_and_within_copies():
+    settings = recipe("parallel.tensor=2", "parallel.context=2", "parallel.replicate=4")
+    dims = ParallelDims.from_recipe(settings, 64)
+    assert dims == ParallelDims(16, 2, 8, cp=2, replicate=4)
+    assert dims.shards == 8
+
+
 @pytest.mark.parametrize(
     ("overrides", "processes", "message"),
     [
@@ -32,13 +39,16 @@ def test_paper_recipe_accumulates_32_sequences():
         (
             ["global_batch=2"],
             3,
-            "set it to 3, or start 1 or 2 processes; beyond global_batch, only parallel.tensor",
+            "set it to 3, or start 1 or 2 processes; beyond global_batch, only parallel.context",
         ),
         (
             ["data.workers=3", "global_batch=8"],
             8,
             "64 is not divisible by 8 .* x 3 workers: set it to 48 or 72",
         ),
+        (["parallel.tensor=2", "parallel.context=2"], 6, "groups of parallel.tensor x parallel.context = 4"),
+        (["parallel.replicate=3"], 4, "3 does not divide 4 data-parallel groups: set it to one of 1, 2 or 4"),
+        (["parallel.context=3"], 3, "sequence_length = 32768 is not divisible .*: set it to 32766 or 32769"),
         (["data.streams=10", "data.workers=3"], 2, "2 data-parallel groups x 3 workers: set it to 6 or 12"),
     ],
 )

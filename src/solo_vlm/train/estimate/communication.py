@@ -7,13 +7,20 @@ them. Time is bytes over published bandwidth, of which NCCL's rings reach about 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
 from solo_vlm.models.flops import Flops, ModelShape
-from solo_vlm.train.estimate.memory import compute_bytes, layer_weights, outside_weights, trained_parameters
+from solo_vlm.train.estimate.memory import (
+    compute_bytes,
+    head_weights,
+    layer_weights,
+    outside_weights,
+    trained_parameters,
+)
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
 from solo_vlm.train.recipe import Recipe
@@ -83,13 +90,13 @@ class Collective:
     """All collectives of one purpose in a step.
 
     Attributes:
-        payload: Bytes of the whole tensors.
+        payload: Bytes of the whole tensors; of an all-to-all, of what one process has.
         stride: Distance between the ranks of the group.
         overlaps: Whether computation can go on meanwhile.
     """
 
     purpose: str
-    kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
+    kind: Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
     payload: float
     size: int
     stride: int
@@ -110,34 +117,55 @@ def collectives(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> list[C
     """Return the collectives of a step; those of metrics and norms are too small to count."""
     compute, steps, tp = compute_bytes(recipe), dims.gradient_accumulation_steps, dims.tp
     layers = shape.layers * layer_weights(shape, tp)
-    outside = outside_weights(shape)
+    outside = outside_weights(shape, tp)
     is_partial = recipe.lora is not None or recipe.trainable != "all"
     trained = trained_parameters(shape, recipe) if is_partial else layers + outside
     if is_partial:  # adapters, and the trained copy of the patch embedding
         layers += trained - shape.parameters.patch_embedding
         outside += shape.parameters.patch_embedding
     gathers = 2 if recipe.parallel.reshard else 1
+    reductions = 1 if recipe.parallel.defer_reduction else steps
+    shards, copies = dims.shards, dims.replicate
     found = [
         Collective(
             "weights",
             "all-gather",
             steps * compute * (gathers * layers + outside),
-            dims.dp,
+            shards,
             tp,
             overlaps=True,
         ),
-        Collective("gradients", "reduce-scatter", steps * _FLOAT32 * trained, dims.dp, tp, overlaps=True),
+        Collective("gradients", "reduce-scatter", reductions * _FLOAT32 * trained, shards, tp, overlaps=True),
+        Collective(
+            "copies of gradients",
+            "all-reduce",
+            _FLOAT32 * trained / shards,
+            copies,
+            tp * shards,
+            overlaps=True,
+        ),
     ]
+    passes = 2 + (recipe.activation_checkpointing == "full")
+    keys = shape.key * math.lcm(shape.key_heads // tp or 1, dims.cp) / (shape.key_heads // tp or 1)
+    states = (recipe.data.sequence_length / dims.cp) * 2 * (shape.query + keys) / tp * compute
+    exchanged = steps * shape.layers * passes * states
+    found.append(Collective("slices for heads", "all-to-all", exchanged, dims.cp, tp, overlaps=False))
     if tp > 1:
-        tokens = recipe.data.sequence_length
+        tokens = recipe.data.sequence_length / dims.cp
         passes = 5 if recipe.activation_checkpointing == "full" else 4
         hidden = steps * shape.layers * passes * tokens * shape.hidden * compute
-        replicated = _FLOAT32 * (outside + shape.parameters.norms - shape.hidden) / dims.dp
+        head = head_weights(shape, tp)
+        is_split = head < shape.parameters.head
+        whole = outside - is_split * head + shape.parameters.norms - shape.hidden
+        replicated = _FLOAT32 * whole / shards
+        # Of every token: the gradient of its state; twice, the largest logit, and the logits' sum and target.
+        loss = is_split * steps * tokens * (compute * shape.hidden + 2 * 3 * _FLOAT32)
         found += [
             Collective("hidden states", "all-reduce", hidden, tp, 1, overlaps=False),
+            Collective("loss", "all-reduce", loss, tp, 1, overlaps=False),
             Collective("replicated gradients", "all-reduce", replicated, tp, 1, overlaps=False),
         ]
-    return [collective for collective in found if collective.size > 1]
+    return [collective for collective in found if collective.size > 1 and collective.payload]
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def host_memory(
     waiting = packers * data.packing_buffer * min(document_length, data.sequence_length)
     ready = max(data.workers, 1) * data.threads + _PREFETCHED * data.workers
     memory = memory_per_device(shape, recipe, dims)
-    trained = min(_FLOAT32 * trained_parameters(shape, recipe) / dims.dp, memory.weights)
+    trained = min(_FLOAT32 * trained_parameters(shape, recipe) / dims.shards, memory.weights)
     staged = devices * (trained + memory.optimizer) if recipe.checkpoint.asynchronous else 0
     return HostMemory(
         processes=devices * (1 + data.workers) * _PROCESS,

@@ -19,6 +19,7 @@ from solo_vlm.models.solo.modeling_solo import CHUNK_SIZE
 from solo_vlm.train.optimizer import BLOCK_SIZE
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
+from solo_vlm.train.parallel.vocabulary import can_split_head
 from solo_vlm.train.recipe import LoraSettings, Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -94,7 +95,8 @@ class Memory:
             activations are free by then.
         gathered: Temporarily unsharded tensors: weights, in the compute precision, of two FSDP units
             (`layers_per_fsdp_unit`; the next one is prefetched) or, without `parallel.reshard`, of all, and
-            those outside layers; gradients of one unit and of those, before they are reduced.
+            those outside layers; gradients of one unit and of those, before they are reduced, or with
+            `parallel.defer_reduction` of all.
         activations: Activations saved for the backward pass, and the peak working memory of the backward
             pass of one layer or one chunk of the loss.
     """
@@ -118,9 +120,9 @@ def memory_per_device(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> 
     not be saved.
     """
     compute = compute_bytes(recipe)
-    layer, outside = layer_weights(shape, dims.tp), outside_weights(shape)
+    layer, outside = layer_weights(shape, dims.tp), outside_weights(shape, dims.tp)
     whole = shape.layers * layer + outside
-    weights = _FLOAT32 * whole / dims.dp
+    weights = _FLOAT32 * whole / dims.shards
     unit = layers_per_fsdp_unit(shape.layers, round(layer_weights(shape)))
     layers_gathered = min(2 * unit, shape.layers) if recipe.parallel.reshard else shape.layers
     gathered = compute * (layers_gathered * layer + outside)
@@ -129,10 +131,12 @@ def memory_per_device(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> 
     trained, waiting = whole, unit * layer + outside
     if recipe.lora or recipe.trainable != "all":
         trained = waiting = trained_parameters(shape, recipe)
+    if recipe.parallel.defer_reduction and dims.gradient_accumulation_steps > 1:
+        waiting = trained
     return Memory(
         weights=round(weights),
-        gradients=round(_FLOAT32 * trained / dims.dp),
-        optimizer=round(_optimizer_bytes(shape, recipe, dims.tp) / dims.dp),
+        gradients=round(_FLOAT32 * trained / dims.shards),
+        optimizer=round(_optimizer_bytes(shape, recipe, dims.tp) / dims.shards),
         gathered=round(gathered + (compute + _FLOAT32) * waiting),
         activations=kept_activations(shape, recipe, dims) + _working_activations(shape, recipe, dims),
     )
@@ -147,7 +151,7 @@ def kept_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> i
     layer = _kept_of_layer(shape, recipe, dims)
     # The last norm, and the hidden states at supervised tokens; patches as bytes, and normalized.
     ends = (_FLOAT32 + 2 * compute) * shape.hidden + (1 + compute) * shape.patch
-    return round(recipe.data.sequence_length * (shape.layers * layer + ends))
+    return round(recipe.data.sequence_length / dims.cp * (shape.layers * layer + ends))
 
 
 def trained_parameters(shape: ModelShape, recipe: Recipe) -> int:
@@ -164,7 +168,7 @@ def _optimizer_bytes(shape: ModelShape, recipe: Recipe, tensor: int) -> float:
     """Return the bytes of the optimizer's state on the processes that hold the model once."""
     counts, name = shape.parameters, recipe.optimizer.name
     matrices = float(counts.attention + counts.mlp)
-    trained = shape.layers * layer_weights(shape, tensor) + outside_weights(shape)
+    trained = shape.layers * layer_weights(shape, tensor) + outside_weights(shape, tensor)
     if recipe.lora or recipe.trainable != "all":
         trained = trained_parameters(shape, recipe)
         matrices = _adapter_weights(shape, recipe.lora) if recipe.lora else 0
@@ -193,19 +197,27 @@ def layer_weights(shape: ModelShape, tensor: int = 1) -> float:
     return (matrices / tensor + norms) / shape.layers
 
 
-def outside_weights(shape: ModelShape) -> int:
-    """Return the parameters outside layers, which tensor parallelism replicates."""
+def outside_weights(shape: ModelShape, tensor: int = 1) -> int:
+    """Return the parameters outside layers per tensor-parallel process."""
     counts = shape.parameters
-    return counts.embedding + counts.patch_embedding + counts.head + shape.hidden
+    return counts.embedding + counts.patch_embedding + head_weights(shape, tensor) + shape.hidden
+
+
+def head_weights(shape: ModelShape, tensor: int) -> int:
+    """Return the parameters of the head per tensor-parallel process; a plain LLM's is not split."""
+    is_split = shape.patch > 0 and can_split_head(shape.vocabulary, shape.tied, tensor)
+    return shape.parameters.head // tensor if is_split else shape.parameters.head
 
 
 def _working_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> int:
     """Return the working bytes of the backward pass: the maximum of one layer and one loss chunk."""
-    compute, tokens = compute_bytes(recipe), recipe.data.sequence_length
+    compute, tokens = compute_bytes(recipe), recipe.data.sequence_length // dims.cp
     recomputed = _all_of_layer(shape, dims, compute) - _kept_of_layer(shape, recipe, dims)
     # Gradients of the gate, the up projection and their product, which itself is freed by then.
     gradients = 2 * compute * shape.mlp / dims.tp
     logits = min(CHUNK_SIZE, tokens) * shape.vocabulary
+    if shape.patch and can_split_head(shape.vocabulary, shape.tied, dims.tp):
+        logits //= dims.tp
     loss = 3 * _FLOAT32 * logits  # logits, softmax, gradient
     return round(max(tokens * (recomputed + gradients), loss))
 
