@@ -9,7 +9,8 @@ steps of the original code (from base64 by Pillow to normalized float32 patches 
 four times as wide and high, which shrink. Then, in wall-clock time, the loader with 0, 1 and 2 workers of one
 or two threads: parquet to packed sequences of 32,768 tokens. Then the loader's memory as the data grows, and
 a stream of eight sources of photographs, each with its own packer: the memory of the documents that wait, as
-they are, compressed, and decoded; the size of its state; and what a resume encodes.
+they are, compressed, and decoded; the size of its state; and what a resume encodes. Last, how long a run with
+ten thousand files takes to open them in process 0, to share them, and to receive them in another process.
 
 The variants alternate, in the first part every ten images, and each result is the median of the turns.
 Without `--images`, photographs of about 500 x 375 are cut from the two in scikit-learn.
@@ -21,6 +22,7 @@ import argparse
 import base64
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -52,6 +54,7 @@ from solo_vlm.data.loader import PackedLoader
 from solo_vlm.data.sample import Sample
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.sources.parquet import SCHEMA, write_samples
+from solo_vlm.data.sources.sharing import pack_sources, unpack_sources
 from solo_vlm.data.streams import MixtureItem, VirtualStream
 from solo_vlm.models.from_llm import compose
 from solo_vlm.models.solo.image_loading_solo import load_pixels
@@ -302,6 +305,32 @@ def nbytes(held: Draft | Document) -> int:
     return sum(array.nbytes for array in arrays) + sum(len(image) for image, _ in images)
 
 
+# --- many shards ---------------------------------------------------------------------------------------
+
+
+def many_shards(folder: Path, count: int) -> dict[str, float]:
+    """Return seconds to open small parquet files, to pack them for other processes, and to unpack them."""
+    source = folder / "shards"
+    source.mkdir()
+    write_samples(source / "0.parquet", [sample(b"")])
+    for number in range(1, count):
+        shutil.copy(source / "0.parquet", source / f"{number}.parquet")
+    started = time.perf_counter()
+    sources = [open_source(source, format="auto")]
+    opened = time.perf_counter()
+    packed = pack_sources(sources, str(folder))
+    shared = time.perf_counter()
+    unpack_sources(packed, str(folder), 0, 8)
+    received = time.perf_counter()
+    return {
+        "shards": len(sources[0]),
+        "open_seconds": opened - started,
+        "share_seconds": shared - opened,
+        "receive_seconds": received - shared,
+        "megabytes": len(packed) / 1e6,
+    }
+
+
 # --- disk ----------------------------------------------------------------------------------------------
 
 
@@ -345,6 +374,7 @@ def measure(images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str,
             "loader_2_threads_images_per_second": {str(w): rate for (w, n), rate in rates.items() if n == 2},
             "loader_memory_mb": loader_memory(folder, arguments.growth, sequences),
             "packers_of_eight_sources": packers(file, arguments.length),
+            "many_shards": many_shards(folder, arguments.shards),
             "bytes_on_disk_over_jpeg": disk(folder, images),
             "photographs": len(images),
             "mean_jpeg_bytes": statistics.mean(map(len, images)),
@@ -369,6 +399,7 @@ def main() -> None:
     parser.add_argument(
         "--growth", type=int, nargs="+", default=[1, 10, 100], help="relative sizes of the data (1 10 100)"
     )
+    parser.add_argument("--shards", type=int, default=10_000, help="number of small files (10000)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

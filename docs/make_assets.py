@@ -1,8 +1,9 @@
 """Draw the documentation's diagrams and screenshots: `make docs-assets`, after `make quickstart`.
 
 Everything is real: the page of `solo serve` with the quickstart's model, the report that the quickstart
-wrote, an evaluation of its model on held-out digits in the format of MMStar, and the report of the ablation
-whose results are in `benchmarks/results/`. Chromium draws them; npm provides Mermaid for the diagrams.
+wrote, an evaluation of its model on held-out digits in the format of MMStar, answers while its last stage
+trains, and the report of the ablation whose results are in `benchmarks/results/`. Chromium draws them; npm
+provides Mermaid for the diagrams.
 """
 
 from __future__ import annotations
@@ -151,6 +152,36 @@ def _question(number: int, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def draw_answers(browser: Browser, quickstart: Path) -> None:
+    """Repeat the start of the quickstart's last stage, with questions about held-out images."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name in ("digits", "qa"):
+            rows = pq.read_table(quickstart / "data" / f"heldout_{name}.parquet").to_pylist()
+            asked = [row for row in rows if len(row["messages"]) == 2]
+            files[name] = f"{folder}/{name}.parquet"
+            pq.write_table(pa.Table.from_pylist(list(map(_asked, asked))), files[name])
+        out = Path(folder, "sft")
+        validation = {"questions": files, "interval": 10, "samples": 5, "best": "digits/accuracy"}
+        changes = [
+            "steps=40",
+            f"root={quickstart.resolve()}",
+            f"out={out}",
+            f"validation={json.dumps(validation)}",
+        ]
+        _solo("train", "quickstart/sft", *changes)
+        _save_report(browser, out / "answers.html", "training-answers.png")
+
+
+def _asked(row: dict[str, Any]) -> dict[str, Any]:
+    """Turn a held-out sample of one turn into a question."""
+    question, answer = (
+        " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+        for message in row["messages"]
+    )
+    return {"images": row["images"], "question": question, "answer": answer}
+
+
 def draw_ablation_report(browser: Browser, quickstart: Path) -> None:
     """Write the report of an ablation from its results in `benchmarks/results/`."""
     from solo_vlm.experiments.ablations.report import Comparison, Report, write_report
@@ -214,6 +245,7 @@ DRAW: dict[str, Callable[[Browser, Path], None]] = {
     "page": draw_page,
     "quickstart": draw_quickstart_report,
     "evaluation": draw_evaluation_report,
+    "answers": draw_answers,
     "ablation": draw_ablation_report,
 }
 

@@ -66,7 +66,7 @@ def make_llm(family: str = "llama", seed: int = 0, **settings: Any):
     settings |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     if family not in LLM_CONFIGS:
         return tiny_llm(family, seed, **settings), tokenizer
-    config = LLM_CONFIGS[family](pad_token_id=None, **SIZES, **settings)
+    config = LLM_CONFIGS[family](pad_token_id=None, **SIZES | settings)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval(), tokenizer
 

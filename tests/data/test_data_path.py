@@ -9,7 +9,21 @@ from PIL import Image
 from tests.factories import ROOT
 
 BENCHMARK = ROOT / "benchmarks" / "data_path.py"
-TINY = ["--photographs", "4", "--rounds", "1", "--sequences", "1", "--length", "1024", "--growth", "1", "2"]
+TINY = [
+    "--photographs",
+    "4",
+    "--rounds",
+    "1",
+    "--sequences",
+    "1",
+    "--length",
+    "1024",
+    "--growth",
+    "1",
+    "2",
+    "--shards",
+    "9",
+]
 
 
 @pytest.mark.slow
@@ -33,3 +47,4 @@ def test_script_prints_its_results(tmp_path, own):
     assert len(results["loader_memory_mb"]) == 2
     assert results["packers_of_eight_sources"]["decoded_over_compressed"] > 2
     assert results["packers_of_eight_sources"]["encoded_on_resume"] == 0
+    assert results["many_shards"]["shards"] == 9

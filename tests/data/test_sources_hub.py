@@ -122,6 +122,19 @@ def test_files_and_splits_are_read_at_a_commit(hub, place, rows):
     assert source.where(0, 3).startswith(f"hf://datasets/owner/pets@{commit}/")
 
 
+def test_other_revisions_are_read(hub):
+    pets = hub.repos["owner/pets"]
+    first = pets.refs["main"]
+    pets.commit({"default/train/0000.parquet": parquet("converted")}, ref="refs/convert/parquet")
+    pets.commit({**PETS, "dogs/0.parquet": parquet("new dog")})
+    base = "hf://datasets/owner/pets"
+    assert texts(open_source(f"{base}@refs/convert/parquet/default/train", format="auto")) == rows_of(
+        "converted"
+    )
+    assert texts(open_source(f"{base}@{first}:dogs", format="auto")) == rows_of("dog")
+    assert texts(open_source(f"{base}:dogs", format="auto")) == rows_of("new dog")
+
+
 def test_only_footers_and_read_row_groups_are_transferred(hub):
     source = open_source("hf://datasets/owner/pets:cats/train", format="auto")
     opened, footers = len(hub.requests), hub.data_size()

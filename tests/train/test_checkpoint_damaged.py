@@ -18,6 +18,8 @@ from solo_vlm.train.checkpoint import (
     warn_if_disk_is_short,
 )
 from solo_vlm.train.model import load_base_model
+from solo_vlm.train.optimizer import make_optimizer
+from solo_vlm.train.recipe import OptimizerSettings
 from solo_vlm.utils.errors import SoloError
 
 SHARD = "__0_0.distcp"
@@ -156,11 +158,12 @@ def test_export_rejects_damage_and_another_start_model(runs, run, newest, tmp_pa
 
 def test_short_disk_is_warned_about_at_the_start(runs, small_disk, caplog):
     model, _ = load_base_model(runs / "llama")
-    warn_if_disk_is_short(small_disk.folder, model, 2)
+    optimizer = make_optimizer(model, OptimizerSettings())
+    warn_if_disk_is_short(small_disk.folder, model, optimizer, 2)
     assert "has 0.00 GB free, but the run needs about" in caplog.text
     caplog.clear()
     small_disk.resize("64m")
-    warn_if_disk_is_short(small_disk.folder, model, 2)
+    warn_if_disk_is_short(small_disk.folder, model, optimizer, 2)
     assert not caplog.text
 
 

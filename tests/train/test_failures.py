@@ -21,7 +21,7 @@ from solo_vlm.utils.errors import SoloError
 
 # `solo train` in which one process misbehaves on request.
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, time
 from solo_vlm.cli import main
 from solo_vlm.train import trainer
 
@@ -31,8 +31,12 @@ taken = iter(range(3))
 
 def take(*arguments):
     if next(taken, None) is None:
-        if how == "kill":
+        if how == "kill" or how == "kill once" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "kill once":
+            return optimizer_step(*arguments)
+        if how == "hang":
+            time.sleep(600)
         raise RuntimeError("the root cause")
     return optimizer_step(*arguments)
 
@@ -53,7 +57,7 @@ def torchrun(runs, tmp_path):
 
     def start(victim, how, *options, **changes):
         (tmp_path / "recipe.yaml").write_text(
-            yaml.safe_dump(run_settings(runs, tmp_path / "out", steps=300, **changes))
+            yaml.safe_dump(run_settings(runs, tmp_path / "out", **{"steps": 300} | changes))
         )
         command = [
             *(sys.executable, "-m", "torch.distributed.run", *options),
@@ -82,6 +86,14 @@ def wait_for_steps(process, out, count):
         time.sleep(0.1)
 
 
+def two_machines():
+    """Return the options of two torchruns with a process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    return f"--nnodes 2 --rdzv-backend c10d --rdzv-endpoint {endpoint} --nproc-per-node 1".split()
+
+
 def last_words(printed):
     """Return torchrun's final report of the root cause."""
     return printed.rpartition("Root Cause")[2]
@@ -105,10 +117,7 @@ def test_all_processes_exit_when_one_fails(torchrun):
 @pytest.mark.distributed
 @pytest.mark.parametrize("victim", [0, 1])
 def test_all_machines_exit_when_one_process_fails(torchrun, victim):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    options = f"--nnodes 2 --rdzv-backend c10d --rdzv-endpoint {endpoint} --nproc-per-node 1".split()
+    options = two_machines()
     agents = [torchrun(victim, "fail", *options) for _ in range(2)]
     printed = [agent.communicate(timeout=150)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [1, 1]
@@ -124,6 +133,29 @@ def test_killed_process_is_reported_as_root_cause(torchrun):
     assert process.returncode == 1
     assert tracebacks(printed) == 0
     assert "Signal 9 (SIGKILL)" in last_words(printed)
+
+
+@pytest.mark.distributed
+def test_process_that_hangs_ends_the_run_after_the_timeout_of_a_step(torchrun):
+    options = "--standalone", "--nproc-per-node", "2"
+    process = torchrun(1, "hang", *options, timeouts={"start": 300, "step": 10})
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Timed out waiting" in last_words(printed)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("agents", [1, 2])
+def test_torchrun_restarts_a_killed_run_from_its_checkpoint(torchrun, tmp_path, agents):
+    options = ["--standalone", "--nproc-per-node", "2"]
+    if agents == 2:
+        options = two_machines()
+    options += ["--max-restarts", "1"]
+    started = [torchrun(1, "kill once", *options, steps=8) for _ in range(agents)]
+    printed = [agent.communicate(timeout=600)[1] for agent in started]
+    assert [agent.returncode for agent in started] == [0] * agents, printed
+    assert [line["step"] for line in read_steps(tmp_path / "out")] == list(range(1, 9))
+    assert (tmp_path / "out" / "model").is_dir()
 
 
 @pytest.mark.distributed

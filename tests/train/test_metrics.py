@@ -16,7 +16,7 @@ from tests.factories import read_steps, run_settings
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.mixture import make_loader
 from solo_vlm.train import Recipe, train, trainer
-from solo_vlm.train.metrics import MetricsLogger, ProgressLines, progress_bar
+from solo_vlm.train.metrics import MetricsLogger, ProgressLines, first_start, progress_bar
 from solo_vlm.train.model import load_base_model
 from solo_vlm.utils.errors import SoloError
 
@@ -41,6 +41,18 @@ def test_step_metrics_match_token_counts(runs, tmp_path):
     padding = sum(int(b["cu_seq_lens_q"].diff()[-1]) for b in batches if b["labels"][0, -1] == -100)
     assert line["text_tokens"] + line["vision_tokens"] == 4 * 64 - padding
     assert line["fill"] == pytest.approx((4 * 64 - padding) / (4 * 64))
+
+
+def test_goodput_counts_time_between_runs(runs, tmp_path):
+    plain = run_settings(runs, tmp_path / "out", steps=2)
+    train(Recipe.parse(plain))
+    line = read_steps(tmp_path / "out")[-1]
+    assert 0 < line["goodput"] < 1
+    assert line["slowest_rank"] == 0
+    assert line["slowest_ratio"] == 1
+    assert first_start(tmp_path / "out") <= time.time()
+    (tmp_path / "out" / "first_start").write_text("1000000000\n")
+    assert first_start(tmp_path / "out") == 1_000_000_000
 
 
 def test_truncated_metrics_line_is_repaired_on_resume(runs, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import pytest
 import torch
@@ -210,6 +210,38 @@ def test_split_and_sharded_run_resumes_in_one_process(folder, tmp_path, start, f
     assert start(1, run_whole, alone).wait() == [0]
     assert group.wait(90) == [128 + signal.SIGTERM] * 4
     assert start(1, resume, plain | {"parallel": {"tensor": 1}}).wait() == [0]
+    ours, theirs = ([line["loss"] for line in read_steps(tmp_path / run)] for run in ("out", "alone"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    weights = [load_model(tmp_path / run / "model").state_dict() for run in ("out", "alone")]
+    for name, right in weights[1].items():
+        torch.testing.assert_close(weights[0][name], right, rtol=1e-3, atol=1e-4)
+
+
+# Processes and settings. Every layout is followed by every other one.
+ELASTIC = {
+    "context": (2, {"context": 2}),
+    "context x data": (4, {"context": 2}),
+    "replicated": (4, {"replicate": 2}),
+    "context x tensor": (4, {"context": 2, "tensor": 2}),
+}
+CIRCUIT = [list(ELASTIC)[number] for number in (0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3, 0)]
+
+
+@pytest.mark.distributed
+def test_run_killed_in_every_layout_resumes_in_every_other(runs, tmp_path, start):
+    assert set(pairwise(CIRCUIT)) == {pair for pair in product(ELASTIC, ELASTIC) if pair[0] != pair[1]}
+    plain = run_settings(runs, tmp_path / "out", model="qwen3", steps=len(CIRCUIT))
+    plain["checkpoint"] = {"save_interval": 1, "asynchronous": False}
+    alone = start(1, run_whole, plain | {"out": str(tmp_path / "alone")})
+    *killed, last = CIRCUIT
+    for step, layout in enumerate(killed, 1):
+        size, parallel = ELASTIC[layout]
+        group = start(size, run_until, plain | {"parallel": parallel}, "kill -9", size - 1, 1)
+        assert group.wait(90)[-1] == -signal.SIGKILL
+        assert (tmp_path / "out" / "checkpoints" / f"step-{step:08d}").is_dir()
+    size, parallel = ELASTIC[last]
+    assert start(size, resume, plain | {"parallel": parallel}).wait() == [0] * size
+    assert alone.wait() == [0]
     ours, theirs = ([line["loss"] for line in read_steps(tmp_path / run)] for run in ("out", "alone"))
     assert ours == pytest.approx(theirs, rel=1e-4)
     weights = [load_model(tmp_path / run / "model").state_dict() for run in ("out", "alone")]

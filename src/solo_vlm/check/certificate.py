@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,26 @@ def require_exact_packing(
         raise SoloError(
             f"{path}: packed training would be wrong for {model.config.get_text_config().model_type}: "
             f"{finding.detail} (see solo check {path}); choose another LLM"
+        )
+
+
+def require_exact_slices(model: PreTrainedModel, path: str | Path, count: int) -> None:
+    """Check that processes may compute a slice of a packed row each (context parallelism).
+
+    Args:
+        model: Loaded model, in one process.
+        path: Folder or hub ID, for the message.
+        count: Number of slices.
+
+    Raises:
+        SoloError: A slice does not compute what the row does, apart from attention.
+    """
+    was_training = model.training
+    finding = _run(partial(properties.slices, count=count), Probe(model.eval(), shapes=SHORT))
+    model.train(was_training)
+    if finding.status == "fails":
+        raise SoloError(
+            f"parallel.context = {count} would be wrong for {path}: {finding.detail}; set it to 1"
         )
 
 

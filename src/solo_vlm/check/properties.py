@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from solo_vlm.check.layers import (
     trace,
 )
 from solo_vlm.check.probe import Probe, changed_after, make_images, pad_left, png
+from solo_vlm.data.collate import collate, model_inputs
 from solo_vlm.data.encode import IGNORE_INDEX, Document, encode
 from solo_vlm.data.sample import Sample
 from solo_vlm.generate.cache import PrefixCache
@@ -105,6 +107,32 @@ def packing_by_transformers(probe: Probe) -> Finding:
         return finding
     advice = "" if probe.is_foreign else "; solo train does not use this path"
     return Finding("differs", finding.detail + advice, finding.difference, finding.layer)
+
+
+def slices(probe: Probe, count: int) -> Finding:
+    """Compare slices of a packed row with the row, where each token attends to itself alone.
+
+    Processes exchange what attention needs; nothing else may look at other tokens.
+    """
+    length = math.ceil(sum(map(len, probe.documents)) / count) * count
+    batch = collate(probe.documents, length, int(probe.documents[0].input_ids[0]))
+    with isolated(probe.model), torch.no_grad():
+        row: Any = probe.model.packed_row
+        row.attend_across = lambda _, query, key, value, sinks: value.repeat_interleave(
+            query.shape[1] // value.shape[1], 1
+        )
+        whole, *parts = (
+            probe.model(**model_inputs(probe.model, batch, *part), use_cache=False, num_items_in_batch=1)
+            for part in ((0, 1), *((index, count) for index in range(count)))
+        )
+    error = max(
+        difference(torch.cat([part.logits for part in parts], 1), whole.logits),
+        abs(sum(float(part.loss) for part in parts) / float(whole.loss) - 1),
+    )
+    if not error <= probe.tolerance:
+        what = f"slices of a row differ from the row by {error:.2g}: tokens look at others outside attention"
+        return Finding("fails", what, error)
+    return Finding("holds", f"{count} slices of {length} tokens", error)
 
 
 def labels(probe: Probe) -> Finding:

@@ -35,6 +35,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=val
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _COUNTS = ("instances", "samples", "images", "tokens")
+_WELL_SHUFFLED = 0.25
 
 
 @app.command("list")
@@ -93,13 +94,14 @@ def convert(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of files in progress; default: one per CPU.")
     ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Convert a data set's raw files to sample files. Run the same command again to resume."""
+    """Convert a data set's raw files to shuffled sample files. Run the same command again to resume."""
     from solo_vlm.data.catalog.convert import convert as run
 
     with progress_bar(name) as on_progress:
-        report = run(name, raw, out, executor, workers, on_progress)
+        report = run(name, raw, out, executor, workers, on_progress, seed)
     print_json(report) if json else _show_report(report)
 
 
@@ -221,6 +223,13 @@ def _print_notes(facts: dict[str, Any]) -> None:
     if total["skipped"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in total["skipped"].items())
         STDOUT.print(f"skipped: {reasons}", highlight=False)
+    for source in facts["sources"]:
+        if source["shuffle"] < _WELL_SHUFFLED:
+            STDOUT.print(
+                f"shuffle {source['shuffle']:.2f}: a packed sequence of {source['source']} has that share of "
+                "the shards of a perfect shuffle: if its files are sorted, convert it or write smaller ones",
+                highlight=False,
+            )
     if facts["exact"]:
         return
     intervals = {name: f"{low:,} to {high:,}" for name, (low, high) in total["interval_95"].items()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from solo_vlm.cli._common import (
+    STDERR,
     STDOUT,
     JsonOption,
     print_json,
@@ -23,9 +24,13 @@ from solo_vlm.cli._common import (
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from solo_vlm.evaluate.backends import Backend
+    from solo_vlm.evaluate.data import Rows
     from solo_vlm.evaluate.run import ModelInfo
     from solo_vlm.evaluate.scoring.score import Benchmark, Part, Score
+    from solo_vlm.evaluate.stock_tasks import StockTask
 
 _VLLM_URL = "http://localhost:8000/v1"
 
@@ -36,6 +41,14 @@ app = typer.Typer(
 
 Tasks = Annotated[
     str | None, typer.Option(help="Comma-separated names, such as mmstar,mme. Default: the paper's six.")
+]
+AnyTasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        help="Comma-separated names, such as mmstar,pope; also of lmms-eval's tasks, groups and tags. "
+        "Default: the paper's six.",
+    ),
 ]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Folder with one folder per benchmark. Default: the hub.")
@@ -55,7 +68,17 @@ def run(
         str, typer.Option(help="Folder or hub ID of a SOLO model, or the name of a served model.")
     ],
     out: Annotated[Path, typer.Option(help="Output folder; an interrupted run resumes.")],
-    tasks: Tasks = None,
+    tasks: AnyTasks = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead of tasks: a file of questions, or `validation.questions` of a recipe.",
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with further task files of lmms-eval, read recursively.")
+    ] = None,
     data_root: DataRoot = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of rows per task, from the first.")
@@ -80,30 +103,46 @@ def run(
     judge_url: JudgeUrl = None,
     json: JsonOption = False,
 ) -> None:
-    """Evaluate a model on benchmarks: generate answers, score them as the papers do, write a report."""
+    """Evaluate a model on benchmarks: generate answers, score them as the papers do, write a report.
+
+    A task that is no benchmark of `solo eval rescore` is run with lmms-eval's own data, prompts and scores.
+    """
     _quiet_harness()
-    from solo_vlm.evaluate.data import Rows, load_benchmark
+    from solo_vlm.evaluate.question_run import QuestionRun, load_files
+    from solo_vlm.evaluate.questions import DEFAULT_MAX_NEW_TOKENS, parse_question_files
     from solo_vlm.evaluate.run import EvaluationRun
 
-    names = _task_names(tasks)
+    if questions and tasks:
+        raise SoloError("give either --tasks or --questions: a run has one kind of report")
+    names = [] if questions else _task_names(tasks)
+    files = load_files(parse_question_files(questions)) if questions else {}
     if engine == "transformers" and (base_url or api_key):
         raise SoloError("--base-url and --api-key need a served model: add --engine vllm or --engine openai")
     if judge and "mathvista" not in names:
         raise SoloError("--judge needs mathvista among the tasks")
-    options = {name: (judge, judge_url) if name == "mathvista" else (None, None) for name in names}
-    benchmarks = [_benchmark(name, *options[name]) for name in names]
-    rows = [(each, Rows.of(each, load_benchmark(each, data_root))) for each in benchmarks]
+    benchmarks = {"mathvista": _benchmark("mathvista", judge, judge_url)} if judge or judge_url else {}
+    opened, failed = _open_tasks(names, benchmarks, include_path, data_root) if names else ([], {})
     if engine == "transformers":
         backend, info = _local(model, dtype, batch_size)
     else:
         backend, info = _served(model, engine, base_url, api_key, concurrency)
-    scores = EvaluationRun(out, info, limit, max_new_tokens).evaluate(backend, rows, progress_bar)
+    if questions:
+        asked = QuestionRun(out, info, limit, max_new_tokens or DEFAULT_MAX_NEW_TOKENS)
+        scores = asked.evaluate(backend, files, progress_bar)
+    else:
+        run = EvaluationRun(out, info, limit, max_new_tokens)
+        scores, failed = run.evaluate(backend, opened, progress_bar, failed)
     if json:
         facts = {"out": str(out), "model": info.as_dict(), "scores": [score.as_dict() for score in scores]}
-        return print_json(facts)
-    for score in scores:
-        _print_score(score)
-    STDOUT.print(f"report: {out / 'report.html'}")
+        print_json({**facts, "failed": failed})
+    else:
+        for score in scores:
+            _print_score(score)
+        STDOUT.print(f"report: {out / 'report.html'}")
+    for name, reason in failed.items():
+        STDERR.print(f"error: {name}: {reason}", markup=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(SoloError.exit_code)
 
 
 @app.command()
@@ -133,10 +172,13 @@ def compare(
     from solo_vlm.evaluate.compare import compare_runs
     from solo_vlm.evaluate.run_folder import RunFolder
 
-    comparisons = compare_runs(RunFolder(first), RunFolder(second))
+    runs = RunFolder(first), RunFolder(second)
+    comparisons = compare_runs(*runs)
+    left_out = {task for run in runs for task in run.tasks} - {each.task for each in comparisons}
     if json:
         tasks = [asdict(comparison) for comparison in comparisons]
-        return print_json({"first": str(first), "second": str(second), "tasks": tasks})
+        facts = {"first": str(first), "second": str(second), "tasks": tasks}
+        return print_json({**facts, "not_compared": sorted(left_out)})
     STDOUT.print(f"A: {first}\nB: {second}")
     rows = [
         (
@@ -153,6 +195,9 @@ def compare(
     for comparison in comparisons:
         if comparison.left_out:
             STDOUT.print(f"{comparison.title}: {comparison.left_out:,} rows of only one run are left out")
+    if left_out:
+        names = ", ".join(sorted(left_out))
+        STDOUT.print(f"not compared, as only one run has them or lmms-eval scores them: {names}")
     STDOUT.print(
         "On the rows that both runs have, scored by rules. Paired bootstrap over questions (over images for "
         "MME), 10,000 resamples."
@@ -216,6 +261,48 @@ def _task_names(tasks: str | None) -> list[str]:
     if not tasks:
         return list(PAPER)
     return list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+
+
+def _open_tasks(
+    names: Sequence[str],
+    benchmarks: Mapping[str, Benchmark],
+    include_path: Path | None,
+    data_root: Path | None,
+) -> tuple[list[tuple[Benchmark, Rows] | StockTask], dict[str, str]]:
+    """Load benchmarks and lmms-eval's tasks of these names; also return the reasons of those that fail.
+
+    Raises:
+        SoloError: A name is unknown, or none can be loaded.
+    """
+    from solo_vlm.evaluate.benchmarks import BENCHMARKS
+    from solo_vlm.evaluate.data import Rows, load_benchmark
+    from solo_vlm.evaluate.run import check_harness
+
+    check_harness()
+    from solo_vlm.evaluate.stock_tasks import TaskError, TaskFiles, open_stock_task
+
+    task_files = TaskFiles(include_path)
+    ours = BENCHMARKS.keys() - task_files.included.keys()
+    files: dict[str, Path | None] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        try:
+            files |= {name: None} if name in ours else task_files.resolve(name)
+        except TaskError as error:
+            failed[name] = str(error)
+    opened: list[tuple[Benchmark, Rows] | StockTask] = []
+    for name, file in files.items():
+        try:
+            if file is None or name in ours:
+                benchmark = benchmarks.get(name, BENCHMARKS[name])
+                opened.append((benchmark, Rows.of(benchmark, load_benchmark(benchmark, data_root))))
+            else:
+                opened.append(open_stock_task(name, file, data_root))
+        except SoloError as error:
+            failed[name] = str(error)
+    if not opened:
+        raise SoloError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+    return opened, failed
 
 
 def _benchmark(task: str, judge: str | None, judge_url: str | None) -> Benchmark:
@@ -302,4 +389,6 @@ def _print_score(score: Score) -> None:
 
 
 def _cells(score: Score | Part) -> list[str]:
-    return [f"{score.score:,.1f}", "{:,.1f} to {:,.1f}".format(*score.interval), f"{score.n:,}"]
+    from solo_vlm.evaluate.scoring.score import points, span
+
+    return [points(score), span(score), f"{score.n:,}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,12 @@ def train(
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Model FLOPs utilization assumed by a dry run.")
     ] = 0.4,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="Network of a dry run, e.g. nvlink+400g: in a machine, and Gbit/s per device between."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Train a model. An interrupted run resumes from its newest checkpoint.
@@ -75,7 +82,7 @@ def train(
     else:
         raise SoloError("give a recipe, or --from-manifest FILE")
     if dry_run:
-        _plan(settings, recipe if not from_manifest else None, processes, device, mfu, json)
+        _plan(settings, recipe if not from_manifest else None, processes, device, mfu, network, json)
     else:
         _train(settings, resume, json)
 
@@ -93,13 +100,28 @@ def _train(recipe: Recipe, resume: bool, json: bool) -> None:
         f"{result.model}: {metrics['steps']} steps, {metrics['tokens']:,} tokens, "
         f"{metrics['tokens_per_second']:,.0f} tokens/s"
     )
+    if metrics["stopped"]:
+        STDOUT.print(f"stopped early: {metrics['stopped']}")
+    if best := metrics["best"]:
+        STDOUT.print(
+            f"best: step {best['step']:,}, {best['metric']} {best['value']:.4g}; export it with solo convert "
+            f"checkpoint {result.model.parent} FOLDER --step {best['step']}",
+            soft_wrap=True,
+        )
 
 
 def _plan(
-    recipe: Recipe, name: str | None, processes: int | None, device: str | None, mfu: float, json: bool
+    recipe: Recipe,
+    name: str | None,
+    processes: int | None,
+    device: str | None,
+    mfu: float,
+    network: str | None,
+    json: bool,
 ) -> None:
     import torch
 
+    from solo_vlm.train.estimate.communication import Network
     from solo_vlm.train.estimate.memory import find_device, recognize_device
     from solo_vlm.train.estimate.plan import make_plan
     from solo_vlm.utils.settings import find_settings
@@ -107,16 +129,19 @@ def _plan(
     # Default: torchrun's world size, or one process per accelerator; at least one tensor-parallel group.
     found = int(os.environ.get("WORLD_SIZE", 0)) or torch.accelerator.device_count()
     here = recognize_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    chosen = find_device(device) if device else here or find_device(_DEFAULT_DEVICE)
     plan = make_plan(
         recipe,
         processes or max(found, recipe.parallel.tensor),
-        find_device(device) if device else here or find_device(_DEFAULT_DEVICE),
+        chosen,
         mfu,
         find_settings(name, "recipe").parent if name else None,
+        Network.parse(network, chosen.name) if network else None,
     )
     if json:
         return print_json(plan.as_dict())
-    for line in [*_model_lines(plan), *_run_lines(plan), *_memory_lines(plan), *_advice_lines(plan)]:
+    parts = (_model_lines, _run_lines, _question_lines, _memory_lines, _network_lines, _advice_lines)
+    for line in chain.from_iterable(part(plan) for part in parts):
         STDOUT.print(line, markup=False)
 
 
@@ -146,21 +171,76 @@ def _run_lines(plan: Plan) -> list[str]:
             f"{plan.data.vision_share:.1%} vision tokens"
         )
     total = f", {_duration(plan.seconds)} in total" if plan.seconds else ""
+    copies = f" (parameters on {dims.replicate} x {dims.shards})" if dims.replicate > 1 else ""
+    slices = f" x context parallel {dims.cp}" if dims.cp > 1 else ""
+    layout = f"data parallel {dims.dp}{copies}{slices} x tensor parallel {dims.tp}"
     return [
         f"step        {batch:,} sequences of {length:,} tokens: {plan.tokens_per_step:,} tokens",
         f"run         {run}",
         f"data        {data}",
-        f"processes   {dims.world_size}: data parallel {dims.dp} x tensor parallel {dims.tp}, "
+        f"processes   {dims.world_size}: {layout}, "
         f"{dims.gradient_accumulation_steps} gradient accumulation steps",
         f"time        {_duration(plan.seconds_per_step)} per step{total}, on {dims.world_size} x "
         f"{device.name} at {plan.mfu:.0%} of {device.peak_flops / 1e12:,.0f} TFLOP/s",
     ]
 
 
+def _question_lines(plan: Plan) -> list[str]:
+    validation = plan.recipe.validation
+    if plan.questions_missing:
+        return [f"questions   not counted: {plan.questions_missing}"]
+    if not plan.questions or validation is None:
+        return []
+    lines = []
+    for file in plan.questions:
+        question, expected, metric = file.example
+        lines += [
+            f"{file.name}: {file.asked:,} of {file.total:,} in {file.path}, about {file.tokens:,.0f} tokens "
+            "each",
+            f"  {' '.join(question.split())[:80]} -> {expected[:40]} ({metric})",
+        ]
+    lines.append(
+        f"every {validation.interval:,} steps, at most {plan.question_passes:,} forward passes per process: "
+        f"{plan.question_share:.1%} of the FLOPs of the steps between"
+    )
+    return [f"{'' if number else 'questions':<12}{line}" for number, line in enumerate(lines)]
+
+
 def _memory_lines(plan: Plan) -> list[str]:
     parts = [f"  {name:<12}{_gib(size)}" for name, size in vars(plan.memory).items()]
     total = f"  {'total':<12}{_gib(plan.memory.total)} of {plan.device.memory / _GIB:g} GiB"
-    return [f"memory per {plan.device.name}", *parts, total]
+    host = [f"  {name:<12}{_gib(size)}" for name, size in vars(plan.host).items() if size]
+    of_host = f"  {'total':<12}{_gib(plan.host.total)}"
+    return [
+        f"memory per {plan.device.name}",
+        *parts,
+        total,
+        "main memory of the first machine",
+        *host,
+        of_host,
+    ]
+
+
+def _network_lines(plan: Plan) -> list[str]:
+    found = plan.collectives
+    if not found:
+        return []
+    network = plan.network
+    lines = ["sent per process and step"]
+    for each in found:
+        took = f", {_duration(each.seconds(network))} over {network.name}" if network else ""
+        hidden = " behind computation" if network and each.overlaps else ""
+        lines.append(
+            f"  {each.purpose:<21}{_gib(each.sent)}  {each.kind} over {each.size} processes{took}{hidden}"
+        )
+    if plan.speeds:
+        worst, best = plan.speeds
+        lines.append(
+            f"expected    {worst.mfu:.0%} to {best.mfu:.0%} MFU: {_duration(best.compute)} to "
+            f"{_duration(worst.compute)} of computation, and {_duration(worst.exposed)} of communication "
+            f"that it does not hide ({worst.exposed / (worst.compute + worst.exposed):.0%})"
+        )
+    return lines
 
 
 def _advice_lines(plan: Plan) -> list[str]:

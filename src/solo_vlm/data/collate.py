@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from solo_vlm.data.encode import IGNORE_INDEX, Document
+from solo_vlm.models.solo.positions_solo import image_layout
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class PackedBatch(TypedDict):
@@ -82,16 +84,45 @@ def collate(
     )
 
 
-def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
+def model_inputs(
+    model: PreTrainedModel, batch: PackedBatch, index: int = 0, count: int = 1
+) -> dict[str, Any]:
     """Move a batch to the model's device; a plain LLM does not get the (empty) image inputs.
 
     Routers of experts add no auxiliary loss here: transformers' would count padding as tokens.
+
+    Args:
+        index: Slice of the row to take, of `count` equal ones.
     """
-    images = ("pixel_values", "image_grid_thw")
     is_balanced = getattr(model.config.get_text_config(), "output_router_logits", False)
     options = {"output_router_logits": False} if is_balanced else {}
+    inputs: dict[str, Any] = dict(batch)
+    if model.config.model_type != "solo":
+        del inputs["pixel_values"], inputs["image_grid_thw"]
+    if count > 1:
+        inputs = _slice(inputs, model.config, index, count)
     return options | {
         name: value.to(model.device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if model.config.model_type == "solo" or name not in images
+        for name, value in inputs.items()
     }
+
+
+def _slice(inputs: dict[str, Any], config: PreTrainedConfig, index: int, count: int) -> dict[str, Any]:
+    """Return the inputs of one of `count` equal slices of a row; documents and images may lie across cuts."""
+    ids, positions = inputs["input_ids"], inputs["position_ids"]
+    size = ids.shape[1] // count
+    own = slice(index * size, (index + 1) * size)
+    targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    parts = {"input_ids": ids, "position_ids": positions, "labels": inputs["labels"], "shift_labels": targets}
+    inputs = inputs | {name: values[:, own] for name, values in parts.items()}
+    if "pixel_values" in inputs:
+        del inputs["image_grid_thw"]  # of whole images
+        patches = (ids[0] == config.image_token_id).cumsum(0)
+        first, last = (int(patches[end - 1]) if end else 0 for end in (own.start, own.stop))
+        inputs["pixel_values"] = inputs["pixel_values"][first:last]
+        if config.locates_images:
+            layout = image_layout(ids, config.vision_token_ids, positions)
+            inputs["layout"] = layout[..., own]
+            if config.image_attention == "bidirectional":
+                inputs["image_index"] = layout[0]
+    return inputs

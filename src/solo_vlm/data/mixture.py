@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,8 @@ class DataSettings(Settings):
         sequence_length: Tokens per packed sequence.
         weight_by: Unit of the weights: "tokens", "samples", or packed "sequences" of a single source each.
         epochs: Epochs over each source; endless if null.
-        streams: Number of virtual streams; must be divisible by ranks x workers.
+        streams: Number of virtual streams; must be divisible by ranks x workers. Default: see
+            `default_streams`.
         workers: Worker processes per rank; 0 reads in the training process.
         threads: Threads per worker process; they pack sequences of different streams in parallel.
         packing_buffer: Documents that a packer chooses from.
@@ -82,7 +84,7 @@ class DataSettings(Settings):
     sequence_length: PositiveInt = 32768
     weight_by: WeightBy = "tokens"
     epochs: PositiveInt | None = None
-    streams: PositiveInt = 64
+    streams: PositiveInt | None = None
     workers: int = Field(0, ge=0)
     threads: PositiveInt = 1
     packing_buffer: PositiveInt = 128
@@ -92,6 +94,16 @@ class DataSettings(Settings):
     max_shard_bytes: PositiveInt = Limits.max_shard_bytes
     max_skipped: float = Field(0.01, ge=0, le=1)
     seed: int = 0
+
+
+def default_streams(global_batch: int = 1) -> int:
+    """Return the smallest number from 64 that any number of ranks with 1, 2 or 4 workers divides.
+
+    The ranks divide the global batch. At the end of the data, the last sequence of a stream is half full on
+    average: that is two steps at most, or 32 sequences.
+    """
+    unit = 4 * global_batch
+    return unit * math.ceil(64 / unit)
 
 
 class Mixture(Settings):
@@ -137,14 +149,18 @@ class Mixture(Settings):
         """Resolve a source's path relative to the root; return URLs unchanged."""
         return path if "://" in path else str(self.at(path))
 
+    @property
+    def limits(self) -> Limits:
+        """Limits for reading the files."""
+        return Limits(self.data.allow_outside_paths, self.data.max_row_bytes, self.data.max_shard_bytes)
+
     def open_sources(self) -> list[Source]:
         """Open all sources.
 
         Raises:
             SoloError: A source is missing, unreadable or empty.
         """
-        limits = Limits(self.data.allow_outside_paths, self.data.max_row_bytes, self.data.max_shard_bytes)
-        sources = [source.open(limits, self.source_path) for source in self.data.sources]
+        sources = [source.open(self.limits, self.source_path) for source in self.data.sources]
         for source in sources:
             if not len(source):
                 raise SoloError(f"{source.name} has no rows")
@@ -165,7 +181,7 @@ class StreamFactory:
         weights = [source.weight for source in settings.sources]
         return self.stream_type(
             index,
-            settings.streams,
+            settings.streams or default_streams(),
             [MixtureItem(*item) for item in zip(self.sources, weights, strict=True)],
             self.encoder.draft,
             settings.sequence_length,
@@ -192,7 +208,7 @@ def make_loader(
     encoder = Encoder(processor, mixture.data.vision_loss)
     return PackedLoader(
         StreamFactory([SharedShards(source) for source in sources], mixture.data, encoder),
-        mixture.data.streams,
+        mixture.data.streams or default_streams(),
         mixture.data.sequence_length,
         encoder.padding_id,
         rank=rank,

@@ -12,8 +12,19 @@ import numpy as np
 from solo_vlm.data.sources import Source
 from solo_vlm.utils.errors import SoloError
 
-_OPEN_SHARDS = 4  # shards per stream from which rows are drawn at a time
+OPEN_BYTES = 2**26  # memory of the open shards of a stream
+MIN_OPEN, MAX_OPEN = 2, 64  # shards of a source from which a stream draws rows at a time
+_FIRST_OPEN = 4
+_ROWS_PER_OPENING = 8  # rows drawn per shard that is opened in the beginning, so that a run starts soon
 _MIN_PART_ROWS = 64  # shards with smaller parts are not divided: each stream reads all of them
+
+
+def open_bytes(streams: int, sources: int) -> int:
+    """Return the memory for open shards of each source in a stream.
+
+    That of a run grows neither with streams beyond 64 nor, up to four, with sources.
+    """
+    return OPEN_BYTES * 64 // max(streams, 64) // min(sources, 4)
 
 
 class Share(NamedTuple):
@@ -58,10 +69,27 @@ class RowOrder:
 
     A piece is a shard or a part of one, numbered within the stream's share. No shard is opened before the
     first row is asked for, because a state may be loaded first.
+
+    Args:
+        source: Source of the rows.
+        share: Part of the source that this stream reads.
+        seed: Seed of the order.
+        stream: Number of the stream.
+        epochs: Number of passes. Default: endless.
+        memory: Bytes up to which shards are opened, `MIN_OPEN` to `MAX_OPEN` of them.
     """
 
-    def __init__(self, source: Source, share: Share, seed: str, stream: int, epochs: int | None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        share: Share,
+        seed: str,
+        stream: int,
+        epochs: int | None,
+        memory: int = OPEN_BYTES,
+    ) -> None:
         self._source = source
+        self._memory = memory
         self._share = share
         self._pieces = len(share.whole) + len(share.parts)
         self._reads_all = False
@@ -124,7 +152,9 @@ class RowOrder:
 
     def _fill(self) -> None:
         """Keep enough pieces open; start the next epoch at the end of this one."""
-        while self._pieces and len(self._open) < _OPEN_SHARDS:
+        while self._pieces and len(self._open) < min(
+            MAX_OPEN, _FIRST_OPEN + self._drawn // _ROWS_PER_OPENING
+        ):
             if self._opened == self._pieces:
                 last = self._epochs is not None and self.epoch + 1 >= self._epochs
                 if self._open or last:
@@ -137,9 +167,16 @@ class RowOrder:
                     left_out = " that its filter keeps" if self.filtered else ""
                     raise SoloError(f"{self._source.name} has no rows{left_out}")
             piece = int(self._order("units", self._pieces)[self._opened])
+            if len(self._open) >= MIN_OPEN and self._memory_with(piece) > self._memory:
+                return
             self._opened += 1
             if len(self._row_order(piece)):
                 self._open.append([piece, 0])
+
+    def _memory_with(self, piece: int) -> int:
+        """Return the memory of the open pieces and another one."""
+        shards = {self._piece(number)[0] for number in (piece, *(number for number, _ in self._open))}
+        return sum(map(self._source.memory, shards))
 
     def _read_all(self) -> None:
         """Read all shards of an endless source whose share for this stream has no rows."""

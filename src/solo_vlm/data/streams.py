@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from solo_vlm.data.encode import Document, Draft, fit_to_length
 from solo_vlm.data.packing import Packer
-from solo_vlm.data.row_order import RowOrder, deal, fraction
+from solo_vlm.data.row_order import RowOrder, deal, fraction, open_bytes
 from solo_vlm.data.sample import FilteredRow, Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source
 from solo_vlm.utils.errors import SoloError
@@ -36,7 +36,7 @@ Key = tuple[int, int, int, int]  # source, shard, row, piece of a long text
 Encode = Callable[[Sample], Draft]
 WeightBy = Literal["samples", "tokens", "sequences"]
 
-ORDER_VERSION = 4  # increased if the same data and seed give another order; older states are rejected
+ORDER_VERSION = 5  # increased if the same data and seed give another order; older states are rejected
 
 LISTED = 20  # skipped samples that a stream lists; it counts all
 
@@ -108,10 +108,11 @@ class VirtualStream:
         self._weight_by = weight_by
         self._max_skipped = max_skipped
         self._orders = []
+        memory = open_bytes(streams, len(mixture))
         first = 0  # stream with the first part of a source's remainder
         for number, source in enumerate(self._sources):
             share, first = deal(len(source), index, streams, first)
-            self._orders.append(RowOrder(source, share, f"{seed}/{number}", index, epochs))
+            self._orders.append(RowOrder(source, share, f"{seed}/{number}", index, epochs, memory))
         self._phases = _phases(self._weights, index, str(seed))
         self._consumed = list(self._phases)
         numbers = range(len(mixture))

@@ -1,8 +1,8 @@
-"""Evaluation on the paper's benchmarks: rows, backend, predictions, scoring, report, comparison.
+"""Evaluation on benchmarks: rows, backend, predictions, scoring, report, comparison.
 
-Reading order: `data` (rows of a benchmark), `backends`, `lmms_eval` (prompts), `run`, `predictions`,
-`scoring`, `report`, `compare`. `held_out` measures exact matches on your own samples; `contamination`
-searches training data for benchmark rows.
+Reading order: `data` (rows of a benchmark), `backends`, `lmms_eval`, `stock_tasks` (prompts), `run`,
+`predictions`, `scoring`, `report`, `compare`. `held_out` measures exact matches on your own samples;
+`contamination` searches training data for benchmark rows.
 
 May import: data, generate, models, utils.
 """

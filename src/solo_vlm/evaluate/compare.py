@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from solo_vlm.evaluate.benchmarks import get
+from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.run_folder import RunFolder
 from solo_vlm.evaluate.scoring.score import Benchmark, ScoredAnswer, paired_difference, score_of
 from solo_vlm.utils.errors import SoloError
@@ -38,14 +38,14 @@ class Comparison:
 
 
 def compare_runs(first: RunFolder, second: RunFolder) -> list[Comparison]:
-    """Compare two runs on every task that both have.
+    """Compare two runs on every benchmark that both have.
 
     Raises:
-        SoloError: They share no task, or no row of a shared task, or were run on different data.
+        SoloError: They share no benchmark, or no row of a shared one, or were run on different data.
     """
-    tasks = [task for task in first.tasks if task in second.tasks]
+    tasks = [task for task in first.tasks if task in second.tasks and task in BENCHMARKS]
     if not tasks:
-        raise SoloError(f"{first.path} and {second.path} have no task in common")
+        raise SoloError(f"{first.path} and {second.path} have no benchmark in common")
     return [_compare(get(task), first, second) for task in tasks]
 
 

@@ -72,7 +72,8 @@ def load_benchmark(benchmark: Benchmark, data_root: Path | None) -> Dataset:
     try:
         if file_format in ("parquet", "arrow"):
             data = load_dataset(file_format, data_files=[str(file) for file in files], split="train")
-            if {"a", "b"} <= set(map(column_name, data.column_names)):  # VLMEvalKit's columns
+            columns = set(map(column_name, data.column_names))
+            if {"a", "b"} <= columns and benchmark.name in _CONVERTERS:  # VLMEvalKit's columns
                 kwargs = {"task": benchmark.name, "data": data, "version": _CACHE_VERSION}
                 data = Dataset.from_generator(_convert_dataset, gen_kwargs=kwargs)
         else:
@@ -82,7 +83,7 @@ def load_benchmark(benchmark: Benchmark, data_root: Path | None) -> Dataset:
             data = Dataset.from_generator(_convert_files, gen_kwargs=kwargs)
     except Exception as error:  # datasets wraps failures in many kinds of exceptions
         raise SoloError(f"cannot read {files[0]}: {error.__cause__ or error}") from error
-    return _cast_images(data)
+    return cast_images(data)
 
 
 def find_benchmark(benchmark: Benchmark, data_root: Path) -> tuple[str, list[Path]]:
@@ -97,11 +98,12 @@ def find_benchmark(benchmark: Benchmark, data_root: Path) -> tuple[str, list[Pat
         files = [
             file for file in found if "/." not in f"/{file.relative_to(folder).as_posix()}"
         ]  # not hidden
-        if chosen := _select_split(benchmark, files):
+        if chosen := _select_split(files, benchmark.split, benchmark.hub_config):
             return file_format, chosen
+    table = ", or put VLMEvalKit's TSV there" if benchmark.name in _CONVERTERS else ""
     raise SoloError(
         f"{folder} has no data of {benchmark.title} ({', '.join(_FORMATS)}): "
-        f"{download_command(benchmark, data_root)}, or put VLMEvalKit's TSV there"
+        f"{download_command(benchmark, data_root)}{table}"
     )
 
 
@@ -113,12 +115,23 @@ def download_command(benchmark: Benchmark, data_root: Path) -> str:
     )
 
 
-def _select_split(benchmark: Benchmark, files: Sequence[Path]) -> list[Path]:
+def files_of_split(folder: Path, split: str) -> list[Path]:
+    """Return the parquet files of a split below a folder.
+
+    Raises:
+        SoloError: There are none.
+    """
+    if files := _select_split(sorted(folder.rglob("*.parquet")), split):
+        return files
+    raise SoloError(f"{folder} has no parquet files of the split {split}")
+
+
+def _select_split(files: Sequence[Path], split: str, config: str | None = None) -> list[Path]:
     """Return the files named after the split, else those of no split; only of the configuration, if any."""
-    candidates = [file for file in files if benchmark.hub_config in file.parts] or files
+    candidates = [file for file in files if config in file.parts] or files
     splits = [file.stem.replace("_", "-").split("-")[0] for file in candidates]  # test-00000-of-00001: test
-    named = [file for file, split in zip(candidates, splits, strict=True) if split == benchmark.split]
-    return named or [file for file, split in zip(candidates, splits, strict=True) if split not in _SPLITS]
+    named = [file for file, name in zip(candidates, splits, strict=True) if name == split]
+    return named or [file for file, name in zip(candidates, splits, strict=True) if name not in _SPLITS]
 
 
 def _convert_files(task: str, files: Sequence[tuple[str, int, int]], version: int) -> Iterator[Row]:
@@ -126,7 +139,9 @@ def _convert_files(task: str, files: Sequence[tuple[str, int, int]], version: in
         path = Path(name)
         shared = _shared_images(path)
         for row in _raw_rows(path):
-            plain = {column_name(column): value for column, value in row.items()}
+            plain = (
+                {column_name(column): value for column, value in row.items()} if task in _CONVERTERS else row
+            )
             if (reference := str(plain.get("image"))) in shared:
                 plain["image"] = shared[reference]
             yield _convert(task, plain, path.parent)
@@ -173,13 +188,12 @@ def _encoded_image(value: Any, folder: Path) -> Any:
         raise SoloError(f"{value[:80]!r} is neither an image in base64 nor a file in {folder}") from error
 
 
-def _cast_images(data: Dataset) -> Dataset:
+def cast_images(data: Dataset) -> Dataset:
     """Mark columns of `{"bytes", "path"}` as images, as the hub's files do."""
     from datasets import Image as ImageFeature
 
     features = data.features.copy()
-    for name in _IMAGE_COLUMNS:
-        feature = features.get(name)
+    for name, feature in data.features.items():
         inner = getattr(feature, "feature", feature)
         if isinstance(inner, dict) and set(inner) == {"bytes", "path"}:
             features[name] = ImageFeature() if inner is feature else type(feature)(ImageFeature())
@@ -257,6 +271,12 @@ class Rows:
             len(columns) - len(kept),
         )
 
+    @classmethod
+    def all_of(cls, data: Dataset) -> Rows:
+        """Return all rows of a dataset."""
+        encoded = EncodedRows(data)
+        return cls(encoded, list(_columns(data)), [str(number + 1) for number in range(len(data))], 0)
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -290,9 +310,10 @@ def decoded(value: Any) -> Any:
 def _columns(data: Dataset) -> Iterator[Row]:
     """Yield the rows as predictions store them, without reading any image."""
     encoded = EncodedRows(data)
-    filled = {name: _filled(data, name) for name in encoded.image_columns}
+    filled = [_filled(data, name) for name in encoded.image_columns]
+    has_image = {"images": np.any(filled, axis=0)} if filled else {}
     for number, row in enumerate(encoded.without_images()):
-        yield without_images({**row, **{name: there[number] or None for name, there in filled.items()}})
+        yield without_images({**row, **{name: bool(there[number]) for name, there in has_image.items()}})
 
 
 def _filled(data: Dataset, name: str) -> NDArray[np.bool_]:
@@ -308,6 +329,8 @@ def _filled(data: Dataset, name: str) -> NDArray[np.bool_]:
 
 def hub_row(task: str, row: Mapping[str, Any]) -> Row:
     """Convert a row of VLMEvalKit's file (names normalized) to the hub's schema; keep others unchanged."""
+    if task not in _CONVERTERS:
+        return dict(row)
     rest = {name: value for name, value in row.items() if name not in set(ascii_lowercase)}
     return {**rest, **_CONVERTERS[task](row)}
 

@@ -1,33 +1,26 @@
-"""lmms-eval: adapter around a backend, and its stock tasks on local data."""
+"""lmms-eval: adapter around a backend."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-from unittest.mock import patch
 
-import lmms_eval.tasks
+import lmms_eval.api.task  # noqa: F401  (sets what is undone below)
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.api.task import ConfigurableMessagesTask
-from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.protocol import ChatMessages
-from lmms_eval.tasks import TaskManager
-from lmms_eval.utils import load_yaml_config
 from PIL import ImageFile
 from rich.progress import Progress
 
 from solo_vlm.evaluate.backends import Backend
-from solo_vlm.evaluate.data import EncodedRows, decoded
+from solo_vlm.evaluate.data import EncodedRows
 from solo_vlm.evaluate.run_folder import AnswerFile, SavedAnswer
-from solo_vlm.evaluate.scoring.score import Benchmark
 from solo_vlm.generate import BatchGenerator, GenerationOutput, GenerationPipeline, GenerationRequest
 from solo_vlm.models.solo.image_loading_solo import ImageError
+from solo_vlm.models.solo.processing_solo import Message
+from solo_vlm.utils.errors import first_line
 
 # lmms-eval lets Pillow pad truncated images. Here such a row is a bad row.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -36,8 +29,8 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 """Maximum length of an answer if the task sets none, as in lmms-eval's own models."""
 
 _BLANK_LINE = "\n\n"
-_SCORED_BY_GPT = {"mathvista"}
-"""Benchmarks that lmms-eval scores by asking GPT; it guesses without a key, so it does not score them."""
+_SUPPORTED = {"text", "image"}
+"""Parts of a message that a backend reads."""
 
 
 class BackendModel(lmms):
@@ -111,10 +104,10 @@ class BackendModel(lmms):
             for number, request in requests.items():
                 _, to_messages, settings, row, task, split = request.args
                 try:
-                    messages = ChatMessages(messages=to_messages(self.task_dict[task][split][row]))
-                    yield GenerationRequest(number, messages.to_hf_messages(), self.limit(settings))
-                except ImageError as error:
-                    unreadable.append(GenerationOutput(number, None, str(error)))
+                    messages = chat_of(to_messages(self.task_dict[task][split][row]))
+                    yield GenerationRequest(number, messages, self.limit(settings))
+                except (ImageError, OSError) as error:  # Pillow raises OSError
+                    unreadable.append(GenerationOutput(number, None, first_line(error)))
 
         if requests:
             yield from self._backend.generate(generation_requests())
@@ -138,7 +131,9 @@ class BackendModel(lmms):
         asked = [request.args[0], self.limit(settings), self._stops(settings)]
         if self._file is not None:
             task, split = request.args[4:]
-            asked += _image_hashes(self.task_dict[task][split][_row(request)])
+            data = self.task_dict[task][split]
+            encoded = data if isinstance(data, EncodedRows) else EncodedRows(data)
+            asked += _image_hashes(encoded[_row(request)])
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
@@ -179,6 +174,19 @@ class Solo(BackendModel):
             return super().generate_until(requests)
 
 
+def chat_of(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Return the chat of lmms-eval's messages.
+
+    Raises:
+        ImageError: A part is neither text nor an image.
+    """
+    chat = ChatMessages(messages=messages).to_hf_messages()
+    kinds = {part["type"] for message in chat for part in message["content"]} - _SUPPORTED
+    if kinds:
+        raise ImageError(f"the prompt has {' and '.join(sorted(kinds))}; only text and images are supported")
+    return chat
+
+
 def _row(request: Instance) -> int:
     return request.args[3]
 
@@ -188,87 +196,3 @@ def _image_hashes(row: Mapping[str, Any]) -> list[str]:
     values = [part for value in row.values() for part in (value if isinstance(value, list) else [value])]
     images = [value for value in values if isinstance(value, Mapping) and set(value) == {"bytes", "path"}]
     return [hashlib.sha256(image["bytes"] or str(image["path"]).encode()).hexdigest() for image in images]
-
-
-# ----------------------------------------------------------------------------------------- stock tasks
-
-
-class LocalTask(ConfigurableMessagesTask):
-    """Stock task of lmms-eval for a benchmark, with its prompts and scores, on rows with its columns.
-
-    Images are decoded when the prompt is built, so an unreadable image fails its own row only.
-    """
-
-    def __init__(self, benchmark: Benchmark, rows: EncodedRows) -> None:
-        self._rows = rows
-        (file,) = Path(lmms_eval.tasks.__file__).parent.glob(f"*/{benchmark.harness_task}.yaml")
-        # MathVista's functions otherwise create an OpenAI client on import, which fails without a key.
-        with patch.dict(os.environ, {"API_TYPE": "dummy"}):
-            config = load_yaml_config(str(file), mode="full")
-        self._split = config["test_split"]
-        super().__init__(config=config)
-
-    def download(self, dataset_kwargs: Any = None) -> None:
-        """Set the rows where the parent class would load the dataset."""
-        self.dataset = {self._split: self._rows}
-        self.dataset_no_image = {self._split: self._rows.without_images()}
-
-    def prompt(self, row: int) -> str:
-        """Return the exact text of a row's prompt, without its images."""
-        return self.doc_to_text(self.dataset_no_image[self._split][row])
-
-    def doc_to_visual(self, doc: Mapping[str, Any]) -> Any:
-        """Return the decoded images of a row.
-
-        Raises:
-            ImageError: An image is missing or cannot be read.
-        """
-        images = {name: decoded(value) for name, value in doc.items()}
-        try:
-            return super().doc_to_visual(images)
-        except AttributeError as error:  # the stock functions convert any value to RGB
-            raise ImageError("the row has no image") from error
-
-
-def run_task(
-    task: LocalTask, benchmark: Benchmark, model: BackendModel, limit: int | None = None
-) -> tuple[dict[str, float], str]:
-    """Generate responses to all rows of a task through lmms-eval; the model keeps them.
-
-    Args:
-        task: Task, which can be run once.
-        benchmark: Benchmark of the task.
-        model: Model that generates and keeps the responses.
-        limit: Maximum number of rows, from the first.
-
-    Returns:
-        Scores by metric in lmms-eval's units (some fractions, some points), and the reason if there are none.
-
-    Raises:
-        SoloError: The backend fails.
-    """
-    by_gpt = benchmark.name in _SCORED_BY_GPT
-    try:
-        results = simple_evaluate(
-            model=model,
-            tasks=[task],
-            task_manager=TaskManager(include_defaults=False),
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-            predict_only=by_gpt,
-            cli_args=argparse.Namespace(process_with_media=False),
-        )
-    except Exception as error:
-        if not model.finished:
-            raise
-        # Its scorers fail on a partial benchmark, such as one question of a pair of MME.
-        return {}, f"lmms-eval could not score this: {str(error) or type(error).__name__}"
-    if by_gpt:
-        return {}, "lmms-eval scores this task by asking GPT, so its scorer did not run"
-    metrics = results["results"][benchmark.harness_task]
-    return {
-        key.partition(",")[0]: float(value)
-        for key, value in metrics.items()
-        if isinstance(value, (int, float)) and "_stderr" not in key.partition(",")[0]
-    }, ""

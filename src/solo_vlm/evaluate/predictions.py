@@ -92,7 +92,7 @@ def _holds_image(value: Any) -> bool:
 
 
 def check_unique(rows: Iterable[Mapping[str, Any]], where: str) -> None:
-    """Check that no two rows of a split have the same `pid`, `index` or `id`.
+    """Check that no two rows of a split and a category have the same `pid`, `index` or `id`.
 
     Raises:
         SoloError: Two rows, which have normalized column names, have the same ID.
@@ -103,7 +103,8 @@ def check_unique(rows: Iterable[Mapping[str, Any]], where: str) -> None:
             if not present(row.get(column)):
                 continue
             name = str(row[column]).strip().removesuffix(".0")
-            first = seen.setdefault((column, name, str(row.get("split"))), number)
+            part = f"{row.get('split')}, {row.get('category')}"  # POPE counts within each
+            first = seen.setdefault((column, name, part), number)
             if first != number:
                 same = f"rows {first} and {number} have the same {column}, {name}"
                 raise SoloError(f"{where}: {same}: keep one row per question")
@@ -112,7 +113,10 @@ def check_unique(rows: Iterable[Mapping[str, Any]], where: str) -> None:
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Write the predictions file of a run; it appears when complete."""
     with new_file(path) as partial, partial.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in predictions)
+        # Data of any task may have dates.
+        lines.writelines(
+            json.dumps(asdict(each), ensure_ascii=False, default=str) + "\n" for each in predictions
+        )
 
 
 def read_predictions(path: Path) -> list[Prediction]:

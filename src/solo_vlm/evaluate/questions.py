@@ -8,24 +8,32 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
+import yaml
 from pydantic import BeforeValidator, Field
 
 from solo_vlm.data.mixture import SourceSettings
-from solo_vlm.data.sample import Sample, SampleError, parse_sample
+from solo_vlm.data.sample import SampleError, parse_sample
+from solo_vlm.data.sources import Source
 from solo_vlm.data.sources.files import DEFAULT_LIMITS, Limits
+from solo_vlm.evaluate.benchmarks.short_answers import relaxed_accuracy
 from solo_vlm.evaluate.held_out import HeldOutQuestion
-from solo_vlm.evaluate.scoring.extract import clean, read_choice
+from solo_vlm.evaluate.scoring.extract import final_text, read_choice
 from solo_vlm.evaluate.scoring.numbers import as_number, read_number
-from solo_vlm.evaluate.scoring.score import Unit, bootstrap_interval, proportion_interval, score_of
+from solo_vlm.evaluate.scoring.score import Unit, mean_interval, score_of
 from solo_vlm.evaluate.scoring.text import anls, exact_match
-from solo_vlm.utils.errors import SoloError, did_you_mean
+from solo_vlm.utils.errors import SoloError, did_you_mean, first_line
 from solo_vlm.utils.settings import Settings
 
-Metric = Literal["exact", "anls", "choice", "number"]
+Metric = Literal["exact", "anls", "relaxed", "choice", "number"]
 
 DEFAULT_MAX_NEW_TOKENS = 32
 """Maximum length of an answer: a phrase, not an explanation."""
 
+_COMPARISONS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact": exact_match,
+    "anls": anls,
+    "relaxed": lambda text, answers: relaxed_accuracy(text, answers)[0],
+}
 _PRECISION = 1e-6  # relative difference up to which numbers are equal: a third may be written 0.3333333
 _NAME = r"^\w[\w.-]*$"  # a part of names of metrics and files
 
@@ -45,10 +53,10 @@ class QuestionSettings(Settings):
     columns: dict[str, str] = Field(default_factory=dict)
     metric: Metric = "exact"
 
-    @property
-    def source(self) -> SourceSettings:
-        """Settings of the source of the rows."""
-        return SourceSettings(path=self.path, format="questions", images=self.images, columns=self.columns)
+    def open(self, limits: Limits = DEFAULT_LIMITS, at: Callable[[str], str] = str) -> Source:
+        """Open the source of the rows; see `SourceSettings.open`."""
+        source = SourceSettings(path=self.path, format="questions", images=self.images, columns=self.columns)
+        return source.open(limits, at)
 
 
 def _by_name(value: Any) -> Any:
@@ -63,9 +71,21 @@ def _by_name(value: Any) -> Any:
 QuestionFiles = Annotated[
     dict[Annotated[str, Field(pattern=_NAME)], QuestionSettings],
     BeforeValidator(_by_name),
-    Field(min_length=1),
 ]
 """Files of questions by name, from a path, the settings of a file, or several of either by name."""
+
+
+class _Asked(Settings):
+    questions: Annotated[QuestionFiles, Field(min_length=1)]
+
+
+def parse_question_files(given: str) -> dict[str, QuestionSettings]:
+    """Parse a path, or the YAML of what `QuestionFiles` takes, such as `{path: a.jsonl, metric: anls}`."""
+    try:
+        value = yaml.safe_load(given) if given.lstrip().startswith("{") else given
+    except yaml.YAMLError as error:
+        raise SoloError(f"cannot read the settings {given}: {first_line(error)}") from error
+    return _Asked.parse({"questions": value}, origin=given).questions
 
 
 @dataclass(frozen=True)
@@ -73,13 +93,15 @@ class Question(HeldOutQuestion):
     """A chat with its accepted answers; the last turn is the first of them.
 
     Attributes:
-        id: Position in the file, from 1.
+        id: Position in the source, from 1.
+        where: File and row, for messages.
         answers: Accepted answers; the letter of the correct option if there are options.
         options: Texts of the options A, B, C, ...; empty for other questions.
         metric: Comparison of a response with the answers.
     """
 
     id: str
+    where: str
     answers: tuple[str, ...]
     options: tuple[str, ...]
     metric: Metric
@@ -117,41 +139,38 @@ class QuestionScore:
 
 
 def load_questions(
-    settings: QuestionSettings,
-    samples: int | None = None,
-    limits: Limits = DEFAULT_LIMITS,
-    at: Callable[[str], str] = str,
+    source: Source, samples: int | None = None, metric: Metric = "exact"
 ) -> tuple[list[Question], int]:
-    """Load questions of a file and count them all; images are opened later.
+    """Load questions of a source, and count them all; images are opened later.
 
     Args:
-        settings: File, and how to read it.
-        samples: Number of questions to load, spread evenly over the file; default: all.
-        limits: Limits for reading the file.
-        at: Function that resolves a path.
+        source: Result of `QuestionSettings.open`.
+        samples: Number of questions to load, spread evenly over the source; default: all.
+        metric: Metric of rows without another, see `QuestionSettings`.
 
     Raises:
-        SoloError: The file is missing, empty or unreadable, or a row is not a question.
+        SoloError: The source is empty or unreadable, or a row is not a question.
     """
-    source = settings.source.open(limits, at)
     places = [(shard, row) for shard in range(len(source)) for row in range(len(source.read(shard)))]
     if not places:
-        raise SoloError(f"{settings.path} has no questions")
+        raise SoloError(f"{source.name} has no questions")
     count = min(samples or len(places), len(places))
     chosen = np.linspace(0, len(places) - 1, count).round().astype(int) if count > 1 else [0]
-    questions, held = [], (-1, source.read(0))
+    questions, held = [], -1
     for number in map(int, chosen):
         shard, row = places[number]
-        held = held if held[0] == shard else (shard, source.read(shard))
+        if shard != held:
+            rows, held = source.read(shard), shard
+        where = source.where(shard, row)
         try:
-            questions.append(_question(held[1][row], str(number + 1), settings.metric))
+            questions.append(_question(rows[row], str(number + 1), where, metric))
         except (SampleError, SoloError) as error:
-            raise SoloError(f"{source.where(shard, row)}: {error}") from error
+            raise SoloError(f"{where}: {error}") from error
     return questions, len(places)
 
 
-def _question(row: dict[str, Any], id: str, default: Metric) -> Question:
-    sample: Sample = parse_sample(row)
+def _question(row: dict[str, Any], id: str, where: str, default: Metric) -> Question:
+    sample = parse_sample(row)
     answers, options, metric = row["answers"], row["options"], row["metric"] or default
     if metric not in (known := get_args(Metric)):
         hint = did_you_mean(str(metric), known)
@@ -160,7 +179,7 @@ def _question(row: dict[str, Any], id: str, default: Metric) -> Question:
         raise SoloError(f"metric {metric} with options {options}: options and choice need each other")
     if metric == "number" and (wrong := [answer for answer in answers if as_number(answer) is None]):
         raise SoloError(f"metric number, but the answer is {wrong[0]!r}: write a number, or use exact")
-    return Question(sample, id, tuple(answers), tuple(options), metric)
+    return Question(sample, id, where, tuple(answers), tuple(options), metric)
 
 
 @dataclass(frozen=True)
@@ -189,9 +208,9 @@ class Answer:
         if question.metric == "number":
             number = read_number(response)
             return cls(question, response, number, float(_is_near(number, question.answers)))
-        text = clean(response)
-        similarity = anls if question.metric == "anls" else exact_match
-        return cls(question, response, text or None, float(similarity(text, question.answers)))
+        text = final_text(response).strip()
+        compare = _COMPARISONS[question.metric]
+        return cls(question, response, text or None, float(compare(text, question.answers)))
 
 
 def _is_near(number: str | None, answers: Sequence[str]) -> bool:
@@ -204,6 +223,5 @@ def _is_near(number: str | None, answers: Sequence[str]) -> bool:
 def summarize(answers: Sequence[Answer]) -> QuestionScore:
     """Return the mean credit with its 95% interval: Wilson's for right and wrong, else the bootstrap's."""
     units = [Unit(answer.question.id, 100 * answer.credit) for answer in answers]
-    is_proportion = all(answer.credit in (0, 1) for answer in answers)
-    low, high = proportion_interval(units) if is_proportion else bootstrap_interval(units)
+    low, high = mean_interval(units)
     return QuestionScore(score_of(units) / 100, low / 100, high / 100, len(units))

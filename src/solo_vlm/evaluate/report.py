@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from solo_vlm.evaluate.data import Rows
-from solo_vlm.evaluate.scoring.score import Benchmark, Part, Score, ScoredAnswer
+from solo_vlm.evaluate.scoring.score import Part, Score, ScoredAnswer, points, span
 from solo_vlm.models.solo.image_loading_solo import ImageError
 from solo_vlm.utils.files import write_text
 from solo_vlm.utils.pages import figure_url, render, thumbnail_url
@@ -57,7 +57,6 @@ PUBLISHED = (
 class TaskReport:
     """Content of a report about one task."""
 
-    benchmark: Benchmark
     score: Score
     answers: Sequence[ScoredAnswer]  # in order of the rows
     rows: Rows  # a limited run has answers to the first only
@@ -74,6 +73,7 @@ def write_reports(folder: Path, run: Mapping[str, Any], reports: Sequence[TaskRe
         "published": [model for model in PUBLISHED if any(r.score.task in model.scores for r in reports)],
     }
     tools = {"plot": lambda score: figure_url(category_plot(score)), "cards": _cards}
+    tools |= {"points": points, "span": span}
     for name in ("report.html", "report.md"):
         page = render("solo_vlm.evaluate", f"{name}.jinja", **values, **tools)
         write_text(folder / name, page)
@@ -107,12 +107,12 @@ def category_plot(score: Score) -> Any:
 
 
 def _percent(part: Part, value: float) -> float:
-    return 100 * value / part.maximum
+    return 100 * value / (part.maximum or 100.0)
 
 
 def _error(part: Part) -> tuple[float, float]:
     """Return the lengths of the interval below and above the score, in percent."""
-    low, high = part.interval
+    low, high = part.interval or (part.score, part.score)
     return max(0.0, _percent(part, part.score - low)), max(0.0, _percent(part, high - part.score))
 
 

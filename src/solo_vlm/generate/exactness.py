@@ -27,7 +27,7 @@ def tolerance(model: SoloForConditionalGeneration) -> float:
     return float(torch.finfo(model.dtype).eps) ** 0.5
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def cache_error(model: SoloForConditionalGeneration, static: bool = False) -> float:
     """Return the error of logits computed token by token with the decoder's cache, relative to the largest.
 
@@ -60,7 +60,7 @@ def reads_padding(model: SoloForConditionalGeneration, use_cache: bool = True) -
     return not is_exact  # NaN is not exact
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def padding_error(model: SoloForConditionalGeneration, use_cache: bool = True) -> float:
     """Return the error of logits in a batch of prompts padded on the left, relative to the largest.
 
@@ -76,7 +76,7 @@ def padding_error(model: SoloForConditionalGeneration, use_cache: bool = True) -
     return _error(together, torch.cat(alone))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def padding_leak(model: SoloForConditionalGeneration, use_cache: bool = True) -> float:
     """Return the change of logits by other tokens in the padding, relative to the largest.
 
@@ -89,7 +89,7 @@ def padding_leak(model: SoloForConditionalGeneration, use_cache: bool = True) ->
     return _error(two, one)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefix_cache_error(model: SoloForConditionalGeneration) -> float:
     """Return the error of logits after a cached prefix of any length, relative to the largest.
 

@@ -116,6 +116,8 @@ class GenerationPipeline:
             them. Ignored, with a warning, for decoders whose past cannot be cut, such as recurrent ones.
         compile: Decode with a static cache, for which transformers compiles the decoding step on an
             accelerator (not on a CPU). The first answers take minutes. Excludes `prefix_cache`.
+        in_training: Whether the model goes on training. FSDP keeps the memory that it gathers weights into,
+            which must not consist of inference tensors.
 
     Raises:
         SoloError: Both `prefix_cache` and `compile` are given, or the decoder has no static cache.
@@ -127,6 +129,7 @@ class GenerationPipeline:
         processor: SoloProcessor,
         prefix_cache: PrefixCache | None = None,
         compile: bool = False,
+        in_training: bool = False,
     ) -> None:
         if prefix_cache and compile:
             raise SoloError("compile and a prefix cache are incompatible: choose one")
@@ -148,6 +151,7 @@ class GenerationPipeline:
         self.processor = processor
         self.prefix_cache = prefix_cache
         self.compile = compile
+        self.in_training = in_training
         self._preallocate = has_full_attention(decoder)
 
     @classmethod
@@ -249,7 +253,6 @@ class GenerationPipeline:
             )
         return inputs.to(self.model.device)
 
-    @torch.inference_mode()
     def generate(self, inputs: Any, max_new_tokens: int, **options: Any) -> tuple[torch.Tensor, int]:
         """Generate token IDs; a single chat with a single answer goes through the prefix cache.
 
@@ -264,6 +267,10 @@ class GenerationPipeline:
         Raises:
             SoloError: Answers would depend on the other chats of the batch, see `may_batch`.
         """
+        with torch.inference_mode(not self.in_training):  # transformers computes no gradients either way
+            return self._generate(inputs, max_new_tokens, **options)
+
+    def _generate(self, inputs: Any, max_new_tokens: int, **options: Any) -> tuple[torch.Tensor, int]:
         options = {"do_sample": False, **options}
         rows, prompt_length = inputs["input_ids"].shape
         if self.context_length:

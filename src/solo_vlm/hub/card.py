@@ -23,9 +23,9 @@ from solo_vlm.convert.checkpoint_files import open_safetensors
 from solo_vlm.data.catalog.entry import DATA_SETS, DataSet
 from solo_vlm.data.mixture import LOADER_SETTINGS
 from solo_vlm.data.sources.hub import HubPath
-from solo_vlm.evaluate.benchmarks import get
+from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.run_folder import RunFolder, weights_hash
-from solo_vlm.evaluate.scoring.score import Score
+from solo_vlm.evaluate.scoring.score import Score, points, span
 from solo_vlm.hub.folder import weight_files
 from solo_vlm.models.load import load_config, load_processor
 from solo_vlm.models.solo.processing_solo import num_image_tokens
@@ -36,6 +36,12 @@ from solo_vlm.utils.pages import render
 
 _IMAGE_SIZES = ((336, 336), (640, 480), (1024, 768), (1920, 1080))  # (width, height) in pixels
 # Recipe keys that name paths, or do not affect the model.
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adamw_bf16": "AdamW with bfloat16 moments",
+    "adamw_8bit": "AdamW with 8-bit moments",
+    "muon": "Muon with AdamW",
+}
 _PRIVATE = ("root", "model", "out", "trackers", "checkpoint", "log_interval")
 
 
@@ -74,6 +80,8 @@ def model_card(
     text = render(
         "solo_vlm.hub",
         "card.md.jinja",
+        points=points,
+        span=span,
         repo_id=repo_id,
         runs=runs,
         facts={name: [own.get(name, "") for own in facts] for name in names},
@@ -186,7 +194,8 @@ class TrainingRun:
             "learning rate": f"{optimizer.learning_rate:g} to {optimizer.min_learning_rate:g}, cosine",
             "learning rate of the patch embedding": f"{patches:g}" if patches else "",
             "warmup steps": f"{optimizer.warmup_steps:,}",
-            "AdamW": f"betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
+            "optimizer": f"{_OPTIMIZERS[optimizer.name]}, "
+            f"betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
             f"weight decay {optimizer.weight_decay:g}, gradients clipped at {optimizer.max_grad_norm:g}",
             "trained": self._trained(),
             "precision": recipe.precision,
@@ -200,7 +209,7 @@ class TrainingRun:
         private: Any = {**dict.fromkeys(_PRIVATE, True), "data": LOADER_SETTINGS}
         recipe = self.recipe.model_dump(mode="json", exclude_defaults=True, exclude=private)
         for part in (recipe["data"], recipe.get("validation") or {}):
-            for source in part.get("sources", []):
+            for source in (*part.get("sources", []), *part.get("questions", {}).values()):
                 source |= {key: public_name(source[key]) for key in ("path", "images") if key in source}
         return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 
@@ -277,8 +286,8 @@ class Evaluation:
         return cls(scores, backend, versions)
 
     def results(self) -> list[EvalResult]:
-        """Return the card's metadata; partial scores are left out, because it cannot mark them."""
-        return [_result(score) for score in self.scores if not score.partial]
+        """Return the card's metadata; it can neither mark partial scores nor name other data sets."""
+        return [_result(score) for score in self.scores if not score.partial and score.task in BENCHMARKS]
 
 
 def _result(score: Score) -> EvalResult:

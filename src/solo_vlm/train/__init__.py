@@ -1,6 +1,6 @@
 """Training: recipes, the training loop, parallelism, checkpoints, metrics and estimates.
 
-May import: check, data, models, utils.
+May import: check, data, evaluate, generate, models, utils.
 """
 
 from __future__ import annotations

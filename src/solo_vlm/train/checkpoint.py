@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,8 +37,9 @@ from solo_vlm.train.model import (
     merge_adapter,
     set_trainable,
 )
-from solo_vlm.train.optimizer import MOMENTS, named_trainable
-from solo_vlm.train.parallel.context import LONG_TIMEOUT, DistributedContext
+from solo_vlm.train.optimizer import named_trainable
+from solo_vlm.train.parallel.context import DistributedContext
+from solo_vlm.train.parallel.export import can_save_sharded, save_sharded
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_folder, remove, sync, write_text, writing
@@ -49,8 +51,18 @@ _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL_PREFIX = ".partial-"  # as in utils/files.py, but with a name that all processes know
 _BLOCK_SIZE = 1 << 20
 _FLOAT32_BYTES = 4
+_GATHERED_SIZE = 4 * 10**9  # bytes of a sharded model that one process gathers, to export it as a single file
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Best:
+    """Best evaluation of a run so far: metric, its value, and the step."""
+
+    metric: str
+    value: float
+    step: int
 
 
 @dataclass
@@ -63,6 +75,10 @@ class TrainState:
         tokens: Tokens processed, including padding.
         skipped_steps: Steps skipped for a non-finite loss or gradient.
         data: Merged state of the data loaders of all ranks.
+        productive_seconds: Seconds that the steps took, without waiting for data.
+        best: Best evaluation, whose checkpoint is kept.
+        stale_evaluations: Evaluations since the best.
+        stopped: Reason why the run ended early; empty if it did not.
     """
 
     step: int = 0
@@ -70,16 +86,20 @@ class TrainState:
     tokens: int = 0
     skipped_steps: int = 0
     data: dict[str, Any] | None = None
+    productive_seconds: float = 0.0
+    best: Best | None = None
+    stale_evaluations: int = 0
+    stopped: str = ""
 
 
 class Checkpointer:
     """Writer of checkpoints, as folders `step-NNNNNNNN` in torch's distributed format.
 
-    They hold the trainable parameters, the optimizer's moments, `training_state.json`, and the checksums of
+    They hold the trainable parameters, the optimizer's state, `training_state.json`, and the checksums of
     all files. No RNG state is needed, because each step reseeds. Any number of processes can load them.
 
     Args:
-        keep: Number of newest checkpoints to keep.
+        keep: Number of newest checkpoints to keep, besides the best.
         asynchronous: Whether `save` returns before the files are written.
     """
 
@@ -89,7 +109,8 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._context = context
         # A separate group, because a background thread communicates.
-        self._group = None if context.mesh is None else dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+        timeout = timedelta(seconds=context.timeouts.start)
+        self._group = None if context.mesh is None else dist.new_group(backend="gloo", timeout=timeout)
         self._finalizer = ThreadPoolExecutor(1, "checkpoint-finalizer")
         self._pending: Future[Any] | None = None
 
@@ -110,7 +131,10 @@ class Checkpointer:
         )
         # Rank 0 finishes last, because it collects the metadata of all ranks.
         is_main = self._context.is_main_process
-        self._pending = self._finalizer.submit(self._finalize, future, partial, path) if is_main else future
+        best = state.best.step if state.best else None
+        self._pending = (
+            self._finalizer.submit(self._finalize, future, partial, path, best) if is_main else future
+        )
         if not self._asynchronous:
             self.wait()
 
@@ -129,8 +153,8 @@ class Checkpointer:
             with writing(self._folder):
                 pending.result(timeout)
 
-    def _finalize(self, written: Future[Any], partial: Path, path: Path) -> None:
-        """Rename a complete checkpoint and delete old ones, in the background."""
+    def _finalize(self, written: Future[Any], partial: Path, path: Path, best: int | None) -> None:
+        """Rename a complete checkpoint and delete old ones, except the best, in the background."""
         try:
             written.result()
             sync(partial)
@@ -139,6 +163,8 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)  # a failed save may have filled the disk
         sync(path.parent)
         for old in find_checkpoints(path.parent)[: -self._keep]:
+            if step_of(old) == best:
+                continue
             # Renamed first, so that a crash cannot leave half a checkpoint under a valid name.
             shutil.rmtree(old.rename(old.with_name(f"{_PARTIAL_PREFIX}{old.name}")))
 
@@ -149,11 +175,10 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def warn_if_disk_is_short(out: Path, model: nn.Module, keep: int) -> None:
+def warn_if_disk_is_short(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
     """Log a warning if the run will need more space for checkpoints and the exported model than is free."""
-    trained = sum(parameter.numel() for _, parameter in named_trainable(model))
-    checkpoint = trained * _FLOAT32_BYTES * 3  # with Adam's two moments
-    exported = sum(parameter.numel() for parameter in model.parameters()) * _FLOAT32_BYTES
+    checkpoint = sum(t.numel() * t.element_size() for t in _trained_tensors(model, optimizer).values())
+    exported = _float32_bytes(model)
     present = sum(file.stat().st_size for file in (out / "checkpoints").rglob("*") if file.is_file())
     needed, free = (keep + 1) * checkpoint + exported - present, shutil.disk_usage(out).free
     if needed > free:
@@ -178,7 +203,8 @@ def step_of(path: Path) -> int:
 def load_train_state(path: Path) -> TrainState:
     """Read the progress of the run from a checkpoint."""
     try:
-        state = TrainState(**json.loads((path / _STATE_FILE).read_text()))
+        values = json.loads((path / _STATE_FILE).read_text())
+        state = TrainState(**{**values, "best": Best(**values["best"]) if values.get("best") else None})
     except (OSError, ValueError, TypeError) as error:
         raise SoloError(f"cannot resume from {path}: {_STATE_FILE} is not readable: {error}") from error
     if state.step != step_of(path):
@@ -253,6 +279,8 @@ def export_model(
             _save_folder(path, merged, processor)
     elif context.mesh is None:
         _save_folder(path, model, processor)
+    elif _float32_bytes(model) > _GATHERED_SIZE and can_save_sharded(model):
+        save_sharded(path, model, processor, context)
     else:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state_dict = get_model_state_dict(model, options=options)
@@ -371,9 +399,13 @@ def _trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
             f"not saved or loaded: {len(held) - len(parameters)} parameters are not the model's"
         )
     for name, parameter in parameters.items():
-        for moment in MOMENTS:
-            tensors[f"optimizer/{name}/{moment}"] = optimizer.state[parameter][moment]
+        for moment, tensor in optimizer.state[parameter].items():
+            tensors[f"optimizer/{name}/{moment}"] = tensor
     return tensors
+
+
+def _float32_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters()) * _FLOAT32_BYTES
 
 
 def _save_folder(path: Path, model: PreTrainedModel, processor: Any, **options: Any) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -48,9 +50,10 @@ class ExpertRouting:
         top_k: int,
         aux_loss: Callable[..., Tensor] | None,
         coefficient: float,
+        slices: DeviceMesh | None,
     ) -> None:
         self.coefficient = coefficient
-        self._top_k, self._aux_loss = top_k, aux_loss
+        self._top_k, self._aux_loss, self._slices = top_k, aux_loss, slices
         self._routers = [router for router, _ in routers]
         self._is_recording = False
         self.start_step([], 0)
@@ -58,12 +61,18 @@ class ExpertRouting:
             router.register_forward_hook(partial(self._record, index))
 
     @classmethod
-    def of(cls, model: PreTrainedModel, coefficient: float | Literal["auto"] = "auto") -> Self | None:
+    def of(
+        cls,
+        model: PreTrainedModel,
+        coefficient: float | Literal["auto"] = "auto",
+        slices: DeviceMesh | None = None,
+    ) -> Self | None:
         """Observe the routers of a model; None if it has none.
 
         Args:
             coefficient: Factor of the auxiliary loss. "auto": the model's own; 0 if its routers are frozen,
                 or if transformers has no auxiliary loss for its family.
+            slices: Processes that compute a slice of each row, in order. None: this one computes whole rows.
 
         Raises:
             SoloError: The family has no auxiliary loss for the given coefficient, or one of its own kind.
@@ -90,7 +99,8 @@ class ExpertRouting:
                     "set it to 0"
                 )
             aux_loss = None
-        return cls(routers, _setting(config, _TOP_K) or 1, aux_loss, coefficient) if routers else None
+        top_k = _setting(config, _TOP_K) or 1
+        return cls(routers, top_k, aux_loss, coefficient, slices) if routers else None
 
     def start_step(self, tokens: Sequence[int], total: int) -> None:
         """Start an optimizer step.
@@ -122,16 +132,19 @@ class ExpertRouting:
             row: Index of the row among this process's rows.
             routed: Record of its forward pass.
         """
-        tokens = self._tokens[row]
+        tokens, weight = self._tokens[row], 1
+        if self._slices is not None:  # a row counts in the process of its first slice
+            routed = [_whole_row(*router, self._slices) for router in routed]
+            weight = int(self._slices.get_local_rank() == 0)
         is_token = torch.arange(len(routed[0][0]), device=routed[0][0].device) < tokens
-        load = [_tokens_per_expert(*router, is_token) for router in routed]
+        load = [weight * _tokens_per_expert(*router, is_token) for router in routed]
         self._load = [a + b for a, b in zip(self._load, load, strict=True)] if self._load else load
         if self._aux_loss is None or not tokens:
             return 0.0
         logits = tuple(logits.float() for logits, _ in routed)
         with torch.set_grad_enabled(self.coefficient != 0):
             aux = self._aux_loss(logits, logits[0].shape[-1], self._top_k, is_token[None])
-        aux = aux * (tokens / self._total)
+        aux = aux * (weight * tokens / self._total)
         self._aux.append(aux.detach())
         return self.coefficient * aux
 
@@ -169,6 +182,12 @@ class ExpertRouting:
         router.routed = routed  # type: ignore[assignment]
 
 
+def router_modules(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that choose experts."""
+    named = {module for module in model.modules() if "Router" in type(module).__name__}
+    return named | {router for router, _ in _find_routers(model)[1]}
+
+
 def _find_routers(model: nn.Module) -> tuple[PreTrainedModel | None, list[tuple[nn.Module, int]]]:
     """Return the decoder and its routers, each with the index of the logits in its output.
 
@@ -201,6 +220,12 @@ def _setting(config: Any, names: Sequence[str]) -> Any:
     """Return the first of a configuration's settings that is there; DBRX has its own section for experts."""
     sections = (config, getattr(config, "ffn_config", None))
     return next((getattr(part, name) for part in sections for name in names if hasattr(part, name)), None)
+
+
+def _whole_row(logits: Tensor, chosen: Tensor, slices: DeviceMesh) -> Routed:
+    """Return the output of a router for all slices of a row."""
+    whole = all_gather_tensor_autograd(logits.contiguous(), 0, slices)
+    return whole, all_gather_tensor(chosen.contiguous(), 0, slices)
 
 
 def _tokens_per_expert(logits: Tensor, chosen: Tensor, is_token: Tensor) -> Tensor:

@@ -27,11 +27,12 @@ def fingerprint_model(recipe: Recipe) -> dict[str, str]:
 
 def fingerprint_validation(recipe: Recipe) -> dict[str, str]:
     """Fingerprint the validation data by source; checkpoints identify the training data."""
-    validation = recipe.validation_mixture
-    if validation is None:
-        return {}
-    sources = zip(validation.source_names(), validation.open_sources(), strict=True)
-    return {name: source.fingerprint() for name, source in sources}
+    found = {}
+    if validation := recipe.validation_mixture:
+        found = dict(zip(validation.source_names(), validation.open_sources(), strict=True))
+    for name, source in recipe.open_questions().items():
+        found[f"questions {name}"] = source
+    return {name: source.fingerprint() for name, source in found.items()}
 
 
 def write_inputs(out: Path, inputs: dict[str, str]) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 from threading import Event, Thread
 from typing import Any, Protocol
 from uuid import uuid4
 
+import numpy as np
 import torch
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -27,9 +30,12 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from solo_vlm.evaluate.questions import Answer
+from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import write_text
+from solo_vlm.utils.pages import thumbnail
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +59,9 @@ class Tracker(Protocol):
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log the metrics of a step."""
 
+    def log_answers(self, name: str, answers: Sequence[Answer], step: int) -> None:
+        """Log a table of answers to the questions of a file, with their images."""
+
     def finish(self) -> None:
         """Flush and close."""
 
@@ -67,7 +76,7 @@ class MetricsLogger:
     def __init__(
         self, folder: Path, trackers: Sequence[Tracker], progress: Progress, total_steps: int, done: int
     ) -> None:
-        _truncate_after(folder / "metrics.jsonl", done)
+        truncate_after(folder / "metrics.jsonl", done)
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)  # flushed after every line
         self._trackers = trackers
         self._progress = progress
@@ -81,6 +90,10 @@ class MetricsLogger:
         for tracker in self._trackers:
             tracker.log(metrics, step)
         self._progress.update(self._task, metrics=metrics)
+
+    def announce(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Advance the progress bar."""
@@ -186,6 +199,40 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def first_start(folder: Path) -> float:
+    """Return when a run was first started, in seconds since the epoch; restarts do not change it."""
+    path = folder / "first_start"
+    if not path.is_file():
+        write_text(path, f"{time.time():.0f}\n")
+    return float(path.read_text())
+
+
+def slowest_process(context: DistributedContext) -> dict[str, float]:
+    """Return the process with the slowest device, and its time relative to the median; a collective call.
+
+    Processes wait for each other in every layer, so that a step takes equally long in all. Each one therefore
+    times a matrix product of its own.
+    """
+    times = context.per_rank(_time_product(context.device))
+    slowest = max(times)
+    return {"slowest_rank": times.index(slowest), "slowest_ratio": slowest / median(times)}
+
+
+def _time_product(device: torch.device) -> float:
+    """Return the seconds of a matrix product, the shortest of several."""
+    is_cpu = device.type == "cpu"
+    matrix = torch.ones((256, 256) if is_cpu else (4096, 4096), device=device)
+    matrix = matrix if is_cpu else matrix.bfloat16()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        if not is_cpu:
+            torch.accelerator.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
 def make_trackers(recipe: Recipe, folder: Path, done: int) -> list[Tracker]:
     """Create the trackers of a recipe; TensorBoard drops the steps after `done`, which a resume repeats."""
     return [
@@ -201,10 +248,19 @@ class _TensorBoard:
         except ImportError as error:
             raise SoloError("trackers: pip install tensorboard, or set trackers=[]") from error
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
+        self._shown: set[tuple[str, str]] = set()  # images do not change from step to step
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+
+    def log_answers(self, name: str, answers: Sequence[Answer], step: int) -> None:
+        self._writer.add_text(f"{name}/answers", _markdown(answers), step)
+        for answer in answers:
+            if answer.question.sample.images and (name, answer.question.id) not in self._shown:
+                self._shown.add((name, answer.question.id))
+                pixels = np.asarray(thumbnail(answer.question.image))
+                self._writer.add_image(f"{name}/{answer.question.id}", pixels, step, dataformats="HWC")
 
     def finish(self) -> None:
         self._writer.close()
@@ -226,8 +282,39 @@ class _HostedTracker:
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._module.log(metrics, step=step)
 
+    def log_answers(self, name: str, answers: Sequence[Answer], step: int) -> None:
+        if self._module.__name__ != "wandb":  # Trackio's tables have another interface
+            return
+        columns = ["id", "image", "question", "expected", "answer", "credit"]
+        rows = [
+            [
+                answer.question.id,
+                self._module.Image(thumbnail(answer.question.image))
+                if answer.question.sample.images
+                else None,
+                *(answer.question.question, answer.question.expected, answer.response, answer.credit),
+            ]
+            for answer in answers
+        ]
+        self._module.log({f"{name}/answers": self._module.Table(columns=columns, data=rows)}, step=step)
+
     def finish(self) -> None:
         self._module.finish()
+
+
+def _markdown(answers: Sequence[Answer]) -> str:
+    """Return a Markdown table of answers, whose numbers are those of the images."""
+
+    def cell(text: Any) -> str:
+        return " ".join(str(text).replace("|", "\\|").split())
+
+    rows = [
+        (answer.question.id, answer.question.question, answer.question.expected, answer.response)
+        for answer in answers
+    ]
+    marks = ["✓" if answer.credit == 1 else f"{answer.credit:.2g}" for answer in answers]
+    lines = [f"| {' | '.join(map(cell, row))} | {mark} |" for row, mark in zip(rows, marks, strict=True)]
+    return "\n".join(["| | question | expected | answer | credit |", "|---|---|---|---|---|", *lines])
 
 
 def _run_id(path: Path) -> str:
@@ -239,13 +326,14 @@ def _run_id(path: Path) -> str:
 
 def _metrics_table(metrics: dict[str, float]) -> Table:
     shown = {name: form.format(metrics[name]) for name, form in _SHOWN.items() if name in metrics}
+    shown |= {name: f"{value:.1%}" for name, value in metrics.items() if name.endswith("/accuracy")}
     table = Table.grid(*(Column(justify="right") for _ in shown), padding=(0, 2))
     table.add_row(*(name.replace("_", " ") for name in shown), style="dim")
     table.add_row(*shown.values())
     return table
 
 
-def _truncate_after(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int) -> None:
     """Drop lines after a step, which will be repeated, and from a damaged line on, with a warning."""
     if not path.is_file():
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from solo_vlm.check.certificate import require_exact_packing
+from solo_vlm.check.certificate import require_exact_packing, require_exact_slices
 from solo_vlm.check.probe import QUANTIZED, TOLERANCES
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_config, load_llm, load_model, quantization_config
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.parallel.context import DistributedContext
+from solo_vlm.train.parallel.context_parallel import check_context_parallel, exchange_heads
 from solo_vlm.train.parallel.sharding import decoder_layers, load_full_state_dict, shard_model
 from solo_vlm.train.parallel.tensor_parallel import check_tensor_parallel
 from solo_vlm.train.recipe import LoraSettings, Recipe
@@ -67,6 +69,8 @@ def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedM
     else:
         model, processor = _load_sharded(recipe, context)
     isolate_documents(model)
+    if context.slices is not None:
+        exchange_heads(model, context.slices)
     # torch cannot compile a checkpoint around layers that tensor parallelism splits, so it stays outside.
     compile_first = recipe.activation_checkpointing == "full" and context.dims.tp > 1
     if recipe.compile and compile_first:
@@ -185,6 +189,14 @@ def compile_layers(model: nn.Module) -> None:
         layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
 
 
+def autocast(recipe: Recipe, context: DistributedContext) -> AbstractContextManager[Any]:
+    """Return the autocast context of a run; FSDP casts the weights of a sharded model itself."""
+    is_sharded = context.mesh is not None and not recipe.quantize
+    if recipe.precision == "fp32" or is_sharded:
+        return nullcontext()
+    return torch.autocast(context.device.type, dtype=torch.bfloat16)
+
+
 def use_float8(model: nn.Module, device: torch.device) -> None:
     """Compute the decoder's linear layers in float8 with tensorwise scaling; weights keep their precision.
 
@@ -197,7 +209,7 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
     try:
         from torchao.float8 import convert_to_float8_training
     except ImportError as error:
-        raise SoloError("float8: requires torchao; pip install torchao") from error
+        raise SoloError("float8: requires torchao; pip install 'solo-vlm[low-bit]'") from error
     for layer in decoder_layers(model):
         convert_to_float8_training(layer)
 
@@ -214,12 +226,20 @@ def _load_checked(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
 def _load_sharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
     """Read the weights in rank 0 only, and distribute them to the shards of all ranks."""
     world_size, source = context.dims.world_size, recipe.mixture.model_source()
-    if context.dims.tp > 1:
-        context.broadcast_from_rank0(lambda: check_tensor_parallel(load_config(source), context.dims.tp))
+    tp, cp = context.dims.tp, context.dims.cp
+
+    def check() -> None:
+        check_tensor_parallel(load_config(source), tp)
+        check_context_parallel(load_config(source), cp, tp)
+
+    if tp > 1 or cp > 1:
+        context.broadcast_from_rank0(check)
     loaded: list[PreTrainedModel] = []
 
     def describe() -> tuple[type[PreTrainedModel], Any, Any, dict[str, Tensor], Any]:
         model, processor = _load_checked(recipe)
+        if cp > 1:
+            require_exact_slices(model, source, cp)
         set_trainable(model, recipe, world_size)
         loaded.append(model)
         return type(model), model.config, model.generation_config, dict(model.named_buffers()), processor

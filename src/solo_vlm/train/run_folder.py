@@ -30,6 +30,8 @@ _RESUMABLE = (
     "parallel",
     "activation_checkpointing",
     "compile",
+    "timeouts",
+    "profile",
     "log_interval",
     "trackers",
     "checkpoint",
@@ -54,7 +56,10 @@ _PACKAGES = (
 def prepare_output_dir(out: Path, recipe: Recipe, resume: bool) -> Path | None:
     """Write the recipe and input fingerprints; return the checkpoint to resume from, if there is one."""
     if (out / "model").exists():
-        raise SoloError(f"{out} holds a finished run: remove it, or choose another folder with out=...")
+        reason = f", which ended early ({stopped})" if (stopped := _early_stop(out)) else ""
+        raise SoloError(
+            f"{out} holds a finished run{reason}: remove it, or choose another folder with out=..."
+        )
     saved_recipe = out / "recipe.yaml"
     if saved_recipe.is_file() and (changed := describe_recipe_changes(Recipe.load(saved_recipe), recipe)):
         raise SoloError(
@@ -126,6 +131,14 @@ def read_manifest_recipe(path: Path) -> Recipe:
         return Recipe.parse(json.loads(path.read_text())["recipe"], origin=str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SoloError(f"{path} is not a manifest of a run: {error}") from error
+
+
+def _early_stop(out: Path) -> str:
+    """Return why a finished run ended early; empty if it did not, or has no manifest."""
+    try:
+        return str(json.loads((out / "manifest.json").read_text())["outcome"]["stopped"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def _version(package: str) -> str | None:

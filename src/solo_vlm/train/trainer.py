@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,10 +23,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, set_seed
 
-from solo_vlm.data.collate import PackedBatch, model_inputs, num_supervised_tokens
+from solo_vlm.data.collate import PackedBatch, model_inputs
 from solo_vlm.data.loader import LoadedSequence, PackedLoader
 from solo_vlm.data.mixture import make_loader
 from solo_vlm.models.flops import ModelShape, training_flops
+from solo_vlm.train.answers import AnswerLog
+from solo_vlm.train.balance import Balancer
 from solo_vlm.train.checkpoint import (
     Checkpointer,
     TrainState,
@@ -39,13 +41,22 @@ from solo_vlm.train.estimate.memory import recognize_device
 from solo_vlm.train.estimate.plan import planned_steps
 from solo_vlm.train.experts import ExpertRouting, Routed
 from solo_vlm.train.failures import Stopped, StopRequest, catch_signals
-from solo_vlm.train.metrics import MetricsLogger, make_trackers, memory_gb, progress_bar
-from solo_vlm.train.model import make_model
+from solo_vlm.train.metrics import (
+    MetricsLogger,
+    first_start,
+    make_trackers,
+    memory_gb,
+    progress_bar,
+    slowest_process,
+)
+from solo_vlm.train.model import autocast, make_model
 from solo_vlm.train.optimizer import learning_rate, make_optimizer, set_learning_rate
-from solo_vlm.train.parallel.context import LONG_TIMEOUT, SHORT_TIMEOUT, DistributedContext, init_distributed
-from solo_vlm.train.parallel.sharding import average_replicated_gradients, reshard
+from solo_vlm.train.parallel.context import DistributedContext, init_distributed
+from solo_vlm.train.parallel.sharding import average_replicated_gradients, reduce_gradients
+from solo_vlm.train.profile import StepProfiler
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import prepare_output_dir, write_manifest
+from solo_vlm.train.validation import Validation
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import lock_output_dir, write_text, writing
 
@@ -106,14 +117,14 @@ class Trainer:
         self.recipe, self.context, self.stop = recipe, context, stop
         self.out = recipe.output_dir
         context.check_same_settings(recipe)
-        self.sources = recipe.mixture.open_sources()
-        context.check_same_data(self.sources)
+        self.sources = context.open_sources(recipe.mixture)
         self._lock: IO[str] | None = None
         checkpoint = context.broadcast_from_rank0(lambda: self._prepare_output_dir(resume))
+        self.started = first_start(self.out) if context.is_main_process else 0.0
 
         set_seed(recipe.seed)
         self.model, self.processor = make_model(recipe, context)
-        self.experts = ExpertRouting.of(self.model, recipe.router_aux_loss)
+        self.experts = ExpertRouting.of(self.model, recipe.router_aux_loss, context.slices)
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
         dp = context.dims.dp
         self.loader = make_loader(recipe.mixture, self.processor, self.sources, context.dp_rank, dp)
@@ -131,32 +142,41 @@ class Trainer:
         folder = self.out / "checkpoints"
         self.checkpointer = Checkpointer(folder, settings.keep, settings.asynchronous, context)
         if context.is_main_process:
-            warn_if_disk_is_short(self.out, self.model, settings.keep)
-        self.validator = Validator(recipe, self.processor, context) if recipe.validation else None
+            kept = settings.keep + bool(recipe.validation and recipe.validation.best)
+            warn_if_disk_is_short(self.out, self.model, self.optimizer, kept)
+        self.validation = (
+            Validation(recipe, self.model, self.processor, context) if recipe.validation else None
+        )
         try:
             self.shape: ModelShape | None = ModelShape.of(self.model.config)
         except SoloError as error:
             logger.warning("metrics will have no FLOPs: %s", error)
             self.shape = None
+        self.balancer: Balancer | None = None
+        if self.shape and context.dims.dp > 1 and context.dims.gradient_accumulation_steps > 1:
+            self.balancer = Balancer(self.shape, recipe.activation_checkpointing, context)
         device = recognize_device(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
         self.peak_flops = device.peak_flops * context.dims.world_size if device else None
-        self.metrics_logger = None
+        self.profiler = StepProfiler(recipe.profile, self.out, context.rank)
+        self.metrics_logger = self.answer_log = None
         if context.is_main_process:
-            trackers = make_trackers(recipe, self.out, self.state.step)
-            self.metrics_logger = MetricsLogger(
-                self.out, trackers, progress, self.state.total_steps, self.state.step
-            )
+            trackers, done = make_trackers(recipe, self.out, self.state.step), self.state.step
+            self.metrics_logger = MetricsLogger(self.out, trackers, progress, self.state.total_steps, done)
+            if recipe.validation and recipe.validation.questions:
+                self.answer_log = AnswerLog(self.out, trackers, done)
 
     def run(self) -> TrainResult:
         """Run all steps, export the model and write the manifest."""
         started, tokens_before, first_step = time.perf_counter(), self.state.tokens, self.state.step + 1
         try:
-            while self.state.step < (self.recipe.steps or sys.maxsize) and self.train_step():
+            while not self._is_finished and self.train_step():
                 if self.state.step == first_step:  # which may have compiled the model
-                    self.context.set_timeout(SHORT_TIMEOUT)
+                    self.context.set_timeout(self.recipe.timeouts.step)
             self._finish_saving()
         except BaseException:
             self.loader.close()
+            with suppress(Exception):
+                self.profiler.close()
             # A failing process still completes its part of a checkpoint that all processes are writing.
             with suppress(Exception), self.stop.uninterrupted():
                 self.checkpointer.wait(_SAVE_TIMEOUT)
@@ -164,8 +184,9 @@ class Trainer:
                 self._close_logger()
             raise
         self.loader.close()
+        self.profiler.close()
         self._close_logger()
-        self.context.set_timeout(LONG_TIMEOUT)
+        self.context.set_timeout(self.recipe.timeouts.start)
         seconds = time.perf_counter() - started
         summary = {
             "steps": self.state.step,
@@ -173,6 +194,8 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_second": (self.state.tokens - tokens_before) / seconds,
             "skipped_steps": self.state.skipped_steps,
+            "best": asdict(self.state.best) if self.state.best else None,
+            "stopped": self.state.stopped,
             "data": self._sample_counts(),
             "parallel": {"world_size": self.context.dims.world_size, **asdict(self.context.dims)},
         }
@@ -188,6 +211,7 @@ class Trainer:
     def train_step(self) -> bool:
         """Run one optimizer step; return False if the data has ended before it."""
         recipe, context, state = self.recipe, self.context, self.state
+        self.profiler.before_step(state.step + 1)
 
         # This rank's packed sequences of the global batch, and token counts over all ranks.
         started = time.perf_counter()
@@ -198,11 +222,16 @@ class Trainer:
                 raise SoloError("no row of the data can be used: see solo data verify")
             if recipe.steps:
                 logger.warning("the data ended after %d of %d steps", state.step, recipe.steps)
+            if self.validation and not self._validates():
+                self._log(self._validate())
+                self._save_best()
             return False
+        if self.balancer:
+            sequences = self.balancer(sequences)
         batches = [sequence.batch if sequence else self.loader.empty_batch() for sequence in sequences]
 
-        # Reseed from (seed, step, dp_rank), so checkpoints need no RNG state.
-        entropy = (recipe.seed, state.step, context.dp_rank)
+        # Reseed from (seed, step, rank), so checkpoints need no RNG state.
+        entropy = (recipe.seed, state.step, context.dp_rank, context.cp_rank)
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         rate = learning_rate(state.step, state.total_steps, recipe.optimizer)
         set_learning_rate(self.optimizer, rate)
@@ -220,7 +249,9 @@ class Trainer:
         if not result.is_finite:
             self._skip_step(result, sequences)
 
+        self.profiler.after_step(state.step)
         seconds = time.perf_counter() - started
+        state.productive_seconds += seconds - data_wait
         metrics = {
             "loss": result.loss,
             "learning_rate": rate,
@@ -242,22 +273,48 @@ class Trainer:
             metrics["mfu"] = counts["flops"] / seconds / self.peak_flops
 
         is_last = state.step == recipe.steps
-        if self.validator and recipe.validation and (is_last or state.step % recipe.validation.interval == 0):
-            metrics["validation_loss"] = self.validator.loss(self.model)
         is_logged = state.step == 1 or is_last or state.step % recipe.log_interval == 0
-        if is_logged or "validation_loss" in metrics:
+        if self.validation and (is_last or self._validates()):
+            metrics |= self._validate()
+            is_logged = True
+        if is_logged:
             if self.experts:
                 metrics.update(self.experts.metrics(context))
-            left_out = {n: c for n, c in self._sample_counts().items() if n.startswith(_LEFT_OUT)}
-            if self.metrics_logger:
-                self.metrics_logger.log(state.step, {**metrics, **left_out})
+            metrics.update(slowest_process(context))
+            metrics["goodput"] = state.productive_seconds / (time.time() - self.started)
+            self._log(metrics)
         if self.metrics_logger:
             self.metrics_logger.advance(state.step)
         if state.step % recipe.checkpoint.save_interval == 0 and not is_last:
             self._save()
+        self._save_best()
         self.checkpointer.raise_errors()
         self._stop_if_requested()
         return True
+
+    @property
+    def _is_finished(self) -> bool:
+        return self.state.step >= (self.recipe.steps or sys.maxsize) or bool(self.state.stopped)
+
+    def _validates(self) -> bool:
+        """Return whether the current step is one of those evaluated on held-out data."""
+        settings = self.recipe.validation
+        return settings is not None and self.state.step % settings.interval == 0
+
+    def _validate(self) -> dict[str, float]:
+        """Evaluate on held-out data, and log the answers; return the metrics."""
+        assert self.validation is not None
+        result = self.validation.evaluate(self.model, self.state)
+        if self.metrics_logger:
+            self.metrics_logger.announce(result.describe(self.state))
+        if self.answer_log:
+            self.answer_log.log(self.state.step, result.answers)
+        return result.metrics
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        left_out = {n: c for n, c in self._sample_counts().items() if n.startswith(_LEFT_OUT)}
+        if self.metrics_logger:
+            self.metrics_logger.log(self.state.step, {**metrics, **left_out})
 
     def _read_global_batch(self) -> tuple[list[LoadedSequence | None], Counter[str]]:
         """Read this rank's part of the next global batch and count it over all ranks.
@@ -316,13 +373,17 @@ class Trainer:
         with self.stop.uninterrupted(), self.context.long_timeout():
             self.checkpointer.save(self.model, self.optimizer, self.state)
 
+    def _save_best(self) -> None:
+        if self.state.best and self.state.best.step == self.state.step:
+            self._save()
+
     def _finish_saving(self) -> None:
         with self.stop.uninterrupted(), self.context.long_timeout():
             self.checkpointer.wait()
 
     def _stop_if_requested(self) -> None:
         number = self.context.max(self.stop.signal)  # any process may have received it
-        if not number or self.state.step == self.recipe.steps:
+        if not number or self._is_finished:
             return
         with self.stop.uninterrupted():
             self._save()
@@ -348,41 +409,6 @@ class Trainer:
             self.metrics_logger.close()
 
 
-class Validator:
-    """Mean loss over the supervised tokens of held-out sequences, packed like the training data.
-
-    The sequences are the same for any number of processes; each process reads all and evaluates its part.
-    """
-
-    def __init__(self, recipe: Recipe, processor: Any, context: DistributedContext) -> None:
-        assert recipe.validation is not None and recipe.validation_mixture is not None
-        self._recipe, self._mixture, self._context = recipe, recipe.validation_mixture, context
-        self._sequences = recipe.validation.sequences
-        self._processor = processor
-        self._sources = self._mixture.open_sources()
-        context.check_same_data(self._sources)
-
-    @torch.no_grad()
-    def loss(self, model: PreTrainedModel) -> float:
-        """Return the mean loss; leaves the model in training mode."""
-        loader = make_loader(self._mixture, self._processor, self._sources)
-        sequences = islice(loader, self._sequences)
-        dp, dp_rank = self._context.dims.dp, self._context.dp_rank
-        model.eval()
-        total = supervised = 0.0
-        # All processes take part in every round, because a sharded model gathers its weights in each.
-        while self._context.max(len(batches := list(islice(sequences, dp)))):
-            batch = batches[dp_rank] if dp_rank < len(batches) else loader.empty_batch()
-            with autocast(self._recipe, self._context):
-                inputs = model_inputs(model, batch)
-                total += model(**inputs, use_cache=False, num_items_in_batch=1, logits_to_keep=1).loss.item()
-            supervised += num_supervised_tokens([batch])
-        model.train()
-        reshard(model)
-        total, supervised = self._context.sum(total, supervised)
-        return total / max(supervised, 1)
-
-
 @dataclass(frozen=True)
 class StepResult:
     """Result of one optimizer step.
@@ -391,7 +417,7 @@ class StepResult:
         loss: Mean cross entropy over all supervised tokens of the global batch.
         gradient_norm: Global gradient norm before clipping.
         is_finite: Whether both are finite; otherwise the weights were not updated.
-        losses: Contributions of this process's sequences to `loss`.
+        losses: Contributions of this process's sequences, all slices of them, to `loss`.
     """
 
     loss: float
@@ -417,7 +443,11 @@ def optimizer_step(
         supervised: Supervised tokens of the global batch over all processes.
         experts: Routing of a mixture of experts, with this step started.
     """
-    losses = forward_backward(model, batches, supervised, autocast(recipe, context), experts)
+    part, is_deferred = (context.cp_rank, context.dims.cp), recipe.parallel.defer_reduction
+    losses = forward_backward(
+        model, batches, supervised, autocast(recipe, context), experts, part, is_deferred
+    )
+    losses = context.sum_slices(*losses)
     (loss,) = context.sum(sum(losses))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if context.mesh is not None and context.dims.tp > 1:
@@ -436,15 +466,23 @@ def forward_backward(
     supervised: int,
     precision: AbstractContextManager[Any],
     experts: ExpertRouting | None = None,
+    part: tuple[int, int] = (0, 1),
+    is_deferred: bool = False,
 ) -> list[float]:
-    """Accumulate gradients; return each batch's summed cross entropy divided by `supervised`."""
+    """Accumulate gradients; return each batch's summed cross entropy divided by `supervised`.
+
+    Args:
+        part: Index of this process's slice of each packed sequence, and the number of slices.
+        is_deferred: See `reduce_gradients`.
+    """
     losses = []
     for row, batch in enumerate(batches):
         recording: AbstractContextManager[list[Routed]] = experts.recording() if experts else nullcontext([])
         with precision, recording as routed:
-            inputs = model_inputs(model, batch)
+            inputs = model_inputs(model, batch, *part)
             loss = model(**inputs, use_cache=False, num_items_in_batch=max(supervised, 1)).loss
         penalty = experts.add_row(row, routed) if experts else 0.0
+        reduce_gradients(model, row == len(batches) - 1, is_deferred)
         (loss + penalty).backward()
         losses.append(loss.detach())
     return torch.stack(losses).tolist()
@@ -463,11 +501,3 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float
     for group in by_mesh.values():
         nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm.item()
-
-
-def autocast(recipe: Recipe, context: DistributedContext) -> AbstractContextManager[Any]:
-    """Return the autocast context of a run; FSDP casts the weights of a sharded model itself."""
-    is_sharded = context.mesh is not None and not recipe.quantize
-    if recipe.precision == "fp32" or is_sharded:
-        return nullcontext()
-    return torch.autocast(context.device.type, dtype=torch.bfloat16)

@@ -18,10 +18,10 @@ class SoloError(Exception):
     raised_by_all = False
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message that suggests the closest known name; empty if none is close."""
-    near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def did_you_mean(name: str, known: Iterable[str], count: int = 1) -> str:
+    """Return the end of an error message that suggests the closest known names; empty if none is close."""
+    near = get_close_matches(name, list(dict.fromkeys(known)), n=count)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -49,11 +49,17 @@ def image_url(image: Image.Image) -> str:
     return png_url(buffer.getvalue())
 
 
+def thumbnail(image: Image.Image, side: int = 256) -> Image.Image:
+    """Return a copy of an image, scaled down to at most `side` pixels per edge."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    return small
+
+
 def thumbnail_url(image: Image.Image, side: int = 256) -> str:
     """Return an image as a JPEG in a data URL, scaled down to at most `side` pixels per edge."""
-    small, buffer = image.copy(), BytesIO()
-    small.thumbnail((side, side))
-    small.save(buffer, format="JPEG", quality=80)
+    buffer = BytesIO()
+    thumbnail(image, side).save(buffer, format="JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -157,7 +157,9 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     key = ".".join(str(step) for step in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{key}: {first['msg']}"
-    return f"unknown key {key}" + did_you_mean(str(first["loc"][-1]), _known_keys(kind))
+    *parents, name = map(str, first["loc"])
+    beside = did_you_mean(name, kind.model_fields) if not parents else ""
+    return f"unknown key {key}" + (beside or did_you_mean(name, _known_keys(kind)))
 
 
 def _known_keys(kind: type[BaseModel]) -> list[str]:

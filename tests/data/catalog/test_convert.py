@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -66,9 +67,10 @@ def test_converted_folder_is_readable_by_training(tmp_path, raw):
     assert [sample.images for sample in samples(tmp_path / "out")] == [[JPEG]] * 6
     assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == [
         REPORT_FILE,
-        "vqav2--train-0.parquet",
-        "vqav2--train-1.parquet",
+        "vqav2-00000-of-00002.parquet",
+        "vqav2-00001-of-00002.parquet",
     ]
+    assert not (tmp_path / "out" / ".pieces").exists()
     assert json.loads((tmp_path / "out" / REPORT_FILE).read_text()) == report
 
 
@@ -238,7 +240,7 @@ def test_second_run_resumes_where_the_first_stopped(tmp_path, raw, monkeypatch):
     monkeypatch.setattr(conversion, "read_rows", read_rows)
     with pytest.raises(SoloError, match=r"train-2\.parquet.*the disk is offline"):
         convert("vqav2", [raw], out, workers=1)
-    assert sorted(path.name for path in out.glob("[!.]*")) == [
+    assert sorted(path.name for path in out.glob(".pieces/*")) == [
         "train-0.parquet",
         "train-1.parquet",
     ]
@@ -247,10 +249,32 @@ def test_second_run_resumes_where_the_first_stopped(tmp_path, raw, monkeypatch):
     assert report["samples"] == 1 + 2 + 3 + 4
     assert convert("vqav2", [raw], out, workers=1) == report
     assert len(read) == 5
-    # A raw file that was downloaded again is converted again.
+    # If a raw file was downloaded again, all are converted and shuffled again.
     write_parquet(raw / "train-0.parquet", [USUAL["vqav2"][0]] * 7)
     assert convert("vqav2", [raw], out, workers=1)["samples"] == 7 + 2 + 3 + 4
-    assert read[5:] == ["train-0.parquet"]
+    assert read[5:] == [f"train-{n}.parquet" for n in range(4)]
+
+
+def test_rows_are_shuffled_across_files_by_a_seed(tmp_path, raw):
+    """Class-sorted raw files: each file written has rows of all of them."""
+    for n in range(4):
+        write_parquet(raw / f"class-{n}.parquet", [cauldron(f"{n}", f"A{i}", "vqav2") for i in range(300)])
+
+    def convert_with(seed: int, out: str) -> list[list[tuple[str, str]]]:
+        convert("vqav2", [raw], tmp_path / out, workers=1, seed=seed)
+        files = sorted((tmp_path / out).glob("*.parquet"))
+        chats = [[parse_sample(row).messages for row in pq.read_table(file).to_pylist()] for file in files]
+        return [[tuple(turn["content"][-1]["text"] for turn in chat) for chat in file] for file in chats]
+
+    first = convert_with(0, "first")
+    assert sorted(row for file in first for row in file) == sorted(
+        {(f"{n}", f"A{i}") for n in range(4) for i in range(300)}
+    )
+    for file in first:
+        neighbors = [a[0] == b[0] for a, b in pairwise(file)]
+        assert sum(neighbors) < 0.6 * len(neighbors)  # 0.25 by chance, 1 in the order of the raw files
+    assert convert_with(0, "again") == first
+    assert convert_with(1, "other") != first
 
 
 def test_progress_is_reported(tmp_path, raw):
@@ -258,7 +282,7 @@ def test_progress_is_reported(tmp_path, raw):
         write_parquet(raw / f"train-{n}.parquet", [USUAL["vqav2"][0]])
     seen: list[tuple[int, int]] = []
     convert("vqav2", [raw], tmp_path / "out", workers=1, on_progress=lambda *numbers: seen.append(numbers))
-    assert seen == [(0, 2), (1, 2), (2, 2)]
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_user_errors_are_reported(tmp_path, raw):
@@ -272,7 +296,8 @@ def test_user_errors_are_reported(tmp_path, raw):
     write_parquet(raw / "a" / "x.parquet", [{"something": 1}])
     with pytest.raises(SoloError, match=r"no row of VQAv2 found: .*no field texts; expected parquet rows"):
         convert("vqav2", [raw], out, workers=1)
-    with pytest.raises(SoloError, match=r"a--x\.parquet is from another conversion"):
+    (out / "vqav2-00000-of-00001.parquet").touch()
+    with pytest.raises(SoloError, match=r"vqav2-00000-of-00001\.parquet is from another conversion"):
         convert("textvqa", [raw / "a"], out, workers=1)
     write_parquet(raw / "b" / "x.parquet", [{"something": 1}])
     with pytest.raises(SoloError, match="two raw files have the same name"):

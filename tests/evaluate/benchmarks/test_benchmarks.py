@@ -10,13 +10,17 @@ from solo_vlm.evaluate.predictions import Prediction
 from solo_vlm.evaluate.scoring.score import Score
 from solo_vlm.utils.errors import SoloError
 
+SHORT = ("docvqa_val", "infovqa_val", "textvqa_val", "vqav2_val")  # made up in part only
+NEVER_UNREADABLE = {*SHORT, "pope", "chartqa", "ocrbench"}  # every text is an answer
+
 
 @pytest.mark.parametrize("task", BENCHMARKS)
 def test_oracle_is_perfect_on_the_whole_benchmark(task):
     score = get(task).score(predictions(task, oracle(task), full=True))
     assert score.score == score.maximum
-    assert score.n == score.expected_n
-    assert score.name == score.title
+    if task not in SHORT:
+        assert score.n == score.expected_n
+        assert score.name == score.title
     assert (score.unreadable, score.bad_rows) == (0, ())
     assert all(part.score == part.maximum for part in score.breakdown.values())
     assert all(
@@ -31,7 +35,7 @@ def test_failed_row_counts_as_wrong_and_is_listed(task):
     answered[1] = Prediction("1", "Hm.", answered[1].row)
     score = get(task).score(answered)
     assert score.score < score.maximum
-    assert (score.bad_rows, score.unreadable) == (("0",), 1)
+    assert (score.bad_rows, score.unreadable) == (("0",), 0 if task in NEVER_UNREADABLE else 1)
     assert score.partial
     assert f"(partial: {score.n} of {score.expected_n:,})" in score.name
     assert Score.from_dict(score.as_dict()) == score

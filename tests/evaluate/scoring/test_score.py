@@ -9,8 +9,8 @@ from scipy import stats
 from solo_vlm.evaluate.scoring.score import (
     Unit,
     bootstrap_interval,
+    mean_interval,
     paired_difference,
-    proportion_interval,
     score_of,
 )
 
@@ -19,12 +19,12 @@ def units(values, stratum=""):
     return [Unit(f"{stratum}{n}", float(value), stratum) for n, value in enumerate(values)]
 
 
-def test_proportion_interval_matches_wilsons_formula():
+def test_mean_interval_matches_wilsons_formula():
     correct, n, z = 37, 120, stats.norm.ppf(0.975)
     share = correct / n
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    interval = proportion_interval(units([100] * correct + [0] * (n - correct)))
+    interval = mean_interval(units([100] * correct + [0] * (n - correct)))
     assert interval == pytest.approx((100 * (middle - half), 100 * (middle + half)))
 
 

@@ -130,9 +130,10 @@ def test_fraction_scales_the_steps_of_all_stages(load):
         build_pipelines(load("stages.stage1.steps=null"), fraction=0.5)
 
 
-def test_cifar10_study_finds_its_recipes():
-    pipeline = by_variant(Ablation.load("cifar10/study"))["base"]
-    assert pipeline.outputs["stage1"].run.recipe.data.sources[0].path == "data/stage1.parquet"
+@pytest.mark.parametrize(("name", "stage"), [("study", "stage1"), ("design", "sft")])
+def test_cifar10_studies_find_their_recipes(name, stage):
+    pipeline = by_variant(Ablation.load(f"cifar10/{name}"))["base"]
+    assert pipeline.outputs[stage].run.recipe.data.sources[0].path == "data/stage1.parquet"
 
 
 def test_stage_can_name_a_packaged_recipe(study):

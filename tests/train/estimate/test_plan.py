@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from solo_vlm.train.estimate.memory import (
 )
 from solo_vlm.train.estimate.plan import make_plan, planned_steps
 from solo_vlm.train.model import set_trainable, use_activation_checkpointing
+from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
@@ -79,11 +81,24 @@ def test_weights_gradients_and_moments_are_exact():
     assert shared.weights + shared.gradients + shared.optimizer == 16 * count_parameters(CONFIG).total / 4
 
 
-def test_tensor_parallelism_splits_layer_matrices():
+@pytest.mark.parametrize("name", ["adamw_bf16", "adamw_8bit", "muon"])
+@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 64}}, {"trainable": "patch_embedding"}])
+def test_optimizer_state_matches_optimizer(name, changes):
+    if name == "adamw_8bit":
+        pytest.importorskip("torchao")
+    model = SoloForConditionalGeneration(CONFIG)
+    settings = recipe(f"optimizer.name={name}", **changes)
+    set_trainable(model, settings)
+    states = make_optimizer(model, settings.optimizer).state.values()
+    expected = size(tensor for state in states for key, tensor in state.items() if key != "step")
+    assert memory_per_device(ModelShape.of(CONFIG), settings, ALONE).optimizer == expected
+
+
+def test_tensor_parallelism_splits_layer_matrices_and_head():
     shape = ModelShape.of(CONFIG)
     counts = count_parameters(CONFIG)
     split = memory_per_device(shape, recipe("parallel.tensor=2"), ParallelDims(1, 2, 128))
-    assert split.weights == 4 * (counts.total - (counts.attention + counts.mlp) // 2)
+    assert split.weights == 4 * (counts.total - (counts.attention + counts.mlp + counts.head) // 2)
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
@@ -230,7 +245,8 @@ def test_dry_run_of_paper_recipe_without_weights_or_data(run):
     assert facts["parameters"]["total"] == count_parameters(SoloConfig()).total
     assert facts["steps"] == 1525
     assert facts["tokens"] == 1525 * 128 * 32768
-    assert facts["parallel"] == {"world_size": 8, "dp": 4, "tp": 2, "gradient_accumulation_steps": 32}
+    dims = ParallelDims(dp=4, tp=2, gradient_accumulation_steps=32)
+    assert facts["parallel"] == {"world_size": 8, **asdict(dims)}
     assert facts["fits"]
     assert sum(facts["memory"].values()) == 2 * facts["memory"]["total"]
 
@@ -245,7 +261,8 @@ def test_plan_that_does_not_fit_suggests_overrides(run):
     command = ("train", "solo-7b/stage1", "--dry-run", "--device", "rtx-4090", "--processes", "8")
     facts = json.loads(run(*command, "--json", "activation_checkpointing=none")[1])
     assert not facts["fits"]
-    assert set(facts["ways_to_fit"]) == {"activation_checkpointing=full", "parallel.tensor=4"}
+    ways = {"activation_checkpointing=full", "parallel.tensor=4", "parallel.context=2"}
+    assert set(facts["ways_to_fit"]) == ways
     better = json.loads(run(*command, "--json", "parallel.tensor=4", "activation_checkpointing=none")[1])
     assert facts["ways_to_fit"]["parallel.tensor=4"] == better["memory"]["total"]
     assert "It does not fit" in run(*command, "activation_checkpointing=none")[1]

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
-
 import pytest
-from tests.factories import run_settings
 
-from solo_vlm.data.sources import fingerprints
-from solo_vlm.train.parallel.context import DistributedContext, ParallelDims, init_distributed
+from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -24,6 +19,13 @@ def test_paper_recipe_accumulates_32_sequences():
     assert ParallelDims.from_recipe(recipe("parallel.tensor=2"), 8) == ParallelDims(4, 2, 32)
 
 
+def test_parameters_are_sharded_over_slices_and_within_copies():
+    settings = recipe("parallel.tensor=2", "parallel.context=2", "parallel.replicate=4")
+    dims = ParallelDims.from_recipe(settings, 64)
+    assert dims == ParallelDims(16, 2, 8, cp=2, replicate=4)
+    assert dims.shards == 8
+
+
 @pytest.mark.parametrize(
     ("overrides", "processes", "message"),
     [
@@ -34,7 +36,19 @@ def test_paper_recipe_accumulates_32_sequences():
             "global_batch = 10 is not divisible by 4 .*: set it to 8 or 12, or start 1 or 2 ",
         ),
         (["global_batch=10", "parallel.tensor=2"], 8, "set it to 8 or 12, or start 2 or 4 processes"),
-        (["global_batch=2"], 3, "set it to 3, or start 1 or 2 processes"),
+        (
+            ["global_batch=2"],
+            3,
+            "set it to 3, or start 1 or 2 processes; beyond global_batch, only parallel.context",
+        ),
+        (
+            ["data.workers=3", "global_batch=8"],
+            8,
+            "64 is not divisible by 8 .* x 3 workers: set it to 48 or 72",
+        ),
+        (["parallel.tensor=2", "parallel.context=2"], 6, "groups of parallel.tensor x parallel.context = 4"),
+        (["parallel.replicate=3"], 4, "3 does not divide 4 data-parallel groups: set it to one of 1, 2 or 4"),
+        (["parallel.context=3"], 3, "sequence_length = 32768 is not divisible .*: set it to 32766 or 32769"),
         (["data.streams=10", "data.workers=3"], 2, "2 data-parallel groups x 3 workers: set it to 6 or 12"),
     ],
 )
@@ -43,18 +57,11 @@ def test_indivisible_batch_is_rejected_with_suggestions(overrides, processes, me
         ParallelDims.from_recipe(recipe(*overrides), processes)
 
 
-def test_process_with_other_data_files_is_rejected(runs, tmp_path, monkeypatch):
-    """A file is missing on one of several machines without a shared file system."""
-    for name in ("first", "other"):
-        (tmp_path / name).mkdir()
-        shutil.copy(runs / "text.parquet", tmp_path / name / "0.parquet")
-    shutil.copy(runs / "images.parquet", tmp_path / "first" / "1.parquet")
-    first, other = (
-        Recipe.parse(run_settings(tmp_path, "out", data={"sources": [{"path": name}]})).mixture.open_sources()
-        for name in ("first", "other")
-    )
-    with init_distributed(Recipe.parse(run_settings(runs, "out"))) as alone:
-        alone.check_same_data(first)
-        monkeypatch.setattr(DistributedContext, "broadcast_from_rank0", lambda *_: fingerprints(first))
-        with pytest.raises(SoloError, match=r"process 3 sees other files of source .* than process 0"):
-            replace(alone, rank=3).check_same_data(other)
+@pytest.mark.parametrize("batch", [1, 3, 16, 128, 512])
+def test_default_streams_allow_every_number_of_ranks_with_four_workers(batch):
+    for dp in [dp for dp in range(1, batch + 1) if batch % dp == 0]:
+        for workers in (1, 2, 4):
+            defaults = recipe(f"global_batch={batch}", f"data.workers={workers}")
+            assert ParallelDims.from_recipe(defaults, dp).dp == dp
+    assert recipe(f"global_batch={batch}").mixture.data.streams == max(64 if batch != 3 else 72, 4 * batch)
+    assert recipe(f"global_batch={batch}", "data.streams=8").mixture.data.streams == 8

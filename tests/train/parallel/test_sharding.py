@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -17,15 +19,19 @@ from tests.factories import (
     write_training_data,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from solo_vlm.data.collate import collate
 from solo_vlm.models.load import load_model
 from solo_vlm.models.packed import attention
 from solo_vlm.models.packed.groups import document_groups
+from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train import Recipe
 from solo_vlm.train import model as model_module
 from solo_vlm.train.model import load_base_model, make_model
 from solo_vlm.train.parallel.context import init_distributed
 from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit, shard_model
+from solo_vlm.train.trainer import forward_backward
 
 
 def run_layer_by_layer(plain):
@@ -64,18 +70,32 @@ def test_leak_between_documents_stops_all_processes(runs, tmp_path, start):
 
 
 @pytest.mark.parametrize(
-    ("family", "size", "tensor"),
+    ("family", "size", "parallel"),
     [
-        *(("llama", size, tensor) for size, tensor in ((2, 1), (4, 1), (2, 2), (4, 2))),
-        ("mistral", 4, 2),  # sliding window
-        ("qwen3", 2, 2),  # head norms
-        ("qwen3", 4, 2),
+        ("llama", 2, {}),
+        ("llama", 4, {}),
+        ("llama", 2, {"tensor": 2}),
+        ("llama", 4, {"tensor": 2}),
+        ("mistral", 4, {"tensor": 2}),  # sliding window
+        ("qwen3", 2, {"tensor": 2}),  # head norms
+        ("qwen3", 4, {"tensor": 2}),
+        ("llama", 2, {"defer_reduction": True}),
+        ("llama", 2, {"replicate": 2}),
+        ("llama", 4, {"replicate": 2}),
+        ("qwen3", 4, {"replicate": 2, "defer_reduction": True}),
+        ("qwen3", 4, {"replicate": 2, "tensor": 2}),
+        ("llama", 2, {"context": 2}),
+        ("mistral", 4, {"context": 2}),
+        ("qwen3", 4, {"context": 4}),  # fewer key heads than processes
+        ("llama", 4, {"context": 2, "replicate": 2}),
+        ("mistral", 4, {"context": 2, "tensor": 2}),
     ],
+    ids=str,
 )
 @pytest.mark.distributed
-def test_losses_match_single_process(runs, tmp_path, start, family, size, tensor):
+def test_losses_match_single_process(runs, tmp_path, start, family, size, parallel):
     alone = run_settings(runs, tmp_path / "alone", model=family)
-    shared = run_settings(runs, tmp_path / "shared", model=family, parallel={"tensor": tensor})
+    shared = run_settings(runs, tmp_path / "shared", model=family, parallel=parallel)
     group = start(size, run_recipe, shared)
     assert start(1, run_recipe, alone).wait() == [0]
     assert group.wait() == [0] * size
@@ -139,6 +159,50 @@ def test_every_process_holds_its_shards_only(runs, tmp_path, start, size, tensor
         assert sum(elements for _, elements, _ in shares) == copies * parameter.numel()
         if parameter.ndim > 1:
             assert max(elements for _, elements, _ in shares) <= 1.1 * copies * parameter.numel() / size
+
+
+class Collectives(TorchDispatchMode):
+    """Count of operations; torch's CommDebugMode loses track of modules that the loss computes again."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.counts[operation._schema.name] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def count_reductions(plain, path):
+    """Write the all-reduces and reduce-scatters of the gradients of a step of four sequences."""
+    recipe = Recipe.parse(plain)
+    with init_distributed(recipe) as context:
+        model, _ = make_model(recipe, context)
+        isolate_documents(model)
+        rows = [collate([], 32, 0)] * 4
+        with Collectives() as collectives:
+            forward_backward(model, rows, 1, nullcontext(), None, (0, 1), recipe.parallel.defer_reduction)
+        counted = [collectives.counts[f"c10d::{kind}"] for kind in ("allreduce_", "_reduce_scatter_base_")]
+    path.with_name(f"{path.name}-{context.rank}").write_text(json.dumps(counted))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "reductions"),
+    [
+        ({}, (0, 4)),
+        ({"defer_reduction": True}, (0, 1)),
+        ({"replicate": 2}, (1, 4)),
+        ({"replicate": 2, "defer_reduction": True}, (1, 1)),
+    ],
+    ids=str,
+)
+@pytest.mark.distributed
+def test_gradients_are_reduced_over_copies_once_per_step(runs, tmp_path, start, parallel, reductions):
+    plain = run_settings(runs, tmp_path / "out", parallel=parallel)
+    assert start(4, count_reductions, plain, tmp_path / "counted").wait() == [0] * 4
+    for rank in range(4):
+        counted = json.loads((tmp_path / f"counted-{rank}").read_text())
+        assert counted == [2 * count for count in reductions]  # units: both layers, and what is outside
 
 
 @pytest.mark.distributed

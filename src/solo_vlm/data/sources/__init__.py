@@ -44,6 +44,9 @@ class Source(Protocol):
     def read(self, shard: int) -> Sequence[dict[str, Any]]:
         """Return all rows of a shard, in file order; accessing a broken row raises SampleError."""
 
+    def memory(self, shard: int) -> int:
+        """Return about how many bytes an open shard takes, without opening it."""
+
     def where(self, shard: int, row: int) -> str:
         """Name file and row, for messages."""
 
@@ -74,6 +77,10 @@ class SharedShards:
         if (rows := self._held.get(shard)) is None:
             rows = self._held[shard] = self._source.read(shard)
         return rows
+
+    def memory(self, shard: int) -> int:
+        """Return about how many bytes an open shard takes."""
+        return self._source.memory(shard)
 
     def where(self, shard: int, row: int) -> str:
         """Name file and row, for messages."""

@@ -114,7 +114,7 @@ class DataFile:
         limits: Limits for reading the file.
         modified: Time of the last modification in ns; None for remote files.
         images: Folder that relative paths in the file refer to; default: the file's own.
-        content: Hash of the content, as the hub states it; empty for other files.
+        content: Hash of the content, if it is known without reading the file: the hub states it.
         cached: Whether to download the file into the hub's cache when it is first read.
     """
 
@@ -354,15 +354,15 @@ def fingerprint(files: Sequence[DataFile]) -> str:
     names = digest.hexdigest()[:16]
     if any(file.modified is None and not file.content for file in files):
         return names
-    contents = hashlib.sha256("".join(read_each(_hash_content, files)).encode())
+    read = iter(read_each(hash_content, [file for file in files if not file.content]))
+    contents = hashlib.sha256("".join(file.content or next(read) for file in files).encode())
     return f"{names}-{contents.hexdigest()[:16]}"
 
 
 @lru_cache(maxsize=100_000)  # a run compares fingerprints several times
 @retried
-def _hash_content(file: DataFile) -> str:
-    if file.content:
-        return file.content
+def hash_content(file: DataFile) -> str:
+    """Return a hash of a small file's content, or of blocks of a large one."""
     with file.open() as content:
         return hash_blocks(content, file.size, _HASH_BLOCK_SIZE, _HASH_BLOCKS)
 
@@ -395,6 +395,10 @@ class RawSource(ABC):
     @abstractmethod
     def file(self, shard: int) -> DataFile:
         """Return the file of a shard, which relative paths in its rows refer to."""
+
+    def memory(self, shard: int) -> int:
+        """Return about how many bytes an open shard takes, without opening it."""
+        return self.file(shard).size
 
     @abstractmethod
     def where(self, shard: int, row: int) -> str:

@@ -36,6 +36,10 @@ class FormattedSource:
         """Return all rows of a shard; accessing a broken row or one that is left out raises SampleError."""
         return _Rows(self._raw.read(shard), self._raw.file(shard), self.row_format)
 
+    def memory(self, shard: int) -> int:
+        """Return about how many bytes an open shard takes."""
+        return self._raw.memory(shard)
+
     def where(self, shard: int, row: int) -> str:
         """Name file and row, for messages."""
         return self._raw.where(shard, row)

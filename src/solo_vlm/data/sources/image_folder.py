@@ -54,6 +54,10 @@ class ImageFolderSource(RawSource):
         """Return the folder, which image paths refer to."""
         return self._folder
 
+    def memory(self, shard: int) -> int:
+        """Return the size of the names of a range of images."""
+        return sum(map(len, self._names_of(shard)))
+
     def where(self, shard: int, row: int) -> str:
         """Name the image."""
         return f"{self._folder.url}/{self._names_of(shard)[row]}"

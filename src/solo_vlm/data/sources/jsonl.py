@@ -28,6 +28,7 @@ from solo_vlm.utils.errors import SoloError
 
 _ROWS_PER_SHARD = 256
 _CHUNK_SIZE = 1 << 20
+_COMPRESSION = 4  # of JSON, roughly
 
 
 class JsonlSource(RawSource):
@@ -60,6 +61,11 @@ class JsonlSource(RawSource):
     def file(self, shard: int) -> DataFile:
         """Return the file of a block."""
         return self._shards[shard][0]
+
+    def memory(self, shard: int) -> int:
+        """Return the size of a block, or an estimate for a compressed file."""
+        file, (start, end) = self._shards[shard]
+        return (end - start) * (_COMPRESSION if _is_compressed(file) else 1)
 
     def where(self, shard: int, row: int) -> str:
         """Name file, position of the block and row in it."""

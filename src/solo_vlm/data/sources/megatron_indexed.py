@@ -59,6 +59,11 @@ class MegatronIndexedSource:
         """Return all documents of a pack; accessing one with a cut image raises SampleError."""
         return _Documents(*self._place(shard))
 
+    def memory(self, shard: int) -> int:
+        """Return the size of a pack's tokens, with role and patch index; patches are read row by row."""
+        packed, pack = self._place(shard)
+        return 3 * 8 * int(packed.text.sizes[pack])
+
     def where(self, shard: int, row: int) -> str:
         """Name files, pack and document."""
         packed, pack = self._place(shard)

@@ -46,7 +46,7 @@ class ParquetSource(RawSource):
 
     def read(self, shard: int) -> Sequence[RawRow]:
         """Return all rows of a row group; accessing a row of a broken one raises SampleError."""
-        file, (group,) = self._shards[shard]
+        file, (group, _) = self._shards[shard]
         try:
             return TableRows(_read_group(file, group))
         except (pa.ArrowException, OSError) as error:
@@ -56,11 +56,15 @@ class ParquetSource(RawSource):
         """Return the file of a row group."""
         return self._shards[shard][0]
 
+    def memory(self, shard: int) -> int:
+        """Return the size of a row group, whose images stay compressed."""
+        return self._shards[shard][1][1]
+
     def first_rows(self, count: int) -> list[Any]:
         """Return up to `count` rows of the first row group, without reading the rest of it."""
         if not len(self):
             return []
-        file, (group,) = self._shards[0]
+        file, (group, _) = self._shards[0]
         try:
             return readable_rows(TableRows(_read_group(file, group, count)), count)
         except (pa.ArrowException, OSError) as error:
@@ -68,7 +72,7 @@ class ParquetSource(RawSource):
 
     def where(self, shard: int, row: int) -> str:
         """Name file, row group and row."""
-        file, (group,) = self._shards[shard]
+        file, (group, _) = self._shards[shard]
         return f"{file.url}, row group {group}, row {row}"
 
     def fingerprint(self) -> str:
@@ -138,13 +142,15 @@ def _read_group(file: DataFile, group: int, first: int | None = None) -> pa.Tabl
 
 
 def _filled_groups(file: DataFile) -> NDArray[np.int64]:
-    """Return the numbers of the row groups that have rows, (row groups, 1)."""
+    """Return (number, bytes) of each row group that has rows, (row groups, 2)."""
     metadata = _read_metadata(file)
-    for group in range(metadata.num_row_groups):
-        size = metadata.row_group(group).total_byte_size
-        file.limits.check_shard(size, f"{file.url}, row group {group}")
-    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    return np.flatnonzero(np.array(rows, np.int64))[:, None]
+    filled = []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        file.limits.check_shard(group.total_byte_size, f"{file.url}, row group {number}")
+        if group.num_rows:
+            filled.append((number, group.total_byte_size))
+    return np.array(filled, np.int64).reshape(-1, 2)
 
 
 @retried

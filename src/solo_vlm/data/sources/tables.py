@@ -78,6 +78,11 @@ class ArrowSource(RawSource):
         """Return the file of a batch."""
         return self._shards[shard][0]
 
+    def memory(self, shard: int) -> int:
+        """Return the size of a record batch."""
+        _, (start, end, _) = self._shards[shard]
+        return end - start
+
     def where(self, shard: int, row: int) -> str:
         """Name file, position of the batch and row in it."""
         file, (start, *_) = self._shards[shard]

@@ -23,6 +23,7 @@ from solo_vlm.data.sources.files import (
 from solo_vlm.data.values import COLUMNS, load_json, natural_key
 
 _FIRST_MEMBERS = 64  # members read to recognize the format
+_BYTES_PER_POSITION = 64  # bytes of a tar for each byte of its index, at least about that
 _MAX_LINKS = 8  # longest chain of links
 _MAX_MEMBERS = 1_000_000
 _MAX_HEADER_BYTES = 1 << 20
@@ -62,6 +63,10 @@ class WebDatasetSource(RawSource):
     def file(self, shard: int) -> DataFile:
         """Return the tar."""
         return self._files[shard]
+
+    def memory(self, shard: int) -> int:
+        """Return the size of the positions of a tar's members, each of which takes a kilobyte at least."""
+        return self._files[shard].size // _BYTES_PER_POSITION
 
     def first_rows(self, count: int) -> list[Any]:
         """Return up to `count` readable rows from the first members of the first tar."""

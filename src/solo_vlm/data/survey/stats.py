@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from solo_vlm.data.encode import Encoder
-from solo_vlm.data.mixture import Mixture
+from solo_vlm.data.mixture import Mixture, default_streams
 from solo_vlm.data.packing import Packer, pack
 from solo_vlm.data.survey.reading import (
     OnProgress,
@@ -22,6 +22,7 @@ from solo_vlm.data.survey.reading import (
     estimate_totals,
     shards_to_read,
 )
+from solo_vlm.data.survey.shuffle import shuffle_quality
 from solo_vlm.models.solo.processing_solo import num_vision_tokens
 
 COUNTS = ("samples", "images", "tokens", "text_tokens", "vision_tokens")
@@ -40,6 +41,7 @@ class Stats:
         margins: Half-widths of the 95% confidence intervals of estimated totals, by name.
         skipped: Number of unusable rows by reason.
         filtered: Number of rows that the source's filter leaves out.
+        shuffle: Shards per packed sequence, relative to a perfect shuffle; see `shuffle_quality`.
     """
 
     instances: int
@@ -47,6 +49,7 @@ class Stats:
     margins: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     skipped: dict[str, int] = field(default_factory=dict)
     filtered: int = 0
+    shuffle: float = 1.0
 
     def as_dict(self, sequence_length: int) -> dict[str, Any]:
         """Return plain values for JSON, with derived shares and intervals."""
@@ -63,6 +66,7 @@ class Stats:
             "fill": _ratio(totals["tokens"], self.instances * sequence_length),
             "skipped": self.skipped,
             "filtered": self.filtered,
+            "shuffle": self.shuffle,
             "interval_95": intervals,
         }
 
@@ -91,6 +95,7 @@ class MixtureStats:
             {name: round(math.hypot(*(source.margins[name] for source in sources))) for name in COUNTS},
             dict(sum((Counter(source.skipped) for source in sources), Counter())),
             sum(source.filtered for source in sources),
+            min((source.shuffle for source in sources), default=1.0),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -136,10 +141,14 @@ def mixture_stats(
     for path, source in zip(mixture.source_labels(), sources, strict=True):
         reader = RowReader(source, encoder, mixture.data.sequence_length, on_shard)
         if samples is None:
-            stats[path] = _count(reader, mixture.data.packing_buffer)
+            counted, rows = _count(reader, mixture.data.packing_buffer)
         else:
             generator = np.random.default_rng(mixture.data.seed)
-            stats[path] = _estimate(reader, mixture.data.packing_buffer, samples, generator)
+            counted, rows = _estimate(reader, mixture.data.packing_buffer, samples, generator)
+        together = round(counted.totals["samples"] / max(counted.instances, 1))
+        streams = mixture.data.streams or default_streams()
+        quality = shuffle_quality(source, rows, together, streams, len(sources), mixture.data.seed)
+        stats[path] = replace(counted, shuffle=quality)
     return MixtureStats(stats, mixture.data.sequence_length, samples)
 
 
@@ -160,26 +169,34 @@ def _summarize(row: ReadRow) -> _Summary:
     return _Summary(counts, lengths, reason)
 
 
-def _count(reader: RowReader, packing_buffer: int) -> Stats:
-    """Read every row, keeping only sums."""
+def _count(reader: RowReader, packing_buffer: int) -> tuple[Stats, dict[int, int]]:
+    """Read every row, keeping only sums; also return the number of rows of each shard."""
     totals = np.zeros(len(COUNTS), np.int64)
     left_out: Counter[str] = Counter()
     packer: Packer[None] = Packer(reader.length, packing_buffer)
     instances = 0
-    for row in reader.read_all():
-        counts, lengths, reason = _summarize(row)
-        totals += counts
-        left_out.update([reason] if reason else [])
-        instances += sum(packer.add(None, length) is not None for length in lengths)
+    rows_of: dict[int, int] = {}
+    for shard in range(len(reader.source)):
+        rows = reader.source.read(shard)
+        rows_of[shard] = len(rows)
+        for row in reader.read(shard, rows, range(len(rows))):
+            counts, lengths, reason = _summarize(row)
+            totals += counts
+            left_out.update([reason] if reason else [])
+            instances += sum(packer.add(None, length) is not None for length in lengths)
     instances += sum(1 for _ in iter(packer.drain, None))
     filtered = left_out.pop(_FILTERED, 0)
-    return Stats(instances, _named(totals), skipped=dict(left_out), filtered=filtered)
+    return Stats(instances, _named(totals), skipped=dict(left_out), filtered=filtered), rows_of
 
 
-def _estimate(reader: RowReader, packing_buffer: int, samples: int, generator: np.random.Generator) -> Stats:
-    """Read a sample of rows, and scale their counts."""
+def _estimate(
+    reader: RowReader, packing_buffer: int, samples: int, generator: np.random.Generator
+) -> tuple[Stats, dict[int, int]]:
+    """Read a sample of rows, and scale their counts; also return the number of rows of the shards drawn."""
     drawn: list[tuple[int, list[_Summary]]] = []
+    rows_of: dict[int, int] = {}
     for shard, rows, chosen in draw_rows(reader.source, samples, generator):
+        rows_of[shard] = len(rows)
         drawn.append((len(rows), [_summarize(row) for row in reader.read(shard, rows, chosen)]))
     summaries = [summary for _, rows in drawn for summary in rows]
     reasons = sorted({summary.reason for summary in summaries if summary.reason})
@@ -198,7 +215,7 @@ def _estimate(reader: RowReader, packing_buffer: int, samples: int, generator: n
     instances = estimate_instances(totals["tokens"], lengths, reader.length, packing_buffer, generator)
     left_out = dict(zip(reasons, map(round, estimate.totals[len(COUNTS) :]), strict=True))
     filtered = left_out.pop(_FILTERED, 0)
-    return Stats(instances, totals, _named(estimate.margins), left_out, filtered)
+    return Stats(instances, totals, _named(estimate.margins), left_out, filtered), rows_of
 
 
 def estimate_instances(

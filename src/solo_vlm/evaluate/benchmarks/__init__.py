@@ -1,24 +1,34 @@
-"""The paper's benchmarks by name."""
+"""Benchmarks by name: the paper's six and the usual ones beside them."""
 
 from __future__ import annotations
 
+from solo_vlm.evaluate.benchmarks.hallusion_bench import HALLUSION_BENCH
 from solo_vlm.evaluate.benchmarks.mathvista import MATHVISTA
+from solo_vlm.evaluate.benchmarks.mmbench import MMBENCH
 from solo_vlm.evaluate.benchmarks.mme import MME
+from solo_vlm.evaluate.benchmarks.mmmu import MMMU
 from solo_vlm.evaluate.benchmarks.multiple_choice import (
     AI2D,
     AI2D_NO_MASK,
     MMSTAR,
+    REALWORLDQA,
     SCIENCEQA,
     SCIENCEQA_FULL,
     SEEDBENCH,
 )
+from solo_vlm.evaluate.benchmarks.pope import POPE
+from solo_vlm.evaluate.benchmarks.short_answers import CHARTQA, DOCVQA, INFOVQA, OCRBENCH, TEXTVQA, VQAV2
 from solo_vlm.evaluate.scoring.score import Benchmark
 from solo_vlm.utils.errors import SoloError, did_you_mean
 
 PAPER = ("mmstar", "mme", "seedbench", "ai2d", "scienceqa", "mathvista")
 BENCHMARKS = {
     benchmark.name: benchmark
-    for benchmark in (MMSTAR, MME, SEEDBENCH, AI2D, AI2D_NO_MASK, SCIENCEQA, SCIENCEQA_FULL, MATHVISTA)
+    for benchmark in (
+        *(MMSTAR, MME, SEEDBENCH, AI2D, AI2D_NO_MASK, SCIENCEQA, SCIENCEQA_FULL, MATHVISTA),
+        *(POPE, MMMU, CHARTQA, DOCVQA, INFOVQA, TEXTVQA, VQAV2, OCRBENCH),
+        *(REALWORLDQA, HALLUSION_BENCH, MMBENCH),
+    )
 }
 
 

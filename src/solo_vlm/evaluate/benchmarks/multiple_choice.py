@@ -1,4 +1,4 @@
-"""The multiple-choice benchmarks: MMStar, SEED-Bench, AI2D and ScienceQA."""
+"""The multiple-choice benchmarks: MMStar, SEED-Bench, AI2D, ScienceQA and RealWorldQA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from solo_vlm.evaluate.predictions import Prediction, present
-from solo_vlm.evaluate.scoring.extract import read_choice
+from solo_vlm.evaluate.scoring.extract import clean, read_choice
 from solo_vlm.evaluate.scoring.options import options_of, reference_letter
 from solo_vlm.evaluate.scoring.score import Benchmark, Part, ScoredAnswer, accuracy, by_category, by_column
 
@@ -214,4 +214,43 @@ SCIENCEQA_FULL = replace(
     metric="correct answers / questions, with and without an image, in percent",
     source="Lu et al. 2022, arXiv 2209.09513",
     is_scored=lambda row: True,
+)
+
+# ----------------------------------------------------------------------------------------- RealWorldQA
+
+_REALWORLDQA_REQUEST = "Please answer directly with"  # ends the question
+
+
+def _score_realworldqa(predictions: Sequence[Prediction]) -> list[ScoredAnswer]:
+    """Score the options that a question lists, after "A.", "B.", ...; other questions ask for a word."""
+
+    def score(prediction: Prediction) -> ScoredAnswer:
+        reference = str(prediction.column("answer")).strip()
+        response = prediction.response or ""
+        if reference.upper() not in ("A", "B", "C", "D"):
+            words = clean(response).lower().rstrip(".")
+            return ScoredAnswer.of(prediction, words or None, reference.lower() or None)
+        question = str(prediction.row.get("question", "")).split(_REALWORLDQA_REQUEST)[0]
+        options = options_of({**prediction.row, "question": question})
+        return ScoredAnswer.of(prediction, read_choice(response, options), reference.upper())
+
+    return [score(prediction) for prediction in predictions]
+
+
+REALWORLDQA = Benchmark(
+    name="realworldqa",
+    title="RealWorldQA",
+    harness_task="realworldqa",
+    hub_id="lmms-lab-encoder/RealWorldQA",
+    hub_files="data/test-*",
+    split="test",
+    license="CC BY-ND 4.0",
+    kind="free",
+    size=765,
+    size_source="xAI 2024, the release of Grok-1.5 Vision",
+    metric="correct answers / questions, in percent: an option, or else the exact word",
+    source="xAI 2024, x.ai/news/grok-1.5v, without a script; the rules are lmms-eval's, without its guesses",
+    scorer=_score_realworldqa,
+    breakdown=lambda answers: {},
+    note="lmms-eval takes a letter that occurs anywhere, such as the A of Apple, for an option.",
 )

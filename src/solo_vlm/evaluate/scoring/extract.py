@@ -49,10 +49,15 @@ def clean(response: str) -> str:
     "\boxed{\text{B}}" and "<answer>B</answer>" become "answer: B" on a separate line. Nothing follows a
     reasoning block that is not closed.
     """
+    return _unboxed(without_markup(final_text(response))).strip()
+
+
+def final_text(response: str) -> str:
+    """Return the response without reasoning blocks and special tokens, else as it stands."""
     text = response.rpartition("</think>")[2].partition("<think>")[0]
-    text = text[_START_OF_TURN.match(text).end() :]  # type: ignore[union-attr]
-    text = without_markup(_END_OF_TURN.split(text, maxsplit=1)[0])
-    return _unboxed(text).strip()
+    start = _START_OF_TURN.match(text).end()  # type: ignore[union-attr]
+    text = text[start:] if "<" in text[:start] else text
+    return _END_OF_TURN.split(text, maxsplit=1)[0]
 
 
 def without_markup(text: str) -> str:

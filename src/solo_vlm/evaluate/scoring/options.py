@@ -55,7 +55,9 @@ def options_in_columns(row: Mapping[str, Any]) -> list[str]:
 
 def with_option_texts(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row for the prompt: options as lists of texts, "" for an empty one."""
-    lists = {name: _trimmed(_texts(row[name]), row) for name in _LIST_COLUMNS if present(row.get(name))}
+    lists = {
+        name: _trimmed(_texts(row[name]), row) for name in _LIST_COLUMNS if isinstance(row.get(name), list)
+    }
     choices = {name: _text(row[name]) for name in _CHOICE_COLUMNS if name in row}
     return {**row, **lists, **choices}
 

@@ -24,24 +24,36 @@ class ScoredAnswer:
         prediction: The response and its row.
         extracted: Answer extracted from the response (a letter, yes or no, a value); None if unreadable.
         reference: Correct answer in the same form.
-        correct: Whether the two are equal.
+        credit: Share of a correct answer, from 0 to 1; between them only for soft metrics.
         problem: Reason why the row cannot be scored: no response, or no usable reference.
     """
 
     prediction: Prediction
     extracted: str | None
     reference: str | None
-    correct: bool
+    credit: float
     problem: str | None = None
 
+    @property
+    def correct(self) -> bool:
+        """Whether the answer has full credit."""
+        return self.credit == 1
+
     @classmethod
-    def of(cls, prediction: Prediction, extracted: str | None, reference: str | None) -> Self:
-        """Compare an extracted answer with the reference; a row without a response or reference is bad."""
+    def of(
+        cls, prediction: Prediction, extracted: str | None, reference: str | None, credit: float | None = None
+    ) -> Self:
+        """Compare an extracted answer with the reference; a row without a response or reference is bad.
+
+        `credit` is that of a scorable row; default: 1 if the two are equal, else 0.
+        """
         if prediction.response is None:
-            return cls(prediction, None, reference, False, "no response")
+            return cls(prediction, None, reference, 0.0, "no response")
         if reference is None:
-            return cls(prediction, extracted, None, False, "no usable reference")
-        return cls(prediction, extracted, reference, extracted == reference)
+            return cls(prediction, extracted, None, 0.0, "no usable reference")
+        return cls(
+            prediction, extracted, reference, float(extracted == reference) if credit is None else credit
+        )
 
 
 @dataclass(frozen=True)
@@ -63,18 +75,18 @@ class Part:
     Attributes:
         score: Value between 0 and `maximum`.
         n: Number of rows.
-        interval: 95% interval (low, high).
+        interval: 95% interval (low, high); None if there is no way to compute it.
         group: Kind of the category ("subtask", "skill", ...).
-        maximum: Score of a perfect model.
+        maximum: Score of a perfect model; None if it is unknown, as for lmms-eval's own metrics.
         expected_n: Rows of the category in the whole benchmark, if published.
         more: Further metrics of the category, such as MME's acc and acc+.
     """
 
     score: float
     n: int
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     group: str
-    maximum: float = 100.0
+    maximum: float | None = 100.0
     expected_n: int | None = None
     more: Mapping[str, float] = field(default_factory=dict)
 
@@ -87,7 +99,7 @@ class Score:
         task: Name of the benchmark on the command line.
         title: Name of the benchmark in print.
         score: Value between 0 and `maximum`, in percent unless `metric` specifies otherwise.
-        interval: 95% interval (low, high) under resampling of the questions.
+        interval: 95% interval (low, high) under resampling of the questions; None as for `Part`.
         n: Number of scored rows.
         expected_n: Rows of the whole benchmark.
         metric: Definition of the score.
@@ -96,13 +108,13 @@ class Score:
         unreadable: Number of responses without an extractable answer; they count as wrong.
         bad_rows: IDs of rows that failed or cannot be scored; they count as wrong.
         filtered: Number of rows that are not part of the score (video questions in an image score).
-        maximum: Score of a perfect model.
+        maximum: Score of a perfect model; None as for `Part`.
     """
 
     task: str
     title: str
     score: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     n: int
     expected_n: int
     metric: str
@@ -112,7 +124,7 @@ class Score:
     unreadable: int = 0
     bad_rows: tuple[str, ...] = ()
     filtered: int = 0
-    maximum: float = 100.0
+    maximum: float | None = 100.0
 
     @property
     def partial(self) -> bool:
@@ -136,22 +148,54 @@ class Score:
         """Invert `as_dict`."""
         values = {key: value for key, value in values.items() if key not in ("name", "partial")}
         values["bad_rows"] = tuple(values.pop("bad_ids"))
-        values["interval"] = tuple(values["interval"])
+        values["interval"] = _pair(values["interval"])
         values["breakdown"] = {
-            name: Part(**{**part, "interval": tuple(part["interval"])})
+            name: Part(**{**part, "interval": _pair(part["interval"])})
             for name, part in values["breakdown"].items()
         }
         return cls(**values)
 
 
+def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval[0], interval[1])
+
+
+def points(part: Score | Part) -> str:
+    """Return the score in print: one decimal, or four digits of a metric in unknown units."""
+    return _digits(part.score, part)
+
+
+def span(part: Score | Part) -> str:
+    """Return the interval in print; empty if there is none."""
+    return "" if part.interval is None else " to ".join(_digits(value, part) for value in part.interval)
+
+
+def _digits(value: float, part: Score | Part) -> str:
+    return f"{value:,.4g}" if part.maximum is None else f"{value:,.1f}"
+
+
 Category = Callable[[Mapping[str, Any]], Sequence[str]]
 Scorer = Callable[[Sequence[Prediction]], list[ScoredAnswer]]
+Units = Callable[[Sequence[ScoredAnswer]], list[Unit]]
 Breakdown = Callable[[Sequence[ScoredAnswer]], dict[str, Part]]
 
 
 def question_units(answers: Sequence[ScoredAnswer]) -> list[Unit]:
-    """Return one unit per question: 100 if correct, else 0. Their mean is the accuracy in percent."""
-    return [Unit(answer.prediction.id, 100.0 * answer.correct) for answer in answers]
+    """Return one unit per question: its credit in percent. Their mean is the accuracy."""
+    return [Unit(answer.prediction.id, 100.0 * answer.credit) for answer in answers]
+
+
+def group_units(key: Callable[[Mapping[str, Any]], str]) -> Units:
+    """Return a function that returns one unit per group of rows: 100 if all are correct, else 0."""
+
+    def units(answers: Sequence[ScoredAnswer]) -> list[Unit]:
+        groups: dict[str, bool] = {}
+        for answer in answers:
+            name = key(answer.prediction.row)
+            groups[name] = groups.get(name, True) and answer.correct
+        return [Unit(name, 100.0 * correct) for name, correct in groups.items()]
+
+    return units
 
 
 def score_of(units: Sequence[Unit]) -> float:
@@ -159,10 +203,12 @@ def score_of(units: Sequence[Unit]) -> float:
     return float(sum(np.mean(values) for values in _strata(units)))
 
 
-def proportion_interval(units: Sequence[Unit]) -> tuple[float, float]:
-    """Return Wilson's 95% interval of an accuracy in percent; each unit's value is 0 or 100."""
+def mean_interval(units: Sequence[Unit]) -> tuple[float, float]:
+    """Return the 95% interval of a mean in percent: Wilson's if all units are 0 or 100, else by bootstrap."""
     from scipy.stats import binomtest
 
+    if not all(unit.value in (0, 100) for unit in units):
+        return bootstrap_interval(units)
     correct = sum(unit.value > 0 for unit in units)
     interval = binomtest(correct, len(units)).proportion_ci(method="wilson")
     return 100 * float(interval.low), 100 * float(interval.high)
@@ -220,10 +266,15 @@ def _percentiles(scores: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def accuracy(answers: Sequence[ScoredAnswer], group: str, expected_n: int | None = None) -> Part:
-    """Return the accuracy of one category in percent, with Wilson's interval."""
-    units = question_units(answers)
-    return Part(score_of(units), len(units), proportion_interval(units), group, expected_n=expected_n)
+def accuracy(
+    answers: Sequence[ScoredAnswer],
+    group: str,
+    expected_n: int | None = None,
+    units: Units = question_units,
+) -> Part:
+    """Return the accuracy of one category in percent, with its interval."""
+    values = units(answers)
+    return Part(score_of(values), len(answers), mean_interval(values), group, expected_n=expected_n)
 
 
 def by_category(
@@ -231,6 +282,7 @@ def by_category(
     group: str,
     categories: Category,
     sizes: Mapping[str, int] | None = None,
+    units: Units = question_units,
 ) -> dict[str, Part]:
     """Return the accuracy of each category of a kind; a row may have none or several.
 
@@ -241,16 +293,20 @@ def by_category(
     for answer in answers:
         for category in categories(answer.prediction.row):
             found.setdefault(category, []).append(answer)
-    return {name: accuracy(members, group, sizes.get(name)) for name, members in found.items() if members}
+    return {
+        name: accuracy(members, group, sizes.get(name), units) for name, members in found.items() if members
+    }
 
 
-def by_column(group: str, column: str, sizes: Mapping[str, int] | None = None) -> Breakdown:
+def by_column(
+    group: str, column: str, sizes: Mapping[str, int] | None = None, units: Units = question_units
+) -> Breakdown:
     """Return a breakdown by the values of a column; a row without a value is in no category."""
 
     def category(row: Mapping[str, Any]) -> list[str]:
         return [str(row[column])] if present(row.get(column)) else []
 
-    return lambda answers: by_category(answers, group, category, sizes)
+    return lambda answers: by_category(answers, group, category, sizes, units)
 
 
 @dataclass(frozen=True)
@@ -294,8 +350,8 @@ class Benchmark:
     breakdown: Breakdown
     hub_config: str | None = None
     is_scored: Callable[[Mapping[str, Any]], bool] = lambda row: True
-    units: Callable[[Sequence[ScoredAnswer]], list[Unit]] = question_units
-    interval: Callable[[Sequence[Unit]], tuple[float, float]] = proportion_interval
+    units: Units = question_units
+    interval: Callable[[Sequence[Unit]], tuple[float, float]] = mean_interval
     raw: Callable[[Sequence[ScoredAnswer]], dict[str, float]] = lambda answers: {}
     maximum: float = 100.0
     note: str = ""

@@ -154,7 +154,7 @@ def measure_loss(run: Path, data: str | Path) -> Result:
     """
     from solo_vlm.train.model import make_model
     from solo_vlm.train.parallel.context import init_distributed
-    from solo_vlm.train.trainer import Validator
+    from solo_vlm.train.validation import LossValidator
 
     recipe = Recipe.load(run / "recipe.yaml")
     validation = ValidationSettings(sources=[SourceSettings(path=str(data))], sequences=_ALL)
@@ -163,7 +163,7 @@ def measure_loss(run: Path, data: str | Path) -> Result:
     recipe = recipe.model_copy(update={**model_settings, "validation": validation, "data": packing})
     with init_distributed(recipe) as context:
         model, processor = make_model(recipe, context)
-        return Result(Validator(recipe, processor, context).loss(model), count_samples(data))
+        return Result(LossValidator(recipe, processor, context).loss(model), count_samples(data))
 
 
 if __name__ == "__main__":

@@ -213,7 +213,9 @@ def write_initial_model(stage: Stage) -> None:
         local = stage.root / stage.source
         _compose(local if local.exists() else stage.source, stage.settings, stage.seed).save(model)
     else:
-        write_untrained_llm(model, training_texts(stage.root / "data"), stage.seed)
+        data = stage.root / "data"
+        names = [name for name in ("text", "sft", "grids") if (data / f"{name}.parquet").is_file()]
+        write_untrained_llm(model, training_texts(data, names), stage.seed)
 
 
 def _compose(llm: str | Path, settings: InitSettings, seed: int) -> SoloModelAndProcessor:

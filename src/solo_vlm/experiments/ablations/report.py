@@ -27,6 +27,7 @@ EFFECT_COLUMNS = ("metric", "effect", "difference", "95% interval", "p")
 _CONFIDENCE = 0.95
 _FEW_SEEDS = 5
 _DECIMALS = 12  # equates values that differ by rounding, such as 0.55 - 0.5 and 0.61 - 0.56
+_PANEL_WIDTH, _PANEL_HEIGHT, _VARIANT_WIDTH = 3.2, 3.4, 0.5  # inches; the panel grows with many variants
 _SEED_COLOR, _BASE_COLOR, _VARIANT_COLOR = "#999999", "#000000", "#0072B2"
 
 _SCHEMA = pa.schema(
@@ -250,7 +251,7 @@ def result_lines(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def effect_lines(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Format one line per metric and effect of `Report.as_dict`, with the cells of `EFFECT_COLUMNS`."""
     for metric, found in facts["metrics"].items():
-        for number, (name, effect) in enumerate(found["effects"].items()):
+        for number, (name, effect) in enumerate(found.get("effects", {}).items()):
             cells = _format_difference(effect, found["kind"] == "accuracy")
             yield ("" if number else metric, name, *cells)
 
@@ -265,7 +266,7 @@ def write_report(report: Report, out: Path) -> None:
 
     The plot has one panel per metric: a dot per seed and the means with their 95% intervals. Dots of one
     seed are joined, as differences are paired by seed. If the ablation has an axis, variants are placed
-    along it and the means are joined.
+    along it and the means are joined. If it has factors, panels of their effects follow below.
     """
     facts = report.as_dict()
     save_figure(_draw(report), out / "plot.png")
@@ -302,10 +303,18 @@ def _format_difference(difference: dict[str, Any], share: bool) -> tuple[str, st
 def _draw(report: Report) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(report.comparisons), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(report.comparisons), squeeze=False)[0]
-    for axes, comparison in zip(panels, report.comparisons, strict=True):
+    factors = tuple(report.ablation.settings.factors)
+    rows = 2 if factors else 1
+    width = max(_PANEL_WIDTH, _VARIANT_WIDTH * len(report.ablation.settings.variant_names))
+    figure = Figure(figsize=(width * len(report.comparisons), _PANEL_HEIGHT * rows), layout="constrained")
+    panels = figure.subplots(rows, len(report.comparisons), squeeze=False)
+    for axes, comparison in zip(panels[0], report.comparisons, strict=True):
         _draw_panel(axes, comparison, report)
+    if factors:
+        for axes, comparison in zip(panels[1], report.comparisons, strict=True):
+            _draw_effects(axes, comparison, factors)
+        for axes in panels[1, 1:]:
+            axes.tick_params(labelleft=False)
     return figure
 
 
@@ -325,12 +334,27 @@ def _draw_panel(axes: Any, comparison: Comparison, report: Report) -> None:
         axes.plot(positions.values(), means, color=_VARIANT_COLOR)
         axes.set_xlabel(axis.label)
     else:
-        axes.set_xticks(list(positions.values()), list(positions), rotation=20, ha="right")
-        axes.margins(x=0.25)
+        crowded = _VARIANT_WIDTH * len(positions) > _PANEL_WIDTH
+        axes.set_xticks(list(positions.values()), list(positions), rotation=45 if crowded else 20, ha="right")
+        axes.margins(x=0.05 if crowded else 0.25)
     if comparison.kind == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title(comparison.metric, fontsize="medium")
     axes.grid(axis="y", alpha=0.2)
+
+
+def _draw_effects(axes: Any, comparison: Comparison, factors: Sequence[str]) -> None:
+    """Draw main effects and interactions with their 95% intervals, the first one at the top."""
+    scale, unit = (100, "percentage points") if comparison.kind == "accuracy" else (1, "nats per token")
+    effects = comparison.effects(factors)
+    axes.axvline(0, color=_SEED_COLOR, linewidth=0.8)
+    for place, (mean, low, high, _) in enumerate(effects.values()):
+        reach = [[scale * (mean - low)], [scale * (high - mean)]]
+        axes.errorbar(scale * mean, place, xerr=reach, fmt="o", color=_VARIANT_COLOR, capsize=4)
+    axes.set_yticks(range(len(effects)), list(effects))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"difference ({unit})")
+    axes.grid(axis="x", alpha=0.2)
 
 
 def _positions(report: Report) -> dict[str, float]:

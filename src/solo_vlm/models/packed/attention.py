@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -31,6 +32,7 @@ _HARMLESS = {
     "cache_position",
     "use_cache",
     "num_items_in_batch",
+    "shift_labels",
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
@@ -108,11 +110,15 @@ def packed_mask(
 
     if use_vmap or sees(-1).any():
         raise IsolationError("packed attention is causal; this model's mask is not, use sdpa")
-    if local_size is None or q_length <= local_size:
+    if local_size is None:
+        return PackedMask()
+    if getattr(config, "attention_chunk_size", None) is None:  # also in a slice, shorter than its row
+        return PackedMask(window=local_size)
+    if q_length <= local_size:
         return PackedMask()
     # In a window, consecutive tokens can see as far back as it reaches; in a chunk, only its last token can.
     far = sees(local_size - 1)
-    is_window = getattr(config, "attention_chunk_size", None) is None or (far[1:] & far[:-1]).any()
+    is_window = (far[1:] & far[:-1]).any()
     return PackedMask(window=local_size) if is_window else PackedMask(chunk=local_size)
 
 
@@ -182,27 +188,48 @@ def packed_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (length, heads, d)
     images = image_index[0] if image_index is not None else None
+    attend = partial(_attend, bounds, max_length_q, scaling, dropout, window, softcap, images)
+    if row is not None and row.attend_across is not None:
+        return row.attend_across(attend, q, k, v, s_aux)[None], None
+    return attend(q, k, v, s_aux)[None], None
+
+
+def _attend(
+    bounds: Tensor,
+    longest: int | None,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    images: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Return (length, num_heads, value_dim), see `packed_attention`; states are (length, heads, dim)."""
+    q, k, v = query, key, value
     if softcap is not None:
-        return _capped(q, k, v, bounds.long(), scaling, dropout, window, softcap, s_aux, images)[None], None
-    if s_aux is not None:
-        q, k, v, bounds, places = _prepend_sinks(q, k, v, bounds, s_aux, scaling)
-        max_length_q = max_length_q + 1 if max_length_q else None
+        return _capped(q, k, v, bounds.long(), scaling, dropout, window, softcap, sinks, images)
+    if sinks is not None:
+        q, k, v, bounds, places = _prepend_sinks(q, k, v, bounds, sinks, scaling)
+        longest = longest + 1 if longest else None
         if images is not None:
             images = images.new_full((len(q),), -1).index_copy(0, places, images)
     width = max(q.shape[-1], v.shape[-1])  # latent attention has other values than queries; kernels do not
     q, k, v = (F.pad(states, (0, width - states.shape[-1])) for states in (q, k, v))
-    is_sunk_window = s_aux is not None and window is not None
+    is_sunk_window = sinks is not None and window is not None
     if images is None and not dropout and not is_sunk_window and _supports_flash(q):
-        attended = _flash(q, k, v, bounds.int(), max_length_q, scaling, window)
+        attended = _flash(q, k, v, bounds.int(), longest, scaling, window)
     elif images is not None and not dropout and _merges_images(q, bounds, window):
         q, k, v = (part.to(_compute_dtype(q)) for part in (q, k, v))
         attended = attend_with_images(q, k, v, bounds.long(), images, scaling)
     else:
-        sees_first = s_aux is not None
+        sees_first = sinks is not None
         attended = _grouped(q, k, v, bounds.long(), scaling, dropout, window, images, sees_first)
-    if s_aux is not None:
+    if sinks is not None:
         attended = attended[places]
-    return attended[None, ..., : value.shape[-1]], None
+    return attended[..., : value.shape[-1]]
 
 
 def _merges_images(query: Tensor, bounds: Tensor, window: int | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from inspect import getsource, signature
 from typing import Any, Literal, TypeGuard
@@ -55,6 +56,21 @@ def isolate_documents(model: PreTrainedModel) -> dict[str, Isolation]:
         AttentionMaskInterface.register(PACKED_ATTENTION, packed_mask)
         model.set_attn_implementation(PACKED_ATTENTION)
     return row.treatments
+
+
+@contextmanager
+def unpacked_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let an isolated model compute batches with padding and a cache meanwhile, as it did before."""
+    row: PackedRow = model.packed_row  # type: ignore[assignment]
+    packed = model.config.get_text_config()._attn_implementation
+    if row.attention == packed:
+        yield
+        return
+    model.set_attn_implementation(row.attention)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(packed)
 
 
 def _isolate(model: PreTrainedModel, attention: str | None) -> PackedRow:

@@ -54,13 +54,18 @@ class PackedRow:
     Attributes:
         treatments: Name of a layer's class to its treatment, see `isolate_documents`.
         config: Configuration of the decoder.
+        attention: Attention implementation of the decoder before it was isolated.
         documents: None for an unpacked batch.
+        attend_across: Attention of a process that has a slice of the row: called with attention over whole
+            rows, and the slice's queries, keys, values and sinks. None: this process has the row.
     """
 
     def __init__(self, treatments: dict[str, Any], config: PreTrainedConfig) -> None:
         self.treatments = treatments
         self.config = config
+        self.attention = config._attn_implementation
         self.documents: Documents | None = None
+        self.attend_across: Callable[..., Tensor] | None = None
         self._pads: set[bool] = set()
         self._kernels: dict[Use, bool] = {}
         self._untried: dict[Use, nn.Module] = {}

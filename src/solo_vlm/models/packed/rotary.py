@@ -17,8 +17,7 @@ def rotate_apart(rotary: nn.Module, row: PackedRow) -> None:
 
     transformers chooses them once, by the longest. Modules with fixed frequencies stay as they are.
     """
-    kinds: Any = rotary.rope_type
-    if not any(_depends_on_length(kind) for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])):
+    if not depends_on_length(rotary):
         return
     forward = rotary.forward
 
@@ -50,8 +49,11 @@ def rotate_apart(rotary: nn.Module, row: PackedRow) -> None:
     rotary.forward = apart  # type: ignore[method-assign]
 
 
-def _depends_on_length(rope_type: Any) -> bool:
-    return any(kind in str(rope_type) for kind in ("longrope", "dynamic"))
+def depends_on_length(module: nn.Module) -> bool:
+    """Return whether a module is rotary and chooses its frequencies by the length of a document."""
+    kinds: Any = getattr(module, "rope_type", None)
+    each = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(kind in str(rope_type) for rope_type in each for kind in ("longrope", "dynamic"))
 
 
 def _rope_type(rotary: Any, layer_type: str | None) -> str:

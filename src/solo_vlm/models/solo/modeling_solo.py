@@ -278,7 +278,7 @@ class SoloModel(SoloPreTrainedModel):
         if layout is not None and bidirectional:
             decoder = self.language_model.config
             if decoder._attn_implementation == PACKED_ATTENTION:
-                kwargs["image_index"] = layout[0]
+                kwargs.setdefault("image_index", layout[0])
             else:
                 attention_mask = image_masks(
                     decoder, layout[0], inputs_embeds, attention_mask, position_ids, past_key_values
@@ -480,6 +480,16 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
                 logits = cap * torch.tanh(logits / cap)
         return logits
 
+    @staticmethod
+    def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross entropy of logits (n, vocabulary)."""
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    @staticmethod
+    def whole_logits(logits: Tensor) -> Tensor:
+        """Return the logits of the whole vocabulary, given what `head` returns."""
+        return logits
+
     @can_return_tuple
     def forward(
         self,
@@ -495,6 +505,7 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SoloCausalLMOutputWithPast:
         """Compute logits, and the loss if `labels` are given.
@@ -507,6 +518,8 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             labels: (batch, length) int64, -100 at unsupervised positions; shifted here.
             logits_to_keep: Number of last positions to compute logits for (0: all), or their indices.
             num_items_in_batch: Supervised tokens of the global batch, the divisor of the summed loss.
+            shift_labels: (batch, length) int64, the label that each position predicts, in place of `labels`:
+                the last token of a slice of a sequence predicts the first one of the next slice.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -523,10 +536,13 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = supervised_cross_entropy(hidden_states, labels, self.head, num_items_in_batch)
+            shifted = labels if shift_labels is None else F.pad(shift_labels, (1, 0))
+            loss = supervised_cross_entropy(
+                hidden_states, shifted, self.head, num_items_in_batch, cross_entropy=self.cross_entropy
+            )
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.head(hidden_states[:, kept])
+            logits = self.whole_logits(self.head(hidden_states[:, kept]))
         return SoloCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -615,6 +631,7 @@ def supervised_cross_entropy(
     head: Callable[[Tensor], Tensor],
     num_items_in_batch: Tensor | int | None = None,
     chunk_size: int = CHUNK_SIZE,
+    cross_entropy: Callable[[Tensor, Tensor], Tensor] = SoloForConditionalGeneration.cross_entropy,
 ) -> Tensor:
     """Return the next-token cross entropy over supervised positions.
 
@@ -624,29 +641,36 @@ def supervised_cross_entropy(
 
     Args:
         hidden_states: (batch, length, hidden), output of the decoder.
-        labels: (batch, length) int64; `labels[:, t]` is the token at t, or -100 if unsupervised.
+        labels: (batch, length) int64; `labels[:, t]` is the token at t, or -100 if unsupervised. May be one
+            longer, for the last position to predict.
         head: Function from (n, hidden) to logits (n, vocabulary).
         num_items_in_batch: Supervised tokens of the global batch, the divisor of the summed loss. Default:
             those of this call, which gives the mean.
         chunk_size: Supervised positions per chunk.
+        cross_entropy: Function from logits and targets (n,) to their summed cross entropy.
 
     Returns:
         Scalar float32 tensor; zero with zero gradient if nothing is supervised.
     """
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
-    hidden = hidden_states[:, :-1][supervised]  # (n, hidden)
+    hidden = hidden_states[:, : targets.shape[1]][supervised]  # (n, hidden)
     targets = targets[supervised]  # (n,)
     total = hidden.sum().float() * 0.0
     for chunk, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-        total = total + checkpoint(_chunk_loss, chunk, target, head, use_reentrant=False)
+        total = total + checkpoint(_chunk_loss, chunk, target, head, cross_entropy, use_reentrant=False)
     if num_items_in_batch is None:
         num_items_in_batch = max(targets.numel(), 1)
     return total / num_items_in_batch
 
 
-def _chunk_loss(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+def _chunk_loss(
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    cross_entropy: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    return cross_entropy(head(hidden), targets)
 
 
 __all__ = ["SoloForConditionalGeneration", "SoloModel", "SoloPreTrainedModel"]

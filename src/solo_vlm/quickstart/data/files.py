@@ -22,8 +22,10 @@ from solo_vlm.utils.settings import Settings
 from .samples import (
     Build,
     Sample,
+    grid_sample,
     held_out_caption_sample,
     held_out_digit_sample,
+    held_out_grid_sample,
     held_out_question_sample,
     instruction_sample,
     stage1_sample,
@@ -45,11 +47,13 @@ def write_toy_data(
     stage2: int = 8_000,
     stage3: int = 8_000,
     sft: int = 6_000,
+    grids: int = 0,
     heldout_digits: int = HELD_OUT_DIGITS,
     heldout_captions: int = 200,
     heldout_qa: int = 300,
+    heldout_grids: int = 0,
 ) -> dict[str, int]:
-    """Write the toy data as `out_dir`/NAME.parquet; return the number of rows by name.
+    """Write the toy data as `out_dir`/NAME.parquet; return the number of rows by name. 0 writes no file.
 
     The same seed and sizes give the same bytes. The held-out files are the same for every seed, and none of
     their images is in a training file.
@@ -64,6 +68,9 @@ def write_toy_data(
         "heldout_qa": [
             held_out_question_sample(i, _rng(_HELD_OUT_SEED, "heldout_qa", i)) for i in range(heldout_qa)
         ],
+        "heldout_grids": [
+            held_out_grid_sample(i, _rng(_HELD_OUT_SEED, "heldout_grids", i)) for i in range(heldout_grids)
+        ],
     }
     held_out_images = {image for samples in held_out.values() for s in samples for image in _images(s)}
     training: dict[str, tuple[Build, int]] = {
@@ -72,13 +79,16 @@ def write_toy_data(
         "stage2": (stage2_sample, stage2),
         "stage3": (stage3_sample, stage3),
         "sft": (instruction_sample, sft),
+        "grids": (grid_sample, grids),
     }
     rows = {}
     for name, (build, count) in training.items():
-        samples = _training_samples(name, build, count, seed, held_out_images)
-        rows[name] = _write(out_dir / f"{name}.parquet", samples)
+        if count:
+            samples = _training_samples(name, build, count, seed, held_out_images)
+            rows[name] = _write(out_dir / f"{name}.parquet", samples)
     for name, kept in held_out.items():
-        rows[name] = _write(out_dir / f"{name}.parquet", kept)
+        if kept:
+            rows[name] = _write(out_dir / f"{name}.parquet", kept)
     return rows
 
 
@@ -103,7 +113,10 @@ def _write(path: Path, samples: Iterable[Sample]) -> int:
     return write_samples(path, ({**sample, "id": f"{path.stem}-{i}"} for i, sample in enumerate(samples)))
 
 
-_KINDS = ("text", "stage1", "stage2", "stage3", "sft", "heldout_digits", "heldout_captions", "heldout_qa")
+_KINDS = (
+    *("text", "stage1", "stage2", "stage3", "sft", "grids"),
+    *("heldout_digits", "heldout_captions", "heldout_qa", "heldout_grids"),
+)
 _WITH_HELD_OUT = ("text", "stage2")  # kinds of training data with a held-out split
 
 
@@ -116,9 +129,12 @@ class ToySettings(Settings):
         stage2: Number of images with captions.
         stage3: Number of images with captions, questions and answers.
         sft: Number of chats.
+        grids: Number of single shapes with their names, and chats about grids of shapes, half and half;
+            their questions need rows and columns.
         heldout_digits: Number of questions about held-out handwritten digits.
         heldout_captions: Number of caption requests for held-out images.
         heldout_qa: Number of questions about held-out images.
+        heldout_grids: Number of questions about held-out grids.
         heldout_text: Number of texts that differ from those of `text`.
         heldout_stage2: Number of images with captions that differ from those of `stage2`.
         seed: Seed of the samples. `heldout_text` and `heldout_stage2` use the next one.
@@ -129,9 +145,11 @@ class ToySettings(Settings):
     stage2: NonNegativeInt = 0
     stage3: NonNegativeInt = 0
     sft: NonNegativeInt = 0
+    grids: NonNegativeInt = 0
     heldout_digits: NonNegativeInt = 0
     heldout_captions: NonNegativeInt = 0
     heldout_qa: NonNegativeInt = 0
+    heldout_grids: NonNegativeInt = 0
     heldout_text: NonNegativeInt = 0
     heldout_stage2: NonNegativeInt = 0
     seed: int = 0
@@ -156,9 +174,6 @@ def draw_toy_data(folder: Path, settings: ToySettings) -> None:
 
 def _write_kinds(folder: Path, seed: int, counts: dict[str, int]) -> None:
     write_toy_data(folder, seed, **{kind: counts.get(kind, 0) for kind in _KINDS})
-    for kind in _KINDS:
-        if not counts.get(kind):
-            (folder / f"{kind}.parquet").unlink()
 
 
 def _hold_out(folder: Path, kind: str, count: int, seed: int) -> None:

@@ -138,7 +138,7 @@ class Scene:
 
 def single_object(rng: np.random.Generator) -> Scene:
     """Draw one shape, on a page of one cell or in a random cell of a page of up to 2 x 2."""
-    color, shape = _thing(rng)
+    color, shape = random_thing(rng)
     rows, columns = (1, 1) if rng.random() < 0.7 else rng.integers(1, 3, size=2).tolist()
     page = Page(rng, rows, columns)
     page.shape(shape, color, int(rng.integers(rows)), int(rng.integers(columns)))
@@ -151,7 +151,7 @@ def two_objects(rng: np.random.Generator, reserved: bool = False) -> Scene:
     Pairs for which `is_reserved` is true are drawn only with `reserved`, and only they are.
     """
     while True:
-        first, second, side_by_side = _thing(rng), _thing(rng), bool(rng.random() < 0.5)
+        first, second, side_by_side = random_thing(rng), random_thing(rng), bool(rng.random() < 0.5)
         caption = pair_caption(first, second, side_by_side)
         if first != second and is_reserved(caption) == reserved:
             break
@@ -184,7 +184,7 @@ def is_reserved(caption: str) -> bool:
 
 def counted_objects(rng: np.random.Generator) -> Scene:
     """Draw one to five equal shapes in the cells of a page of 3 columns and 2 or 3 rows."""
-    color, shape = _thing(rng)
+    color, shape = random_thing(rng)
     count, rows, columns = int(rng.integers(1, 6)), int(rng.integers(2, 4)), 3
     page = Page(rng, rows, columns)
     for cell in sorted(rng.permutation(rows * columns)[:count].tolist()):
@@ -258,7 +258,8 @@ FAMILIES: dict[str, Callable[[np.random.Generator], Scene]] = {
 }
 
 
-def _thing(rng: np.random.Generator) -> Thing:
+def random_thing(rng: np.random.Generator) -> Thing:
+    """Choose a color and a shape."""
     return _COLOR_NAMES[rng.integers(len(_COLOR_NAMES))], SHAPES[rng.integers(len(SHAPES))]
 
 

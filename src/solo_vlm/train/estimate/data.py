@@ -153,12 +153,12 @@ def _count_sequences(
     recipe: Recipe, encoder: Encoder, samples: Sequence[_SourceSample], documents: float
 ) -> int:
     """Count the packed sequences of all epochs, by simulating the packing if there are few documents."""
-    data = recipe.data
+    data = recipe.mixture.data
     if documents <= _MAX_SIMULATED:
         sources = [_SimulatedSource(sample, data.seed) for sample in samples]
         settings = data.model_copy(update={"epochs": data.epochs or 1, "max_skipped": 1})
         make_stream = StreamFactory(sources, settings, encoder, _SimulatedStream)
-        return sum(1 for index in range(data.streams) for _ in make_stream(index))
+        return sum(1 for index in range(recipe.streams) for _ in make_stream(index))
     generator = np.random.default_rng(data.seed)
     full = sum(
         estimate_instances(
@@ -171,7 +171,7 @@ def _count_sequences(
         for sample in samples
     )
     # The last sequence of each stream (and source, if sequences are weighted) is half full on average.
-    return full + data.streams * (len(samples) if data.weight_by == "sequences" else 1) // 2
+    return full + recipe.streams * (len(samples) if data.weight_by == "sequences" else 1) // 2
 
 
 class _SimulatedSource:
@@ -179,6 +179,7 @@ class _SimulatedSource:
 
     def __init__(self, sample: _SourceSample, seed: int) -> None:
         self.name = sample.source.name
+        self._source = sample.source
         self._num_shards = len(sample.source)
         self._rows = sample.rows
         self._seed = seed
@@ -195,6 +196,9 @@ class _SimulatedSource:
         generator = np.random.default_rng((self._seed, shard))
         count = generator.choice(self._counts) if count is None else count
         return [self._pool[row] for row in generator.integers(len(self._pool), size=count)]
+
+    def memory(self, shard: int) -> int:
+        return self._source.memory(shard)
 
     def where(self, shard: int, row: int) -> str:
         return f"{self.name}, shard {shard}, row {row}"

@@ -16,8 +16,10 @@ from dataclasses import astuple, dataclass
 
 from solo_vlm.models.flops import ModelShape
 from solo_vlm.models.solo.modeling_solo import CHUNK_SIZE
+from solo_vlm.train.optimizer import BLOCK_SIZE
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
+from solo_vlm.train.parallel.vocabulary import can_split_head
 from solo_vlm.train.recipe import LoraSettings, Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -89,10 +91,12 @@ class Memory:
     Attributes:
         weights: Shard of the parameters in float32, or a complete decoder in 4 bits.
         gradients: Shard of the gradients in float32.
-        optimizer: Shard of Adam's two moments in float32.
+        optimizer: Shard of the optimizer's state. What Muon gathers for its step is not counted: the
+            activations are free by then.
         gathered: Temporarily unsharded tensors: weights, in the compute precision, of two FSDP units
             (`layers_per_fsdp_unit`; the next one is prefetched) or, without `parallel.reshard`, of all, and
-            those outside layers; gradients of one unit and of those, before they are reduced.
+            those outside layers; gradients of one unit and of those, before they are reduced, or with
+            `parallel.defer_reduction` of all.
         activations: Activations saved for the backward pass, and the peak working memory of the backward
             pass of one layer or one chunk of the loss.
     """
@@ -115,11 +119,11 @@ def memory_per_device(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> 
     With adapters or a frozen decoder the activations are an upper bound, because inputs of frozen layers need
     not be saved.
     """
-    compute = _compute_bytes(recipe)
-    layer, outside = _layer_weights(shape, dims.tp), _outside_weights(shape)
+    compute = compute_bytes(recipe)
+    layer, outside = layer_weights(shape, dims.tp), outside_weights(shape, dims.tp)
     whole = shape.layers * layer + outside
-    weights = _FLOAT32 * whole / dims.dp
-    unit = layers_per_fsdp_unit(shape.layers, round(_layer_weights(shape)))
+    weights = _FLOAT32 * whole / dims.shards
+    unit = layers_per_fsdp_unit(shape.layers, round(layer_weights(shape)))
     layers_gathered = min(2 * unit, shape.layers) if recipe.parallel.reshard else shape.layers
     gathered = compute * (layers_gathered * layer + outside)
     if recipe.quantize:
@@ -127,10 +131,12 @@ def memory_per_device(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> 
     trained, waiting = whole, unit * layer + outside
     if recipe.lora or recipe.trainable != "all":
         trained = waiting = trained_parameters(shape, recipe)
+    if recipe.parallel.defer_reduction and dims.gradient_accumulation_steps > 1:
+        waiting = trained
     return Memory(
         weights=round(weights),
-        gradients=round(_FLOAT32 * trained / dims.dp),
-        optimizer=round(2 * _FLOAT32 * trained / dims.dp),
+        gradients=round(_FLOAT32 * trained / dims.shards),
+        optimizer=round(_optimizer_bytes(shape, recipe, dims.tp) / dims.shards),
         gathered=round(gathered + (compute + _FLOAT32) * waiting),
         activations=kept_activations(shape, recipe, dims) + _working_activations(shape, recipe, dims),
     )
@@ -141,11 +147,11 @@ def kept_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> i
 
     An upper bound: every token counts as a patch and as supervised.
     """
-    compute = _compute_bytes(recipe)
+    compute = compute_bytes(recipe)
     layer = _kept_of_layer(shape, recipe, dims)
     # The last norm, and the hidden states at supervised tokens; patches as bytes, and normalized.
     ends = (_FLOAT32 + 2 * compute) * shape.hidden + (1 + compute) * shape.patch
-    return round(recipe.data.sequence_length * (shape.layers * layer + ends))
+    return round(recipe.data.sequence_length / dims.cp * (shape.layers * layer + ends))
 
 
 def trained_parameters(shape: ModelShape, recipe: Recipe) -> int:
@@ -158,38 +164,67 @@ def trained_parameters(shape: ModelShape, recipe: Recipe) -> int:
     return counts.patch_embedding + rows + adapters
 
 
+def _optimizer_bytes(shape: ModelShape, recipe: Recipe, tensor: int) -> float:
+    """Return the bytes of the optimizer's state on the processes that hold the model once."""
+    counts, name = shape.parameters, recipe.optimizer.name
+    matrices = float(counts.attention + counts.mlp)
+    trained = shape.layers * layer_weights(shape, tensor) + outside_weights(shape, tensor)
+    if recipe.lora or recipe.trainable != "all":
+        trained = trained_parameters(shape, recipe)
+        matrices = _adapter_weights(shape, recipe.lora) if recipe.lora else 0
+    elif name == "muon" and shape.active_parameters < counts.total:
+        matrices = counts.attention  # experts are not the weights of linear layers
+    matrices /= tensor
+    of_matrix, of_other = {
+        "adamw": (2 * _FLOAT32, 2 * _FLOAT32),
+        "adamw_bf16": (4, 4),
+        "adamw_8bit": (2 + 2 * _FLOAT32 / BLOCK_SIZE, 2 * _FLOAT32),
+        "muon": (_FLOAT32, 2 * _FLOAT32),
+    }[name]
+    return of_matrix * matrices + of_other * (trained - matrices)
+
+
 def _adapter_weights(shape: ModelShape, lora: LoraSettings) -> int:
     sizes = shape.linear_sizes
     targets: Iterable[str] = sizes if lora.targets == "all-linear" else lora.targets
     return lora.rank * sum(sizes.get(target, 0) for target in targets)
 
 
-def _layer_weights(shape: ModelShape, tensor: int = 1) -> float:
+def layer_weights(shape: ModelShape, tensor: int = 1) -> float:
     """Return the parameters of one layer per tensor-parallel process; norms are replicated."""
     counts = shape.parameters
     matrices, norms = counts.attention + counts.mlp, counts.norms - shape.hidden  # without the last norm
     return (matrices / tensor + norms) / shape.layers
 
 
-def _outside_weights(shape: ModelShape) -> int:
+def outside_weights(shape: ModelShape, tensor: int = 1) -> int:
+    """Return the parameters outside layers per tensor-parallel process."""
     counts = shape.parameters
-    return counts.embedding + counts.patch_embedding + counts.head + shape.hidden
+    return counts.embedding + counts.patch_embedding + head_weights(shape, tensor) + shape.hidden
+
+
+def head_weights(shape: ModelShape, tensor: int) -> int:
+    """Return the parameters of the head per tensor-parallel process; a plain LLM's is not split."""
+    is_split = shape.patch > 0 and can_split_head(shape.vocabulary, shape.tied, tensor)
+    return shape.parameters.head // tensor if is_split else shape.parameters.head
 
 
 def _working_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> int:
     """Return the working bytes of the backward pass: the maximum of one layer and one loss chunk."""
-    compute, tokens = _compute_bytes(recipe), recipe.data.sequence_length
+    compute, tokens = compute_bytes(recipe), recipe.data.sequence_length // dims.cp
     recomputed = _all_of_layer(shape, dims, compute) - _kept_of_layer(shape, recipe, dims)
     # Gradients of the gate, the up projection and their product, which itself is freed by then.
     gradients = 2 * compute * shape.mlp / dims.tp
     logits = min(CHUNK_SIZE, tokens) * shape.vocabulary
+    if shape.patch and can_split_head(shape.vocabulary, shape.tied, dims.tp):
+        logits //= dims.tp
     loss = 3 * _FLOAT32 * logits  # logits, softmax, gradient
     return round(max(tokens * (recomputed + gradients), loss))
 
 
 def _kept_of_layer(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> float:
     """Return the bytes per token that one layer saves for its backward pass."""
-    compute = _compute_bytes(recipe)
+    compute = compute_bytes(recipe)
     if recipe.activation_checkpointing == "none":
         return _all_of_layer(shape, dims, compute)
     if recipe.activation_checkpointing == "selective":
@@ -216,5 +251,6 @@ def _products_of_layer(shape: ModelShape, dims: ParallelDims, compute: int) -> f
     return 3 * compute * shape.hidden + (projected + mlp) / dims.tp
 
 
-def _compute_bytes(recipe: Recipe) -> int:
+def compute_bytes(recipe: Recipe) -> int:
+    """Return the bytes of a value in the compute precision."""
     return 2 if recipe.precision == "bf16" else _FLOAT32

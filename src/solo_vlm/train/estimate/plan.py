@@ -11,13 +11,23 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from solo_vlm.data.encode import load_encoder
-from solo_vlm.models.flops import ModelShape, ParameterCounts, forward_flops
+from solo_vlm.models.flops import Flops, ModelShape, ParameterCounts, forward_flops
 from solo_vlm.models.load import load_config
+from solo_vlm.train.estimate.communication import (
+    Collective,
+    Network,
+    Speed,
+    collectives,
+    expected_speeds,
+)
 from solo_vlm.train.estimate.data import DataEstimate, estimate_data
+from solo_vlm.train.estimate.host import HostMemory, host_memory
 from solo_vlm.train.estimate.memory import Device, Memory, memory_per_device, trained_parameters
+from solo_vlm.train.estimate.questions import QuestionEstimate, estimate_questions, forward_passes
 from solo_vlm.train.parallel.context import ParallelDims
+from solo_vlm.train.parallel.context_parallel import check_context_parallel
 from solo_vlm.train.parallel.tensor_parallel import check_tensor_parallel
-from solo_vlm.train.recipe import ParallelSettings, Recipe
+from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
 _USABLE = 0.9  # share of the device memory; the rest covers what `memory.py` does not count
@@ -33,7 +43,11 @@ class Plan:
         data: Estimate from a sample of the data; None if the data or the model's tokenizer are missing. Then
             one text document per sequence is assumed, which maximizes attention.
         data_missing: Reason for a missing estimate, if any.
+        questions: Estimate for each file of validation questions.
+        questions_missing: Reason for a missing estimate of these, if any.
         mfu: Assumed model FLOPs utilization.
+        host: Main memory of one machine.
+        network: Network between the devices, if it is known.
     """
 
     recipe: Recipe
@@ -46,7 +60,11 @@ class Plan:
     steps: int | None
     data: DataEstimate | None
     data_missing: str
+    questions: list[QuestionEstimate]
+    questions_missing: str
     mfu: float
+    host: HostMemory
+    network: Network | None = None
 
     @property
     def parameters(self) -> ParameterCounts:
@@ -66,13 +84,44 @@ class Plan:
     @property
     def flops_per_step(self) -> int:
         """FLOPs of forward and backward pass over all processes, without recomputation."""
-        length = self.recipe.data.sequence_length
+        is_frozen = self.recipe.is_decoder_frozen
+        return self.forward_flops.training_frozen if is_frozen else self.forward_flops.training
+
+    @property
+    def forward_flops(self) -> Flops:
+        """FLOPs of the forward pass of a step over all processes."""
+        length, batch = self.recipe.data.sequence_length, self.recipe.global_batch
         documents = max(round(length / self.data.document_length), 1) if self.data else 1
         vision = round(length * self.data.vision_share) if self.data else 0
-        borders = np.linspace(0, length, documents + 1).astype(int)
-        flops = forward_flops(self.shape, np.diff(borders), patches=vision, predicted=length - vision)
-        is_frozen = self.recipe.is_decoder_frozen
-        return self.recipe.global_batch * (flops.training_frozen if is_frozen else flops.training)
+        lengths = np.tile(np.diff(np.linspace(0, length, documents + 1).astype(int)), batch)
+        return forward_flops(self.shape, lengths, batch * vision, predicted=batch * (length - vision))
+
+    @property
+    def collectives(self) -> list[Collective]:
+        """Collectives of a step."""
+        return collectives(self.shape, self.recipe, self.dims)
+
+    @property
+    def speeds(self) -> tuple[Speed, Speed] | None:
+        """Worst and best expected speed of a step; None if the network is not known."""
+        if self.network is None:
+            return None
+        counts = self.forward_flops, self.flops_per_step
+        return expected_speeds(
+            *counts, self.shape, self.recipe, self.dims, self.device.peak_flops, self.network
+        )
+
+    @property
+    def question_passes(self) -> int:
+        """Most forward passes of a process per evaluation on questions."""
+        return forward_passes(self.recipe, sum(file.asked for file in self.questions), self.dims.dp)
+
+    @property
+    def question_share(self) -> float:
+        """FLOPs of the questions relative to those of the steps between two evaluations."""
+        assert self.recipe.validation is not None
+        flops = sum(file.flops for file in self.questions)
+        return flops / (self.recipe.validation.interval * self.flops_per_step)
 
     @property
     def seconds_per_step(self) -> float:
@@ -89,18 +138,17 @@ class Plan:
         recipe, parallel, processes = self.recipe, self.recipe.parallel, self.dims.world_size
         changes: dict[str, dict[str, Any]] = {
             "activation_checkpointing=full": {"activation_checkpointing": "full"},
-            "parallel.reshard=true": {"parallel": ParallelSettings(tensor=parallel.tensor)},
-            f"parallel.tensor={2 * parallel.tensor}": {
-                "parallel": ParallelSettings(tensor=2 * parallel.tensor, reshard=parallel.reshard)
-            },
         }
+        values: dict[str, Any] = {"reshard": True, "defer_reduction": False, "replicate": 1}
+        values |= {"tensor": 2 * parallel.tensor, "context": 2 * parallel.context}
+        for name, value in values.items():
+            changed = parallel.model_copy(update={name: value})
+            changes[f"parallel.{name}={str(value).lower()}"] = {"parallel": changed}
         totals = {}
         for change, update in changes.items():
-            changed = recipe.model_copy(update=update)
+            new = recipe.model_copy(update=update)
             try:
-                total = memory_per_device(
-                    self.shape, changed, _parallel_dims(changed, processes, self.config)
-                ).total
+                total = memory_per_device(self.shape, new, _parallel_dims(new, processes, self.config)).total
             except SoloError:  # does not divide processes or layers
                 continue
             if total < self.memory.total:
@@ -148,6 +196,7 @@ class Plan:
             "tokens": self.tokens,
             "documents": self.documents,
             "data": asdict(self.data) if self.data else None,
+            "questions": [asdict(file) for file in self.questions],
             "global_batch": self.recipe.global_batch,
             "sequence_length": self.recipe.data.sequence_length,
             "parallel": {"world_size": self.dims.world_size, **asdict(self.dims)},
@@ -159,11 +208,20 @@ class Plan:
             "flops_per_step": self.flops_per_step,
             "seconds_per_step": self.seconds_per_step,
             "seconds": self.seconds,
+            "host_memory": {"total": self.host.total, **asdict(self.host)},
+            "collectives": [{**asdict(each), "sent": each.sent} for each in self.collectives],
+            "network": asdict(self.network) if self.network else None,
+            "speeds": [asdict(speed) for speed in self.speeds] if self.speeds else None,
         }
 
 
 def make_plan(
-    recipe: Recipe, processes: int, device: Device, mfu: float, config_folder: Path | None = None
+    recipe: Recipe,
+    processes: int,
+    device: Device,
+    mfu: float,
+    config_folder: Path | None = None,
+    network: Network | None = None,
 ) -> Plan:
     """Plan a run. No weights are read, and the model need not exist yet.
 
@@ -171,6 +229,7 @@ def make_plan(
         processes: Number of processes, one per device.
         mfu: Assumed model FLOPs utilization: model FLOPs over peak FLOPs of the devices.
         config_folder: Folder whose `config.json` describes the model while it does not exist yet.
+        network: Network between the devices, if it is known.
 
     Raises:
         SoloError: There is no configuration of the model, its family is not supported, or global batch or
@@ -179,9 +238,13 @@ def make_plan(
     _check_end(recipe)
     source = _config_source(recipe, config_folder)
     config = _read_config(source)
-    shape = ModelShape.of(config)
+    try:
+        shape = ModelShape.of(config)
+    except SoloError as error:
+        raise SoloError(f"no plan: {error}; the run needs none: start it without --dry-run") from error
     dims = _parallel_dims(recipe, processes, config)
     data, missing = _estimate(recipe, source)
+    questions, questions_missing = _estimate_questions(recipe, source, shape)
     return Plan(
         recipe=recipe,
         config=config,
@@ -193,7 +256,11 @@ def make_plan(
         steps=_steps(recipe, data) if data and recipe.steps is None else recipe.steps,
         data=data,
         data_missing=missing,
+        questions=questions,
+        questions_missing=questions_missing,
         mfu=mfu,
+        host=host_memory(shape, recipe, dims, *(data.vision_share, data.document_length) if data else ()),
+        network=network,
     )
 
 
@@ -218,6 +285,7 @@ def _parallel_dims(recipe: Recipe, processes: int, config: PreTrainedConfig) -> 
     """Return the parallel dimensions; raise SoloError if they cannot split the layers."""
     dims = ParallelDims.from_recipe(recipe, processes)
     check_tensor_parallel(config, dims.tp)
+    check_context_parallel(config, dims.cp, dims.tp)
     if recipe.lora and dims.tp > 1:
         raise SoloError("lora: adapters do not support tensor parallelism; set parallel.tensor to 1")
     return dims
@@ -248,3 +316,13 @@ def _estimate(recipe: Recipe, source: str | Path) -> tuple[DataEstimate | None, 
         return estimate_data(recipe, load_encoder(source)), ""
     except SoloError as error:
         return None, str(error)
+
+
+def _estimate_questions(
+    recipe: Recipe, source: str | Path, shape: ModelShape
+) -> tuple[list[QuestionEstimate], str]:
+    """Return the estimates of questions, or the reason why there are none."""
+    try:
+        return estimate_questions(recipe, source, shape), ""
+    except SoloError as error:
+        return [], str(error)

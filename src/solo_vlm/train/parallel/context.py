@@ -1,11 +1,11 @@
-"""Data- and tensor-parallel dimensions of a run, and the collectives of its processes."""
+"""Parallel dimensions of a run, and the collectives of its processes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -13,56 +13,81 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
-from solo_vlm.data.sources import Source, fingerprints, is_same_data
+from solo_vlm.data.mixture import Mixture
+from solo_vlm.data.sources import Source
+from solo_vlm.data.sources.sharing import pack_sources, unpack_sources
 from solo_vlm.train.failures import Stopped, StopRequest, fail_together
-from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.recipe import Recipe, TimeoutSettings
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.settings import describe_changes, find_changes
 
-DP, TP = "dp", "tp"  # mesh dimensions
-
-LONG_TIMEOUT = timedelta(minutes=30)  # if one process may work alone: reading or writing a large model
-SHORT_TIMEOUT = timedelta(minutes=5)  # if all processes do the same: at startup and between steps
+DP, CP, TP = "dp", "cp", "tp"  # dimensions of the mesh by which data is divided
+REPLICATE, SHARD = "replicate", "shard"  # and, with TP, of the mesh by which parameters are
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Data- and tensor-parallel dimensions of a run.
+    """Parallel dimensions of a run.
 
     Attributes:
-        dp: Data-parallel groups; each reads its own data, and the parameters are sharded over them.
-        tp: Processes per group; they split every layer and read the same data.
+        dp: Data-parallel groups; each reads its own data.
+        tp: Processes that split every layer and read the same data.
         gradient_accumulation_steps: Packed sequences that each group processes one by one per optimizer step.
+        cp: Processes (each of them `tp` processes) that compute a slice of every packed sequence.
+        replicate: Copies of the parameters; each is sharded over the processes of `dp / replicate` groups.
     """
 
     dp: int
     tp: int
     gradient_accumulation_steps: int
+    cp: int = 1
+    replicate: int = 1
 
     @property
     def world_size(self) -> int:
         """Total number of processes."""
-        return self.dp * self.tp
+        return self.dp * self.cp * self.tp
+
+    @property
+    def shards(self) -> int:
+        """Processes that share one copy of what tensor parallelism leaves of the parameters."""
+        return self.dp * self.cp // self.replicate
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, world_size: int) -> Self:
         """Divide the global batch among processes, each of which takes one packed sequence at a time."""
-        tp, batch, streams = recipe.parallel.tensor, recipe.global_batch, recipe.data.streams
-        if world_size % tp:
+        tp, cp, replicate = recipe.parallel.tensor, recipe.parallel.context, recipe.parallel.replicate
+        batch, streams, length = recipe.global_batch, recipe.streams, recipe.data.sequence_length
+        group = tp * cp
+        if world_size % group:
+            setting, size = ("tensor", tp) if cp == 1 else ("tensor x parallel.context", group)
             divisors = _join(_divisors(world_size))
             raise SoloError(
-                f"{world_size} processes cannot form groups of parallel.tensor = {tp}: "
-                f"start a multiple of {tp}, or set parallel.tensor to one of {divisors}"
+                f"{world_size} processes cannot form groups of parallel.{setting} = {size}: "
+                f"start a multiple of {size}, or set parallel.{setting} to one of {divisors}"
             )
-        dp = world_size // tp
+        dp = world_size // group
+        if dp % replicate:
+            raise SoloError(
+                f"parallel.replicate = {replicate} does not divide {dp} data-parallel groups: set it to one "
+                f"of {_join(_divisors(dp))}"
+            )
+        if length % cp:
+            raise SoloError(
+                f"data.sequence_length = {length} is not divisible by parallel.context = {cp}: set it to "
+                f"{_join(_neighbors(length, cp))}"
+            )
         if batch % dp:
-            fewer = [count * tp for count in _divisors(batch) if count < dp]
+            fewer = [count * group for count in _divisors(batch) if count < dp]
+            more = "parallel.context and parallel.tensor use"
+            beyond = f"; beyond global_batch, only {more} more processes" if dp > batch else ""
             raise SoloError(
                 f"global_batch = {batch} is not divisible by {dp} data-parallel groups: set it to "
-                f"{_join(_neighbors(batch, dp))}, or start {_join(fewer)} processes"
+                f"{_join(_neighbors(batch, dp))}, or start {_join(fewer)} processes{beyond}"
             )
         workers = max(recipe.data.workers, 1)
         if streams % (dp * workers):
@@ -70,7 +95,7 @@ class ParallelDims:
                 f"data.streams = {streams} is not divisible by {dp} data-parallel groups x {workers} "
                 f"workers: set it to {_join(_neighbors(streams, dp * workers))}"
             )
-        return cls(dp, tp, batch // dp)
+        return cls(dp, tp, batch // dp, cp, replicate)
 
 
 @dataclass(frozen=True)
@@ -78,13 +103,17 @@ class DistributedContext:
     """Rank of this process in the run, and collectives with the other processes.
 
     Attributes:
-        mesh: Device mesh (dp, tp), or None for a single process that needs no process group.
+        mesh: Device mesh (dp, cp, tp), or None for a single process that needs no process group.
+        parameter_mesh: Device mesh (replicate, shard, tp) of the same processes.
+        timeouts: Timeouts of collectives.
     """
 
     rank: int
     dims: ParallelDims
     device: torch.device
     mesh: DeviceMesh | None = None
+    parameter_mesh: DeviceMesh | None = None
+    timeouts: TimeoutSettings = field(default_factory=TimeoutSettings)
 
     @property
     def is_main_process(self) -> bool:
@@ -94,18 +123,35 @@ class DistributedContext:
     @property
     def dp_rank(self) -> int:
         """Index of this process's data-parallel group."""
-        return self.rank // self.dims.tp
+        return self.rank // (self.dims.cp * self.dims.tp)
+
+    @property
+    def cp_rank(self) -> int:
+        """Index of this process's slice of every packed sequence."""
+        return self.rank // self.dims.tp % self.dims.cp
+
+    @property
+    def slices(self) -> DeviceMesh | None:
+        """Processes that compute the slices of this process's packed sequences, in order; None: itself."""
+        return self.mesh[CP] if self.mesh is not None and self.dims.cp > 1 else None
 
     def sum(self, *values: float) -> list[float]:
         """Return each value summed over the data-parallel groups."""
+        return self._sum(DP, values)
+
+    def sum_slices(self, *values: float) -> list[float]:
+        """Return each value of this process's slices of packed sequences summed over all slices."""
+        return list(values) if self.dims.cp == 1 else self._sum(CP, values)
+
+    def _sum(self, dimension: str, values: Sequence[float]) -> list[float]:
         if self.mesh is None:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.mesh.get_group(DP))
+        dist.all_reduce(total, group=self.mesh.get_group(dimension))
         return total.tolist()
 
     def max(self, value: int) -> int:
-        """Return the largest value of all processes, tensor-parallel ones included."""
+        """Return the largest value of all processes."""
         if self.mesh is None:
             return value
         largest = torch.tensor(value, device=self.device)
@@ -118,7 +164,7 @@ class DistributedContext:
             return [value]
         gathered: list[Any] = [None] * self.dims.world_size
         dist.all_gather_object(gathered, value)
-        return gathered[:: self.dims.tp]
+        return gathered[:: self.dims.cp * self.dims.tp]
 
     def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
         """Call a function in rank 0 and return its result, or raise its SoloError, in every process."""
@@ -140,18 +186,28 @@ class DistributedContext:
         if self.mesh is not None:
             dist.barrier()
 
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Set the timeout of all further collectives."""
+    def per_rank(self, value: float) -> list[float]:
+        """Return one value per process, by rank, in every process."""
+        values = torch.zeros(self.dims.world_size, dtype=torch.float64, device=self.device)
+        values[self.rank] = value
         if self.mesh is not None:
-            for group in (None, self.mesh.get_group(DP), self.mesh.get_group(TP)):
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def set_timeout(self, seconds: float) -> None:
+        """Set the timeout of all further collectives."""
+        timeout = timedelta(seconds=seconds)
+        if self.mesh is not None:
+            assert self.parameter_mesh is not None
+            for group in (None, *self.mesh.get_all_groups(), *self.parameter_mesh.get_all_groups()):
                 _set_pg_timeout(timeout, group)
 
     @contextmanager
     def long_timeout(self) -> Iterator[None]:
-        """Extend the timeout of collectives in the body for writing a large model."""
-        self.set_timeout(LONG_TIMEOUT)
+        """Extend the timeout of collectives in the body, where one process may work alone."""
+        self.set_timeout(self.timeouts.start)
         yield
-        self.set_timeout(SHORT_TIMEOUT)
+        self.set_timeout(self.timeouts.step)
 
     def check_same_settings(self, recipe: Recipe) -> None:
         """Require every process to have the recipe of process 0."""
@@ -163,16 +219,23 @@ class DistributedContext:
                 f"({describe_changes(changed)}): use the same recipe everywhere"
             )
 
-    def check_same_data(self, sources: Sequence[Source]) -> None:
-        """Require every process to see the files of process 0; otherwise it would read other samples."""
-        ours = fingerprints(sources)
-        theirs = self.broadcast_from_rank0(lambda: ours)
-        for (name, first), (_, own) in zip(theirs, ours, strict=True):
-            if not is_same_data(first, own):
-                raise SoloError(
-                    f"process {self.rank} sees other files of source {name} than process 0: make the files "
-                    "of all machines identical"
-                )
+    def open_sources(self, mixture: Mixture) -> list[Source]:
+        """Open a mixture's sources in process 0, and share them: only that process lists and indexes files.
+
+        Raises:
+            SoloError: As for `Mixture.open_sources`; or this process sees other files.
+        """
+        if self.mesh is None:
+            return mixture.open_sources()
+        opened: list[Source] = []
+
+        def pack() -> bytes:
+            opened.extend(mixture.open_sources())
+            return pack_sources(opened, mixture.root)
+
+        packed = self.broadcast_from_rank0(pack)
+        others = max(self.dims.world_size - 1, 1)
+        return opened or unpack_sources(packed, mixture.root, self.rank % others, others)
 
 
 @contextmanager
@@ -202,7 +265,17 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
         finally:
             dist.destroy_process_group()
         return
-    dist.init_process_group(backend, timeout=SHORT_TIMEOUT)  # torchrun starts all processes at once
+    # torchrun starts all processes at once. When it restarts them, its store still has the keys of the last
+    # attempt: addresses of processes that are gone, and their failure.
+    store, rank, world_size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(seconds=recipe.timeouts.step),
+        store=dist.PrefixStore(f"attempt-{attempt}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=world_size,
+    )
     try:
         with fail_together(_get_default_store(), rank, stop or StopRequest()):
             yield _make_context(recipe, world_size, rank, device)
@@ -214,9 +287,12 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
 
 def _make_context(recipe: Recipe, world_size: int, rank: int, device: torch.device) -> DistributedContext:
     dims = ParallelDims.from_recipe(recipe, world_size)
-    mesh = init_device_mesh(device.type, (dims.dp, dims.tp), mesh_dim_names=(DP, TP))
-    context = DistributedContext(rank, dims, device, mesh)
-    context.set_timeout(LONG_TIMEOUT)
+    mesh = init_device_mesh(device.type, (dims.dp, dims.cp, dims.tp), mesh_dim_names=(DP, CP, TP))
+    parameter_mesh = init_device_mesh(
+        device.type, (dims.replicate, dims.shards, dims.tp), mesh_dim_names=(REPLICATE, SHARD, TP)
+    )
+    context = DistributedContext(rank, dims, device, mesh, parameter_mesh, recipe.timeouts)
+    context.set_timeout(recipe.timeouts.start)
     return context
 
 

@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from solo_vlm.train.parallel.context import DP, TP, DistributedContext
+from solo_vlm.train.parallel.context import REPLICATE, SHARD, TP, DistributedContext
 from solo_vlm.train.parallel.tensor_parallel import split_layers
+from solo_vlm.train.parallel.vocabulary import split_head
 from solo_vlm.train.recipe import Recipe
 
 FSDP_UNIT_SIZE = 100_000_000
@@ -44,17 +45,19 @@ def shard_model(
     """Shard a model in place; its parameters may still be on the meta device.
 
     Layers are split over the `tp` dimension by the tensor-parallel plan of the model's family. Then each FSDP
-    unit (one or several layers), and the parameters outside layers, are sharded over the `dp` dimension:
-    float32 shards, gathered in the recipe's precision. Gradients are summed, not averaged, over `dp`, because
-    the loss is already divided by the supervised tokens of all processes.
+    unit (one or several layers), and the parameters outside layers, are sharded over the `shard` dimension:
+    float32 shards, gathered in the recipe's precision. Gradients are summed over all processes, not averaged,
+    because the loss is already divided by the supervised tokens of all of them.
     """
-    assert context.mesh is not None
+    mesh = context.parameter_mesh
+    assert mesh is not None
     layers = decoder_layers(model)
     if context.dims.tp > 1:
-        split_layers(model, context.mesh[TP])
+        split_layers(model, mesh[TP])
+        split_head(model, mesh[TP])
     dtype = torch.bfloat16 if recipe.precision == "bf16" else None
     options: dict[str, Any] = {
-        "mesh": context.mesh[DP],
+        "mesh": mesh[REPLICATE, SHARD] if context.dims.replicate > 1 else mesh[SHARD],
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     }
     count = layers_per_fsdp_unit(len(layers), sum(p.numel() for p in layers[0].parameters()), unit_size)
@@ -84,6 +87,28 @@ def load_full_state_dict(
         buffer.copy_(buffers[name])
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, state_dict, options=options)
+
+
+def reduce_gradients(model: nn.Module, is_last: bool, deferred: bool) -> None:
+    """Choose which gradients the next backward pass of a sharded model sums over processes.
+
+    Args:
+        is_last: Whether it is the last of its step. Only then are gradients summed over copies of the
+            parameters.
+        deferred: Whether to sum gradients over shards only then, too.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    if deferred:
+        model.set_requires_gradient_sync(is_last)
+    else:
+        model.set_requires_all_reduce(is_last)
+
+
+def gather_outside_layers(model: nn.Module) -> None:
+    """Gather the weights outside layers, which generation uses before it calls the model; see `reshard`."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
 
 
 def reshard(model: nn.Module) -> None:

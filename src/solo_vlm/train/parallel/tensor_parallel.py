@@ -112,11 +112,11 @@ def split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
             placement = Shard(_dimension(model.get_parameter(name), style))
             _distribute(owner, name.rpartition(".")[2], mesh, placement)
         elif style == "colwise" and _owner(name) in sharing:
-            _split_outputs(modules[name], mesh)
+            split_outputs(modules[name], mesh)
         else:
             _STYLES[style](modules[name], owner, mesh)
     for name in sharing:
-        _sum_input_gradients(modules[name], mesh)
+        sum_input_gradients(modules[name], mesh)
 
 
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
@@ -270,7 +270,7 @@ def _sum_gradients(states: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(states, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
 
 
-def _reduce(states: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
+def reduce_parts(states: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
     """Return the whole of what each process has a part or an addend of."""
     whole = DTensor.from_local(states, mesh, [placement]).redistribute(placements=[Replicate()])
     return whole.to_local()
@@ -302,7 +302,7 @@ def _by_torch(style: Callable[[], ParallelStyle]) -> Split:
     return lambda module, owner, mesh: parallelize_module(module, mesh, style())
 
 
-def _split_outputs(module: nn.Linear, mesh: DeviceMesh) -> None:
+def split_outputs(module: nn.Linear, mesh: DeviceMesh) -> None:
     """Split the output features of a linear layer, whose input has its gradients summed already."""
     for name, _ in list(module.named_parameters()):
         _distribute(module, name, mesh, Shard(0))
@@ -314,7 +314,7 @@ def _split_outputs(module: nn.Linear, mesh: DeviceMesh) -> None:
     module.forward = run  # type: ignore[method-assign]
 
 
-def _sum_input_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
+def sum_input_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
     """Sum the gradients of the first argument, the hidden states."""
     first = next(iter(signature(module.forward).parameters))
 
@@ -345,7 +345,7 @@ def _add_outputs(module: nn.Module, owner: nn.Module, mesh: DeviceMesh) -> None:
     def run(*args: Tensor, **kwargs: Tensor) -> Tensor:
         args = tuple(_sum_gradients(states, mesh) for states in args)
         kwargs = {name: _sum_gradients(states, mesh) for name, states in kwargs.items()}
-        return _reduce(forward(*args, **kwargs), mesh, Partial())
+        return reduce_parts(forward(*args, **kwargs), mesh, Partial())
 
     module.forward = run  # type: ignore[method-assign]
 
@@ -386,11 +386,11 @@ def _distribute_experts(module: nn.Module, owner: nn.Module, mesh: DeviceMesh) -
         if not len(token):  # take part in the backward pass nevertheless
             token, chosen, scale = token.new_zeros(1), chosen.new_zeros(1), 0 * weights[0, :1]
         output = forward(states[token], chosen[:, None], scale[:, None])
-        return _reduce(torch.zeros_like(states).index_add(0, token, output), mesh, Partial())
+        return reduce_parts(torch.zeros_like(states).index_add(0, token, output), mesh, Partial())
 
     def run_sorted(states: Tensor) -> Tensor:
         whole = DTensor.from_local(states, mesh, [Replicate()])
-        return _reduce(forward(whole.redistribute(placements=[Shard(0)]).to_local()), mesh, Shard(0))
+        return reduce_parts(forward(whole.redistribute(placements=[Shard(0)]).to_local()), mesh, Shard(0))
 
     module.forward = run_sorted if len(takes.parameters) == _SORTED else run_routed
 

@@ -1,0 +1,250 @@
+"""Collectives of a step, and how long a network takes for them.
+
+Bytes follow from what FSDP and tensor parallelism send; `tests/train/estimate/test_communication.py` counts
+them. Time is bytes over published bandwidth, of which NCCL's rings reach about 80% for large messages
+(NVIDIA's nccl-tests report 230 to 240 of 300 GB/s on eight A100).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from solo_vlm.models.flops import Flops, ModelShape
+from solo_vlm.train.estimate.memory import (
+    compute_bytes,
+    head_weights,
+    layer_weights,
+    outside_weights,
+    trained_parameters,
+)
+from solo_vlm.train.parallel.context import ParallelDims
+from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
+from solo_vlm.train.recipe import Recipe
+from solo_vlm.utils.errors import SoloError
+
+_EFFICIENCY = 0.8
+_FLOAT32 = 4  # bytes
+_GIGA = 1e9
+
+# Bytes per second and direction between two devices of a machine. Sources: NVIDIA's data sheets of A100 and
+# H100 (NVLink 600 and 900 GB/s, both directions together); PCI Express 4.0 and 5.0, x16.
+_INSIDE = {"nvlink3": 300e9, "nvlink4": 450e9, "pcie4": 32e9, "pcie5": 64e9}
+_NVLINK = {"A100-40GB": "nvlink3", "A100-80GB": "nvlink3"}  # other devices: the fourth generation
+_NETWORK = re.compile(r"(nvlink|nvlink3|nvlink4|pcie4|pcie5)(?:\+(\d+)g)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Bandwidth of a device, in bytes per second and direction.
+
+    Attributes:
+        inside: Bandwidth to the other devices of its machine.
+        between: Bandwidth to other machines; None: a single machine.
+        devices: Devices per machine.
+    """
+
+    name: str
+    inside: float
+    between: float | None = None
+    devices: int = 8
+
+    @classmethod
+    def parse(cls, name: str, device: str) -> Self:
+        """Read a name such as nvlink+400g: NVLink within machines, 400 Gbit/s per device between them.
+
+        Args:
+            device: Name of the device, which decides the generation of NVLink.
+        """
+        match = _NETWORK.fullmatch(name)
+        if not match:
+            raise SoloError(
+                f"unknown network {name}: give the link within a machine (nvlink, {', '.join(_INSIDE)}), and "
+                "for several machines the Gbit/s per device between them, such as nvlink+400g"
+            )
+        link, rate = match[1].lower(), match[2]
+        inside = _INSIDE[_NVLINK.get(device, "nvlink4") if link == "nvlink" else link]
+        return cls(name, inside, float(rate) * _GIGA / 8 if rate else None)
+
+    def bandwidth(self, stride: int, size: int) -> float:
+        """Return the bandwidth of a ring of `size` devices that are `stride` apart.
+
+        Raises:
+            SoloError: It spans several machines, and the network has no rate between them.
+        """
+        if stride * size <= self.devices:
+            return _EFFICIENCY * self.inside
+        if self.between is None:
+            raise SoloError(
+                f"network {self.name}: {stride * size} devices need several machines of {self.devices}; add "
+                "the Gbit/s per device between them, such as nvlink+400g"
+            )
+        return _EFFICIENCY * min(self.inside, self.between)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All collectives of one purpose in a step.
+
+    Attributes:
+        payload: Bytes of the whole tensors; of an all-to-all, of what one process has.
+        stride: Distance between the ranks of the group.
+        overlaps: Whether computation can go on meanwhile.
+    """
+
+    purpose: str
+    kind: Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
+    payload: float
+    size: int
+    stride: int
+    overlaps: bool
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each process sends in a ring."""
+        passes = 2 if self.kind == "all-reduce" else 1
+        return passes * self.payload * (self.size - 1) / self.size
+
+    def seconds(self, network: Network) -> float:
+        """Return the seconds that it takes alone."""
+        return self.sent / network.bandwidth(self.stride, self.size)
+
+
+def collectives(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> list[Collective]:
+    """Return the collectives of a step; those of metrics and norms are too small to count."""
+    compute, steps, tp = compute_bytes(recipe), dims.gradient_accumulation_steps, dims.tp
+    layers = shape.layers * layer_weights(shape, tp)
+    outside = outside_weights(shape, tp)
+    is_partial = recipe.lora is not None or recipe.trainable != "all"
+    trained = trained_parameters(shape, recipe) if is_partial else layers + outside
+    if is_partial:  # adapters, and the trained copy of the patch embedding
+        layers += trained - shape.parameters.patch_embedding
+        outside += shape.parameters.patch_embedding
+    gathers = 2 if recipe.parallel.reshard else 1
+    reductions = 1 if recipe.parallel.defer_reduction else steps
+    shards, copies = dims.shards, dims.replicate
+    found = [
+        Collective(
+            "weights",
+            "all-gather",
+            steps * compute * (gathers * layers + outside),
+            shards,
+            tp,
+            overlaps=True,
+        ),
+        Collective("gradients", "reduce-scatter", reductions * _FLOAT32 * trained, shards, tp, overlaps=True),
+        Collective(
+            "copies of gradients",
+            "all-reduce",
+            _FLOAT32 * trained / shards,
+            copies,
+            tp * shards,
+            overlaps=True,
+        ),
+    ]
+    passes = 2 + (recipe.activation_checkpointing == "full")
+    keys = shape.key * math.lcm(shape.key_heads // tp or 1, dims.cp) / (shape.key_heads // tp or 1)
+    states = (recipe.data.sequence_length / dims.cp) * 2 * (shape.query + keys) / tp * compute
+    exchanged = steps * shape.layers * passes * states
+    found.append(Collective("slices for heads", "all-to-all", exchanged, dims.cp, tp, overlaps=False))
+    if tp > 1:
+        tokens = recipe.data.sequence_length / dims.cp
+        passes = 5 if recipe.activation_checkpointing == "full" else 4
+        hidden = steps * shape.layers * passes * tokens * shape.hidden * compute
+        head = head_weights(shape, tp)
+        is_split = head < shape.parameters.head
+        whole = outside - is_split * head + shape.parameters.norms - shape.hidden
+        replicated = _FLOAT32 * whole / shards
+        # Of every token: the gradient of its state; twice, the largest logit, and the logits' sum and target.
+        loss = is_split * steps * tokens * (compute * shape.hidden + 2 * 3 * _FLOAT32)
+        found += [
+            Collective("hidden states", "all-reduce", hidden, tp, 1, overlaps=False),
+            Collective("loss", "all-reduce", loss, tp, 1, overlaps=False),
+            Collective("replicated gradients", "all-reduce", replicated, tp, 1, overlaps=False),
+        ]
+    return [collective for collective in found if collective.size > 1 and collective.payload]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Expected speed of a step.
+
+    Attributes:
+        compute: Seconds of computation.
+        exposed: Seconds of communication that computation does not hide.
+        mfu: Model FLOPs utilization of both.
+    """
+
+    compute: float
+    exposed: float
+    mfu: float
+
+
+# Share of the peak that parts of a step reach, at worst and at best, with all that is computed around their
+# products: layers as measured on one H100 (docs/performance.md), compiled or not; attention and loss assumed
+# after Dao 2023, "FlashAttention-2", and Shah et al. 2024, "FlashAttention-3".
+EFFICIENCIES = {
+    ("layers", True): (0.48, 0.62),
+    ("layers", False): (0.38, 0.48),
+    ("attention", True): (0.35, 0.6),
+    ("attention", False): (0.35, 0.6),
+    ("head and loss", True): (0.35, 0.55),
+    ("head and loss", False): (0.35, 0.55),
+}
+
+
+def parts_of(forward: Flops, recipe: Recipe) -> dict[str, float]:
+    """Return the FLOPs of a training step by part, from those of a forward pass, with recomputation."""
+    layers = forward.layers + forward.patches
+    passes = 2 if recipe.is_decoder_frozen else 3
+    again = recipe.activation_checkpointing == "full"
+    return {
+        "layers": passes * layers + again * (forward.layers - forward.last),
+        "attention": (3 + again) * forward.attention,
+        "head and loss": (passes + 1) * forward.head,  # the chunked loss computes the logits twice
+    }
+
+
+def expected_speeds(
+    forward: Flops,
+    model_flops: int,
+    shape: ModelShape,
+    recipe: Recipe,
+    dims: ParallelDims,
+    peak: float,
+    network: Network,
+) -> tuple[Speed, Speed]:
+    """Return the worst and the best expected speed of a step.
+
+    Args:
+        forward: FLOPs of a forward pass of the global batch.
+        model_flops: FLOPs of the step by which MFU is defined.
+        peak: FLOPs per second of a device.
+    """
+    found = []
+    for end in (0, 1):
+        seconds = sum(
+            flops / (dims.world_size * peak * EFFICIENCIES[part, recipe.compile][end])
+            for part, flops in parts_of(forward, recipe).items()
+        )
+        exposed = exposed_seconds(collectives(shape, recipe, dims), shape, dims, seconds, network)
+        found.append(Speed(seconds, exposed, model_flops / (dims.world_size * peak * (seconds + exposed))))
+    return found[0], found[1]
+
+
+def exposed_seconds(
+    found: Sequence[Collective], shape: ModelShape, dims: ParallelDims, compute: float, network: Network
+) -> float:
+    """Return the seconds of communication that computation does not hide.
+
+    Weights are gathered one FSDP unit ahead, and gradients reduced behind the next unit's backward pass. So
+    what exceeds computation is exposed, and the first gather and the last reduction of each sequence.
+    """
+    hidden = sum(collective.seconds(network) for collective in found if collective.overlaps)
+    units = -(-shape.layers // layers_per_fsdp_unit(shape.layers, round(layer_weights(shape))))
+    ends = hidden / (units + 1)
+    alone = sum(collective.seconds(network) for collective in found if not collective.overlaps)
+    return alone + min(hidden, max(hidden - compute, ends))

@@ -1,0 +1,124 @@
+"""Bytes of collectives against a counter, and the time they take."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+
+import pytest
+from tests.factories import make_solo, run_settings
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from solo_vlm.models.flops import ModelShape
+from solo_vlm.models.load import load_config
+from solo_vlm.train import Recipe, train, trainer
+from solo_vlm.train.estimate.communication import Network, collectives, exposed_seconds
+from solo_vlm.train.parallel.context import ParallelDims
+from solo_vlm.utils.errors import SoloError
+
+_SIZE = {  # whole tensors of an operation, from its arguments
+    "c10d::_allgather_base_": lambda output, *_: [output],
+    "c10d::_reduce_scatter_base_": lambda _, tensor, *__: [tensor],
+    "c10d::allreduce_": lambda tensors, *_: tensors,
+    "_c10d_functional::all_to_all_single": lambda tensor, *_: [tensor],
+    "_c10d_functional::all_reduce": lambda tensor, *_: [tensor],
+    "_c10d_functional::all_reduce_": lambda tensor, *_: [tensor],
+}
+_KIND = {
+    "all_to_all": "all-to-all",
+    "allgather": "all-gather",
+    "scatter": "reduce-scatter",
+    "reduce": "all-reduce",
+}
+
+
+class ByteCounter(TorchDispatchMode):
+    """Counter of the bytes of whole tensors in collectives, by kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name in _SIZE:
+            kind = next(kind for part, kind in _KIND.items() if part in name)
+            self.bytes[kind] += sum(t.numel() * t.element_size() for t in _SIZE[name](*args))
+        return func(*args, **kwargs or {})
+
+
+def count(plain, out):
+    """Train, and write the bytes of the second step in rank 0."""
+    steps, optimizer_step = [], trainer.optimizer_step
+
+    def counted(*arguments):
+        with ByteCounter() as counter:
+            result = optimizer_step(*arguments)
+        steps.append(counter.bytes)
+        return result
+
+    trainer.optimizer_step = counted
+    train(Recipe.parse(plain))
+    if os.environ["RANK"] == "0":
+        out.write_text(json.dumps(steps[1]))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (2, {}),
+        (2, {"parallel": {"reshard": False}}),
+        (2, {"parallel": {"tensor": 2}, "activation_checkpointing": "full"}),
+        (4, {"parallel": {"tensor": 2}}),
+        (2, {"lora": {"rank": 2}}),
+        (4, {"parallel": {"replicate": 2, "defer_reduction": True}}),
+        (4, {"parallel": {"context": 2, "replicate": 2}, "activation_checkpointing": "full"}),
+    ],
+)
+def test_bytes_are_those_counted(runs, tmp_path, start, family, size, changes):
+    plain = run_settings(runs, tmp_path / "out", model=family, steps=2, **changes)
+    assert start(size, count, plain, tmp_path / "bytes.json").wait() == [0] * size
+    counted = json.loads((tmp_path / "bytes.json").read_text())
+    recipe = Recipe.parse(plain)
+    shape = ModelShape.of(load_config(runs / family))
+    planned = Counter()
+    for each in collectives(shape, recipe, ParallelDims.from_recipe(recipe, size)):
+        planned[each.kind] += each.payload
+    assert planned.keys() == {kind for kind in counted if counted[kind] > 1000}
+    for kind, payload in planned.items():
+        assert payload == pytest.approx(counted[kind], rel=0.05), kind
+
+
+def test_network_of_several_machines_is_as_slow_as_its_links():
+    network = Network.parse("nvlink+400g", "H100")
+    assert network.bandwidth(1, 8) == pytest.approx(0.8 * 450e9)
+    assert network.bandwidth(2, 8) == network.bandwidth(1, 16) == pytest.approx(0.8 * 50e9)
+    assert Network.parse("NVLink", "A100-80GB").inside == 300e9
+
+
+@pytest.mark.parametrize("name", ["infiniband", "nvlink+fast", "400g"])
+def test_unknown_network_is_refused_with_examples(name):
+    with pytest.raises(
+        SoloError, match=rf"unknown network {name}.* such as nvlink\+400g".replace("+f", r"\+f")
+    ):
+        Network.parse(name, "H100")
+
+
+def test_network_within_a_machine_is_refused_for_several():
+    with pytest.raises(SoloError, match="16 devices need several machines of 8; add"):
+        Network.parse("nvlink", "H100").bandwidth(1, 16)
+
+
+def test_communication_is_hidden_by_long_computation_but_for_its_ends():
+    plain = {"model": "m", "out": "o", "steps": 1, "data": {"sources": [{"path": "x"}]}}
+    recipe = Recipe.parse(plain)
+    shape = ModelShape.of(make_solo().model.config)
+    dims = ParallelDims(8, 1, 16)
+    found, network = collectives(shape, recipe, dims), Network.parse("nvlink", "H100")
+    alone = sum(each.seconds(network) for each in found)
+    exposed = exposed_seconds(found, shape, dims, 1000.0, network)
+    assert 0 < exposed < alone
+    assert exposed_seconds(found, shape, dims, 0.0, network) == pytest.approx(alone)
