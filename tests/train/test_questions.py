@@ -135,6 +135,7 @@ def test_plain_llm_cannot_be_asked(runs, tmp_path, questions):
         ("llama", 2, {}),
         ("llama", 2, {"parallel": {"tensor": 2}}),
         ("qwen3", 4, {"parallel": {"tensor": 2}}),
+        ("qwen3", 2, {"parallel": {"context": 2}}),
         ("mistral", 3, {"global_batch": 6, "data": {"streams": 6}}),  # a sliding window; unequal shares
     ],
     ids=str,

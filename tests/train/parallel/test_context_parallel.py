@@ -145,7 +145,7 @@ def folder(tmp_path_factory):
         llm, tokenizer = make_llm("qwen3")
         solo = compose(llm, tokenizer, design=design)
         solo.save(folder / name)
-    for family in ("llama", "mistral", "qwen3_moe"):
+    for family in ("llama", "mistral", "qwen3", "qwen3_moe"):
         make_solo(family).save(folder / family)
     make_llm("qwen3")[0].save_pretrained(folder / "llm")
     make_llm("qwen3")[1].save_pretrained(folder / "llm")
@@ -162,6 +162,7 @@ def folder(tmp_path_factory):
         {"model": "mistral", "lora": {"rank": 2}},
         {"model": "mistral", "activation_checkpointing": "full"},
         {"model": "llama", "compile": True, "activation_checkpointing": "selective"},
+        {"model": "qwen3", "compile": True, "activation_checkpointing": "full"},
         {"model": "llama", "validation": {"sources": [{"path": "images.parquet"}], "interval": 2}},
         {"model": "llm", "data": {"sources": [{"path": "text.parquet"}]}},
     ],

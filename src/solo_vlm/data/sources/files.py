@@ -149,7 +149,7 @@ class DataFile:
         with self._unchanged():
             system, path = self._locate()
             options: dict[str, Any] = {} if ahead else {"cache_type": "none"}
-            if self.content and not self.cached:
+            if self.url.startswith("hf://") and not self.cached:
                 options["size"] = self.size  # else each process would list the folder
             return system.open(path, "rb", **options)
 
