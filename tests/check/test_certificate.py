@@ -286,6 +286,19 @@ def test_template_that_supervises_the_user_is_found(probe, monkeypatch):
     assert "where the answer is 'Only quiet zebras jump.'" in found["supervision"].detail
 
 
+def test_gradient_that_is_not_finite_is_found(probe):
+    """NaN is true, so it could pass for a gradient that reaches its parameter."""
+    layer = probe.model.model.language_model.layers[0]
+
+    def divide_by_zero(module, args, output):
+        return output + (output * 0).sqrt()  # only in the backward pass
+
+    layer.register_forward_hook(divide_by_zero)
+    finding = gradients(probe)
+    assert finding.status == "fails"
+    assert finding.detail.startswith("not finite (NaN or infinite) for ")
+
+
 def test_error_inside_a_model_is_one_finding(probe, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no kernel\nfor this device")

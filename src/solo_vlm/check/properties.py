@@ -261,20 +261,21 @@ def patches(probe: Probe) -> Finding:
 
 
 def gradients(probe: Probe) -> Finding:
-    """Find trainable parameters that get no gradient from the training loss."""
+    """Find trainable parameters that get no gradient from the training loss, or one that is not finite."""
     documents = [*probe.documents, *(document for document in probe.encoded if len(document) < 512)]
     with isolated(probe.model) if not probe.is_foreign else attention(probe.model, "eager"):
         batch = probe.packed(documents) if not probe.is_foreign else _labeled(probe, documents[0])
         if probe.image_inputs:
             batch = {**probe.image_inputs, "labels": probe.image_inputs["input_ids"]}
         text_only = probe.model.get_decoder() if probe.is_foreign and not probe.image_inputs else None
-        missing, count = _without_gradient(probe.model, batch, text_only)
+        missing, broken, count = _without_gradient(probe.model, batch, text_only)
+    if broken:
+        return Finding("fails", f"not finite (NaN or infinite) for {_some(broken)}")
     idle = [name for name in missing if any(part in name for part in _CHOOSERS)]
     missing = [name for name in missing if name not in idle]
     note = f"; none reaches {len(idle)} of experts or indexers ({idle[0]}, ...)" if idle else ""
     if missing:
-        shown = ", ".join(missing[:2]) + (f" and {len(missing) - 2} more" if len(missing) > 2 else "")
-        return Finding("differs" if probe.is_foreign else "fails", f"none reaches {shown}{note}")
+        return Finding("differs" if probe.is_foreign else "fails", f"none reaches {_some(missing)}{note}")
     note += " of the decoder; without a processor, there are no images" if text_only else ""
     return Finding("holds", f"{count - len(idle)} parameters{note}")
 
@@ -573,17 +574,19 @@ def _embedded_patches(model: Any, images: list[NDArray[np.uint8]]) -> Tensor:
 
 def _without_gradient(
     model: PreTrainedModel, batch: dict[str, Any], part: nn.Module | None = None
-) -> tuple[list[str], int]:
-    """Return the names of trainable parameters whose gradient is None or zero, and how many there are.
+) -> tuple[list[str], list[str], int]:
+    """Return the trainable parameters without a gradient, and with one that is not finite, and their count.
 
-    Only those of `part` count, if it is given.
-
-    Gradients are dropped as soon as they are seen, so that a large model's do not add up.
+    Only those of `part` count, if it is given. Gradients are dropped as soon as they are seen, so that those
+    of a large model do not add up.
     """
     reached: set[int] = set()
+    broken: set[int] = set()
 
     def see(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
+        if not bool(parameter.grad.isfinite().all()):
+            broken.add(id(parameter))
         if bool(parameter.grad.any()):
             reached.add(id(parameter))
         parameter.grad = None
@@ -599,4 +602,9 @@ def _without_gradient(
         model.eval()
         for handle in handles:
             handle.remove()
-    return [name for name, each in trainable.items() if id(each) not in reached], len(trainable)
+    missing = [name for name, each in trainable.items() if id(each) not in reached]
+    return missing, [name for name, each in trainable.items() if id(each) in broken], len(trainable)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
