@@ -51,7 +51,7 @@ def measure(rounds: int, warmup: int) -> dict[str, Any]:
     with one_sharded_process(recipe) as sharded:
         steps = {}
         for name, unit in UNITS.items():
-            context = sharded if unit else replace(sharded, mesh=None)
+            context = sharded if unit else replace(sharded, mesh=None, parameter_mesh=None)
             model = random_model(
                 SoloForConditionalGeneration, config, recipe, context, unit=unit or FSDP_UNIT_SIZE
             )

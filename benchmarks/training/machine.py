@@ -7,20 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from solo_vlm.train.estimate.memory import recognize_device
 from solo_vlm.train.metrics import memory_gb
-from solo_vlm.train.parallel.context import DP, TP, DistributedContext, init_distributed
+from solo_vlm.train.parallel.context import DistributedContext, init_distributed, make_context
 from solo_vlm.train.parallel.sharding import FSDP_UNIT_SIZE, shard_model
 from solo_vlm.train.recipe import Recipe
 
@@ -57,7 +55,7 @@ def one_sharded_process(recipe: Recipe) -> Iterator[DistributedContext]:
             return
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
-            yield replace(alone, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=(DP, TP)))
+            yield make_context(recipe, 1, 0, alone.device)
         finally:
             dist.destroy_process_group()
 

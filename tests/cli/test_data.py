@@ -23,7 +23,7 @@ def test_list_as_json(run_data):
     _, out, error = run_data("list", "--json")
     entries = {entry["name"]: entry for entry in json.loads(out)["data_sets"]}
     assert error == ""
-    assert len(entries) == 45
+    assert len(entries) == 45 + 10  # of the paper, and of the recipes solo-open/
     assert entries["capfusion"]["stages"][0]["vision_tokens"] == 5_491_625_358
     assert entries["tallyqa"]["samples"] == 100_000
     assert entries["detailed-captions"]["schema_confirmed"] is False

@@ -58,7 +58,7 @@ def list_data_sets(
         return
     table = Table(show_edge=False)
     for column in ("name", "use", "the paper's count", "raw shape"):
-        table.add_column(column, no_wrap=column == "name")
+        table.add_column(column, no_wrap=column in ("name", "the paper's count"))
     for data_set in DATA_SETS.values():
         status = "confirmed" if data_set.schema_confirmed else "not confirmed"
         table.add_row(data_set.name, data_set.use, data_set.size, status)

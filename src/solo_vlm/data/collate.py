@@ -96,9 +96,9 @@ def model_inputs(
     """
     is_balanced = getattr(model.config.get_text_config(), "output_router_logits", False)
     options = {"output_router_logits": False} if is_balanced else {}
-    inputs: dict[str, Any] = dict(batch)
-    if model.config.model_type != "solo":
-        del inputs["pixel_values"], inputs["image_grid_thw"]
+    images = ("pixel_values", "image_grid_thw")
+    is_solo = model.config.model_type == "solo"
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if is_solo or name not in images}
     if count > 1:
         inputs = _slice(inputs, model.config, index, count)
     return options | {

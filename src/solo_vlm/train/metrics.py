@@ -203,7 +203,7 @@ def first_start(folder: Path) -> float:
     """Return when a run was first started, in seconds since the epoch; restarts do not change it."""
     path = folder / "first_start"
     if not path.is_file():
-        write_text(path, f"{time.time():.0f}\n")
+        write_text(path, f"{time.time()}\n")
     return float(path.read_text())
 
 

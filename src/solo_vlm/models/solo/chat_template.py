@@ -237,11 +237,12 @@ def end_tokens(render: Render, candidates: Collection[str], eos_token: str) -> s
 
 
 def drops_system(render: Render) -> bool:
-    """Return whether a chat template leaves out system messages without rejecting them."""
+    """Return whether a chat template leaves out system messages, before and after answers, without error."""
     mark = _MARK.format(index=0)
     roles = {"system": mark, "user": "Hi.", "assistant": "Hello."}
+    chat = [{"role": role, "content": text} for role, text in roles.items()]
     try:
-        return mark not in render([{"role": role, "content": text} for role, text in roles.items()], False)
+        return mark not in render(chat[:-1], True) + render(chat, False)
     except ChatTemplateError:
         return False
 

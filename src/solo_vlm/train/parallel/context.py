@@ -261,7 +261,7 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
         try:
-            yield _make_context(recipe, world_size, rank, device)
+            yield make_context(recipe, world_size, rank, device)
         finally:
             dist.destroy_process_group()
         return
@@ -278,14 +278,15 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
     )
     try:
         with fail_together(_get_default_store(), rank, stop or StopRequest()):
-            yield _make_context(recipe, world_size, rank, device)
+            yield make_context(recipe, world_size, rank, device)
     except Stopped:
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()  # not after a failure: it would wait for processes that hang
 
 
-def _make_context(recipe: Recipe, world_size: int, rank: int, device: torch.device) -> DistributedContext:
+def make_context(recipe: Recipe, world_size: int, rank: int, device: torch.device) -> DistributedContext:
+    """Divide the processes of the initialized group; collectives have the timeout of the start."""
     dims = ParallelDims.from_recipe(recipe, world_size)
     mesh = init_device_mesh(device.type, (dims.dp, dims.cp, dims.tp), mesh_dim_names=(DP, CP, TP))
     parameter_mesh = init_device_mesh(
