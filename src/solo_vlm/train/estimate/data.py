@@ -33,6 +33,7 @@ class DataEstimate:
     Attributes:
         sequences: Packed sequences in all epochs (`data.epochs`), or in one if that is not set.
         documents: Documents in these sequences.
+        tokens: Tokens of one pass over all sources.
         fill: Share of non-padding tokens in a sequence.
         document_length: Mean tokens per document, with sources weighted as in the run.
         vision_share: Share of vision tokens.
@@ -40,6 +41,7 @@ class DataEstimate:
 
     sequences: int
     documents: int
+    tokens: float
     fill: float
     document_length: float
     vision_share: float
@@ -62,11 +64,9 @@ def estimate_data(recipe: Recipe, encoder: Encoder) -> DataEstimate:
     epochs = recipe.data.epochs or 1
     documents = epochs * sum(sample.totals.documents for sample in samples)
     sequences = _count_sequences(recipe, encoder, samples, documents)
-    tokens = epochs * sum(sample.totals.tokens for sample in samples)
-    fill = tokens / (sequences * recipe.data.sequence_length)
-    return DataEstimate(
-        sequences, round(documents), min(fill, 1.0), 1 / documents_per_token, vision_per_token
-    )
+    tokens = sum(sample.totals.tokens for sample in samples)
+    fill = min(epochs * tokens / (sequences * recipe.data.sequence_length), 1.0)
+    return DataEstimate(sequences, round(documents), tokens, fill, 1 / documents_per_token, vision_per_token)
 
 
 class _Totals(NamedTuple):

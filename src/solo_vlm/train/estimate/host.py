@@ -1,9 +1,11 @@
-"""Main memory that a machine needs: packers, loaders, staged checkpoints, and the model while it loads."""
+"""Main memory that a machine needs: open shards, packers, loaders, staged checkpoints, and the model."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, dataclass
 
+from solo_vlm.data.row_order import open_bytes
 from solo_vlm.models.flops import ModelShape
 from solo_vlm.train.estimate.memory import memory_per_device, trained_parameters
 from solo_vlm.train.parallel.context import ParallelDims
@@ -13,6 +15,7 @@ DEVICES = 8  # per machine, at most
 
 _FLOAT32 = 4  # bytes
 _TOKEN = 3 * 8  # bytes of its ID, label and position
+_WAITING_TOKEN = 4 + 1  # bytes of its ID, and whether it is supervised
 _PROCESS = 600_000_000  # bytes of Python, torch and transformers: resident memory of a small run
 _PREFETCHED = 2  # packed sequences per worker
 _COMPRESSED = 0.13  # size of a photograph's file, relative to its patches (docs/performance.md)
@@ -25,6 +28,7 @@ class HostMemory:
 
     Attributes:
         processes: Training processes and their workers, without data.
+        shards: Rows of open shards, from which streams draw, at most.
         packers: Documents that wait to be packed, in all streams of the machine, with compressed images.
         sequences: Packed sequences that are formed, or that workers have ready.
         staging: Copy of a checkpoint that is written in the background.
@@ -32,6 +36,7 @@ class HostMemory:
     """
 
     processes: int
+    shards: int
     packers: int
     sequences: int
     staging: int
@@ -49,17 +54,21 @@ def host_memory(
     dims: ParallelDims,
     vision_share: float = 1.0,
     document_length: float = _DOCUMENT_LENGTH,
+    tokens: float = math.inf,
 ) -> HostMemory:
     """Return the main memory of the machine of rank 0.
 
     Args:
         vision_share: Share of vision tokens, whose patches are held as bytes.
         document_length: Mean tokens per document.
+        tokens: Tokens of all data, which may be too small to fill the open shards.
     """
     data, devices = recipe.data, min(dims.world_size, DEVICES)
     patches = vision_share * shape.patch
     # Processes of a tensor-parallel group read the same data, each for itself.
     streams = devices * recipe.streams / dims.dp
+    opened = streams * len(data.sources) * open_bytes(recipe.streams, len(data.sources))
+    waiting_token = _WAITING_TOKEN + _COMPRESSED * patches
     packers = len(data.sources) if data.weight_by == "sequences" else 1
     waiting = packers * data.packing_buffer * min(document_length, data.sequence_length)
     ready = max(data.workers, 1) * data.threads + _PREFETCHED * data.workers
@@ -68,7 +77,8 @@ def host_memory(
     staged = devices * (trained + memory.optimizer) if recipe.checkpoint.asynchronous else 0
     return HostMemory(
         processes=devices * (1 + data.workers) * _PROCESS,
-        packers=round(streams * waiting * (_TOKEN + _COMPRESSED * patches)),
+        shards=round(min(opened, devices * tokens * waiting_token)),
+        packers=round(streams * waiting * waiting_token),
         sequences=round(devices * ready * data.sequence_length * (_TOKEN + patches)),
         staging=round(staged),
         model=_FLOAT32 * shape.parameters.total,

@@ -259,7 +259,9 @@ def make_plan(
         questions=questions,
         questions_missing=questions_missing,
         mfu=mfu,
-        host=host_memory(shape, recipe, dims, *(data.vision_share, data.document_length) if data else ()),
+        host=host_memory(
+            shape, recipe, dims, *(data.vision_share, data.document_length, data.tokens) if data else ()
+        ),
         network=network,
     )
 
