@@ -43,6 +43,12 @@ def test_step_metrics_match_token_counts(runs, tmp_path):
     assert line["fill"] == pytest.approx((4 * 64 - padding) / (4 * 64))
 
 
+def test_forced_colors_do_not_make_a_live_view(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in cells of a notebook
+    with progress_bar() as progress:
+        assert isinstance(progress, ProgressLines)
+
+
 def test_goodput_counts_time_between_runs(runs, tmp_path):
     plain = run_settings(runs, tmp_path / "out", steps=2)
     train(Recipe.parse(plain))

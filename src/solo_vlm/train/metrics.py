@@ -175,7 +175,8 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
     """Show progress on stderr, unless `quiet`: the live view on a terminal, plain lines elsewhere."""
     console = Console(stderr=True)
     progress: Progress
-    if quiet or console.is_interactive:
+    # FORCE_COLOR, which notebooks set, makes any file a terminal for rich.
+    if quiet or (console.is_interactive and console.file.isatty()):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         progress = LiveView(*columns, console=console, disable=quiet)
     else:
