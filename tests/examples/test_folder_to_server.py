@@ -37,6 +37,10 @@ def check(cells: list) -> None:
     assert stopped.strip() == "exit code 0"
 
 
+def test_stored_outputs_are_of_a_run(notebook):
+    check(code_cells(notebook))
+
+
 @pytest.mark.slow
 def test_every_cell_runs(notebook, tmp_path, monkeypatch):
     client = pytest.importorskip("nbclient")
