@@ -42,7 +42,7 @@ def test_other_folders_are_rejected(tmp_path):
     cases = {
         "llm": "not a SOLO model",
         "nothing": "no config",
-        "adapter": "push the merged model",
+        "adapter": "use the merged model",
         "release": "solo convert release",
     }
     (tmp_path / "adapter").mkdir()

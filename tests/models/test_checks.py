@@ -481,3 +481,9 @@ def test_valid_folders_load(models):
     assert torch.isfinite(load_model(models / "solo").lm_head.weight).all()
     load_processor(models / "solo")
     from_llm(models / "llm")
+
+
+def test_adapter_alone_is_rejected(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(SoloError, match="only an adapter: use the merged model"):
+        load_model(tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 import solo_vlm.models.solo
+from solo_vlm.models.checks import check_files
 from solo_vlm.models.load import load_processor, stop_ids
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.original_solo import is_original
@@ -49,13 +50,9 @@ def check_publishable(model: Path) -> None:
     Raises:
         SoloError: It does not; the message states the reason and what to do.
     """
+    check_files(model)
     config = model / "config.json"
     if not config.is_file():
-        if (model / "adapter_config.json").is_file():
-            raise SoloError(
-                f"{model} contains only an adapter: push the merged model that training wrote, "
-                f"{model.parent / 'model'}"
-            )
         raise SoloError(f"{model} is not a model folder: it has no config.json")
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))

@@ -65,15 +65,20 @@ def check_files(path: str | Path) -> None:
     folder, and SOLO_MAX_FILE_BYTES is the largest size of a file of settings or of a tokenizer.
 
     Raises:
-        SoloError: A link leads out of the folder, a file is a pipe or device, one that is read as a whole
-            is too large, a file of settings is broken or has absurd sizes or NaN, or a shard that the index
-            lists is missing or elsewhere.
+        SoloError: The folder has only an adapter, a link leads out of it, a file is a pipe or device, one
+            that is read as a whole is too large, a file of settings is broken or has absurd sizes or NaN,
+            or a shard that the index lists is missing or elsewhere.
     """
     folder = Path(path)
     if folder.is_file():
         _check_numbers(folder)
     if not folder.is_dir():  # a hub ID
         return
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise SoloError(
+            f"{path} contains only an adapter: use the merged model that training wrote, "
+            f"{folder.parent / 'model'}, or merge it with PEFT"
+        )
     allows_outside = os.environ.get("SOLO_ALLOW_OUTSIDE_FILES") == "1"
     largest = int(os.environ.get("SOLO_MAX_FILE_BYTES", _MAX_FILE_BYTES))
     for file in sorted(folder.rglob("*")):
