@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
+from solo_vlm.evaluate.run_folder import AnswerFile, SavedAnswer
 from solo_vlm.generate import GenerationOutput, GenerationRequest
+from solo_vlm.models.solo.image_loading_solo import ImageError
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.pages import image_url
 
@@ -23,6 +25,59 @@ class Backend(Protocol):
         Raises:
             SoloError: The backend fails as a whole; the failure of a single request is its output's error.
         """
+
+
+def generate_missing(
+    backend: Backend,
+    keys: Sequence[tuple[int, str]],
+    make_request: Callable[[int], GenerationRequest],
+    saved: AnswerFile | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    finish: Callable[[int, str], str] = lambda number, text: text,
+) -> list[SavedAnswer]:
+    """Return the responses to all requests in order; earlier ones to the same request are reused.
+
+    Args:
+        backend: Backend that generates the others.
+        keys: Row and hash of each request, see `SavedAnswer`.
+        make_request: Function that makes the request of a number, whose ID it is, when the backend is ready
+            for it; an ImageError fails this request alone.
+        saved: File of earlier responses and of new ones; None keeps none.
+        on_progress: Called with the completed and the total number of responses.
+        finish: Function of a request's number and the generated text that returns the response.
+
+    Raises:
+        SoloError: The backend fails.
+    """
+    found = {} if saved is None else {number: saved.get(*key) for number, key in enumerate(keys)}
+    done = {number: answer for number, answer in found.items() if answer}
+    pending = [number for number in range(len(keys)) if number not in done]
+    unreadable: list[GenerationOutput] = []
+
+    def requests() -> Iterator[GenerationRequest]:
+        for number in pending:
+            try:
+                yield make_request(number)
+            except ImageError as error:
+                unreadable.append(GenerationOutput(number, None, str(error)))
+
+    def outputs() -> Iterator[list[GenerationOutput]]:
+        if pending:
+            yield from backend.generate(requests())
+            yield unreadable
+
+    on_progress(len(done), len(keys))
+    for batch in outputs():
+        new = {}
+        for output in batch:
+            number, text = output.request_id, output.text
+            response = None if text is None else finish(number, text)
+            new[number] = SavedAnswer(*keys[number], response, output.error)
+        if saved is not None:
+            saved.save(new.values())
+        done |= new
+        on_progress(len(done), len(keys))
+    return [done[number] for number in range(len(keys))]
 
 
 class ServerBackend:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lmms_eval.api.task  # noqa: F401  (sets what is undone below)
@@ -14,10 +14,10 @@ from lmms_eval.protocol import ChatMessages
 from PIL import ImageFile
 from rich.progress import Progress
 
-from solo_vlm.evaluate.backends import Backend
+from solo_vlm.evaluate.backends import Backend, generate_missing
 from solo_vlm.evaluate.data import EncodedRows
 from solo_vlm.evaluate.run_folder import AnswerFile, SavedAnswer
-from solo_vlm.generate import BatchGenerator, GenerationOutput, GenerationPipeline, GenerationRequest
+from solo_vlm.generate import BatchGenerator, GenerationPipeline, GenerationRequest
 from solo_vlm.models.solo.image_loading_solo import ImageError
 from solo_vlm.models.solo.processing_solo import Message
 from solo_vlm.utils.errors import first_line
@@ -69,20 +69,17 @@ class BackendModel(lmms):
 
         `responses` has the result of each row, or the reason why it failed, by row number.
         """
-        done: dict[int, SavedAnswer] = {}
-        if self._file is not None:
-            found = (self._file.get(_row(request), self._fingerprint(request)) for request in requests)
-            done = {number: saved for number, saved in enumerate(found) if saved}
-        self._on_progress(len(done), len(requests))
-        for outputs in self._generate({n: request for n, request in enumerate(requests) if n not in done}):
-            new = {output.request_id: self._result(output, requests[output.request_id]) for output in outputs}
-            if self._file is not None:
-                self._file.save(new.values())
-            done |= new
-            self._on_progress(len(done), len(requests))
-        self.responses |= {result.row: result for result in done.values()}
+        results = generate_missing(
+            self._backend,
+            [(_row(request), self._fingerprint(request)) for request in requests],
+            lambda number: self._generation_request(number, requests[number]),
+            self._file,
+            self._on_progress,
+            lambda number, text: self._stopped(text, requests[number].args[2]),
+        )
+        self.responses |= {result.row: result for result in results}
         self.finished = True
-        return [done[number].response or "" for number in range(len(requests))]
+        return [result.response or "" for result in results]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("multi-round tasks are not supported")
@@ -97,28 +94,18 @@ class BackendModel(lmms):
         """Return the maximum length of an answer under the settings of a task."""
         return self._max_new_tokens or settings.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS
 
-    def _generate(self, requests: Mapping[int, Instance]) -> Iterator[list[GenerationOutput]]:
-        unreadable: list[GenerationOutput] = []
+    def _generation_request(self, number: int, request: Instance) -> GenerationRequest:
+        _, to_messages, settings, row, task, split = request.args
+        try:
+            messages = chat_of(to_messages(self.task_dict[task][split][row]))
+        except (ImageError, OSError) as error:  # Pillow raises OSError
+            raise ImageError(first_line(error)) from error
+        return GenerationRequest(number, messages, self.limit(settings))
 
-        def generation_requests() -> Iterator[GenerationRequest]:
-            for number, request in requests.items():
-                _, to_messages, settings, row, task, split = request.args
-                try:
-                    messages = chat_of(to_messages(self.task_dict[task][split][row]))
-                    yield GenerationRequest(number, messages, self.limit(settings))
-                except (ImageError, OSError) as error:  # Pillow raises OSError
-                    unreadable.append(GenerationOutput(number, None, first_line(error)))
-
-        if requests:
-            yield from self._backend.generate(generation_requests())
-            yield unreadable
-
-    def _result(self, output: GenerationOutput, request: Instance) -> SavedAnswer:
-        text = output.text
-        if text is not None:
-            stops = [place for stop in self._stops(request.args[2]) if (place := text.find(stop)) >= 0]
-            text = text[: min(stops, default=len(text))].strip()
-        return SavedAnswer(_row(request), self._fingerprint(request), text, output.error)
+    def _stopped(self, text: str, settings: Mapping[str, Any]) -> str:
+        """Return a generated text up to the first stop string of its task."""
+        stops = [place for stop in self._stops(settings) if (place := text.find(stop)) >= 0]
+        return text[: min(stops, default=len(text))].strip()
 
     def _stops(self, settings: Mapping[str, Any]) -> list[str]:
         until = settings.get("until") or []

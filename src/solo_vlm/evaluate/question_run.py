@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from solo_vlm.data.values import ImageSource
-from solo_vlm.evaluate.backends import Backend
+from solo_vlm.evaluate.backends import Backend, generate_missing
 from solo_vlm.evaluate.predictions import Prediction
 from solo_vlm.evaluate.question_page import QuestionTable, Response, image_urls, shown_places, write_page
 from solo_vlm.evaluate.questions import (
@@ -27,8 +27,7 @@ from solo_vlm.evaluate.questions import (
 from solo_vlm.evaluate.run import ModelInfo, ProgressBar, begin_run
 from solo_vlm.evaluate.run_folder import AnswerFile, RunFolder, SavedAnswer
 from solo_vlm.evaluate.scoring.score import Part, Score, points, span
-from solo_vlm.generate import GenerationOutput, GenerationRequest
-from solo_vlm.models.solo.image_loading_solo import ImageError
+from solo_vlm.generate import GenerationRequest
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 
@@ -106,36 +105,12 @@ class QuestionRun:
         on_progress: Callable[[int, int], None],
     ) -> list[SavedAnswer]:
         """Return the responses in order of the questions; earlier ones to the same question are reused."""
-        hashes = [_request_hash(question, self.max_new_tokens) for question in questions]
-        found = {number: saved.get(number, request) for number, request in enumerate(hashes)}
-        done = {number: answer for number, answer in found.items() if answer}
-        pending = [number for number in range(len(questions)) if number not in done]
-        unreadable: list[GenerationOutput] = []
+        keys = [(row, _request_hash(question, self.max_new_tokens)) for row, question in enumerate(questions)]
 
-        def requests() -> Iterator[GenerationRequest]:
-            for number in pending:
-                try:
-                    yield GenerationRequest(number, questions[number].chat, self.max_new_tokens)
-                except ImageError as error:
-                    unreadable.append(GenerationOutput(number, None, str(error)))
+        def request(number: int) -> GenerationRequest:
+            return GenerationRequest(number, questions[number].chat, self.max_new_tokens)
 
-        def outputs() -> Iterator[list[GenerationOutput]]:
-            if pending:
-                yield from backend.generate(requests())
-                yield unreadable
-
-        on_progress(len(done), len(questions))
-        for batch in outputs():
-            new = {
-                output.request_id: SavedAnswer(
-                    output.request_id, hashes[output.request_id], output.text, output.error
-                )
-                for output in batch
-            }
-            saved.save(new.values())
-            done |= new
-            on_progress(len(done), len(questions))
-        return [done[number] for number in range(len(questions))]
+        return generate_missing(backend, keys, request, saved, on_progress)
 
 
 def _request_hash(question: Question, max_new_tokens: int) -> str:

@@ -55,10 +55,9 @@ class QuestionValidator:
         rounds = -(-total // groups)
         self._share = [(context.dp_rank + groups * round) % total for round in range(rounds)]
 
+        # The pipeline adds end tokens, which training shall not export.
         own = model.generation_config
-        model.generation_config = deepcopy(
-            own
-        )  # the pipeline adds end tokens, which training shall not export
+        model.generation_config = deepcopy(own)
         self._pipeline = GenerationPipeline(model, processor, in_training=True)  # type: ignore[arg-type]
         self._generation_config, model.generation_config = model.generation_config, own
         self._max_new_tokens = settings.max_new_tokens
