@@ -54,29 +54,19 @@ class Source(Protocol):
         """Return a hash that changes when files are added, removed or rewritten."""
 
 
-class SharedShards:
-    """Source whose shards are read once and shared by all streams of a process that have them open.
+class SourceView:
+    """Source with the shards of another one, and rows of its own.
 
     Args:
-        source: Source to read from.
+        source: The other source.
     """
 
     def __init__(self, source: Source) -> None:
         self.name = source.name
         self._source = source
-        self._held: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
     def __len__(self) -> int:
         return len(self._source)
-
-    def __reduce__(self) -> tuple[type[SharedShards], tuple[Source]]:
-        return SharedShards, (self._source,)  # another process holds its own shards
-
-    def read(self, shard: int) -> Sequence[dict[str, Any]]:
-        """Return all rows of a shard, the same object while any stream holds it."""
-        if (rows := self._held.get(shard)) is None:
-            rows = self._held[shard] = self._source.read(shard)
-        return rows
 
     def memory(self, shard: int) -> int:
         """Return about how many bytes an open shard takes."""
@@ -89,6 +79,27 @@ class SharedShards:
     def fingerprint(self) -> str:
         """Return the fingerprint of the source."""
         return self._source.fingerprint()
+
+
+class SharedShards(SourceView):
+    """Source whose shards are read once and shared by all streams of a process that have them open.
+
+    Args:
+        source: Source to read from.
+    """
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self._held: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+    def __reduce__(self) -> tuple[type[SharedShards], tuple[Source]]:
+        return SharedShards, (self._source,)  # another process holds its own shards
+
+    def read(self, shard: int) -> Sequence[dict[str, Any]]:
+        """Return all rows of a shard, the same object while any stream holds it."""
+        if (rows := self._held.get(shard)) is None:
+            rows = self._held[shard] = self._source.read(shard)
+        return rows
 
 
 SourceFormat = Literal["auto", "imagefolder", "hf", FormatName]

@@ -7,7 +7,7 @@ from math import exp, lgamma
 from typing import Any
 
 from solo_vlm.data.row_order import RowOrder, deal, open_bytes
-from solo_vlm.data.sources import Source
+from solo_vlm.data.sources import Source, SourceView
 
 _STREAMS, _ROWS = 4, 4096  # streams that are simulated, and rows of each
 
@@ -56,26 +56,13 @@ def _distinct_shards(sizes: Sequence[int], drawn: int) -> float:
     )
 
 
-class _CountedRows:
+class _CountedRows(SourceView):
     """Source of which only the number of rows of each shard is known, or estimated by the mean of others."""
 
     def __init__(self, source: Source, rows: Mapping[int, int]) -> None:
-        self.name = source.name
-        self._source = source
+        super().__init__(source)
         self._rows = rows
         self._mean = round(sum(rows.values()) / max(len(rows), 1))
 
-    def __len__(self) -> int:
-        return len(self._source)
-
     def read(self, shard: int) -> Sequence[Any]:
         return range(self._rows.get(shard, self._mean))
-
-    def memory(self, shard: int) -> int:
-        return self._source.memory(shard)
-
-    def where(self, shard: int, row: int) -> str:
-        return self._source.where(shard, row)
-
-    def fingerprint(self) -> str:
-        return self._source.fingerprint()
