@@ -122,7 +122,7 @@ def test_epoch_reads_every_row_once_in_planned_number_of_steps(folder, run):
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(runs())
 def test_random_runs_read_every_row_once_in_planned_number_of_steps(folder, run):
     check(folder, run)
