@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -274,7 +275,7 @@ def export_model(
     return path
 
 
-def export_checkpoint(run: str | Path, out: Path, step: int | None = None) -> int:
+def export_checkpoint(run: str | Path, out: Path, step: int | None = None, best: bool = False) -> int:
     """Export a checkpoint of a finished or unfinished run for `from_pretrained`; return its step.
 
     Args:
@@ -282,6 +283,7 @@ def export_checkpoint(run: str | Path, out: Path, step: int | None = None) -> in
             base model.
         out: Folder to write.
         step: Step of the checkpoint; default: the newest.
+        best: Export the best by the recipe's `validation.best` instead.
 
     Raises:
         SoloError: There is no such checkpoint, or the base model is missing.
@@ -294,6 +296,8 @@ def export_checkpoint(run: str | Path, out: Path, step: int | None = None) -> in
     if not store.checkpoints():  # `run` is not the folder of the checkpoints itself
         store = CheckpointStore.of(recipe, folder.path)
     by_step = {step_of(found): found for found in store.checkpoints()}
+    if best:
+        step = _best_step(run, recipe, by_step)
     path = by_step.get(max(by_step, default=0) if step is None else step)
     if path is None:
         steps = ", ".join(map(str, by_step))
@@ -308,6 +312,16 @@ def export_checkpoint(run: str | Path, out: Path, step: int | None = None) -> in
             model = merge_adapter(load_base_model(recipe.mixture.model_source())[0], Path(adapter))
     _save_folder(out, model, processor)
     return step_of(path)
+
+
+def _best_step(run: str | Path, recipe: Recipe, by_step: Mapping[int, Folder]) -> int:
+    """Return the step of a run's best evaluation, which the newest checkpoint knows."""
+    if recipe.validation is None or recipe.validation.best is None:
+        raise SoloError(f"{run} has no best checkpoint: its recipe does not set validation.best")
+    best = load_train_state(by_step[max(by_step)]).best if by_step else None
+    if best is None:
+        raise SoloError(f"{run} has no best checkpoint yet: no finite {recipe.validation.best} so far")
+    return best.step
 
 
 def _advise_older(path: Folder) -> str:

@@ -59,7 +59,9 @@ _PACKAGES = (
 )
 
 
-def prepare_output_dir(out: Path, recipe: Recipe, resume: bool, store: CheckpointStore) -> Folder | None:
+def prepare_output_dir(
+    out: Path, recipe: Recipe, held_out: list[Source], resume: bool, store: CheckpointStore
+) -> Folder | None:
     """Write the recipe and input fingerprints; return the checkpoint to resume from, if there is one."""
     if (out / "model").exists():
         reason = f", which ended early ({stopped})" if (stopped := _early_stop(out)) else ""
@@ -85,9 +87,9 @@ def prepare_output_dir(out: Path, recipe: Recipe, resume: bool, store: Checkpoin
             f"cannot resume from {checkpoint}: its folder has no recipe.yaml to compare with: copy it and "
             "inputs.json from the output directory of its run, or choose another with checkpoint.folder=..."
         )
-    inputs = fingerprint_model(recipe) | fingerprint_validation(recipe)
+    inputs = fingerprint_model(recipe) | fingerprint_validation(recipe, held_out)
     if checkpoint:
-        for folder in before:
+        for folder in folders:
             check_inputs(folder, inputs)
     store.claim()
     store.remove_partial()

@@ -392,7 +392,7 @@ class _Streams(FileSystem):
 
     def __init__(self, folder: Folder) -> None:
         super().__init__()
-        self.fs = folder.system
+        self.fs: Any = folder.system
         self.checksums: dict[str, Checksum] = {}
         self._is_local = folder.is_local
 
