@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tests.factories import ask, make_llm, make_solo
 
 from solo_vlm.generate import BatchGenerator, GenerationPipeline, GenerationRequest, PrefixCache
@@ -23,6 +24,15 @@ def test_static_cache_gives_the_same_answers(family, picture):
         expected = dynamic.answer(chats, max_new_tokens)
         assert static.answer(chats, max_new_tokens) == expected
         assert static.stream(chats[0], lambda text: None, max_new_tokens).text == expected[0]
+
+
+def test_joined_inputs_equal_those_encoded_together(picture):
+    ours = pipeline()
+    chats = [ask("hello"), ask("what is this?", picture(96, 64)), ask("a red circle?", picture(32, 64))]
+    for some in (chats, chats[:1], chats[1:]):
+        together, joined = ours.encode(some), ours.join([ours.encode([chat]) for chat in some])
+        assert joined.keys() == together.keys()
+        assert all(torch.equal(joined[name], tensor) for name, tensor in together.items())
 
 
 def test_chats_are_answered_alone_where_padding_changes_answers(picture, caplog):

@@ -101,13 +101,17 @@ def _train(recipe: Recipe, resume: bool, json: bool) -> None:
         f"{metrics['tokens_per_second']:,.0f} tokens/s"
     )
     if metrics["stopped"]:
-        STDOUT.print(f"stopped early: {metrics['stopped']}")
+        STDOUT.print(f"stopped early: {metrics['stopped']}", soft_wrap=True)
     if best := metrics["best"]:
-        STDOUT.print(
-            f"best: step {best['step']:,}, {best['metric']} {best['value']:.4g}; export it with solo convert "
-            f"checkpoint {result.model.parent} FOLDER --step {best['step']}",
-            soft_wrap=True,
-        )
+        of_best = f"best: step {best['step']:,}, {best['metric']} {best['value']:.4g}"
+        if best["step"] == metrics["steps"]:
+            STDOUT.print(f"{of_best}; {result.model} is this model", soft_wrap=True)
+        else:
+            STDOUT.print(
+                f"{of_best}; {result.model} is of the last step ({metrics['steps']:,}), export the best with "
+                f"solo convert checkpoint {result.model.parent} FOLDER --best",
+                soft_wrap=True,
+            )
 
 
 def _plan(
