@@ -1,4 +1,4 @@
-"""What a run starts from: its recipe, and fingerprints of its model and its validation data."""
+"""Recipe of a run, and fingerprints of what it starts from: its model and its validation data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where checkpoints live: a folder on a disk, or on an object store at a URL of fsspec."""
+"""Storage of checkpoints: a folder on a disk, or on an object store at a URL of fsspec."""
 
 from __future__ import annotations
 
@@ -323,7 +323,7 @@ class CheckpointWriter(FileSystemWriter):
 
     Attributes:
         folder: Folder to write into.
-        checksums: In rank 0, once the checkpoint is written: checksums of the files of all processes.
+        checksums: Checksums of the files of all processes; in rank 0, once they are written.
     """
 
     def __init__(self, folder: Folder) -> None:
