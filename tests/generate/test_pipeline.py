@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tests.factories import ask, make_llm, make_solo
 
 from solo_vlm.generate import BatchGenerator, GenerationPipeline, GenerationRequest, PrefixCache
@@ -33,6 +34,15 @@ def test_static_cache_gives_the_same_answers_with_bidirectional_images(family, p
     dynamic, static = (GenerationPipeline(solo.model, solo.processor, compile=flag) for flag in (False, True))
     chats = [ask("what is this?", picture(96, 64)), ask("hello"), ask("a red circle?", picture(32, 64))]
     assert static.answer(chats, 12) == dynamic.answer(chats, 12)
+
+
+def test_joined_inputs_equal_those_encoded_together(picture):
+    ours = pipeline()
+    chats = [ask("hello"), ask("what is this?", picture(96, 64)), ask("a red circle?", picture(32, 64))]
+    for some in (chats, chats[:1], chats[1:]):
+        together, joined = ours.encode(some), ours.join([ours.encode([chat]) for chat in some])
+        assert joined.keys() == together.keys()
+        assert all(torch.equal(joined[name], tensor) for name, tensor in together.items())
 
 
 def test_chats_are_answered_alone_where_padding_changes_answers(picture, caplog):

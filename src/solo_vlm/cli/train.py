@@ -101,13 +101,17 @@ def _train(recipe: Recipe, resume: bool, json: bool) -> None:
         f"{metrics['tokens_per_second']:,.0f} tokens/s"
     )
     if metrics["stopped"]:
-        STDOUT.print(f"stopped early: {metrics['stopped']}")
+        STDOUT.print(f"stopped early: {metrics['stopped']}", soft_wrap=True)
     if best := metrics["best"]:
-        STDOUT.print(
-            f"best: step {best['step']:,}, {best['metric']} {best['value']:.4g}; export it with solo convert "
-            f"checkpoint {result.model.parent} FOLDER --step {best['step']}",
-            soft_wrap=True,
-        )
+        of_best = f"best: step {best['step']:,}, {best['metric']} {best['value']:.4g}"
+        if best["step"] == metrics["steps"]:
+            STDOUT.print(f"{of_best}; {result.model} is this model", soft_wrap=True)
+        else:
+            STDOUT.print(
+                f"{of_best}; {result.model} is of the last step ({metrics['steps']:,}), export the best with "
+                f"solo convert checkpoint {result.model.parent} FOLDER --best",
+                soft_wrap=True,
+            )
 
 
 def _plan(
@@ -141,7 +145,7 @@ def _plan(
     if json:
         return print_json(plan.as_dict())
     parts = (_model_lines, _run_lines, _question_lines, _memory_lines, _network_lines, _advice_lines)
-    for line in chain.from_iterable(part(plan) for part in parts):
+    for line in list(chain.from_iterable(part(plan) for part in parts)):  # all of them, or an error
         STDOUT.print(line, markup=False)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from transformers import StoppingCriteria, TextStreamer
+from transformers import BatchFeature, StoppingCriteria, TextStreamer
 
 from solo_vlm.data.values import check_text
 from solo_vlm.generate.cache import (
@@ -252,6 +252,14 @@ class GenerationPipeline:
                 f"the chat has {length} tokens, but the model's context is {self.context_length}: shorten it"
             )
         return inputs.to(self.model.device)
+
+    def join(self, encoded: Sequence[Any]) -> Any:
+        """Return what `encode` returns for several chats, from its results for each of them."""
+        ids = [inputs["input_ids"][0].tolist() for inputs in encoded]
+        joined = self.processor.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
+        vision = ("pixel_values", "image_grid_thw")
+        parts = {name: [inputs[name] for inputs in encoded if name in inputs] for name in vision}
+        return BatchFeature({**joined, **{name: torch.cat(part) for name, part in parts.items() if part}})
 
     def generate(self, inputs: Any, max_new_tokens: int, **options: Any) -> tuple[torch.Tensor, int]:
         """Generate token IDs; a single chat with a single answer goes through the prefix cache.

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -290,13 +290,14 @@ def export_model(
     return path
 
 
-def export_checkpoint(run: Path, out: Path, step: int | None = None) -> int:
+def export_checkpoint(run: Path, out: Path, step: int | None = None, best: bool = False) -> int:
     """Export a checkpoint of a finished or unfinished run for `from_pretrained`; return its step.
 
     Args:
         run: Output directory of the run; its `recipe.yaml` names the base model.
         out: Folder to write.
         step: Step of the checkpoint; default: the newest.
+        best: Export the best by the recipe's `validation.best` instead.
 
     Raises:
         SoloError: There is no such checkpoint, or the base model is missing.
@@ -306,6 +307,8 @@ def export_checkpoint(run: Path, out: Path, step: int | None = None) -> int:
     recipe = Recipe.load(run / "recipe.yaml")
     folder = run / "checkpoints"
     by_step = {step_of(found): found for found in find_checkpoints(folder)}
+    if best:
+        step = _best_step(run, recipe, by_step)
     path = by_step.get(max(by_step, default=0) if step is None else step)
     if path is None:
         steps = ", ".join(map(str, by_step))
@@ -320,6 +323,16 @@ def export_checkpoint(run: Path, out: Path, step: int | None = None) -> int:
             model = merge_adapter(load_base_model(recipe.mixture.model_source())[0], Path(adapter))
     _save_folder(out, model, processor)
     return step_of(path)
+
+
+def _best_step(run: Path, recipe: Recipe, by_step: Mapping[int, Path]) -> int:
+    """Return the step of a run's best evaluation, which the newest checkpoint knows."""
+    if recipe.validation is None or recipe.validation.best is None:
+        raise SoloError(f"{run} has no best checkpoint: its recipe does not set validation.best")
+    best = load_train_state(by_step[max(by_step)]).best if by_step else None
+    if best is None:
+        raise SoloError(f"{run} has no best checkpoint yet: no finite {recipe.validation.best} so far")
+    return best.step
 
 
 def _create_partial(path: Path, partial: Path, state: TrainState) -> bool:

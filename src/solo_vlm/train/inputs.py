@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from solo_vlm.data.sources import is_same_data
+from solo_vlm.data.sources import Source, is_same_data
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import hash_blocks, write_text
@@ -25,11 +26,15 @@ def fingerprint_model(recipe: Recipe) -> dict[str, str]:
     return {f"{recipe.model}/{file.name}": _hash_file(file) for file in sorted(files)}
 
 
-def fingerprint_validation(recipe: Recipe) -> dict[str, str]:
-    """Fingerprint the validation data by source; checkpoints identify the training data."""
+def fingerprint_validation(recipe: Recipe, held_out: Sequence[Source]) -> dict[str, str]:
+    """Fingerprint the validation data by source; checkpoints identify the training data.
+
+    Args:
+        held_out: Opened sources of the validation mixture, if there is one.
+    """
     found = {}
     if validation := recipe.validation_mixture:
-        found = dict(zip(validation.source_names(), validation.open_sources(), strict=True))
+        found = dict(zip(validation.source_names(), held_out, strict=True))
     for name, source in recipe.open_questions().items():
         found[f"questions {name}"] = source
     return {name: source.fingerprint() for name, source in found.items()}

@@ -53,7 +53,7 @@ _PACKAGES = (
 )
 
 
-def prepare_output_dir(out: Path, recipe: Recipe, resume: bool) -> Path | None:
+def prepare_output_dir(out: Path, recipe: Recipe, held_out: list[Source], resume: bool) -> Path | None:
     """Write the recipe and input fingerprints; return the checkpoint to resume from, if there is one."""
     if (out / "model").exists():
         reason = f", which ended early ({stopped})" if (stopped := _early_stop(out)) else ""
@@ -71,7 +71,7 @@ def prepare_output_dir(out: Path, recipe: Recipe, resume: bool) -> Path | None:
     checkpoint = max(find_checkpoints(out / "checkpoints"), key=step_of, default=None)
     if resume and checkpoint is None:
         raise SoloError(f"nothing to resume: {out} has no checkpoint")
-    inputs = fingerprint_model(recipe) | fingerprint_validation(recipe)
+    inputs = fingerprint_model(recipe) | fingerprint_validation(recipe, held_out)
     if checkpoint:
         check_inputs(out, inputs)
     write_inputs(out, inputs)

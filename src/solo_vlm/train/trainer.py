@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, set_seed
 from solo_vlm.data.collate import PackedBatch, model_inputs
 from solo_vlm.data.loader import LoadedSequence, PackedLoader
 from solo_vlm.data.mixture import make_loader
+from solo_vlm.data.sources import Source
 from solo_vlm.models.flops import ModelShape, training_flops
 from solo_vlm.train.answers import AnswerLog
 from solo_vlm.train.balance import Balancer
@@ -118,8 +119,10 @@ class Trainer:
         self.out = recipe.output_dir
         context.check_same_settings(recipe)
         self.sources = context.open_sources(recipe.mixture)
+        mixture = recipe.validation_mixture
+        held_out = context.open_sources(mixture) if mixture else []
         self._lock: IO[str] | None = None
-        checkpoint = context.broadcast_from_rank0(lambda: self._prepare_output_dir(resume))
+        checkpoint = context.broadcast_from_rank0(lambda: self._prepare_output_dir(held_out, resume))
         self.started = first_start(self.out) if context.is_main_process else 0.0
 
         set_seed(recipe.seed)
@@ -134,8 +137,8 @@ class Trainer:
             self.loader.load_state_dict(self.state.data or {})
             logger.info("resuming from %s", checkpoint)
         else:
-            total_steps = recipe.steps or context.broadcast_from_rank0(lambda: planned_steps(recipe))
-            self.state = TrainState(total_steps=total_steps)
+            planned = context.broadcast_from_rank0(lambda: planned_steps(recipe, self.sources))
+            self.state = TrainState(total_steps=planned)
         self.consecutive_skips = 0
 
         settings = recipe.checkpoint
@@ -144,9 +147,9 @@ class Trainer:
         if context.is_main_process:
             kept = settings.keep + bool(recipe.validation and recipe.validation.best)
             warn_if_disk_is_short(self.out, self.model, self.optimizer, kept)
-        self.validation = (
-            Validation(recipe, self.model, self.processor, context) if recipe.validation else None
-        )
+        self.validation: Validation | None = None
+        if recipe.validation:
+            self.validation = Validation(recipe, held_out, self.model, self.processor, context)
         try:
             self.shape: ModelShape | None = ModelShape.of(self.model.config)
         except SoloError as error:
@@ -394,11 +397,11 @@ class Trainer:
             number,
         )
 
-    def _prepare_output_dir(self, resume: bool) -> Path | None:
+    def _prepare_output_dir(self, held_out: list[Source], resume: bool) -> Path | None:
         if resume and not self.out.is_dir():
             raise SoloError(f"nothing to resume: {self.out} has no checkpoint")
         self._lock = lock_output_dir(self.out)
-        return prepare_output_dir(self.out, self.recipe, resume)
+        return prepare_output_dir(self.out, self.recipe, held_out, resume)
 
     def _sample_counts(self) -> dict[str, int]:
         """Return counts over all ranks: sequences, documents, tokens, samples, skipped samples by reason."""

@@ -33,7 +33,8 @@ def test_parameters_are_sharded_over_slices_and_within_copies():
 @pytest.mark.parametrize(
     ("overrides", "processes", "message"),
     [
-        (["parallel.tensor=2"], 3, "a multiple of 2, or set parallel.tensor to one of 1 or 3"),
+        (["parallel.tensor=2"], 3, "a multiple of 2, or set parallel.tensor to 1 or 3$"),
+        (["parallel.tensor=2"], 1, "or set parallel.tensor to 1$"),
         (
             ["global_batch=10"],
             4,
@@ -51,7 +52,7 @@ def test_parameters_are_sharded_over_slices_and_within_copies():
             "64 is not divisible by 8 .* x 3 workers: set it to 48 or 72",
         ),
         (["parallel.tensor=2", "parallel.context=2"], 6, "groups of parallel.tensor x parallel.context = 4"),
-        (["parallel.replicate=3"], 4, "3 does not divide 4 data-parallel groups: set it to one of 1, 2 or 4"),
+        (["parallel.replicate=3"], 4, "3 does not divide 4 data-parallel groups: set it to 1, 2 or 4$"),
         (["parallel.context=3"], 3, "sequence_length = 32768 is not divisible .*: set it to 32766 or 32769"),
         (["data.streams=10", "data.workers=3"], 2, "2 data-parallel groups x 3 workers: set it to 6 or 12"),
     ],

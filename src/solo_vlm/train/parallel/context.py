@@ -71,13 +71,13 @@ class ParallelDims:
             divisors = _join(_divisors(world_size))
             raise SoloError(
                 f"{world_size} processes cannot form groups of parallel.{setting} = {size}: "
-                f"start a multiple of {size}, or set parallel.{setting} to one of {divisors}"
+                f"start a multiple of {size}, or set parallel.{setting} to {divisors}"
             )
         dp = world_size // group
         if dp % replicate:
             raise SoloError(
-                f"parallel.replicate = {replicate} does not divide {dp} data-parallel groups: set it to one "
-                f"of {_join(_divisors(dp))}"
+                f"parallel.replicate = {replicate} does not divide {dp} data-parallel groups: set it to "
+                f"{_join(_divisors(dp))}"
             )
         if length % cp:
             raise SoloError(
