@@ -145,7 +145,7 @@ def _plan(
     if json:
         return print_json(plan.as_dict())
     parts = (_model_lines, _run_lines, _question_lines, _memory_lines, _network_lines, _advice_lines)
-    for line in chain.from_iterable(part(plan) for part in parts):
+    for line in list(chain.from_iterable(part(plan) for part in parts)):  # all of them, or an error
         STDOUT.print(line, markup=False)
 
 

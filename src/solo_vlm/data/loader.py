@@ -215,7 +215,7 @@ class PackedLoader:
             state: Merged state of the run, see `merge`.
 
         Raises:
-            SoloError: The data has changed, or the state was written by a version with another order.
+            SoloError: The data has changed, or the state was written by another version.
         """
         _check_unchanged(state["data"], self._data)
         self._slots = state["slots"]
@@ -380,10 +380,10 @@ def _end_with(owner: int) -> None:
 
 
 def _check_unchanged(before: State, now: State) -> None:
-    """Reject the state of other data or another order, whose keys would refer to other samples."""
+    """Reject the state of other data or of another version, which would refer to other samples."""
     if before.get("order") != now["order"]:
         raise SoloError(
-            "the checkpoint was written by a version of solo-vlm that reads data in another order: "
+            "the checkpoint has the position in the data of another version of solo-vlm: "
             "finish the run with that version, or start a new one"
         )
     if before["streams"] != now["streams"]:

@@ -112,6 +112,30 @@ def test_losses_match_single_process(runs, tmp_path, start, family, size, parall
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
+        ("qwen3", {"trainable": "patch_embedding", "parallel": {"tensor": 2}}),  # head norms stay frozen
+        ("llama", {"trainable": "new_tokens", "lora": {"rank": 2}}),  # in a tied head
+    ],
+    ids=str,
+)
+@pytest.mark.distributed
+def test_partly_frozen_models_match_single_process(runs, tmp_path, start, family, changes):
+    changes = {"model": family, "steps": 6, **changes}
+    group = start(2, run_recipe, run_settings(runs, tmp_path / "shared", **changes))
+    assert start(
+        1, run_recipe, run_settings(runs, tmp_path / "alone", **changes | {"parallel": {}})
+    ).wait() == [0]
+    assert group.wait() == [0, 0]
+    ours, theirs = (read_steps(tmp_path / name) for name in ("shared", "alone"))
+    for key in ("loss", "gradient_norm"):
+        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], rel=1e-4), key
+    weights = [load_model(tmp_path / name / "model").state_dict() for name in ("alone", "shared")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
         ("qwen3_moe", {"activation_checkpointing": "full"}),
         ("mixtral", {"activation_checkpointing": "selective", "parallel": {"reshard": False}}),
         ("granitemoe", {"lora": {"rank": 2}}),

@@ -33,8 +33,8 @@ _GIGA = 1e9
 # Bytes per second and direction between two devices of a machine. Sources: NVIDIA's data sheets of A100 and
 # H100 (NVLink 600 and 900 GB/s, both directions together); PCI Express 4.0 and 5.0, x16.
 _INSIDE = {"nvlink3": 300e9, "nvlink4": 450e9, "pcie4": 32e9, "pcie5": 64e9}
-_NVLINK = {"A100-40GB": "nvlink3", "A100-80GB": "nvlink3"}  # other devices: the fourth generation
-_NETWORK = re.compile(r"(nvlink|nvlink3|nvlink4|pcie4|pcie5)(?:\+(\d+)g)?", re.IGNORECASE)
+_NVLINK = {"A100-40GB": "nvlink3", "A100-80GB": "nvlink3", "H100": "nvlink4", "H200": "nvlink4"}
+_NETWORK = re.compile(r"(nvlink|nvlink3|nvlink4|pcie4|pcie5)(?:\+([1-9]\d*)g)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,11 @@ class Network:
                 "for several machines the Gbit/s per device between them, such as nvlink+400g"
             )
         link, rate = match[1].lower(), match[2]
-        inside = _INSIDE[_NVLINK.get(device, "nvlink4") if link == "nvlink" else link]
+        if link == "nvlink" and device not in _NVLINK:
+            raise SoloError(
+                f"network {name}: NVLink does not connect eight {device}; give pcie4 or pcie5 in its place"
+            )
+        inside = _INSIDE[_NVLINK[device] if link == "nvlink" else link]
         return cls(name, inside, float(rate) * _GIGA / 8 if rate else None)
 
     def bandwidth(self, stride: int, size: int) -> float:
@@ -120,7 +124,7 @@ def collectives(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> list[C
     outside = outside_weights(shape, tp)
     is_partial = recipe.lora is not None or recipe.trainable != "all"
     trained = trained_parameters(shape, recipe) if is_partial else layers + outside
-    if is_partial:  # adapters, and the trained copy of the patch embedding
+    if recipe.lora or recipe.trainable == "new_tokens":  # adapters, and a trained copy of the patch embedding
         layers += trained - shape.parameters.patch_embedding
         outside += shape.parameters.patch_embedding
     gathers = 2 if recipe.parallel.reshard else 1
@@ -157,7 +161,7 @@ def collectives(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> list[C
         head = head_weights(shape, tp)
         is_split = head < shape.parameters.head
         whole = outside - is_split * head + shape.parameters.norms - shape.hidden
-        replicated = _FLOAT32 * whole / shards
+        replicated = _FLOAT32 * (trained if is_partial else whole) / shards
         # Of every token: the gradient of its state; twice, the largest logit, and the logits' sum and target.
         loss = is_split * steps * tokens * (compute * shape.hidden + 2 * 3 * _FLOAT32)
         found += [

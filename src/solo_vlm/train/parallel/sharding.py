@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -72,6 +71,7 @@ def shard_model(
             module.set_force_sum_reduction_for_comms(True)
 
 
+@torch.no_grad()
 def load_full_state_dict(
     model: PreTrainedModel, state_dict: dict[str, Any], buffers: dict[str, Tensor], device: torch.device
 ) -> None:
@@ -81,12 +81,24 @@ def load_full_state_dict(
         state_dict: Full tensors by name in rank 0, empty in all other ranks.
         buffers: All buffers by name, in every rank.
     """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
     model.to_empty(device=device)
-    model.tie_weights()  # to_empty unties them
+    for first, *others in names.values():  # to_empty unties them; tie_weights does not know adapters
+        for name in others:
+            owner, _, own = name.rpartition(".")
+            model.get_submodule(owner).register_parameter(own, model.get_parameter(first))
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, state_dict, options=options)
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        if state_dict:
+            whole.copy_(state_dict[name])
+        dist.broadcast(whole, src=0)
+        assert isinstance(parameter, DTensor)
+        layout = parameter.device_mesh, parameter.placements
+        parameter.copy_(distribute_tensor(whole, *layout, src_data_rank=None))
 
 
 def reduce_gradients(model: nn.Module, is_last: bool, deferred: bool) -> None:
