@@ -26,6 +26,16 @@ def test_static_cache_gives_the_same_answers(family, picture):
         assert static.stream(chats[0], lambda text: None, max_new_tokens).text == expected[0]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_5_text"])
+def test_static_cache_gives_the_same_answers_with_bidirectional_images(family, picture):
+    solo = compose(*make_llm(family), design=ImageDesign("bidirectional", "2d", patch_embedding="conv"))
+    for weight in solo.model.model.embed_vision_patch.parameters():
+        weight.data.mul_(8.0)
+    dynamic, static = (GenerationPipeline(solo.model, solo.processor, compile=flag) for flag in (False, True))
+    chats = [ask("what is this?", picture(96, 64)), ask("hello"), ask("a red circle?", picture(32, 64))]
+    assert static.answer(chats, 12) == dynamic.answer(chats, 12)
+
+
 def test_joined_inputs_equal_those_encoded_together(picture):
     ours = pipeline()
     chats = [ask("hello"), ask("what is this?", picture(96, 64)), ask("a red circle?", picture(32, 64))]

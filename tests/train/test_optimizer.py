@@ -18,6 +18,7 @@ from solo_vlm.train.model import load_base_model, make_model, set_trainable
 from solo_vlm.train.optimizer import make_optimizer, named_trainable, orthogonalize
 from solo_vlm.train.parallel.context import init_distributed
 from solo_vlm.train.recipe import OptimizerSettings, Recipe
+from solo_vlm.train.storage import CheckpointStore, Folder
 from solo_vlm.utils.errors import SoloError
 
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}  # whole blocks of 8-bit moments
@@ -190,10 +191,10 @@ def step_and_save(runs, out, tensor, start):
         for name in NAMES:
             model, _ = make_model(recipe, context)
             optimizer = make_optimizer(model, OptimizerSettings(name=name))
-            checkpointer = Checkpointer(out / name, 2, False, context)
+            checkpointer = Checkpointer(CheckpointStore(out / name), 2, False, context)
             for step in range(3):
                 if step == 2 and start:
-                    load_checkpoint(start / name / "step-00000002", model, optimizer)
+                    load_checkpoint(Folder(start / name / "step-00000002"), model, optimizer)
                 torch.manual_seed(step)
                 for parameter in model.parameters():
                     parameter.grad = torch.randn(parameter.shape)
@@ -209,7 +210,7 @@ def read(runs, path, name):
     """Return parameters and optimizer state of a checkpoint, by name."""
     model, _ = load_base_model(runs / "wide")
     optimizer = make_optimizer(model, OptimizerSettings(name=name))
-    load_checkpoint(path, model, optimizer)
+    load_checkpoint(Folder(path), model, optimizer)
     state = {
         f"{key}/{part}": tensor
         for key, parameter in model.named_parameters()

@@ -26,6 +26,7 @@ from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate.cache import PrefixCache
+from solo_vlm.generate.exactness import cache_error, tolerance
 from solo_vlm.generate.pipeline import GenerationPipeline
 from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.load import load_model
@@ -175,6 +176,27 @@ def test_cached_answers_equal_recomputed_ones(family, design, picture):
     assert pipeline.answer(chats, 6) == alone
     warm = GenerationPipeline(solo.model, solo.processor, PrefixCache())
     assert [warm.answer([chat], 6)[0] for chat in chats + chats] == alone + alone
+
+
+def test_decoder_that_rotates_cached_keys_again_gives_uncached_answers():
+    """Qwen 4 keeps the positions of cached tokens for its indexer."""
+    model = compose(*make_llm("qwen4_exp_text"), design=ImageDesign(image_positions="2d")).model
+    assert cache_error(model) < tolerance(model)
+
+
+def test_layout_shorter_than_the_rotated_tokens_is_an_error():
+    layout = torch.zeros(4, 1, 1, dtype=torch.long)
+    with rotated_by(layout), pytest.raises(ValueError, match="rotates 3 tokens, but the layout has 1"):
+        rotary = with_2d_positions(tiny_config("llama")).rotary_emb
+        rotary(torch.zeros(1, 3, 1), position_ids=torch.arange(3)[None])
+
+
+@pytest.mark.parametrize("design", [ImageDesign("bidirectional"), ImageDesign(image_positions="2d")], ids=str)
+def test_sequence_without_its_cached_tokens_is_rejected(design, picture):
+    solo = make("llama", design)
+    inputs = GenerationPipeline(solo.model, solo.processor).encode([ask("what is this?", picture(96, 64))])
+    with pytest.raises(ValueError, match="need the whole sequence as input_ids, with the 5 tokens"):
+        solo.model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=5)
 
 
 def recomputed(solo, chat, length):
