@@ -27,7 +27,8 @@ CLUSTER = ROOT / "examples" / "cluster"
 
 # A scheduler of two machines that are this one. A requeued job starts again once its script has ended.
 SBATCH = """
-export SLURM_JOB_ID=7 SLURM_CPUS_PER_TASK=96 SLURM_NNODES=2 SLURM_GPUS_ON_NODE=1 SLURM_JOB_NODELIST=two SLURM_RESTART_COUNT=0
+export SLURM_CPUS_PER_TASK=96
+export SLURM_JOB_ID=7 SLURM_NNODES=2 SLURM_GPUS_ON_NODE=1 SLURM_JOB_NODELIST=two SLURM_RESTART_COUNT=0
 while :; do
     rm -f requeued
     bash "$@" & echo $! > pid
