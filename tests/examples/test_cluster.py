@@ -127,6 +127,7 @@ def test_command_is_one_that_torchrun_understands(tmp_path, name):
     environment = stub(tmp_path, torchrun=f'exec {sys.executable} {tmp_path / "check.py"} "$@"')
     environment |= {
         "RECIPE": "solo-7b/stage1 steps=10",
+        "CHECKPOINTS": "s3://bucket/run",
         "SKYPILOT_NUM_NODES": "4",
         "SKYPILOT_NUM_GPUS_PER_NODE": "8",
         "SKYPILOT_NODE_IPS": "solo-0.solo\n10.0.0.2",
@@ -136,4 +137,6 @@ def test_command_is_one_that_torchrun_understands(tmp_path, name):
         ["bash", "-ec", command_of(name)], env=environment, capture_output=True, text=True, check=True
     )
     expected = "4 solo-0.solo:29500 solo_vlm train solo-7b/stage1 steps=10 root=/runs"
+    if name == "skypilot.yaml":
+        expected += " checkpoint.folder=s3://bucket/run"
     assert printed.stdout.splitlines()[-1] == expected
