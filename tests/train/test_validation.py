@@ -12,15 +12,9 @@ from PIL import Image
 from tests.factories import read_steps, run_settings
 
 from solo_vlm.train import Recipe, train, validation
-from solo_vlm.train.checkpoint import (
-    Best,
-    TrainState,
-    export_checkpoint,
-    find_checkpoints,
-    load_train_state,
-    step_of,
-)
+from solo_vlm.train.checkpoint import Best, TrainState, export_checkpoint, load_train_state
 from solo_vlm.train.recipe import ValidationSettings
+from solo_vlm.train.storage import CheckpointStore, Folder, step_of
 from solo_vlm.train.validation import LossValidator, note_best
 from solo_vlm.utils.errors import SoloError
 
@@ -98,7 +92,7 @@ def validating(runs, out, **changes):
 
 
 def steps_of(out):
-    return [step_of(path) for path in find_checkpoints(out / "checkpoints")]
+    return [step_of(path) for path in CheckpointStore(out / "checkpoints").checkpoints()]
 
 
 def test_best_checkpoint_survives_rotation(runs, tmp_path, scripted):
@@ -106,7 +100,7 @@ def test_best_checkpoint_survives_rotation(runs, tmp_path, scripted):
     result = train(validating(runs, tmp_path / "out"))
     assert steps_of(tmp_path / "out") == [4, 9]  # the best, and the newest
     assert result.metrics["best"] == {"metric": "validation_loss", "value": 1.0, "step": 4}
-    assert load_train_state(tmp_path / "out/checkpoints/step-00000004").best.step == 4
+    assert load_train_state(Folder(tmp_path / "out/checkpoints/step-00000004")).best.step == 4
 
 
 def weights(model):

@@ -76,7 +76,9 @@ def to_release(src: Source, dst: Destination, json: JsonOption = False) -> None:
 
 @app.command()
 def checkpoint(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="Folder of a training run, or URL of its checkpoints.")
+    ],
     dst: Destination,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")] = None,
     best: Annotated[bool, typer.Option("--best", help="The best by the recipe's validation.best.")] = False,

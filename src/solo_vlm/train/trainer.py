@@ -56,7 +56,8 @@ from solo_vlm.train.parallel.context import DistributedContext, init_distributed
 from solo_vlm.train.parallel.sharding import average_replicated_gradients, reduce_gradients
 from solo_vlm.train.profile import StepProfiler
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.run_folder import prepare_output_dir, write_manifest
+from solo_vlm.train.run_folder import prepare_output_dir, run_folders, write_manifest
+from solo_vlm.train.storage import CheckpointStore, Folder
 from solo_vlm.train.validation import Validation
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import lock_output_dir, write_text, writing
@@ -118,12 +119,14 @@ class Trainer:
         self.recipe, self.context, self.stop = recipe, context, stop
         self.out = recipe.output_dir
         context.check_same_settings(recipe)
+        self.store = CheckpointStore.of(recipe, self.out)
+        self.store.check_access(context.rank)
         self.sources = context.open_sources(recipe.mixture)
         mixture = recipe.validation_mixture
         held_out = context.open_sources(mixture) if mixture else []
         self._lock: IO[str] | None = None
         checkpoint = context.broadcast_from_rank0(lambda: self._prepare_output_dir(held_out, resume))
-        self.started = first_start(self.out) if context.is_main_process else 0.0
+        self.started = first_start(run_folders(self.out, self.store)) if context.is_main_process else 0.0
 
         set_seed(recipe.seed)
         self.model, self.processor = make_model(recipe, context)
@@ -135,16 +138,14 @@ class Trainer:
             load_checkpoint(checkpoint, self.model, self.optimizer)
             self.state = context.broadcast_from_rank0(lambda: load_train_state(checkpoint))
             self.loader.load_state_dict(self.state.data or {})
-            logger.info("resuming from %s", checkpoint)
         else:
             planned = context.broadcast_from_rank0(lambda: planned_steps(recipe, self.sources))
             self.state = TrainState(total_steps=planned)
         self.consecutive_skips = 0
 
         settings = recipe.checkpoint
-        folder = self.out / "checkpoints"
-        self.checkpointer = Checkpointer(folder, settings.keep, settings.asynchronous, context)
-        if context.is_main_process:
+        self.checkpointer = Checkpointer(self.store, settings.keep, settings.asynchronous, context)
+        if context.is_main_process and not self.store.is_separate:
             kept = settings.keep + bool(recipe.validation and recipe.validation.best)
             warn_if_disk_is_short(self.out, self.model, self.optimizer, kept)
         self.validation: Validation | None = None
@@ -165,6 +166,8 @@ class Trainer:
         if context.is_main_process:
             trackers, done = make_trackers(recipe, self.out, self.state.step), self.state.step
             self.metrics_logger = MetricsLogger(self.out, trackers, progress, self.state.total_steps, done)
+            if checkpoint:
+                self.metrics_logger.announce(f"resuming from {checkpoint}")
             if recipe.validation and recipe.validation.questions:
                 self.answer_log = AnswerLog(self.out, trackers, done)
 
@@ -175,6 +178,8 @@ class Trainer:
             while not self._is_finished and self.train_step():
                 if self.state.step == first_step:  # which may have compiled the model
                     self.context.set_timeout(self.recipe.timeouts.step)
+            if self.store.is_separate:  # which may outlive the exported model
+                self._save()
             self._finish_saving()
         except BaseException:
             self.loader.close()
@@ -397,11 +402,11 @@ class Trainer:
             number,
         )
 
-    def _prepare_output_dir(self, held_out: list[Source], resume: bool) -> Path | None:
-        if resume and not self.out.is_dir():
-            raise SoloError(f"nothing to resume: {self.out} has no checkpoint")
+    def _prepare_output_dir(self, held_out: list[Source], resume: bool) -> Folder | None:
+        if resume and not self.out.is_dir() and not self.store.newest():
+            raise SoloError(f"nothing to resume: {self.store.folder} has no checkpoint")
         self._lock = lock_output_dir(self.out)
-        return prepare_output_dir(self.out, self.recipe, held_out, resume)
+        return prepare_output_dir(self.out, self.recipe, held_out, resume, self.store)
 
     def _sample_counts(self) -> dict[str, int]:
         """Return counts over all ranks: sequences, documents, tokens, samples, skipped samples by reason."""

@@ -60,6 +60,11 @@ def _is_transient(error: BaseException) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)  # of the hub
     if status is not None and status < 500 and status not in (408, 429):
         return False
+    return is_read_failure(error)
+
+
+def is_read_failure(error: BaseException) -> bool:
+    """Return whether the disk or the network failed, or access was lost."""
     if isinstance(error, OSError):
         return _is_system_error(error)
     return type(error).__module__.partition(".")[0] in _NETWORKING
