@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
@@ -264,7 +264,7 @@ def export_model(
             _save_folder(path, merged, processor)
     elif context.mesh is None:
         _save_folder(path, model, processor)
-    elif _float32_bytes(model) > _GATHERED_SIZE and can_save_sharded(model):
+    elif _float32_bytes(model) > _GATHERED_SIZE and can_save_sharded(model) and _is_shared(out, context):
         save_sharded(path, model, processor, context)
     else:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -273,6 +273,15 @@ def export_model(
             _save_folder(path, model, processor, state_dict=state_dict)
     context.barrier()
     return path
+
+
+def _is_shared(out: Path, context: DistributedContext) -> bool:
+    """Return whether all processes see the output directory of rank 0; a collective call."""
+    probe = context.broadcast_from_rank0(lambda: Path(mkdtemp(prefix=".shared-", dir=out)))
+    is_unseen = context.max(not probe.is_dir())
+    if context.is_main_process:
+        probe.rmdir()
+    return not is_unseen
 
 
 def export_checkpoint(run: str | Path, out: Path, step: int | None = None, best: bool = False) -> int:

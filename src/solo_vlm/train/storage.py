@@ -83,11 +83,12 @@ class Folder:
     @property
     def system(self) -> fsspec.AbstractFileSystem:
         """File system, which must not remember lists of files, since other processes write, too."""
-        protocol = "file" if self.is_local else self.url.partition("://")[0]
+        if self.is_local:
+            return fsspec.filesystem("file")
         try:
-            return fsspec.filesystem(protocol, use_listings_cache=False)
+            return fsspec.core.url_to_fs(self.url, use_listings_cache=False)[0]
         except (ImportError, ValueError) as error:
-            hint = " (pip install 'solo-vlm[s3]')" if protocol in ("s3", "s3a") else ""
+            hint = " (pip install 'solo-vlm[s3]')" if self.url.startswith("s3") else ""
             raise SoloError(f"cannot use {self}: {first_line(error)}{hint}") from error
 
     def at(self, name: str = "") -> str:

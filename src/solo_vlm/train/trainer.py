@@ -138,7 +138,6 @@ class Trainer:
             load_checkpoint(checkpoint, self.model, self.optimizer)
             self.state = context.broadcast_from_rank0(lambda: load_train_state(checkpoint))
             self.loader.load_state_dict(self.state.data or {})
-            logger.info("resuming from %s", checkpoint)
         else:
             planned = context.broadcast_from_rank0(lambda: planned_steps(recipe, self.sources))
             self.state = TrainState(total_steps=planned)
@@ -167,6 +166,8 @@ class Trainer:
         if context.is_main_process:
             trackers, done = make_trackers(recipe, self.out, self.state.step), self.state.step
             self.metrics_logger = MetricsLogger(self.out, trackers, progress, self.state.total_steps, done)
+            if checkpoint:
+                self.metrics_logger.announce(f"resuming from {checkpoint}")
             if recipe.validation and recipe.validation.questions:
                 self.answer_log = AnswerLog(self.out, trackers, done)
 
