@@ -314,7 +314,7 @@ def test_unreadable_source_is_reported(tmp_path, name, content, message):
 def test_mixed_formats_in_a_folder_are_rejected(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet_bytes())
     (tmp_path / "b.jsonl").write_bytes(LINES)
-    with pytest.raises(SoloError, match="one of the formats"):
+    with pytest.raises(SoloError, match=r"several formats, \.jsonl, \.parquet: .* such as \*\.jsonl$"):
         open_source(tmp_path)
 
 

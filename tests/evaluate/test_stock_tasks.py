@@ -185,7 +185,8 @@ def test_runs_are_compared_by_question(folder, tmp_path, run):
     assert code == 0
     (task,) = json.loads(printed)["tasks"]
     assert (task["n"], task["second"], task["only_first"], task["only_second"]) == (ROWS, 1, 0, 4)
-    assert 0 < task["interval"][0] < task["difference"] == pytest.approx(4 / ROWS) < task["interval"][1]
+    assert task["difference"] == pytest.approx(4 / ROWS)
+    assert task["interval"][0] < task["difference"] < task["interval"][1]
 
 
 def test_interrupted_task_resumes(folder, tmp_path):

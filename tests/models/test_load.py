@@ -11,8 +11,9 @@ from tests.factories import ask, make_llm, make_solo
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from solo_vlm.generate import GenerationPipeline
-from solo_vlm.models.from_llm import from_llm
+from solo_vlm.models.from_llm import ImageDesign, compose, from_llm
 from solo_vlm.models.load import load_model, save_model, stop_ids
+from solo_vlm.train.model import load_base_model
 from solo_vlm.utils.errors import SoloError
 
 CHATML_EOS_LAST = (  # like OLMo 3
@@ -117,6 +118,16 @@ def test_edited_configuration_that_no_layer_follows_is_rejected(family, tmp_path
     edit_config(tmp_path / "model", image_attention="bidirectional")
     with pytest.raises(SoloError, match=r"image_attention=bidirectional: .*: use causal"):
         load_model(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize("settings", [{"vision_row_token_id": 5}, {"image_mean": [0.5, 0.5, 0.5]}], ids=str)
+def test_edited_configuration_that_contradicts_the_processor_is_rejected(settings, tmp_path):
+    """Rows would not be found, or pixels normalized in another way than the folder says."""
+    compose(*make_llm(), design=ImageDesign(image_positions="2d")).save(tmp_path / "model")
+    edit_config(tmp_path / "model", **settings)
+    for load in (GenerationPipeline.from_pretrained, load_base_model):
+        with pytest.raises(SoloError, match=r": \[.* in config.json, \[.* in the processor's files"):
+            load(tmp_path / "model")
 
 
 def test_edited_configuration_that_ties_a_separate_head_is_rejected(tmp_path):

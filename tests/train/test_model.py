@@ -357,6 +357,16 @@ def test_activation_checkpointing_works_with_compiled_layers(mode):
     torch.testing.assert_close(gradients(compiled), gradients(plain), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [compile_layers, lambda model: use_activation_checkpointing(model, "full")],
+    ids=["compile", "full"],
+)
+def test_settings_without_effect_on_unmarked_layers_are_refused(change):
+    with pytest.raises(SoloError, match="transformers does not mark the layers of this model; unset it"):
+        change(tiny_llm("ctrl"))
+
+
 def test_z_loss_that_counts_padding_is_rejected():
     model = tiny_llm("bamba", z_loss_coefficient=1e-4)
     with pytest.raises(SoloError, match=r"z_loss_coefficient = 0.0001: the z-loss of bamba .* set it to 0"):

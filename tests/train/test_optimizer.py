@@ -12,6 +12,7 @@ import torch
 from tests.factories import make_solo, read_steps, run_recipe, run_settings
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.train.checkpoint import Checkpointer, TrainState, load_checkpoint
 from solo_vlm.train.model import load_base_model, make_model, set_trainable
 from solo_vlm.train.optimizer import make_optimizer, named_trainable, orthogonalize
@@ -82,6 +83,24 @@ def test_muon_leaves_embeddings_head_patches_norms_and_routers_to_adamw():
     assert names == layers
     assert {name.split(".")[-2] for name in names} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert not [name for name in names if "norm" in name or "router" in name or name.endswith("gate.weight")]
+
+
+@pytest.mark.parametrize("family", ["dbrx", "jetmoe"])  # their routers have a linear layer inside
+def test_muon_leaves_layers_in_routers_to_adamw(family):
+    model = tiny_llm(family)
+    names = muon_names(model, make_optimizer(model, OptimizerSettings(name="muon")))
+    assert names and not [name for name in names if "router" in name]
+
+
+def test_muon_orthogonalizes_transposed_layers_of_gpt2():
+    model = tiny_llm("gpt2")
+    names = muon_names(model, make_optimizer(model, OptimizerSettings(name="muon")))
+    assert {name.rsplit(".", 2)[1] for name in names} == {"c_attn", "c_proj", "c_fc"}
+
+
+def test_muon_without_matrices_is_refused():
+    with pytest.raises(SoloError, match="muon: found no linear layers in decoder layers; use adamw"):
+        make_optimizer(tiny_llm("gpt_neox_japanese"), OptimizerSettings(name="muon"))
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw_bf16", "adamw_8bit"])

@@ -130,13 +130,14 @@ def _plan(
     from solo_vlm.train.estimate.plan import make_plan
     from solo_vlm.utils.settings import find_settings
 
-    # Default: torchrun's world size, or one process per accelerator; at least one tensor-parallel group.
+    # Default: torchrun's world size, or one process per accelerator; at least what the layout needs.
     found = int(os.environ.get("WORLD_SIZE", 0)) or torch.accelerator.device_count()
     here = recognize_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     chosen = find_device(device) if device else here or find_device(_DEFAULT_DEVICE)
+    parallel = recipe.parallel
     plan = make_plan(
         recipe,
-        processes or max(found, recipe.parallel.tensor),
+        processes or max(found, parallel.tensor * parallel.context * parallel.replicate),
         chosen,
         mfu,
         find_settings(name, "recipe").parent if name else None,

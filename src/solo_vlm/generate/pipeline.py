@@ -29,6 +29,7 @@ from solo_vlm.generate.cache import (
     supports_prefix_cache,
 )
 from solo_vlm.generate.exactness import cache_fault, reads_padding
+from solo_vlm.models.checks import check_processor
 from solo_vlm.models.load import (
     Quantization,
     load_config,
@@ -120,7 +121,8 @@ class GenerationPipeline:
             which must not consist of inference tensors.
 
     Raises:
-        SoloError: Both `prefix_cache` and `compile` are given, or the decoder has no static cache.
+        SoloError: Both `prefix_cache` and `compile` are given, the decoder has no static cache, or model and
+            processor disagree about images.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class GenerationPipeline:
     ) -> None:
         if prefix_cache and compile:
             raise SoloError("compile and a prefix cache are incompatible: choose one")
+        check_processor(model.config, processor)
         decoder = model.config.text_config
         if compile:
             fault = cache_fault(model, static=True) if _takes_dynamic_cache(model) else "it keeps a state"

@@ -188,7 +188,7 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Read all lines of a run's `metrics.jsonl`."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def memory_gb(device: torch.device) -> float:
@@ -347,11 +347,11 @@ def truncate_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept, last = [], 0
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             last = json.loads(line)["step"]
             if last <= step:
-                kept.append(f"{line}\n")
+                kept.append(f"{line.decode()}\n")
         except (ValueError, LookupError, TypeError):
             if last < step:  # as after a crash of the machine; a line after the step is repeated anyway
                 logger.warning(

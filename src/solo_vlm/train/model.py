@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from solo_vlm.check.certificate import require_exact_packing, require_exact_slices
 from solo_vlm.check.probe import QUANTIZED, TOLERANCES
 from solo_vlm.data.encode import load_encoder
+from solo_vlm.models.checks import check_processor
 from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_config, load_llm, load_model, quantization_config
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.parallel.context import DistributedContext
@@ -53,7 +54,9 @@ def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[Pre
     if encoder.sees_images:
         # To main memory first: a model that needs several accelerators does not fit into one.
         device = None if "quantization_config" in options else "cpu"
-        return load_model(path, device=device, **options), encoder.processor
+        model = load_model(path, device=device, **options)
+        check_processor(model.config, encoder.processor)
+        return model, encoder.processor
     return load_llm(path, **options), encoder.processor
 
 
@@ -177,7 +180,7 @@ def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "select
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _checkpoint_policy)
-    for layer in decoder_layers(model):
+    for layer in _marked_layers(model, f"activation_checkpointing = {mode}"):
         # The class's, so that layers share compiled code; after `compile_layers`, the compiled one.
         forward = vars(layer).get("forward") or partial(type(layer).forward, layer)
         layer.forward = partial(checkpoint, forward, **options)  # type: ignore[method-assign]
@@ -185,7 +188,7 @@ def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "select
 
 def compile_layers(model: nn.Module) -> None:
     """Compile each decoder layer on its own: equal layers share code, and FSDP's hooks stay outside."""
-    for layer in decoder_layers(model):
+    for layer in _marked_layers(model, "compile"):
         layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
 
 
@@ -210,8 +213,15 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
         from torchao.float8 import convert_to_float8_training
     except ImportError as error:
         raise SoloError("float8: requires torchao; pip install 'solo-vlm[low-bit]'") from error
-    for layer in decoder_layers(model):
+    for layer in _marked_layers(model, "float8"):
         convert_to_float8_training(layer)
+
+
+def _marked_layers(model: nn.Module, setting: str) -> list[nn.Module]:
+    layers = decoder_layers(model)
+    if not layers:
+        raise SoloError(f"{setting}: transformers does not mark the layers of this model; unset it")
+    return layers
 
 
 def _load_checked(recipe: Recipe) -> tuple[PreTrainedModel, Any]:

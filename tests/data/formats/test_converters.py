@@ -133,7 +133,7 @@ def test_row_becomes_the_sample_that_its_author_meant(name, row, expected):
         ("questions", {"question": "Q", "answer": "C", "options": ["x", "y"]}, "no-answer"),
         ("questions", {"question": "Q", "answer": "x", "options": ["x", "x"]}, "no-answer"),
         ("questions", {"question": "Q", "answer": "x", "options": "x, y"}, "raw-schema"),
-        ("captions", {"image": "a.jpg", "caption": ["one", "two"]}, "text"),
+        ("captions", {"image": "a.jpg", "caption": ["one", "two"]}, "raw-schema"),
         ("captions", {"image": "a.jpg", "caption": "one", "text": "two"}, "raw-schema"),
         ("captions", {"image": None, "caption": "one"}, "image-missing"),
         ("captions", {"image": "a.jpg", "caption": "<image>"}, "text-empty"),

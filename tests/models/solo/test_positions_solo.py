@@ -303,6 +303,30 @@ def test_unknown_design_in_a_configuration_is_an_error(name):
         SoloConfig(**{name: "2D"})
 
 
+@pytest.mark.parametrize("base", [0, -5, 1.0, float("inf"), "100", True])
+def test_impossible_base_in_a_configuration_is_an_error(base):
+    with pytest.raises(ValueError, match=f"rope_base_2d = {base} must be a number above 1"):
+        SoloConfig(image_positions="2d", rope_base_2d=base)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"rope_base_2d": 100.0}, "no effect on 1-D positions"),
+        ({"vision_patch_size": 33, "patch_embedding": "conv"}, "vision_patch_size = 33 is odd"),
+        ({"vision_patch_size": 0}, "vision_patch_size = 0 is no positive"),
+        ({"vision_row_token_id": 32000}, "not four different tokens"),
+        ({"vision_end_token_id": -1}, "not four different tokens"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean=.* not three finite numbers"),
+        ({"image_std": [1.0] * 4}, "image_std=.* not three finite numbers"),
+    ],
+    ids=str,
+)
+def test_settings_of_images_that_cannot_be_are_errors(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        SoloConfig(**settings)
+
+
 def test_earlier_name_of_bidirectional_images_is_read():
     assert SoloConfig(bidirectional_images=True).image_attention == "bidirectional"
     assert SoloConfig(bidirectional_images=False).image_attention == "causal"

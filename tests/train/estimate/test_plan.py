@@ -260,6 +260,12 @@ def test_dry_run_prints_plan(run):
     assert "H100" in out and "until the data ends" in out
 
 
+def test_dry_run_has_as_many_processes_as_the_layout_needs(run):
+    code, out, _ = run("train", "smollm2-135m/stage1", "--dry-run", "parallel={tensor: 3, replicate: 2}")
+    assert code == 0
+    assert "processes   6: data parallel 2 (parameters on 2 x 1) x tensor parallel 3" in out
+
+
 def test_plan_that_does_not_fit_suggests_overrides(run):
     command = ("train", "solo-7b/stage1", "--dry-run", "--device", "rtx-4090", "--processes", "8")
     facts = json.loads(run(*command, "--json", "activation_checkpointing=none")[1])

@@ -166,6 +166,16 @@ def test_sharded_experts_match_single_process(tmp_path, start, family, changes):
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.distributed
+def test_unmarked_layers_are_sharded_as_one_unit(runs, tmp_path, start):
+    make_solo("gpt_neox_japanese", attention_dropout=0.0).save(tmp_path / "model")
+    for name, size in (("alone", 1), ("shared", 2)):
+        plain = run_settings(runs, tmp_path / name, model=str(tmp_path / "model"), steps=3)
+        assert start(size, run_recipe, plain).wait() == [0] * size
+    ours, theirs = ([line["loss"] for line in read_steps(tmp_path / name)] for name in ("shared", "alone"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 @pytest.mark.parametrize(("size", "tensor"), [(2, 1), (4, 1), (4, 2)])
 @pytest.mark.distributed
 def test_every_process_holds_its_shards_only(runs, tmp_path, start, size, tensor):

@@ -189,6 +189,8 @@ def captions(row: RawRow) -> SampleRow:
             if found
             else SampleError("raw-schema", "no field text")
         )
+    if wrong := next((name for name, value in texts.items() if not isinstance(value, str)), None):
+        raise SampleError("raw-schema", f"{wrong} is {type(texts[wrong]).__name__}, not text")
     first, *others = texts.values()
     if any(other != first for other in others):
         raise SampleError(

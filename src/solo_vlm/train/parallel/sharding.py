@@ -24,7 +24,7 @@ FSDP_UNIT_SIZE = 100_000_000
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder's layers in order."""
+    """Return the decoder's layers in order; none in CTRL and GPT-NeoX Japanese, which do not mark them."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
@@ -59,7 +59,8 @@ def shard_model(
         "mesh": mesh[REPLICATE, SHARD] if context.dims.replicate > 1 else mesh[SHARD],
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     }
-    count = layers_per_fsdp_unit(len(layers), sum(p.numel() for p in layers[0].parameters()), unit_size)
+    size = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    count = layers_per_fsdp_unit(len(layers), round(size / len(layers)), unit_size) if layers else 1
     for first in range(0, len(layers), count):
         unit = layers[first : first + count]
         fully_shard(unit, reshard_after_forward=recipe.parallel.reshard, **options)
