@@ -132,3 +132,18 @@ def test_communication_is_hidden_by_long_computation_but_for_its_ends():
     exposed = exposed_seconds(found, shape, dims, 1000.0, network)
     assert 0 < exposed < alone
     assert exposed_seconds(found, shape, dims, 0.0, network) == pytest.approx(alone)
+
+
+def test_reductions_once_per_step_only_hide_behind_the_last_backward_pass():
+    layout = {"replicate": 2, "defer_reduction": True}
+    plain = {"model": "m", "out": "o", "steps": 1, "data": {"sources": [{"path": "x"}]}, "parallel": layout}
+    shape, dims = ModelShape.of(make_solo().model.config), ParallelDims(8, 1, 16, replicate=2)
+    found, network = collectives(shape, Recipe.parse(plain), dims), Network.parse("nvlink", "H100")
+    weights, *reductions = (each.seconds(network) for each in found)
+    compute = (
+        weights + 16 * 3 / 2 * sum(reductions) / 2
+    )  # the last backward pass takes half of the reductions
+    exposed = exposed_seconds(found, shape, dims, compute, network)
+    assert exposed == pytest.approx(
+        sum(reductions) / 2 + exposed_seconds(found[:1], shape, dims, compute, network)
+    )

@@ -29,6 +29,7 @@ from solo_vlm.utils.errors import SoloError
 _EFFICIENCY = 0.8
 _FLOAT32 = 4  # bytes
 _GIGA = 1e9
+_BACKWARD = 2 / 3  # share of the backward pass in computation
 
 # Bytes per second and direction between two devices of a machine. Sources: NVIDIA's data sheets of A100 and
 # H100 (NVLink 600 and 900 GB/s, both directions together); PCI Express 4.0 and 5.0, x16.
@@ -97,6 +98,7 @@ class Collective:
         payload: Bytes of the whole tensors; of an all-to-all, of what one process has.
         stride: Distance between the ranks of the group.
         overlaps: Whether computation can go on meanwhile.
+        once: Whether it only runs in the backward pass of the step's last sequence.
     """
 
     purpose: str
@@ -105,6 +107,7 @@ class Collective:
     size: int
     stride: int
     overlaps: bool
+    once: bool = False
 
     @property
     def sent(self) -> float:
@@ -139,7 +142,15 @@ def collectives(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> list[C
             tp,
             overlaps=True,
         ),
-        Collective("gradients", "reduce-scatter", reductions * _FLOAT32 * trained, shards, tp, overlaps=True),
+        Collective(
+            "gradients",
+            "reduce-scatter",
+            reductions * _FLOAT32 * trained,
+            shards,
+            tp,
+            overlaps=True,
+            once=recipe.parallel.defer_reduction,
+        ),
         Collective(
             "copies of gradients",
             "all-reduce",
@@ -147,6 +158,7 @@ def collectives(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> list[C
             copies,
             tp * shards,
             overlaps=True,
+            once=True,
         ),
     ]
     passes = 2 + (recipe.activation_checkpointing == "full")
@@ -245,10 +257,18 @@ def exposed_seconds(
     """Return the seconds of communication that computation does not hide.
 
     Weights are gathered one FSDP unit ahead, and gradients reduced behind the next unit's backward pass. So
-    what exceeds computation is exposed, and the first gather and the last reduction of each sequence.
+    what exceeds computation is exposed, and the first gather and the last reduction of each sequence. What
+    runs once has only the last backward pass to hide behind.
     """
-    hidden = sum(collective.seconds(network) for collective in found if collective.overlaps)
     units = -(-shape.layers // layers_per_fsdp_unit(shape.layers, round(layer_weights(shape))))
-    ends = hidden / (units + 1)
-    alone = sum(collective.seconds(network) for collective in found if not collective.overlaps)
-    return alone + min(hidden, max(hidden - compute, ends))
+
+    def seconds(overlaps: bool, once: bool = False) -> float:
+        chosen = (each for each in found if (each.overlaps, each.once) == (overlaps, once))
+        return sum(collective.seconds(network) for collective in chosen)
+
+    def exposed(hidden: float, behind: float) -> float:
+        return min(hidden, max(hidden - behind, hidden / (units + 1)))
+
+    steady = seconds(overlaps=True)
+    last_backward = _BACKWARD * max(compute - steady, 0.0) / dims.gradient_accumulation_steps
+    return seconds(overlaps=False) + exposed(steady, compute) + exposed(seconds(True, True), last_backward)
