@@ -207,14 +207,19 @@ def _question_lines(plan: Plan) -> list[str]:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
+    from solo_vlm.train.estimate.memory import describe_modes
+
     parts = [f"  {name:<12}{_gib(size)}" for name, size in vars(plan.memory).items()]
     total = f"  {'total':<12}{_gib(plan.memory.total)} of {plan.device.memory / _GIB:g} GiB"
+    auto = plan.recipe.activation_checkpointing == "auto"
+    modes = [describe_modes(plan.layout, plan.recipe, plan.device.memory)] if auto else []
     host = [f"  {name:<12}{_gib(size)}" for name, size in vars(plan.host).items() if size]
     of_host = f"  {'total':<12}{_gib(plan.host.total)}"
     return [
         f"memory per {plan.device.name}",
         *parts,
         total,
+        *modes,
         "main memory of the first machine",
         *host,
         of_host,

@@ -20,7 +20,9 @@ from solo_vlm.models.flops import ModelShape, count_parameters, training_flops
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.quickstart.data.samples import pretraining_sample
+from solo_vlm.train.activation_checkpointing import prepare_layers
 from solo_vlm.train.estimate.data import estimate_data
+from solo_vlm.train.estimate.layout import Layout
 from solo_vlm.train.estimate.memory import (
     find_device,
     kept_activations,
@@ -29,7 +31,7 @@ from solo_vlm.train.estimate.memory import (
     trained_parameters,
 )
 from solo_vlm.train.estimate.plan import make_plan, planned_steps
-from solo_vlm.train.model import set_trainable, use_activation_checkpointing
+from solo_vlm.train.model import set_trainable
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.recipe import Recipe
@@ -57,6 +59,10 @@ def recipe(*overrides: str, **settings) -> Recipe:
     return Recipe.parse(plain).override([f"data.sequence_length={TOKENS}", *overrides])
 
 
+def plan_memory(config: SoloConfig, settings: Recipe, dims: ParallelDims = ALONE):
+    return memory_per_device(Layout.of(config, settings, dims), settings)
+
+
 def start(config: SoloConfig):
     """Return a model in FSDP's compute precision and a sequence of supervised patches."""
     model = SoloForConditionalGeneration(config).to(torch.bfloat16).train()
@@ -74,10 +80,10 @@ def test_weights_gradients_and_moments_are_exact():
     moments = [
         tensor for state in optimizer.state.values() for name, tensor in state.items() if name != "step"
     ]
-    memory = memory_per_device(ModelShape.of(CONFIG), recipe(), ALONE)
+    memory = plan_memory(CONFIG, recipe())
     assert memory.weights == memory.gradients == size(model.parameters())
     assert memory.optimizer == size(moments)
-    shared = memory_per_device(ModelShape.of(CONFIG), recipe(), ParallelDims(4, 1, 32))
+    shared = plan_memory(CONFIG, recipe(), ParallelDims(4, 1, 32))
     assert shared.weights + shared.gradients + shared.optimizer == 16 * count_parameters(CONFIG).total / 4
 
 
@@ -91,20 +97,19 @@ def test_optimizer_state_matches_optimizer(name, changes):
     set_trainable(model, settings)
     states = make_optimizer(model, settings.optimizer).state.values()
     expected = size(tensor for state in states for key, tensor in state.items() if key != "step")
-    assert memory_per_device(ModelShape.of(CONFIG), settings, ALONE).optimizer == expected
+    assert plan_memory(CONFIG, settings).optimizer == expected
 
 
 def test_tensor_parallelism_splits_layer_matrices_and_head():
-    shape = ModelShape.of(CONFIG)
     counts = count_parameters(CONFIG)
-    split = memory_per_device(shape, recipe("parallel.tensor=2"), ParallelDims(1, 2, 128))
+    split = plan_memory(CONFIG, recipe("parallel.tensor=2"), ParallelDims(1, 2, 128))
     assert split.weights == 4 * (counts.total - (counts.attention + counts.mlp + counts.head) // 2)
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_kept_activations_match_autograd_saved_tensors(mode):
     model, batch = start(CONFIG)
-    use_activation_checkpointing(model, mode)
+    prepare_layers(model, mode)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 
@@ -117,7 +122,8 @@ def test_kept_activations_match_autograd_saved_tensors(mode):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(**batch)
     expected = sum(storage.nbytes() for storage in saved.values()) + batch["pixel_values"].nbytes
-    kept = kept_activations(ModelShape.of(CONFIG), recipe(f"activation_checkpointing={mode}"), ALONE)
+    settings = recipe(f"activation_checkpointing={mode}")
+    kept = kept_activations(Layout.of(CONFIG, settings, ALONE), settings)
     assert kept == pytest.approx(expected, rel=0.05)
 
 
@@ -137,7 +143,7 @@ def test_activations_match_measured_peak_of_a_step(family, mode, vocabulary):
     text.sliding_window = 4096
     config = SoloConfig(text_config=text, image_token_id=60, vision_patch_size=4)
     model, batch = start(config)
-    use_activation_checkpointing(model, mode)
+    prepare_layers(model, mode)
     tracker = MemTracker()
     tracker.track_external(model)
     with tracker:
@@ -146,7 +152,7 @@ def test_activations_match_measured_peak_of_a_step(family, mode, vocabulary):
     held = {getattr(part, "value", part): size for part, size in parts.items()}
     peak = held["Total"] - held["Parameter"] - held["Gradient"] - held["Buffer"]
     settings = recipe(f"activation_checkpointing={mode}")
-    planned = memory_per_device(ModelShape.of(config), settings, ALONE).activations
+    planned = plan_memory(config, settings).activations
     assert planned == pytest.approx(peak + batch["pixel_values"].nbytes, rel=0.2)
 
 

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from solo_vlm.models.load import decoder_layers
 from solo_vlm.train.parallel.context import REPLICATE, SHARD, TP, DistributedContext
 from solo_vlm.train.parallel.tensor_parallel import split_layers
 from solo_vlm.train.parallel.vocabulary import split_head
@@ -22,11 +22,6 @@ from solo_vlm.train.recipe import Recipe
 
 FSDP_UNIT_SIZE = 100_000_000
 """Parameters gathered together where single layers are smaller."""
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder's layers in order."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def layers_per_fsdp_unit(num_layers: int, layer_size: int, unit_size: int = FSDP_UNIT_SIZE) -> int:
