@@ -2,55 +2,52 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tests.factories import make_llm
+from torch._dynamo.utils import counters
 
-from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.activation_checkpointing import LayerModes, prepare_layers
 
-LAYERS = 4
-MIXED = [
-    LayerModes(full=LAYERS),
-    LayerModes(selective=LAYERS),
-    LayerModes(full=1, selective=3),
-    LayerModes(selective=1, none=3),
-    LayerModes(full=2, selective=1, none=1),
-]
+MIXED = LayerModes(full=3, selective=2, none=1)
 
 
-def gradients(model):
-    """Return the loss and the gradients of a packed row of two documents."""
-    ids, positions = torch.arange(24)[None], torch.cat([torch.arange(10), torch.arange(14)])[None]
-    loss = model.train()(ids, position_ids=positions, labels=ids, use_cache=False).loss
+def gradients(modes=None, **options):
+    """Return the loss and the gradients of a model with six layers."""
+    model, ids = make_llm(num_hidden_layers=6)[0].train(), torch.arange(24)[None]
+    if modes:
+        prepare_layers(model, modes, **options)
+    loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
     return [loss, *(parameter.grad for parameter in model.parameters())]
 
 
-def model(modes=None, **options):
-    llm = make_llm(num_hidden_layers=LAYERS)[0]
-    isolate_documents(llm)
-    if modes:
-        prepare_layers(llm, modes, **options)
-    return llm
-
-
-@pytest.mark.parametrize("modes", MIXED, ids=str)
-def test_mixed_layers_compute_the_same_to_the_bit(modes):
-    for ours, plain in zip(gradients(model(modes)), gradients(model()), strict=True):
+@pytest.mark.parametrize("modes", ["full", "selective", MIXED, LayerModes(selective=2, none=4)], ids=str)
+def test_layers_compute_the_same_to_the_bit(modes):
+    for ours, plain in zip(gradients(modes), gradients(), strict=True):
         assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("is_split", [False, True])
-@pytest.mark.parametrize("modes", MIXED, ids=str)
-def test_activation_checkpointing_works_with_compiled_layers(modes, is_split):
+@pytest.mark.parametrize("modes", ["full", "selective", MIXED], ids=str)
+def test_activation_checkpointing_works_with_compiled_layers(modes):
     """Results selected outside compiled code would be overwritten by it (an error in torch 2.11)."""
-    compiled = model(modes, is_compiled=True, is_split=is_split)
-    torch.testing.assert_close(gradients(compiled), gradients(model()), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradients(modes, is_compiled=True), gradients(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("is_split", "graphs"), [(False, 3), (True, 2)])
+def test_layers_of_a_mode_share_compiled_code(is_split, graphs, monkeypatch):
+    """Split layers are compiled inside a full checkpoint, as if there were none."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    gradients(MIXED, is_compiled=True, is_split=is_split)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
 
 
 def test_modes_begin_with_the_layers_that_keep_least():
-    modes = LayerModes(full=2, selective=1, none=1)
-    assert modes.layers == ["full", "full", "selective", "none"]
-    assert modes.recomputed == 0.5
-    assert str(modes) == "full in 2 layers, selective in 1, none in 1"
+    assert MIXED.layers == ["full", "full", "full", "selective", "selective", "none"]
+    assert MIXED.recomputed == 0.5
+    assert str(MIXED) == "full in 3 layers, selective in 2, none in 1"

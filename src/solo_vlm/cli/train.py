@@ -240,6 +240,11 @@ def _network_lines(plan: Plan) -> list[str]:
         )
     if plan.speeds:
         worst, best = plan.speeds
+        parts = [
+            f"{part} {flops / 1e15:,.0f} PFLOPs ({again / 1e15:,.0f} recomputed)"
+            for part, (flops, again) in plan.computed_flops.items()
+        ]
+        lines.append(f"computed    {', '.join(parts)} per step")
         lines.append(
             f"expected    {worst.mfu:.0%} to {best.mfu:.0%} MFU: {_duration(best.compute)} to "
             f"{_duration(worst.compute)} of computation, and {_duration(worst.exposed)} of communication "

@@ -239,8 +239,8 @@ class Flops:
         """
         return 2 * (self.layers + self.head + self.patches) + 3 * self.attention
 
-    def hardware_parts(self, recomputed: float = 0.0, frozen: bool = False) -> dict[str, float]:
-        """Return the FLOPs of a training step by the part of the model that computes them.
+    def recomputed_parts(self, recomputed: float = 0.0) -> dict[str, float]:
+        """Return the FLOPs that a training step computes again, by part of the model.
 
         The chunked loss always computes the logits twice. With "selective" activation checkpointing, results
         of matrix products and attention are kept, so nothing counted here is recomputed. With "full"
@@ -249,17 +249,29 @@ class Flops:
 
         Args:
             recomputed: Share of the layers with full activation checkpointing.
+        """
+        return {
+            "layers": recomputed * (self.layers - self.last),
+            "attention": recomputed * self.attention,
+            "head and loss": self.head,
+        }
+
+    def hardware_parts(self, recomputed: float = 0.0, frozen: bool = False) -> dict[str, float]:
+        """Return the FLOPs of a training step by part of the model, including recomputation.
+
+        Args:
+            recomputed: See `recomputed_parts`.
             frozen: Whether the decoder's weights get no gradient (see `training_frozen`).
         """
-        passes = 2 if frozen else 3
+        passes, again = 2 if frozen else 3, self.recomputed_parts(recomputed)
         return {
-            "layers": passes * self.layers + 2 * self.patches + recomputed * (self.layers - self.last),
-            "attention": (3 + recomputed) * self.attention,
-            "head and loss": (passes + 1) * self.head,
+            "layers": passes * self.layers + 2 * self.patches + again["layers"],
+            "attention": 3 * self.attention + again["attention"],
+            "head and loss": passes * self.head + again["head and loss"],
         }
 
     def hardware(self, recomputed: float = 0.0) -> float:
-        """Return the FLOPs of `training`, plus recomputation (see `hardware_parts`)."""
+        """Return the FLOPs of `training`, plus recomputation (see `recomputed_parts`)."""
         return sum(self.hardware_parts(recomputed).values())
 
 

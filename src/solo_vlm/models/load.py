@@ -45,6 +45,14 @@ HEAD = "lm_head"
 Quantization = Literal["int8", "nf4"]
 
 
+def model_without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the LLM of a SOLO model's or an LLM's configuration on the meta device."""
+    # Initialization must not advance the random state of a run.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True))
+    return model
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder's layers in order; none if they are not a list of modules.
 

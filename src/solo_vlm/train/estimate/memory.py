@@ -18,6 +18,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from solo_vlm.models.flops import ModelShape
+from solo_vlm.models.load import model_without_weights
+from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.solo.modeling_solo import CHUNK_SIZE
 from solo_vlm.train.activation_checkpointing import MODES, LayerModes, Mode
 from solo_vlm.train.estimate.layout import Layout, layer_weights, outside_weights
@@ -200,13 +202,29 @@ def plan_layout(
         shape: The whole model, if it is counted already.
 
     Raises:
-        SoloError: See `ModelShape.of`.
+        SoloError: See `ModelShape.of`; or what the model's layers keep is not known.
     """
-    layout = Layout.of(config, recipe, dims, shape)
     if recipe.activation_checkpointing != "auto":
-        return layout
-    modes = LayerModes(none=layout.shape.layers) if memory is None else _fit_modes(layout, recipe, memory)
-    return replace(layout, modes=modes)
+        return Layout.of(config, recipe, dims, shape)
+    try:
+        layout = Layout.of(config, recipe, dims, shape)
+        if memory is None:
+            return replace(layout, modes=LayerModes(none=layout.shape.layers))
+        _require_known_activations(config, layout.shape)
+    except SoloError as error:
+        raise SoloError(
+            f"activation_checkpointing = auto: {error}; set it to full, selective or none"
+        ) from error
+    return replace(layout, modes=_fit_modes(layout, recipe, memory))
+
+
+def _require_known_activations(config: PreTrainedConfig, shape: ModelShape) -> None:
+    """Raise SoloError if layers keep what is not counted here."""
+    if shape.active_parameters < shape.parameters.total:
+        raise SoloError("what experts keep depends on the tokens that are routed to them")
+    for name, treatment in isolate_documents(model_without_weights(config)).items():
+        if treatment != "packed attention":
+            raise SoloError(f"what {name} keeps for the backward pass is not counted")
 
 
 def _fit_modes(layout: Layout, recipe: Recipe, memory: int) -> LayerModes:

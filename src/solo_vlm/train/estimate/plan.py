@@ -115,6 +115,17 @@ class Plan:
         return forward_flops(shape, lengths, batch * vision, predicted=batch * (length - vision))
 
     @property
+    def computed_flops(self) -> dict[str, tuple[float, float]]:
+        """FLOPs of a step by part, and how many of them are recomputed, over all processes.
+
+        What tensor parallelism does not split counts once per process that computes it.
+        """
+        forward, tp = self._forward_flops(self.layout.own), self.dims.tp
+        again = forward.recomputed_parts(self.layout.modes.recomputed)
+        parts = forward.hardware_parts(self.layout.modes.recomputed, self.recipe.is_decoder_frozen)
+        return {part: (tp * flops, tp * again[part]) for part, flops in parts.items()}
+
+    @property
     def collectives(self) -> list[Collective]:
         """Collectives of a step."""
         return collectives(self.layout, self.recipe)
@@ -225,6 +236,7 @@ class Plan:
             "ways_to_fit": {} if self.fits else self.ways_to_fit(),
             "mfu": self.mfu,
             "flops_per_step": self.flops_per_step,
+            "computed_flops": {part: {"all": a, "again": b} for part, (a, b) in self.computed_flops.items()},
             "seconds_per_step": self.seconds_per_step,
             "seconds": self.seconds,
             "host_memory": {"total": self.host.total, **asdict(self.host)},

@@ -20,9 +20,10 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from solo_vlm.models.load import model_without_weights
 from solo_vlm.utils.errors import SoloError
 
 Split = Callable[[nn.Module, nn.Module, DeviceMesh], Any]
@@ -81,14 +82,14 @@ def tensor_parallel_obstacle(config: PreTrainedConfig, size: int = 2) -> str | N
     Args:
         config: Configuration of a SOLO model or a plain LLM; no weights are needed.
     """
-    return _find_obstacle(_without_weights(config), size)
+    return _find_obstacle(model_without_weights(config), size)
 
 
 def check_tensor_parallel(config: PreTrainedConfig, size: int) -> None:
     """Raise SoloError if the decoder layers of a model cannot be split over `size` processes."""
     if size == 1:
         return
-    model = _without_weights(config)
+    model = model_without_weights(config)
     if obstacle := _find_obstacle(model, size):
         smaller = [n for n in range(2, size) if size % n == 0 and not _find_obstacle(model, n)]
         raise SoloError(
@@ -170,12 +171,6 @@ def _narrow(module: nn.Module, name: str, dimension: int, size: int) -> None:
     parameter = module.get_parameter(name)
     part = parameter.detach().chunk(size, max(dimension, -parameter.ndim))[0]
     module.register_parameter(name, nn.Parameter(part, requires_grad=parameter.requires_grad))
-
-
-def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True))
-    return model
 
 
 def _plan(model: PreTrainedModel) -> dict[str, str]:
