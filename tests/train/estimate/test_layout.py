@@ -1,4 +1,4 @@
-"""What processes hold of a split model, against the models that tensor parallelism makes."""
+"""Shares of processes in a split model, against the models that tensor parallelism makes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each process of a run holds of the model: its share of every layer, and how activations are kept."""
+"""Share of the model that each process of a run holds, and the activation checkpointing of its layers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ class Layout:
 
     Attributes:
         shape: Whole model.
-        own: What one process of a tensor-parallel group holds and computes of it, before FSDP shards that. In
-            some families attention or state-space layers are whole in every process, or only their weights
-            are split.
+        own: Share of one process of a tensor-parallel group, before FSDP shards it. In some families
+            attention or state-space layers are whole in every process, or only their weights are split.
         dims: Parallel dimensions.
         modes: Activation checkpointing of the layers.
     """
