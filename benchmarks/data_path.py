@@ -279,8 +279,9 @@ def packers(path: Path, length: int) -> dict[str, float]:
     packs = iter(stream)
     state = [next(packs).state for _ in range(16)][-1]
     held = [item for group in stream._groups for part in group.parts() for item in part]
-    compressed = sum(nbytes(item.draft) for item in held)
-    decoded = sum(nbytes(item.draft.decode()) for item in held)
+    drafts = [item.content.draft for item in held]
+    compressed = sum(map(nbytes, drafts))
+    decoded = sum(nbytes(draft.decode()) for draft in drafts)
     calls.clear()
     again = make_stream()
     again.load_state_dict(state)
@@ -293,7 +294,7 @@ def packers(path: Path, length: int) -> dict[str, float]:
         "decoded_megabytes": decoded / 1e6,
         "decoded_over_compressed": decoded / compressed,
         "state_bytes": len(json.dumps(state)),
-        "state_bytes_per_document": len(state["documents"]) / len(held),
+        "state_bytes_per_document": len(json.dumps(state)) / len(held),
         "encoded_on_resume": on_resume,
     }
 

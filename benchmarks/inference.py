@@ -1,6 +1,6 @@
 """Inference speed: repeated questions about one image, and comparisons with LLaVA and the memory bandwidth.
 
-    python benchmarks/inference.py [--parts compute prefix speed] [--json] [--out FILE]
+    python benchmarks/inference.py [--parts compute prefix compiled speed] [--json] [--out FILE]
 
 Models have random weights. The decoder has the shape of SmolLM2-135M on a CPU (float32), and that of the
 paper's 7B model on a GPU (bfloat16).
@@ -9,6 +9,8 @@ paper's 7B model on a GPU (bfloat16).
   model, with and without a prefix cache, alternately. `prefix_speedup` is the ratio of their times for short
   answers (8 tokens), including reading the image; results for longer answers are listed, too.
   `prefix_same_answers` is true if all answers agree.
+- compiled: the same questions with and without `--compile` (on a GPU, CUDA graphs), and the longest answers.
+  `compile_speedup` is the ratio of times after a first round, in which the decoding step is compiled.
 - compute: FLOPs until the first token, counted, not timed. `flops_over_llava` is LLaVA's divided by SOLO's.
 - speed: seconds to the first token, and tokens per second after it, for square images of several sizes and
   batches of several chats, alternating with transformers' LLaVA with CLIP-L/336 and an equal decoder.
@@ -30,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answering import compute, prefix, speed
+from answering import compiled, compute, prefix, speed
 from answering.models import Setting
 from environment import environment
 from training.machine import this_device
@@ -41,6 +43,7 @@ from solo_vlm.utils.files import write_text
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "compute": compute.measure,
     "prefix": prefix.measure,
+    "compiled": compiled.measure,
     "speed": speed.measure,
 }
 

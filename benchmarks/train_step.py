@@ -1,6 +1,6 @@
 """Speed and memory of a training step, compared with padded batches, full logits and LLaVA.
 
-    python benchmarks/train_step.py [--parts steps loss 7b] [--json] [--out FILE] [--plot FILE]
+    python benchmarks/train_step.py [--parts steps loss 7b qlora] [--json] [--out FILE] [--plot FILE]
 
 Samples are captioned photographs. A model of SmolLM2-135M's shape with random weights (bfloat16 over float32
 weights) runs whole steps, forward, backward and optimizer, on the same samples each time:
@@ -15,7 +15,8 @@ that of a new process that runs one step. Tokens are those of documents, without
 have other tokens, is compared by samples. Reading images is not part of a step.
 
 Parts: "steps", the above; "loss", the memory of the loss alone; and, on a CUDA GPU, "7b": as many layers of
-the paper's 7B model as fit, on packed sequences of 32,768 tokens. With `--out`, each part is written when it
+the paper's 7B model as fit, on packed sequences of 32,768 tokens; "qlora": all layers of that model in 4
+bits, by `recipes/presets/lora.yaml`, within 24 GB (`--memory-gb`). With `--out`, each part is written when it
 is done, and merged with the results of earlier calls, so that parts can be measured in separate calls;
 `--parts` without a name measures nothing and only plots and prints. `mfu` is that of the fastest 7B
 configuration, else of "packed".
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 from environment import environment
-from training import loss_memory, seven_b, steps
+from training import loss_memory, qlora, seven_b, steps
 from training.machine import this_device
 from training.plot import draw
 from training.workload import Workload
@@ -41,6 +42,7 @@ from transformers.utils import logging
 from solo_vlm.utils.files import write_text
 
 Results = dict[str, Any]
+PARTS = ("steps", "loss", "7b", "qlora")
 
 
 def measure(arguments: argparse.Namespace, earlier: Results) -> Iterator[Results]:
@@ -58,6 +60,9 @@ def measure(arguments: argparse.Namespace, earlier: Results) -> Iterator[Results
             if time.monotonic() - started < 60 * arguments.minutes:
                 measured[name] = seven_b.measure(workload, name, arguments.warmup, arguments.rounds)
                 yield {"seven_b": measured}
+    if "qlora" in arguments.parts:
+        metrics = qlora.measure(workload, arguments.memory_gb, arguments.warmup, arguments.rounds)
+        yield {"qlora": {"nf4": metrics}}
 
 
 def with_mfu(results: Results) -> Results:
@@ -94,7 +99,7 @@ def parse() -> argparse.Namespace:
     on_gpu = this_device().type != "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--parts", nargs="*", choices=("steps", "loss", "7b"), help="default: all that the machine supports")
+    add("--parts", nargs="*", choices=PARTS, help="default: all that the machine supports")
     add("--samples", type=int, default=112 if on_gpu else 8, help="samples per step (112 on a GPU, else 8)")
     add("--rounds", type=int, default=10 if on_gpu else 5, help="measured rounds (10 on a GPU, else 5)")
     add("--warmup", type=int, default=3 if on_gpu else 1, help="warm-up rounds (3 on a GPU, else 1)")
@@ -113,15 +118,16 @@ def parse() -> argparse.Namespace:
         default=8,
         help="minutes after which part 7b starts no configuration (8)",
     )
+    add("--memory-gb", type=float, default=24, help="memory that part qlora may use (24)")
     add("--tiny", action="store_true", help="tiny models and few samples, to test the benchmark itself")
     add("--json", action="store_true", help="print one JSON object")
     add("--out", type=Path, metavar="FILE", help="JSON file, extended part by part")
     add("--plot", type=Path, metavar="FILE", help="plot, as .svg or .png")
     arguments = parser.parse_args()
     if arguments.parts is None:
-        arguments.parts = ["steps", "loss", *(["7b"] if on_gpu or arguments.tiny else [])]
-    elif "7b" in arguments.parts and not (on_gpu or arguments.tiny):
-        parser.error("part 7b needs a CUDA GPU")
+        arguments.parts = PARTS if on_gpu else PARTS[: 3 if arguments.tiny else 2]
+    elif {"7b", "qlora"} & set(arguments.parts) and not (on_gpu or arguments.tiny):
+        parser.error("parts 7b and qlora need a CUDA GPU")
     if arguments.configurations is None:
         arguments.configurations = ["full"] if arguments.tiny else seven_b.CONFIGURATIONS
     if arguments.tiny:

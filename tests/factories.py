@@ -73,6 +73,13 @@ def make_llm(family: str = "llama", seed: int = 0, **settings: Any):
     return AutoModelForCausalLM.from_config(config).eval(), tokenizer
 
 
+def without_layers():
+    """Make an LLM whose layers are in no list."""
+    model = tiny_llm("ctrl")
+    model.transformer.h = torch.nn.ModuleList()
+    return model
+
+
 def make_solo(family: str = "llama", seed: int = 0, **settings: Any) -> SoloModelAndProcessor:
     llm, tokenizer = make_llm(family, seed, **settings)
     solo = compose(llm, tokenizer, seed=seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,11 @@ QUESTIONS = [
 def measure(setting: Setting) -> dict[str, Any]:
     """Return the speedup of answering all questions, by the length of the answers."""
     solo = setting.solo()
-    by_length = {str(tokens): _take_turns(setting, solo, tokens) for tokens in setting.answers}
+
+    def cached() -> GenerationPipeline:
+        return GenerationPipeline(solo.model, solo.processor, PrefixCache())
+
+    by_length = {str(tokens): take_turns(setting, solo, cached, tokens) for tokens in setting.answers}
     first = by_length[str(setting.answers[0])]
     return {
         "prefix_speedup": first["speedup"],
@@ -50,12 +55,20 @@ def measure(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _take_turns(setting: Setting, solo: GenerationPipeline, tokens: int) -> dict[str, Any]:
-    """Return the timings for one length of answers; both variants alternate at each question."""
+def take_turns(
+    setting: Setting, solo: GenerationPipeline, other: Callable[[], GenerationPipeline], tokens: int
+) -> dict[str, Any]:
+    """Return the timings for one length of answers; both variants alternate at each question.
+
+    Args:
+        solo: Pipeline without the feature.
+        other: Function that makes the pipeline with the feature, called once per round.
+        tokens: Length of the answers.
+    """
     image = photograph(*[max(setting.sizes)] * 2)
     rounds, same = [], True
     for turn in range(1 + setting.rounds):  # the first is a warm-up
-        pipelines = {"without": solo, "with": GenerationPipeline(solo.model, solo.processor, PrefixCache())}
+        pipelines = {"without": solo, "with": other()}
         taken = dict.fromkeys(pipelines, 0.0)
         answers: dict[str, list[str]] = {name: [] for name in pipelines}
         # A GPU loads kernels for every new length of a prompt.

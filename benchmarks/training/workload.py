@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -86,6 +86,20 @@ class Workload:
             documents.append(following)
             room -= len(following)
 
+    def chats(self) -> Iterator[dict[str, Any]]:
+        """Yield rows of training data: a question about a photograph, and its caption as the answer."""
+        rng = np.random.default_rng(self.seed)
+        for size in self.sizes(rng, self.samples):
+            answer = [{"type": "text", "text": caption(self.words(rng))}]
+            question = [{"type": "image"}, {"type": "text", "text": "two people and their dog by the river"}]
+            yield {
+                "messages": [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ],
+                "images": [{"bytes": as_jpeg(photograph(*size))}],
+            }
+
     def sizes(self, rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
         """Return (width, height) with aspect ratios of 3:4 and 4:3."""
         longs = self.median * np.exp(self.spread * rng.standard_normal(count))
@@ -143,16 +157,22 @@ def photograph(width: int, height: int) -> Image.Image:
 
 def document(image: Image.Image | None, words: int) -> Document:
     """Return an image with a text of `words` tokens, encoded as in training."""
-    text = " ".join(islice(cycle(TEXT.split()), words))  # the tokenizer has one token for each word
-    parts = [{"type": "text", "text": text}]
+    parts = [{"type": "text", "text": caption(words)}]
     if image is None:
         return Encoder(_small().processor)(Sample([{"role": "assistant", "content": parts}], []))
+    content = [{"type": "image"}, *parts]
+    return Encoder(_small().processor)(Sample([{"role": "assistant", "content": content}], [as_jpeg(image)]))
+
+
+def caption(words: int) -> str:
+    """Return a text of as many words, each of which is one token."""
+    return " ".join(islice(cycle(TEXT.split()), words))
+
+
+def as_jpeg(image: Image.Image) -> bytes:
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=95)
-    content = [{"type": "image"}, *parts]
-    return Encoder(_small().processor)(
-        Sample([{"role": "assistant", "content": content}], [buffer.getvalue()])
-    )
+    return buffer.getvalue()
 
 
 def supervised_share(documents: Sequence[Document]) -> float:

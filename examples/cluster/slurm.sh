@@ -21,7 +21,8 @@ run=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # --tee and --log-dir: output of every process in logs/RUN, and of all together in solo-JOB.log.
-srun torchrun \
+# srun does not take --cpus-per-task from sbatch, so all processes of a machine would share one core.
+srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv-id "$run" --rdzv-backend c10d --rdzv-endpoint "$head:${PORT:-29500}" \
     --max-restarts 3 --shutdown-timeout 540 --log-dir "logs/$run" --tee 3 \
@@ -30,11 +31,11 @@ job=$!
 
 stopped=
 trap 'stopped=1; kill -TERM $job' TERM
+while kill -0 $job 2>/dev/null; do # a trapped signal ends wait early
+    wait $job || true
+done
 status=0
 wait $job || status=$?
-while kill -0 $job 2>/dev/null; do # a trapped signal ends wait early
-    wait $job || status=$?
-done
 
 if [ -n "$stopped" ] && [ $status -ne 0 ]; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -14,6 +14,7 @@ from tests.factories import ROOT
     [
         ("ablations-cpu", "ablations"),
         ("design-cpu", "designs"),
+        ("cifar10-design-cpu", "designs"),
     ],
 )
 def test_documented_tables_are_those_of_the_results(results, page):

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from answering import prefix, speed
+from answering import compiled, prefix, speed
 from answering.models import Setting
 from tests.factories import ROOT
 
@@ -28,6 +28,12 @@ def test_answers_with_and_without_prefix_cache_agree(setting):
     assert results["prefix"]["questions"] == 10
     (one,) = results["prefix"]["by_answer_tokens"].values()
     assert results["prefix_speedup"] == pytest.approx(one["seconds_without"] / one["seconds_with"])
+
+
+def test_compiled_answers_agree(setting):
+    results = compiled.measure(setting)
+    assert results["compiled"]["same_answers"]
+    assert results["compile_speedup"] > 0
 
 
 def test_solo_and_llava_get_the_same_question(setting):
@@ -56,6 +62,10 @@ def test_script_prints_its_results(tmp_path):
     command = [sys.executable, SCRIPT, "--tiny", "--json", *options]
     results = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert results == json.loads(out.read_text())
-    for value in (results["prefix_speedup"], *results["ttft_over_llava"].values()):
+    for value in (
+        results["prefix_speedup"],
+        results["compile_speedup"],
+        *results["ttft_over_llava"].values(),
+    ):
         assert math.isfinite(value) and value > 0
     assert results["decode_over_llava"].keys() == {"64", "128"}

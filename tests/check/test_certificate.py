@@ -29,6 +29,7 @@ from solo_vlm.data.encode import Encoder
 from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.packed.attention import packed_attention
 from solo_vlm.models.packed.isolation import isolate_documents
+from solo_vlm.models.packed.recurrence import PackedRow
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.models.solo.modeling_solo import PACKED_ATTENTION
 from solo_vlm.utils.errors import SoloError
@@ -336,6 +337,7 @@ def test_new_model_is_checked_with_its_design_of_images(monkeypatch):
         return packed_attention(*args, **kwargs)
 
     plant_in_training(monkeypatch, causal)
+    monkeypatch.setattr(PackedRow, "images", None)
     for attention, status in (("causal", "holds"), ("bidirectional", "fails")):
         solo = compose(*make_llm("gemma2"), design=ImageDesign(attention))
         assert certify_init(solo.model, solo.processor, "llm").findings["packing"].status == status

@@ -228,7 +228,7 @@ def test_incompatible_states_are_rejected(run):
     merged = PackedLoader.merge([one.state_dict(), other.state_dict()])
     assert merged["slots"] == 2
     merged["data"].pop("order")  # as in states from before order versions
-    with pytest.raises(SoloError, match="a version of solo-vlm that reads data in another order"):
+    with pytest.raises(SoloError, match="has the position in the data of another version of solo-vlm"):
         run.loader(0, 4).load_state_dict(merged)
 
 

@@ -2,10 +2,68 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solo_vlm.data.row_order import deal
+from solo_vlm.data.row_order import RowOrder, deal
+
+
+@dataclass
+class Counted:
+    """Source of which only the number of rows of each shard matters."""
+
+    rows: list[int]
+    reads: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, shard: int) -> range:
+        self.reads.append(shard)
+        return range(self.rows[shard])
+
+    def memory(self, shard: int) -> int:
+        return 1
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    st.integers(1, 3),
+    st.integers(2, 20),
+    st.integers(0, 120),
+    st.integers(0, 120),
+)
+def test_draws_can_be_undone_without_reading(rows, streams, memory, before, since):
+    """Rows of several epochs, from shards that are open, ended or empty."""
+    source = Counted(rows)
+
+    def order() -> RowOrder:
+        return RowOrder(source, deal(len(rows), streams - 1, streams)[0], "seed", streams - 1, 9, memory)
+
+    whole, drawn = order(), {}
+    while not whole.exhausted and whole.drawn < before + since:
+        draw, epoch = whole.drawn, whole.epoch
+        drawn[draw] = (epoch, *whole.next_key())
+    oldest = min(before, whole.drawn)
+    state = whole.state(oldest)
+    resumed = order()
+    source.reads.clear()
+    resumed.load_state(*state)
+    assert resumed.state(oldest) == state
+    places = resumed.places(oldest)
+    shards = {draw: resumed.shard_of(place) for draw, place in places.items()}
+    assert not source.reads
+    found = {
+        draw: (place.epoch, shards[draw], resumed.row_of(place, rows[shards[draw]]))
+        for draw, place in places.items()
+    }
+    assert found == {draw: key for draw, key in drawn.items() if draw >= oldest}
+    while not whole.exhausted:
+        assert not resumed.exhausted
+        assert resumed.next_key() == whole.next_key()
+    assert resumed.exhausted
 
 
 @given(st.integers(1, 300), st.integers(1, 70), st.integers(0, 69))

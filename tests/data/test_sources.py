@@ -79,7 +79,7 @@ def test_webdataset_captions_and_chats(tmp_path, picture):
                          {"role": "assistant", "content": "noise"}]}  # fmt: skip
     members = {
         "a/0.jpg": png(picture()),
-        "a/0.txt": b"a caption",
+        "./a/0.txt": b"a caption",
         "a/1.png": png(picture()),
         "a/1.json": b'{"caption": "from json"}',
         "b/0.json": json.dumps(chat).encode(),
@@ -314,7 +314,7 @@ def test_unreadable_source_is_reported(tmp_path, name, content, message):
 def test_mixed_formats_in_a_folder_are_rejected(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet_bytes())
     (tmp_path / "b.jsonl").write_bytes(LINES)
-    with pytest.raises(SoloError, match="one of the formats"):
+    with pytest.raises(SoloError, match=r"several formats, \.jsonl, \.parquet: .* such as \*\.jsonl$"):
         open_source(tmp_path)
 
 
@@ -473,7 +473,9 @@ def test_folder_named_like_a_data_file_is_rejected(tmp_path):
 
 
 def test_data_files_in_subfolders_are_reported(tmp_path):
-    for folder in (tmp_path, tmp_path / "more", tmp_path / ".hidden"):
+    elsewhere = tmp_path.with_name("elsewhere")
+    elsewhere.mkdir()
+    for folder in (tmp_path, elsewhere, tmp_path / "more", tmp_path / ".hidden"):
         folder.mkdir(exist_ok=True)
         pq.write_table(pa.table({"id": [folder.name]}), folder / "a.parquet")
     (tmp_path / "images").mkdir()
@@ -481,8 +483,14 @@ def test_data_files_in_subfolders_are_reported(tmp_path):
     with pytest.raises(SoloError, match=r"more, a folder in .*, has data files, too: .*\*\*/\*"):
         open_source(tmp_path)
     assert len(open_source(tmp_path / "**" / "*.parquet")) == 2
+    (tmp_path / "more" / "a.parquet").rename(tmp_path / "more" / "a.tar")
+    with pytest.raises(SoloError, match=r"more, a folder in .*, has data files, too: .*/\*\*/\*\.tar,"):
+        open_source(tmp_path)
     (tmp_path / "more").rename(tmp_path / ".more")
     assert len(open_source(tmp_path)) == 1
+    (tmp_path / "linked").symlink_to(elsewhere)
+    with pytest.raises(SoloError, match=r"linked, a folder in .*, has data files, too"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_folder_of_images_has_captions_of_text_files_and_classes(tmp_path, pictu
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         picture().save(tmp_path / name)
     (tmp_path / "a/golden_retriever/2.txt").write_bytes(b"\xef\xbb\xbfA dog in the snow.\r\n")
-    (tmp_path / "b.txt").write_text("A bee.")
+    (tmp_path / "b.TXT").write_text("A bee.")
     (tmp_path / "notes.txt").write_text("no caption")
     source = open_source(tmp_path, format="auto")
     rows = source.read(0)
@@ -203,6 +203,23 @@ def test_folder_of_images_has_captions_of_text_files_and_classes(tmp_path, pictu
     assert dogs.fingerprint() != source.fingerprint()
     with pytest.raises(SoloError, match="is not an expression"):
         open_source(tmp_path, filter="label > ", format="imagefolder")
+
+
+def test_folder_of_images_that_would_lose_some_or_their_captions_is_refused(tmp_path, picture):
+    (tmp_path / "photos" / "dog" / "old").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for folder in ("photos/dog", "photos/dog/old", "elsewhere"):
+        picture().save(tmp_path / folder / "1.png")
+    (tmp_path / "photos" / "cat").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SoloError, match=r"photos/cat is a link to a folder, whose images would be missed"):
+        open_source(tmp_path / "photos", format="auto")
+    (tmp_path / "photos" / "cat").unlink()
+    captions = tmp_path / "photos" / "dog" / "old" / "metadata.jsonl"
+    captions.write_text(json.dumps({"file_name": "1.png", "text": "An old dog."}))
+    with pytest.raises(SoloError, match=r"captions in dog/old/metadata.jsonl would be missed: set path to "):
+        open_source(tmp_path / "photos", format="imagefolder")
+    source = open_source(tmp_path / "photos" / "**" / "metadata.jsonl", format="captions")
+    assert read(source) == [f"a:<{captions.with_name('1.png')}>An old dog."]
 
 
 @pytest.mark.parametrize("file", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])

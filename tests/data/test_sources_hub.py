@@ -19,6 +19,8 @@ from tests.data.formats.test_converters import shown
 from tests.data.hub_server import TOKEN, HubServer, Repo, texts
 from tests.factories import png, tar_bytes
 
+from solo_vlm.data.encode import load_encoder
+from solo_vlm.data.mixture import Mixture, make_loader
 from solo_vlm.data.sources import is_same_data, open_source
 from solo_vlm.data.sources.hub import HubPath
 from solo_vlm.utils.errors import SoloError
@@ -231,6 +233,21 @@ def test_lost_access_stops_without_retries(hub):
     with pytest.raises(OSError, match="401"):
         source.read(0)
     assert len(hub.requests) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("fault", "message"), [("gated", "401 Client Error"), ("down", "503 Service")])
+def test_hub_that_fails_for_good_stops_training_in_one_line(
+    hub, monkeypatch, solo_folder, workers, fault, message
+):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    data = {"sources": [{"path": "hf://datasets/owner/pets:dogs"}], "streams": 2, "workers": workers}
+    mixture = Mixture.parse({"model": str(solo_folder), "data": {**data, "sequence_length": 64}})
+    loader = make_loader(mixture, load_encoder(solo_folder).processor, mixture.open_sources())
+    hub.repos["owner/pets"].gated = fault == "gated"
+    hub.faults.extend([503] * 1000)
+    with pytest.raises(SoloError, match=rf"^cannot read the data: .*{message}.*; run .* again to resume$"):
+        loader.take(1)
 
 
 def test_threads_read_at_the_same_time(hub):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.factories import tar_bytes
+from tests.s3_server import s3_server
 
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.data.sources import open_source
@@ -44,47 +45,12 @@ def texts(source) -> list[str]:
     return [sample.messages[0]["content"][-1]["text"] for sample in samples]
 
 
-class S3:
-    """Restartable S3 server with a bucket of FILES."""
-
-    def __init__(self) -> None:
-        self._port = 0
-        self.start()
-        self._port = self._server.get_host_and_port()[1]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
-
-    def start(self) -> None:
-        from moto.server import ThreadedMotoServer
-
-        self._server = ThreadedMotoServer("127.0.0.1", self._port, verbose=False)
-        self._server.start()
-
-    def stop(self) -> None:
-        self._server.stop()
-
-
 @pytest.fixture(scope="module")
 def s3():
-    pytest.importorskip("moto.server")
-    s3fs = pytest.importorskip("s3fs")
-    server = S3()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", server.url)
-        patch.setenv("AWS_ACCESS_KEY_ID", "any")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "any")
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")
-        patch.setattr(s3fs.S3FileSystem, "retries", 1)  # only the project's own retries count here
-        s3fs.S3FileSystem.clear_instance_cache()
-        system = fsspec.filesystem("s3")
-        system.mkdir("bucket")
+    with s3_server() as server:
         for name, data in FILES.items():
-            system.pipe(f"s3://bucket/data/{name}", data)
+            fsspec.filesystem("s3").pipe(f"s3://bucket/data/{name}", data)
         yield server
-        server.stop()
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture

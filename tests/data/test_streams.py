@@ -262,8 +262,7 @@ def test_state_is_small(folder):
     items = [MixtureItem(open_source(folder / f"{name}.parquet")) for name in ROWS]
     stream = VirtualStream(0, 1, items, encode, 2560, 3, buffer_size=128)
     for pack in islice(stream, 5):
-        assert sum(pack.state["held"]) > 128
-        assert len(json.dumps(pack.state)) < 2000
+        assert len(json.dumps(pack.state)) < 1000
 
 
 def test_unusable_samples_are_skipped_and_counted(tmp_path):

@@ -27,6 +27,7 @@ class Rows:
 
     name: str
     shards: tuple[tuple[tuple[int, str], ...], ...]
+    size: int = 2**24
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -38,7 +39,7 @@ class Rows:
         ]
 
     def memory(self, shard: int) -> int:
-        return 2**24 * (1 + shard % 3)
+        return self.size * (1 + shard % 3)
 
     def where(self, shard: int, row: int) -> str:
         return f"{self.name}/{shard}/{row}"
@@ -120,6 +121,54 @@ def test_every_row_is_read_once_per_epoch_and_resume_is_exact(
     assert not keys
     assert lost["skipped"] == fates["header"] + fates["pixels"]
     assert lost["samples"] == fates.total()
+
+
+@pytest.mark.parametrize("size", [2**24, 2**10], ids=["few open shards", "64 open shards"])
+def test_state_of_eight_full_packers_of_photographs_is_below_two_kilobytes(size):
+    rng = np.random.default_rng(0)
+
+    def photographs() -> tuple[tuple[int, str], ...]:
+        grids = rng.integers((15, 11), (18, 14), (256, 2))  # about 500 x 375 pixels
+        return tuple((int(rows * columns + columns + 30), "good") for columns, rows in grids)
+
+    mixture = [
+        MixtureItem(Rows(f"s{number}", tuple(photographs() for _ in range(80)), size)) for number in range(8)
+    ]
+
+    def make() -> VirtualStream:
+        return VirtualStream(0, 1, mixture, encode, 8192, weight_by="sequences")
+
+    packs = list(islice(make(), 48))
+    assert max(len(json.dumps(pack.state)) for pack in packs) < 2000
+    again = make()
+    again.load_state_dict(json.loads(json.dumps(packs[40].state)))
+    assert [(pack.keys, pack.state) for pack in islice(again, 7)] == [
+        (pack.keys, pack.state) for pack in packs[41:]
+    ]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 8),
+    st.sampled_from([1, 8, 64]),
+    st.sampled_from([2**10, 2**24]),
+    st.sampled_from(["tokens", "samples", "sequences"]),
+    st.sampled_from([4, 128]),
+    st.integers(0, 99),
+)
+def test_state_takes_a_few_bytes_per_waiting_document_and_open_shard(
+    sources, rows, size, weight_by, buffer_size, seed
+):
+    rng = np.random.default_rng(seed)
+    shards = [[tuple((int(n), "good") for n in rng.integers(1, 2000, rows)) for _ in range(40)]] * sources
+    mixture = [MixtureItem(Rows(f"s{n}", tuple(of_source), size)) for n, of_source in enumerate(shards)]
+    stream = VirtualStream(
+        0, 1, mixture, encode, 4000, seed, None, weight_by=weight_by, buffer_size=buffer_size
+    )
+    packers = sources if weight_by == "sequences" else 1
+    for pack in islice(stream, 30):
+        documents, opened = packers * (buffer_size + 1), 64 * sources
+        assert len(json.dumps(pack.state)) < 300 + 60 * sources + 4 * documents + 2 * opened
 
 
 @settings(max_examples=20, deadline=None)

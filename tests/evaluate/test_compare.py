@@ -65,4 +65,4 @@ def test_runs_without_a_common_task_are_rejected(run, make_run, tmp_path):
     for other in (make_run("b", "mme"), tmp_path / "nowhere"):
         code, _, error = run("eval", "compare", make_run("a", "ai2d"), other)
         assert code == 2
-        assert "no benchmark in common" in error
+        assert "no task in common" in error

@@ -178,6 +178,17 @@ def test_own_metrics_with_intervals_prompts_limits_and_predictions(folder, tmp_p
     assert "Which color has picture 0?" in report
 
 
+def test_runs_are_compared_by_question(folder, tmp_path, run):
+    run_task(folder, "colors", tmp_path / "a", Scripted(mostly_right))
+    run_task(folder, "colors", tmp_path / "b", Scripted(lambda row: COLORS[row % 3]))
+    code, printed, _ = run("eval", "compare", tmp_path / "a", tmp_path / "b", "--json")
+    assert code == 0
+    (task,) = json.loads(printed)["tasks"]
+    assert (task["n"], task["second"], task["only_first"], task["only_second"]) == (ROWS, 1, 0, 4)
+    assert task["difference"] == pytest.approx(4 / ROWS)
+    assert task["interval"][0] < task["difference"] < task["interval"][1]
+
+
 def test_interrupted_task_resumes(folder, tmp_path):
     with pytest.raises(SoloError, match="offline"):
         run_task(folder, "colors", tmp_path, Scripted(mostly_right, stop_after=12))

@@ -27,6 +27,7 @@ CLUSTER = ROOT / "examples" / "cluster"
 
 # A scheduler of two machines that are this one. A requeued job starts again once its script has ended.
 SBATCH = """
+export SLURM_CPUS_PER_TASK=96
 export SLURM_JOB_ID=7 SLURM_NNODES=2 SLURM_GPUS_ON_NODE=1 SLURM_JOB_NODELIST=two SLURM_RESTART_COUNT=0
 while :; do
     rm -f requeued
@@ -38,6 +39,7 @@ done
 """
 SCONTROL = 'case "$1" in show) echo 127.0.0.1 ;; requeue) echo "$2" > requeued ;; esac'
 SRUN = """
+echo "$1" >> srun-option; shift
 "$@" & first=$!
 "$@" & second=$!
 trap 'kill -TERM $first $second' TERM
@@ -82,6 +84,7 @@ def test_requeued_slurm_job_resumes_by_itself(tmp_path):
         assert job.wait(600) == 0
     finally:
         job.terminate()
+    assert set((tmp_path / "srun-option").read_text().split()) == {"--cpus-per-task=96"}
     assert [line["step"] for line in read_steps(tmp_path / "out")] == list(range(1, 61))
     assert (tmp_path / "out" / "model").is_dir()
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["7-0", "7-1"]
@@ -92,6 +95,18 @@ def test_requeued_slurm_job_resumes_by_itself(tmp_path):
         if "saved after step" in log.read_text()
     ]
     assert len(stopped) == 1
+
+
+def test_slurm_job_that_finishes_after_a_signal_is_not_requeued(tmp_path):
+    finishes = "trap '' TERM; touch started; sleep 1"
+    environment = stub(tmp_path, sbatch=SBATCH, scontrol=SCONTROL, srun=finishes)
+    job = subprocess.Popen(
+        ["sbatch", str(CLUSTER / "slurm.sh"), "recipe.yaml"], cwd=tmp_path, env=environment
+    )
+    while not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    assert job.wait(60) == 0
 
 
 def command_of(name: str) -> str:
@@ -112,6 +127,7 @@ def test_command_is_one_that_torchrun_understands(tmp_path, name):
     environment = stub(tmp_path, torchrun=f'exec {sys.executable} {tmp_path / "check.py"} "$@"')
     environment |= {
         "RECIPE": "solo-7b/stage1 steps=10",
+        "CHECKPOINTS": "s3://bucket/run",
         "SKYPILOT_NUM_NODES": "4",
         "SKYPILOT_NUM_GPUS_PER_NODE": "8",
         "SKYPILOT_NODE_IPS": "solo-0.solo\n10.0.0.2",
@@ -121,4 +137,6 @@ def test_command_is_one_that_torchrun_understands(tmp_path, name):
         ["bash", "-ec", command_of(name)], env=environment, capture_output=True, text=True, check=True
     )
     expected = "4 solo-0.solo:29500 solo_vlm train solo-7b/stage1 steps=10 root=/runs"
+    if name == "skypilot.yaml":
+        expected += " checkpoint.folder=s3://bucket/run"
     assert printed.stdout.splitlines()[-1] == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tests.factories import ask, make_llm, make_solo
 
 from solo_vlm.generate import BatchGenerator, GenerationPipeline, GenerationRequest, PrefixCache
@@ -23,6 +24,25 @@ def test_static_cache_gives_the_same_answers(family, picture):
         expected = dynamic.answer(chats, max_new_tokens)
         assert static.answer(chats, max_new_tokens) == expected
         assert static.stream(chats[0], lambda text: None, max_new_tokens).text == expected[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_5_text"])
+def test_static_cache_gives_the_same_answers_with_bidirectional_images(family, picture):
+    solo = compose(*make_llm(family), design=ImageDesign("bidirectional", "2d", patch_embedding="conv"))
+    for weight in solo.model.model.embed_vision_patch.parameters():
+        weight.data.mul_(8.0)
+    dynamic, static = (GenerationPipeline(solo.model, solo.processor, compile=flag) for flag in (False, True))
+    chats = [ask("what is this?", picture(96, 64)), ask("hello"), ask("a red circle?", picture(32, 64))]
+    assert static.answer(chats, 12) == dynamic.answer(chats, 12)
+
+
+def test_joined_inputs_equal_those_encoded_together(picture):
+    ours = pipeline()
+    chats = [ask("hello"), ask("what is this?", picture(96, 64)), ask("a red circle?", picture(32, 64))]
+    for some in (chats, chats[:1], chats[1:]):
+        together, joined = ours.encode(some), ours.join([ours.encode([chat]) for chat in some])
+        assert joined.keys() == together.keys()
+        assert all(torch.equal(joined[name], tensor) for name, tensor in together.items())
 
 
 def test_chats_are_answered_alone_where_padding_changes_answers(picture, caplog):

@@ -10,9 +10,11 @@ import torch
 from tests.factories import ask, make_llm, make_solo
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.generate import GenerationPipeline
-from solo_vlm.models.from_llm import from_llm
-from solo_vlm.models.load import load_model, save_model, stop_ids
+from solo_vlm.models.from_llm import ImageDesign, compose, from_llm
+from solo_vlm.models.load import decoder_layers, load_model, save_model, stop_ids
+from solo_vlm.train.model import load_base_model
 from solo_vlm.utils.errors import SoloError
 
 CHATML_EOS_LAST = (  # like OLMo 3
@@ -119,6 +121,16 @@ def test_edited_configuration_that_no_layer_follows_is_rejected(family, tmp_path
         load_model(tmp_path / "model", device="cpu")
 
 
+@pytest.mark.parametrize("settings", [{"vision_row_token_id": 5}, {"image_mean": [0.5, 0.5, 0.5]}], ids=str)
+def test_edited_configuration_that_contradicts_the_processor_is_rejected(settings, tmp_path):
+    """Rows would not be found, or pixels normalized in another way than the folder says."""
+    compose(*make_llm(), design=ImageDesign(image_positions="2d")).save(tmp_path / "model")
+    edit_config(tmp_path / "model", **settings)
+    for load in (GenerationPipeline.from_pretrained, load_base_model):
+        with pytest.raises(SoloError, match=r": \[.* in config.json, \[.* in the processor's files"):
+            load(tmp_path / "model")
+
+
 def test_edited_configuration_that_ties_a_separate_head_is_rejected(tmp_path):
     """transformers would keep both with a warning, but tie them in a model made anew, as for sharding."""
     solo = make_solo("qwen3")
@@ -129,3 +141,11 @@ def test_edited_configuration_that_ties_a_separate_head_is_rejected(tmp_path):
     )
     with pytest.raises(SoloError, match=r"tie_word_embeddings, but .* a head of their own: set it to false"):
         load_model(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"), [("llama", 4), ("ctrl", 4), ("zamba", 5), ("modernbert-decoder", 4)]
+)
+def test_decoder_layers_are_those_of_the_configuration(family, layers):
+    """CTRL's are not marked, Zamba's contain others, and what ModernBERT calls its decoder is its head."""
+    assert len(decoder_layers(tiny_llm(family))) == layers

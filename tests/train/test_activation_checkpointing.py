@@ -6,10 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from tests.factories import make_llm
+from tests.factories import make_llm, without_layers
 from torch._dynamo.utils import counters
 
+from solo_vlm.check.tiny import tiny_llm
+from solo_vlm.models.load import decoder_layers
 from solo_vlm.train.activation_checkpointing import LayerModes, prepare_layers
+from solo_vlm.utils.errors import SoloError
 
 MIXED = LayerModes(full=3, selective=2, none=1)
 
@@ -51,3 +54,21 @@ def test_modes_begin_with_the_layers_that_keep_least():
     assert MIXED.layers == ["full", "full", "full", "selective", "selective", "none"]
     assert MIXED.recomputed == 0.5
     assert str(MIXED) == "full in 3 layers, selective in 2, none in 1"
+
+
+@pytest.mark.parametrize("settings", [{"modes": "full"}, {"modes": "none", "is_compiled": True}])
+def test_settings_without_effect_are_rejected(settings):
+    prepare_layers(without_layers(), "none")
+    with pytest.raises(SoloError, match="the decoder has no list of layers; unset both settings"):
+        prepare_layers(without_layers(), **settings)
+
+
+@pytest.mark.parametrize("family", ["ctrl", "gpt_neox_japanese", "openai-gpt"])
+def test_layers_that_transformers_does_not_mark_are_recomputed(family):
+    model, ids = tiny_llm(family), torch.arange(24)[None]
+    calls = []
+    for layer in decoder_layers(model):
+        next(layer.children()).register_forward_hook(lambda *_: calls.append(1))
+    prepare_layers(model.train(), "full")
+    model(input_ids=ids, use_cache=False).logits.sum().backward()
+    assert len(calls) == 2 * len(decoder_layers(model))

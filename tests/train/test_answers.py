@@ -65,6 +65,29 @@ def test_wandb_gets_a_table_with_images(tmp_path, answered, monkeypatch):
     assert table["data"][0][:3] == ["1", "Image", "what | is this?"]
 
 
+def test_resume_keeps_answers_with_unusual_line_separators(tmp_path, answered):
+    (tmp_path / "out").mkdir()
+    odd = Answer.of(answered[0].question, "one\u2028two\x85three\x0c\r")
+    AnswerLog(tmp_path / "out", [], 0).log(3, {"colors": [odd, answered[1]]})
+    before = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    AnswerLog(tmp_path / "out", [], 3).log(6, {"colors": answered})
+    after = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert after.count(b"\n") == 4
+    assert "step 3" in (tmp_path / "out" / "answers.html").read_text()
+
+
+def test_page_leaves_out_a_step_that_a_crash_cut_short(tmp_path, answered):
+    (tmp_path / "out").mkdir()
+    AnswerLog(tmp_path / "out", [], 0).log(3, {"colors": answered})
+    file = tmp_path / "out" / "answers.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])
+    AnswerLog(tmp_path / "out", [], 3).log(6, {"colors": answered})
+    page = (tmp_path / "out" / "answers.html").read_text()
+    assert "step 6" in page
+    assert "step 3" not in page
+
+
 def test_page_escapes_answers(tmp_path, answered):
     (tmp_path / "out").mkdir()
     AnswerLog(tmp_path / "out", [], 0).log(3, {"colors": answered})

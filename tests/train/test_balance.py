@@ -44,33 +44,49 @@ def sequence_costs(shape, count, generator):
     return costs
 
 
-def test_dealt_sequences_wait_less_than_four_percent(shape):
+@pytest.mark.parametrize(("batch", "copies"), [(512, 1), (256, 4), (128, 4)])
+def test_dealt_sequences_wait_less_than_four_percent(shape, batch, copies):
     generator = np.random.default_rng(0)
     before, after = [], []
-    for _ in range(4):
-        costs = np.array(sequence_costs(shape, 16 * RANKS, generator)).reshape(RANKS, 16).tolist()
-        before.append(waiting(costs))
-        after.append(waiting([[costs[rank][index] for rank, index in row] for row in deal(costs)]))
-    assert np.mean(before) > 0.12
+    for _ in range(2048 // batch):
+        costs = np.array(sequence_costs(shape, batch, generator)).reshape(RANKS, -1).tolist()
+        before.append(waiting(costs, copies))
+        dealt = [[costs[rank][index] for rank, index in row] for row in deal(costs, copies)]
+        after.append(waiting(dealt, copies))
+    assert np.mean(before) > 0.10
     assert np.mean(after) < 0.04
 
 
-def test_every_sequence_is_dealt_once_in_neighboring_microbatches():
-    costs = np.random.default_rng(0).integers(0, 9, (5, 4)).tolist()
-    dealt = deal(costs)
-    assert sorted(place for row in dealt for place in row) == [(r, n) for r in range(5) for n in range(4)]
-    by_microbatch = [[costs[rank][index] for rank, index in column] for column in zip(*dealt, strict=True)]
-    flat = [cost for column in by_microbatch for cost in sorted(column, reverse=True)]
-    assert flat == sorted(flat, reverse=True)
+@pytest.mark.parametrize("copies", [1, 2, 3, 6])
+def test_every_sequence_is_dealt_once_in_neighboring_microbatches(copies):
+    costs = np.random.default_rng(0).integers(0, 9, (6, 4)).tolist()
+    dealt = deal(costs, copies)
+    assert sorted(place for row in dealt for place in row) == [(r, n) for r in range(6) for n in range(4)]
+    table = np.array([[costs[rank][index] for rank, index in row] for row in dealt])
+    microbatches = table.reshape(copies, 6 // copies, 4).transpose(0, 2, 1).reshape(-1, 6 // copies)
+    lowest, highest = microbatches.min(axis=1), microbatches.max(axis=1)
+    order = np.lexsort((lowest, highest))
+    assert (highest[order][:-1] <= lowest[order][1:]).all()
+    assert all((np.diff(row) <= 0).all() for row in highest.reshape(copies, 4))
 
 
 def test_single_microbatch_moves_nothing():
     assert deal([[3.0], [1.0], [2.0]]) == [[(0, 0)], [(1, 0)], [(2, 0)]]
 
 
+def test_copy_of_few_heavy_microbatches_gets_many_light_ones():
+    dealt = deal([[9.0, 1.0, 1.0], [2.0, 2.0, 5.0]], copies=2)
+    assert dealt == [[(0, 0), (0, 1), (0, 2)], [(1, 2), (1, 0), (1, 1)]]
+
+
 def test_waiting_counts_the_heaviest_of_each_microbatch():
     assert waiting([[4, 1], [2, 1]]) == pytest.approx(1 - 8 / 10)
     assert waiting([[1, 1], [1, 1]]) == 0
+
+
+def test_copies_wait_for_each_other_at_the_end_of_a_step():
+    assert waiting([[4, 1], [1, 4]], copies=2) == 0
+    assert waiting([[4, 1], [2, 1], [3, 1], [3, 3]], copies=2) == pytest.approx(1 - 18 / 24)
 
 
 def record_steps(plain, path):
@@ -88,9 +104,11 @@ def record_steps(plain, path):
 
 
 @pytest.mark.distributed
-def test_ranks_compute_the_sequences_of_one_process_in_another_order(runs, tmp_path, start):
+@pytest.mark.parametrize("copies", [1, 2])
+def test_ranks_compute_the_sequences_of_one_process_in_another_order(runs, tmp_path, start, copies):
     settings = {"steps": 6, "global_batch": 8}
-    group = start(2, record_steps, run_settings(runs, tmp_path / "shared", **settings), tmp_path / "shared")
+    shared = run_settings(runs, tmp_path / "shared", parallel={"replicate": copies}, **settings)
+    group = start(2, record_steps, shared, tmp_path / "shared")
     alone = run_settings(runs, tmp_path / "alone", **settings)
     assert start(1, record_steps, alone, tmp_path / "alone").wait() == [0]
     assert group.wait() == [0, 0]

@@ -32,6 +32,7 @@ from solo_vlm.train.checkpoint import (
 from solo_vlm.train.model import load_base_model
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.parallel.context import init_distributed
+from solo_vlm.train.storage import CheckpointStore, Folder
 from solo_vlm.utils.errors import SoloError
 
 
@@ -49,14 +50,14 @@ def test_asynchronous_checkpoint_holds_state_at_time_of_save(runs, tmp_path):
     expected = [p.clone() for p in model.parameters()]
     moments = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
     with init_distributed(recipe) as context:
-        checkpoints = Checkpointer(tmp_path, 2, True, context)
+        checkpoints = Checkpointer(CheckpointStore(tmp_path), 2, True, context)
         checkpoints.save(model, optimizer, TrainState(step=3))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1.0)
                 optimizer.state[parameter]["exp_avg"].zero_()
         checkpoints.wait()
-    load_checkpoint(tmp_path / "step-00000003", model, optimizer)
+    load_checkpoint(Folder(tmp_path / "step-00000003"), model, optimizer)
     assert all(torch.equal(p, e) for p, e in zip(model.parameters(), expected, strict=True))
     found = [optimizer.state[p]["exp_avg"] for p in model.parameters()]
     assert all(torch.equal(f, m) for f, m in zip(found, moments, strict=True))
@@ -71,7 +72,7 @@ def test_parameters_unknown_to_optimizer_are_not_saved(runs, tmp_path):
     owner = model.get_submodule(name.rpartition(".")[0])
     setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(parameter.detach().bfloat16()))
     with init_distributed(recipe) as context:
-        checkpoints = Checkpointer(tmp_path / "checkpoints", 2, True, context)
+        checkpoints = Checkpointer(CheckpointStore(tmp_path / "checkpoints"), 2, True, context)
         with pytest.raises(RuntimeError, match=f"optimizer does not hold the model's {name}"):
             checkpoints.save(model, optimizer, TrainState(step=3))
         parameter.requires_grad_(False)
@@ -103,7 +104,7 @@ def test_old_checkpoints_are_deleted_and_damaged_one_is_named(runs, tmp_path):
     for path in checkpoints.glob("step-00000006/*.distcp"):
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(SoloError, match="step-00000006"):
-        load_checkpoint(checkpoints / "step-00000006", load_base_model(runs / "llama")[0])
+        load_checkpoint(Folder(checkpoints / "step-00000006"), load_base_model(runs / "llama")[0])
 
 
 def test_export_checkpoint_writes_model_of_its_step(runs, tmp_path, monkeypatch):
@@ -136,7 +137,7 @@ def test_damaged_training_state_is_rejected(tmp_path, content):
     if content is not None:
         (tmp_path / "training_state.json").write_text(content)
     with pytest.raises(SoloError, match=r"cannot resume from .*training_state.json"):
-        load_train_state(tmp_path)
+        load_train_state(Folder(tmp_path))
 
 
 def test_export_killed_between_adapter_and_model_is_repeated(tmp_path):

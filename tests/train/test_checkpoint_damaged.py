@@ -20,6 +20,7 @@ from solo_vlm.train.checkpoint import (
 from solo_vlm.train.model import load_base_model
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.recipe import OptimizerSettings
+from solo_vlm.train.storage import Folder
 from solo_vlm.utils.errors import SoloError
 
 SHARD = "__0_0.distcp"
@@ -110,14 +111,14 @@ def test_damage_is_reported_with_the_name_of_the_file(runs, newest, kind):
     damage(newest)
     model, _ = load_base_model(runs / "llama")
     with pytest.raises(SoloError, match=f"step-00000006: .*{named}") as caught:
-        load_checkpoint(newest, model)
-        load_train_state(newest)
+        load_checkpoint(Folder(newest), model)
+        load_train_state(Folder(newest))
     assert "\n" not in str(caught.value)
 
 
 def test_undamaged_checkpoint_with_copies_next_to_it_is_accepted(run, newest):
     shutil.copytree(newest, newest.with_name("step-100.bak"))
-    assert find_damage(newest) is None
+    assert find_damage(Folder(newest)) is None
     resume(run)
     assert [line["step"] for line in read_steps(run)] == [1, 2, 3, 4, 5, 6, 7]
     assert newest.with_name("step-100.bak").is_dir()

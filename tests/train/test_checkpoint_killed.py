@@ -16,6 +16,7 @@ from solo_vlm.train import Recipe
 from solo_vlm.train.checkpoint import load_checkpoint, load_train_state
 from solo_vlm.train.model import load_base_model
 from solo_vlm.train.optimizer import make_optimizer
+from solo_vlm.train.storage import Folder
 
 pytestmark = pytest.mark.distributed
 
@@ -80,8 +81,8 @@ def test_resume_after_sigkill_matches_whole_run(runs, tmp_path, start, whole, tr
     finished = (tmp_path / "out" / "model").exists()
     for path in (tmp_path / "out" / "checkpoints").glob("step-*"):
         model, _ = load_base_model(runs / "llama")
-        load_checkpoint(path, model, make_optimizer(model, Recipe.parse(plain).optimizer))
-        assert load_train_state(path).step == int(path.name.removeprefix("step-"))
+        load_checkpoint(Folder(path), model, make_optimizer(model, Recipe.parse(plain).optimizer))
+        assert load_train_state(Folder(path)).step == int(path.name.removeprefix("step-"))
     if not finished:
         assert start(after, run_recipe, plain).wait() == [0] * after
     curve = [line["loss"] for line in read_steps(tmp_path / "out")]

@@ -22,19 +22,23 @@ from solo_vlm.utils.errors import SoloError
 # `solo train` in which one process misbehaves on request.
 SCRIPT = """
 import os, signal, sys, time
+from pathlib import Path
 from solo_vlm.cli import main
 from solo_vlm.train import trainer
 
 victim, how = int(sys.argv.pop(1)), sys.argv.pop(1)
 optimizer_step = trainer.optimizer_step
 taken = iter(range(3))
+killed = Path(__file__).with_name("killed")
 
 def take(*arguments):
     if next(taken, None) is None:
-        if how == "kill" or how == "kill once" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
         if how == "kill once":
-            return optimizer_step(*arguments)
+            if killed.exists():
+                return optimizer_step(*arguments)
+            killed.touch()
+        if how.startswith("kill"):
+            os.kill(os.getpid(), signal.SIGKILL)
         if how == "hang":
             time.sleep(600)
         raise RuntimeError("the root cause")

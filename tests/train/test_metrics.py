@@ -18,6 +18,7 @@ from solo_vlm.data.mixture import make_loader
 from solo_vlm.train import Recipe, train, trainer
 from solo_vlm.train.metrics import MetricsLogger, ProgressLines, first_start, progress_bar
 from solo_vlm.train.model import load_base_model
+from solo_vlm.train.storage import Folder
 from solo_vlm.utils.errors import SoloError
 
 
@@ -56,9 +57,9 @@ def test_goodput_counts_time_between_runs(runs, tmp_path):
     assert 0 < line["goodput"] < 1
     assert line["slowest_rank"] == 0
     assert line["slowest_ratio"] == 1
-    assert first_start(tmp_path / "out") <= time.time()
+    assert first_start([Folder(tmp_path / "out")]) <= time.time()
     (tmp_path / "out" / "first_start").write_text("1000000000\n")
-    assert first_start(tmp_path / "out") == 1_000_000_000
+    assert first_start([Folder(tmp_path / "out")]) == 1_000_000_000
 
 
 def test_truncated_metrics_line_is_repaired_on_resume(runs, tmp_path, monkeypatch):

@@ -9,14 +9,16 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from tests.factories import make_solo, read_steps, run_recipe, run_settings
+from tests.factories import make_solo, read_steps, run_recipe, run_settings, without_layers
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.train.checkpoint import Checkpointer, TrainState, load_checkpoint
 from solo_vlm.train.model import load_base_model, make_model, set_trainable
 from solo_vlm.train.optimizer import make_optimizer, named_trainable, orthogonalize
 from solo_vlm.train.parallel.context import init_distributed
 from solo_vlm.train.recipe import OptimizerSettings, Recipe
+from solo_vlm.train.storage import CheckpointStore, Folder
 from solo_vlm.utils.errors import SoloError
 
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}  # whole blocks of 8-bit moments
@@ -81,6 +83,24 @@ def test_muon_leaves_embeddings_head_patches_norms_and_routers_to_adamw():
     assert names == layers
     assert {name.split(".")[-2] for name in names} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert not [name for name in names if "norm" in name or "router" in name or name.endswith("gate.weight")]
+
+
+@pytest.mark.parametrize("family", ["dbrx", "jetmoe"])  # their routers have a linear layer inside
+def test_muon_leaves_layers_in_routers_to_adamw(family):
+    model = tiny_llm(family)
+    names = muon_names(model, make_optimizer(model, OptimizerSettings(name="muon")))
+    assert names and not [name for name in names if "router" in name]
+
+
+def test_muon_orthogonalizes_transposed_layers_of_gpt2():
+    model = tiny_llm("gpt2")
+    names = muon_names(model, make_optimizer(model, OptimizerSettings(name="muon")))
+    assert {name.rsplit(".", 2)[1] for name in names} == {"c_attn", "c_proj", "c_fc"}
+
+
+def test_muon_without_matrices_is_refused():
+    with pytest.raises(SoloError, match="muon: found no linear layers in decoder layers; use adamw"):
+        make_optimizer(without_layers(), OptimizerSettings(name="muon"))
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw_bf16", "adamw_8bit"])
@@ -171,10 +191,10 @@ def step_and_save(runs, out, tensor, start):
         for name in NAMES:
             model, _ = make_model(recipe, context)
             optimizer = make_optimizer(model, OptimizerSettings(name=name))
-            checkpointer = Checkpointer(out / name, 2, False, context)
+            checkpointer = Checkpointer(CheckpointStore(out / name), 2, False, context)
             for step in range(3):
                 if step == 2 and start:
-                    load_checkpoint(start / name / "step-00000002", model, optimizer)
+                    load_checkpoint(Folder(start / name / "step-00000002"), model, optimizer)
                 torch.manual_seed(step)
                 for parameter in model.parameters():
                     parameter.grad = torch.randn(parameter.shape)
@@ -190,7 +210,7 @@ def read(runs, path, name):
     """Return parameters and optimizer state of a checkpoint, by name."""
     model, _ = load_base_model(runs / "wide")
     optimizer = make_optimizer(model, OptimizerSettings(name=name))
-    load_checkpoint(path, model, optimizer)
+    load_checkpoint(Folder(path), model, optimizer)
     state = {
         f"{key}/{part}": tensor
         for key, parameter in model.named_parameters()

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tests.factories import COLORS, make_llm, read_steps, run_recipe, run_settings
 
+from solo_vlm import SoloImageProcessor
 from solo_vlm.evaluate.questions import Answer, QuestionSettings, load_questions
 from solo_vlm.generate import BatchGenerator, GenerationPipeline, GenerationRequest
 from solo_vlm.models.load import load_model
@@ -94,6 +95,23 @@ def test_answers_equal_those_of_the_exported_model(runs, tmp_path, questions):
     assert line["questions/accuracy"] > 0.5  # it has learned the colors
     asked = [line["step"] for line in read_steps(tmp_path / "out") if "questions/accuracy" in line]
     assert asked == [20, 40, 42]
+
+
+def test_images_of_questions_are_decoded_once(runs, tmp_path, questions, monkeypatch):
+    encode, decoded = SoloImageProcessor.encode_image, []
+
+    def encode_image(self, image, **options):
+        decoded.append(image)
+        return encode(self, image, **options)
+
+    monkeypatch.setattr(SoloImageProcessor, "encode_image", encode_image)
+    text = {**run_settings(runs, tmp_path)["data"], "sources": [{"path": "text.parquet"}]}
+    train(
+        Recipe.parse(
+            run_settings(runs, tmp_path / "out", steps=2, data=text, **asking(questions, interval=1))
+        )
+    )
+    assert len(decoded) == 10
 
 
 @pytest.mark.parametrize(

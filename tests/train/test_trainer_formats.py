@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -128,6 +129,19 @@ def test_ten_lines_of_yaml_train_on_data_as_it_is(run, folder, solo_folder, name
     assert counts.get("skipped", 0) == 0
     assert (counts.get("filtered", 0) > 0) == (name == "finevision")
     assert any("filtered/" in key for key in read_steps(folder / "run")[-1]) == (name == "finevision")
+
+
+def test_each_source_is_said_once_to_be_read_in_a_format(run, folder, solo_folder):
+    write_llava(folder)
+    held_out = "validation={sources: [{path: held_out.json, images: photos}], sequences: 1}"
+    (folder / "held_out.json").write_text((folder / "chats.json").read_text())
+    source = "{path: chats.json, images: photos}"
+    code, _, error = train(run, folder, solo_folder, source, held_out, "steps=null", "data.epochs=1")
+    assert code == 0, error
+    assert sorted(re.findall(r"(\w+)\.json: reading rows as", " ".join(error.split()))) == [
+        "chats",
+        "held_out",
+    ]
 
 
 @pytest.mark.parametrize("preset", ["full", "lora", "patches"])

@@ -7,12 +7,14 @@ import math
 import shutil
 
 import pytest
+import yaml
 from PIL import Image
 from tests.factories import read_steps, run_settings
 
 from solo_vlm.train import Recipe, train, validation
-from solo_vlm.train.checkpoint import Best, TrainState, find_checkpoints, load_train_state, step_of
+from solo_vlm.train.checkpoint import Best, TrainState, export_checkpoint, load_train_state
 from solo_vlm.train.recipe import ValidationSettings
+from solo_vlm.train.storage import CheckpointStore, Folder, step_of
 from solo_vlm.train.validation import LossValidator, note_best
 from solo_vlm.utils.errors import SoloError
 
@@ -90,7 +92,7 @@ def validating(runs, out, **changes):
 
 
 def steps_of(out):
-    return [step_of(path) for path in find_checkpoints(out / "checkpoints")]
+    return [step_of(path) for path in CheckpointStore(out / "checkpoints").checkpoints()]
 
 
 def test_best_checkpoint_survives_rotation(runs, tmp_path, scripted):
@@ -98,7 +100,44 @@ def test_best_checkpoint_survives_rotation(runs, tmp_path, scripted):
     result = train(validating(runs, tmp_path / "out"))
     assert steps_of(tmp_path / "out") == [4, 9]  # the best, and the newest
     assert result.metrics["best"] == {"metric": "validation_loss", "value": 1.0, "step": 4}
-    assert load_train_state(tmp_path / "out/checkpoints/step-00000004").best.step == 4
+    assert load_train_state(Folder(tmp_path / "out/checkpoints/step-00000004")).best.step == 4
+
+
+def weights(model):
+    return (model / "model.safetensors").read_bytes()
+
+
+def test_best_checkpoint_is_exported(runs, tmp_path, scripted, run):
+    scripted(3.0, 1.0, 2.0, 2.5)
+    out, exported = tmp_path / "out", tmp_path / "exported"
+    settings = validating(runs, out, patience=2).model_dump(mode="json")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    code, printed, error = run("train", str(tmp_path / "run.yaml"))
+    assert code == 0, error
+    *_, early, best = printed.splitlines()
+    assert early.startswith("stopped early: validation_loss was not better than 1 at step 4")
+    assert best == (
+        f"best: step 4, validation_loss 1; {out / 'model'} is of the last step (8), export the best with "
+        f"solo convert checkpoint {out} FOLDER --best"
+    )
+    assert run("convert", "checkpoint", str(out), str(exported), "--best") == (
+        0,
+        f"{exported}: the model after step 4\n",
+        "",
+    )
+    export_checkpoint(out, tmp_path / "four", step=4)
+    assert weights(exported) == weights(tmp_path / "four")
+    assert weights(exported) != weights(out / "model")
+
+
+def test_export_of_the_best_needs_one(runs, tmp_path, run):
+    train(Recipe.parse(run_settings(runs, tmp_path / "out", steps=2)))
+    for options, message in (
+        (["--best"], "has no best checkpoint: its recipe does not set validation.best"),
+        (["--best", "--step", "1"], "give either --step or --best"),
+    ):
+        code, _, error = run("convert", "checkpoint", str(tmp_path / "out"), str(tmp_path / "new"), *options)
+        assert (code, message in " ".join(error.split())) == (2, True)
 
 
 def test_older_best_is_removed_once_the_new_one_is_saved(runs, tmp_path, scripted):
@@ -107,9 +146,14 @@ def test_older_best_is_removed_once_the_new_one_is_saved(runs, tmp_path, scripte
     assert steps_of(tmp_path / "out") == [10]
 
 
-def test_last_step_may_be_the_best(runs, tmp_path, scripted):
+def test_last_step_may_be_the_best(runs, tmp_path, scripted, run):
     scripted(3.0, 2.0, 2.5, 2.5, 2.2, 1.5)
-    assert train(validating(runs, tmp_path / "out")).metrics["best"]["step"] == 12
+    settings = validating(runs, tmp_path / "out").model_dump(mode="json")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    code, printed, error = run("train", str(tmp_path / "run.yaml"))
+    assert code == 0, error
+    best = f"best: step 12, validation_loss 1.5; {tmp_path / 'out/model'} is this model"
+    assert printed.splitlines()[-1] == best
     assert steps_of(tmp_path / "out") == [12]
 
 

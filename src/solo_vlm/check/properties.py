@@ -34,7 +34,9 @@ from solo_vlm.data.encode import IGNORE_INDEX, Document, encode
 from solo_vlm.data.sample import Sample
 from solo_vlm.generate.cache import PrefixCache
 from solo_vlm.generate.pipeline import GenerationPipeline
+from solo_vlm.models.checks import check_processor
 from solo_vlm.models.load import save_model, stop_ids
+from solo_vlm.utils.errors import SoloError
 
 Status = Literal["holds", "fails", "differs", "skipped"]
 
@@ -233,8 +235,10 @@ def patches(probe: Probe) -> Finding:
     if not (probe.sees_images and probe.encoder):
         return Finding("skipped", "no processor" if probe.sees_images else "no images")
     processor, model = probe.encoder.processor, probe.model
-    if fault := _disagreement(model.config, processor):
-        return Finding("fails", fault)
+    try:
+        check_processor(model.config, processor)
+    except SoloError as error:
+        return Finding("fails", str(error))
     images = make_images(processor.image_processor)
     if not images:
         return Finding("skipped", "the image processor resizes images of every size")
@@ -490,21 +494,6 @@ def _layer_of_cache(probe: Probe, whole: dict[str, Any], length: int, uncached: 
         own = uncached.part(start=place, stop=place + 1)
         if parting := first_parting(trace(probe.model, token), own, probe.tolerance):
             return parting.layer
-    return None
-
-
-def _disagreement(config: Any, processor: Any) -> str | None:
-    """Return which setting of images differs between a SOLO model and its processor, if one does."""
-    names = ("image_token", "vision_start_token", "vision_row_token", "vision_end_token")
-    tokens = [getattr(processor, name) for name in names]
-    images = processor.image_processor
-    for what, own, others in (
-        ("vision_token_ids", config.vision_token_ids, processor.tokenizer.convert_tokens_to_ids(tokens)),
-        ("image_mean", config.image_mean, images.image_mean),
-        ("image_std", config.image_std, images.image_std),
-    ):
-        if list(own) != list(others):
-            return f"{what}: {list(own)} in config.json, {list(others)} in the processor's files"
     return None
 
 

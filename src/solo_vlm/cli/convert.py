@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from solo_vlm.cli._common import STDOUT, JsonOption, print_json, quiet_libraries
+from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
     from solo_vlm.convert.model_folder import Converted
@@ -75,16 +76,21 @@ def to_release(src: Source, dst: Destination, json: JsonOption = False) -> None:
 
 @app.command()
 def checkpoint(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="Folder of a training run, or URL of its checkpoints.")
+    ],
     dst: Destination,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The best by the recipe's validation.best.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Convert a checkpoint of a training run, which may still be running."""
+    if best and step is not None:
+        raise SoloError("give either --step or --best")
     quiet_libraries()
     from solo_vlm.train.checkpoint import export_checkpoint
 
-    exported = export_checkpoint(run, dst, step)
+    exported = export_checkpoint(run, dst, step, best)
     _print({"out": str(dst), "step": exported}, f"{dst}: the model after step {exported}", json)
 
 

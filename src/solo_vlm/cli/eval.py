@@ -147,7 +147,9 @@ def run(
 
 @app.command()
 def rescore(
-    task: Annotated[str, typer.Option(help="mmstar, mme, seedbench, ai2d, scienceqa, mathvista, ...")],
+    task: Annotated[
+        str, typer.Option(help="mmstar, mme, seedbench, ...; any name for answers to a file of questions.")
+    ],
     predictions: Annotated[
         Path, typer.Option(help="JSONL, JSON, CSV, TSV or XLSX file, or a folder of MME's text files.")
     ],
@@ -155,10 +157,17 @@ def rescore(
     judge_url: JudgeUrl = None,
     json: JsonOption = False,
 ) -> None:
-    """Score saved predictions as the benchmark's paper does, without a model."""
-    from solo_vlm.evaluate.predictions import load_predictions
+    """Score saved predictions as the benchmark's paper does, without a model.
 
-    score = _benchmark(task, judge, judge_url).score(load_predictions(predictions))
+    Also those of `solo eval run` for files of questions, and for tasks that lmms-eval scores by question.
+    """
+    from solo_vlm.evaluate.predictions import load_predictions
+    from solo_vlm.evaluate.saved_task import rescore as rescore_saved
+
+    if judge or judge_url:
+        score = _benchmark(task, judge, judge_url).score(load_predictions(predictions))
+    else:
+        score = rescore_saved(task, predictions)
     print_json(score.as_dict()) if json else _print_score(score)
 
 
@@ -171,22 +180,21 @@ def compare(
     """Compare two runs, task by task: difference, 95% interval and p-value (paired bootstrap)."""
     from solo_vlm.evaluate.compare import compare_runs
     from solo_vlm.evaluate.run_folder import RunFolder
+    from solo_vlm.evaluate.scoring.score import digits
 
-    runs = RunFolder(first), RunFolder(second)
-    comparisons = compare_runs(*runs)
-    left_out = {task for run in runs for task in run.tasks} - {each.task for each in comparisons}
+    comparisons, not_compared = compare_runs(RunFolder(first), RunFolder(second))
     if json:
         tasks = [asdict(comparison) for comparison in comparisons]
         facts = {"first": str(first), "second": str(second), "tasks": tasks}
-        return print_json({**facts, "not_compared": sorted(left_out)})
+        return print_json({**facts, "not_compared": not_compared})
     STDOUT.print(f"A: {first}\nB: {second}")
     rows = [
         (
             comparison.title,
             f"{comparison.n:,}",
-            *(f"{score:,.1f}" for score in (comparison.first, comparison.second)),
-            f"{comparison.difference:+,.1f}",
-            "{:+,.1f} to {:+,.1f}".format(*comparison.interval),
+            *(digits(score, comparison.maximum) for score in (comparison.first, comparison.second)),
+            digits(comparison.difference, comparison.maximum, "+"),
+            " to ".join(digits(end, comparison.maximum, "+") for end in comparison.interval),
             f"{comparison.p_value:.4f}",
         )
         for comparison in comparisons
@@ -195,12 +203,11 @@ def compare(
     for comparison in comparisons:
         if comparison.left_out:
             STDOUT.print(f"{comparison.title}: {comparison.left_out:,} rows of only one run are left out")
-    if left_out:
-        names = ", ".join(sorted(left_out))
-        STDOUT.print(f"not compared, as only one run has them or lmms-eval scores them: {names}")
+    for reason in not_compared.values():
+        STDOUT.print(f"not compared: {reason}", markup=False, soft_wrap=True)
     STDOUT.print(
-        "On the rows that both runs have, scored by rules. Paired bootstrap over questions (over images for "
-        "MME), 10,000 resamples."
+        "On the rows that both runs have, scored by rules, lmms-eval's tasks by its own values. Paired "
+        "bootstrap over questions (over images for MME), 10,000 resamples."
     )
 
 

@@ -101,13 +101,17 @@ def _train(recipe: Recipe, resume: bool, json: bool) -> None:
         f"{metrics['tokens_per_second']:,.0f} tokens/s"
     )
     if metrics["stopped"]:
-        STDOUT.print(f"stopped early: {metrics['stopped']}")
+        STDOUT.print(f"stopped early: {metrics['stopped']}", soft_wrap=True)
     if best := metrics["best"]:
-        STDOUT.print(
-            f"best: step {best['step']:,}, {best['metric']} {best['value']:.4g}; export it with solo convert "
-            f"checkpoint {result.model.parent} FOLDER --step {best['step']}",
-            soft_wrap=True,
-        )
+        of_best = f"best: step {best['step']:,}, {best['metric']} {best['value']:.4g}"
+        if best["step"] == metrics["steps"]:
+            STDOUT.print(f"{of_best}; {result.model} is this model", soft_wrap=True)
+        else:
+            STDOUT.print(
+                f"{of_best}; {result.model} is of the last step ({metrics['steps']:,}), export the best with "
+                f"solo convert checkpoint {result.model.parent} FOLDER --best",
+                soft_wrap=True,
+            )
 
 
 def _plan(
@@ -126,13 +130,14 @@ def _plan(
     from solo_vlm.train.estimate.plan import make_plan
     from solo_vlm.utils.settings import find_settings
 
-    # Default: torchrun's world size, or one process per accelerator; at least one tensor-parallel group.
+    # Default: torchrun's world size, or one process per accelerator; at least what the layout needs.
     found = int(os.environ.get("WORLD_SIZE", 0)) or torch.accelerator.device_count()
     here = recognize_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     chosen = find_device(device) if device else here or find_device(_DEFAULT_DEVICE)
+    parallel = recipe.parallel
     plan = make_plan(
         recipe,
-        processes or max(found, recipe.parallel.tensor),
+        processes or max(found, parallel.tensor * parallel.context * parallel.replicate),
         chosen,
         mfu,
         find_settings(name, "recipe").parent if name else None,
@@ -141,7 +146,7 @@ def _plan(
     if json:
         return print_json(plan.as_dict())
     parts = (_model_lines, _run_lines, _question_lines, _memory_lines, _network_lines, _advice_lines)
-    for line in chain.from_iterable(part(plan) for part in parts):
+    for line in list(chain.from_iterable(part(plan) for part in parts)):  # all of them, or an error
         STDOUT.print(line, markup=False)
 
 

@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from solo_vlm.data.collate import PackedBatch, collate, num_supervised_tokens
 from solo_vlm.data.sources import Source, fingerprints, is_same_data
+from solo_vlm.data.sources.files import is_read_failure
 from solo_vlm.data.sources.hub import HubPath
 from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
 from solo_vlm.models.solo.processing_solo import num_vision_tokens
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import process_exists
 from solo_vlm.utils.signals import STOP_SIGNALS
 
@@ -214,7 +215,7 @@ class PackedLoader:
             state: Merged state of the run, see `merge`.
 
         Raises:
-            SoloError: The data has changed, or the state was written by a version with another order.
+            SoloError: The data has changed, or the state was written by another version.
         """
         _check_unchanged(state["data"], self._data)
         self._slots = state["slots"]
@@ -325,6 +326,12 @@ class _Slots(IterableDataset[_Slot | SoloError]):
             yield from self._in_turn([self._slots_of(stream) for stream in mine])
         except SoloError as error:  # raised by the loader: DataLoader would wrap it in a worker's traceback
             yield error
+        except Exception as error:
+            if not is_read_failure(error):
+                raise
+            yield SoloError(
+                f"cannot read the data: {first_line(error)}; run the same command again to resume"
+            )
 
     def _in_turn(self, streams: list[Iterator[_Slot]]) -> Iterator[_Slot]:
         """Yield one slot per stream, round robin, with threads working on the next ones."""
@@ -373,10 +380,10 @@ def _end_with(owner: int) -> None:
 
 
 def _check_unchanged(before: State, now: State) -> None:
-    """Reject the state of other data or another order, whose keys would refer to other samples."""
+    """Reject the state of other data or of another version, which would refer to other samples."""
     if before.get("order") != now["order"]:
         raise SoloError(
-            "the checkpoint was written by a version of solo-vlm that reads data in another order: "
+            "the checkpoint has the position in the data of another version of solo-vlm: "
             "finish the run with that version, or start a new one"
         )
     if before["streams"] != now["streams"]:

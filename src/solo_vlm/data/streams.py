@@ -6,27 +6,27 @@ packed sequence g comes from stream g mod S. Ranks and workers divide the stream
 reads, never the order.
 
 Documents wait in packers with their images compressed, and are decoded when their sequence is complete. The
-state of a stream is keys, lengths and counters, a kilobyte; it travels with every packed sequence, so
-prefetching does not affect it.
+state of a stream is numbers of draws, lengths and counters, a kilobyte or two; it travels with every packed
+sequence, so prefetching does not affect it.
 """
 
 from __future__ import annotations
 
 import base64
+import lzma
 import math
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from solo_vlm.data.encode import Document, Draft, fit_to_length
 from solo_vlm.data.packing import Packer
-from solo_vlm.data.row_order import RowOrder, deal, fraction, open_bytes
+from solo_vlm.data.row_order import Place, RowOrder, deal, fraction, open_bytes
 from solo_vlm.data.sample import FilteredRow, Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source
 from solo_vlm.utils.errors import SoloError
@@ -36,9 +36,13 @@ Key = tuple[int, int, int, int]  # source, shard, row, piece of a long text
 Encode = Callable[[Sample], Draft]
 WeightBy = Literal["samples", "tokens", "sequences"]
 
-ORDER_VERSION = 5  # increased if the same data and seed give another order; older states are rejected
+ORDER_VERSION = 6  # increased with the order that data and seed give, or the form of a state
 
 LISTED = 20  # skipped samples that a stream lists; it counts all
+
+_COUNTERS, _OPENED, _EVENTS = 5, 3, 5  # columns of the tables of `RowOrder.state`, with the source's number
+# For bytes of unrelated numbers: no context, no alignment, no header. A seventh smaller than by zlib.
+_FILTERS = [{"id": lzma.FILTER_LZMA1, "lc": 0, "lp": 0, "pb": 0, "dict_size": 2**16}]
 
 _MAX_ERROR_LENGTH = 500  # characters kept of a skipped sample's error
 _MIN_ROWS = 1000  # rows assumed when max_skipped is applied to fewer; also the limit of a series
@@ -138,28 +142,42 @@ class VirtualStream:
 
     def state_dict(self) -> State:
         """Return the position as plain lists, numbers and strings."""
-        orders = [order.state() for order in self._orders]
-        opened = [(number, *piece) for number, (_, pieces) in enumerate(orders) for piece in pieces]
-        held = [part for group in self._groups for part in group.parts()]
+        parts = [part for group in self._groups for part in group.parts()]
+        held = [item for part in parts for item in part]
+        oldest = [order.drawn for order in self._orders]
+        for item in held:
+            oldest[item.source] = min(item.draw, oldest[item.source])
+        counters, opened, events = zip(*map(RowOrder.state, self._orders, oldest), strict=True)
+        documents = _table(map(_Held.numbers, held), _Held.NUMBERS)
+        # Draws of a source mostly follow one another, so their differences take almost no space.
+        by_source = np.argsort(documents[:, 0], kind="stable")
+        documents[by_source, 1] = np.diff(documents[by_source, 1], prepend=0)
         return {
-            "orders": [counters for counters, _ in orders],
-            "open": _packed(opened, 3),
+            "position": _packed(
+                _table(counters, _COUNTERS),
+                _table(_numbered(opened), _OPENED),
+                _table(_numbered(events), _EVENTS),
+                _table(([len(part)] for part in parts), 1),
+                documents,
+            ),
             "consumed": list(self._consumed),
-            "held": [len(part) for part in held],
-            "documents": _packed([item.numbers() for part in held for item in part], _Held.NUMBERS),
             "counts": dict(self._counts),
         }
 
     def load_state_dict(self, state: State) -> None:
         """Resume from a state; documents that the packers held are read when their sequence is complete."""
-        opened = _unpacked(state["open"], 3)
-        for number, (order, counters) in enumerate(zip(self._orders, state["orders"], strict=True)):
-            order.load_state(counters, opened[opened[:, 0] == number, 1:].tolist())
-        self._consumed = list(state["consumed"])
-        documents = map(_Held.of_numbers, _unpacked(state["documents"], _Held.NUMBERS).tolist())
-        counts = iter(state["held"])
+        columns = (_COUNTERS, _OPENED, _EVENTS, 1, _Held.NUMBERS)
+        counters, opened, events, sizes, documents = _unpacked(state["position"], columns)
+        for number, order in enumerate(self._orders):
+            of_order = (table[table[:, 0] == number, 1:].tolist() for table in (opened, events))
+            order.load_state(counters[number].tolist(), *of_order)
+        by_source = np.argsort(documents[:, 0], kind="stable")
+        documents[by_source, 1] = np.cumsum(documents[by_source, 1])
+        held = (_Held(*numbers) for numbers in documents.tolist())
+        size = iter(sizes[:, 0].tolist())
         for group in self._groups:
-            group.restore(*(list(islice(documents, next(counts))) for _ in group.parts()))
+            group.restore(*(list(islice(held, next(size))) for _ in group.parts()))
+        self._consumed = list(state["consumed"])
         self._counts = Counter(state["counts"])
 
     def _next_pack(self) -> list[tuple[Key, Document]] | None:
@@ -187,43 +205,56 @@ class VirtualStream:
     def _decode(self, held: list[_Held]) -> Iterator[tuple[Key, Document]]:
         """Yield the documents of a complete sequence, without those that have a damaged image."""
         for item in held:
-            assert item.draft is not None
-            number, shard, row, _ = item.key
+            assert item.content is not None
+            key, draft, first_pass = item.content
+            number, shard, row, _ = key
             try:
-                yield item.key, item.draft.decode()
+                yield key, draft.decode()
             except SampleError as error:
                 # The source is behind again by what it did not give; only long texts have several pieces.
                 self._consumed[number] -= {"samples": 1, "tokens": item.length}.get(self._weight_by, 0)
-                self._skip(self._sources[number], shard, row, error, item.first_pass, "decoded")
+                self._skip(self._sources[number], shard, row, error, first_pass, "decoded")
             else:
                 self._unusable_in_a_row["decoded"] = 0
 
     def _read_again(self, group: _SourceGroup, held: list[_Held]) -> None:
         """Read the documents of a sequence that a state only named, and all others of the same shards."""
-        unread = [item for part in (held, *group.parts()) for item in part if item.draft is None]
-        shards = {item.key[:2] for item in held if item.draft is None}
-        unread = sorted((item for item in unread if item.key[:2] in shards), key=lambda item: item.key)
-        for (number, shard), of_shard in groupby(unread, key=lambda item: item.key[:2]):
-            rows = self._orders[number].peek(shard)
-            for row, items in groupby(of_shard, key=lambda item: item.key[2]):
-                try:
-                    drafts = self.drafts_of(rows[row])
-                    for item in items:
-                        item.draft = drafts[item.key[3]]
-                        if len(item.draft) != item.length:
-                            raise IndexError(f"{len(item.draft)} tokens instead of {item.length}")
-                except (SampleError, IndexError) as error:
-                    where = self._sources[number].where(shard, row)
-                    raise SoloError(
-                        f"the data changed since the checkpoint: {where} cannot be read again ({error}); put "
-                        "it back, or start a new run"
-                    ) from error
+        unread = [item for part in (held, *group.parts()) for item in part if item.content is None]
+        for number in {item.source for item in held if item.content is None}:
+            order, items = self._orders[number], [item for item in unread if item.source == number]
+            places = order.places(min(item.draw for item in items))
+            shard_of = {draw: order.shard_of(places[draw]) for draw in {item.draw for item in items}}
+            for shard in {shard_of[item.draw] for item in held if item.source == number and not item.content}:
+                rows = order.peek(shard)
+                of_shard = (item for item in items if shard_of[item.draw] == shard)
+                for draw, pieces in groupby(of_shard, key=lambda item: item.draw):
+                    self._read_row(rows, shard, places[draw], list(pieces))
+
+    def _read_row(
+        self, rows: Sequence[dict[str, Any]], shard: int, place: Place, pieces: list[_Held]
+    ) -> None:
+        """Read the document of a row again, or pieces of it."""
+        number, row = pieces[0].source, place.offset
+        try:
+            row = self._orders[number].row_of(place, len(rows))
+            drafts = self.drafts_of(rows[row])
+            for item in pieces:
+                if len(draft := drafts[item.piece]) != item.length:
+                    raise IndexError(f"{len(draft)} tokens instead of {item.length}")
+                item.content = _Content((number, shard, row, item.piece), draft, place.epoch == 0)
+        except (SampleError, IndexError) as error:
+            where = self._sources[number].where(shard, row)
+            raise SoloError(
+                f"the data changed since the checkpoint: {where} cannot be read again ({error}); put "
+                "it back, or start a new run"
+            ) from error
 
     def _draw(self, group: _SourceGroup) -> bool:
         """Encode the group's next usable sample; return False if all its sources are exhausted."""
         while behind := [number for number in group.sources if not self._orders[number].exhausted]:
             number = min(behind, key=self._progress)
             first_pass = self._orders[number].epoch == 0
+            draw = self._orders[number].drawn
             shard, row = self._orders[number].next_key()
             broken = None
             try:
@@ -247,7 +278,9 @@ class VirtualStream:
                 part = (self._phases[number] or 1) if self._consumed[number] < 1 else 1
                 self._consumed[number] += part * sum(map(len, drafts))
             group.pieces.extend(
-                _Held((number, shard, row, piece), len(draft), first_pass, draft)
+                _Held(
+                    number, draw, piece, len(draft), _Content((number, shard, row, piece), draft, first_pass)
+                )
                 for piece, draft in enumerate(drafts)
             )
             return True
@@ -296,31 +329,41 @@ class VirtualStream:
             )
 
 
-@dataclass
-class _Held:
-    """Document that waits for its packed sequence; without its content after a state was loaded.
+class _Content(NamedTuple):
+    """Content of a document that was read.
 
     Attributes:
-        key: Key of the document.
-        length: Number of tokens.
-        first_pass: Whether it was read in the first pass over its source.
         draft: Its tokens and compressed images.
+        first_pass: Whether it was read in the first pass over its source.
     """
 
     key: Key
-    length: int
+    draft: Draft
     first_pass: bool
-    draft: Draft | None = None
 
-    NUMBERS = 6
+
+@dataclass(eq=False)
+class _Held:
+    """Document that waits for its packed sequence.
+
+    Attributes:
+        source: Number of its source.
+        draw: Number of the draw from the source.
+        piece: Number of the piece of a long text.
+        length: Number of tokens.
+        content: None after a state was loaded, until the document is read again.
+    """
+
+    source: int
+    draw: int
+    piece: int
+    length: int
+    content: _Content | None = None
+
+    NUMBERS = 4
 
     def numbers(self) -> tuple[int, ...]:
-        return (*self.key, self.length, int(self.first_pass))
-
-    @classmethod
-    def of_numbers(cls, numbers: Sequence[int]) -> _Held:
-        *key, length, first_pass = numbers
-        return cls((key[0], key[1], key[2], key[3]), length, bool(first_pass))
+        return self.source, self.draw, self.piece, self.length
 
 
 @dataclass
@@ -339,16 +382,30 @@ class _SourceGroup:
         self.pieces = deque(pieces)
 
 
-def _packed(rows: Iterable[Sequence[int]], columns: int) -> str:
-    """Return a table of small integers as text, a few bytes per row."""
-    table = np.array(list(rows), "<i8").reshape(-1, columns)
-    planes = np.ascontiguousarray(table.T).view(np.uint8).reshape(columns, -1, 8).transpose(0, 2, 1)
-    return base64.b85encode(zlib.compress(planes.tobytes(), 9)).decode()
+def _table(rows: Iterable[Sequence[int]], columns: int) -> NDArray[np.int64]:
+    return np.array(list(rows), "<i8").reshape(-1, columns)
 
 
-def _unpacked(text: str, columns: int) -> NDArray[np.int64]:
-    planes = np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint8).reshape(columns, 8, -1)
-    return np.ascontiguousarray(planes.transpose(0, 2, 1)).view("<i8").reshape(columns, -1).T
+def _numbered(by_source: Iterable[Iterable[Sequence[int]]]) -> Iterator[tuple[int, ...]]:
+    """Yield the rows of all sources, each with the number of its source."""
+    return ((number, *row) for number, rows in enumerate(by_source) for row in rows)
+
+
+def _packed(*tables: NDArray[np.int64]) -> str:
+    """Return tables of integers as text: column by column, byte by byte, compressed."""
+    sizes = np.array([len(table) for table in tables], "<i8")
+    numbers = np.concatenate([sizes, *(table.T.ravel() for table in tables)])
+    planes = numbers.view(np.uint8).reshape(-1, 8).T
+    return base64.b85encode(lzma.compress(planes.tobytes(), lzma.FORMAT_RAW, filters=_FILTERS)).decode()
+
+
+def _unpacked(text: str, columns: Sequence[int]) -> list[NDArray[np.int64]]:
+    planes = lzma.decompress(base64.b85decode(text), lzma.FORMAT_RAW, filters=_FILTERS)
+    numbers = np.frombuffer(planes, np.uint8).reshape(8, -1).T.copy().view("<i8").ravel()
+    sizes = numbers[: len(columns)].tolist()
+    ends = np.cumsum([len(columns), *(size * width for size, width in zip(sizes, columns, strict=True))])
+    parts = np.split(numbers, ends)[1:-1]
+    return [part.reshape(width, -1).T.copy() for part, width in zip(parts, columns, strict=True)]
 
 
 def _phases(weights: Sequence[float], stream: int, seed: str) -> list[float]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.run_folder import RunFolder
-from solo_vlm.evaluate.scoring.score import Benchmark, ScoredAnswer, paired_difference, score_of
+from solo_vlm.evaluate.saved_task import SavedTask, UnscoredRowsError, load_task
+from solo_vlm.evaluate.scoring.score import paired_difference, score_of
 from solo_vlm.utils.errors import SoloError
 
 
@@ -22,6 +22,7 @@ class Comparison:
         interval: 95% interval of the difference.
         p_value: Two-sided p-value of no difference.
         only_first, only_second: Number of rows that only this run answers correctly.
+        maximum: Score of a perfect model; None if it is unknown, as for lmms-eval's own metrics.
     """
 
     task: str
@@ -35,37 +36,54 @@ class Comparison:
     p_value: float
     only_first: int
     only_second: int
+    maximum: float | None
 
 
-def compare_runs(first: RunFolder, second: RunFolder) -> list[Comparison]:
-    """Compare two runs on every benchmark that both have.
+def compare_runs(first: RunFolder, second: RunFolder) -> tuple[list[Comparison], dict[str, str]]:
+    """Compare two runs on every task that both have.
+
+    Returns:
+        The comparisons, and the reasons for the tasks without one.
 
     Raises:
-        SoloError: They share no benchmark, or no row of a shared one, or were run on different data.
+        SoloError: There is no comparison; or the runs share no row of a task, or were run on different data.
     """
-    tasks = [task for task in first.tasks if task in second.tasks and task in BENCHMARKS]
-    if not tasks:
-        raise SoloError(f"{first.path} and {second.path} have no benchmark in common")
-    return [_compare(get(task), first, second) for task in tasks]
+    shared = set(first.tasks) & set(second.tasks)
+    if not shared:
+        raise SoloError(f"{first.path} and {second.path} have no task in common")
+    reasons = {
+        task: f"{task}: only {run.path} has it" for run in (first, second) for task in set(run.tasks) - shared
+    }
+    comparisons = []
+    for task in sorted(shared):
+        try:
+            runs = load_task(first, task), load_task(second, task)
+        except UnscoredRowsError as error:
+            reasons[task] = str(error)
+        else:
+            comparisons.append(_compare(task, *runs))
+    if not comparisons:
+        raise SoloError("; ".join(reasons.values()))
+    return comparisons, dict(sorted(reasons.items()))
 
 
-def _compare(benchmark: Benchmark, first: RunFolder, second: RunFolder) -> Comparison:
-    scored = (benchmark.scorer(run.read_predictions(benchmark.name)) for run in (first, second))
-    runs = [{answer.prediction.id: answer for answer in benchmark.filter(answers)} for answers in scored]
+def _compare(task: str, first: SavedTask, second: SavedTask) -> Comparison:
+    runs = [{answer.prediction.id: answer for answer in run.answers} for run in (first, second)]
     pairs = [(runs[0][name], runs[1][name]) for name in runs[0] if name in runs[1]]
     if not pairs:
-        raise SoloError(f"{benchmark.name}: the two runs have no row in common")
+        raise SoloError(f"{task}: the two runs have no row in common")
     for one, other in pairs:
-        if one.reference != other.reference or _question(one) != _question(other):
+        asked = first.asked(one.prediction), second.asked(other.prediction)
+        if one.reference != other.reference or asked[0] != asked[1]:
             raise SoloError(
-                f"{benchmark.name}: row {one.prediction.id} is another question in the second run; "
+                f"{task}: row {one.prediction.id} is another question in the second run; "
                 "compare runs on the same data"
             )
-    units, other_units = (benchmark.units(answers) for answers in zip(*pairs, strict=True))
+    units, other_units = (first.units(answers) for answers in zip(*pairs, strict=True))
     difference, interval, p_value = paired_difference(units, other_units)
     return Comparison(
-        task=benchmark.name,
-        title=benchmark.title,
+        task=task,
+        title=first.title,
         n=len(pairs),
         left_out=sum(map(len, runs)) - 2 * len(pairs),
         first=score_of(units),
@@ -75,8 +93,5 @@ def _compare(benchmark: Benchmark, first: RunFolder, second: RunFolder) -> Compa
         p_value=p_value,
         only_first=sum(one.correct and not other.correct for one, other in pairs),
         only_second=sum(other.correct and not one.correct for one, other in pairs),
+        maximum=first.maximum,
     )
-
-
-def _question(answer: ScoredAnswer) -> object:
-    return answer.prediction.row.get("question")

@@ -18,6 +18,9 @@ from solo_vlm.utils.files import new_file
 
 Row = dict[str, Any]
 
+ROW_VALUES = "lmms_eval"
+"""Column of predictions with lmms-eval's metrics of the row, for its own tasks."""
+
 _IMAGE_COLUMNS = ("image", "images", "decoded_image")
 _ID_COLUMNS = ("pid", "index", "id")
 _RESPONSE_COLUMNS = ("response", "prediction", "extraction")

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +21,11 @@ from solo_vlm.evaluate.questions import (
     Question,
     QuestionSettings,
     load_questions,
-    summarize,
+    score_answers,
 )
 from solo_vlm.evaluate.run import ModelInfo, ProgressBar, begin_run
 from solo_vlm.evaluate.run_folder import AnswerFile, RunFolder, SavedAnswer
-from solo_vlm.evaluate.scoring.score import Part, Score, points, span
+from solo_vlm.evaluate.scoring.score import Score, points, span
 from solo_vlm.generate import GenerationRequest
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy")
@@ -83,7 +82,7 @@ class QuestionRun:
             ]
             predictions = (Prediction(each.question.id, each.response, each.question.row) for each in answers)
             folder.write_predictions(name, predictions)
-            scores.append(_score(name, path, answers, len(every)))
+            scores.append(score_answers(name, path, answers, len(every)))
             tables.append(_table(scores[-1], self.model.name, answers))
             run["tasks"][name] = {
                 "path": path,
@@ -126,33 +125,6 @@ def _image_hash(source: ImageSource) -> str:
         is_url = "://" in source or source[:5] == "data:"
         source = source.encode() if is_url or not Path(source).is_file() else Path(source).read_bytes()
     return hashlib.sha256(source).hexdigest()
-
-
-def _score(name: str, path: str, answers: Sequence[Answer], total: int) -> Score:
-    whole = summarize(answers)
-    kinds = {metric: list(group) for metric, group in groupby(sorted(answers, key=_metric), _metric)}
-    parts = {metric: summarize(group) for metric, group in kinds.items()}
-    return Score(
-        task=name,
-        title=name if name in path else f"{name} ({path})",
-        score=100 * whole.value,
-        interval=(100 * whole.low, 100 * whole.high),
-        n=whole.n,
-        expected_n=total,
-        metric=f"mean credit ({', '.join(kinds)}), in percent of questions",
-        source=path,
-        breakdown={
-            metric: Part(100 * part.value, part.n, (100 * part.low, 100 * part.high), "metric")
-            for metric, part in parts.items()
-            if len(parts) > 1
-        },
-        unreadable=sum(answer.extracted is None and answer.response is not None for answer in answers),
-        bad_rows=tuple(answer.question.id for answer in answers if answer.response is None),
-    )
-
-
-def _metric(answer: Answer) -> str:
-    return answer.question.metric
 
 
 def _table(score: Score, model: str, answers: Sequence[Answer]) -> QuestionTable:

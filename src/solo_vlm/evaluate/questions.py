@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
@@ -17,9 +18,10 @@ from solo_vlm.data.sources import Source
 from solo_vlm.data.sources.files import DEFAULT_LIMITS, Limits
 from solo_vlm.evaluate.benchmarks.short_answers import relaxed_accuracy
 from solo_vlm.evaluate.held_out import HeldOutQuestion
+from solo_vlm.evaluate.predictions import Prediction
 from solo_vlm.evaluate.scoring.extract import final_text, read_choice
 from solo_vlm.evaluate.scoring.numbers import as_number, read_number
-from solo_vlm.evaluate.scoring.score import Unit, mean_interval, score_of
+from solo_vlm.evaluate.scoring.score import Part, Score, interval_of_mean
 from solo_vlm.evaluate.scoring.text import anls, exact_match
 from solo_vlm.utils.errors import SoloError, did_you_mean, first_line
 from solo_vlm.utils.settings import Settings
@@ -182,6 +184,22 @@ def _question(row: dict[str, Any], id: str, where: str, default: Metric) -> Ques
     return Question(sample, id, where, tuple(answers), tuple(options), metric)
 
 
+def saved_question(prediction: Prediction) -> Question:
+    """Return the question of a prediction whose row is `Question.row`, without its images.
+
+    Raises:
+        SoloError: The row is not.
+    """
+    row, where = prediction.row, f"prediction {prediction.id}"
+    try:
+        texts = {"user": row["question"], "assistant": row["answer"][0]}
+        chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
+        asked = {**row, "messages": chat, "answers": row["answer"]}
+        return _question(asked, prediction.id, where, "exact")
+    except (KeyError, IndexError, TypeError, SampleError) as error:
+        raise SoloError(f"{where} has no question with answers, options and metric: {error}") from error
+
+
 @dataclass(frozen=True)
 class Answer:
     """Response to a question with its credit.
@@ -222,6 +240,33 @@ def _is_near(number: str | None, answers: Sequence[str]) -> bool:
 
 def summarize(answers: Sequence[Answer]) -> QuestionScore:
     """Return the mean credit with its 95% interval: Wilson's for right and wrong, else the bootstrap's."""
-    units = [Unit(answer.question.id, 100 * answer.credit) for answer in answers]
-    low, high = mean_interval(units)
-    return QuestionScore(score_of(units) / 100, low / 100, high / 100, len(units))
+    credits = [answer.credit for answer in answers]
+    return QuestionScore(float(np.mean(credits)), *interval_of_mean(credits), len(credits))
+
+
+def score_answers(name: str, path: str, answers: Sequence[Answer], total: int) -> Score:
+    """Return the score of the answers to a file of questions, which has `total` of them."""
+
+    def metric_of(answer: Answer) -> str:
+        return answer.question.metric
+
+    whole = summarize(answers)
+    kinds = {metric: list(group) for metric, group in groupby(sorted(answers, key=metric_of), metric_of)}
+    parts = {metric: summarize(group) for metric, group in kinds.items()}
+    return Score(
+        task=name,
+        title=name if name in path else f"{name} ({path})",
+        score=100 * whole.value,
+        interval=(100 * whole.low, 100 * whole.high),
+        n=whole.n,
+        expected_n=total,
+        metric=f"mean credit ({', '.join(kinds)}), in percent of questions",
+        source=path,
+        breakdown={
+            metric: Part(100 * part.value, part.n, (100 * part.low, 100 * part.high), "metric")
+            for metric, part in parts.items()
+            if len(parts) > 1
+        },
+        unreadable=sum(answer.extracted is None and answer.response is not None for answer in answers),
+        bad_rows=tuple(answer.question.id for answer in answers if answer.response is None),
+    )

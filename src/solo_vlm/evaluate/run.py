@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from solo_vlm import __version__
 from solo_vlm.evaluate.backends import Backend
 from solo_vlm.evaluate.data import Rows
-from solo_vlm.evaluate.predictions import Prediction
+from solo_vlm.evaluate.predictions import ROW_VALUES, Prediction
 from solo_vlm.evaluate.report import TaskReport, write_reports
 from solo_vlm.evaluate.run_folder import AnswerFile, RunFolder
+from solo_vlm.evaluate.saved_task import harness_answers
 from solo_vlm.evaluate.scoring.score import Benchmark, Score
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import check_new
@@ -116,7 +117,7 @@ class EvaluationRun:
         if isinstance(task, tuple):
             benchmark, rows = task
             return self._evaluate_benchmark(folder, backend, benchmark, rows, on_progress)
-        from solo_vlm.evaluate.stock_tasks import ROW_VALUES, row_values, stock_answers, stock_score
+        from solo_vlm.evaluate.stock_tasks import row_values, stock_score
 
         rows = Rows.all_of(task.dataset[task.split])
         run = self._answer(backend, task, rows, on_progress)
@@ -127,7 +128,7 @@ class EvaluationRun:
         ]
         folder.write_predictions(task.config.task, predictions)
         score = stock_score(task, run.result, predictions, len(rows))
-        answers = stock_answers(predictions, next(iter(run.result.metrics)))
+        answers = harness_answers(predictions, next(iter(run.result.metrics)))
         return TaskReport(score, answers, rows, task.prompt, run.metadata)
 
     def _evaluate_benchmark(

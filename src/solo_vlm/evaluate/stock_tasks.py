@@ -31,15 +31,12 @@ from solo_vlm.evaluate.benchmarks import BENCHMARKS
 from solo_vlm.evaluate.data import EncodedRows, cast_images, decoded, files_of_split
 from solo_vlm.evaluate.lmms_eval import BackendModel, chat_of
 from solo_vlm.evaluate.predictions import Prediction
-from solo_vlm.evaluate.scoring.score import Benchmark, Part, Score, ScoredAnswer, Unit, mean_interval
+from solo_vlm.evaluate.scoring.score import Benchmark, Part, Score, interval_of_mean
 from solo_vlm.models.solo.image_loading_solo import ImageError
 from solo_vlm.utils.errors import SoloError, did_you_mean, first_line
 
 _SCORED_BY_GPT = {"mathvista"}
 """Benchmarks that lmms-eval scores by asking GPT; it guesses without a key, so it does not score them."""
-
-ROW_VALUES = "lmms_eval"
-"""Column of predictions with lmms-eval's metrics of the row."""
 
 _API_CLIENTS = ("openai", "anthropic", "google", "requests", "httpx")
 _RESAMPLES = 500
@@ -374,23 +371,6 @@ def row_values(task: StockTask, rows: int) -> list[dict[str, float]]:
     ]
 
 
-def stock_answers(predictions: Sequence[Prediction], metric: str) -> list[ScoredAnswer]:
-    """Return scored answers with lmms-eval's value of each row; none if a row has no number as the metric."""
-    values = [prediction.row.get(ROW_VALUES, {}).get(metric) for prediction in predictions]
-    if any(value is None for value in values):
-        return []
-    return [
-        ScoredAnswer(
-            prediction,
-            prediction.response,
-            str(prediction.row.get("answer", prediction.row.get("answers"))),
-            float(value),
-            None if prediction.response is not None else "no response",
-        )
-        for prediction, value in zip(predictions, values, strict=True)
-    ]
-
-
 def _part(task: StockTask, key: str, value: float) -> Part:
     values = [metrics[key] for metrics in task.row_metrics if key in metrics]
     # With several filters, the key is not a metric's name.
@@ -410,8 +390,7 @@ def _interval(
     if aggregate is get_aggregation("mean") and all(
         isinstance(value, (bool, int, float)) for value in values
     ):
-        low, high = mean_interval([Unit(str(row), 100 * float(value)) for row, value in enumerate(values)])
-        return low / 100, high / 100
+        return interval_of_mean([float(value) for value in values])
     rng = np.random.default_rng(0)
     try:
         with tempfile.TemporaryDirectory() as folder, _without_network(), redirect_stdout(io.StringIO()):

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from transformers import StoppingCriteria, TextStreamer
+from transformers import BatchFeature, StoppingCriteria, TextStreamer
 
 from solo_vlm.data.values import check_text
 from solo_vlm.generate.cache import (
@@ -29,6 +29,7 @@ from solo_vlm.generate.cache import (
     supports_prefix_cache,
 )
 from solo_vlm.generate.exactness import cache_fault, reads_padding
+from solo_vlm.models.checks import check_processor
 from solo_vlm.models.load import (
     Quantization,
     load_config,
@@ -120,7 +121,8 @@ class GenerationPipeline:
             which must not consist of inference tensors.
 
     Raises:
-        SoloError: Both `prefix_cache` and `compile` are given, or the decoder has no static cache.
+        SoloError: Both `prefix_cache` and `compile` are given, the decoder has no static cache, or model and
+            processor disagree about images.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class GenerationPipeline:
     ) -> None:
         if prefix_cache and compile:
             raise SoloError("compile and a prefix cache are incompatible: choose one")
+        check_processor(model.config, processor)
         decoder = model.config.text_config
         if compile:
             fault = cache_fault(model, static=True) if _takes_dynamic_cache(model) else "it keeps a state"
@@ -252,6 +255,14 @@ class GenerationPipeline:
                 f"the chat has {length} tokens, but the model's context is {self.context_length}: shorten it"
             )
         return inputs.to(self.model.device)
+
+    def join(self, encoded: Sequence[Any]) -> Any:
+        """Return what `encode` returns for several chats, from its results for each of them."""
+        ids = [inputs["input_ids"][0].tolist() for inputs in encoded]
+        joined = self.processor.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
+        vision = ("pixel_values", "image_grid_thw")
+        parts = {name: [inputs[name] for inputs in encoded if name in inputs] for name in vision}
+        return BatchFeature({**joined, **{name: torch.cat(part) for name, part in parts.items() if part}})
 
     def generate(self, inputs: Any, max_new_tokens: int, **options: Any) -> tuple[torch.Tensor, int]:
         """Generate token IDs; a single chat with a single answer goes through the prefix cache.

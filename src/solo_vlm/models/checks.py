@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import is_inside
@@ -238,6 +238,25 @@ def check_image_attention(model: PreTrainedModel) -> None:
         raise SoloError(
             f"image_attention=bidirectional: no layer of {family} lets patches see later ones: use causal"
         )
+
+
+def check_processor(config: PreTrainedConfig, processor: Any) -> None:
+    """Check that a SOLO model and its processor agree about patches, their tokens and their normalization.
+
+    Raises:
+        SoloError: A setting differs.
+    """
+    names = ("image_token", "vision_start_token", "vision_row_token", "vision_end_token")
+    tokens = [getattr(processor, name) for name in names]
+    images = processor.image_processor
+    for what, own, others in (
+        ("vision_token_ids", config.vision_token_ids, processor.tokenizer.convert_tokens_to_ids(tokens)),
+        ("vision_patch_size", [config.vision_patch_size], [images.patch_size]),
+        ("image_mean", config.image_mean, images.image_mean),
+        ("image_std", config.image_std, images.image_std),
+    ):
+        if list(own) != list(others):
+            raise SoloError(f"{what}: {list(own)} in config.json, {list(others)} in the processor's files")
 
 
 def check_generation(path: str | Path, settings: GenerationConfig, vocabulary: int) -> None:

@@ -24,7 +24,7 @@ from solo_vlm.models.solo.chat_template import (
     with_images,
     without_system,
 )
-from solo_vlm.models.solo.configuration_solo import SoloConfig
+from solo_vlm.models.solo.configuration_solo import SoloConfig, check_rope_base_2d
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration, make_patch_embedding
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, SoloProcessor
@@ -62,10 +62,10 @@ class ImageDesign:
     patch_embedding: Literal["linear", "conv"] = "linear"
 
     def __post_init__(self) -> None:
-        if self.rope_base_2d is not None and self.image_positions == "1d":
-            raise SoloError("rope_base_2d has no effect on 1-D positions: also set image_positions to 2d")
-        if self.rope_base_2d is not None and not self.rope_base_2d > 1:
-            raise SoloError(f"rope_base_2d = {self.rope_base_2d:g} must be more than 1, such as 10000")
+        try:
+            check_rope_base_2d(self.rope_base_2d, self.image_positions)
+        except ValueError as error:
+            raise SoloError(str(error)) from error
 
 
 PAPER_DESIGN = ImageDesign()

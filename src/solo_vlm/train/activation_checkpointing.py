@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from solo_vlm.models.load import decoder_layers
+from solo_vlm.utils.errors import SoloError
 
 Mode = Literal["full", "selective", "none"]
 MODES: tuple[Mode, ...] = ("full", "selective", "none")
@@ -67,7 +68,7 @@ class LayerModes:
 
 def prepare_layers(
     model: PreTrainedModel, modes: LayerModes | Mode, is_compiled: bool = False, is_split: bool = False
-) -> None:
+) -> LayerModes:
     """Set the activation checkpointing of each decoder layer, and compile it on its own, in place.
 
     Equal layers share compiled code, and FSDP's hooks stay outside of it.
@@ -77,8 +78,15 @@ def prepare_layers(
 
     Args:
         is_split: Whether tensor parallelism splits the layers.
+
+    Returns:
+        The modes.
     """
     layers = decoder_layers(model)
+    if not layers and (is_compiled or modes != "none"):
+        raise SoloError(
+            "activation_checkpointing and compile: the decoder has no list of layers; unset both settings"
+        )
     if isinstance(modes, str):
         modes = LayerModes.uniform(modes, len(layers))
     for layer, mode in zip(layers, modes.layers, strict=True):
@@ -90,6 +98,7 @@ def prepare_layers(
         _checkpoint(layer, mode)
         if is_compiled and not compile_first:
             _compile(layer)
+    return modes
 
 
 def _checkpoint(layer: nn.Module, mode: Mode) -> None:

@@ -35,7 +35,7 @@ class AnswerLog:
         self._path = folder / "answers.jsonl"
         truncate_after(self._path, done)
         self._responses: dict[tuple[str, str], dict[int, Response]] = defaultdict(dict)
-        for line in self._path.read_text().splitlines() if self._path.is_file() else ():
+        for line in self._path.read_bytes().splitlines() if self._path.is_file() else ():
             record = json.loads(line)
             response = Response(record["answer"], record["credit"])
             self._responses[record["file"], record["id"]][record["step"]] = response
@@ -68,10 +68,11 @@ class AnswerLog:
                 tracker.log_answers(name, [answered[place] for place in shown_places(len(answered))], step)
 
     def _table(self, name: str, answered: Sequence[Answer]) -> QuestionTable:
-        steps = sorted(self._responses[name, answered[0].question.id])[-_COLUMNS:]
+        shown = [answered[place].question for place in shown_places(len(answered))]
+        of_each = [self._responses[name, question.id].keys() for question in shown]
+        steps = sorted(set.intersection(*map(set, of_each)))[-_COLUMNS:]  # a crash may have cut one short
         rows = []
-        for place in shown_places(len(answered)):
-            question = answered[place].question
+        for question in shown:
             key = (name, question.id)
             if key not in self._images:
                 self._images[key] = image_urls(question)

@@ -1,9 +1,9 @@
 """Dealing the packed sequences of a step to data-parallel ranks, so that they wait little for each other.
 
-Ranks run in lock step: each gathers the weights of every layer together with the others, so each of the
-step's microbatches takes as long as its heaviest sequence. Sequences of equal length differ in FLOPs:
-attention costs the sum of the squared lengths of their documents, the head their supervised tokens. In the
-order of FLOPs, neighbors make a microbatch.
+Ranks that share a copy of the parameters run in lock step: each gathers the weights of every layer together
+with the others, so each of the step's microbatches takes as long as its heaviest sequence. Copies meet at the
+end of the step. Sequences of equal length differ in FLOPs: attention costs the sum of the squared lengths of
+their documents, the head their supervised tokens. In the order of FLOPs, neighbors make a microbatch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Balancer:
         costs = [0.0] * (ranks * count)
         costs[own * count : (own + 1) * count] = map(self._cost, sequences)
         costs = self._context.sum(*costs)
-        dealt = deal([costs[start : start + count] for start in range(0, len(costs), count)])
+        by_rank = [costs[start : start + count] for start in range(0, len(costs), count)]
+        dealt = deal(by_rank, self._context.dims.replicate)
         leaving = [
             {index: sequences[index] for source, index in dealt[rank] if source == own and rank != own}
             for rank in range(ranks)
@@ -75,32 +76,41 @@ class Balancer:
         return [piece.numpy().tobytes() for piece in pieces]
 
 
-def deal(costs: Sequence[Sequence[float]]) -> list[list[Place]]:
+def deal(costs: Sequence[Sequence[float]], copies: int = 1) -> list[list[Place]]:
     """Return the sequence that each rank computes in each microbatch, heaviest first.
 
-    A microbatch consists of neighbors in the order of costs. A rank keeps one that it has read, if there is
-    any, so about a third of the sequences move.
+    Neighbors in the order of costs make a microbatch; the copy with the least to do takes the next one. A
+    rank keeps a sequence that it has read, if there is any.
 
     Args:
         costs: Costs of the sequences that each rank has read, equally many.
+        copies: Copies of the parameters; neighboring ranks share one.
     """
+    ranks = len(costs) // copies
     places = [(rank, index) for rank, own in enumerate(costs) for index in range(len(own))]
     places.sort(key=lambda place: (-costs[place[0]][place[1]], place))
     dealt: list[list[Place]] = [[] for _ in costs]
-    for start in range(0, len(places), len(costs)):
-        microbatch = places[start : start + len(costs)]
+    loads = [0.0] * copies
+    for start in range(0, len(places), ranks):
+        microbatch = places[start : start + ranks]
+        open_copies = [copy for copy in range(copies) if len(dealt[copy * ranks]) < len(costs[0])]
+        copy = min(open_copies, key=loads.__getitem__)
+        loads[copy] += costs[microbatch[0][0]][microbatch[0][1]]
         kept = {place[0]: place for place in reversed(microbatch)}
-        moved = iter([place for place in microbatch if kept[place[0]] != place])
-        for rank, row in enumerate(dealt):
-            row.append(kept[rank] if rank in kept else next(moved))
+        moved = iter([place for place in microbatch if kept[place[0]] != place or place[0] // ranks != copy])
+        for rank in range(copy * ranks, (copy + 1) * ranks):
+            dealt[rank].append(kept[rank] if rank in kept else next(moved))
     return dealt
 
 
-def waiting(costs: Sequence[Sequence[float]]) -> float:
-    """Return the share of time in which ranks wait for the heaviest sequence of each microbatch.
+def waiting(costs: Sequence[Sequence[float]], copies: int = 1) -> float:
+    """Return the share of time in which ranks wait: for the heaviest of a microbatch, and for other copies.
 
     Args:
         costs: Costs of the sequences of each rank, by microbatch.
+        copies: Copies of the parameters; neighboring ranks share one.
     """
-    longest = sum(map(max, zip(*costs, strict=True)))
+    ranks = len(costs) // copies
+    rows = [costs[start : start + ranks] for start in range(0, len(costs), ranks)]
+    longest = max(sum(map(max, zip(*row, strict=True))) for row in rows)
     return 1 - sum(map(sum, costs)) / (len(costs) * longest)

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
-import zlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
-from torch.distributed.checkpoint.storage import WriteResult
 from transformers import PreTrainedModel
 
 from solo_vlm.models.load import save_model
-from solo_vlm.train.inputs import check_inputs, fingerprint_model
+from solo_vlm.train.inputs import check_inputs, fingerprint_model, load_recipe
 from solo_vlm.train.model import (
     adapter_state_dict,
     has_adapters,
@@ -41,15 +35,18 @@ from solo_vlm.train.optimizer import named_trainable
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.export import can_save_sharded, save_sharded
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.storage import (
+    CHECKSUMS_FILE,
+    STATE_FILE,
+    CheckpointReader,
+    CheckpointStore,
+    CheckpointWriter,
+    Folder,
+    step_of,
+)
 from solo_vlm.utils.errors import SoloError
-from solo_vlm.utils.files import new_folder, remove, sync, write_text, writing
+from solo_vlm.utils.files import new_folder
 
-_STATE_FILE = "training_state.json"
-_METADATA_FILE = ".metadata"  # torch's
-_CHECKSUMS_FILE = "checksums.json"
-_NAME = re.compile(r"step-(\d{8,})")
-_PARTIAL_PREFIX = ".partial-"  # as in utils/files.py, but with a name that all processes know
-_BLOCK_SIZE = 1 << 20
 _FLOAT32_BYTES = 4
 _GATHERED_SIZE = 4 * 10**9  # bytes of a sharded model that one process gathers, to export it as a single file
 
@@ -93,7 +90,7 @@ class TrainState:
 
 
 class Checkpointer:
-    """Writer of checkpoints, as folders `step-NNNNNNNN` in torch's distributed format.
+    """Writer of checkpoints in torch's distributed format.
 
     They hold the trainable parameters, the optimizer's state, `training_state.json`, and the checksums of
     all files. No RNG state is needed, because each step reseeds. Any number of processes can load them.
@@ -103,8 +100,10 @@ class Checkpointer:
         asynchronous: Whether `save` returns before the files are written.
     """
 
-    def __init__(self, folder: Path, keep: int, asynchronous: bool, context: DistributedContext) -> None:
-        self._folder = folder
+    def __init__(
+        self, store: CheckpointStore, keep: int, asynchronous: bool, context: DistributedContext
+    ) -> None:
+        self._store = store
         self._keep = keep
         self._asynchronous = asynchronous
         self._context = context
@@ -118,23 +117,23 @@ class Checkpointer:
         """Save the current step unless it is already saved; wait for a pending checkpoint first."""
         self.wait()
         tensors = _trained_tensors(model, optimizer)
-        path = self._folder / f"step-{state.step:08d}"
-        partial = self._folder / f"{_PARTIAL_PREFIX}{path.name}"
         # Checked in rank 0: on a network file system, processes may see different states of a folder.
-        if not self._context.broadcast_from_rank0(lambda: _create_partial(path, partial, state)):
+        folder = self._context.broadcast_from_rank0(
+            lambda: self._store.begin(state.step, json.dumps(asdict(state)))
+        )
+        if folder is None:
             return
+        writer = CheckpointWriter(folder)
         future: Any = async_save(
             tensors,
-            storage_writer=_ChecksumWriter(partial),
+            storage_writer=writer,
             process_group=self._group,
             no_dist=self._group is None,
         )
         # Rank 0 finishes last, because it collects the metadata of all ranks.
         is_main = self._context.is_main_process
         best = state.best.step if state.best else None
-        self._pending = (
-            self._finalizer.submit(self._finalize, future, partial, path, best) if is_main else future
-        )
+        self._pending = self._finalizer.submit(self._finalize, future, writer, best) if is_main else future
         if not self._asynchronous:
             self.wait()
 
@@ -150,33 +149,29 @@ class Checkpointer:
         """
         pending, self._pending = self._pending, None
         if pending:
-            with writing(self._folder):
+            with self._store.folder.accessing():
                 pending.result(timeout)
 
-    def _finalize(self, written: Future[Any], partial: Path, path: Path, best: int | None) -> None:
-        """Rename a complete checkpoint and delete old ones, except the best, in the background."""
+    def _finalize(self, written: Future[Any], writer: CheckpointWriter, best: int | None) -> None:
+        """Complete a checkpoint and delete old ones, except the best, in the background."""
+        store = self._store
         try:
             written.result()
-            sync(partial)
-            partial.rename(path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # a failed save may have filled the disk
-        sync(path.parent)
-        for old in find_checkpoints(path.parent)[: -self._keep]:
-            if step_of(old) == best:
-                continue
-            # Renamed first, so that a crash cannot leave half a checkpoint under a valid name.
-            shutil.rmtree(old.rename(old.with_name(f"{_PARTIAL_PREFIX}{old.name}")))
-
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in a folder, oldest first; copies under other names do not count."""
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+            store.commit(writer.folder, writer.checksums)
+        except BaseException:
+            store.discard(writer.folder)
+            raise
+        for old in store.checkpoints()[: -self._keep]:
+            if step_of(old) != best:
+                store.delete(old)
 
 
 def warn_if_disk_is_short(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
-    """Log a warning if the run will need more space for checkpoints and the exported model than is free."""
+    """Log a warning if a run with checkpoints in `out` will need more space than is free.
+
+    Args:
+        keep: Number of checkpoints to keep.
+    """
     checkpoint = sum(t.numel() * t.element_size() for t in _trained_tensors(model, optimizer).values())
     exported = _float32_bytes(model)
     present = sum(file.stat().st_size for file in (out / "checkpoints").rglob("*") if file.is_file())
@@ -189,32 +184,21 @@ def warn_if_disk_is_short(out: Path, model: nn.Module, optimizer: torch.optim.Op
         )
 
 
-def remove_partial_checkpoints(folder: Path) -> None:
-    """Remove checkpoints that a crash left half saved or half deleted; requires the lock of the run."""
-    for path in folder.glob(f"{_PARTIAL_PREFIX}step-*"):
-        remove(path)
-
-
-def step_of(path: Path) -> int:
-    """Return the step of a checkpoint from the name of its folder."""
-    return int(path.name.removeprefix("step-"))
-
-
-def load_train_state(path: Path) -> TrainState:
+def load_train_state(path: Folder) -> TrainState:
     """Read the progress of the run from a checkpoint."""
     try:
-        values = json.loads((path / _STATE_FILE).read_text())
+        values = json.loads(path.read(STATE_FILE))
         state = TrainState(**{**values, "best": Best(**values["best"]) if values.get("best") else None})
     except (OSError, ValueError, TypeError) as error:
-        raise SoloError(f"cannot resume from {path}: {_STATE_FILE} is not readable: {error}") from error
+        raise SoloError(f"cannot resume from {path}: {STATE_FILE} is not readable: {error}") from error
     if state.step != step_of(path):
-        raise SoloError(f"cannot resume from {path}: {_STATE_FILE} is of step {state.step}: rename it")
+        raise SoloError(f"cannot resume from {path}: {STATE_FILE} is of step {state.step}: rename it")
     if not state.data:
-        raise SoloError(f"cannot resume from {path}: {_STATE_FILE} has no position in the data")
+        raise SoloError(f"cannot resume from {path}: {STATE_FILE} has no position in the data")
     return state
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+def load_checkpoint(path: Folder, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Load the trainable parameters, and the optimizer's moments, in place.
 
     Raises:
@@ -225,13 +209,14 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         raise SoloError(f"cannot load the checkpoint {path}: {damage}; {_advise_older(path)}")
     tensors = _trained_tensors(model, optimizer)
     try:
-        load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        with path.accessing():
+            load(tensors, storage_reader=CheckpointReader(path), no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise SoloError(f"cannot load the checkpoint {path}: {reason}") from error
 
 
-def find_damage(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
+def find_damage(path: Folder, rank: int = 0, ranks: int = 1) -> str | None:
     """Compare the files of a checkpoint with its checksums.
 
     Args:
@@ -241,21 +226,21 @@ def find_damage(path: Path, rank: int = 0, ranks: int = 1) -> str | None:
         Description of the first damage, with the file name; None if there is no damage.
     """
     try:
-        expected = json.loads((path / _CHECKSUMS_FILE).read_text())
+        expected = json.loads(path.read(CHECKSUMS_FILE))
         checksums = {str(name): (int(size), str(value)) for name, (size, value) in expected.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{_CHECKSUMS_FILE} is missing or damaged ({error})"
-    found = {file.name for file in path.iterdir()}
-    if missing := sorted(checksums.keys() - found):
+        return f"{CHECKSUMS_FILE} is missing or damaged ({error})"
+    found = path.entries()
+    if missing := sorted(checksums.keys() - found.keys()):
         return f"{missing[0]} is missing"
     visible = {name for name in found if not name.startswith(".")}  # a file system may have hidden ones
-    if extra := sorted(visible - checksums.keys() - {_CHECKSUMS_FILE}):
+    if extra := sorted(visible - checksums.keys() - {CHECKSUMS_FILE}):
         return f"{extra[0]} is not one of its files"
     for name in sorted(checksums)[rank::ranks]:
         size, value = checksums[name]
-        if (actual := (path / name).stat().st_size) != size:
-            return f"{name} has {actual:,} bytes, but {size:,} were written"
-        if _checksum(path / name) != value:
+        if found[name] != size:
+            return f"{name} has {found[name] or 0:,} bytes, but {size:,} were written"
+        if path.checksum(name) != (size, value):
             return f"{name} is damaged: its checksum differs"
     return None
 
@@ -279,7 +264,7 @@ def export_model(
             _save_folder(path, merged, processor)
     elif context.mesh is None:
         _save_folder(path, model, processor)
-    elif _float32_bytes(model) > _GATHERED_SIZE and can_save_sharded(model):
+    elif _float32_bytes(model) > _GATHERED_SIZE and can_save_sharded(model) and _is_shared(out, context):
         save_sharded(path, model, processor, context)
     else:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -290,27 +275,43 @@ def export_model(
     return path
 
 
-def export_checkpoint(run: Path, out: Path, step: int | None = None) -> int:
+def _is_shared(out: Path, context: DistributedContext) -> bool:
+    """Return whether all processes see the output directory of rank 0; a collective call."""
+    probe = context.broadcast_from_rank0(lambda: Path(mkdtemp(prefix=".shared-", dir=out)))
+    is_unseen = context.max(not probe.is_dir())
+    if context.is_main_process:
+        probe.rmdir()
+    return not is_unseen
+
+
+def export_checkpoint(run: str | Path, out: Path, step: int | None = None, best: bool = False) -> int:
     """Export a checkpoint of a finished or unfinished run for `from_pretrained`; return its step.
 
     Args:
-        run: Output directory of the run; its `recipe.yaml` names the base model.
+        run: Output directory of the run, or the folder or URL of its checkpoints; its `recipe.yaml` names the
+            base model.
         out: Folder to write.
         step: Step of the checkpoint; default: the newest.
+        best: Export the best by the recipe's `validation.best` instead.
 
     Raises:
         SoloError: There is no such checkpoint, or the base model is missing.
     """
-    if not (run / "recipe.yaml").is_file():
+    folder = Folder(run)
+    recipe = load_recipe(folder)
+    if recipe is None:
         raise SoloError(f"{run} is not the output directory of a run: it has no recipe.yaml")
-    recipe = Recipe.load(run / "recipe.yaml")
-    folder = run / "checkpoints"
-    by_step = {step_of(found): found for found in find_checkpoints(folder)}
+    store = CheckpointStore(run)
+    if not store.checkpoints():  # `run` is not the folder of the checkpoints itself
+        store = CheckpointStore.of(recipe, folder.path)
+    by_step = {step_of(found): found for found in store.checkpoints()}
+    if best:
+        step = _best_step(run, recipe, by_step)
     path = by_step.get(max(by_step, default=0) if step is None else step)
     if path is None:
         steps = ", ".join(map(str, by_step))
         raise SoloError(f"{run} has no such checkpoint" + (f"; there are steps {steps}" if steps else ""))
-    check_inputs(run, fingerprint_model(recipe), prefix=f"{recipe.model}/")
+    check_inputs(folder, fingerprint_model(recipe), prefix=f"{recipe.model}/")
     model, processor = load_base_model(recipe.mixture.model_source())
     set_trainable(model, recipe.model_copy(update={"quantize": None}))
     load_checkpoint(path, model)
@@ -322,59 +323,21 @@ def export_checkpoint(run: Path, out: Path, step: int | None = None) -> int:
     return step_of(path)
 
 
-def _create_partial(path: Path, partial: Path, state: TrainState) -> bool:
-    """Create the folder to write into, unless the checkpoint exists; return whether to write."""
-    if path.exists():
-        return False
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write_text(partial / _STATE_FILE, json.dumps(asdict(state)))
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return True
+def _best_step(run: str | Path, recipe: Recipe, by_step: Mapping[int, Folder]) -> int:
+    """Return the step of a run's best evaluation, which the newest checkpoint knows."""
+    if recipe.validation is None or recipe.validation.best is None:
+        raise SoloError(f"{run} has no best checkpoint: its recipe does not set validation.best")
+    best = load_train_state(by_step[max(by_step)]).best if by_step else None
+    if best is None:
+        raise SoloError(f"{run} has no best checkpoint yet: no finite {recipe.validation.best} so far")
+    return best.step
 
 
-class _ChecksumWriter(FileSystemWriter):
-    """Torch's writer with checksums: each process computes those of its files, and rank 0 collects them."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        written = super().write_data(plan, planner)
-        folder, names = Path(self.path), {result.storage_data.relative_path for result in written.wait()}
-        own = folder / f"{plan.storage_data.prefix}{_CHECKSUMS_FILE}"
-        write_text(own, json.dumps(_checksums(folder, sorted(names))))
-        return written
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        super().finish(metadata, results)
-        folder = Path(self.path)
-        parts = list(folder.glob(f"__*_{_CHECKSUMS_FILE}"))
-        own = _checksums(folder, [_METADATA_FILE, _STATE_FILE])
-        for part in parts:
-            own |= json.loads(part.read_text())
-        write_text(folder / _CHECKSUMS_FILE, json.dumps(own, indent=1))
-        for part in parts:
-            part.unlink()
-
-
-def _checksums(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """Return size and checksum of files by name."""
-    return {name: ((folder / name).stat().st_size, _checksum(folder / name)) for name in names}
-
-
-def _checksum(file: Path) -> str:
-    """Return the CRC-32 of a file: it finds damage, not intent, and costs less than reading the file."""
-    value, block = 0, memoryview(bytearray(_BLOCK_SIZE))
-    with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(block):
-            value = zlib.crc32(block[:count], value)
-    return f"{value:08x}"
-
-
-def _advise_older(path: Path) -> str:
+def _advise_older(path: Folder) -> str:
     """Return the end of the message about a damaged checkpoint: the newest intact one before it."""
-    older = [found for found in find_checkpoints(path.parent) if step_of(found) < step_of(path)]
+    older = [
+        found for found in CheckpointStore(path.parent.url).checkpoints() if step_of(found) < step_of(path)
+    ]
     intact = next((found for found in reversed(older) if find_damage(found) is None), None)
     if intact is None:
         return "there is no older one that is intact: start a new run with out=..."

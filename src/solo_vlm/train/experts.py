@@ -183,9 +183,13 @@ class ExpertRouting:
 
 
 def router_modules(model: nn.Module) -> set[nn.Module]:
-    """Return the modules that choose experts."""
+    """Return the modules that choose experts, with all modules in them."""
     named = {module for module in model.modules() if "Router" in type(module).__name__}
-    return named | {router for router, _ in _find_routers(model)[1]}
+    found = {router for router, _ in _find_routers(model)[1]}
+    inner = {
+        router for router in found if found.isdisjoint([*router.modules()][1:])
+    }  # JetMoe's attention has one
+    return {part for router in named | inner for part in router.modules()}
 
 
 def _find_routers(model: nn.Module) -> tuple[PreTrainedModel | None, list[tuple[nn.Module, int]]]:

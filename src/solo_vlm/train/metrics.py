@@ -33,6 +33,7 @@ from rich.table import Column, Table
 from solo_vlm.evaluate.questions import Answer
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.storage import Folder
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import write_text
 from solo_vlm.utils.pages import thumbnail
@@ -187,7 +188,7 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Read all lines of a run's `metrics.jsonl`."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def memory_gb(device: torch.device) -> float:
@@ -200,12 +201,19 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def first_start(folder: Path) -> float:
-    """Return when a run was first started, in seconds since the epoch; restarts do not change it."""
-    path = folder / "first_start"
-    if not path.is_file():
-        write_text(path, f"{time.time()}\n")
-    return float(path.read_text())
+def first_start(folders: Sequence[Folder]) -> float:
+    """Return when a run was first started, in seconds since the epoch; restarts do not change it.
+
+    Args:
+        folders: Folders of the run, some of which may be new.
+    """
+    name = "first_start"
+    found = [text for folder in folders if (text := folder.find(name))]
+    first = min(map(float, found), default=time.time())
+    for folder in folders:
+        if not folder.find(name):
+            folder.write(name, f"{first}\n")
+    return first
 
 
 def slowest_process(context: DistributedContext) -> dict[str, float]:
@@ -339,11 +347,11 @@ def truncate_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept, last = [], 0
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             last = json.loads(line)["step"]
             if last <= step:
-                kept.append(f"{line}\n")
+                kept.append(f"{line.decode()}\n")
         except (ValueError, LookupError, TypeError):
             if last < step:  # as after a crash of the machine; a line after the step is repeated anyway
                 logger.warning(

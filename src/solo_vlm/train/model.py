@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from solo_vlm.check.certificate import require_exact_packing, require_exact_slices
 from solo_vlm.check.probe import QUANTIZED, TOLERANCES
 from solo_vlm.data.encode import load_encoder
+from solo_vlm.models.checks import check_processor
 from solo_vlm.models.load import (
     HEAD,
     PATCH_EMBEDDING,
@@ -47,7 +48,9 @@ def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[Pre
     if encoder.sees_images:
         # To main memory first: a model that needs several accelerators does not fit into one.
         device = None if "quantization_config" in options else "cpu"
-        return load_model(path, device=device, **options), encoder.processor
+        model = load_model(path, device=device, **options)
+        check_processor(model.config, encoder.processor)
+        return model, encoder.processor
     return load_llm(path, **options), encoder.processor
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from solo_vlm.models.load import decoder_layers
 from solo_vlm.train.experts import router_modules
@@ -35,12 +36,15 @@ def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch
     more than the hidden size of a small decoder.
 
     Raises:
-        SoloError: 8-bit moments without torchao, or with blocks that cross the parts of a split matrix.
+        SoloError: 8-bit moments without torchao, or with blocks that cross the parts of a split matrix; no
+            matrices for Muon.
     """
     if settings.name == "adamw_8bit":
         _require_torchao()
     rate = settings.patch_learning_rate or settings.learning_rate
     inside = _matrices(model, only_linear=settings.name == "muon")
+    if settings.name == "muon" and not inside:
+        raise SoloError("optimizer.name = muon: found no linear layers in decoder layers; use adamw")
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in named_trainable(model):
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
@@ -180,7 +184,8 @@ def _matrices(model: PreTrainedModel, only_linear: bool) -> set[nn.Parameter]:
         for module in layer.modules()
         if module not in routers
         for parameter in module.parameters(recurse=False)
-        if (isinstance(module, nn.Linear) and parameter.ndim == 2) or (not only_linear and parameter.ndim > 1)
+        if (isinstance(module, nn.Linear | Conv1D) and parameter.ndim == 2)
+        or (not only_linear and parameter.ndim > 1)
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain
@@ -84,27 +84,28 @@ class QuestionValidator:
 
     def _encode(self, model: PreTrainedModel) -> list[Any]:
         """Return the inputs of the share's questions in batches, in main memory."""
-        share = [self._all[place] for place in self._share]
-        alone = [self._encoded([question]) for question in share]
+        alone = [self._encoded(self._all[place]) for place in self._share]
         longest = max(inputs["input_ids"].shape[1] for inputs in alone) + self._max_new_tokens
         with self._generating(model):  # measured, for some families
             may_batch = self._pipeline.may_batch(self._context.max(longest))
         if not may_batch:
             return alone
-        return [
-            self._encoded(share[start : start + BATCH_SIZE]) for start in range(0, len(share), BATCH_SIZE)
-        ]
+        batches = []
+        while alone:  # consumed, as the inputs of each are copied into a batch
+            batches.append(self._pipeline.join(alone[:BATCH_SIZE]))
+            del alone[:BATCH_SIZE]
+        return batches
 
-    def _encoded(self, questions: Sequence[Question]) -> Any:
+    def _encoded(self, question: Question) -> Any:
         room = (self._pipeline.context_length or sys.maxsize) - self._max_new_tokens
         try:
-            inputs = self._pipeline.encode([question.chat for question in questions]).to("cpu")
+            inputs = self._pipeline.encode([question.chat]).to("cpu")
             if (length := inputs["input_ids"].shape[1]) > room:
                 raise ContextError(
                     f"its {length} tokens leave less than {self._max_new_tokens} for the answer"
                 )
         except (SoloError, ImageError) as error:
-            raise SoloError(f"validation.questions, {questions[0].where}: {error}") from error
+            raise SoloError(f"validation.questions, {question.where}: {error}") from error
         return inputs
 
     @contextmanager

@@ -72,11 +72,14 @@ class CheckpointSettings(Settings):
     """Settings of checkpoints.
 
     Attributes:
+        folder: Folder or URL (`s3://BUCKET/PATH`, or of another file system of fsspec) of this run's
+            checkpoints; default: `checkpoints` in its output directory.
         save_interval: Steps between checkpoints.
         keep: Number of checkpoints to keep, newest first.
         asynchronous: Whether to write in the background, from a copy in main memory.
     """
 
+    folder: str | None = Field(None, min_length=1)
     save_interval: PositiveInt = 500
     keep: PositiveInt = 2
     asynchronous: bool = True

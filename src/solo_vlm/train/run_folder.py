@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from solo_vlm import __version__
 from solo_vlm.data.mixture import LOADER_SETTINGS
 from solo_vlm.data.sources import Source
 from solo_vlm.data.sources.hub import without_revision
-from solo_vlm.train.checkpoint import find_checkpoints, remove_partial_checkpoints, step_of
-from solo_vlm.train.inputs import check_inputs, fingerprint_model, fingerprint_validation, write_inputs
+from solo_vlm.train.inputs import (
+    check_inputs,
+    fingerprint_model,
+    fingerprint_validation,
+    load_recipe,
+    write_inputs,
+    write_recipe,
+)
 from solo_vlm.train.recipe import Recipe
+from solo_vlm.train.storage import CheckpointStore, Folder, step_of
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import remove_partial, write_text
 from solo_vlm.utils.settings import describe_changes, find_changes
@@ -53,30 +59,62 @@ _PACKAGES = (
 )
 
 
-def prepare_output_dir(out: Path, recipe: Recipe, resume: bool) -> Path | None:
+def prepare_output_dir(
+    out: Path, recipe: Recipe, held_out: list[Source], resume: bool, store: CheckpointStore
+) -> Folder | None:
     """Write the recipe and input fingerprints; return the checkpoint to resume from, if there is one."""
     if (out / "model").exists():
         reason = f", which ended early ({stopped})" if (stopped := _early_stop(out)) else ""
         raise SoloError(
             f"{out} holds a finished run{reason}: remove it, or choose another folder with out=..."
         )
-    saved_recipe = out / "recipe.yaml"
-    if saved_recipe.is_file() and (changed := describe_recipe_changes(Recipe.load(saved_recipe), recipe)):
-        raise SoloError(
-            f"{out} holds a run of another recipe ({changed}): undo the change, remove the folder, or choose "
-            "another with out=..."
-        )
-    remove_partial(out)
-    remove_partial_checkpoints(out / "checkpoints")
-    checkpoint = max(find_checkpoints(out / "checkpoints"), key=step_of, default=None)
+    folders = run_folders(out, store)
+    before = {folder: saved for folder in folders if (saved := load_recipe(folder))}
+    for folder, saved in before.items():
+        if changed := describe_recipe_changes(saved, recipe):
+            setting = "out" if folder is folders[0] else "checkpoint.folder"
+            raise SoloError(
+                f"{folder} holds a run of another recipe ({changed}): undo the change, remove the folder, or "
+                f"choose another with {setting}=..."
+            )
+    checkpoint = store.newest()
+    if folders[0] in before:
+        _check_not_moved(CheckpointStore.of(before[folders[0]], out), store)
     if resume and checkpoint is None:
-        raise SoloError(f"nothing to resume: {out} has no checkpoint")
-    inputs = fingerprint_model(recipe) | fingerprint_validation(recipe)
+        raise SoloError(f"nothing to resume: {store.folder} has no checkpoint")
+    if checkpoint and store.is_separate and not before:
+        raise SoloError(
+            f"cannot resume from {checkpoint}: its folder has no recipe.yaml to compare with: copy it and "
+            "inputs.json from the output directory of its run, or choose another with checkpoint.folder=..."
+        )
+    inputs = fingerprint_model(recipe) | fingerprint_validation(recipe, held_out)
     if checkpoint:
-        check_inputs(out, inputs)
-    write_inputs(out, inputs)
-    write_text(saved_recipe, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        for folder in folders:
+            check_inputs(folder, inputs)
+    store.claim()
+    store.remove_partial()
+    remove_partial(out)
+    for folder in folders:
+        write_inputs(folder, inputs)
+        write_recipe(folder, recipe)
     return checkpoint
+
+
+def run_folders(out: Path, store: CheckpointStore) -> list[Folder]:
+    """Return the folders that describe a run: its output directory, and checkpoints that may outlive it."""
+    return [Folder(out), store.folder] if store.is_separate else [Folder(out)]
+
+
+def _check_not_moved(before: CheckpointStore, now: CheckpointStore) -> None:
+    """Require the newest checkpoint to be in the store of the recipe, if that was changed."""
+    if before.folder.at() == now.folder.at():
+        return
+    left, found = before.newest(), now.newest()
+    if left and (found is None or step_of(found) < step_of(left)):
+        raise SoloError(
+            f"the newest checkpoint of this run is {left}, not in {now.folder}: copy it there, or undo the "
+            "change of checkpoint.folder"
+        )
 
 
 def config_fingerprint(recipe: Recipe) -> dict[str, Any]:

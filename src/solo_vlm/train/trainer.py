@@ -26,9 +26,9 @@ from transformers import PreTrainedModel, set_seed
 from solo_vlm.data.collate import PackedBatch, model_inputs
 from solo_vlm.data.loader import LoadedSequence, PackedLoader
 from solo_vlm.data.mixture import make_loader
+from solo_vlm.data.sources import Source
 from solo_vlm.models.flops import training_flops
-from solo_vlm.models.load import decoder_layers
-from solo_vlm.train.activation_checkpointing import LayerModes, prepare_layers
+from solo_vlm.train.activation_checkpointing import prepare_layers
 from solo_vlm.train.answers import AnswerLog
 from solo_vlm.train.balance import Balancer
 from solo_vlm.train.checkpoint import (
@@ -58,7 +58,8 @@ from solo_vlm.train.parallel.context import DistributedContext, init_distributed
 from solo_vlm.train.parallel.sharding import average_replicated_gradients, reduce_gradients
 from solo_vlm.train.profile import StepProfiler
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.run_folder import prepare_output_dir, write_manifest
+from solo_vlm.train.run_folder import prepare_output_dir, run_folders, write_manifest
+from solo_vlm.train.storage import CheckpointStore, Folder
 from solo_vlm.train.validation import Validation
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import lock_output_dir, write_text, writing
@@ -120,22 +121,23 @@ class Trainer:
         self.recipe, self.context, self.stop = recipe, context, stop
         self.out = recipe.output_dir
         context.check_same_settings(recipe)
+        self.store = CheckpointStore.of(recipe, self.out)
+        self.store.check_access(context.rank)
         self.sources = context.open_sources(recipe.mixture)
+        mixture = recipe.validation_mixture
+        held_out = context.open_sources(mixture) if mixture else []
         self._lock: IO[str] | None = None
-        checkpoint = context.broadcast_from_rank0(lambda: self._prepare_output_dir(resume))
-        self.started = first_start(self.out) if context.is_main_process else 0.0
+        checkpoint = context.broadcast_from_rank0(lambda: self._prepare_output_dir(held_out, resume))
+        self.started = first_start(run_folders(self.out, self.store)) if context.is_main_process else 0.0
 
         set_seed(recipe.seed)
         self.model, self.processor = make_model(recipe, context)
         memory = device_memory(context)
         layout = context.broadcast_from_rank0(lambda: self._plan_layout(memory))
         self.shape = layout.shape if layout else None
-        if layout:
-            self.modes = layout.modes
-        else:
-            assert recipe.activation_checkpointing != "auto"
-            self.modes = LayerModes.uniform(recipe.activation_checkpointing, len(decoder_layers(self.model)))
-        prepare_layers(self.model, self.modes, recipe.compile, is_split=context.dims.tp > 1)
+        modes = layout.modes if layout else recipe.activation_checkpointing
+        assert modes != "auto"  # without a layout there is none
+        self.modes = prepare_layers(self.model, modes, recipe.compile, is_split=context.dims.tp > 1)
         self.experts = ExpertRouting.of(self.model, recipe.router_aux_loss, context.slices)
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
         dp = context.dims.dp
@@ -144,21 +146,19 @@ class Trainer:
             load_checkpoint(checkpoint, self.model, self.optimizer)
             self.state = context.broadcast_from_rank0(lambda: load_train_state(checkpoint))
             self.loader.load_state_dict(self.state.data or {})
-            logger.info("resuming from %s", checkpoint)
         else:
-            total_steps = recipe.steps or context.broadcast_from_rank0(lambda: planned_steps(recipe))
-            self.state = TrainState(total_steps=total_steps)
+            planned = context.broadcast_from_rank0(lambda: planned_steps(recipe, self.sources))
+            self.state = TrainState(total_steps=planned)
         self.consecutive_skips = 0
 
         settings = recipe.checkpoint
-        folder = self.out / "checkpoints"
-        self.checkpointer = Checkpointer(folder, settings.keep, settings.asynchronous, context)
-        if context.is_main_process:
+        self.checkpointer = Checkpointer(self.store, settings.keep, settings.asynchronous, context)
+        if context.is_main_process and not self.store.is_separate:
             kept = settings.keep + bool(recipe.validation and recipe.validation.best)
             warn_if_disk_is_short(self.out, self.model, self.optimizer, kept)
-        self.validation = (
-            Validation(recipe, self.model, self.processor, context) if recipe.validation else None
-        )
+        self.validation: Validation | None = None
+        if recipe.validation:
+            self.validation = Validation(recipe, held_out, self.model, self.processor, context)
         self.balancer: Balancer | None = None
         if self.shape and context.dims.dp > 1 and context.dims.gradient_accumulation_steps > 1:
             self.balancer = Balancer(self.shape, self.modes.recomputed, context)
@@ -169,6 +169,8 @@ class Trainer:
         if context.is_main_process:
             trackers, done = make_trackers(recipe, self.out, self.state.step), self.state.step
             self.metrics_logger = MetricsLogger(self.out, trackers, progress, self.state.total_steps, done)
+            if checkpoint:
+                self.metrics_logger.announce(f"resuming from {checkpoint}")
             if layout and recipe.activation_checkpointing == "auto":
                 self.metrics_logger.announce(describe_modes(layout, recipe, memory))
             if recipe.validation and recipe.validation.questions:
@@ -181,6 +183,8 @@ class Trainer:
             while not self._is_finished and self.train_step():
                 if self.state.step == first_step:  # which may have compiled the model
                     self.context.set_timeout(self.recipe.timeouts.step)
+            if self.store.is_separate:  # which may outlive the exported model
+                self._save()
             self._finish_saving()
         except BaseException:
             self.loader.close()
@@ -404,11 +408,11 @@ class Trainer:
             number,
         )
 
-    def _prepare_output_dir(self, resume: bool) -> Path | None:
-        if resume and not self.out.is_dir():
-            raise SoloError(f"nothing to resume: {self.out} has no checkpoint")
+    def _prepare_output_dir(self, held_out: list[Source], resume: bool) -> Folder | None:
+        if resume and not self.out.is_dir() and not self.store.newest():
+            raise SoloError(f"nothing to resume: {self.store.folder} has no checkpoint")
         self._lock = lock_output_dir(self.out)
-        return prepare_output_dir(self.out, self.recipe, resume)
+        return prepare_output_dir(self.out, self.recipe, held_out, resume, self.store)
 
     def _plan_layout(self, memory: int | None) -> Layout | None:
         """Count the model, and choose its activation checkpointing; None if it cannot be counted."""

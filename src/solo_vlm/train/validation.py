@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from solo_vlm.data.collate import model_inputs, num_supervised_tokens
 from solo_vlm.data.mixture import make_loader
+from solo_vlm.data.sources import Source
 from solo_vlm.evaluate.questions import Answer, summarize
 from solo_vlm.train.checkpoint import Best, TrainState
 from solo_vlm.train.model import autocast
@@ -53,11 +54,16 @@ class Validation:
     """Evaluation of a recipe's `validation` settings."""
 
     def __init__(
-        self, recipe: Recipe, model: PreTrainedModel, processor: Any, context: DistributedContext
+        self,
+        recipe: Recipe,
+        held_out: list[Source],
+        model: PreTrainedModel,
+        processor: Any,
+        context: DistributedContext,
     ) -> None:
         assert recipe.validation is not None
         self._settings, self._context = recipe.validation, context
-        self._loss = LossValidator(recipe, processor, context) if recipe.validation.sources else None
+        self._loss = LossValidator(recipe, held_out, processor, context) if held_out else None
         asks = recipe.validation.questions
         self._questions = QuestionValidator(recipe, model, processor, context) if asks else None
 
@@ -103,12 +109,14 @@ class LossValidator:
     The sequences are the same for any number of processes; each process reads all and evaluates its part.
     """
 
-    def __init__(self, recipe: Recipe, processor: Any, context: DistributedContext) -> None:
+    def __init__(
+        self, recipe: Recipe, held_out: list[Source], processor: Any, context: DistributedContext
+    ) -> None:
         assert recipe.validation is not None and recipe.validation_mixture is not None
         self._recipe, self._mixture, self._context = recipe, recipe.validation_mixture, context
         self._sequences = recipe.validation.sequences
         self._processor = processor
-        self._sources = context.open_sources(self._mixture)
+        self._sources = held_out
 
     @torch.no_grad()
     def loss(self, model: PreTrainedModel) -> float:

@@ -111,7 +111,7 @@ def explain_os_error(error: BaseException, path: Path | None = None) -> SoloErro
     Args:
         path: Path to which the program wrote. Default: the file that the system names.
     """
-    found = next(filter(None, map(_find_os_error, _causes(error))), None)
+    found = next(filter(None, map(_find_os_error, causes(error))), None)
     if found is None:
         return None
     number, name = found
@@ -124,6 +124,20 @@ def explain_os_error(error: BaseException, path: Path | None = None) -> SoloErro
         f"cannot {verb} {named or 'the output'}: {os.strerror(number)}; {advice}, then run the same command "
         "again"
     )
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and its causes, including those in other processes of a distributed checkpoint."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop(0)
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        waiting += [one.__cause__, one.__context__]
+        waiting += [failure for failure, _ in getattr(one, "failures", {}).values()]
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -253,17 +267,3 @@ def _find_os_error(error: BaseException) -> tuple[int, str | None] | None:
     if number not in _OS_ERRORS:
         return None
     return number, os.fsdecode(name) if isinstance(name, str | bytes) else None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and its causes, including those in other processes of a distributed checkpoint."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        one = waiting.pop(0)
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        waiting += [one.__cause__, one.__context__]
-        waiting += [failure for failure, _ in getattr(one, "failures", {}).values()]

@@ -78,11 +78,23 @@ ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("captions", {"file_name": "a.jpg", "text": "A cat.", "width": 32}, "a:<a.jpg>A cat."),
     ("captions", {"image_url": "https://x/a.jpg", "caption": "A cat.", "transcripts": ["a", "b"]},
      "a:<https://x/a.jpg>A cat."),
+    ("captions", {"images": ["a.jpg", "b.jpg"], "text": "From <image>\nto <image>, at night."},
+     "a:From<a.jpg>to<b.jpg>, at night."),
+    ("captions", {"image": "a.jpg", "text": "<image>\nA cat."}, "a:<a.jpg>A cat."),
+    ("text", {"text": "The tag <image> is no HTML."}, "a:The tag <image> is no HTML."),
     ("text", {"text": "Once upon a time.", "meta": {"source": "books"}}, "a:Once upon a time."),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "row", "expected"), ROWS)
+TAR_ROWS: list[tuple[str, dict[str, Any], str]] = [
+    ("webdataset", {"image": ["a", "b"], "txt": "A cat."}, "a:<a><b>A cat."),
+    ("webdataset", {"image": ["a", "b"], "txt": "From <image> to <image>."}, "a:From<a>to<b>."),
+    ("webdataset", {"image": ["a"], "conversations": messages("<image>What?", "A cat.")},
+     "u:<a>What?|a:A cat."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), [*ROWS, *TAR_ROWS])
 def test_row_becomes_the_sample_that_its_author_meant(name, row, expected):
     assert shown(RowFormat(name)(row)) == expected
 
@@ -121,9 +133,11 @@ def test_row_becomes_the_sample_that_its_author_meant(name, row, expected):
         ("questions", {"question": "Q", "answer": "C", "options": ["x", "y"]}, "no-answer"),
         ("questions", {"question": "Q", "answer": "x", "options": ["x", "x"]}, "no-answer"),
         ("questions", {"question": "Q", "answer": "x", "options": "x, y"}, "raw-schema"),
-        ("captions", {"image": "a.jpg", "caption": ["one", "two"]}, "text"),
+        ("captions", {"image": "a.jpg", "caption": ["one", "two"]}, "raw-schema"),
         ("captions", {"image": "a.jpg", "caption": "one", "text": "two"}, "raw-schema"),
         ("captions", {"image": None, "caption": "one"}, "image-missing"),
+        ("captions", {"image": "a.jpg", "caption": "<image>"}, "text-empty"),
+        ("captions", {"image": "a.jpg", "caption": "From <image> to <image>."}, "image-count"),
         ("text", {"text": "A cat.", "photo": "a.jpg"}, "image-column"),
     ],
 )

@@ -77,10 +77,28 @@ def test_other_expressions_are_refused_in_one_line(expression):
         RowFilter(expression)
 
 
-def test_values_that_cannot_be_compared_are_an_error_of_the_row():
-    with pytest.raises(SampleError, match=r"filter: source > 3: .*not supported between") as error:
-        RowFilter("source > 3")(ROW)
+@pytest.mark.parametrize(
+    ("expression", "problem"),
+    [
+        ("source > 3", "not supported between"),
+        ('relevance_min == "4"', "int and str are never equal"),
+        ('relevance_min != "4"', "int and str are never equal"),
+        ("source in (1, 2)", "str and int are never equal"),
+        ('"1" not in images', "str and int are never equal"),
+        ('images == "x"', "list and str are never equal"),
+        ("1 in source", "requires string"),
+        ("1 in relevance_min", "not iterable"),
+    ],
+)
+def test_values_that_cannot_be_compared_are_an_error_of_the_row(expression, problem):
+    with pytest.raises(SampleError, match=f"filter: .*{problem}") as error:
+        RowFilter(expression)(ROW)
     assert error.value.reason == "filter"
+
+
+def test_missing_values_in_a_list_equal_nothing():
+    row = {"tags": [None, "b"]}
+    assert [RowFilter(f"{tag!r} in tags")(row) for tag in "ab"] == [False, True]
 
 
 def test_columns_are_those_named():

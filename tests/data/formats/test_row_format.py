@@ -52,6 +52,8 @@ def test_text_only_rows_among_the_first_do_not_hide_the_images():
     [
         (PHOTO, r"^x\.json: unknown rows; rows have photo, title, stars, but .*"
                 r"captions has image .*: set format and columns$"),
+        ({"image": "a.jpg", "text": 7},
+         r"^x\.json: raw-schema: text is int, not text; rows have image, text, but captions has image .*"),
         ({"image": "a.jpg", "text": "A", "question": "Q", "answer": "B"},
          r"^x\.json: rows may be instruction or captions; rows have image, text, question, answer, and .*"),
     ],

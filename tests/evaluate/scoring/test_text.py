@@ -24,6 +24,8 @@ from solo_vlm.evaluate.scoring.text import anls, exact_match
         ("$", ["$"], True),
         ("...", ["!"], False),
         ("straße", ["STRASSE"], True),
+        ("cafe\N{COMBINING ACUTE ACCENT}", ["café"], True),
+        ("cafe", ["café"], False),
         ("1,234", ["1234"], False),
     ],
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.factories import make_solo
 from tests.models.packed.test_isolation import LENGTHS, documents, packed, reference
 
+from solo_vlm.check.probe import Probe
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.activation_checkpointing import prepare_layers
@@ -109,6 +111,29 @@ def test_patches_of_an_image_see_each_other_in_attention_that_runs_document_by_d
     torch.testing.assert_close(
         output, alone(rows[3][None], attention_mask=mask).logits[0], atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["nemotron", "stablelm", "falcon", "gptj", "mpt"])
+def test_layers_that_are_not_told_of_images_see_them_in_both_directions(family, checkpointing):
+    """Their decoders pass no arguments on to layers, or make masks by themselves."""
+    solo = make_solo(family)
+    solo.model.config.image_attention = "bidirectional"
+    probe = Probe(solo.model)
+    solo.model.set_attn_implementation("eager")
+    weights = solo.model.model.embed_vision_patch.weight, solo.model.lm_head.weight
+    expected = [solo.model(**probe.inputs(row), use_cache=False).logits[0] for row in probe.documents]
+    wanted = torch.autograd.grad(torch.cat(expected).square().mean(), weights)
+    isolate_documents(solo.model)
+    if checkpointing:
+        solo.model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    batch = probe.packed(probe.documents)
+    del batch["labels"]
+    expected = torch.cat(expected)
+    logits = solo.model(**batch).logits[0, : len(expected)]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    found = torch.autograd.grad(logits.square().mean(), weights)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
 
 
 def test_isolation_is_done_once():

@@ -183,6 +183,21 @@ def test_reused_cache_gives_the_same_logits(solo, picture):
     torch.testing.assert_close(rest, whole, atol=1e-4, rtol=0)
 
 
+def test_beam_search_of_several_chats_keeps_their_images_apart_without_grids(picture):
+    solo = make_solo()
+    ours = GenerationPipeline(solo.model, solo.processor)
+    chats = [ask("what is this?", picture(96, 64, 1)), ask("and", picture(32, 32, 2), picture(64, 96, 3))]
+
+    def scores(chats, *names):
+        inputs = ours.encode(chats)
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values", *names)}
+        options = {"num_beams": 3, "max_new_tokens": 4, "output_scores": True}
+        return solo.model.generate(**inputs, **options, return_dict_in_generate=True).sequences_scores
+
+    alone = torch.cat([scores([chat], "image_grid_thw") for chat in chats])
+    torch.testing.assert_close(scores(chats), alone, atol=1e-4, rtol=0)
+
+
 def test_beam_search_never_generates_vision_tokens(solo, picture):
     inputs = solo.processor.apply_chat_template(
         [ask("what?", picture(64, 64)), ask("hello", picture(32, 64), picture(32, 32))],

@@ -26,6 +26,7 @@ from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.generate.cache import PrefixCache
+from solo_vlm.generate.exactness import cache_error, tolerance
 from solo_vlm.generate.pipeline import GenerationPipeline
 from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.load import load_model
@@ -177,6 +178,27 @@ def test_cached_answers_equal_recomputed_ones(family, design, picture):
     assert [warm.answer([chat], 6)[0] for chat in chats + chats] == alone + alone
 
 
+def test_decoder_that_rotates_cached_keys_again_gives_uncached_answers():
+    """Qwen 4 keeps the positions of cached tokens for its indexer."""
+    model = compose(*make_llm("qwen4_exp_text"), design=ImageDesign(image_positions="2d")).model
+    assert cache_error(model) < tolerance(model)
+
+
+def test_layout_shorter_than_the_rotated_tokens_is_an_error():
+    layout = torch.zeros(4, 1, 1, dtype=torch.long)
+    with rotated_by(layout), pytest.raises(ValueError, match="rotates 3 tokens, but the layout has 1"):
+        rotary = with_2d_positions(tiny_config("llama")).rotary_emb
+        rotary(torch.zeros(1, 3, 1), position_ids=torch.arange(3)[None])
+
+
+@pytest.mark.parametrize("design", [ImageDesign("bidirectional"), ImageDesign(image_positions="2d")], ids=str)
+def test_sequence_without_its_cached_tokens_is_rejected(design, picture):
+    solo = make("llama", design)
+    inputs = GenerationPipeline(solo.model, solo.processor).encode([ask("what is this?", picture(96, 64))])
+    with pytest.raises(ValueError, match="need the whole sequence as input_ids, with the 5 tokens"):
+        solo.model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=5)
+
+
 def recomputed(solo, chat, length):
     pipeline = GenerationPipeline(solo.model, solo.processor)
     inputs = pipeline.encode([chat])
@@ -279,6 +301,30 @@ def test_model_with_2d_positions_loads_in_16_bits(tmp_path):
 def test_unknown_design_in_a_configuration_is_an_error(name):
     with pytest.raises(ValueError, match=f"{name} = '2D': expected "):
         SoloConfig(**{name: "2D"})
+
+
+@pytest.mark.parametrize("base", [0, -5, 1.0, float("inf"), "100", True])
+def test_impossible_base_in_a_configuration_is_an_error(base):
+    with pytest.raises(ValueError, match=f"rope_base_2d = {base} must be a number above 1"):
+        SoloConfig(image_positions="2d", rope_base_2d=base)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"rope_base_2d": 100.0}, "no effect on 1-D positions"),
+        ({"vision_patch_size": 33, "patch_embedding": "conv"}, "vision_patch_size = 33 is odd"),
+        ({"vision_patch_size": 0}, "vision_patch_size = 0 is no positive"),
+        ({"vision_row_token_id": 32000}, "not four different tokens"),
+        ({"vision_end_token_id": -1}, "not four different tokens"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean=.* not three finite numbers"),
+        ({"image_std": [1.0] * 4}, "image_std=.* not three finite numbers"),
+    ],
+    ids=str,
+)
+def test_settings_of_images_that_cannot_be_are_errors(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        SoloConfig(**settings)
 
 
 def test_earlier_name_of_bidirectional_images_is_read():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 
 import pytest
@@ -73,6 +74,7 @@ def count(plain, out):
         (2, {"parallel": {"reshard": False}}),
         (2, {"parallel": {"tensor": 2}, "activation_checkpointing": "full"}),
         (4, {"parallel": {"tensor": 2}}),
+        (4, {"parallel": {"tensor": 2}, "trainable": "patch_embedding"}),
         (2, {"lora": {"rank": 2}}),
         (4, {"parallel": {"replicate": 2, "defer_reduction": True}}),
         (4, {"parallel": {"context": 2, "replicate": 2}, "activation_checkpointing": "full"}),
@@ -99,17 +101,25 @@ def test_network_of_several_machines_is_as_slow_as_its_links():
     assert Network.parse("NVLink", "A100-80GB").inside == 300e9
 
 
-@pytest.mark.parametrize("name", ["infiniband", "nvlink+fast", "400g"])
+@pytest.mark.parametrize("name", ["infiniband", "nvlink+fast", "nvlink+0g", "400g"])
 def test_unknown_network_is_refused_with_examples(name):
-    with pytest.raises(
-        SoloError, match=rf"unknown network {name}.* such as nvlink\+400g".replace("+f", r"\+f")
-    ):
+    with pytest.raises(SoloError, match=rf"unknown network {re.escape(name)}.* such as nvlink\+400g"):
         Network.parse(name, "H100")
 
 
-def test_network_within_a_machine_is_refused_for_several():
+@pytest.mark.parametrize("device", ["RTX-4090", "H100-PCIe"])
+def test_nvlink_is_refused_for_devices_without_it(device):
+    with pytest.raises(SoloError, match=rf"nvlink\+100g: NVLink does not connect eight {device}; give pcie4"):
+        Network.parse("nvlink+100g", device)
+
+
+def test_network_within_a_machine_is_refused_for_several(run):
     with pytest.raises(SoloError, match="16 devices need several machines of 8; add"):
         Network.parse("nvlink", "H100").bandwidth(1, 16)
+    options = ("--dry-run", "--processes", "16", "--device", "H100", "--network", "nvlink")
+    code, out, error = run("train", "smollm2-135m/stage1", *options)
+    assert (code, out) == (2, "")
+    assert "need several machines of 8" in error
 
 
 def test_communication_is_hidden_by_long_computation_but_for_its_ends():
@@ -121,3 +131,19 @@ def test_communication_is_hidden_by_long_computation_but_for_its_ends():
     exposed = exposed_seconds(found, layout, 1000.0, network)
     assert 0 < exposed < alone
     assert exposed_seconds(found, layout, 0.0, network) == pytest.approx(alone)
+
+
+def test_reductions_once_per_step_only_hide_behind_the_last_backward_pass():
+    parallel = {"replicate": 2, "defer_reduction": True}
+    plain = {"model": "m", "out": "o", "steps": 1, "data": {"sources": [{"path": "x"}]}, "parallel": parallel}
+    recipe, dims = Recipe.parse(plain), ParallelDims(8, 1, 16, replicate=2)
+    layout = Layout.of(make_solo().model.config, recipe, dims)
+    found, network = collectives(layout, recipe), Network.parse("nvlink", "H100")
+    weights, *reductions = (each.seconds(network) for each in found)
+    compute = (
+        weights + 16 * 3 / 2 * sum(reductions) / 2
+    )  # the last backward pass takes half of the reductions
+    exposed = exposed_seconds(found, layout, compute, network)
+    assert exposed == pytest.approx(
+        sum(reductions) / 2 + exposed_seconds(found[:1], layout, compute, network)
+    )

@@ -242,13 +242,14 @@ def test_planned_steps_match_packing_of_the_data(data, weight_by):
         for index in range(2)
     ]
     sequences = sum(1 for stream in streams for _ in stream)
-    assert planned_steps(settings) == pytest.approx(sequences / 4, rel=0.03)
+    assert planned_steps(settings, settings.mixture.open_sources()) == pytest.approx(sequences / 4, rel=0.03)
 
 
 def test_recipe_without_steps_or_epochs_is_rejected(data):
-    for find in (planned_steps, lambda settings: make_plan(settings, 1, A100, 0.4)):
+    settings = of_data(data, "data.epochs=null")
+    for find in (lambda: planned_steps(settings, []), lambda: make_plan(settings, 1, A100, 0.4)):
         with pytest.raises(SoloError, match="never end: set one of them"):
-            find(of_data(data, "data.epochs=null"))
+            find()
 
 
 def test_data_estimate_follows_source_weights(data):
@@ -259,13 +260,15 @@ def test_data_estimate_follows_source_weights(data):
         for number, name in enumerate("abcde")
     }
     mean = sum(lengths.values()) / 5
-    assert estimate_data(settings, encoder).document_length == pytest.approx(mean, rel=0.1)
-    assert estimate_data(settings, encoder).vision_share == 0
+    estimate = estimate_data(settings, encoder, settings.mixture.open_sources())
+    assert estimate.document_length == pytest.approx(mean, rel=0.1)
+    assert estimate.vision_share == 0
 
 
 def test_plan_with_available_data(data):
-    plan = make_plan(of_data(data), 2, A100, 0.5)
-    assert plan.steps == planned_steps(of_data(data))
+    settings = of_data(data)
+    plan = make_plan(settings, 2, A100, 0.5)
+    assert plan.steps == planned_steps(settings, settings.mixture.open_sources())
     assert plan.tokens == plan.steps * 4 * 256
     assert plan.documents == pytest.approx(2 * 1800, rel=0.1)
     config = make_solo().model.config
@@ -303,6 +306,12 @@ def test_dry_run_prints_plan(run):
     status, out, _ = run("train", "solo-7b/sft", "--dry-run", "--processes", "8", "--device", "h100")
     assert status == 0
     assert "H100" in out and "until the data ends" in out
+
+
+def test_dry_run_has_as_many_processes_as_the_layout_needs(run):
+    code, out, _ = run("train", "smollm2-135m/stage1", "--dry-run", "parallel={tensor: 3, replicate: 2}")
+    assert code == 0
+    assert "processes   6: data parallel 2 (parameters on 2 x 1) x tensor parallel 3" in out
 
 
 def test_plan_that_does_not_fit_suggests_overrides(run):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
-from solo_vlm.train.parallel.context import ParallelDims
+import pytest
+import torch.distributed as dist
+
+from solo_vlm.train.parallel.context import ParallelDims, store_of_attempt
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -29,7 +33,8 @@ def test_parameters_are_sharded_over_slices_and_within_copies():
 @pytest.mark.parametrize(
     ("overrides", "processes", "message"),
     [
-        (["parallel.tensor=2"], 3, "a multiple of 2, or set parallel.tensor to one of 1 or 3"),
+        (["parallel.tensor=2"], 3, "a multiple of 2, or set parallel.tensor to 1 or 3$"),
+        (["parallel.tensor=2"], 1, "or set parallel.tensor to 1$"),
         (
             ["global_batch=10"],
             4,
@@ -47,7 +52,7 @@ def test_parameters_are_sharded_over_slices_and_within_copies():
             "64 is not divisible by 8 .* x 3 workers: set it to 48 or 72",
         ),
         (["parallel.tensor=2", "parallel.context=2"], 6, "groups of parallel.tensor x parallel.context = 4"),
-        (["parallel.replicate=3"], 4, "3 does not divide 4 data-parallel groups: set it to one of 1, 2 or 4"),
+        (["parallel.replicate=3"], 4, "3 does not divide 4 data-parallel groups: set it to 1, 2 or 4$"),
         (["parallel.context=3"], 3, "sequence_length = 32768 is not divisible .*: set it to 32766 or 32769"),
         (["data.streams=10", "data.workers=3"], 2, "2 data-parallel groups x 3 workers: set it to 6 or 12"),
     ],
@@ -65,3 +70,37 @@ def test_default_streams_allow_every_number_of_ranks_with_four_workers(batch):
             assert ParallelDims.from_recipe(defaults, dp).dp == dp
     assert recipe(f"global_batch={batch}").mixture.data.streams == max(64 if batch != 3 else 72, 4 * batch)
     assert recipe(f"global_batch={batch}", "data.streams=8").mixture.data.streams == 8
+
+
+def join(port, ranks, seconds):
+    """Join processes, here threads, of a run of three; return their parts of the store, or errors."""
+
+    def start(rank):
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        try:
+            return store_of_attempt(store, rank, 3, timedelta(seconds=seconds))
+        except SoloError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(start, ranks))
+
+
+def test_attempts_share_no_keys_whichever_processes_were_in_earlier_ones():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    for attempt, ranks_of_last in enumerate([[0, 1, 2], [1, 2], [0, 2], [0], []]):
+        join(server.port, ranks_of_last, 0.3)
+        stores = join(server.port, range(3), 30)
+        assert not any(store.check(["failure"]) for store in stores)
+        stores[0].set("failure", "")
+        for rank, store in enumerate(stores):
+            store.set(f"rank {rank}", str(attempt))
+        assert all(
+            store.get(f"rank {rank}") == str(attempt).encode() for store in stores for rank in range(3)
+        )
+
+
+def test_missing_process_is_reported():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    assert join(server.port, [0, 2], 1)[0] == "only 2 of 3 processes joined the run within 0:00:01"
+    assert join(server.port, [1], 1) == ["process 0 of 3 did not join the run within 0:00:01"]

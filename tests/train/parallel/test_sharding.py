@@ -132,6 +132,30 @@ def test_losses_match_single_process(runs, tmp_path, start, family, size, parall
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
+        ("qwen3", {"trainable": "patch_embedding", "parallel": {"tensor": 2}}),  # head norms stay frozen
+        ("llama", {"trainable": "new_tokens", "lora": {"rank": 2}}),  # in a tied head
+    ],
+    ids=str,
+)
+@pytest.mark.distributed
+def test_partly_frozen_models_match_single_process(runs, tmp_path, start, family, changes):
+    changes = {"model": family, "steps": 6, **changes}
+    group = start(2, run_recipe, run_settings(runs, tmp_path / "shared", **changes))
+    assert start(
+        1, run_recipe, run_settings(runs, tmp_path / "alone", **changes | {"parallel": {}})
+    ).wait() == [0]
+    assert group.wait() == [0, 0]
+    ours, theirs = (read_steps(tmp_path / name) for name in ("shared", "alone"))
+    for key in ("loss", "gradient_norm"):
+        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], rel=1e-4), key
+    weights = [load_model(tmp_path / name / "model").state_dict() for name in ("alone", "shared")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
         ("qwen3_moe", {"activation_checkpointing": "full"}),
         ("mixtral", {"activation_checkpointing": "selective", "parallel": {"reshard": False}}),
         ("granitemoe", {"lora": {"rank": 2}}),
@@ -160,6 +184,16 @@ def test_sharded_experts_match_single_process(tmp_path, start, family, changes):
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.distributed
+def test_layers_that_transformers_does_not_mark_are_sharded(runs, tmp_path, start):
+    make_solo("gpt_neox_japanese", attention_dropout=0.0).save(tmp_path / "model")
+    for name, size in (("alone", 1), ("shared", 2)):
+        plain = run_settings(runs, tmp_path / name, model=str(tmp_path / "model"), steps=3)
+        assert start(size, run_recipe, plain).wait() == [0] * size
+    ours, theirs = ([line["loss"] for line in read_steps(tmp_path / name)] for name in ("shared", "alone"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.parametrize(("size", "tensor"), [(2, 1), (4, 1), (4, 2)])

@@ -70,16 +70,13 @@ def _are_turns(turns: Any) -> bool:
 
 
 def webdataset(row: RawRow) -> SampleRow:
-    """Return a chat of a tar unchanged; build a document of the images and the caption of any other row."""
-    if "messages" in row:
-        return row
+    """Return a chat of a tar as `samples` does; build a document of the caption of any other row."""
+    if "messages" in (chat := samples(row)):
+        return chat
     caption = row["txt"] if "txt" in row else row.get("caption") or row.get("text")
     if not isinstance(caption, str) or not caption:
         raise SampleError("no-caption", f"no text in .txt or .json, which have {', '.join(sorted(row))}")
-    places = [{"type": "image"} for _ in row.get("image") or ()]
-    return row | {
-        "messages": [{"role": "assistant", "content": [*places, {"type": "text", "text": caption}]}]
-    }
+    return row | {"messages": [{"role": "assistant", "content": caption}]}  # `parse_sample` places images
 
 
 def chat(row: RawRow, id_field: str = "id", image_prefix: str = "", has_images: bool = True) -> SampleRow:
@@ -94,7 +91,7 @@ def chat(row: RawRow, id_field: str = "id", image_prefix: str = "", has_images: 
         image_prefix: Start of the image path; other rows of a published mixture are rejected.
         has_images: Whether `<image>` marks an image, or is text.
     """
-    if not str(row.get("image", "")).startswith(image_prefix):
+    if image_prefix and not str(row.get("image", "")).startswith(image_prefix):
         raise SampleError("other-data-set", f"the image is not below {image_prefix}")
     turns, images = chat_turns(row), row_images(row)
     if any(isinstance(content, list) for _, content in turns):  # parts, which `parse_sample` checks
@@ -192,6 +189,8 @@ def captions(row: RawRow) -> SampleRow:
             if found
             else SampleError("raw-schema", "no field text")
         )
+    if wrong := next((name for name, value in texts.items() if not isinstance(value, str)), None):
+        raise SampleError("raw-schema", f"{wrong} is {type(texts[wrong]).__name__}, not text")
     first, *others = texts.values()
     if any(other != first for other in others):
         raise SampleError(

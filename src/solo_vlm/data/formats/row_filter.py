@@ -12,15 +12,29 @@ from typing import Any
 from solo_vlm.data.sample import SampleError
 from solo_vlm.utils.errors import SoloError
 
+
+def _is_equal(left: Any, right: Any) -> bool:
+    """Return whether values are equal; a text and a number never are, which is a mistake."""
+    if isinstance(left, str) is not isinstance(right, str):
+        raise TypeError(f"{type(left).__name__} and {type(right).__name__} are never equal")
+    return bool(left == right)
+
+
+def _is_in(item: Any, items: Any) -> bool:
+    if isinstance(items, str):
+        return item in items
+    return any(_is_equal(item, each) for each in items if each is not None)
+
+
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.In: lambda item, items: item in items,
-    ast.NotIn: lambda item, items: item not in items,
+    ast.Eq: _is_equal,
+    ast.NotEq: lambda left, right: not _is_equal(left, right),
+    ast.In: _is_in,
+    ast.NotIn: lambda item, items: not _is_in(item, items),
 }
 _ALLOWED = "comparisons, and, or, not, in, is None, len(), numbers, strings and names of columns"
 

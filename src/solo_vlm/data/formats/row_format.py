@@ -81,7 +81,7 @@ def _is_caption(row: RawRow) -> bool:
     others = ("texts", *TURNS)
     return (
         any(name in row for name in CAPTION_IMAGES)
-        and any(isinstance(row.get(name), str) for name in CAPTION_TEXTS)
+        and any(isinstance(row.get(name), str | int | float) for name in CAPTION_TEXTS)
         and not any(name in row for name in others)
     )
 

@@ -89,9 +89,17 @@ def source_of(value: Any) -> ImageSource | None:
 
 
 def document(value: Any, images: Iterable[ImageSource] = (), id: Any = None) -> SampleRow:
-    """Build a pre-training sample: one assistant turn, its images before its text."""
+    """Build a pre-training sample: one assistant turn. Its images precede the text if that places none.
+
+    Raises:
+        SampleError: The value is not text ("text") or is empty ("text-empty"), or places only some of the
+            images, or more than there are ("image-count").
+    """
     stored = list(images)
-    return _row([("assistant", [IMAGE] * len(stored) + [text(value)])], stored, id)
+    content = parts(value) if stored else [text(value)]
+    if all(part is IMAGE for part in content):
+        raise SampleError("text-empty", f"the row has no text besides {IMAGE_PLACEHOLDER}")
+    return _row([("assistant", content)], 0, stored, id)
 
 
 def conversation(turns: list[Turn], images: Iterable[ImageSource] = (), id: Any = None) -> SampleRow:
@@ -106,19 +114,21 @@ def conversation(turns: list[Turn], images: Iterable[ImageSource] = (), id: Any 
     first = next((number for number, (role, _) in enumerate(turns) if role == "user"), None)
     if first is None:
         raise SampleError("no-question", "no user turn")
-    stored = list(images)
+    return _row(turns, first, list(images), id)
+
+
+def _row(turns: list[Turn], first: int, images: list[ImageSource], id: Any) -> SampleRow:
+    """Build a sample row; images precede turn `first` if no turn places any."""
     placed = sum(part is IMAGE for _, parts in turns for part in parts)
-    if placed not in (0, len(stored)):
-        raise SampleError("image-count", f"{placed} image placeholders for {len(stored)} images")
-    turns = list(turns)
-    turns[first] = ("user", [IMAGE] * (len(stored) - placed) + turns[first][1])
-    return _row(turns, stored, id)
-
-
-def _row(turns: list[Turn], images: list[ImageSource], id: Any) -> SampleRow:
+    if placed not in (0, len(images)):
+        raise SampleError("image-count", f"{placed} image placeholders for {len(images)} images")
+    contents = [parts for _, parts in turns]
+    contents[first] = [IMAGE] * (len(images) - placed) + contents[first]
     return {
         "id": sample_id(id),
-        "messages": [{"role": role, "content": parts} for role, parts in turns],
+        "messages": [
+            {"role": role, "content": parts} for (role, _), parts in zip(turns, contents, strict=True)
+        ],
         "images": images,
     }
 

@@ -186,15 +186,19 @@ def _open_raw(
             return folder
     if not files:
         raise SoloError(f"no data files at {path}{what_exists(path)}")
-    kinds = {_kind(file) for file in files}
-    if len(kinds) > 1 or None in kinds:
+    kind, *others = sorted({_kind(file) or "" for file in files})
+    if not kind:
         known = ", ".join([*_ALL_READERS, TEXT_INDEX])
         raise SoloError(f"{path}: expected files of one of the formats {known}")
-    (kind,) = kinds
+    if others:
+        raise SoloError(
+            f"{path} has several formats, {', '.join([kind, *others])}: choose some by a pattern, such "
+            f"as *{kind}"
+        )
     if kind == TEXT_INDEX:
         return MegatronIndexedSource(path, files)
     files = [replace(file, images=images or "", cached=cache) for file in files]
-    return _ALL_READERS[str(kind)](path, files)
+    return _ALL_READERS[kind](path, files)
 
 
 def _find(path: str, limits: Limits, format: SourceFormat) -> list[DataFile]:

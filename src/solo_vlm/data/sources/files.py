@@ -60,6 +60,11 @@ def _is_transient(error: BaseException) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)  # of the hub
     if status is not None and status < 500 and status not in (408, 429):
         return False
+    return is_read_failure(error)
+
+
+def is_read_failure(error: BaseException) -> bool:
+    """Return whether the disk or the network failed, or access was lost."""
     if isinstance(error, OSError):
         return _is_system_error(error)
     return type(error).__module__.partition(".")[0] in _NETWORKING
@@ -282,21 +287,24 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
         found = system.ls(root, detail=True) if listed else system.glob(root, detail=True).values()
         fixed = len(root) if listed else len(re.split(r"[*?\[]", root)[0])
         source_folder = root if listed else root[:fixed].rpartition("/")[0]
-        kinds = {
-            entry["name"]: entry["type"]
+        folders = {
+            entry["name"]: is_directory(system, entry)
             for entry in found
             # Hidden files and folders may be incomplete downloads of other programs.
             if not any(part.startswith(".") for part in entry["name"][fixed:].split("/"))
         }
         contents = {entry["name"]: entry.get("blob_id", "") for entry in found}
-        names = sorted(name for name in kinds if _is_data(name, suffixes))
-        if folder := next((name for name in names if kinds[name] == "directory"), None):
+        names = sorted(name for name in folders if _is_data(name, suffixes))
+        if folder := next((name for name in names if folders[name]), None):
             raise SoloError(f"{folder} is a folder among files: make it a separate source, or move it away")
-        for folder in [name for name, kind in kinds.items() if listed and kind == "directory"]:
-            if any(_is_data(name, suffixes) for name in system.ls(folder, detail=False)):
+        for folder in [name for name, is_one in folders.items() if listed and is_one]:
+            inner = system.ls(folder, detail=False)
+            if suffix := next(
+                (end for end in suffixes if any(_is_data(name, [end]) for name in inner)), None
+            ):
                 raise SoloError(
                     f"{folder}, a folder in {path}, has data files, too: use a pattern for all, such as "
-                    f"{path.rstrip('/')}/**/*{suffixes[0]}, or make each folder a separate source"
+                    f"{path.rstrip('/')}/**/*{suffix}, or make each folder a separate source"
                 )
     if _is_local(system):
         found_at = [(name, Path(name).stat()) for name in names]
@@ -312,6 +320,11 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
         DataFile(system.unstrip_protocol(name), size, folder, limits, content=contents.get(name, ""))
         for name, size in zip(names, system.sizes(names), strict=True)
     ]
+
+
+def is_directory(system: Any, entry: dict[str, Any]) -> bool:
+    """Return whether an entry of a listing is a folder, or a link to one."""
+    return entry["type"] == "directory" or bool(entry.get("islink") and system.isdir(entry["name"]))
 
 
 @retried

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ import fsspec
 
 from solo_vlm.data.formats.rows import RawRow
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.sources.files import DataFile, Limits, RawSource, read_url, retried
+from solo_vlm.data.sources.files import DataFile, Limits, RawSource, is_directory, read_url, retried
+from solo_vlm.utils.errors import SoloError
 
 _IMAGES_PER_SHARD = 256
+_METADATA = re.compile(r"(^|/)metadata\.(jsonl|csv|parquet)$")  # captions as `datasets` reads them
 
 
 class ImageFolderSource(RawSource):
@@ -25,6 +28,9 @@ class ImageFolderSource(RawSource):
         name: Name of the source.
         folder: Path or URL of the folder.
         limits: Limits for reading the images.
+
+    Raises:
+        SoloError: A folder below is a link or has a file of captions; its images or captions would be missed.
     """
 
     own_format = "captions"
@@ -33,11 +39,16 @@ class ImageFolderSource(RawSource):
         self.name = name
         self._folder = DataFile(folder, 0, folder, limits, images=folder)
         sizes = _list(folder)
+        if captions_file := next(filter(_METADATA.search, sizes), None):
+            raise SoloError(
+                f"{name}: captions in {captions_file} would be missed: set path to "
+                f"{name.rstrip('/')}/**/{captions_file.rpartition('/')[2]} and format to captions"
+            )
         suffixes = _image_suffixes()
         self._names = sorted(path for path in sizes if path.lower().endswith(suffixes))
         stems = {path.rpartition(".")[0] for path in self._names}
-        captions = [path for path in sizes if path.endswith(".txt") and path[:-4] in stems]
-        self._captions = {path[:-4]: sizes[path] for path in captions}
+        captions = [path for path in sizes if path.lower().endswith(".txt") and path[:-4] in stems]
+        self._captions = {path[:-4]: (path, sizes[path]) for path in captions}
         digest = hashlib.sha256()
         for path in sorted([*self._names, *captions]):
             digest.update(f"{path} {sizes[path]}\n".encode())
@@ -73,7 +84,7 @@ class ImageFolderSource(RawSource):
 class _Rows(Sequence[RawRow]):
     """Rows whose captions are read when they are accessed."""
 
-    def __init__(self, names: list[str], folder: DataFile, captions: dict[str, int]) -> None:
+    def __init__(self, names: list[str], folder: DataFile, captions: dict[str, tuple[str, int]]) -> None:
         self._names = names
         self._folder = folder
         self._captions = captions
@@ -90,8 +101,9 @@ class _Rows(Sequence[RawRow]):
             row["label"] = parent.rpartition("/")[2]
             row["text"] = row["label"].replace("_", " ")
         if stem in self._captions:
-            self._folder.limits.check_row(self._captions[stem])
-            row["text"] = _caption(f"{self._folder.url}/{stem}.txt")
+            path, size = self._captions[stem]
+            self._folder.limits.check_row(size)
+            row["text"] = _caption(f"{self._folder.url}/{path}")
         if "text" not in row:
             raise SampleError("no-caption", f"no {file.rpartition('.')[0]}.txt beside {name}, and no folder")
         return row
@@ -102,6 +114,11 @@ def _list(folder: str) -> dict[str, int]:
     """Return the size of every file below a folder by its relative path, without hidden ones."""
     system, root = fsspec.core.url_to_fs(folder)
     found = system.find(root, detail=True)
+    if link := next((path for path, entry in found.items() if is_directory(system, entry)), None):
+        raise SoloError(
+            f"{link} is a link to a folder, whose images would be missed: make it a separate source, or move "
+            "it away"
+        )
     sizes = {path[len(root) :].lstrip("/"): entry["size"] for path, entry in found.items()}
     return {
         path: size

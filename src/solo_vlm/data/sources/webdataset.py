@@ -149,7 +149,7 @@ def _index(file: DataFile, first: int | None = None) -> tuple[list[list[_Member]
     samples: dict[str, list[_Member]] = {}
     for member in members:
         if member.isfile() or member.islnk() or member.issym():
-            folder, _, name = member.name.rpartition("/")
+            folder, name = posixpath.split(posixpath.normpath(member.name))
             stem, _, extension = name.partition(".")
             place = _Member(sys.intern(extension.lower()), *_place(member, by_name))
             samples.setdefault(f"{folder}/{stem}", []).append(place)

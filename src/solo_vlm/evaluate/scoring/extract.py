@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any
+from unicodedata import normalize
 
 # "The answer is", "**Answer:**", "the correct option should be": the answer follows, unless it is "the wrong
 # answer is".
@@ -79,8 +80,8 @@ def _unboxed(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return the text without case, redundant white space and surrounding punctuation."""
-    return " ".join(without_markup(text).casefold().split()).strip(" .,;:!*_`\"'“”‘’$")
+    """Return the text without case, redundant white space and surrounding punctuation, accents composed."""
+    return " ".join(normalize("NFC", without_markup(text)).casefold().split()).strip(" .,;:!*_`\"'“”‘’$")
 
 
 # ----------------------------------------------------------------------------------------------- options

@@ -161,17 +161,18 @@ def _pair(interval: Sequence[float] | None) -> tuple[float, float] | None:
 
 
 def points(part: Score | Part) -> str:
-    """Return the score in print: one decimal, or four digits of a metric in unknown units."""
-    return _digits(part.score, part)
+    """Return the score in print, see `digits`."""
+    return digits(part.score, part.maximum)
 
 
 def span(part: Score | Part) -> str:
     """Return the interval in print; empty if there is none."""
-    return "" if part.interval is None else " to ".join(_digits(value, part) for value in part.interval)
+    return " to ".join(digits(value, part.maximum) for value in part.interval or ())
 
 
-def _digits(value: float, part: Score | Part) -> str:
-    return f"{value:,.4g}" if part.maximum is None else f"{value:,.1f}"
+def digits(value: float, maximum: float | None, sign: Literal["", "+"] = "") -> str:
+    """Return a score or a difference in print: one decimal, or four digits of a metric in unknown units."""
+    return f"{value:{sign},.4g}" if maximum is None else f"{value:{sign},.1f}"
 
 
 Category = Callable[[Mapping[str, Any]], Sequence[str]]
@@ -212,6 +213,12 @@ def mean_interval(units: Sequence[Unit]) -> tuple[float, float]:
     correct = sum(unit.value > 0 for unit in units)
     interval = binomtest(correct, len(units)).proportion_ci(method="wilson")
     return 100 * float(interval.low), 100 * float(interval.high)
+
+
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% interval of the mean of some values, Wilson's if all of them are 0 or 1."""
+    low, high = mean_interval([Unit(str(number), 100 * value) for number, value in enumerate(values)])
+    return low / 100, high / 100
 
 
 def bootstrap_interval(units: Sequence[Unit]) -> tuple[float, float]:

@@ -163,7 +163,9 @@ def measure_loss(run: Path, data: str | Path) -> Result:
     recipe = recipe.model_copy(update={**model_settings, "validation": validation, "data": packing})
     with init_distributed(recipe) as context:
         model, processor = make_model(recipe, context)
-        return Result(LossValidator(recipe, processor, context).loss(model), count_samples(data))
+        assert recipe.validation_mixture is not None
+        held_out = context.open_sources(recipe.validation_mixture)
+        return Result(LossValidator(recipe, held_out, processor, context).loss(model), count_samples(data))
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def packed_attention(
     """Compute causal attention within each document of a packed row (transformers' attention interface).
 
     Args:
-        module: Attention layer; its `packed_row` replaces a missing `cu_seq_lens_q`.
+        module: Attention layer; its `packed_row` replaces a missing `cu_seq_lens_q` or `image_index`.
         query: (1, num_heads, length, head_dim).
         key: (1, num_key_value_heads, length, head_dim).
         value: (1, num_key_value_heads, length, value_dim).
@@ -173,6 +173,7 @@ def packed_attention(
         raise IsolationError("packed attention is causal; this model asks for is_causal = False")
     row = getattr(module, "packed_row", None)
     bounds = cu_seq_lens_q if cu_seq_lens_q is not None or row is None else row.bounds
+    image_index = image_index if image_index is not None or row is None else row.images
     is_dense = isinstance(attention_mask, Tensor)
     if bounds is None or is_dense or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise IsolationError(

@@ -100,7 +100,7 @@ def _isolate(model: PreTrainedModel, attention: str | None) -> PackedRow:
             )
 
     names = {type(layer).__name__: treatment for layer, treatment in treatments.items()}
-    row = PackedRow(names, model.config.get_text_config())
+    row = PackedRow(names, model.config)
     for layer, treatment in treatments.items():
         if treatment == "packed attention":
             layer.packed_row = row  # type: ignore[assignment]

@@ -40,12 +40,14 @@ class Documents(NamedTuple):
         length: Tokens of the row.
         groups: The result of `document_groups` with and without padding, where a layer needs it.
         kernels: Uses of layers whose kernels take the whole row.
+        images: (1, length) int64, image of each patch, -1 for text. None: images are read causally.
     """
 
     bounds: Tensor
     length: int
     groups: dict[bool, list[tuple[Tensor, Tensor]]]
     kernels: frozenset[Use] = frozenset()
+    images: Tensor | None = None
 
 
 class PackedRow:
@@ -55,6 +57,7 @@ class PackedRow:
         treatments: Name of a layer's class to its treatment, see `isolate_documents`.
         config: Configuration of the decoder.
         attention: Attention implementation of the decoder before it was isolated.
+        opens_images: Whether patches see later ones of their image.
         documents: None for an unpacked batch.
         attend_across: Attention of a process that has a slice of the row: called with attention over whole
             rows, and the slice's queries, keys, values and sinks. None: this process has the row.
@@ -62,7 +65,8 @@ class PackedRow:
 
     def __init__(self, treatments: dict[str, Any], config: PreTrainedConfig) -> None:
         self.treatments = treatments
-        self.config = config
+        self.opens_images = getattr(config, "image_attention", "causal") == "bidirectional"
+        self.config = config = config.get_text_config()
         self.attention = config._attn_implementation
         self.documents: Documents | None = None
         self.attend_across: Callable[..., Tensor] | None = None
@@ -74,6 +78,11 @@ class PackedRow:
     def bounds(self) -> Tensor | None:
         """Return the bounds of the documents."""
         return self.documents.bounds if self.documents else None
+
+    @property
+    def images(self) -> Tensor | None:
+        """Return the image of each patch, (1, length) int64, -1 for text; None: images are read causally."""
+        return self.documents.images if self.documents else None
 
     def use_groups(self, pad: bool) -> None:
         """Make the groups of each row to come, outside layers: a layer that runs again must do the same."""
@@ -101,9 +110,16 @@ class PackedRow:
             return output
 
         model.forward = told  # type: ignore[method-assign]
+        decoder: Any = getattr(model.base_model, "language_model", model.base_model)
+        decoder.register_forward_pre_hook(self._learn_images, with_kwargs=True)
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.register_forward_hook(self._restore_in_backward)
+
+    def _learn_images(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Keep the images for the layers, to which not every decoder passes its arguments."""
+        if self.documents:
+            self.documents = self.documents._replace(images=kwargs.get("image_index"))
 
     def has_kernels(self, layer: nn.Module, arguments: dict[str, Any]) -> bool:
         """Return whether the kernels of a layer take the current row; try unknown ones after it."""
@@ -204,7 +220,7 @@ def compute_apart(layer: nn.Module, row: PackedRow, attention: str | None = None
             )
         for name in _ROW:
             arguments.pop(name, None)
-        images = arguments.pop("image_index", None)
+        images = arguments.pop("image_index", row.images)
         if not attention and row.has_kernels(layer, arguments):
             return forward(**arguments, **row_arguments(row.documents.bounds, row.documents.length))
         with _using(layer, attention) if attention else nullcontext():
@@ -263,15 +279,17 @@ def close_mask(layer: nn.Module, row: PackedRow) -> None:
             return forward(*args, **kwargs)
         arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
         _refuse_cache(arguments)
-        return forward(
-            **{**arguments, "attention_mask": _closed(arguments.get("attention_mask"), row.bounds)}
-        )
+        mask = _closed(arguments.get("attention_mask"), row.bounds, row.opens_images)
+        return forward(**{**arguments, "attention_mask": mask})
 
     layer.forward = closed  # type: ignore[method-assign]
 
 
-def _closed(mask: Any, bounds: Tensor) -> Tensor:
+def _closed(mask: Any, bounds: Tensor, opens_images: bool = False) -> Tensor:
     """Return a (1, heads, length, length) mask, bool or added to scores, without other documents.
+
+    Args:
+        opens_images: Whether patches see later ones of their image.
 
     Raises:
         IsolationError: It is another kind of mask, or shows tokens what follows them.
@@ -283,7 +301,7 @@ def _closed(mask: Any, bounds: Tensor) -> Tensor:
     is_bool = mask.dtype == torch.bool
     hides = is_bool and bool(mask[..., 0, 0].all().logical_not())  # MPT: True where attention is not allowed
     sees = mask ^ hides if is_bool else mask > torch.finfo(mask.dtype).min / 2
-    if sees[..., token[:, None] < token].any():
+    if not opens_images and sees[..., token[:, None] < token].any():
         raise IsolationError("packed training needs causal attention; this model's tokens see what follows")
     document = torch.bucketize(token, bounds[1:], right=True)
     is_other = document[:, None] != document

@@ -81,12 +81,21 @@ class SoloConfig(PreTrainedConfig):
         for name, known in _DESIGNS.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} = {value!r}: expected {' or '.join(known)}")
-        super().__post_init__(**kwargs)
-
-    def validate_image_std(self) -> None:
-        """Reject a division by zero; `strict` calls this."""
-        if not all(0 < one < math.inf for one in self.image_std):
+        check_rope_base_2d(self.rope_base_2d, self.image_positions)
+        side, ids = self.vision_patch_size, self.vision_token_ids
+        if type(side) is not int or side < 1:
+            raise ValueError(f"vision_patch_size = {side!r} is no positive integer")
+        if self.patch_embedding == "conv" and side % 2:
+            raise ValueError(f"vision_patch_size = {side} is odd: patch_embedding=conv needs an even one")
+        if len(set(ids)) < len(ids) or any(type(one) is not int or one < 0 for one in ids):
+            raise ValueError(f"vision_token_ids {ids} are not four different tokens")
+        if not all(_is_number(one) and one > 0 for one in self.image_std):
             raise ValueError(f"image_std={self.image_std} is not positive and finite")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(_is_number(one) for one in values):
+                raise ValueError(f"{name}={values} are not three finite numbers, one per channel")
+        super().__post_init__(**kwargs)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -123,6 +132,24 @@ class SoloConfig(PreTrainedConfig):
             self.vision_row_token_id,
             self.vision_end_token_id,
         )
+
+
+def check_rope_base_2d(base: Any, positions: str) -> None:
+    """Check the base of the RoPE frequencies of rows and columns.
+
+    Raises:
+        ValueError: It is not a number above 1, or positions are 1-D.
+    """
+    if base is None:
+        return
+    if positions != "2d":
+        raise ValueError("rope_base_2d has no effect on 1-D positions: also set image_positions to 2d")
+    if not _is_number(base) or not base > 1:
+        raise ValueError(f"rope_base_2d = {base} must be a number above 1, such as 10000")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 __all__ = ["SoloConfig"]

@@ -189,15 +189,15 @@ class SoloModel(SoloPreTrainedModel):
 
         Returns:
             `last_hidden_state`, (num_patches, hidden), and `pooler_output`, a list of one such tensor per
-            image.
+            image, or per patch without grids: beam search must not mix the images of several chats.
         """
         patches = pixel_values if pixel_values.is_floating_point() else self._normalize(pixel_values)
         placeholder = torch.tensor([self.config.image_token_id], device=patches.device)
         token = self.embed_tokens(placeholder)  # (1, hidden)
         features = self.embed_vision_patch(patches.to(token.dtype)) + token  # (num_patches, hidden)
-        sizes = [features.shape[0]] if image_grid_thw is None else image_grid_thw.prod(-1).tolist()
+        sizes = [1] * features.shape[0] if image_grid_thw is None else image_grid_thw.prod(-1).tolist()
         return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=list(features.split(sizes))
+            last_hidden_state=features, pooler_output=list(features.split(sizes)) or [features]
         )
 
     def _normalize(self, patches: Tensor) -> Tensor:
@@ -240,8 +240,9 @@ class SoloModel(SoloPreTrainedModel):
             use_cache: Whether to return a cache. Default: the configuration's; False in training and for a
                 packed batch, where a cache would let documents attend to each other.
             mm_encoder_outputs: {"image": output of `get_image_features`}, instead of `pixel_values`.
-            layout: (4, batch, length), part of the `image_layout` of the whole sequence. Default: that of
-                `input_ids`, if there is no cache. Not needed for causal attention with 1-D positions.
+            layout: (4, batch, at least length), the `image_layout` of the sequence up to the last token.
+                Default: that of `input_ids`, if there is no cache. Not needed for causal attention with 1-D
+                positions.
             **kwargs: Passed to the decoder.
 
         Raises:
@@ -276,12 +277,12 @@ class SoloModel(SoloPreTrainedModel):
         if layout is None and (bidirectional or in_2d):
             layout = self._layout(input_ids, position_ids, past_key_values)
         if layout is not None and bidirectional:
-            decoder = self.language_model.config
+            decoder, index = self.language_model.config, layout[0][:, -inputs_embeds.shape[1] :]
             if decoder._attn_implementation == PACKED_ATTENTION:
-                kwargs.setdefault("image_index", layout[0])
+                kwargs.setdefault("image_index", index)
             else:
                 attention_mask = image_masks(
-                    decoder, layout[0], inputs_embeds, attention_mask, position_ids, past_key_values
+                    decoder, index, inputs_embeds, attention_mask, position_ids, past_key_values
                 )
 
         if kwargs.get("cache_params") is not None and attention_mask is not None:
@@ -396,14 +397,23 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Prepare one step of generation.
 
-        Add the `image_layout` of the new tokens, which depends on the whole sequence. Start anew where
-        LongRoPE changes the keys of all tokens, and at each step of a decoder without a cache.
+        Add the `image_layout` of the sequence. Start anew where LongRoPE changes the keys of all tokens, and
+        at each step of a decoder without a cache.
+
+        Raises:
+            ValueError: Images have to be located, but the sequence lacks tokens that are in the cache.
         """
         layout = None
+        cached = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         if self.config.locates_images:
+            if cached and next_sequence_length is None:
+                raise ValueError(
+                    "bidirectional attention and 2-D positions need the whole sequence as input_ids, with "
+                    f"the {cached} tokens of the cache: leave out prefill_chunk_size"
+                )
             layout = image_layout(input_ids, self.config.vision_token_ids)  # (4, batch, length)
         limit = long_rope_length(self.config.text_config)
-        if limit and past_key_values and (cached := past_key_values.get_seq_length()):
+        if limit and cached:
             position = torch.arange(input_ids.shape[1], device=input_ids.device)
             if layout is not None and self.config.image_positions == "2d":
                 position = position + layout[1]
@@ -418,9 +428,10 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        new = inputs["input_ids"]
-        if layout is not None and new is not None:
-            inputs["layout"] = layout[..., -new.shape[-1] :]
+        if layout is not None:
+            inputs["layout"] = layout
+            if self.config.image_attention == "bidirectional" and inputs["input_ids"].shape[1] > 1:
+                inputs["attention_mask"] = kwargs.get("attention_mask")  # `forward` makes masks with images
         return inputs
 
     def _supports_default_dynamic_cache(self) -> bool:

@@ -70,7 +70,7 @@ def _previous(values: Tensor) -> Tensor:
 
 @contextmanager
 def rotated_by(layout: Tensor) -> Iterator[None]:
-    """Apply an `image_layout` to all rotary embeddings computed in the body."""
+    """Apply an `image_layout` to all rotary embeddings computed in the body, to the last tokens of each."""
     token = _layout.set(layout)
     try:
         yield
@@ -151,12 +151,26 @@ def _in_pairs(values: Tensor) -> Tensor:
 
 
 def _shift_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    layout = _layout.get()
-    if layout is None:
+    if _layout.get() is None:
         return None
     if "position_ids" in kwargs:
-        return args, {**kwargs, "position_ids": kwargs["position_ids"] + layout[1]}
-    return (args[0], args[1] + layout[1], *args[2:]), kwargs
+        return args, {**kwargs, "position_ids": _shifted(kwargs["position_ids"])}
+    return (args[0], _shifted(args[1]), *args[2:]), kwargs
+
+
+def _shifted(position_ids: Tensor) -> Tensor:
+    return position_ids + _of_last(position_ids.shape[-1])[1]
+
+
+def _of_last(length: int) -> Tensor:
+    """Return the layout of the last tokens; a decoder may rotate cached ones again, or only new ones."""
+    layout: Any = _layout.get()
+    if layout.shape[-1] < length:
+        raise ValueError(
+            f"image_positions=2d: the decoder rotates {length} tokens, but the layout has "
+            f"{layout.shape[-1]}: pass the layout of the whole sequence"
+        )
+    return layout[..., -length:]
 
 
 def _rotate(
@@ -168,9 +182,9 @@ def _rotate(
     base: float | None,
 ) -> Any:
     """Rotate a module's output, for positions in the text, further by rows and columns."""
-    layout = _layout.get()
-    if layout is None:
+    if _layout.get() is None:
         return None
+    layout = _of_last((output if isinstance(output, Tensor) else output[0]).shape[-2])
     layer_type = kwargs.get("layer_type", args[2] if len(args) > 2 else None)
     prefix = f"{layer_type}_" if layer_type else ""
     frequencies: Any = getattr(module, f"{prefix}inv_freq")

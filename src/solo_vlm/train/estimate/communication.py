@@ -23,12 +23,13 @@ from solo_vlm.utils.errors import SoloError
 _EFFICIENCY = 0.8
 _FLOAT32 = 4  # bytes
 _GIGA = 1e9
+_BACKWARD = 2 / 3  # share of the backward pass in computation
 
 # Bytes per second and direction between two devices of a machine. Sources: NVIDIA's data sheets of A100 and
 # H100 (NVLink 600 and 900 GB/s, both directions together); PCI Express 4.0 and 5.0, x16.
 _INSIDE = {"nvlink3": 300e9, "nvlink4": 450e9, "pcie4": 32e9, "pcie5": 64e9}
-_NVLINK = {"A100-40GB": "nvlink3", "A100-80GB": "nvlink3"}  # other devices: the fourth generation
-_NETWORK = re.compile(r"(nvlink|nvlink3|nvlink4|pcie4|pcie5)(?:\+(\d+)g)?", re.IGNORECASE)
+_NVLINK = {"A100-40GB": "nvlink3", "A100-80GB": "nvlink3", "H100": "nvlink4", "H200": "nvlink4"}
+_NETWORK = re.compile(r"(nvlink|nvlink3|nvlink4|pcie4|pcie5)(?:\+([1-9]\d*)g)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,11 @@ class Network:
                 "for several machines the Gbit/s per device between them, such as nvlink+400g"
             )
         link, rate = match[1].lower(), match[2]
-        inside = _INSIDE[_NVLINK.get(device, "nvlink4") if link == "nvlink" else link]
+        if link == "nvlink" and device not in _NVLINK:
+            raise SoloError(
+                f"network {name}: NVLink does not connect eight {device}; give pcie4 or pcie5 in its place"
+            )
+        inside = _INSIDE[_NVLINK[device] if link == "nvlink" else link]
         return cls(name, inside, float(rate) * _GIGA / 8 if rate else None)
 
     def bandwidth(self, stride: int, size: int) -> float:
@@ -87,6 +92,7 @@ class Collective:
         payload: Bytes of the whole tensors; of an all-to-all, of what one process has.
         stride: Distance between the ranks of the group.
         overlaps: Whether computation can go on meanwhile.
+        once: Whether it only runs in the backward pass of the step's last sequence.
     """
 
     purpose: str
@@ -95,6 +101,7 @@ class Collective:
     size: int
     stride: int
     overlaps: bool
+    once: bool = False
 
     @property
     def sent(self) -> float:
@@ -115,7 +122,7 @@ def collectives(layout: Layout, recipe: Recipe) -> list[Collective]:
     outside = outside_weights(own)
     is_partial = recipe.lora is not None or recipe.trainable != "all"
     trained = trained_parameters(layout.shape, recipe) if is_partial else layers + outside
-    if is_partial:  # adapters, and the trained copy of the patch embedding
+    if recipe.lora or recipe.trainable == "new_tokens":  # adapters, and a trained copy of the patch embedding
         layers += trained - own.parameters.patch_embedding
         outside += own.parameters.patch_embedding
     gathers = 2 if recipe.parallel.reshard else 1
@@ -130,7 +137,15 @@ def collectives(layout: Layout, recipe: Recipe) -> list[Collective]:
             tp,
             overlaps=True,
         ),
-        Collective("gradients", "reduce-scatter", reductions * _FLOAT32 * trained, shards, tp, overlaps=True),
+        Collective(
+            "gradients",
+            "reduce-scatter",
+            reductions * _FLOAT32 * trained,
+            shards,
+            tp,
+            overlaps=True,
+            once=recipe.parallel.defer_reduction,
+        ),
         Collective(
             "copies of gradients",
             "all-reduce",
@@ -138,6 +153,7 @@ def collectives(layout: Layout, recipe: Recipe) -> list[Collective]:
             copies,
             tp * shards,
             overlaps=True,
+            once=True,
         ),
     ]
     passes = 2 + layout.modes.recomputed
@@ -152,7 +168,7 @@ def collectives(layout: Layout, recipe: Recipe) -> list[Collective]:
         is_split = own.vocabulary < layout.shape.vocabulary
         # Of every token: the gradient of its state; twice, the largest logit, and the logits' sum and target.
         loss = is_split * steps * tokens * (compute * own.hidden + 2 * 3 * _FLOAT32)
-        replicated = _FLOAT32 * layout.replicated / shards
+        replicated = _FLOAT32 * (trained if is_partial else layout.replicated) / shards
         found += [
             Collective("hidden states", "all-reduce", hidden, tp, 1, overlaps=False),
             Collective("loss", "all-reduce", loss, tp, 1, overlaps=False),
@@ -215,11 +231,19 @@ def exposed_seconds(found: Sequence[Collective], layout: Layout, compute: float,
     """Return the seconds of communication that computation does not hide.
 
     Weights are gathered one FSDP unit ahead, and gradients reduced behind the next unit's backward pass. So
-    what exceeds computation is exposed, and the first gather and the last reduction of each sequence.
+    what exceeds computation is exposed, and the first gather and the last reduction of each sequence. What
+    runs once has only the last backward pass to hide behind.
     """
-    hidden = sum(collective.seconds(network) for collective in found if collective.overlaps)
     layers = layout.shape.layers
     units = -(-layers // layers_per_fsdp_unit(layers, round(layer_weights(layout.shape))))
-    ends = hidden / (units + 1)
-    alone = sum(collective.seconds(network) for collective in found if not collective.overlaps)
-    return alone + min(hidden, max(hidden - compute, ends))
+
+    def seconds(overlaps: bool, once: bool = False) -> float:
+        chosen = (each for each in found if (each.overlaps, each.once) == (overlaps, once))
+        return sum(collective.seconds(network) for collective in chosen)
+
+    def exposed(hidden: float, behind: float) -> float:
+        return min(hidden, max(hidden - behind, hidden / (units + 1)))
+
+    steady = seconds(overlaps=True)
+    last_backward = _BACKWARD * max(compute - steady, 0.0) / layout.dims.gradient_accumulation_steps
+    return seconds(overlaps=False) + exposed(steady, compute) + exposed(seconds(True, True), last_backward)

@@ -47,9 +47,9 @@ class DataEstimate:
     vision_share: float
 
 
-def estimate_data(recipe: Recipe, encoder: Encoder) -> DataEstimate:
-    """Estimate the data of a run from a deterministic sample of each source."""
-    samples = [_sample_source(recipe, encoder, source) for source in recipe.mixture.open_sources()]
+def estimate_data(recipe: Recipe, encoder: Encoder, sources: Sequence[Source]) -> DataEstimate:
+    """Estimate the data of a run from a deterministic sample of each source of its mixture."""
+    samples = [_sample_source(recipe, encoder, source) for source in sources]
     if not sum(sample.totals.tokens for sample in samples):
         raise SoloError("no row of the data can be used: see solo data verify")
     shares = _token_shares(recipe, samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from solo_vlm.data.encode import load_encoder
+from solo_vlm.data.sources import Source
 from solo_vlm.models.flops import Flops, ModelShape, ParameterCounts, forward_flops
 from solo_vlm.models.load import load_config
 from solo_vlm.train.estimate.communication import (
@@ -297,12 +299,16 @@ def make_plan(
     )
 
 
-def planned_steps(recipe: Recipe) -> int:
-    """Return the optimizer steps of a run: the recipe's, or a deterministic estimate for `data.epochs`."""
+def planned_steps(recipe: Recipe, sources: Sequence[Source]) -> int:
+    """Return the optimizer steps of a run: the recipe's, or a deterministic estimate for `data.epochs`.
+
+    Args:
+        sources: Opened sources of its mixture.
+    """
     _check_end(recipe)
     if recipe.steps is not None:
         return recipe.steps
-    return _steps(recipe, estimate_data(recipe, load_encoder(recipe.mixture.model_source())))
+    return _steps(recipe, estimate_data(recipe, load_encoder(recipe.mixture.model_source()), sources))
 
 
 def _check_end(recipe: Recipe) -> None:
@@ -346,7 +352,7 @@ def _estimate(recipe: Recipe, source: str | Path) -> tuple[DataEstimate | None, 
     if source != recipe.mixture.model_source():
         return None, f"{recipe.model}, whose tokenizer reads the data, does not exist yet"
     try:
-        return estimate_data(recipe, load_encoder(source)), ""
+        return estimate_data(recipe, load_encoder(source), recipe.mixture.open_sources()), ""
     except SoloError as error:
         return None, str(error)
 

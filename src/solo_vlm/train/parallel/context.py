@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
@@ -68,13 +71,13 @@ class ParallelDims:
             divisors = _join(_divisors(world_size))
             raise SoloError(
                 f"{world_size} processes cannot form groups of parallel.{setting} = {size}: "
-                f"start a multiple of {size}, or set parallel.{setting} to one of {divisors}"
+                f"start a multiple of {size}, or set parallel.{setting} to {divisors}"
             )
         dp = world_size // group
         if dp % replicate:
             raise SoloError(
-                f"parallel.replicate = {replicate} does not divide {dp} data-parallel groups: set it to one "
-                f"of {_join(_divisors(dp))}"
+                f"parallel.replicate = {replicate} does not divide {dp} data-parallel groups: set it to "
+                f"{_join(_divisors(dp))}"
             )
         if length % cp:
             raise SoloError(
@@ -265,14 +268,12 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
         finally:
             dist.destroy_process_group()
         return
-    # torchrun starts all processes at once. When it restarts them, its store still has the keys of the last
-    # attempt: addresses of processes that are gone, and their failure.
-    store, rank, world_size = next(rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    timeout = timedelta(seconds=recipe.timeouts.start)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     dist.init_process_group(
         backend,
         timeout=timedelta(seconds=recipe.timeouts.step),
-        store=dist.PrefixStore(f"attempt-{attempt}", store),  # type: ignore[attr-defined]
+        store=store_of_attempt(store, rank, world_size, timeout),
         rank=rank,
         world_size=world_size,
     )
@@ -283,6 +284,42 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()  # not after a failure: it would wait for processes that hang
+
+
+def store_of_attempt(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
+    """Join the processes of this attempt in a part of the store that has no keys of earlier attempts.
+
+    When torchrun restarts processes, its store still has the addresses of those that are gone, and their
+    failure. Its restart count does not tell attempts apart: each machine counts its own. Each process makes a
+    call under a name never used before, and process 0 answers all calls with the name of the part.
+
+    Raises:
+        SoloError: A process did not join before the timeout.
+    """
+    if rank:
+        call = uuid4().hex
+        store.set(f"call/{rank}", call)
+        try:
+            store.wait([f"answer/{call}"], timeout)
+        except dist.DistStoreError as error:
+            raise SoloError(f"process 0 of {world_size} did not join the run within {timeout}") from error
+        name = store.get(f"answer/{call}").decode()
+        store.add(f"joined/{name}", 1)
+        return PrefixStore(name, store)
+    name = uuid4().hex
+    calls = dict.fromkeys(range(1, world_size), "")
+    deadline = time.monotonic() + timeout.total_seconds()
+    while (joined := store.add(f"joined/{name}", 0) + 1) < world_size:
+        if time.monotonic() > deadline:
+            raise SoloError(f"only {joined} of {world_size} processes joined the run within {timeout}")
+        for other, answered in calls.items():
+            # The call may be of an earlier attempt; the process replaces it when it joins this one.
+            call = store.get(f"call/{other}").decode() if store.check([f"call/{other}"]) else ""
+            if call != answered:
+                store.set(f"answer/{call}", name)
+                calls[other] = call
+        time.sleep(0.02)
+    return PrefixStore(name, store)
 
 
 def make_context(recipe: Recipe, world_size: int, rank: int, device: torch.device) -> DistributedContext:

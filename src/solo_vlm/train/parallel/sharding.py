@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from solo_vlm.models.load import decoder_layers
@@ -55,7 +54,8 @@ def shard_model(
         "mesh": mesh[REPLICATE, SHARD] if context.dims.replicate > 1 else mesh[SHARD],
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     }
-    count = layers_per_fsdp_unit(len(layers), sum(p.numel() for p in layers[0].parameters()), unit_size)
+    size = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    count = layers_per_fsdp_unit(len(layers), round(size / len(layers)), unit_size) if layers else 1
     for first in range(0, len(layers), count):
         unit = layers[first : first + count]
         fully_shard(unit, reshard_after_forward=recipe.parallel.reshard, **options)
@@ -67,6 +67,7 @@ def shard_model(
             module.set_force_sum_reduction_for_comms(True)
 
 
+@torch.no_grad()
 def load_full_state_dict(
     model: PreTrainedModel, state_dict: dict[str, Any], buffers: dict[str, Tensor], device: torch.device
 ) -> None:
@@ -76,12 +77,24 @@ def load_full_state_dict(
         state_dict: Full tensors by name in rank 0, empty in all other ranks.
         buffers: All buffers by name, in every rank.
     """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
     model.to_empty(device=device)
-    model.tie_weights()  # to_empty unties them
+    for first, *others in names.values():  # to_empty unties them; tie_weights does not know adapters
+        for name in others:
+            owner, _, own = name.rpartition(".")
+            model.get_submodule(owner).register_parameter(own, model.get_parameter(first))
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, state_dict, options=options)
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        if state_dict:
+            whole.copy_(state_dict[name])
+        dist.broadcast(whole, src=0)
+        assert isinstance(parameter, DTensor)
+        layout = parameter.device_mesh, parameter.placements
+        parameter.copy_(distribute_tensor(whole, *layout, src_data_rank=None))
 
 
 def reduce_gradients(model: nn.Module, is_last: bool, deferred: bool) -> None:

@@ -17,7 +17,6 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -379,7 +378,7 @@ def _run_on_parts(module: nn.Module, owner: nn.Module, mesh: DeviceMesh) -> None
 
 
 def _apply_to_parts(module: nn.Module, owner: nn.Module, mesh: DeviceMesh) -> None:
-    """Replicate a module that sees this process's features only, such as an activation with parameters."""
+    """Replicate a module that sees this process's features only, such as a norm of single heads."""
     for name, _ in list(module.named_parameters(recurse=False)):
         _distribute(module, name, mesh, Replicate())
     _use_local_parameters(module, Partial())
@@ -463,10 +462,7 @@ _STYLES: dict[str, Split] = {
     "rowwise_split_input": _by_torch(partial(RowwiseParallel, input_layouts=Replicate())),
     "embedding_rowwise": _by_torch(partial(RowwiseParallel, input_layouts=Replicate())),
     "embedding_colwise": _by_torch(partial(ColwiseParallel, output_layouts=Replicate())),
-    # Norms of single heads; each process has its own, and which dimension counts as split is of no account.
-    "replicated_with_grad_allreduce": _by_torch(
-        partial(SequenceParallel, sequence_dim=0, use_local_output=True)
-    ),
+    "replicated_with_grad_allreduce": _apply_to_parts,  # norms of single heads
     "applied_to_parts": _apply_to_parts,
     "local_params": _run_on_parts,
     "all_reduce": _add_outputs,
