@@ -314,7 +314,7 @@ def store_of_attempt(store: Store, rank: int, world_size: int, timeout: timedelt
             raise SoloError(f"only {joined} of {world_size} processes joined the run within {timeout}")
         for other in range(1, world_size):
             # The call may be of an earlier attempt; the process replaces it when it joins this one.
-            call = store.get(f"call/{other}").decode() if store.check([f"call/{other}"]) else None
+            call = store.get(f"call/{other}").decode() if store.check([f"call/{other}"]) else ""
             if call and call != calls.get(other):
                 store.set(f"answer/{call}", name)
                 calls[other] = call
