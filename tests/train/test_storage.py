@@ -112,11 +112,11 @@ def test_run_with_checkpoints_on_s3_learns_the_same(runs, tmp_path, whole, bucke
     assert not any(name.startswith(".probe") for name in Folder(bucket).entries())
 
 
-@pytest.mark.parametrize("store", ["s3", "memory", "disk"])
+@pytest.mark.parametrize("store", ["s3", "disk"])
 def test_new_machine_resumes_with_the_losses_of_an_uninterrupted_run(
     runs, tmp_path, whole, bucket, monkeypatch, store
 ):
-    folder = {"s3": bucket, "memory": "memory://new-machine", "disk": str(tmp_path / "shared")}[store]
+    folder = {"s3": bucket, "disk": str(tmp_path / "shared")}[store]
     interrupted(settings(runs, tmp_path / "first", folder), monkeypatch, 5)
     shutil.rmtree(tmp_path / "first")
     train(Recipe.parse(settings(runs, tmp_path / "second", folder)), resume=True)
@@ -310,6 +310,15 @@ def test_nothing_to_resume_names_the_store(runs, tmp_path, bucket):
 # ------------------------------------------------------------------------------------ during the run
 
 
+FILES = [
+    "__0_0.distcp",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("training_state.json", ".metadata", "checksums.json")
+    ),
+]
+
+
 def refuse(s3, text, method="PUT", status=503, times=10**9):
     """Refuse the next requests whose path contains a text."""
     left = iter(range(times))
@@ -318,7 +327,7 @@ def refuse(s3, text, method="PUT", status=503, times=10**9):
     )
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", "training_state.json", ".metadata", "checksums.json"])
+@pytest.mark.parametrize("file", FILES)
 def test_failing_uploads_are_retried(runs, tmp_path, whole, s3, bucket, waits, file):
     refuse(s3, f"step-00000004/{file}", times=2)
     train(Recipe.parse(settings(runs, tmp_path / "out", bucket)))
@@ -326,7 +335,7 @@ def test_failing_uploads_are_retried(runs, tmp_path, whole, s3, bucket, waits, f
     assert steps(bucket) == [6, 7]
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", "training_state.json", ".metadata", "checksums.json"])
+@pytest.mark.parametrize("file", FILES)
 def test_store_that_fails_ends_the_run_and_keeps_the_last_whole_checkpoint(
     runs, tmp_path, whole, s3, bucket, waits, file
 ):
