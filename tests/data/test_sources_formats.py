@@ -289,3 +289,22 @@ def test_arrow_files_of_save_to_disk_are_read(tmp_path):
     (tmp_path / "data-00001-of-00002.arrow").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SoloError, match=r"data-00001-of-00002\.arrow is not a readable Arrow stream"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["lines", "row group", "tar"])
+def test_format_is_recognized_behind_unreadable_rows(tmp_path, fault):
+    rows = [{"conversations": turns("Hi", f"Hello {n}")} for n in range(24)]
+    if fault == "lines":
+        lines = ["{"] * 9 + list(map(json.dumps, rows))
+        (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    elif fault == "row group":
+        pq.write_table(
+            pa.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=4, write_page_checksum=True
+        )
+        data = bytearray((tmp_path / "x.parquet").read_bytes())
+        data[data.index(b"Hello 0")] ^= 1
+        (tmp_path / "x.parquet").write_bytes(data)
+    else:
+        (tmp_path / "0.tar").write_bytes(b"no tar")
+        write_tar(tmp_path / "1.tar", rows)
+    assert open_source(tmp_path, format="auto").row_format.name == "sharegpt"

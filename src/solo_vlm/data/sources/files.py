@@ -37,6 +37,7 @@ CODECS = {".gz": "gzip", ".zst": "zstd", ".lz4": "lz4"}
 _BLOCK_SIZE = 1 << 20
 _HASH_BLOCK_SIZE, _HASH_BLOCKS = 1 << 14, 16
 _CLOSE = 1 << 12  # bytes between ranges that are read in one request
+_FIRST_SHARDS = 8  # shards in which rows are looked for to recognize their format
 _OPEN_AT_A_TIME = 16  # files indexed in parallel when a source is opened
 _ATTEMPTS = 5
 _FIRST_WAIT = 0.5  # seconds, doubled each time
@@ -422,14 +423,21 @@ class RawSource(ABC):
         """Return a hash that changes when files are added, removed or rewritten."""
 
     def first_rows(self, count: int) -> list[Any]:
-        """Return up to `count` readable rows of the first shard."""
-        return readable_rows(self.read(0), count) if len(self) else []
+        """Return up to `count` readable rows of the first shard that has any, among the first few."""
+        found = (self._first_of(shard, count) for shard in range(min(len(self), _FIRST_SHARDS)))
+        return next(filter(None, found), [])
+
+    def _first_of(self, shard: int, count: int) -> list[Any]:
+        """Return up to `count` readable rows of a shard."""
+        return readable_rows(self.read(shard), count)
 
 
 def readable_rows(rows: Sequence[Any], count: int) -> list[Any]:
-    """Return the readable ones of the first `count` rows."""
-    found = []
-    for number in range(min(count, len(rows))):
+    """Return the first `count` readable rows."""
+    found: list[Any] = []
+    for number in range(len(rows)):
+        if len(found) == count:
+            break
         with suppress(SampleError):
             found.append(rows[number])
     return found

@@ -60,11 +60,9 @@ class ParquetSource(RawSource):
         """Return the size of a row group, whose images stay compressed."""
         return self._shards[shard][1][1]
 
-    def first_rows(self, count: int) -> list[Any]:
-        """Return up to `count` rows of the first row group, without reading the rest of it."""
-        if not len(self):
-            return []
-        file, (group, _) = self._shards[0]
+    def _first_of(self, shard: int, count: int) -> list[Any]:
+        """Return up to `count` rows of a row group, without reading the rest of it."""
+        file, (group, _) = self._shards[shard]
         try:
             return readable_rows(TableRows(_read_group(file, group, count)), count)
         except (pa.ArrowException, OSError) as error:

@@ -68,12 +68,11 @@ class WebDatasetSource(RawSource):
         """Return the size of the positions of a tar's members, each of which takes a kilobyte at least."""
         return self._files[shard].size // _BYTES_PER_POSITION
 
-    def first_rows(self, count: int) -> list[Any]:
-        """Return up to `count` readable rows from the first members of the first tar."""
-        if not self._files:
-            return []
+    def _first_of(self, shard: int, count: int) -> list[Any]:
+        """Return up to `count` readable rows from the first members of a tar."""
+        file = self._files[shard]
         try:
-            rows = _Rows(self._files[0], *_index(self._files[0], _FIRST_MEMBERS))
+            rows = _Rows(file, *_index(file, _FIRST_MEMBERS))
         except _BROKEN:  # reported when the shard is read
             return []
         return readable_rows(rows, min(count, len(rows) - 1) or len(rows))
