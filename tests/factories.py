@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -11,6 +12,7 @@ import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,13 @@ def make_llm(family: str = "llama", seed: int = 0, **settings: Any):
     config = LLM_CONFIGS[family](pad_token_id=None, **SIZES | settings)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval(), tokenizer
+
+
+def without_layers():
+    """Make an LLM whose layers are in no list."""
+    model = tiny_llm("ctrl")
+    model.transformer.h = torch.nn.ModuleList()
+    return model
 
 
 def make_solo(family: str = "llama", seed: int = 0, **settings: Any) -> SoloModelAndProcessor:
@@ -202,6 +211,31 @@ def run_recipe(plain):
     from solo_vlm.train import Recipe, train
 
     train(Recipe.parse(plain))
+
+
+def run_mixed_checkpointing(plain):
+    """Train on devices whose memory lets "auto" recompute the first of two layers."""
+    from solo_vlm.models.load import load_config
+    from solo_vlm.train import Recipe, train, trainer
+    from solo_vlm.train.activation_checkpointing import LayerModes
+    from solo_vlm.train.estimate.layout import Layout
+    from solo_vlm.train.estimate.memory import USABLE, memory_per_device
+
+    recipe = Recipe.parse({**plain, "activation_checkpointing": "auto"})
+
+    def memory(context):
+        layout = Layout.of(load_config(recipe.mixture.model_source()), recipe, context.dims)
+        mixed = replace(layout, modes=LayerModes(full=1, selective=1))
+        return math.ceil(memory_per_device(mixed, recipe).total / USABLE)
+
+    trainer.device_memory = memory
+    train(recipe)
+    assert read_modes(recipe.output_dir) == {"full": 1, "selective": 1, "none": 0}
+
+
+def read_modes(out):
+    """Return the numbers of layers by activation checkpointing from a run's manifest."""
+    return json.loads((out / "manifest.json").read_text())["outcome"]["activation_checkpointing"]
 
 
 def read_steps(out):

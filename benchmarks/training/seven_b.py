@@ -13,9 +13,10 @@ from solo_vlm import SoloForConditionalGeneration
 from solo_vlm.data.collate import collate, num_supervised_tokens
 from solo_vlm.models.flops import ModelShape, training_flops
 from solo_vlm.models.packed.isolation import isolate_documents
-from solo_vlm.train.estimate.memory import memory_per_device
+from solo_vlm.train.activation_checkpointing import prepare_layers
+from solo_vlm.train.estimate.layout import Layout
+from solo_vlm.train.estimate.memory import USABLE, memory_per_device
 from solo_vlm.train.metrics import memory_gb
-from solo_vlm.train.model import compile_layers, use_activation_checkpointing
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.parallel.context import ParallelDims, init_distributed
 from solo_vlm.train.recipe import Recipe
@@ -31,7 +32,6 @@ CONFIGURATIONS = (
     "full",
     "none",
 )
-_USABLE = 0.9  # share of a GPU's memory; the rest is for what `memory_per_device` does not count
 _FEWER = 0.75  # share of the layers to retry with if the estimate was too low
 
 
@@ -59,7 +59,7 @@ def _layers_that_fit(workload: Workload, settings: dict[str, Any]) -> int:
     whole = workload.config(SHAPE).text_config.num_hidden_layers
     if not torch.cuda.is_available():
         return whole
-    memory = _USABLE * torch.cuda.get_device_properties(0).total_memory
+    memory = USABLE * torch.cuda.get_device_properties(0).total_memory
 
     def fits(layers: int) -> bool:
         return _planned(workload.config(SHAPE, num_hidden_layers=layers), recipe) <= memory
@@ -69,7 +69,7 @@ def _layers_that_fit(workload: Workload, settings: dict[str, Any]) -> int:
 
 def _planned(config: Any, recipe: Recipe) -> int:
     """Return the estimated memory of a run in bytes."""
-    return memory_per_device(ModelShape.of(config), recipe, ParallelDims.from_recipe(recipe, 1)).total
+    return memory_per_device(Layout.of(config, recipe, ParallelDims.from_recipe(recipe, 1)), recipe).total
 
 
 def _train(
@@ -82,10 +82,8 @@ def _train(
     supervised = num_supervised_tokens(batches)
     with init_distributed(recipe) as context:
         model = random_model(SoloForConditionalGeneration, config, recipe, context)
-        use_activation_checkpointing(model, recipe.activation_checkpointing)
         isolate_documents(model)
-        if recipe.compile:
-            compile_layers(model)
+        prepare_layers(model, settings["activation_checkpointing"], recipe.compile)
         optimizer = make_optimizer(model, recipe.optimizer)
 
         def step() -> None:

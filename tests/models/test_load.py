@@ -10,9 +10,10 @@ import torch
 from tests.factories import ask, make_llm, make_solo
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.from_llm import ImageDesign, compose, from_llm
-from solo_vlm.models.load import load_model, save_model, stop_ids
+from solo_vlm.models.load import decoder_layers, load_model, save_model, stop_ids
 from solo_vlm.train.model import load_base_model
 from solo_vlm.utils.errors import SoloError
 
@@ -140,3 +141,11 @@ def test_edited_configuration_that_ties_a_separate_head_is_rejected(tmp_path):
     )
     with pytest.raises(SoloError, match=r"tie_word_embeddings, but .* a head of their own: set it to false"):
         load_model(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"), [("llama", 4), ("ctrl", 4), ("zamba", 5), ("modernbert-decoder", 4)]
+)
+def test_decoder_layers_are_those_of_the_configuration(family, layers):
+    """CTRL's are not marked, Zamba's contain others, and what ModernBERT calls its decoder is its head."""
+    assert len(decoder_layers(tiny_llm(family))) == layers

@@ -40,7 +40,7 @@ def sequence_costs(shape, count, generator):
                 break
             lengths.append(text + image)
             patches, texts = patches + image, texts + text
-        costs.append(forward_flops(shape, lengths, patches, texts).hardware("full"))
+        costs.append(forward_flops(shape, lengths, patches, texts).hardware(recomputed=1))
     return costs
 
 

@@ -18,8 +18,9 @@ from solo_vlm.check.tiny import text_families, tiny_llm
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Document
 from solo_vlm.models.packed.isolation import isolate_documents
+from solo_vlm.train.activation_checkpointing import prepare_layers
 from solo_vlm.train.experts import ExpertRouting
-from solo_vlm.train.model import add_adapters, compile_layers, use_activation_checkpointing
+from solo_vlm.train.model import add_adapters
 from solo_vlm.train.parallel.context import DistributedContext, ParallelDims
 from solo_vlm.train.recipe import LoraSettings
 from solo_vlm.train.trainer import forward_backward
@@ -139,7 +140,7 @@ def test_load_matches_counts_by_hand(moe):
 def test_solo_gradients_survive_checkpointing(mode):
     def step(mode):
         model = make_solo("mixtral").model.train()
-        use_activation_checkpointing(model, mode)
+        prepare_layers(model, mode)
         isolate_documents(model)
         experts, gradients = one_step(model, [row(DOCUMENTS, 48)] * 2, [42, 42], 1.0)
         return gradients, experts.metrics(CONTEXT)
@@ -166,8 +167,7 @@ def test_layers_compile_to_one_graph(mode, monkeypatch):
         return [p.grad for p in model.parameters()], experts.metrics(CONTEXT)
 
     def prepare(model):
-        use_activation_checkpointing(model, mode)
-        compile_layers(model)
+        prepare_layers(model, mode, is_compiled=True)
 
     torch._dynamo.reset()
     counters.clear()

@@ -1,4 +1,4 @@
-"""Trainable parameters, adapters, activation checkpointing and compilation."""
+"""Trainable parameters and adapters."""
 
 from __future__ import annotations
 
@@ -28,12 +28,10 @@ from solo_vlm.models.packed.groups import document_groups
 from solo_vlm.train import Recipe, train
 from solo_vlm.train.model import (
     adapter_state_dict,
-    compile_layers,
     has_adapters,
     load_base_model,
     merge_adapter,
     set_trainable,
-    use_activation_checkpointing,
 )
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.utils.errors import SoloError
@@ -340,31 +338,6 @@ def test_two_processes_train_the_same_adapters_as_one(folder, tmp_path):
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "12")
     assert one.keys() == two.keys()
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
-
-
-@pytest.mark.parametrize("mode", ["full", "selective"])
-def test_activation_checkpointing_works_with_compiled_layers(mode):
-    """Results selected outside compiled code would be overwritten by it (an error in torch 2.11)."""
-    ids = torch.arange(24)[None]
-
-    def gradients(model):
-        model.train()(ids, labels=ids, use_cache=False).loss.backward()
-        return [parameter.grad for parameter in model.parameters()]
-
-    plain, compiled = make_llm()[0], make_llm()[0]
-    use_activation_checkpointing(compiled, mode)
-    compile_layers(compiled)
-    torch.testing.assert_close(gradients(compiled), gradients(plain), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [compile_layers, lambda model: use_activation_checkpointing(model, "full")],
-    ids=["compile", "full"],
-)
-def test_settings_without_effect_on_unmarked_layers_are_refused(change):
-    with pytest.raises(SoloError, match="transformers does not mark the layers of this model; unset it"):
-        change(tiny_llm("ctrl"))
 
 
 def test_z_loss_that_counts_padding_is_rejected():

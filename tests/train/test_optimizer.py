@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from tests.factories import make_solo, read_steps, run_recipe, run_settings
+from tests.factories import make_solo, read_steps, run_recipe, run_settings, without_layers
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from solo_vlm.check.tiny import tiny_llm
@@ -100,7 +100,7 @@ def test_muon_orthogonalizes_transposed_layers_of_gpt2():
 
 def test_muon_without_matrices_is_refused():
     with pytest.raises(SoloError, match="muon: found no linear layers in decoder layers; use adamw"):
-        make_optimizer(tiny_llm("gpt_neox_japanese"), OptimizerSettings(name="muon"))
+        make_optimizer(without_layers(), OptimizerSettings(name="muon"))
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw_bf16", "adamw_8bit"])

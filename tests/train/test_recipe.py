@@ -218,7 +218,7 @@ def test_paper_pretraining_recipes(stage):
         "sequences",
         128,
     )
-    assert (recipe.precision, recipe.activation_checkpointing, recipe.parallel.tensor) == ("bf16", "full", 2)
+    assert (recipe.precision, recipe.activation_checkpointing, recipe.parallel.tensor) == ("bf16", "auto", 2)
     optimizer = recipe.optimizer
     assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps) == (5e-5, 5e-6, 200)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.1, 1.0)

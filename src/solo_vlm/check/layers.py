@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from solo_vlm.check.tiny import WINDOW
+from solo_vlm.models.load import decoder_layers
 from solo_vlm.models.packed.isolation import isolate_documents
 
 _WINDOWS = (
@@ -87,8 +88,11 @@ def trace(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Trace:
         return record
 
     layers = decoder_layers(model)
-    handles = [layer.register_forward_hook(leave(name)) for name, layer in layers.items()]
-    handles += [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in [*layers.values()][:1]]
+    handles = [
+        layer.register_forward_hook(leave(f"layer {number} ({type(layer).__name__})"))
+        for number, layer in enumerate(layers)
+    ]
+    handles += [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers[:1]]
     try:
         with torch.no_grad():
             output = model(**inputs, use_cache=False)
@@ -100,14 +104,6 @@ def trace(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Trace:
     # Where layers run document by document, the last group is not the row.
     whole = {name: values for name, values in states.items() if length in (values.shape[1], values.shape[-2])}
     return Trace({name: values.float() for name, values in whole.items()}, length)
-
-
-def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the layers of the decoder by name, in order; none if they are no list of modules."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
-    layers: Any = next((each for each in lists if len(each) == count), None) or next(iter(lists), [])
-    return {f"layer {number} ({type(layer).__name__})": layer for number, layer in enumerate(layers)}
 
 
 def first_parting(trace: Trace, reference: Trace, tolerance: float) -> Parting | None:

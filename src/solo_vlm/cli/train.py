@@ -212,14 +212,19 @@ def _question_lines(plan: Plan) -> list[str]:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
+    from solo_vlm.train.estimate.memory import describe_modes
+
     parts = [f"  {name:<12}{_gib(size)}" for name, size in vars(plan.memory).items()]
     total = f"  {'total':<12}{_gib(plan.memory.total)} of {plan.device.memory / _GIB:g} GiB"
+    auto = plan.recipe.activation_checkpointing == "auto"
+    modes = [describe_modes(plan.layout, plan.recipe, plan.device.memory)] if auto else []
     host = [f"  {name:<12}{_gib(size)}" for name, size in vars(plan.host).items() if size]
     of_host = f"  {'total':<12}{_gib(plan.host.total)}"
     return [
         f"memory per {plan.device.name}",
         *parts,
         total,
+        *modes,
         "main memory of the first machine",
         *host,
         of_host,
@@ -240,6 +245,11 @@ def _network_lines(plan: Plan) -> list[str]:
         )
     if plan.speeds:
         worst, best = plan.speeds
+        parts = [
+            f"{part} {flops / 1e15:,.0f} PFLOPs ({again / 1e15:,.0f} recomputed)"
+            for part, (flops, again) in plan.computed_flops.items()
+        ]
+        lines.append(f"computed    {', '.join(parts)} per step")
         lines.append(
             f"expected    {worst.mfu:.0%} to {best.mfu:.0%} MFU: {_duration(best.compute)} to "
             f"{_duration(worst.compute)} of computation, and {_duration(worst.exposed)} of communication "

@@ -31,7 +31,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,14 +44,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from solo_vlm.models.load import decoder_layers
 from solo_vlm.models.solo.processing_solo import num_image_tokens
 from solo_vlm.utils.errors import SoloError, first_line
 
 Lengths = Sequence[int] | NDArray[np.integer[Any]]
-Recompute = Literal["none", "selective", "full"]
 
 _MIXER = re.compile("attn|attention|mamba|mixer|conv|ssm|recurrent|temporal")
 _LINEAR = (nn.Linear, Conv1D)
@@ -112,7 +111,8 @@ class ModelShape:
         heads, key_heads: Heads of queries, and of keys and values.
         query, key: Width of the queries (mean of queries and attention output), and of the keys (mean of keys
             and values), all heads together.
-        mlp: Width inside the MLP; with experts, of those that a token is routed to, all together.
+        mlp: Width inside the MLP, mean of the layers; with experts, of those that a token is routed to, all
+            together.
         norms, head_norms: Norms per layer as wide as the hidden states, and of other widths.
         attention: Attention layers.
         projection_flops, mlp_flops: FLOPs per token in all layers, of the projections around attention (with
@@ -145,11 +145,12 @@ class ModelShape:
     parameters: ParameterCounts
 
     @classmethod
-    def of(cls, config: Any) -> ModelShape:
+    def of(cls, config: Any, reduce: Callable[[Any], None] | None = None) -> ModelShape:
         """Count a model on the meta device, which takes seconds for tens of layers.
 
         Args:
             config: `SoloConfig`, or the configuration of a causal language model.
+            reduce: Reduces the model in place to the part to count, such as that of one process.
 
         Raises:
             SoloError: transformers has no such causal language model, or its code does not run on the meta
@@ -157,7 +158,7 @@ class ModelShape:
         """
         text = getattr(config, "text_config", config)
         try:
-            return _count(text, patch=getattr(config, "patch_dim", 0))
+            return _count(text, getattr(config, "patch_dim", 0), reduce)
         except SoloError:
             raise
         except Exception as error:  # settings of any family, or of a model's own
@@ -238,16 +239,40 @@ class Flops:
         """
         return 2 * (self.layers + self.head + self.patches) + 3 * self.attention
 
-    def hardware(self, recompute: Recompute = "none") -> int:
-        """Return the FLOPs of `training`, plus recomputation.
+    def recomputed_parts(self, recomputed: float = 0.0) -> dict[str, float]:
+        """Return the FLOPs that a training step computes again, by part of the model.
 
         The chunked loss always computes the logits twice. With "selective" activation checkpointing, results
         of matrix products and attention are kept, so nothing counted here is recomputed. With "full"
         checkpointing everything is but the last product of each layer: PyTorch stops once all saved tensors
         are restored.
+
+        Args:
+            recomputed: Share of the layers with full activation checkpointing.
         """
-        again = self.layers + self.attention - self.last if recompute == "full" else 0
-        return self.training + self.head + again
+        return {
+            "layers": recomputed * (self.layers - self.last),
+            "attention": recomputed * self.attention,
+            "head and loss": self.head,
+        }
+
+    def hardware_parts(self, recomputed: float = 0.0, frozen: bool = False) -> dict[str, float]:
+        """Return the FLOPs of a training step by part of the model, including recomputation.
+
+        Args:
+            recomputed: See `recomputed_parts`.
+            frozen: Whether the decoder's weights get no gradient (see `training_frozen`).
+        """
+        passes, again = 2 if frozen else 3, self.recomputed_parts(recomputed)
+        return {
+            "layers": passes * self.layers + 2 * self.patches + again["layers"],
+            "attention": 3 * self.attention + again["attention"],
+            "head and loss": passes * self.head + again["head and loss"],
+        }
+
+    def hardware(self, recomputed: float = 0.0) -> float:
+        """Return the FLOPs of `training`, plus recomputation (see `recomputed_parts`)."""
+        return sum(self.hardware_parts(recomputed).values())
 
 
 def forward_flops(
@@ -376,9 +401,9 @@ _ATTEMPTS: tuple[tuple[str, Callable[[], AbstractContextManager[Any]]], ...] = (
 )
 
 
-def _count(text: Any, patch: int) -> ModelShape:
+def _count(text: Any, patch: int, reduce: Callable[[Any], None] | None) -> ModelShape:
     length = getattr(text, "mamba_chunk_size", None) or getattr(text, "chunk_size", None) or _LENGTH
-    model, layers, calls, one, two = _run_twice(text, length)
+    model, layers, calls, one, two = _run_twice(text, length, reduce)
 
     def per_token(part: str) -> tuple[int, int]:
         """Solve linear * tokens + quadratic * tokens**2 for both coefficients."""
@@ -406,7 +431,6 @@ def _count(text: Any, patch: int) -> ModelShape:
     ]
     wide = norms.count(text.hidden_size)
     counts = _parameters(model, layers, patch)
-    width = getattr(text, "intermediate_size", None)
     routed = sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name)
     return ModelShape(
         hidden=text.hidden_size,
@@ -418,7 +442,7 @@ def _count(text: Any, patch: int) -> ModelShape:
         key_heads=sizes[0].key_heads,
         query=_mean(call.heads * (call.key_dim + call.value_dim) / 2 for call in sizes),
         key=_mean(call.key_heads * (call.key_dim + call.value_dim) / 2 for call in sizes),
-        mlp=width if width and not routed else mlp // (6 * text.hidden_size * len(layers)),
+        mlp=(mlp // (6 * text.hidden_size) if routed else one["width"]) // len(layers),
         norms=wide // len(layers),
         head_norms=(len(norms) - wide) // len(layers),
         attention=(*attention, *([AttentionLayer(own_attention)] if own_attention else ())),
@@ -432,14 +456,18 @@ def _count(text: Any, patch: int) -> ModelShape:
 
 
 def _run_twice(
-    text: Any, length: int
+    text: Any, length: int, reduce: Callable[[Any], None] | None
 ) -> tuple[Any, list[nn.Module], list[_AttentionCall], Counter[str], Counter[str]]:
     """Run a model on `length` and 2 * `length` tokens; return it, its layers, and results of `_run`."""
     failure: SoloError | None = None
     for attention, mode in _ATTEMPTS:
         try:
             model = _build(text, attention)
-            layers = _layers(model, text)
+            if reduce:
+                reduce(model)
+            layers = decoder_layers(model)
+            if not layers:
+                raise SoloError(f"cannot count {text.model_type}: its decoder has no list of layers")
             calls, one = _run(model, layers, length, mode())
             _, two = _run(model, layers, 2 * length, mode())
         except _Uncountable:
@@ -493,16 +521,6 @@ def _compute_routed(
     return hidden
 
 
-def _layers(model: Any, text: Any) -> list[nn.Module]:
-    """Return the decoder layers."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    decoder = [layers for layers in lists if isinstance(layers[0], GradientCheckpointingLayer)]
-    # Longcat counts the attentions of its layers, two in each.
-    for layers in [*(layers for layers in lists if len(layers) == text.num_hidden_layers), *decoder[:1]]:
-        return layers
-    raise SoloError(f"cannot count {text.model_type}: its decoder has no list of layers")
-
-
 def _run(
     model: Any, layers: list[nn.Module], length: int, mode: AbstractContextManager[Any]
 ) -> tuple[list[_AttentionCall], Counter[str]]:
@@ -514,6 +532,16 @@ def _run(
         for layer in layers
         for leaf in layer.modules()
         if not list(leaf.children()) and not isinstance(leaf, _PASS_THROUGH)
+    ]
+    widths: list[int] = []
+    hooks += [
+        # Before what other hooks leave of the input.
+        leaf.register_forward_pre_hook(lambda leaf, args: widths.append(args[0].shape[-1]), prepend=True)
+        for layer in layers
+        for name, child in layer.named_children()
+        if not _MIXER.search(name)
+        for leaf in child.modules()
+        if isinstance(leaf, _LINEAR) and _out_features(leaf) == model.config.hidden_size
     ]
     calls: list[_AttentionCall] = []
     token = _calls.set(calls)
@@ -547,6 +575,7 @@ def _run(
         "mlp": mlp,
         "last": flops(leaf for leaf in last.values() if isinstance(leaf, _LINEAR)),
         "experts": flops(module for module, name in names.items() if name.endswith(".experts")),
+        "width": sum(widths),
     }
     return calls, Counter(parts)
 
@@ -578,6 +607,10 @@ def _declared_attention(text: Any) -> _AttentionCall:
         return _AttentionCall(0, 0, 0, 0)
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return _AttentionCall(heads, getattr(text, "num_key_value_heads", None) or heads, dim, dim)
+
+
+def _out_features(module: nn.Module) -> int:
+    return module.nf if isinstance(module, Conv1D) else module.out_features  # type: ignore[return-value]
 
 
 def _is_norm(module: nn.Module) -> bool:

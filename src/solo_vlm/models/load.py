@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from solo_vlm.models.checks import (
     check_files,
@@ -41,6 +43,33 @@ PATCH_EMBEDDING = "embed_vision_patch"
 HEAD = "lm_head"
 
 Quantization = Literal["int8", "nf4"]
+
+
+def model_without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the LLM of a SOLO model's or an LLM's configuration on the meta device."""
+    # Initialization must not advance the random state of a run.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True))
+    return model
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder's layers in order; none if they are not a list of modules.
+
+    A layer inside another one (a Mamba layer in a hybrid layer of Zamba) is a part of it.
+    """
+    for decoder in (model.get_decoder(), model):  # ModernBERT's head is called its decoder
+        layers: list[nn.Module] = []
+        inside: set[nn.Module] = set()
+        for module in decoder.modules():
+            if isinstance(module, GradientCheckpointingLayer) and module not in inside:
+                layers.append(module)
+                inside.update(module.modules())
+        if layers:
+            return layers
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return next((layers for layers in lists if len(layers) == count), [])
 
 
 def load_model(

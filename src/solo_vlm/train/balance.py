@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from solo_vlm.data.loader import LoadedSequence
-from solo_vlm.models.flops import ModelShape, Recompute, forward_flops
+from solo_vlm.models.flops import ModelShape, forward_flops
 from solo_vlm.train.parallel.context import DistributedContext
 
 Place = tuple[int, int]
@@ -28,12 +28,12 @@ class Balancer:
     """Exchange of a step's sequences between the data-parallel ranks; a collective object.
 
     Args:
-        recompute: Activations that are computed again, which takes time as other FLOPs do.
+        recomputed: Share of the layers that are computed again, which takes time as other FLOPs do.
     """
 
-    def __init__(self, shape: ModelShape, recompute: Recompute, context: DistributedContext) -> None:
+    def __init__(self, shape: ModelShape, recomputed: float, context: DistributedContext) -> None:
         assert context.mesh is not None
-        self._shape, self._recompute, self._context = shape, recompute, context
+        self._shape, self._recomputed, self._context = shape, recomputed, context
         ranks = context.mesh.mesh.flatten(1).T.tolist()
         # Sequences are in main memory, so they travel by gloo next to an accelerator, too.
         timeout = timedelta(seconds=context.timeouts.start)
@@ -61,7 +61,7 @@ class Balancer:
             return 0.0
         patches = len(sequence.batch["pixel_values"])
         flops = forward_flops(self._shape, sequence.document_lengths, patches, sequence.supervised_tokens)
-        return float(flops.hardware(self._recompute))
+        return flops.hardware(self._recomputed)
 
     def _exchange(self, parts: Sequence[bytes]) -> list[bytes]:
         """Send the i-th part to rank i; return what each has sent to this one."""

@@ -1,44 +1,38 @@
-"""The model to train: weights, trainable parameters, adapters, sharding, activation checkpointing."""
+"""The model to train: weights, trainable parameters, adapters, sharding."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from solo_vlm.check.certificate import require_exact_packing, require_exact_slices
 from solo_vlm.check.probe import QUANTIZED, TOLERANCES
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.models.checks import check_processor
-from solo_vlm.models.load import HEAD, PATCH_EMBEDDING, load_config, load_llm, load_model, quantization_config
+from solo_vlm.models.load import (
+    HEAD,
+    PATCH_EMBEDDING,
+    decoder_layers,
+    load_config,
+    load_llm,
+    load_model,
+    quantization_config,
+)
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.context_parallel import check_context_parallel, exchange_heads
-from solo_vlm.train.parallel.sharding import decoder_layers, load_full_state_dict, shard_model
+from solo_vlm.train.parallel.sharding import load_full_state_dict, shard_model
 from solo_vlm.train.parallel.tensor_parallel import check_tensor_parallel
 from solo_vlm.train.recipe import LoraSettings, Recipe
 from solo_vlm.utils.errors import SoloError
 
 _FLOAT8_CAPABILITY = (8, 9)  # CUDA compute capability: Ada, Hopper and later
-
-# Results that are expensive to compute: matrix products and attention. Everything else is recomputed.
-_SAVED_OPERATORS = {
-    "aten::mm",
-    "aten::addmm",
-    "aten::_scaled_mm",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "torch_attn::_varlen_attn",
-}
 
 
 def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[PreTrainedModel, Any]:
@@ -61,7 +55,7 @@ def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[Pre
 
 
 def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:
-    """Load the base model of a recipe and prepare it for training; return it with its processor."""
+    """Load the base model of a recipe, ready to be trained, and its processor; see also `prepare_layers`."""
     if context.mesh is None or recipe.quantize:  # a quantized model trains in a single process
         model, processor = _load_checked(recipe)
         set_trainable(model, recipe, context.dims.world_size)
@@ -74,13 +68,6 @@ def make_model(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedM
     isolate_documents(model)
     if context.slices is not None:
         exchange_heads(model, context.slices)
-    # torch cannot compile a checkpoint around layers that tensor parallelism splits, so it stays outside.
-    compile_first = recipe.activation_checkpointing == "full" and context.dims.tp > 1
-    if recipe.compile and compile_first:
-        compile_layers(model)
-    use_activation_checkpointing(model, recipe.activation_checkpointing)
-    if recipe.compile and not compile_first:
-        compile_layers(model)
     return model.train(), processor
 
 
@@ -166,32 +153,6 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
 
 
-def use_activation_checkpointing(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
-    """Keep only the input of each decoder layer ("full"), or also its expensive results ("selective").
-
-    Call it before `compile_layers`: a selection is only effective inside compiled code. "full" may also be
-    called after it.
-
-    References: Chen et al. 2016, "Training deep nets with sublinear memory cost"; Korthikanti et al. 2022,
-    "Reducing activation recomputation in large transformer models".
-    """
-    if mode == "none":
-        return
-    options: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _checkpoint_policy)
-    for layer in _marked_layers(model, f"activation_checkpointing = {mode}"):
-        # The class's, so that layers share compiled code; after `compile_layers`, the compiled one.
-        forward = vars(layer).get("forward") or partial(type(layer).forward, layer)
-        layer.forward = partial(checkpoint, forward, **options)  # type: ignore[method-assign]
-
-
-def compile_layers(model: nn.Module) -> None:
-    """Compile each decoder layer on its own: equal layers share code, and FSDP's hooks stay outside."""
-    for layer in _marked_layers(model, "compile"):
-        layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
-
-
 def autocast(recipe: Recipe, context: DistributedContext) -> AbstractContextManager[Any]:
     """Return the autocast context of a run; FSDP casts the weights of a sharded model itself."""
     is_sharded = context.mesh is not None and not recipe.quantize
@@ -200,7 +161,7 @@ def autocast(recipe: Recipe, context: DistributedContext) -> AbstractContextMana
     return torch.autocast(context.device.type, dtype=torch.bfloat16)
 
 
-def use_float8(model: nn.Module, device: torch.device) -> None:
+def use_float8(model: PreTrainedModel, device: torch.device) -> None:
     """Compute the decoder's linear layers in float8 with tensorwise scaling; weights keep their precision.
 
     The patch embedding and the head stay in the recipe's precision.
@@ -213,15 +174,8 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
         from torchao.float8 import convert_to_float8_training
     except ImportError as error:
         raise SoloError("float8: requires torchao; pip install 'solo-vlm[low-bit]'") from error
-    for layer in _marked_layers(model, "float8"):
+    for layer in decoder_layers(model):
         convert_to_float8_training(layer)
-
-
-def _marked_layers(model: nn.Module, setting: str) -> list[nn.Module]:
-    layers = decoder_layers(model)
-    if not layers:
-        raise SoloError(f"{setting}: transformers does not mark the layers of this model; unset it")
-    return layers
 
 
 def _load_checked(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
@@ -294,10 +248,3 @@ def _vision_token_rows(model: PreTrainedModel) -> dict[str, list[int]]:
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
     return {name: rows} if model.config.tie_word_embeddings else {name: rows, HEAD: rows}
-
-
-def _checkpoint_policy(
-    context: Any, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any
-) -> CheckpointPolicy:
-    is_saved = operator._schema.name in _SAVED_OPERATORS
-    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim._muon import _zeropower_via_newtonschulz
 from torch.optim.adamw import adamw
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from solo_vlm.models.load import decoder_layers
 from solo_vlm.train.experts import router_modules
-from solo_vlm.train.parallel.sharding import decoder_layers
 from solo_vlm.train.recipe import OptimizerSettings
 from solo_vlm.utils.errors import SoloError
 
@@ -27,7 +28,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315), 5, 1e-7  # coefficients, steps and e
 _MUON_SCALE = 0.2  # RMS of AdamW's updates: Liu et al. 2025, "Muon is scalable for LLM training", section 2.2
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def make_optimizer(model: PreTrainedModel, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Create the optimizer of the trainable parameters; norms and biases are not decayed, as in Megatron-LM.
 
     The patch embedding may have its own learning rate: under Adam, the change of a layer's output grows with
@@ -170,7 +171,7 @@ def orthogonalize(matrices: Sequence[Tensor]) -> Sequence[Tensor]:
     return whole.unbind()
 
 
-def _matrices(model: nn.Module, only_linear: bool) -> set[nn.Parameter]:
+def _matrices(model: PreTrainedModel, only_linear: bool) -> set[nn.Parameter]:
     """Return the matrices of decoder layers, without routers.
 
     Args:

@@ -231,7 +231,8 @@ class Recipe(Settings):
         lora: Train low-rank adapters instead of the decoder's weights.
         quantize: Keep the frozen decoder under the adapters in 4 bits ("nf4": QLoRA, Dettmers et al. 2023).
         activation_checkpointing: Activations recomputed in the backward pass: "none"; "selective", all but
-            the results of matrix products and attention; "full", whole layers.
+            the results of matrix products and attention; "full", whole layers; "auto", in each layer the
+            least for which the run fits into the device's memory by its plan.
         compile: Compile the decoder's layers with torch.compile.
         float8: Compute matrix products in float8, on hardware that supports it.
         router_aux_loss: Coefficient of the auxiliary loss that balances the load of experts. "auto": the
@@ -259,7 +260,7 @@ class Recipe(Settings):
     trainable: Literal["all", "patch_embedding", "new_tokens"] = "all"
     lora: LoraSettings | None = None
     quantize: Literal["nf4"] | None = None
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "none"
     compile: bool = False
     float8: bool = False
     router_aux_loss: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"

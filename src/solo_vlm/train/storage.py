@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
@@ -39,6 +40,8 @@ _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL_PREFIX = ".partial-"  # as in utils/files.py, but with a name that all processes know
 _BLOCK_SIZE = 1 << 20
 _OWN_MODULES = {"builtins", "solo_vlm", "torch"}  # their errors are not those of a store
+
+logger = logging.getLogger(__name__)
 
 Checksum = tuple[int, str]  # size and CRC-32: finds damage, not intent
 
@@ -146,7 +149,8 @@ class Folder:
         if self.is_local:
             return remove(self.path / name)
         for found in self._call("find", self.at(name)):  # `rm` would take brackets for a pattern
-            self._call("rm_file", found)
+            with suppress(FileNotFoundError):
+                self._call("rm_file", found)
 
     @contextmanager
     def accessing(self, *passed: type[BaseException]) -> Iterator[None]:
@@ -222,9 +226,8 @@ class CheckpointStore:
             system, probe = self.folder.system, self.folder.at(f".probe-{rank}")
             if self.folder.is_local:
                 self.folder.path.mkdir(parents=True, exist_ok=True)
-            system.pipe_file(
-                probe, b"probe"
-            )  # retried by the store's client: a mistake should not take minutes
+            # Without further retries than those of the store's client: a mistake should not take minutes.
+            system.pipe_file(probe, b"probe")
             system.cat_file(probe)
             system.rm_file(probe)
 
@@ -286,6 +289,7 @@ class CheckpointStore:
         for name in self._folders():
             path = self.folder / name
             if _NAME.fullmatch(name.removeprefix(_PARTIAL_PREFIX)) and not self._is_complete(path):
+                logger.warning("removing %s, which is incomplete", path)
                 path.remove()
 
     def _folders(self) -> list[str]:

@@ -27,7 +27,8 @@ from solo_vlm.data.collate import PackedBatch, model_inputs
 from solo_vlm.data.loader import LoadedSequence, PackedLoader
 from solo_vlm.data.mixture import make_loader
 from solo_vlm.data.sources import Source
-from solo_vlm.models.flops import ModelShape, training_flops
+from solo_vlm.models.flops import training_flops
+from solo_vlm.train.activation_checkpointing import prepare_layers
 from solo_vlm.train.answers import AnswerLog
 from solo_vlm.train.balance import Balancer
 from solo_vlm.train.checkpoint import (
@@ -38,7 +39,8 @@ from solo_vlm.train.checkpoint import (
     load_train_state,
     warn_if_disk_is_short,
 )
-from solo_vlm.train.estimate.memory import recognize_device
+from solo_vlm.train.estimate.layout import Layout
+from solo_vlm.train.estimate.memory import describe_modes, device_memory, plan_layout, recognize_device
 from solo_vlm.train.estimate.plan import planned_steps
 from solo_vlm.train.experts import ExpertRouting, Routed
 from solo_vlm.train.failures import Stopped, StopRequest, catch_signals
@@ -130,6 +132,12 @@ class Trainer:
 
         set_seed(recipe.seed)
         self.model, self.processor = make_model(recipe, context)
+        memory = device_memory(context)
+        layout = context.broadcast_from_rank0(lambda: self._plan_layout(memory))
+        self.shape = layout.shape if layout else None
+        modes = layout.modes if layout else recipe.activation_checkpointing
+        assert modes != "auto"  # without a layout there is none
+        self.modes = prepare_layers(self.model, modes, recipe.compile, is_split=context.dims.tp > 1)
         self.experts = ExpertRouting.of(self.model, recipe.router_aux_loss, context.slices)
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
         dp = context.dims.dp
@@ -151,14 +159,9 @@ class Trainer:
         self.validation: Validation | None = None
         if recipe.validation:
             self.validation = Validation(recipe, held_out, self.model, self.processor, context)
-        try:
-            self.shape: ModelShape | None = ModelShape.of(self.model.config)
-        except SoloError as error:
-            logger.warning("metrics will have no FLOPs: %s", error)
-            self.shape = None
         self.balancer: Balancer | None = None
         if self.shape and context.dims.dp > 1 and context.dims.gradient_accumulation_steps > 1:
-            self.balancer = Balancer(self.shape, recipe.activation_checkpointing, context)
+            self.balancer = Balancer(self.shape, self.modes.recomputed, context)
         device = recognize_device(torch.cuda.get_device_name()) if context.device.type == "cuda" else None
         self.peak_flops = device.peak_flops * context.dims.world_size if device else None
         self.profiler = StepProfiler(recipe.profile, self.out, context.rank)
@@ -168,6 +171,8 @@ class Trainer:
             self.metrics_logger = MetricsLogger(self.out, trackers, progress, self.state.total_steps, done)
             if checkpoint:
                 self.metrics_logger.announce(f"resuming from {checkpoint}")
+            if layout and recipe.activation_checkpointing == "auto":
+                self.metrics_logger.announce(describe_modes(layout, recipe, memory))
             if recipe.validation and recipe.validation.questions:
                 self.answer_log = AnswerLog(self.out, trackers, done)
 
@@ -206,6 +211,7 @@ class Trainer:
             "stopped": self.state.stopped,
             "data": self._sample_counts(),
             "parallel": {"world_size": self.context.dims.world_size, **asdict(self.context.dims)},
+            "activation_checkpointing": asdict(self.modes),
         }
         skipped = list(chain.from_iterable(self.context.gather(self.loader.skipped())))
         # The model comes last, because it marks a finished run.
@@ -407,6 +413,17 @@ class Trainer:
             raise SoloError(f"nothing to resume: {self.store.folder} has no checkpoint")
         self._lock = lock_output_dir(self.out)
         return prepare_output_dir(self.out, self.recipe, held_out, resume, self.store)
+
+    def _plan_layout(self, memory: int | None) -> Layout | None:
+        """Count the model, and choose its activation checkpointing; None if it cannot be counted."""
+        recipe = self.recipe
+        try:
+            return plan_layout(self.model.config, recipe, self.context.dims, memory)
+        except SoloError as error:
+            if recipe.activation_checkpointing == "auto":
+                raise
+            logger.warning("metrics will have no FLOPs: %s", error)
+            return None
 
     def _sample_counts(self) -> dict[str, int]:
         """Return counts over all ranks: sequences, documents, tokens, samples, skipped samples by reason."""

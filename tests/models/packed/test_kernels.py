@@ -19,7 +19,7 @@ from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.packed.kernels import row_arguments
-from solo_vlm.train.model import use_activation_checkpointing
+from solo_vlm.train.activation_checkpointing import prepare_layers
 
 # Functions of the modeling file: name, position of the tokens in results, argument that tells of documents.
 KERNELS = {
@@ -123,7 +123,7 @@ def test_gradients_are_the_same_before_and_after_kernels_are_measured(checkpoint
     expected = []
     for planted in (False, True):
         model = tiny_llm("qwen3_next").train()
-        use_activation_checkpointing(model, checkpointing)
+        prepare_layers(model, checkpointing)
         isolate_documents(model)
         if not planted:
             monkeypatch.setattr(type(model.packed_row), "has_kernels", lambda *args: False)

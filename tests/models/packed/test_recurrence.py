@@ -10,13 +10,13 @@ from tests.models.packed.test_isolation import LENGTHS, documents, packed, refer
 from solo_vlm.check.probe import Probe
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.models.packed.isolation import isolate_documents
-from solo_vlm.train.model import use_activation_checkpointing
+from solo_vlm.train.activation_checkpointing import prepare_layers
 from solo_vlm.utils.errors import SoloError
 
 
 def isolated(family, checkpointing="none"):
     model = tiny_llm(family).train()
-    use_activation_checkpointing(model, checkpointing)
+    prepare_layers(model, checkpointing)
     isolate_documents(model)
     return model
 

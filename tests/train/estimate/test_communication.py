@@ -11,10 +11,10 @@ import pytest
 from tests.factories import make_solo, run_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from solo_vlm.models.flops import ModelShape
 from solo_vlm.models.load import load_config
 from solo_vlm.train import Recipe, train, trainer
 from solo_vlm.train.estimate.communication import Network, collectives, exposed_seconds
+from solo_vlm.train.estimate.layout import Layout
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.utils.errors import SoloError
 
@@ -85,9 +85,9 @@ def test_bytes_are_those_counted(runs, tmp_path, start, family, size, changes):
     assert start(size, count, plain, tmp_path / "bytes.json").wait() == [0] * size
     counted = json.loads((tmp_path / "bytes.json").read_text())
     recipe = Recipe.parse(plain)
-    shape = ModelShape.of(load_config(runs / family))
+    layout = Layout.of(load_config(runs / family), recipe, ParallelDims.from_recipe(recipe, size))
     planned = Counter()
-    for each in collectives(shape, recipe, ParallelDims.from_recipe(recipe, size)):
+    for each in collectives(layout, recipe):
         planned[each.kind] += each.payload
     assert planned.keys() == {kind for kind in counted if counted[kind] > 1000}
     for kind, payload in planned.items():
@@ -125,25 +125,25 @@ def test_network_within_a_machine_is_refused_for_several(run):
 def test_communication_is_hidden_by_long_computation_but_for_its_ends():
     plain = {"model": "m", "out": "o", "steps": 1, "data": {"sources": [{"path": "x"}]}}
     recipe = Recipe.parse(plain)
-    shape = ModelShape.of(make_solo().model.config)
-    dims = ParallelDims(8, 1, 16)
-    found, network = collectives(shape, recipe, dims), Network.parse("nvlink", "H100")
+    layout = Layout.of(make_solo().model.config, recipe, ParallelDims(8, 1, 16))
+    found, network = collectives(layout, recipe), Network.parse("nvlink", "H100")
     alone = sum(each.seconds(network) for each in found)
-    exposed = exposed_seconds(found, shape, dims, 1000.0, network)
+    exposed = exposed_seconds(found, layout, 1000.0, network)
     assert 0 < exposed < alone
-    assert exposed_seconds(found, shape, dims, 0.0, network) == pytest.approx(alone)
+    assert exposed_seconds(found, layout, 0.0, network) == pytest.approx(alone)
 
 
 def test_reductions_once_per_step_only_hide_behind_the_last_backward_pass():
-    layout = {"replicate": 2, "defer_reduction": True}
-    plain = {"model": "m", "out": "o", "steps": 1, "data": {"sources": [{"path": "x"}]}, "parallel": layout}
-    shape, dims = ModelShape.of(make_solo().model.config), ParallelDims(8, 1, 16, replicate=2)
-    found, network = collectives(shape, Recipe.parse(plain), dims), Network.parse("nvlink", "H100")
+    parallel = {"replicate": 2, "defer_reduction": True}
+    plain = {"model": "m", "out": "o", "steps": 1, "data": {"sources": [{"path": "x"}]}, "parallel": parallel}
+    recipe, dims = Recipe.parse(plain), ParallelDims(8, 1, 16, replicate=2)
+    layout = Layout.of(make_solo().model.config, recipe, dims)
+    found, network = collectives(layout, recipe), Network.parse("nvlink", "H100")
     weights, *reductions = (each.seconds(network) for each in found)
     compute = (
         weights + 16 * 3 / 2 * sum(reductions) / 2
     )  # the last backward pass takes half of the reductions
-    exposed = exposed_seconds(found, shape, dims, compute, network)
+    exposed = exposed_seconds(found, layout, compute, network)
     assert exposed == pytest.approx(
-        sum(reductions) / 2 + exposed_seconds(found[:1], shape, dims, compute, network)
+        sum(reductions) / 2 + exposed_seconds(found[:1], layout, compute, network)
     )

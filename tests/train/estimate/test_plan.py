@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from tests.factories import LLM_CONFIGS, make_solo
+from tests.train.estimate.test_layout import saved_bytes
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig
 
+from solo_vlm.check.tiny import tiny_config
 from solo_vlm.data.encode import Encoder
 from solo_vlm.data.sources import open_source
 from solo_vlm.data.sources.parquet import write_samples
@@ -20,16 +22,20 @@ from solo_vlm.models.flops import ModelShape, count_parameters, training_flops
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.quickstart.data.samples import pretraining_sample
+from solo_vlm.train.activation_checkpointing import LayerModes, prepare_layers
 from solo_vlm.train.estimate.data import estimate_data
+from solo_vlm.train.estimate.layout import Layout
 from solo_vlm.train.estimate.memory import (
     find_device,
     kept_activations,
     memory_per_device,
+    peak_activations,
+    plan_layout,
     recognize_device,
     trained_parameters,
 )
 from solo_vlm.train.estimate.plan import make_plan, planned_steps
-from solo_vlm.train.model import set_trainable, use_activation_checkpointing
+from solo_vlm.train.model import set_trainable
 from solo_vlm.train.optimizer import make_optimizer
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.recipe import Recipe
@@ -57,6 +63,10 @@ def recipe(*overrides: str, **settings) -> Recipe:
     return Recipe.parse(plain).override([f"data.sequence_length={TOKENS}", *overrides])
 
 
+def plan_memory(config: SoloConfig, settings: Recipe, dims: ParallelDims = ALONE):
+    return memory_per_device(Layout.of(config, settings, dims), settings)
+
+
 def start(config: SoloConfig):
     """Return a model in FSDP's compute precision and a sequence of supervised patches."""
     model = SoloForConditionalGeneration(config).to(torch.bfloat16).train()
@@ -74,10 +84,10 @@ def test_weights_gradients_and_moments_are_exact():
     moments = [
         tensor for state in optimizer.state.values() for name, tensor in state.items() if name != "step"
     ]
-    memory = memory_per_device(ModelShape.of(CONFIG), recipe(), ALONE)
+    memory = plan_memory(CONFIG, recipe())
     assert memory.weights == memory.gradients == size(model.parameters())
     assert memory.optimizer == size(moments)
-    shared = memory_per_device(ModelShape.of(CONFIG), recipe(), ParallelDims(4, 1, 32))
+    shared = plan_memory(CONFIG, recipe(), ParallelDims(4, 1, 32))
     assert shared.weights + shared.gradients + shared.optimizer == 16 * count_parameters(CONFIG).total / 4
 
 
@@ -91,53 +101,47 @@ def test_optimizer_state_matches_optimizer(name, changes):
     set_trainable(model, settings)
     states = make_optimizer(model, settings.optimizer).state.values()
     expected = size(tensor for state in states for key, tensor in state.items() if key != "step")
-    assert memory_per_device(ModelShape.of(CONFIG), settings, ALONE).optimizer == expected
+    assert plan_memory(CONFIG, settings).optimizer == expected
 
 
 def test_tensor_parallelism_splits_layer_matrices_and_head():
-    shape = ModelShape.of(CONFIG)
     counts = count_parameters(CONFIG)
-    split = memory_per_device(shape, recipe("parallel.tensor=2"), ParallelDims(1, 2, 128))
+    split = plan_memory(CONFIG, recipe("parallel.tensor=2"), ParallelDims(1, 2, 128))
     assert split.weights == 4 * (counts.total - (counts.attention + counts.mlp + counts.head) // 2)
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
-def test_kept_activations_match_autograd_saved_tensors(mode):
+@pytest.mark.parametrize(
+    "modes", [LayerModes(none=4), LayerModes(full=4), LayerModes(full=1, none=3), LayerModes(full=3, none=1)]
+)
+def test_kept_activations_match_autograd_saved_tensors(modes):
     model, batch = start(CONFIG)
-    use_activation_checkpointing(model, mode)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage  # keeps the storage alive, so that its address is not reused
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**batch)
-    expected = sum(storage.nbytes() for storage in saved.values()) + batch["pixel_values"].nbytes
-    kept = kept_activations(ModelShape.of(CONFIG), recipe(f"activation_checkpointing={mode}"), ALONE)
+    prepare_layers(model, modes)
+    expected = saved_bytes(model, batch) + batch["pixel_values"].nbytes
+    kept = kept_activations(replace(Layout.of(CONFIG, recipe(), ALONE), modes=modes), recipe())
     assert kept == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(
-    ("family", "mode", "vocabulary"),
+    ("family", "modes", "vocabulary"),
     [
-        ("llama", "none", 64),
-        ("llama", "selective", 64),
-        ("llama", "full", 64),
-        ("llama", "full", 16384),  # the loss needs more than a layer
-        ("qwen3", "none", 64),
-        ("gemma3", "none", 64),
+        ("llama", LayerModes(none=4), 64),
+        ("llama", LayerModes(selective=4), 64),
+        ("llama", LayerModes(full=4), 64),
+        ("llama", LayerModes(full=4), 16384),  # the loss needs more than a layer
+        ("llama", LayerModes(full=1, selective=3), 64),
+        ("llama", LayerModes(full=3, selective=1), 64),
+        ("llama", LayerModes(selective=2, none=2), 64),
+        ("llama", LayerModes(full=2, selective=1, none=1), 64),
+        ("qwen3", LayerModes(none=4), 64),
+        ("gemma3", LayerModes(none=4), 64),
     ],
 )
-def test_activations_match_measured_peak_of_a_step(family, mode, vocabulary):
+def test_activations_match_measured_peak_of_a_step(family, modes, vocabulary):
     text = LLM_CONFIGS[family](**{**SIZES, "vocab_size": vocabulary, "pad_token_id": 0})
     text.sliding_window = 4096
     config = SoloConfig(text_config=text, image_token_id=60, vision_patch_size=4)
     model, batch = start(config)
-    use_activation_checkpointing(model, mode)
+    prepare_layers(model, modes)
     tracker = MemTracker()
     tracker.track_external(model)
     with tracker:
@@ -145,9 +149,42 @@ def test_activations_match_measured_peak_of_a_step(family, mode, vocabulary):
     parts = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     held = {getattr(part, "value", part): size for part, size in parts.items()}
     peak = held["Total"] - held["Parameter"] - held["Gradient"] - held["Buffer"]
-    settings = recipe(f"activation_checkpointing={mode}")
-    planned = memory_per_device(ModelShape.of(config), settings, ALONE).activations
+    planned = peak_activations(replace(Layout.of(config, recipe(), ALONE), modes=modes), recipe())
     assert planned == pytest.approx(peak + batch["pixel_values"].nbytes, rel=0.2)
+
+
+def test_auto_recomputes_the_least_that_fits():
+    settings = recipe("activation_checkpointing=auto")
+    before = None
+    seen = set()
+    for memory in range(32_000_000, 46_000_000, 1_000_000):
+        layout = plan_layout(CONFIG, settings, ALONE, memory)
+        modes, total = layout.modes, memory_per_device(layout, settings).total
+        assert len(modes.layers) == 4
+        assert not (modes.full and modes.none)  # all are selective before any keeps everything
+        assert total <= 0.9 * memory or modes == LayerModes(full=4)
+        if before is not None:
+            assert (modes.full, -modes.none) <= (before.full, -before.none)
+        before = modes
+        seen.add(modes)
+    assert {LayerModes(full=4), LayerModes(full=2, selective=2), LayerModes(none=4)} < seen
+
+
+def test_auto_recomputes_nothing_in_main_memory():
+    assert plan_layout(CONFIG, recipe("activation_checkpointing=auto"), ALONE, None).modes.none == 4
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("mixtral", "what experts keep depends on the tokens that are routed to them"),
+        ("falcon_h1", "what FalconH1Mixer keeps for the backward pass is not counted"),
+        ("deepseek_v4", "cannot count FLOPs of deepseek_v4: it compresses keys"),
+    ],
+)
+def test_auto_is_rejected_where_activations_are_not_known(family, reason):
+    with pytest.raises(SoloError, match=f"auto: {reason}; set it to full, selective or none"):
+        plan_layout(tiny_config(family), recipe("activation_checkpointing=auto"), ALONE, A100.memory)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # with tied and untied head
@@ -252,6 +289,17 @@ def test_dry_run_of_paper_recipe_without_weights_or_data(run):
     assert facts["parallel"] == {"world_size": 8, **asdict(dims)}
     assert facts["fits"]
     assert sum(facts["memory"].values()) == 2 * facts["memory"]["total"]
+
+
+def test_dry_run_of_auto_shows_what_the_layers_do(run):
+    command = ("train", "solo-7b/stage1", "--dry-run", "--processes", "8", "activation_checkpointing=auto")
+    facts = json.loads(run(*command, "--json")[1])
+    modes = facts["activation_checkpointing"]
+    assert modes["full"] and modes["selective"] and sum(modes.values()) == 32
+    assert facts["fits"]
+    gib = f"{facts['memory']['total'] / 2**30:.1f} of 80 GiB"
+    line = f"full in {modes['full']} layers, selective in {modes['selective']}, none in 0; estimated {gib}"
+    assert f"activation checkpointing: {line}" in run(*command)[1].splitlines()
 
 
 def test_dry_run_prints_plan(run):

@@ -100,6 +100,17 @@ def test_attempts_share_no_keys_whichever_processes_were_in_earlier_ones():
         )
 
 
+def test_process_that_starts_again_counts_once():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(join, server.port, [0], 10)
+        for _ in range(2):
+            join(server.port, [1], 10)
+        (last,) = join(server.port, [2], 10)
+        last.set("key", "")
+        assert first.result()[0].check(["key"])
+
+
 def test_missing_process_is_reported():
     server = dist.TCPStore("127.0.0.1", 0, is_master=True)
     assert join(server.port, [0, 2], 1)[0] == "only 2 of 3 processes joined the run within 0:00:01"

@@ -30,7 +30,7 @@ from solo_vlm.data.collate import collate, num_supervised_tokens
 from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train import Recipe
-from solo_vlm.train.model import use_activation_checkpointing
+from solo_vlm.train.activation_checkpointing import prepare_layers
 from solo_vlm.train.parallel.context import init_distributed
 from solo_vlm.train.parallel.context_parallel import (
     check_context_parallel,
@@ -195,7 +195,7 @@ def count_exchanges(plain, path):
             shard_model(model, recipe, context)
             isolate_documents(model)
             exchange_heads(model, context.slices)
-            use_activation_checkpointing(model, mode)
+            prepare_layers(model, mode)
             with CommDebugMode() as communication:
                 loss_and_gradients(model, packed_row(model.config), (context.cp_rank, 2))
             exchanges = communication.get_comm_counts()[torch.ops.c10d_functional.all_to_all_single]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import pytest
@@ -12,7 +14,9 @@ import torch
 from tests.factories import (
     image_rows,
     make_solo,
+    read_modes,
     read_steps,
+    run_mixed_checkpointing,
     run_recipe,
     run_settings,
     text_rows,
@@ -26,8 +30,9 @@ from solo_vlm.models.load import load_model
 from solo_vlm.models.packed import attention
 from solo_vlm.models.packed.groups import document_groups
 from solo_vlm.models.packed.isolation import isolate_documents
-from solo_vlm.train import Recipe
+from solo_vlm.train import Recipe, trainer
 from solo_vlm.train import model as model_module
+from solo_vlm.train.failures import Stopped
 from solo_vlm.train.model import load_base_model, make_model
 from solo_vlm.train.parallel.context import init_distributed
 from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit, shard_model
@@ -38,6 +43,21 @@ def run_layer_by_layer(plain):
     """Train with one FSDP unit per layer."""
     model_module.shard_model = partial(shard_model, unit_size=1)
     run_recipe(plain)
+
+
+def stop_in_fourth_step(plain):
+    """Train with mixed activation checkpointing, and save after a signal."""
+    calls, optimizer_step = [], trainer.optimizer_step
+
+    def counted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return optimizer_step(*arguments)
+
+    trainer.optimizer_step = counted
+    with suppress(Stopped):
+        run_mixed_checkpointing(plain)
 
 
 def describe_shards(plain, path):
@@ -167,7 +187,7 @@ def test_sharded_experts_match_single_process(tmp_path, start, family, changes):
 
 
 @pytest.mark.distributed
-def test_unmarked_layers_are_sharded_as_one_unit(runs, tmp_path, start):
+def test_layers_that_transformers_does_not_mark_are_sharded(runs, tmp_path, start):
     make_solo("gpt_neox_japanese", attention_dropout=0.0).save(tmp_path / "model")
     for name, size in (("alone", 1), ("shared", 2)):
         plain = run_settings(runs, tmp_path / name, model=str(tmp_path / "model"), steps=3)
@@ -267,23 +287,40 @@ def test_epoch_ends_on_all_ranks_together(runs, tmp_path, start):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("task", "changes"),
     [
-        {"activation_checkpointing": "full"},
-        {"activation_checkpointing": "selective"},
-        {"compile": True},
-        {"compile": True, "activation_checkpointing": "full", "parallel": {"tensor": 2}},
-        {"compile": True, "activation_checkpointing": "selective", "parallel": {"tensor": 2}},
+        (run_recipe, {"activation_checkpointing": "full"}),
+        (run_recipe, {"activation_checkpointing": "selective"}),
+        (run_recipe, {"compile": True}),
+        (run_recipe, {"compile": True, "activation_checkpointing": "full", "parallel": {"tensor": 2}}),
+        (run_recipe, {"compile": True, "activation_checkpointing": "selective", "parallel": {"tensor": 2}}),
+        (run_mixed_checkpointing, {}),
+        (run_mixed_checkpointing, {"compile": True}),
+        (run_mixed_checkpointing, {"compile": True, "parallel": {"tensor": 2}}),
+        (run_mixed_checkpointing, {"compile": True, "parallel": {"context": 2}}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.distributed
-def test_memory_and_speed_settings_keep_losses(runs, tmp_path, start, changes):
-    for name, more in (("plain", {}), ("changed", changes)):
-        group = start(2, run_recipe, run_settings(runs, tmp_path / name, steps=6, **more))
+def test_memory_and_speed_settings_keep_losses(runs, tmp_path, start, task, changes):
+    for name, run, more in (("plain", run_recipe, {}), ("changed", task, changes)):
+        group = start(2, run, run_settings(runs, tmp_path / name, steps=6, **more))
         assert group.wait() == [0, 0]
     ours, theirs = ([line["loss"] for line in read_steps(tmp_path / name)] for name in ("plain", "changed"))
     assert theirs == pytest.approx(ours, rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_auto_checkpointing_changes_with_the_layout_on_resume(runs, tmp_path, start):
+    """A run on two processes goes on alone, in main memory, where nothing is recomputed."""
+    plain = run_settings(runs, tmp_path / "out", activation_checkpointing="auto", steps=8)
+    assert start(2, stop_in_fourth_step, plain).wait() == [0, 0]
+    assert start(1, run_recipe, plain).wait() == [0]
+    assert read_modes(tmp_path / "out") == {"full": 0, "selective": 0, "none": 2}
+    whole = run_settings(runs, tmp_path / "whole", steps=8)
+    assert start(1, run_recipe, whole).wait() == [0]
+    ours, theirs = ([line["loss"] for line in read_steps(tmp_path / name)] for name in ("out", "whole"))
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from solo_vlm.check.tiny import text_families, tiny_config, tiny_llm
 from solo_vlm.train import Recipe
-from solo_vlm.train.model import use_activation_checkpointing
+from solo_vlm.train.activation_checkpointing import prepare_layers
 from solo_vlm.train.parallel.context import init_distributed
 from solo_vlm.train.parallel.sharding import (
     average_replicated_gradients,
@@ -108,7 +108,7 @@ def count_all_reduces(plain, path):
         for mode in ("none", "full"):
             model = tiny_llm("llama")
             shard_model(model, recipe, context)
-            use_activation_checkpointing(model, mode)
+            prepare_layers(model, mode)
             with CommDebugMode() as communication:
                 model(input_ids=torch.arange(24)[None], use_cache=False).logits.sum().backward()
             all_reduces = communication.get_comm_counts()[torch.ops.c10d_functional.all_reduce]

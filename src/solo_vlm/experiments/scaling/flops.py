@@ -178,7 +178,7 @@ def _sequence_cost(length: int, flops: Flops) -> dict[str, Any]:
         "length": length,
         "forward": flops.forward,
         "training": flops.training,
-        "hardware_full_recompute": flops.hardware("full"),
+        "hardware_full_recompute": flops.hardware(recomputed=1),
         "attention_share": flops.attention / flops.forward,
         "forward_per_token": flops.forward / length,
         "training_per_token": flops.training / length,

@@ -13,15 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from solo_vlm.models.flops import Flops, ModelShape
-from solo_vlm.train.estimate.memory import (
-    compute_bytes,
-    head_weights,
-    layer_weights,
-    outside_weights,
-    trained_parameters,
-)
-from solo_vlm.train.parallel.context import ParallelDims
+from solo_vlm.models.flops import Flops
+from solo_vlm.train.estimate.layout import Layout, layer_weights, outside_weights
+from solo_vlm.train.estimate.memory import compute_bytes, trained_parameters
 from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
@@ -120,16 +114,17 @@ class Collective:
         return self.sent / network.bandwidth(self.stride, self.size)
 
 
-def collectives(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> list[Collective]:
+def collectives(layout: Layout, recipe: Recipe) -> list[Collective]:
     """Return the collectives of a step; those of metrics and norms are too small to count."""
+    own, dims = layout.own, layout.dims
     compute, steps, tp = compute_bytes(recipe), dims.gradient_accumulation_steps, dims.tp
-    layers = shape.layers * layer_weights(shape, tp)
-    outside = outside_weights(shape, tp)
+    layers = own.layers * layer_weights(own)
+    outside = outside_weights(own)
     is_partial = recipe.lora is not None or recipe.trainable != "all"
-    trained = trained_parameters(shape, recipe) if is_partial else layers + outside
+    trained = trained_parameters(layout.shape, recipe) if is_partial else layers + outside
     if recipe.lora or recipe.trainable == "new_tokens":  # adapters, and a trained copy of the patch embedding
-        layers += trained - shape.parameters.patch_embedding
-        outside += shape.parameters.patch_embedding
+        layers += trained - own.parameters.patch_embedding
+        outside += own.parameters.patch_embedding
     gathers = 2 if recipe.parallel.reshard else 1
     reductions = 1 if recipe.parallel.defer_reduction else steps
     shards, copies = dims.shards, dims.replicate
@@ -161,21 +156,19 @@ def collectives(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> list[C
             once=True,
         ),
     ]
-    passes = 2 + (recipe.activation_checkpointing == "full")
-    keys = shape.key * math.lcm(shape.key_heads // tp or 1, dims.cp) / (shape.key_heads // tp or 1)
-    states = (recipe.data.sequence_length / dims.cp) * 2 * (shape.query + keys) / tp * compute
-    exchanged = steps * shape.layers * passes * states
+    passes = 2 + layout.modes.recomputed
+    keys = own.key * math.lcm(own.key_heads or 1, dims.cp) / (own.key_heads or 1)
+    states = (recipe.data.sequence_length / dims.cp) * 2 * (own.query + keys) * compute
+    exchanged = steps * own.layers * passes * states
     found.append(Collective("slices for heads", "all-to-all", exchanged, dims.cp, tp, overlaps=False))
     if tp > 1:
         tokens = recipe.data.sequence_length / dims.cp
-        passes = 5 if recipe.activation_checkpointing == "full" else 4
-        hidden = steps * shape.layers * passes * tokens * shape.hidden * compute
-        head = head_weights(shape, tp)
-        is_split = head < shape.parameters.head
-        whole = outside - is_split * head + shape.parameters.norms - shape.hidden
-        replicated = _FLOAT32 * (trained if is_partial else whole) / shards
+        passes = 4 + layout.modes.recomputed
+        hidden = steps * own.layers * passes * tokens * own.hidden * compute
+        is_split = own.vocabulary < layout.shape.vocabulary
         # Of every token: the gradient of its state; twice, the largest logit, and the logits' sum and target.
-        loss = is_split * steps * tokens * (compute * shape.hidden + 2 * 3 * _FLOAT32)
+        loss = is_split * steps * tokens * (compute * own.hidden + 2 * 3 * _FLOAT32)
+        replicated = _FLOAT32 * (trained if is_partial else layout.replicated) / shards
         found += [
             Collective("hidden states", "all-reduce", hidden, tp, 1, overlaps=False),
             Collective("loss", "all-reduce", loss, tp, 1, overlaps=False),
@@ -212,55 +205,37 @@ EFFICIENCIES = {
 }
 
 
-def parts_of(forward: Flops, recipe: Recipe) -> dict[str, float]:
-    """Return the FLOPs of a training step by part, from those of a forward pass, with recomputation."""
-    layers = forward.layers + forward.patches
-    passes = 2 if recipe.is_decoder_frozen else 3
-    again = recipe.activation_checkpointing == "full"
-    return {
-        "layers": passes * layers + again * (forward.layers - forward.last),
-        "attention": (3 + again) * forward.attention,
-        "head and loss": (passes + 1) * forward.head,  # the chunked loss computes the logits twice
-    }
-
-
 def expected_speeds(
-    forward: Flops,
-    model_flops: int,
-    shape: ModelShape,
-    recipe: Recipe,
-    dims: ParallelDims,
-    peak: float,
-    network: Network,
+    forward: Flops, model_flops: int, layout: Layout, recipe: Recipe, peak: float, network: Network
 ) -> tuple[Speed, Speed]:
     """Return the worst and the best expected speed of a step.
 
     Args:
-        forward: FLOPs of a forward pass of the global batch.
+        forward: FLOPs of the global batch's forward pass in one of the processes that split layers.
         model_flops: FLOPs of the step by which MFU is defined.
         peak: FLOPs per second of a device.
     """
-    found = []
+    found, processes = [], layout.dims.world_size
+    parts = forward.hardware_parts(layout.modes.recomputed, recipe.is_decoder_frozen)
     for end in (0, 1):
         seconds = sum(
-            flops / (dims.world_size * peak * EFFICIENCIES[part, recipe.compile][end])
-            for part, flops in parts_of(forward, recipe).items()
+            flops / (processes / layout.dims.tp * peak * EFFICIENCIES[part, recipe.compile][end])
+            for part, flops in parts.items()
         )
-        exposed = exposed_seconds(collectives(shape, recipe, dims), shape, dims, seconds, network)
-        found.append(Speed(seconds, exposed, model_flops / (dims.world_size * peak * (seconds + exposed))))
+        exposed = exposed_seconds(collectives(layout, recipe), layout, seconds, network)
+        found.append(Speed(seconds, exposed, model_flops / (processes * peak * (seconds + exposed))))
     return found[0], found[1]
 
 
-def exposed_seconds(
-    found: Sequence[Collective], shape: ModelShape, dims: ParallelDims, compute: float, network: Network
-) -> float:
+def exposed_seconds(found: Sequence[Collective], layout: Layout, compute: float, network: Network) -> float:
     """Return the seconds of communication that computation does not hide.
 
     Weights are gathered one FSDP unit ahead, and gradients reduced behind the next unit's backward pass. So
     what exceeds computation is exposed, and the first gather and the last reduction of each sequence. What
     runs once has only the last backward pass to hide behind.
     """
-    units = -(-shape.layers // layers_per_fsdp_unit(shape.layers, round(layer_weights(shape))))
+    layers = layout.shape.layers
+    units = -(-layers // layers_per_fsdp_unit(layers, round(layer_weights(layout.shape))))
 
     def seconds(overlaps: bool, once: bool = False) -> float:
         chosen = (each for each in found if (each.overlaps, each.once) == (overlaps, once))
@@ -270,5 +245,5 @@ def exposed_seconds(
         return min(hidden, max(hidden - behind, hidden / (units + 1)))
 
     steady = seconds(overlaps=True)
-    last_backward = _BACKWARD * max(compute - steady, 0.0) / dims.gradient_accumulation_steps
+    last_backward = _BACKWARD * max(compute - steady, 0.0) / layout.dims.gradient_accumulation_steps
     return seconds(overlaps=False) + exposed(steady, compute) + exposed(seconds(True, True), last_backward)

@@ -6,9 +6,8 @@ import math
 from dataclasses import astuple, dataclass
 
 from solo_vlm.data.row_order import open_bytes
-from solo_vlm.models.flops import ModelShape
+from solo_vlm.train.estimate.layout import Layout
 from solo_vlm.train.estimate.memory import memory_per_device, trained_parameters
-from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.recipe import Recipe
 
 DEVICES = 8  # per machine, at most
@@ -49,9 +48,8 @@ class HostMemory:
 
 
 def host_memory(
-    shape: ModelShape,
+    layout: Layout,
     recipe: Recipe,
-    dims: ParallelDims,
     vision_share: float = 1.0,
     document_length: float = _DOCUMENT_LENGTH,
     tokens: float = math.inf,
@@ -63,7 +61,8 @@ def host_memory(
         document_length: Mean tokens per document.
         tokens: Tokens of all data, which may be too small to fill the open shards.
     """
-    data, devices = recipe.data, min(dims.world_size, DEVICES)
+    data, shape, dims = recipe.data, layout.shape, layout.dims
+    devices = min(dims.world_size, DEVICES)
     patches = vision_share * shape.patch
     # Processes of a tensor-parallel group read the same data, each for itself.
     streams = devices * recipe.streams / dims.dp
@@ -72,7 +71,7 @@ def host_memory(
     packers = len(data.sources) if data.weight_by == "sequences" else 1
     waiting = packers * data.packing_buffer * min(document_length, data.sequence_length)
     ready = max(data.workers, 1) * data.threads + _PREFETCHED * data.workers
-    memory = memory_per_device(shape, recipe, dims)
+    memory = memory_per_device(layout, recipe)
     trained = min(_FLOAT32 * trained_parameters(shape, recipe) / dims.shards, memory.weights)
     staged = devices * (trained + memory.optimizer) if recipe.checkpoint.asynchronous else 0
     return HostMemory(

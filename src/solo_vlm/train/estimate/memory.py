@@ -12,14 +12,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+
+import torch
+from transformers import PreTrainedConfig
 
 from solo_vlm.models.flops import ModelShape
+from solo_vlm.models.load import model_without_weights
+from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.solo.modeling_solo import CHUNK_SIZE
+from solo_vlm.train.activation_checkpointing import MODES, LayerModes, Mode
+from solo_vlm.train.estimate.layout import Layout, layer_weights, outside_weights
 from solo_vlm.train.optimizer import BLOCK_SIZE
-from solo_vlm.train.parallel.context import ParallelDims
+from solo_vlm.train.parallel.context import DistributedContext, ParallelDims
 from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
-from solo_vlm.train.parallel.vocabulary import can_split_head
 from solo_vlm.train.recipe import LoraSettings, Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -27,6 +33,9 @@ _GIB = 2**30
 _TERA = 10**12
 _FLOAT32 = 4  # bytes
 _NEW_TOKENS = 4  # <vpatch>, <vision>, <vrow_sep>, </vision>
+USABLE = 0.9
+"""Share of a device's memory that may be planned; the rest is for what is not counted here."""
+
 _NF4 = 0.5 + 0.127 / 8  # with double quantization: Dettmers et al. 2023, section 3
 
 
@@ -80,6 +89,13 @@ def recognize_device(name: str) -> Device | None:
     return max(fitting, key=lambda device: len(device.name), default=None)
 
 
+def device_memory(context: DistributedContext) -> int | None:
+    """Return the memory of the smallest device of a run in bytes; None where it is main memory."""
+    if context.device.type != "cuda":
+        return None
+    return -context.max(-torch.cuda.get_device_properties(context.device).total_memory)
+
+
 def _words(name: str) -> set[str]:
     return set(re.findall(r"[a-z0-9]+", name.lower()))
 
@@ -113,45 +129,127 @@ class Memory:
         return sum(astuple(self))
 
 
-def memory_per_device(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> Memory:
+def memory_per_device(layout: Layout, recipe: Recipe) -> Memory:
     """Return the memory per device.
 
     With adapters or a frozen decoder the activations are an upper bound, because inputs of frozen layers need
     not be saved.
     """
-    compute = compute_bytes(recipe)
-    layer, outside = layer_weights(shape, dims.tp), outside_weights(shape, dims.tp)
-    whole = shape.layers * layer + outside
+    compute, dims, layers = compute_bytes(recipe), layout.dims, layout.shape.layers
+    layer, outside = layer_weights(layout.own), outside_weights(layout.own)
+    whole = layers * layer + outside
     weights = _FLOAT32 * whole / dims.shards
-    unit = layers_per_fsdp_unit(shape.layers, round(layer_weights(shape)))
-    layers_gathered = min(2 * unit, shape.layers) if recipe.parallel.reshard else shape.layers
+    unit = layers_per_fsdp_unit(layers, round(layer_weights(layout.shape)))
+    layers_gathered = min(2 * unit, layers) if recipe.parallel.reshard else layers
     gathered = compute * (layers_gathered * layer + outside)
     if recipe.quantize:
-        weights, gathered = _NF4 * shape.layers * layer + _FLOAT32 * outside, 0
+        weights, gathered = _NF4 * layers * layer + _FLOAT32 * outside, 0
     trained, waiting = whole, unit * layer + outside
     if recipe.lora or recipe.trainable != "all":
-        trained = waiting = trained_parameters(shape, recipe)
+        trained = waiting = trained_parameters(layout.shape, recipe)
     if recipe.parallel.defer_reduction and dims.gradient_accumulation_steps > 1:
         waiting = trained
     return Memory(
         weights=round(weights),
         gradients=round(_FLOAT32 * trained / dims.shards),
-        optimizer=round(_optimizer_bytes(shape, recipe, dims.tp) / dims.shards),
+        optimizer=round(_optimizer_bytes(layout, recipe) / dims.shards),
         gathered=round(gathered + (compute + _FLOAT32) * waiting),
-        activations=kept_activations(shape, recipe, dims) + _working_activations(shape, recipe, dims),
+        activations=peak_activations(layout, recipe),
     )
 
 
-def kept_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> int:
+def kept_activations(layout: Layout, recipe: Recipe) -> int:
     """Return the bytes saved for the backward pass of one packed sequence.
 
     An upper bound: every token counts as a patch and as supervised.
     """
-    compute = compute_bytes(recipe)
-    layer = _kept_of_layer(shape, recipe, dims)
-    # The last norm, and the hidden states at supervised tokens; patches as bytes, and normalized.
-    ends = (_FLOAT32 + 2 * compute) * shape.hidden + (1 + compute) * shape.patch
-    return round(recipe.data.sequence_length / dims.cp * (shape.layers * layer + ends))
+    kept = _kept_of_modes(layout.own, compute_bytes(recipe))
+    layers = sum(kept[mode] for mode in layout.modes.layers)
+    return round(_tokens(layout, recipe) * (layers + _kept_outside(layout.own, compute_bytes(recipe))))
+
+
+def peak_activations(layout: Layout, recipe: Recipe) -> int:
+    """Return the bytes of activations at the peak of the backward pass, with its working memory.
+
+    The peak is in the loss, or in the last layer of one of the modes: the pass has freed the activations of
+    the layers behind it.
+    """
+    compute, tokens, own = compute_bytes(recipe), _tokens(layout, recipe), layout.own
+    kept = _kept_of_modes(own, compute)
+    # Gradients of the gate, the up projection and their product, which itself is freed by then.
+    gradients = 2 * compute * own.mlp
+    held, peak = _kept_outside(own, compute), 0.0
+    for mode, count in zip(MODES, astuple(layout.modes), strict=True):
+        held += count * kept[mode]
+        if count:
+            peak = max(peak, held + kept["none"] - kept[mode] + gradients)
+    logits = min(CHUNK_SIZE, tokens) * own.vocabulary
+    loss = 3 * _FLOAT32 * logits  # logits, softmax, gradient
+    return round(max(tokens * peak, tokens * held + loss))
+
+
+def plan_layout(
+    config: PreTrainedConfig,
+    recipe: Recipe,
+    dims: ParallelDims,
+    memory: int | None,
+    shape: ModelShape | None = None,
+) -> Layout:
+    """Count a model on the processes of a run, and choose its activation checkpointing if that is "auto".
+
+    Args:
+        memory: Memory of a device in bytes; None where it is main memory: then nothing is recomputed.
+        shape: The whole model, if it is counted already.
+
+    Raises:
+        SoloError: See `ModelShape.of`; or what the model's layers keep is not known.
+    """
+    if recipe.activation_checkpointing != "auto":
+        return Layout.of(config, recipe, dims, shape)
+    try:
+        layout = Layout.of(config, recipe, dims, shape)
+        if memory is None:
+            return replace(layout, modes=LayerModes(none=layout.shape.layers))
+        _require_known_activations(config, layout.shape)
+    except SoloError as error:
+        raise SoloError(
+            f"activation_checkpointing = auto: {error}; set it to full, selective or none"
+        ) from error
+    return replace(layout, modes=_fit_modes(layout, recipe, memory))
+
+
+def _require_known_activations(config: PreTrainedConfig, shape: ModelShape) -> None:
+    """Raise SoloError if layers keep what is not counted here."""
+    if shape.active_parameters < shape.parameters.total:
+        raise SoloError("what experts keep depends on the tokens that are routed to them")
+    for name, treatment in isolate_documents(model_without_weights(config)).items():
+        if treatment != "packed attention":
+            raise SoloError(f"what {name} keeps for the backward pass is not counted")
+
+
+def _fit_modes(layout: Layout, recipe: Recipe, memory: int) -> LayerModes:
+    """Return the least recomputation that fits.
+
+    As many layers as fit are "selective", which saves the most time per byte; only if all are, as many as fit
+    keep everything. If not even "full" checkpointing fits, all layers have it.
+    """
+    layers = layout.shape.layers
+
+    def fits(modes: LayerModes) -> bool:
+        return memory_per_device(replace(layout, modes=modes), recipe).total <= USABLE * memory
+
+    least_first = [LayerModes(selective=layers - count, none=count) for count in range(layers, -1, -1)]
+    least_first += [LayerModes(full=count, selective=layers - count) for count in range(1, layers)]
+    return next(filter(fits, least_first), LayerModes(full=layers))
+
+
+def describe_modes(layout: Layout, recipe: Recipe, memory: int | None) -> str:
+    """Describe the activation checkpointing of the layers, with the memory that it is chosen for."""
+    text = f"activation checkpointing: {layout.modes}"
+    if memory is None:
+        return text
+    total = memory_per_device(layout, recipe).total
+    return f"{text}; estimated {total / _GIB:.1f} of {memory / _GIB:.4g} GiB"
 
 
 def trained_parameters(shape: ModelShape, recipe: Recipe) -> int:
@@ -164,17 +262,15 @@ def trained_parameters(shape: ModelShape, recipe: Recipe) -> int:
     return counts.patch_embedding + rows + adapters
 
 
-def _optimizer_bytes(shape: ModelShape, recipe: Recipe, tensor: int) -> float:
+def _optimizer_bytes(layout: Layout, recipe: Recipe) -> float:
     """Return the bytes of the optimizer's state on the processes that hold the model once."""
-    counts, name = shape.parameters, recipe.optimizer.name
-    matrices = float(counts.attention + counts.mlp)
-    trained = shape.layers * layer_weights(shape, tensor) + outside_weights(shape, tensor)
+    counts, name = layout.own.parameters, recipe.optimizer.name
+    matrices, trained = counts.attention + counts.mlp, counts.total
     if recipe.lora or recipe.trainable != "all":
-        trained = trained_parameters(shape, recipe)
-        matrices = _adapter_weights(shape, recipe.lora) if recipe.lora else 0
-    elif name == "muon" and shape.active_parameters < counts.total:
+        trained = trained_parameters(layout.shape, recipe)
+        matrices = _adapter_weights(layout.shape, recipe.lora) if recipe.lora else 0
+    elif name == "muon" and layout.own.active_parameters < counts.total:
         matrices = counts.attention  # experts are not the weights of linear layers
-    matrices /= tensor
     of_matrix, of_other = {
         "adamw": (2 * _FLOAT32, 2 * _FLOAT32),
         "adamw_bf16": (4, 4),
@@ -190,65 +286,42 @@ def _adapter_weights(shape: ModelShape, lora: LoraSettings) -> int:
     return lora.rank * sum(sizes.get(target, 0) for target in targets)
 
 
-def layer_weights(shape: ModelShape, tensor: int = 1) -> float:
-    """Return the parameters of one layer per tensor-parallel process; norms are replicated."""
-    counts = shape.parameters
-    matrices, norms = counts.attention + counts.mlp, counts.norms - shape.hidden  # without the last norm
-    return (matrices / tensor + norms) / shape.layers
+def _tokens(layout: Layout, recipe: Recipe) -> int:
+    """Return the tokens of a packed sequence that one process computes."""
+    return recipe.data.sequence_length // layout.dims.cp
 
 
-def outside_weights(shape: ModelShape, tensor: int = 1) -> int:
-    """Return the parameters outside layers per tensor-parallel process."""
-    counts = shape.parameters
-    return counts.embedding + counts.patch_embedding + head_weights(shape, tensor) + shape.hidden
+def _kept_outside(own: ModelShape, compute: int) -> int:
+    """Return the bytes per token that are saved outside layers."""
+    # The last norm, and the hidden states at supervised tokens; patches as bytes, and normalized.
+    return (_FLOAT32 + 2 * compute) * own.hidden + (1 + compute) * own.patch
 
 
-def head_weights(shape: ModelShape, tensor: int) -> int:
-    """Return the parameters of the head per tensor-parallel process; a plain LLM's is not split."""
-    is_split = shape.patch > 0 and can_split_head(shape.vocabulary, shape.tied, tensor)
-    return shape.parameters.head // tensor if is_split else shape.parameters.head
+def _kept_of_modes(own: ModelShape, compute: int) -> dict[Mode, float]:
+    """Return the bytes per token that one layer saves for its backward pass, by mode."""
+    return {
+        "full": compute * own.hidden,  # its input
+        "selective": _products_of_layer(own, compute),
+        "none": _all_of_layer(own, compute),
+    }
 
 
-def _working_activations(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> int:
-    """Return the working bytes of the backward pass: the maximum of one layer and one loss chunk."""
-    compute, tokens = compute_bytes(recipe), recipe.data.sequence_length // dims.cp
-    recomputed = _all_of_layer(shape, dims, compute) - _kept_of_layer(shape, recipe, dims)
-    # Gradients of the gate, the up projection and their product, which itself is freed by then.
-    gradients = 2 * compute * shape.mlp / dims.tp
-    logits = min(CHUNK_SIZE, tokens) * shape.vocabulary
-    if shape.patch and can_split_head(shape.vocabulary, shape.tied, dims.tp):
-        logits //= dims.tp
-    loss = 3 * _FLOAT32 * logits  # logits, softmax, gradient
-    return round(max(tokens * (recomputed + gradients), loss))
-
-
-def _kept_of_layer(shape: ModelShape, recipe: Recipe, dims: ParallelDims) -> float:
-    """Return the bytes per token that one layer saves for its backward pass."""
-    compute = compute_bytes(recipe)
-    if recipe.activation_checkpointing == "none":
-        return _all_of_layer(shape, dims, compute)
-    if recipe.activation_checkpointing == "selective":
-        return _products_of_layer(shape, dims, compute)
-    return compute * shape.hidden  # its input
-
-
-def _all_of_layer(shape: ModelShape, dims: ParallelDims, compute: int) -> float:
+def _all_of_layer(own: ModelShape, compute: int) -> float:
     """Return the bytes per token of everything that a layer's backward pass needs."""
     # A norm saves its input in float32 and its result before scaling; the next layer saves the scaled result.
-    norms = shape.norms * (_FLOAT32 + compute) * shape.hidden + 2 * compute * shape.hidden
-    head_norms = (_FLOAT32 + compute) * (shape.query + shape.key) if shape.head_norms else 0
+    norms = own.norms * (_FLOAT32 + compute) * own.hidden + 2 * compute * own.hidden
+    head_norms = (_FLOAT32 + compute) * (own.query + own.key) if own.head_norms else 0
     # Queries, keys, values, the result, and one log-sum-exp per head.
-    attention = 2 * compute * (shape.query + shape.key) + _FLOAT32 * shape.heads
+    attention = 2 * compute * (own.query + own.key) + _FLOAT32 * own.heads
     # Gate before and after its activation, up projection, and their product.
-    mlp = 4 * compute * shape.mlp
-    return norms + (head_norms + attention + mlp) / dims.tp
+    mlp = 4 * compute * own.mlp
+    return norms + head_norms + attention + mlp
 
 
-def _products_of_layer(shape: ModelShape, dims: ParallelDims, compute: int) -> float:
+def _products_of_layer(own: ModelShape, compute: int) -> float:
     """Return the bytes per token of a layer's input and of its matrix products and attention."""
-    projected = compute * (2 * shape.query + 2 * shape.key) + _FLOAT32 * shape.heads
-    mlp = 2 * compute * shape.mlp
-    return 3 * compute * shape.hidden + (projected + mlp) / dims.tp
+    projected = compute * (2 * own.query + 2 * own.key) + _FLOAT32 * own.heads
+    return 3 * compute * own.hidden + projected + 2 * compute * own.mlp
 
 
 def compute_bytes(recipe: Recipe) -> int:

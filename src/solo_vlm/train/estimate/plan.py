@@ -24,15 +24,21 @@ from solo_vlm.train.estimate.communication import (
 )
 from solo_vlm.train.estimate.data import DataEstimate, estimate_data
 from solo_vlm.train.estimate.host import HostMemory, host_memory
-from solo_vlm.train.estimate.memory import Device, Memory, memory_per_device, trained_parameters
+from solo_vlm.train.estimate.layout import Layout
+from solo_vlm.train.estimate.memory import (
+    USABLE,
+    Device,
+    Memory,
+    memory_per_device,
+    plan_layout,
+    trained_parameters,
+)
 from solo_vlm.train.estimate.questions import QuestionEstimate, estimate_questions, forward_passes
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.parallel.context_parallel import check_context_parallel
 from solo_vlm.train.parallel.tensor_parallel import check_tensor_parallel
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
-
-_USABLE = 0.9  # share of the device memory; the rest covers what `memory.py` does not count
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,8 @@ class Plan:
 
     recipe: Recipe
     config: PreTrainedConfig
-    shape: ModelShape
+    layout: Layout
     shape_from: str
-    dims: ParallelDims
     device: Device
     memory: Memory
     steps: int | None
@@ -67,6 +72,16 @@ class Plan:
     mfu: float
     host: HostMemory
     network: Network | None = None
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the whole model."""
+        return self.layout.shape
+
+    @property
+    def dims(self) -> ParallelDims:
+        """Parallel dimensions."""
+        return self.layout.dims
 
     @property
     def parameters(self) -> ParameterCounts:
@@ -92,26 +107,38 @@ class Plan:
     @property
     def forward_flops(self) -> Flops:
         """FLOPs of the forward pass of a step over all processes."""
+        return self._forward_flops(self.shape)
+
+    def _forward_flops(self, shape: ModelShape) -> Flops:
         length, batch = self.recipe.data.sequence_length, self.recipe.global_batch
         documents = max(round(length / self.data.document_length), 1) if self.data else 1
         vision = round(length * self.data.vision_share) if self.data else 0
         lengths = np.tile(np.diff(np.linspace(0, length, documents + 1).astype(int)), batch)
-        return forward_flops(self.shape, lengths, batch * vision, predicted=batch * (length - vision))
+        return forward_flops(shape, lengths, batch * vision, predicted=batch * (length - vision))
+
+    @property
+    def computed_flops(self) -> dict[str, tuple[float, float]]:
+        """FLOPs of a step by part, and how many of them are recomputed, over all processes.
+
+        What tensor parallelism does not split counts once per process that computes it.
+        """
+        forward, tp = self._forward_flops(self.layout.own), self.dims.tp
+        again = forward.recomputed_parts(self.layout.modes.recomputed)
+        parts = forward.hardware_parts(self.layout.modes.recomputed, self.recipe.is_decoder_frozen)
+        return {part: (tp * flops, tp * again[part]) for part, flops in parts.items()}
 
     @property
     def collectives(self) -> list[Collective]:
         """Collectives of a step."""
-        return collectives(self.shape, self.recipe, self.dims)
+        return collectives(self.layout, self.recipe)
 
     @property
     def speeds(self) -> tuple[Speed, Speed] | None:
         """Worst and best expected speed of a step; None if the network is not known."""
         if self.network is None:
             return None
-        counts = self.forward_flops, self.flops_per_step
-        return expected_speeds(
-            *counts, self.shape, self.recipe, self.dims, self.device.peak_flops, self.network
-        )
+        counts = self._forward_flops(self.layout.own), self.flops_per_step
+        return expected_speeds(*counts, self.layout, self.recipe, self.device.peak_flops, self.network)
 
     @property
     def question_passes(self) -> int:
@@ -133,7 +160,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the run fits and leaves a tenth of the device memory for what is not counted."""
-        return self.memory.total <= _USABLE * self.device.memory
+        return self.memory.total <= USABLE * self.device.memory
 
     def ways_to_fit(self) -> dict[str, int]:
         """Return overrides of the recipe that need less memory, with the bytes per device of each."""
@@ -150,9 +177,11 @@ class Plan:
         for change, update in changes.items():
             new = recipe.model_copy(update=update)
             try:
-                total = memory_per_device(self.shape, new, _parallel_dims(new, processes, self.config)).total
+                dims = _parallel_dims(new, processes, self.config)
             except SoloError:  # does not divide processes or layers
                 continue
+            layout = plan_layout(self.config, new, dims, self.device.memory, self.shape)
+            total = memory_per_device(layout, new).total
             if total < self.memory.total:
                 totals[change] = total
         return totals
@@ -203,11 +232,13 @@ class Plan:
             "sequence_length": self.recipe.data.sequence_length,
             "parallel": {"world_size": self.dims.world_size, **asdict(self.dims)},
             "device": asdict(self.device),
+            "activation_checkpointing": asdict(self.layout.modes),
             "memory": {"total": self.memory.total, **asdict(self.memory)},
             "fits": self.fits,
             "ways_to_fit": {} if self.fits else self.ways_to_fit(),
             "mfu": self.mfu,
             "flops_per_step": self.flops_per_step,
+            "computed_flops": {part: {"all": a, "again": b} for part, (a, b) in self.computed_flops.items()},
             "seconds_per_step": self.seconds_per_step,
             "seconds": self.seconds,
             "host_memory": {"total": self.host.total, **asdict(self.host)},
@@ -245,16 +276,16 @@ def make_plan(
     except SoloError as error:
         raise SoloError(f"no plan: {error}; the run needs none: start it without --dry-run") from error
     dims = _parallel_dims(recipe, processes, config)
+    layout = plan_layout(config, recipe, dims, device.memory, shape)
     data, missing = _estimate(recipe, source)
     questions, questions_missing = _estimate_questions(recipe, source, shape)
     return Plan(
         recipe=recipe,
         config=config,
-        shape=shape,
+        layout=layout,
         shape_from=str(source),
-        dims=dims,
         device=device,
-        memory=memory_per_device(shape, recipe, dims),
+        memory=memory_per_device(layout, recipe),
         steps=_steps(recipe, data) if data and recipe.steps is None else recipe.steps,
         data=data,
         data_missing=missing,
@@ -262,7 +293,7 @@ def make_plan(
         questions_missing=questions_missing,
         mfu=mfu,
         host=host_memory(
-            shape, recipe, dims, *(data.vision_share, data.document_length, data.tokens) if data else ()
+            layout, recipe, *(data.vision_share, data.document_length, data.tokens) if data else ()
         ),
         network=network,
     )

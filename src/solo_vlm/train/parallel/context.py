@@ -304,18 +304,18 @@ def store_of_attempt(store: Store, rank: int, world_size: int, timeout: timedelt
         except dist.DistStoreError as error:
             raise SoloError(f"process 0 of {world_size} did not join the run within {timeout}") from error
         name = store.get(f"answer/{call}").decode()
-        store.add(f"joined/{name}", 1)
+        store.set(f"{name}/joined/{call}", "")
         return PrefixStore(name, store)
     name = uuid4().hex
-    calls = dict.fromkeys(range(1, world_size), "")
+    calls: dict[int, str] = {}
     deadline = time.monotonic() + timeout.total_seconds()
-    while (joined := store.add(f"joined/{name}", 0) + 1) < world_size:
+    while (joined := 1 + sum(store.check([f"{name}/joined/{call}"]) for call in calls.values())) < world_size:
         if time.monotonic() > deadline:
             raise SoloError(f"only {joined} of {world_size} processes joined the run within {timeout}")
-        for other, answered in calls.items():
+        for other in range(1, world_size):
             # The call may be of an earlier attempt; the process replaces it when it joins this one.
             call = store.get(f"call/{other}").decode() if store.check([f"call/{other}"]) else ""
-            if call != answered:
+            if call and call != calls.get(other):
                 store.set(f"answer/{call}", name)
                 calls[other] = call
         time.sleep(0.02)

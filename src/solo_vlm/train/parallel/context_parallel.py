@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from solo_vlm.models.load import model_without_weights
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.packed.rotary import depends_on_length
 from solo_vlm.utils.errors import SoloError
@@ -29,8 +30,7 @@ def context_parallel_obstacle(config: PreTrainedConfig, size: int = 2, tensor: i
         tensor: Processes that split the heads already.
     """
     text_config = config.get_text_config(decoder=True)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(text_config)
+    model = model_without_weights(config)
     try:
         treatments = isolate_documents(model)
     except SoloError as error:

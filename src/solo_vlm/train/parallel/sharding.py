@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from solo_vlm.models.load import decoder_layers
 from solo_vlm.train.parallel.context import REPLICATE, SHARD, TP, DistributedContext
 from solo_vlm.train.parallel.tensor_parallel import split_layers
 from solo_vlm.train.parallel.vocabulary import split_head
@@ -21,11 +21,6 @@ from solo_vlm.train.recipe import Recipe
 
 FSDP_UNIT_SIZE = 100_000_000
 """Parameters gathered together where single layers are smaller."""
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder's layers in order; none in CTRL and GPT-NeoX Japanese, which do not mark them."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def layers_per_fsdp_unit(num_layers: int, layer_size: int, unit_size: int = FSDP_UNIT_SIZE) -> int:

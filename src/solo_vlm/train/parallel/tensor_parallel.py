@@ -19,9 +19,10 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from solo_vlm.models.load import model_without_weights
 from solo_vlm.utils.errors import SoloError
 
 Split = Callable[[nn.Module, nn.Module, DeviceMesh], Any]
@@ -80,14 +81,14 @@ def tensor_parallel_obstacle(config: PreTrainedConfig, size: int = 2) -> str | N
     Args:
         config: Configuration of a SOLO model or a plain LLM; no weights are needed.
     """
-    return _find_obstacle(_without_weights(config), size)
+    return _find_obstacle(model_without_weights(config), size)
 
 
 def check_tensor_parallel(config: PreTrainedConfig, size: int) -> None:
     """Raise SoloError if the decoder layers of a model cannot be split over `size` processes."""
     if size == 1:
         return
-    model = _without_weights(config)
+    model = model_without_weights(config)
     if obstacle := _find_obstacle(model, size):
         smaller = [n for n in range(2, size) if size % n == 0 and not _find_obstacle(model, n)]
         raise SoloError(
@@ -118,10 +119,57 @@ def split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         sum_input_gradients(modules[name], mesh)
 
 
-def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True))
-    return model
+def keep_share(model: PreTrainedModel, size: int) -> None:
+    """Reduce a model without weights, in place, to what one of `size` processes holds and computes.
+
+    Instead of the other processes' parts, it has its own once more, so shapes are those of a whole model.
+    """
+    modules = dict(model.named_modules())
+    for name, style in _plan(model).items():
+        module = modules.get(name)
+        if module is None:
+            _narrow(modules[_owner(name)], name.rpartition(".")[2], _DIMENSIONS[style], size)
+        elif style == "moe_tp_experts":
+            _keep_experts(module, size)
+        elif style in _SPLIT_FEATURES:
+            _keep_features(module, style, size)
+
+
+def _keep_features(module: nn.Module, style: str, size: int) -> None:
+    is_input = _SPLIT_FEATURES[style] in ("in_features", "num_embeddings")
+    if isinstance(module, nn.Embedding):
+        _narrow(module, "weight", 0 if is_input else 1, size)
+    else:
+        _narrow(module, "weight", 1 if is_input else 0, size)
+        if module.bias is not None and not is_input:
+            _narrow(module, "bias", 0, size)
+    if style in ("colwise_gather_output", "embedding_colwise"):
+        module.register_forward_hook(lambda module, args, output: torch.cat([output] * size, dim=-1))
+    elif style == "rowwise_split_input":
+        module.register_forward_pre_hook(lambda module, args: (args[0].chunk(size, dim=-1)[0],))
+
+
+def _keep_experts(experts: nn.Module, size: int) -> None:
+    """Keep a share of the experts, and of the tokens that are routed to any."""
+    for name, _ in list(experts.named_parameters(recurse=False)):
+        _narrow(experts, name, 0, size)
+    forward = experts.forward
+
+    def run(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        def own(states: Tensor) -> Tensor:
+            return states.chunk(size)[0]
+
+        output = forward(*map(own, args), **{name: own(states) for name, states in kwargs.items()})
+        return torch.cat([output] * size)
+
+    experts.forward = run  # type: ignore[method-assign]
+
+
+def _narrow(module: nn.Module, name: str, dimension: int, size: int) -> None:
+    """Keep the first of `size` parts of a parameter."""
+    parameter = module.get_parameter(name)
+    part = parameter.detach().chunk(size, max(dimension, -parameter.ndim))[0]
+    module.register_parameter(name, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
 
 def _plan(model: PreTrainedModel) -> dict[str, str]:

@@ -1,0 +1,77 @@
+"""Share of the model that each process of a run holds, and the activation checkpointing of its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Self
+
+from transformers import PreTrainedConfig
+
+from solo_vlm.models.flops import ModelShape
+from solo_vlm.train.activation_checkpointing import LayerModes
+from solo_vlm.train.parallel.context import ParallelDims
+from solo_vlm.train.parallel.tensor_parallel import keep_share
+from solo_vlm.train.parallel.vocabulary import can_split_head
+from solo_vlm.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model on the processes of a run.
+
+    Attributes:
+        shape: Whole model.
+        own: Share of one process of a tensor-parallel group, before FSDP shards it. In some families
+            attention or state-space layers are whole in every process, or only their weights are split.
+        dims: Parallel dimensions.
+        modes: Activation checkpointing of the layers.
+    """
+
+    shape: ModelShape
+    own: ModelShape
+    dims: ParallelDims
+    modes: LayerModes
+
+    @classmethod
+    def of(
+        cls, config: PreTrainedConfig, recipe: Recipe, dims: ParallelDims, shape: ModelShape | None = None
+    ) -> Self:
+        """Count a model that tensor parallelism supports; with "auto", every layer is checkpointed at first.
+
+        Args:
+            shape: The whole model, if it is counted already.
+
+        Raises:
+            SoloError: See `ModelShape.of`.
+        """
+        shape = shape or ModelShape.of(config)
+        own = shape if dims.tp == 1 else _share(config, shape, dims.tp)
+        mode = recipe.activation_checkpointing
+        return cls(shape, own, dims, LayerModes.uniform("full" if mode == "auto" else mode, shape.layers))
+
+    @property
+    def replicated(self) -> float:
+        """Parameters that every process of a tensor-parallel group has."""
+        own, whole, tp = self.own.parameters.total, self.shape.parameters.total, self.dims.tp
+        return (tp * own - whole) / (tp - 1) if tp > 1 else 0  # own = split / tp + replicated
+
+
+def _share(config: PreTrainedConfig, shape: ModelShape, tp: int) -> ModelShape:
+    own = ModelShape.of(config, partial(keep_share, size=tp))
+    if not (shape.patch and can_split_head(shape.vocabulary, shape.tied, tp)):  # a plain LLM's is not split
+        return own
+    parameters = replace(own.parameters, head=own.parameters.head // tp)
+    return replace(own, vocabulary=own.vocabulary // tp, parameters=parameters)
+
+
+def layer_weights(shape: ModelShape) -> float:
+    """Return the parameters of one layer."""
+    counts = shape.parameters
+    return (counts.attention + counts.mlp + counts.norms - shape.hidden) / shape.layers  # but the last norm
+
+
+def outside_weights(shape: ModelShape) -> int:
+    """Return the parameters outside layers."""
+    counts = shape.parameters
+    return counts.embedding + counts.patch_embedding + counts.head + shape.hidden
