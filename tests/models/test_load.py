@@ -113,7 +113,7 @@ def edit_config(folder: Path, **settings) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
 
-@pytest.mark.parametrize("family", ["rwkv", "xlstm", "gpt_neo", "mamba2"])
+@pytest.mark.parametrize("family", ["rwkv", "xlstm", "gpt_neo", "mamba2", "inkling_text"])
 def test_edited_configuration_that_no_layer_follows_is_rejected(family, tmp_path):
     make_solo(family).save(tmp_path / "model")
     edit_config(tmp_path / "model", image_attention="bidirectional")

@@ -51,6 +51,7 @@ _ONES = {
     "length_penalty",
     "encoder_repetition_penalty",
 }
+_CHECKED_TOKENS = 16
 _CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_COMPRESSION = 16  # parameters per stored number, of weights packed in a few bits
 
@@ -215,10 +216,10 @@ def check_loaded(path: str | Path, model: PreTrainedModel, info: Mapping[str, An
 
 @torch.no_grad()
 def check_image_attention(model: PreTrainedModel) -> None:
-    """Check that a SOLO model with bidirectional images lets a patch see a later patch of its image.
+    """Check that a SOLO model with bidirectional images lets patches see later ones, and text see no more.
 
     Raises:
-        SoloError: The decoder takes no masks, or none of its layers follows them.
+        SoloError: The decoder takes no masks, none of its layers follows them, or text changes by them.
     """
     if model.config.image_attention != "bidirectional":
         return
@@ -237,6 +238,15 @@ def check_image_attention(model: PreTrainedModel) -> None:
     if one[0, 1].equal(other[0, 1]):
         raise SoloError(
             f"image_attention=bidirectional: no layer of {family} lets patches see later ones: use causal"
+        )
+    known = [token for token in range(_CHECKED_TOKENS) if token not in model.config.vision_token_ids]
+    text = torch.tensor([known], device=model.device)
+    decoder_inputs = {"inputs_embeds": model.model.embed_tokens(text), **model.model._token_inputs(text)}
+    own = model.model.language_model(**decoder_inputs, use_cache=False).last_hidden_state.float()
+    masked = model.model(input_ids=text, use_cache=False).last_hidden_state.float()
+    if (masked - own).abs().max() > torch.finfo(model.dtype).eps ** 0.5 * own.abs().max():
+        raise SoloError(
+            f"image_attention=bidirectional: masks of images change the text outputs of {family}: use causal"
         )
 
 
