@@ -9,7 +9,6 @@ from itertools import groupby
 from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
-import yaml
 from pydantic import BeforeValidator, Field
 
 from solo_vlm.data.mixture import SourceSettings
@@ -23,8 +22,8 @@ from solo_vlm.evaluate.scoring.extract import final_text, read_choice
 from solo_vlm.evaluate.scoring.numbers import as_number, read_number
 from solo_vlm.evaluate.scoring.score import Part, Score, interval_of_mean
 from solo_vlm.evaluate.scoring.text import anls, exact_match
-from solo_vlm.utils.errors import SoloError, did_you_mean, first_line
-from solo_vlm.utils.settings import Settings
+from solo_vlm.utils.errors import SoloError, did_you_mean
+from solo_vlm.utils.settings import Settings, parse_yaml
 
 Metric = Literal["exact", "anls", "relaxed", "choice", "number"]
 
@@ -83,10 +82,7 @@ class _Asked(Settings):
 
 def parse_question_files(given: str) -> dict[str, QuestionSettings]:
     """Parse a path, or the YAML of what `QuestionFiles` takes, such as `{path: a.jsonl, metric: anls}`."""
-    try:
-        value = yaml.safe_load(given) if given.lstrip().startswith("{") else given
-    except yaml.YAMLError as error:
-        raise SoloError(f"cannot read the settings {given}: {first_line(error)}") from error
+    value = parse_yaml(given, f"the settings {given}") if given.lstrip().startswith("{") else given
     return _Asked.parse({"questions": value}, origin=given).questions
 
 

@@ -52,6 +52,35 @@ class Settings(BaseModel):
         return self.parse(override(self.model_dump(mode="json"), overrides))
 
 
+class _Loader(yaml.SafeLoader):
+    """Loader that rejects a key that occurs twice in a mapping, of which PyYAML keeps the last value."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key.value in (other.value for other in keys[:place]):
+                raise yaml.YAMLError(
+                    f"the key {key.value} occurs twice, again in line {key.start_mark.line + 1}"
+                )
+        return node
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parse YAML.
+
+    Args:
+        origin: Name of the text for error messages.
+
+    Raises:
+        SoloError: The text is no YAML, or a key occurs twice in a mapping.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise SoloError(f"cannot read {origin}: {' '.join(str(error).split())}") from error
+
+
 def find_settings(path: str | Path, kind: str, *folders: Path) -> Path:
     """Find a settings file by path, or by name in `folders` or among the recipes of the package.
 
@@ -73,8 +102,8 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
     The base is a file relative to the first one, or a recipe of the package, such as `presets/lora`.
     """
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        settings = parse_yaml(path.read_text(), f"{kind} {path}")
+    except (OSError, UnicodeDecodeError) as error:
         raise SoloError(f"cannot read {kind} {path}: {error}") from error
     if not isinstance(settings, dict):
         raise SoloError(f"{path} is not a {kind}: expected keys and values")
@@ -99,7 +128,7 @@ def override(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
         key, equals, value = change.partition("=")
         if not equals:
             raise SoloError(f"override {change!r} is not of the form key=value")
-        _set(settings, key, yaml.safe_load(value))
+        _set(settings, key, parse_yaml(value, change))
     return settings
 
 
