@@ -12,7 +12,15 @@ from solo_vlm.data.formats.row_filter import RowFilter
 from solo_vlm.data.sample import SampleError
 from solo_vlm.utils.errors import SoloError
 
-ROW = {"relevance_min": 4, "source": "chartqa", "images": [1, 2], "flag": True, "gone": None, "ratio": 0.5}
+ROW = {
+    "relevance_min": 4,
+    "source": "chartqa",
+    "images": [1, 2],
+    "flag": True,
+    "gone": None,
+    "ratio": 0.5,
+    "written": "10.50",
+}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +35,14 @@ ROW = {"relevance_min": 4, "source": "chartqa", "images": [1, 2], "flag": True, 
         ("len(images) == 2 or relevance_min == 9", True),
         ("flag", True),
         ("not flag", False),
+        ("relevance_min", True),
+        ("len(images) and flag", True),
+        # Tables of text hold numbers, as CSV files do.
+        ('relevance_min == "4"', True),
+        ("written >= 9.5", True),
+        ("written < relevance_min", False),
+        ("written in (10, 10.5)", True),
+        ('written != "10.50"', False),
         ('source != "vqa"', True),
         # Missing values are unknown, as in SQL.
         ("gone > 1", False),
@@ -80,11 +96,15 @@ def test_other_expressions_are_refused_in_one_line(expression):
 @pytest.mark.parametrize(
     ("expression", "problem"),
     [
-        ("source > 3", "not supported between"),
-        ('relevance_min == "4"', "int and str are never equal"),
-        ('relevance_min != "4"', "int and str are never equal"),
-        ("source in (1, 2)", "str and int are never equal"),
-        ('"1" not in images', "str and int are never equal"),
+        ("source > 3", "'chartqa' is no number to compare with 3"),
+        ('relevance_min == "four"', "'four' is no number to compare with 4"),
+        ('relevance_min != "four"', "'four' is no number to compare with 4"),
+        ("source in (1, 2)", "'chartqa' is no number to compare with 1"),
+        ('"one" not in images', "'one' is no number to compare with 1"),
+        ('flag == "True"', "bool and str are never equal"),
+        ("source", "a str is no condition: compare it"),
+        ("not source", "a str is no condition"),
+        ("flag and images", "a list is no condition"),
         ('images == "x"', "list and str are never equal"),
         ("1 in source", "requires string"),
         ("1 in relevance_min", "not iterable"),

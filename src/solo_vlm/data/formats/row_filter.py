@@ -13,10 +13,22 @@ from solo_vlm.data.sample import SampleError
 from solo_vlm.utils.errors import SoloError
 
 
-def _is_equal(left: Any, right: Any) -> bool:
-    """Return whether values are equal; a text and a number never are, which is a mistake."""
-    if isinstance(left, str) is not isinstance(right, str):
+def _alike(left: Any, right: Any) -> tuple[Any, Any]:
+    """Return a text and a number as two numbers, because CSV files have numbers; or raise TypeError."""
+    if isinstance(left, str) is isinstance(right, str):
+        return left, right
+    text, other = (left, right) if isinstance(left, str) else (right, left)
+    if isinstance(other, bool) or not isinstance(other, int | float):
         raise TypeError(f"{type(left).__name__} and {type(right).__name__} are never equal")
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise TypeError(f"{text!r} is no number to compare with {other}") from error
+    return (number, other) if text is left else (other, number)
+
+
+def _is_equal(left: Any, right: Any) -> bool:
+    left, right = _alike(left, right)
     return bool(left == right)
 
 
@@ -26,11 +38,15 @@ def _is_in(item: Any, items: Any) -> bool:
     return any(_is_equal(item, each) for each in items if each is not None)
 
 
+def _ordered(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    return lambda left, right: compare(*_alike(left, right))
+
+
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
+    ast.Lt: _ordered(operator.lt),
+    ast.LtE: _ordered(operator.le),
+    ast.Gt: _ordered(operator.gt),
+    ast.GtE: _ordered(operator.ge),
     ast.Eq: _is_equal,
     ast.NotEq: lambda left, right: not _is_equal(left, right),
     ast.In: _is_in,
@@ -80,7 +96,7 @@ class RowFilter:
             SampleError: The values cannot be compared ("filter").
         """
         try:
-            return _value(self._tree, row) is True
+            return _truth(_value(self._tree, row)) is True
         except (TypeError, ValueError) as error:
             raise SampleError("filter", f"{self.expression}: {error}") from error
 
@@ -116,12 +132,14 @@ def _value(node: ast.expr, row: Mapping[str, Any]) -> Any:
             return [_value(item, row) for item in items]
         case ast.UnaryOp(op=op, operand=operand):
             value = _value(operand, row)
-            return None if value is None else (not value if isinstance(op, ast.Not) else -value)
+            if isinstance(op, ast.Not):
+                return None if (truth := _truth(value)) is None else not truth
+            return None if value is None else -value
         case ast.Call(args=[item]):
             value = _value(item, row)
             return None if value is None else len(value)
         case ast.BoolOp(op=op, values=values):
-            return _combined(isinstance(op, ast.And), [_value(value, row) for value in values])
+            return _combined(isinstance(op, ast.And), [_truth(_value(value, row)) for value in values])
         case ast.Compare(left=left, ops=operators, comparators=others):
             sides = [_value(side, row) for side in (left, *others)]
             pairs = zip(sides, operators, sides[1:], strict=False)
@@ -135,9 +153,16 @@ def _compared(left: Any, op: ast.cmpop, right: Any) -> bool | None:
     return None if left is None or right is None else bool(_COMPARISONS[type(op)](left, right))
 
 
-def _combined(is_and: bool, values: list[Any]) -> bool | None:
+def _truth(value: Any) -> bool | None:
+    """Return the truth of a condition, which may be a number, but no text: that of "false" would be true."""
+    if value is None or isinstance(value, bool | int | float):
+        return None if value is None else bool(value)
+    raise TypeError(f"a {type(value).__name__} is no condition: compare it")
+
+
+def _combined(is_and: bool, values: list[bool | None]) -> bool | None:
     """Return the three-valued conjunction or disjunction of values, of which None is unknown."""
-    decisive = [value for value in values if value is not None and bool(value) is not is_and]
+    decisive = [value for value in values if value is not None and value is not is_and]
     if decisive:
         return not is_and
     return None if None in values else is_and

@@ -17,7 +17,11 @@ from solo_vlm.utils.errors import SoloError, first_line
 
 
 class CsvSource(RawSource):
-    """Rows of .csv and .tsv files with a header; a shard is a file. The types of columns are inferred."""
+    """Rows of .csv and .tsv files with a header; a shard is a file.
+
+    A column is of numbers if they are written as Python writes them, so that no answer `007` becomes 7; all
+    others but true and false are text.
+    """
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
         self.name = name
@@ -35,13 +39,10 @@ class CsvSource(RawSource):
         file = self._files[shard]
         file.limits.check_shard(file.size, file.url)
         delimiter = "\t" if file.name.lower().endswith(".tsv") else ","
-        options = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
         try:
-            table = csv.read_csv(BytesIO(_read(file, 0, file.size)), parse_options=options)
+            table = _parse(_read(file, 0, file.size), delimiter)
         except pa.ArrowException as error:
             raise SoloError(f"{file.url} is not a readable table: {first_line(error)}") from error
-        if len(set(table.column_names)) < table.num_columns:
-            raise SoloError(f"{file.url}: two columns have the same name")
         return TableRows(table)
 
     def file(self, shard: int) -> DataFile:
@@ -91,6 +92,34 @@ class ArrowSource(RawSource):
     def fingerprint(self) -> str:
         """Return a hash of the files' names, sizes and contents."""
         return fingerprint(self._shards.files)
+
+
+def _parse(content: bytes, delimiter: str) -> pa.Table:
+    """Read a table whose columns are text, truth values, or numbers that lose nothing."""
+
+    def read(types: dict[str, pa.DataType]) -> pa.Table:
+        return csv.read_csv(
+            BytesIO(content),
+            parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=csv.ConvertOptions(column_types=types, null_values=[""]),
+        )
+
+    table = read({})
+    if len(set(table.column_names)) < table.num_columns:
+        raise pa.ArrowInvalid("two columns have the same name")
+    as_text = {field.name: pa.string() for field in table.schema if not _is_kept(field.type)}
+    written = read(as_text) if as_text else table
+    for place, (name, kind) in enumerate(zip(table.column_names, table.schema.types, strict=True)):
+        if name in as_text:
+            values = ["" if value is None else str(value) for value in table[name].to_pylist()]
+            is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+            if not is_number or values != written[name].to_pylist():
+                table = table.set_column(place, name, written[name])
+    return table
+
+
+def _is_kept(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind))
 
 
 @retried
