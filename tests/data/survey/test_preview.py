@@ -83,6 +83,7 @@ def test_preview_counts_filtered_rows_and_renames_columns(run_data, folder):
     ("arguments", "message"),
     [
         (["nowhere.json"], "no data files at nowhere.json"),
+        (["empty.jsonl"], "empty.jsonl has no rows"),
         (["chats.json", "--format", "lava"], "chats.json: format: "),
         (["chats.json", "--format", "captions"], "but captions has image"),
         (["chats.json", "--columns", "image"], "--columns image: expected"),
@@ -91,6 +92,7 @@ def test_preview_counts_filtered_rows_and_renames_columns(run_data, folder):
     ],
 )
 def test_user_error_is_one_line(run_data, folder, arguments, message):
+    (folder / "empty.jsonl").touch()
     code, out, error = run_data("preview", *arguments)
     assert (code, out) == (2, "")
     (line,) = error.strip().splitlines()

@@ -16,6 +16,7 @@ from solo_vlm.data.sources.formatted import FormattedSource
 from solo_vlm.data.survey.view import shown_tokens
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.models.solo.processing_solo import num_image_tokens
+from solo_vlm.utils.errors import SoloError
 
 _MAX_ROWS = 10_000  # rows read in search of usable ones
 
@@ -103,6 +104,9 @@ def preview(source: Source, encoder: Encoder | None = None, rows: int = 3) -> Pr
         source: Source to read.
         encoder: Encoder of the model; default: images as a new model reads them, and no tokens.
         rows: Number of usable rows.
+
+    Raises:
+        SoloError: The source has no rows.
     """
     formatted = source if isinstance(source, FormattedSource) else None
     shown: list[PreviewedRow] = []
@@ -114,6 +118,8 @@ def preview(source: Source, encoder: Encoder | None = None, rows: int = 3) -> Pr
             shown.append(row)
         if sum(row.reason is None for row in shown) == rows or len(shown) + filtered == _MAX_ROWS:
             break
+    if not shown and not filtered:
+        raise SoloError(f"{source.name} has no rows")
     if formatted is None:
         return Preview(source.name, "samples", [], [], shown, filtered)
     columns, row_format = formatted.columns(), formatted.row_format
