@@ -179,11 +179,10 @@ class SoloModel(SoloPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Embed patches, and add the token embedding of `<vpatch>` as in the original code.
+        """Embed patches, for generation and other users of transformers' interface.
 
         Args:
-            pixel_values: (num_patches, 3 * size * size), uint8 pixels or normalized floats, each patch
-                flattened channel first.
+            pixel_values: See `embed_patches`.
             image_grid_thw: (num_images, 3) int64, (1, rows, columns) per image; only needed to split
                 `pooler_output` by image.
 
@@ -191,14 +190,26 @@ class SoloModel(SoloPreTrainedModel):
             `last_hidden_state`, (num_patches, hidden), and `pooler_output`, a list of one such tensor per
             image, or per patch without grids: beam search must not mix the images of several chats.
         """
-        patches = pixel_values if pixel_values.is_floating_point() else self._normalize(pixel_values)
-        placeholder = torch.tensor([self.config.image_token_id], device=patches.device)
-        token = self.embed_tokens(placeholder)  # (1, hidden)
-        features = self.embed_vision_patch(patches.to(token.dtype)) + token  # (num_patches, hidden)
+        features = self.embed_patches(pixel_values)
         sizes = [1] * features.shape[0] if image_grid_thw is None else image_grid_thw.prod(-1).tolist()
         return BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=list(features.split(sizes)) or [features]
         )
+
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        """Embed patches, and add the token embedding of `<vpatch>` as in the original code.
+
+        Args:
+            pixel_values: (num_patches, 3 * size * size), uint8 pixels or normalized floats, each patch
+                flattened channel first.
+
+        Returns:
+            (num_patches, hidden).
+        """
+        patches = pixel_values if pixel_values.is_floating_point() else self._normalize(pixel_values)
+        placeholder = torch.tensor([self.config.image_token_id], device=patches.device)
+        token = self.embed_tokens(placeholder)  # (1, hidden)
+        return self.embed_vision_patch(patches.to(token.dtype)) + token
 
     def _normalize(self, patches: Tensor) -> Tensor:
         """Normalize (num_patches, dim) uint8 pixels by channel, in float32."""
@@ -231,7 +242,7 @@ class SoloModel(SoloPreTrainedModel):
 
         Args:
             input_ids: (batch, length) int64, with one `<vpatch>` per patch.
-            pixel_values: (num_patches, dim), see `get_image_features`; may have zero patches.
+            pixel_values: (num_patches, dim), see `embed_patches`; may have zero patches.
             image_grid_thw: (num_images, 3) int64.
             attention_mask: (batch, length), 0 at padding; None for a packed batch.
             position_ids: (batch, length) int64.
@@ -261,7 +272,7 @@ class SoloModel(SoloPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)  # (batch, length, hidden)
         features = None
         if pixel_values is not None:
-            features = self.get_image_features(pixel_values).last_hidden_state
+            features = self.embed_patches(pixel_values)
         elif mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
             features = torch.cat(list(mm_encoder_outputs["image"].pooler_output))
         if features is not None:
