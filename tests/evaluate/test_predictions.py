@@ -277,7 +277,6 @@ def test_unscorable_file_is_a_one_line_error(run, tmp_path, name, content, messa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--task", "mmstarr"], "did you mean mmstar"),
         (["--task", "mmstar"], "does not exist"),
         (["--task", "mmstar", "--judge", "m"], "--judge is for mathvista only"),
         (["--task", "mathvista", "--judge-url", "http://x"], "needs --judge MODEL"),
@@ -287,6 +286,13 @@ def test_invalid_options_are_rejected(run, options, message):
     code, _, error = run("eval", "rescore", *options, "--predictions", "nowhere.csv")
     assert code == 2
     assert message in error
+
+
+def test_unknown_task_is_rejected(run, tmp_path):
+    (tmp_path / "saved.csv").write_text(table(ROW))
+    code, _, error = run("eval", "rescore", "--task", "mmstarr", "--predictions", tmp_path / "saved.csv")
+    assert code == 2
+    assert "did you mean mmstar" in error
 
 
 ROW = {"index": 1, "question": "?", "A": "dog", "B": "cat", "answer": "B", "prediction": "cat"}
