@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -56,6 +57,9 @@ def s3_server() -> Iterator[S3]:
     pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     server = S3()
+    # All servers of a process have the same buckets.
+    reset = f"{server.environment['AWS_ENDPOINT_URL']}/moto-api/reset"
+    urlopen(Request(reset, method="POST")).close()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
