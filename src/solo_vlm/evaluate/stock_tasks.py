@@ -35,8 +35,8 @@ from solo_vlm.evaluate.scoring.score import Benchmark, Part, Score, interval_of_
 from solo_vlm.models.solo.image_loading_solo import ImageError
 from solo_vlm.utils.errors import SoloError, did_you_mean, first_line
 
-_SCORED_BY_GPT = {"mathvista"}
-"""Benchmarks that lmms-eval scores by asking GPT; it guesses without a key, so it does not score them."""
+_SCORED_BY_GPT = {"mathvista", "hallusion_bench_image"}
+"""Benchmarks that lmms-eval scores by asking GPT; without a key it waits or guesses, so it does not score."""
 
 _API_CLIENTS = ("openai", "anthropic", "google", "requests", "httpx")
 _RESAMPLES = 500
