@@ -12,13 +12,12 @@ import torch
 from answering.models import Setting
 from torch import Tensor
 from training.machine import seconds
-from training.workload import photograph
+from training.workload import QUESTION, photograph
 from transformers import PreTrainedModel
 
 from solo_vlm.generate import GenerationPipeline, user_turn
 
 LLAVA = "llava"
-QUESTION = "two people and their dog by the river"
 
 
 def measure(setting: Setting) -> dict[str, Any]:

@@ -34,6 +34,7 @@ TINY_DECODER = {
     "head_dim": 12,
 }
 TEXT = "a photograph of the old town by the river in early light with two people and their dog"
+QUESTION = "two people and their dog by the river"
 ROLES = ("image_token_id", "vision_start_token_id", "vision_row_token_id", "vision_end_token_id")
 
 
@@ -91,7 +92,7 @@ class Workload:
         rng = np.random.default_rng(self.seed)
         for size in self.sizes(rng, self.samples):
             answer = [{"type": "text", "text": caption(self.words(rng))}]
-            question = [{"type": "image"}, {"type": "text", "text": "two people and their dog by the river"}]
+            question = [{"type": "image"}, {"type": "text", "text": QUESTION}]
             yield {
                 "messages": [
                     {"role": "user", "content": question},

@@ -301,10 +301,9 @@ def export_checkpoint(run: str | Path, out: Path, step: int | None = None, best:
     recipe = load_recipe(folder)
     if recipe is None:
         raise SoloError(f"{run} is not the output directory of a run: it has no recipe.yaml")
-    store = CheckpointStore(run)
-    if not store.checkpoints():  # `run` is not the folder of the checkpoints itself
-        store = CheckpointStore.of(recipe, folder.path)
-    by_step = {step_of(found): found for found in store.checkpoints()}
+    # `run` may be the folder of the checkpoints itself.
+    found = CheckpointStore(run).checkpoints() or CheckpointStore.of(recipe, folder.path).checkpoints()
+    by_step = {step_of(each): each for each in found}
     if best:
         step = _best_step(run, recipe, by_step)
     path = by_step.get(max(by_step, default=0) if step is None else step)

@@ -186,9 +186,8 @@ def router_modules(model: nn.Module) -> set[nn.Module]:
     """Return the modules that choose experts, with all modules in them."""
     named = {module for module in model.modules() if "Router" in type(module).__name__}
     found = {router for router, _ in _find_routers(model)[1]}
-    inner = {
-        router for router in found if found.isdisjoint([*router.modules()][1:])
-    }  # JetMoe's attention has one
+    # JetMoe's attention is found as well, because it has a router in it.
+    inner = {router for router in found if found.isdisjoint([*router.modules()][1:])}
     return {part for router in named | inner for part in router.modules()}
 
 

@@ -13,6 +13,7 @@ from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.storage import Folder
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import hash_blocks
+from solo_vlm.utils.settings import parse_yaml
 
 _RECIPE_FILE = "recipe.yaml"
 _INPUTS_FILE = "inputs.json"
@@ -25,10 +26,8 @@ def load_recipe(folder: Folder) -> Recipe | None:
     """Read the recipe of the run that a folder belongs to; None if it belongs to none."""
     if (text := folder.find(_RECIPE_FILE)) is None:
         return None
-    try:
-        return Recipe.parse(yaml.safe_load(text), origin=f"{folder}/{_RECIPE_FILE}")
-    except yaml.YAMLError as error:
-        raise SoloError(f"cannot read recipe {folder}/{_RECIPE_FILE}: {error}") from error
+    origin = f"{folder}/{_RECIPE_FILE}"
+    return Recipe.parse(parse_yaml(text, f"recipe {origin}"), origin)
 
 
 def write_recipe(folder: Folder, recipe: Recipe) -> None:

@@ -243,7 +243,7 @@ class CheckpointStore:
 
     def newest(self) -> Folder | None:
         """Return the newest complete checkpoint, if there is one."""
-        return max(self.checkpoints(), key=step_of, default=None)
+        return next(reversed(self.checkpoints()), None)
 
     def begin(self, step: int, state: str) -> Folder | None:
         """Create the folder to write a checkpoint into, with its state; return None if there is one."""

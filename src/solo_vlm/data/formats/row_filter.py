@@ -14,7 +14,7 @@ from solo_vlm.utils.errors import SoloError
 
 
 def _alike(left: Any, right: Any) -> tuple[Any, Any]:
-    """Return a text and a number as two numbers, because CSV files have numbers; or raise TypeError."""
+    """Return both, and a text beside a number as a number, because CSV files have numbers as text."""
     if isinstance(left, str) is isinstance(right, str):
         return left, right
     text, other = (left, right) if isinstance(left, str) else (right, left)
@@ -27,9 +27,11 @@ def _alike(left: Any, right: Any) -> tuple[Any, Any]:
     return (number, other) if text is left else (other, number)
 
 
-def _is_equal(left: Any, right: Any) -> bool:
-    left, right = _alike(left, right)
-    return bool(left == right)
+def _compares(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], bool]:
+    return lambda left, right: bool(compare(*_alike(left, right)))
+
+
+_is_equal = _compares(operator.eq)
 
 
 def _is_in(item: Any, items: Any) -> bool:
@@ -38,17 +40,13 @@ def _is_in(item: Any, items: Any) -> bool:
     return any(_is_equal(item, each) for each in items if each is not None)
 
 
-def _ordered(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
-    return lambda left, right: compare(*_alike(left, right))
-
-
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Lt: _ordered(operator.lt),
-    ast.LtE: _ordered(operator.le),
-    ast.Gt: _ordered(operator.gt),
-    ast.GtE: _ordered(operator.ge),
+    ast.Lt: _compares(operator.lt),
+    ast.LtE: _compares(operator.le),
+    ast.Gt: _compares(operator.gt),
+    ast.GtE: _compares(operator.ge),
     ast.Eq: _is_equal,
-    ast.NotEq: lambda left, right: not _is_equal(left, right),
+    ast.NotEq: _compares(operator.ne),
     ast.In: _is_in,
     ast.NotIn: lambda item, items: not _is_in(item, items),
 }
@@ -130,10 +128,11 @@ def _value(node: ast.expr, row: Mapping[str, Any]) -> Any:
             return value if value == value else None  # NaN is pandas' None
         case ast.Tuple(elts=items) | ast.List(elts=items):
             return [_value(item, row) for item in items]
-        case ast.UnaryOp(op=op, operand=operand):
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            truth = _truth(_value(operand, row))
+            return None if truth is None else not truth
+        case ast.UnaryOp(operand=operand):
             value = _value(operand, row)
-            if isinstance(op, ast.Not):
-                return None if (truth := _truth(value)) is None else not truth
             return None if value is None else -value
         case ast.Call(args=[item]):
             value = _value(item, row)
@@ -150,14 +149,16 @@ def _value(node: ast.expr, row: Mapping[str, Any]) -> Any:
 def _compared(left: Any, op: ast.cmpop, right: Any) -> bool | None:
     if isinstance(op, ast.Is | ast.IsNot):
         return (left is None) is isinstance(op, ast.Is)
-    return None if left is None or right is None else bool(_COMPARISONS[type(op)](left, right))
+    return None if left is None or right is None else _COMPARISONS[type(op)](left, right)
 
 
 def _truth(value: Any) -> bool | None:
     """Return the truth of a condition, which may be a number, but no text: that of "false" would be true."""
-    if value is None or isinstance(value, bool | int | float):
-        return None if value is None else bool(value)
-    raise TypeError(f"a {type(value).__name__} is no condition: compare it")
+    if value is None:
+        return None
+    if not isinstance(value, int | float):
+        raise TypeError(f"a {type(value).__name__} is no condition: compare it")
+    return bool(value)
 
 
 def _combined(is_and: bool, values: list[bool | None]) -> bool | None:

@@ -97,24 +97,28 @@ class ArrowSource(RawSource):
 def _parse(content: bytes, delimiter: str) -> pa.Table:
     """Read a table whose columns are text, truth values, or numbers that lose nothing."""
 
-    def read(types: dict[str, pa.DataType]) -> pa.Table:
+    def read(types: dict[str, pa.DataType]) -> pa.Table:  # of the named columns; of all if there are none
         return csv.read_csv(
             BytesIO(content),
             parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=csv.ConvertOptions(column_types=types, null_values=[""]),
+            convert_options=csv.ConvertOptions(
+                column_types=types, include_columns=[*types], null_values=[""]
+            ),
         )
 
     table = read({})
     if len(set(table.column_names)) < table.num_columns:
         raise pa.ArrowInvalid("two columns have the same name")
     as_text = {field.name: pa.string() for field in table.schema if not _is_kept(field.type)}
-    written = read(as_text) if as_text else table
-    for place, (name, kind) in enumerate(zip(table.column_names, table.schema.types, strict=True)):
-        if name in as_text:
-            values = ["" if value is None else str(value) for value in table[name].to_pylist()]
-            is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-            if not is_number or values != written[name].to_pylist():
-                table = table.set_column(place, name, written[name])
+    if not as_text:
+        return table
+    for name, written in zip(as_text, read(as_text).columns, strict=True):
+        place = table.column_names.index(name)
+        kind = table.schema.types[place]
+        values = ["" if value is None else str(value) for value in table[name].to_pylist()]
+        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        if not is_number or values != written.to_pylist():
+            table = table.set_column(place, name, written)
     return table
 
 
