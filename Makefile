@@ -50,7 +50,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/solo_vlm/m
 	@echo "venv: 2/4 torch $(TORCH) from $(or $(TORCH_INDEX),pip's default index)"
 	@$(PIP) install -qq --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
 	@echo "venv: 3/4 solo-vlm and the packages of constraints.txt (takes minutes)"
-	@$(PIP) install -qq -c constraints.txt -e '.[train,eval,serve,science,dev]'
+	@$(PIP) install -qq -c constraints.txt -e '.[train,eval,serve,science,low-bit,dev]'
 	@echo "venv: 4/4 lmms-eval $(LMMS)"
 	@$(PIP) install -qq --no-deps lmms-eval==$(LMMS)
 	@touch $@
