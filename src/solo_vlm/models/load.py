@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,9 +48,10 @@ Quantization = Literal["int8", "nf4"]
 
 def model_without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the LLM of a SOLO model's or an LLM's configuration on the meta device."""
+    text_config = copy.deepcopy(config.get_text_config(decoder=True))  # which the model may change
     # Initialization must not advance the random state of a run.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(text_config)
     return model
 
 
