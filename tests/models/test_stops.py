@@ -1,4 +1,4 @@
-"""Answers end where the chat template ends them: the settings are completed, or refused."""
+"""Ends of answers: settings are completed from the chat template, or refused."""
 
 from __future__ import annotations
 
