@@ -52,8 +52,8 @@ def _settings(
         handlers=[RichHandler(console=STDERR, show_path=False)],
     )
     if not verbose:
-        # Where torchao is installed, transformers imports it with every model, and it then warns about kernels
-        # that this machine lacks and nothing here calls.
+        # If torchao is installed, transformers imports it with every model, and it warns about kernels that
+        # this machine lacks and nothing here calls.
         for name in ("torchao", "torch.utils._pytree"):
             logging.getLogger(name).setLevel(logging.ERROR)
     # An image file can cause hundreds of warnings, and a full pipe behind stderr blocks the process.

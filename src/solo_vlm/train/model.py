@@ -25,6 +25,7 @@ from solo_vlm.models.load import (
     quantization_config,
 )
 from solo_vlm.models.packed.isolation import isolate_documents
+from solo_vlm.models.stops import check_stops
 from solo_vlm.train.experts import prepare_biases
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.context_parallel import check_context_parallel, exchange_heads
@@ -51,6 +52,7 @@ def load_base_model(path: str | Path, recipe: Recipe | None = None) -> tuple[Pre
         device = None if "quantization_config" in options else "cpu"
         model = load_model(path, device=device, **options)
         check_processor(model.config, encoder.processor)
+        check_stops(path, model.generation_config, encoder.processor)
         return model, encoder.processor
     return load_llm(path, **options), encoder.processor
 
