@@ -167,6 +167,18 @@ def test_solo_gradients_survive_checkpointing(mode):
     assert same == pytest.approx(metrics)
 
 
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("family", ["dbrx", "jetmoe", "llama4_text"])
+def test_routers_that_do_not_return_their_choice_survive_checkpointing(family, mode):
+    def step(mode):
+        model = tiny_llm(family).train()
+        prepare_layers(model, mode)
+        isolate_documents(model)
+        return one_step(model, [row(DOCUMENTS, 48)], [42])[1]
+
+    torch.testing.assert_close(step(mode), step("none"))
+
+
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_layers_compile_to_one_graph(mode, monkeypatch):
     """Recording neither breaks the graph of a layer nor makes one per layer."""

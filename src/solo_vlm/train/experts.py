@@ -217,7 +217,7 @@ class ExpertRouting:
         ]
         # Routers that do not return their choice choose by the logits (DBRX, JetMoe, Llama 4). It is kept in
         # the module, because compiled layers would be specialized to the length of a common list.
-        routed = logits, chosen[0] if chosen else logits.topk(self._top_k).indices
+        routed = logits, chosen[0] if chosen else logits.detach().topk(self._top_k).indices
         router.routed = routed  # type: ignore[assignment]
 
 
