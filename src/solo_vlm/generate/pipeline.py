@@ -36,7 +36,6 @@ from solo_vlm.models.load import (
     load_model,
     load_processor,
     quantization_config,
-    stop_ids,
 )
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
 from solo_vlm.models.solo.modeling_solo import (
@@ -45,6 +44,7 @@ from solo_vlm.models.solo.modeling_solo import (
     takes_dynamic_cache,
 )
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, Message, SoloProcessor
+from solo_vlm.models.stops import check_stops, complete_generation, stop_ids
 from solo_vlm.utils.errors import SoloError
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class GenerationPipeline:
                 decoder.model_type,
             )
             prefix_cache = None
-        model.generation_config.eos_token_id = stop_ids(model.generation_config, processor)
+        complete_generation(model.generation_config, model.config, processor)
         self.model = model
         self.processor = processor
         self.prefix_cache = prefix_cache
@@ -177,13 +177,16 @@ class GenerationPipeline:
             prefix_cache, compile: See the class.
 
         Raises:
-            SoloError: The path has no readable SOLO model, or the options are incompatible.
+            SoloError: The path has no readable SOLO model, its settings would cut its answers short or let
+                them never end, or the options are incompatible.
         """
         settings = None
         if quantize:
             compute_dtype = load_config(path).dtype if dtype == "auto" else getattr(torch, dtype)
             settings = quantization_config(quantize, compute_dtype or torch.float32)
-        return cls(load_model(path, dtype, device, settings), load_processor(path), prefix_cache, compile)
+        model, processor = load_model(path, dtype, device, settings), load_processor(path)
+        check_stops(path, model.generation_config, processor)
+        return cls(model, processor, prefix_cache, compile)
 
     def answer(self, chats: Sequence[list[Message]], max_new_tokens: int = 128) -> list[str]:
         """Answer several chats, in one batch if that does not change their answers."""

@@ -37,6 +37,7 @@ from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.original_solo import is_original
 from solo_vlm.models.solo.processing_solo import SoloProcessor
+from solo_vlm.models.stops import complete_generation, stop_ids
 from solo_vlm.utils.errors import SoloError, first_line
 
 PATCH_EMBEDDING = "embed_vision_patch"
@@ -283,7 +284,7 @@ def save_model(folder: Path, model: PreTrainedModel, processor: Any, **options: 
     """Save a model with its processor, or an LLM with its tokenizer, for generation in any software.
 
     The saved tokenizer pads on the left, and the saved generation config stops where the chat template ends a
-    turn.
+    turn, or where an LLM's documents end.
 
     Args:
         folder: Existing folder.
@@ -291,8 +292,11 @@ def save_model(folder: Path, model: PreTrainedModel, processor: Any, **options: 
         processor: Processor of the SOLO model, or tokenizer of the LLM.
         **options: Options of `PreTrainedModel.save_pretrained`.
     """
+    settings = model.generation_config
     if isinstance(processor, SoloProcessor):
-        model.generation_config.eos_token_id = stop_ids(model.generation_config, processor)
+        complete_generation(settings, model.config, processor)
+    elif processor.eos_token_id not in (ends := stop_ids(settings)):
+        settings.eos_token_id = [*ends, processor.eos_token_id]
     pad_left(getattr(processor, "tokenizer", processor))
     model.save_pretrained(folder, **options)
     processor.save_pretrained(folder)
@@ -301,15 +305,3 @@ def save_model(folder: Path, model: PreTrainedModel, processor: Any, **options: 
 def pad_left(tokenizer: Any) -> None:
     """Make a tokenizer pad on the left, also after saving and loading (which keep `init_kwargs`)."""
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-
-
-def stop_ids(settings: Any, processor: SoloProcessor | None = None) -> list[int]:
-    """Return the IDs of all tokens that end an answer.
-
-    Args:
-        settings: `GenerationConfig` or model configuration, with `eos_token_id`.
-        processor: Processor whose EOS token and end-of-turn tokens are added.
-    """
-    ids = getattr(settings, "eos_token_id", None)
-    own = [ids] if isinstance(ids, int) else list(ids or [])
-    return list(dict.fromkeys([*own, *(processor.end_of_turn_ids if processor else [])]))
