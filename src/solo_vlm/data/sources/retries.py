@@ -18,7 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _ATTEMPTS = 5
-_ATTEMPTS_AT_START = 2  # to reach a host that refuses connections or has no address
+_ATTEMPTS_AT_START = 2  # to reach a host that has no address or accepts no connections
 _LONGEST = 180.0  # seconds after which no further attempt begins, unless a server asks for a longer wait
 _LONGEST_ASKED = 300.0  # seconds that Retry-After may ask for: the hub counts requests by five minutes
 _LONGEST_NAME = 200
@@ -127,7 +127,7 @@ def is_system_error(error: OSError) -> bool:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Return whether a host has no address, or refuses connections."""
+    """Return whether a host has no address, or accepts no connections."""
     return any(
         isinstance(cause, ConnectionRefusedError | socket.gaierror) or type(cause).__name__ in _UNREACHABLE
         for cause in _causes(error)
