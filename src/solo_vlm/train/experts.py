@@ -256,7 +256,7 @@ def prepare_biases(model: PreTrainedModel, is_updated: bool) -> None:
 def _find_biases(model: PreTrainedModel) -> dict[nn.Module, str]:
     """Map routers to the names of the biases that balance their experts; some families have it beside.
 
-    Not those of LongCat-Flash and Zaya: they also decide how many tokens skip the experts, not an equal share.
+    Not those of LongCat-Flash and Zaya, which also decide how many tokens skip the experts.
     """
     names = {module: name for name, module in model.named_modules()}
     found: dict[nn.Module, str] = {}
