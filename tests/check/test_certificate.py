@@ -262,8 +262,8 @@ def test_template_that_drops_the_system_message_is_found(probe):
     template = "{%- set messages = messages | rejectattr('role', 'equalto', 'system') | list -%}"
     probe.encoder.processor.chat_template = template + probe.encoder.processor.chat_template
     found = failures(probe)
-    assert found.keys() == {"supervision"}
-    assert "leaves out system messages" in found["supervision"].detail
+    assert found.keys() == {"template"}
+    assert found["template"].detail.startswith("leaves out the system message of a chat (system, user)")
 
 
 def test_padding_on_the_right_is_found(probe):
@@ -307,7 +307,7 @@ def test_error_inside_a_model_is_one_finding(probe, monkeypatch):
     monkeypatch.setattr(probe.model.model.language_model.layers[0], "forward", broken)
     found = failures(probe)
     assert found["causality"].detail == "RuntimeError: no kernel"
-    assert found.keys() == set(PROPERTIES) - {"text_logits", "settings", "supervision", "patches"}
+    assert found.keys() == set(PROPERTIES) - {"text_logits", "settings", "template", "supervision", "patches"}
 
 
 def test_packing_that_is_not_exact_is_rejected_before_training(probe, monkeypatch):

@@ -88,18 +88,24 @@ def test_packed_documents_that_only_transformers_mixes_are_a_difference():
     assert found["packing_by_transformers"].layer == "layer 0 (Qwen2VLDecoderLayer)"
 
 
-def test_image_text_folder_is_checked_with_its_processor(tmp_path):
+def make_llava(folder, chat_template=None):
+    """Write the folder of a tiny LLaVA with its processor."""
     tokenizer = train_tokenizer([*TEXTS, "Which letters are here?"], 320)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = LlavaProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default")
+    processor = LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=chat_template
+    )
     processor.num_additional_image_tokens = 1  # CLIP's class token
     model = make_model("llava", image_token_id=image_token_id)
     model.resize_token_embeddings(512)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
+
+def test_image_text_folder_is_checked_with_its_processor(tmp_path):
+    make_llava(tmp_path)
     probe = load_probe(str(tmp_path))
     found = findings(probe)
     assert found["patches"].detail == "another image changes the 16 image tokens, and no other place"

@@ -36,7 +36,7 @@ def test_plain_llm_has_no_patches(run, llm_folder):
     found = json.loads(out)
     assert (code, found["kind"]) == (0, "LLM (qwen3)")
     skipped = {name for name, each in found["properties"].items() if each["status"] == "skipped"}
-    assert skipped == {"text_logits", "patches", "saving"}
+    assert skipped == {"text_logits", "template", "patches", "saving"}
 
 
 def test_failed_property_ends_with_exit_code_1(run, tmp_path):

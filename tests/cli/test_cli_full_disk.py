@@ -144,6 +144,26 @@ def test_full_disk_during_a_checkpoint_keeps_earlier_checkpoints(run, inputs, sm
     assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
 
 
+def test_small_shared_memory_is_a_one_line_error_and_the_run_resumes_with_more(inputs, small_disk, tmp_path):
+    """As in a container, whose /dev/shm has 64 MB by default."""
+    command = [sys.executable, "-m", "solo_vlm", "train", inputs / "recipe.yaml", f"out={tmp_path}/run"]
+    in_container = f'mount --bind {small_disk.folder} /dev/shm && exec "$@"'
+    small_disk.resize("96k")
+    for code in (2, 0):
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", in_container, "sh", *command, "data.workers=2"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == code, done.stderr
+        if code:
+            assert "Traceback" not in done.stderr
+            assert done.stderr.splitlines()[-1].startswith("solo: shared memory (/dev/shm) is too small")
+        small_disk.resize("64m")
+    assert [line["step"] for line in read_steps(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_full_standard_output_is_a_one_line_error():
     with Path("/dev/full").open("wb") as full:

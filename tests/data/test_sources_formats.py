@@ -18,8 +18,7 @@ from tests.factories import png, tar_bytes
 
 from solo_vlm.data.sample import FilteredRow, SampleError
 from solo_vlm.data.sources import open_source
-from solo_vlm.data.sources.files import DataFile, Limits
-from solo_vlm.data.sources.tables import CsvSource
+from solo_vlm.data.sources.files import Limits
 from solo_vlm.utils.errors import SoloError
 
 Rows = list[dict[str, Any]]
@@ -235,39 +234,6 @@ def test_folder_of_images_has_captions_of_a_metadata_file(tmp_path, photo, file,
         f"a:<{tmp_path}/{photo}>A cat, with\na hat.",
         f"a:<{tmp_path}/{photo}>A cat.",
     ]
-
-
-def test_columns_of_csv_keep_what_they_are_written_as(tmp_path):
-    """Numbers only where nothing is lost: an answer of 007 or 1.50 stays."""
-    columns = {
-        "int": ("7", "-12", ""),
-        "zeros": ("007", "8", "9"),
-        "float": ("0.5", "3.0", "1e+20"),
-        "price": ("1.50", "2.25", "3.0"),
-        "date": ("2026-01-01", "2026-01-02", "2026-01-03"),
-        "flag": ("true", "false", "true"),
-        "missing": ("NA", "3", "null"),
-        "text": ("a", "", "None"),
-    }
-    rows = [",".join(columns), *(",".join(row) for row in zip(*columns.values(), strict=True))]
-    file = tmp_path / "x.csv"
-    file.write_text("\n".join(rows))
-    read = [*CsvSource("x", [DataFile(str(file), file.stat().st_size)]).read(0)]
-    typed = {"int": [7, -12, None], "float": [0.5, 3.0, 1e20], "flag": [True, False, True]}
-    for name, written in columns.items():
-        assert [row[name] for row in read] == typed.get(name, [*written]), name
-
-
-def test_tables_are_read(tmp_path, photo):
-    (tmp_path / "x.tsv").write_text(f"picture\ttitle\tstars\n{photo}\tA cat.\t4\n{photo}\tA dog.\t2\n")
-    options: dict[str, Any] = {"columns": {"image": "picture", "text": "title"}, "filter": "stars >= 3"}
-    rows = open_source(tmp_path / "x.tsv", format="auto", **options).read(0)
-    assert shown(rows[0]) == f"a:<{tmp_path}/{photo}>A cat."
-    with pytest.raises(FilteredRow):
-        rows[1]
-    (tmp_path / "x.csv").write_text("image,text\na.png\n")
-    with pytest.raises(SoloError, match=r"x\.csv is not a readable table"):
-        open_source(tmp_path / "x.csv", format="auto")
 
 
 def test_labels_have_the_names_of_their_classes(tmp_path):

@@ -22,7 +22,7 @@ def test_published_folder_pads_left_and_stops_at_end_of_answer(tmp_path, has_gen
     )
     generation_config = tmp_path / "model/generation_config.json"
     if has_generation_config:
-        generation_config.write_text(json.dumps({"eos_token_id": 7, "suppress_tokens": [3]}))
+        generation_config.write_text(json.dumps({"eos_token_id": 0, "suppress_tokens": [9]}))
     else:
         generation_config.unlink()
     (tmp_path / "published").mkdir()
@@ -31,8 +31,9 @@ def test_published_folder_pads_left_and_stops_at_end_of_answer(tmp_path, has_gen
     assert settings["padding_side"] == "left"
     generation = GenerationConfig.from_pretrained(tmp_path / "published")
     eos = solo.processor.tokenizer.eos_token_id
-    assert generation.eos_token_id == ([7, eos] if has_generation_config else [eos])
-    assert generation.suppress_tokens == ([3] if has_generation_config else None)
+    assert generation.eos_token_id == ([0, eos] if has_generation_config else [eos])
+    own = {9} if has_generation_config else set()
+    assert set(generation.suppress_tokens) == own | set(solo.model.generation_config.suppress_tokens)
     assert json.loads(tokenizer_config.read_text())["padding_side"] == "right"  # unchanged
 
 

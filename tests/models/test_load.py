@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.from_llm import ImageDesign, compose, from_llm
-from solo_vlm.models.load import decoder_layers, load_model, save_model, stop_ids
+from solo_vlm.models.load import decoder_layers, load_model, save_model
 from solo_vlm.train.model import load_base_model
 from solo_vlm.utils.errors import SoloError
 
@@ -97,15 +97,6 @@ def test_plain_llm_is_saved_with_left_padding(tmp_path):
     tokenizer.padding_side = "right"
     save_model(tmp_path, llm, tokenizer)
     assert padding_side(tmp_path) == "left"
-
-
-def test_stop_ids_are_unique(solo):
-    eos = solo.processor.tokenizer.eos_token_id
-    settings = type("Settings", (), {"eos_token_id": eos})
-    assert stop_ids(settings) == [eos]
-    assert stop_ids(settings, solo.processor) == [eos]
-    assert stop_ids(type("Settings", (), {"eos_token_id": [7, eos]}), solo.processor) == [7, eos]
-    assert stop_ids(object()) == []
 
 
 def edit_config(folder: Path, **settings) -> None:

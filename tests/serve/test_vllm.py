@@ -67,6 +67,19 @@ def test_decoder_whose_logits_vllm_would_change_is_rejected(tmp_path, run, famil
     assert f"vLLM does not apply {part} of {family} models" in error
 
 
+@pytest.mark.parametrize(
+    ("ends", "fault"),
+    [(None, "lacks '</s>' (1), where answers end: add it"), ([1, 50], "has 'O' (50), where no answer ends")],
+    ids=str,
+)
+def test_settings_by_which_vllm_would_end_answers_wrongly_are_rejected(tmp_path, run, ends, fault):
+    make_solo().save(tmp_path / "model")
+    settings = tmp_path / "model" / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": ends}))
+    code, _, error = run("serve", "--model", tmp_path / "model", "--engine", "vllm")
+    assert (code, fault in " ".join(error.split())) == (2, True)
+
+
 # ------------------------------------------------------------------------------------- with vLLM installed
 
 

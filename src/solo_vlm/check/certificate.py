@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from solo_vlm.check import properties
+from solo_vlm.check.chats import template
 from solo_vlm.check.probe import SHORT, TOLERANCES, Probe
 from solo_vlm.check.properties import Finding
 from solo_vlm.check.settings import settings
@@ -23,6 +24,7 @@ from solo_vlm.utils.errors import SoloError, first_line
 PROPERTIES: dict[str, tuple[str, Callable[[Probe], Finding]]] = {
     "text_logits": ("text logits equal the LLM's", properties.text_logits),
     "settings": ("settings fit tokenizer and LLM", settings),
+    "template": ("chat template writes every turn", template),
     "causality": ("no future token is visible", properties.causality),
     "packing": ("packed equals alone: training", properties.packing),
     "packing_by_transformers": ("packed equals alone: transformers", properties.packing_by_transformers),
@@ -36,7 +38,7 @@ PROPERTIES: dict[str, tuple[str, Callable[[Probe], Finding]]] = {
 }
 """Title and function of each property, in order."""
 
-OF_INIT = ("supervision", "patches")
+OF_INIT = ("settings", "template", "supervision", "patches")
 """What making a SOLO model can break, apart from text logits; needs no pass through the decoder."""
 
 OF_FAMILY = ("causality", "packing", "batching", "caching", "gradients")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -77,6 +78,11 @@ class Probe:
         """Whether tokens of a prompt attend to later ones by design, as in PaliGemma."""
         settings = self.model.config.get_text_config()
         return self.is_foreign and getattr(settings, "use_bidirectional_attention", None) is True
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; None without one."""
+        return self.encoder.tokenizer if self.encoder else getattr(self.processor, "tokenizer", None)
 
     @cached_property
     def image_inputs(self) -> dict[str, Any] | None:
@@ -163,7 +169,7 @@ def changed_after(document: Document, cut: int, config: PreTrainedConfig) -> Doc
 def make_samples(encoder: Encoder) -> list[Sample]:
     """Return a conversation, with images where the encoder sees them, and a document.
 
-    A system message is left out where the chat template rejects it.
+    A system message, or the conversation, is left out where the chat template rejects it.
     """
     document = Sample([_message("assistant", _ANSWERS[0])], [])
     if not encoder.sees_images:
@@ -176,11 +182,11 @@ def make_samples(encoder: Encoder) -> list[Sample]:
         _message("assistant", _ANSWERS[1]),
     ]
     chat = Sample([_message("system", _SYSTEM), *turns], images)
-    try:
-        encoder(chat)
-    except SampleError:
-        chat = Sample(turns, images)
-    return [chat, document]
+    for sample in (chat, Sample(turns, images)):
+        with suppress(SampleError):
+            encoder(sample)
+            return [sample, document]
+    return [document]
 
 
 def make_images(image_processor: Any) -> list[NDArray[np.uint8]]:

@@ -35,7 +35,8 @@ from solo_vlm.data.sample import Sample
 from solo_vlm.generate.cache import PrefixCache
 from solo_vlm.generate.pipeline import GenerationPipeline
 from solo_vlm.models.checks import check_processor
-from solo_vlm.models.load import save_model, stop_ids
+from solo_vlm.models.load import save_model
+from solo_vlm.models.stops import stop_ids
 from solo_vlm.utils.errors import SoloError
 
 Status = Literal["holds", "fails", "differs", "skipped"]
@@ -367,8 +368,6 @@ def _label_fault(probe: Probe) -> str | None:
     assert probe.encoder
     tokenizer, ends = probe.encoder.tokenizer, set(stop_ids(probe.model.generation_config))
     ends |= {tokenizer.eos_token_id, *getattr(probe.encoder.processor, "end_of_turn_ids", ())}
-    if getattr(probe.encoder.processor, "drops_system", False):
-        return "the chat template leaves out system messages; make it write them, or call raise_exception"
     for sample, document in zip(probe.samples, probe.encoded, strict=True):
         supervised = document.labels != IGNORE_INDEX
         if not np.array_equal(document.labels[supervised], document.input_ids[supervised]):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import numpy as np
 
+from solo_vlm.check.chats import answer_ends
 from solo_vlm.check.probe import Probe
 from solo_vlm.check.properties import Finding
-from solo_vlm.models.load import stop_ids
+from solo_vlm.models.stops import forbidden_ids, named, stop_fault, stop_ids, unused_ids
 
 # What making a SOLO model of an LLM changes, and what no output depends on.
 _FREE = {
     *("vocab_size", "tie_word_embeddings", "dtype", "architectures", "transformers_version", "use_cache"),
     *("bos_token_id", "eos_token_id", "output_router_logits", "initializer_range"),
 }
+_SHARED = ("begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "sequence_bias")
 
 
 def settings(probe: Probe) -> Finding:
@@ -22,44 +23,62 @@ def settings(probe: Probe) -> Finding:
     Nothing that is computed shows them on short texts: they decide where answers end, which tokens they can
     have, and what happens beyond a window or a context.
     """
-    if not probe.encoder:
+    if probe.tokenizer is None:
         return Finding("skipped", "no tokenizer")
-    if fault := _fault_of_generation(probe) or _fault_of_decoder(probe):
-        return Finding("fails" if probe.sees_images else "differs", fault)
-    ends = probe.encoder.tokenizer.convert_ids_to_tokens(stop_ids(probe.model.generation_config))
-    note = "; the LLM's settings" if probe.llm else ""
-    return Finding("holds", f"answers end at {' '.join(ends)}{note}")
+    gap = _gap(probe)
+    if gap and probe.sees_images:
+        return Finding("fails", gap)
+    if fault := _fault_of_stops(probe) or _fault_of_forbidden(probe) or _fault_of_llm(probe):
+        return Finding("fails", fault)
+    if gap:
+        return Finding("differs", f"{gap} (solo init does)")
+    ends = stop_ids(probe.model.generation_config)
+    notes = [f"answers end at {' '.join(probe.tokenizer.convert_ids_to_tokens(ends))}"]
+    if probe.tokenizer.pad_token_id in ends:
+        notes.append("padding is such an end")
+    if more := forbidden_ids(probe.model.generation_config) - _without_text(probe):
+        notes.append(f"{len(more)} tokens of text are forbidden")
+    return Finding("holds", "; ".join([*notes, *["the LLM's settings"] * (probe.llm is not None)]))
 
 
-def _fault_of_generation(probe: Probe) -> str | None:
-    """Return which tokens of generation_config.json contradict the tokenizer and its chat template."""
-    assert probe.encoder
-    generation, tokenizer = probe.model.generation_config, probe.encoder.tokenizer
-    rows = probe.model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        return f"the tokenizer has {len(tokenizer):,} tokens, the model's embedding {rows:,}"
-    ends = set(stop_ids(generation))
-    needed = {*getattr(probe.encoder.processor, "end_of_turn_ids", ()), tokenizer.eos_token_id}
-    known = needed | tokenizer.added_tokens_decoder.keys() - set(probe.encoder.vision_ids.tolist())
-    known |= set(stop_ids(probe.llm.generation_config)) if probe.llm else set()
-    if missing := sorted(needed - ends):
-        return f"eos_token_id lacks {_named(tokenizer, missing)}, where the chat template ends answers"
-    if others := sorted(ends - known):
-        return f"eos_token_id has {_named(tokenizer, others)}, where no answer ends"
-    if not probe.sees_images:
+def _fault_of_stops(probe: Probe) -> str | None:
+    """Return which stop token would cut answers or is forbidden, or which answers cannot end."""
+    generation, rows = probe.model.generation_config, _rows(probe)
+    if beyond := [end for end in stop_ids(generation) if not 0 <= end < rows]:
+        return f"eos_token_id = {beyond[0]} is not in the vocabulary of {rows:,} tokens: remove it"
+    if stops := _without_text(probe) & set(stop_ids(generation)):
+        return f"eos_token_id has {named(probe.tokenizer, stops)}, where no answer ends: remove it"
+    if fault := stop_fault(generation, probe.tokenizer, answer_ends(probe)):
+        return fault
+    for name in ("min_length", "min_new_tokens"):
+        if value := getattr(generation, name):
+            return f"{name} = {value} of generation_config.json lets no answer end before: remove it"
+    return None
+
+
+def _fault_of_forbidden(probe: Probe) -> str | None:
+    """Return which token is forbidden though answers or the LLM have it, or only the LLM forbids."""
+    generation, tokenizer = probe.model.generation_config, probe.tokenizer
+    forbidden = forbidden_ids(generation)
+    for document in probe.encoded:
+        if needed := forbidden & set(document.labels[document.labels >= 0].tolist()):
+            what = f"suppress_tokens or bad_words_ids has {named(tokenizer, needed)}"
+            return f"{what}, which answers need: remove it"
+    if probe.llm is None:
         return None
-    for name in ("bos_token_id", "pad_token_id"):
-        if getattr(generation, name) not in (None, own := getattr(tokenizer, name)):
-            return f"{name} = {getattr(generation, name)}, but the tokenizer's is {own}"
-    suppressed = set(generation.suppress_tokens or [])
-    images = set(probe.encoder.vision_ids.tolist()) | set(range(len(tokenizer), rows))
-    if missing := sorted(images - suppressed - ends):
-        what = f"suppress_tokens lacks {_named(tokenizer, missing)}"
-        return f"{what}: answers may have tokens of images, or rows of padding"
-    return f"suppress_tokens has {_named(tokenizer, both)}, an end" if (both := ends & suppressed) else None
+    own = forbidden_ids(probe.llm.generation_config)
+    if lost := own - forbidden:
+        return f"suppress_tokens lacks {named(tokenizer, lost)}, which the LLM never answers: add it"
+    if more := forbidden - own - _without_text(probe):
+        return f"suppress_tokens has {named(tokenizer, more)}, which the LLM may answer: remove it"
+    for name in _SHARED:
+        ours, others = (getattr(each, name) for each in (generation, probe.llm.generation_config))
+        if ours != others:
+            return f"{name} = {ours} in generation_config.json, but {others} in the LLM's: copy it"
+    return None
 
 
-def _fault_of_decoder(probe: Probe) -> str | None:
+def _fault_of_llm(probe: Probe) -> str | None:
     """Return which setting of the decoder is not that of the LLM it was made of."""
     if probe.llm is None:
         return None
@@ -71,7 +90,36 @@ def _fault_of_decoder(probe: Probe) -> str | None:
     return None
 
 
-def _named(tokenizer: Any, ids: Iterable[int]) -> str:
-    first, *others = sorted(ids)
-    token = tokenizer.convert_ids_to_tokens(first) or "a token of no text"
-    return f"{token!r} ({first})" + (f" and {len(others)} more" if others else "")
+def _gap(probe: Probe) -> str | None:
+    """Return what generation_config.json and config.json lack for the tokenizer and its chat template."""
+    generation, tokenizer, rows = probe.model.generation_config, probe.tokenizer, _rows(probe)
+    if (largest := max(tokenizer.get_vocab().values())) >= rows:
+        return f"the tokenizer has {largest + 1:,} tokens, the model's embedding {rows:,}"
+    ends = set(stop_ids(generation))
+    if missing := answer_ends(probe) - ends:
+        what = f"eos_token_id lacks {named(tokenizer, missing)}, where the chat template ends answers"
+        return f"{what}: add it to generation_config.json"
+    if not probe.sees_images:
+        return None
+    if others := set(stop_ids(probe.model.config.get_text_config())) - ends:
+        what = f"eos_token_id of config.json has {named(tokenizer, others)}, but that of"
+        return f"{what} generation_config.json does not: make them agree"
+    for name in ("bos_token_id", "pad_token_id"):
+        if getattr(generation, name) not in (None, own := getattr(tokenizer, name)):
+            return f"{name} = {getattr(generation, name)}, but the tokenizer's is {own}"
+    if tokenizer.pad_token_id in probe.model.config.vision_token_ids:
+        return f"the padding token {tokenizer.pad_token!r} is one of images: set another pad_token"
+    if missing := _without_text(probe) - forbidden_ids(generation) - ends:
+        what = f"suppress_tokens lacks {named(tokenizer, missing)}"
+        return f"{what}: answers may have tokens of images, or rows of padding"
+    return None
+
+
+def _without_text(probe: Probe) -> set[int]:
+    """Return the IDs that stand for no text: tokens of images, and rows of padding."""
+    images = probe.encoder.vision_ids if probe.encoder else np.empty(0, int)
+    return set(images.tolist()) | unused_ids(probe.tokenizer, _rows(probe))
+
+
+def _rows(probe: Probe) -> int:
+    return int(probe.model.get_input_embeddings().num_embeddings)

@@ -51,9 +51,10 @@ def _settings(
         format="%(message)s",
         handlers=[RichHandler(console=STDERR, show_path=False)],
     )
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
     if not verbose:
-        # Where torchao is installed, transformers imports it with every model, and it then warns about kernels
-        # that this machine lacks and nothing here calls.
+        # If torchao is installed, transformers imports it with every model, and it warns about kernels that
+        # this machine lacks and nothing here calls.
         for name in ("torchao", "torch.utils._pytree"):
             logging.getLogger(name).setLevel(logging.ERROR)
     # An image file can cause hundreds of warnings, and a full pipe behind stderr blocks the process.

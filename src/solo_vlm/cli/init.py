@@ -55,9 +55,9 @@ def init(
     quiet_libraries()
     from solo_vlm.models.checks import check_weights
     from solo_vlm.models.from_llm import ImageDesign, from_llm
-    from solo_vlm.models.load import stop_ids
     from solo_vlm.models.solo.configuration_solo import SoloConfig
     from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+    from solo_vlm.models.stops import stop_ids
     from solo_vlm.utils.files import check_new
 
     check_new(out)

@@ -75,13 +75,14 @@ def serve(
     name = name or Path(model).resolve().name
     api_keys = _api_keys(api_key_file, host)
     if engine == "vllm":
-        from solo_vlm.serve.vllm import check_design, exec_vllm, vllm_command
+        from solo_vlm.serve.vllm import check_design, check_ends, exec_vllm, vllm_command
 
         if device or quantize or prefix_cache not in (0, _PREFIX_CACHE_GB):
             raise SoloError(
                 "--engine vllm supports neither --device nor --quantize, and --prefix-cache only as 0"
             )
         check_design(model)
+        check_ends(model)
         command = vllm_command(model, name, host, port, Limits(**limits), dtype, prefix_cache > 0)
         exec_vllm([*command, *(vllm or [])], api_keys)
     if vllm:

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from solo_vlm.convert.checkpoint_files import PlannedTensor, StoredTensor, write_checkpoint
-from solo_vlm.models.load import stop_ids
 from solo_vlm.models.original import copy_sentencepiece, original_generation_config, original_processor
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.processing_solo import ImageLayout
+from solo_vlm.models.stops import complete_generation
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import new_folder
 
@@ -115,7 +115,7 @@ def write_model_folder(
         generation = original_generation_config(config)
         if tokenizer is not None:
             processor = original_processor(tokenizer, config.vision_patch_size, layout)
-            generation.eos_token_id = stop_ids(generation, processor)
+            complete_generation(generation, config, processor)
             processor.save_pretrained(folder)
             copy_sentencepiece(tokenizer_folder, folder)
         generation.save_pretrained(folder)

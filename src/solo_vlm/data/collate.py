@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from solo_vlm.data.encode import IGNORE_INDEX, Document
 from solo_vlm.models.solo.positions_solo import image_layout
@@ -70,18 +71,31 @@ def collate(
     position_ids = np.arange(length, dtype=np.int64) - np.repeat(boundaries[:-1], lengths)
     cu_seq_lens = torch.from_numpy(boundaries)
     patches = [document.pixel_values for document in documents] or [np.empty((0, patch_dim), np.uint8)]
+    pixel_values = _new_patches(sum(map(len, patches)), patches[0].shape[1])
+    np.concatenate(patches, out=pixel_values.numpy())
     grids = [document.image_grid_thw for document in documents] or [np.empty((0, 3), np.int64)]
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids)[None],
         labels=torch.from_numpy(labels)[None],
         position_ids=torch.from_numpy(position_ids)[None],
-        pixel_values=torch.from_numpy(np.concatenate(patches)),
+        pixel_values=pixel_values,
         image_grid_thw=torch.from_numpy(np.concatenate(grids)),
         cu_seq_lens_q=cu_seq_lens,
         cu_seq_lens_k=cu_seq_lens,
         max_length_q=max(lengths),
         max_length_k=max(lengths),
     )
+
+
+def _new_patches(count: int, dim: int) -> Tensor:
+    """Return a new tensor (count, dim) uint8; in a worker, in the shared memory that takes it to training.
+
+    Moving it there later would write each of its pages a second time.
+    """
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty((count, dim), np.uint8))  # of huge pages, unlike torch's
+    storage = torch.UntypedStorage._new_shared(count * dim)  # as torch's own collation does
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(count, dim)
 
 
 def model_inputs(

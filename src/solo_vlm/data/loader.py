@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from solo_vlm.data.collate import PackedBatch, collate, num_supervised_tokens
 from solo_vlm.data.sources import Source, fingerprints, is_same_data
-from solo_vlm.data.sources.files import is_read_failure
 from solo_vlm.data.sources.hub import HubPath
+from solo_vlm.data.sources.retries import is_read_failure
 from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
 from solo_vlm.models.solo.processing_solo import num_vision_tokens
 from solo_vlm.utils.errors import SoloError, first_line
@@ -283,6 +283,13 @@ class _Slot:
     keys: Sequence[Key] = ()
     skipped: Sequence[dict[str, str]] = ()
 
+    def share_memory(self) -> _Slot:
+        """Move the tensors to shared memory, where they are not yet."""
+        for value in (self.batch or {}).values():
+            if isinstance(value, Tensor):
+                value.share_memory_()
+        return self
+
     def pin_memory(self) -> _Slot:
         """Pin the tensors; called by DataLoader."""
         if self.batch is None:
@@ -322,16 +329,24 @@ class _Slots(IterableDataset[_Slot | SoloError]):
         if worker:
             _end_with(self._reader_for)
         mine = self._order[worker.id :: worker.num_workers] if worker else self._order
+        slots = self._in_turn([self._slots_of(stream) for stream in mine])
         try:
-            yield from self._in_turn([self._slots_of(stream) for stream in mine])
+            # Here, because DataLoader would do it in a thread whose errors nobody receives.
+            yield from map(_Slot.share_memory, slots) if worker else slots
         except SoloError as error:  # raised by the loader: DataLoader would wrap it in a worker's traceback
             yield error
         except Exception as error:
-            if not is_read_failure(error):
+            if is_read_failure(error):
+                yield SoloError(
+                    f"cannot read the data: {first_line(error)}; run the same command again to resume"
+                )
+            elif isinstance(error, RuntimeError) and "shared memory" in str(error):
+                yield SoloError(
+                    "shared memory (/dev/shm) is too small for the packed sequences that workers prepare: "
+                    "enlarge it, as with 'docker run --shm-size 16g', or set data.workers to fewer, or to 0"
+                )
+            else:
                 raise
-            yield SoloError(
-                f"cannot read the data: {first_line(error)}; run the same command again to resume"
-            )
 
     def _in_turn(self, streams: list[Iterator[_Slot]]) -> Iterator[_Slot]:
         """Yield one slot per stream, round robin, with threads working on the next ones."""

@@ -36,15 +36,15 @@ from solo_vlm.models.load import (
     load_model,
     load_processor,
     quantization_config,
-    stop_ids,
 )
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
 from solo_vlm.models.solo.modeling_solo import (
     SoloForConditionalGeneration,
-    long_rope_length,
+    long_rope_lengths,
     takes_dynamic_cache,
 )
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, Message, SoloProcessor
+from solo_vlm.models.stops import check_stops, complete_generation, stop_ids
 from solo_vlm.utils.errors import SoloError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 MIN_TEMPERATURE = 1e-4  # dividing logits by less would overflow
 _SORT_WINDOW = 16  # batches sorted by length together; their images are in memory at the same time
 _ROWS_PER_CHAT = ("num_beams", "num_return_sequences")  # options by which `generate` repeats a prompt
+# Places in a row from which Llama 4 and Inkling scale scores by the place, which counts padding.
+_PLACES_WITHOUT_SCALE = ("floor_scale", "log_scaling_n_floor")
 _PREFETCH = 4  # batches encoded ahead of the model
 
 T = TypeVar("T")
@@ -149,7 +151,7 @@ class GenerationPipeline:
                 decoder.model_type,
             )
             prefix_cache = None
-        model.generation_config.eos_token_id = stop_ids(model.generation_config, processor)
+        complete_generation(model.generation_config, model.config, processor)
         self.model = model
         self.processor = processor
         self.prefix_cache = prefix_cache
@@ -177,13 +179,16 @@ class GenerationPipeline:
             prefix_cache, compile: See the class.
 
         Raises:
-            SoloError: The path has no readable SOLO model, or the options are incompatible.
+            SoloError: The path has no readable SOLO model, its settings would cut its answers short or let
+                them never end, or the options are incompatible.
         """
         settings = None
         if quantize:
             compute_dtype = load_config(path).dtype if dtype == "auto" else getattr(torch, dtype)
             settings = quantization_config(quantize, compute_dtype or torch.float32)
-        return cls(load_model(path, dtype, device, settings), load_processor(path), prefix_cache, compile)
+        model, processor = load_model(path, dtype, device, settings), load_processor(path)
+        check_stops(path, model.generation_config, processor)
+        return cls(model, processor, prefix_cache, compile)
 
     def answer(self, chats: Sequence[list[Message]], max_new_tokens: int = 128) -> list[str]:
         """Answer several chats, in one batch if that does not change their answers."""
@@ -341,12 +346,18 @@ class GenerationPipeline:
         Args:
             length: Tokens of the longest prompt and answer together.
         """
-        return self.batches and length <= self._max_shared_length
+        return self.batches and length <= min(self._max_shared_length, self._max_padded_length)
 
     @property
     def _max_shared_length(self) -> int:
         """Length up to which the keys of a token do not depend on how long a sequence or a batch becomes."""
-        return long_rope_length(self.model.config.text_config) or sys.maxsize
+        return min(long_rope_lengths(self.model.config.text_config), default=sys.maxsize)
+
+    @property
+    def _max_padded_length(self) -> int:
+        """Length up to which attention does not depend on the place of a token in its padded row."""
+        scales = (getattr(self.model.config.text_config, name, None) for name in _PLACES_WITHOUT_SCALE)
+        return min((places - 1 for places in scales if places), default=sys.maxsize)
 
     @cached_property
     def batches(self) -> bool:

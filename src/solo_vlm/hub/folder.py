@@ -12,9 +12,10 @@ from transformers import GenerationConfig
 
 import solo_vlm.models.solo
 from solo_vlm.models.checks import check_files
-from solo_vlm.models.load import load_processor, stop_ids
+from solo_vlm.models.load import load_processor
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.original_solo import is_original
+from solo_vlm.models.stops import check_stops, complete_generation
 from solo_vlm.utils.errors import SoloError
 
 # Nothing else in a model folder (optimizer states, logs, notes) is published.
@@ -123,12 +124,19 @@ def _add_code(folder: Path) -> None:
 
 
 def _set_generation(folder: Path, model: Path) -> None:
-    """Make transformers pad on the left and stop at the end of an answer; old folders may not."""
+    """Make transformers pad on the left and stop at the end of an answer; old folders may not.
+
+    Raises:
+        SoloError: See `check_stops`.
+    """
     file = folder / "generation_config.json"
     if not file.is_file():
         file.write_text("{}", encoding="utf-8")
-    ends = stop_ids(GenerationConfig.from_pretrained(folder), load_processor(model))
-    _edit_json(file, lambda config: config.update(eos_token_id=ends))
+    settings, processor = GenerationConfig.from_pretrained(folder), load_processor(model)
+    check_stops(model, settings, processor)
+    complete_generation(settings, SoloConfig.from_pretrained(folder), processor)
+    tokens = {name: getattr(settings, name) for name in ("eos_token_id", "suppress_tokens")}
+    _edit_json(file, lambda config: config.update(tokens))
     _edit_json(folder / "tokenizer_config.json", lambda config: config.update(padding_side="left"))
 
 

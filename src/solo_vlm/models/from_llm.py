@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from solo_vlm.models.checks import check_image_attention
-from solo_vlm.models.load import load_llm, load_tokenizer, pad_left, save_model, stop_ids
+from solo_vlm.models.load import load_llm, load_tokenizer, pad_left, save_model
 from solo_vlm.models.solo.bounded_template import render
 from solo_vlm.models.solo.chat_template import (
     CHATML_TEMPLATE,
@@ -28,6 +28,7 @@ from solo_vlm.models.solo.configuration_solo import SoloConfig, check_rope_base_
 from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration, make_patch_embedding
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, SoloProcessor
+from solo_vlm.models.stops import complete_generation, named, stop_fault, stop_ids, stray_stops
 from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import new_folder
 
@@ -50,6 +51,9 @@ _TEMPLATE_NAMES = {"llm": "the LLM's own", "chatml": "ChatML", "solo": "the SOLO
 _USER, _ASSISTANT = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}
 _USER_WITH_IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi."}]}
 _SYSTEM = {"role": "system", "content": "Be brief."}
+
+_FORBID = ("suppress_tokens", "begin_suppress_tokens")
+_UNSUPPORTED = ("bad_words_ids", "forced_bos_token_id", "sequence_bias", "force_words_ids")
 
 
 @dataclass(frozen=True)
@@ -157,12 +161,15 @@ def compose(
     tokenizer.chat_template = processor.chat_template
 
     torch.manual_seed(seed)
-    rows = max(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
+    rows = max(max(tokenizer.get_vocab().values()) + 1, language_model.get_input_embeddings().num_embeddings)
     language_model.resize_token_embeddings(rows, pad_to_multiple_of=_VOCABULARY_MULTIPLE)
     image_id, start_id, row_id, end_id = tokenizer.convert_tokens_to_ids(list(spelling.values()))
     head = language_model.get_output_embeddings()
     text_config = language_model.config.get_text_config(decoder=True)
     text_config.tie_word_embeddings = head.weight is language_model.get_input_embeddings().weight
+    generation = _generation_config(language_model, processor)
+    if set(stop_ids(text_config)) - set(stop_ids(generation)):  # often the default of its class
+        text_config.eos_token_id = tokenizer.eos_token_id
     config = SoloConfig(
         text_config=text_config,
         vision_patch_size=image_processor.patch_size,
@@ -177,7 +184,8 @@ def compose(
         **asdict(design),
     )
     model = _assemble(language_model, config)
-    model.generation_config = _generation_config(language_model, processor, config)
+    complete_generation(generation, config, processor)
+    model.generation_config = generation
     check_image_attention(model)
     difference = (_text_logits(model, probe)[..., : expected.shape[-1]] - expected).abs().max().item()
     if difference > _LOGITS_TOLERANCE * max(1.0, expected.abs().max().item()):
@@ -372,19 +380,37 @@ def _initialize(patch_embedding: nn.Module, tokens: Tensor) -> None:
             layer.bias.zero_()
 
 
-def _generation_config(
-    language_model: PreTrainedModel, processor: SoloProcessor, config: SoloConfig
-) -> GenerationConfig:
-    """Return greedy settings with the LLM's EOS tokens that suppress vision tokens and padding rows."""
-    tokenizer = processor.tokenizer
+def _generation_config(language_model: PreTrainedModel, processor: SoloProcessor) -> GenerationConfig:
+    """Return greedy settings with the LLM's EOS tokens and suppressed tokens.
+
+    Raises:
+        SoloError: The LLM restricts its answers in a way that is neither, or forbids an end.
+    """
+    own, tokenizer = language_model.generation_config, processor.tokenizer
+    for name in _UNSUPPORTED:
+        if value := getattr(own, name, None):
+            raise SoloError(
+                f"{name} = {value} of the LLM's generation_config.json is not supported: remove it, or list "
+                "tokens to forbid in suppress_tokens"
+            )
+    if stray := stray_stops(own, tokenizer, processor.end_of_turn_ids):
+        logger.warning("the LLM stops at %s, where no answer ends: left out", named(tokenizer, stray))
     known = set(tokenizer.get_vocab().values())  # ids beyond them are never generated
-    padding = range(len(tokenizer), config.text_config.vocab_size)
-    return GenerationConfig(
+    forbid = {name: getattr(own, name, None) for name in _FORBID}
+    for name, tokens in forbid.items():
+        if unknown := set(tokens or ()) - known:
+            raise SoloError(
+                f"{name} of the LLM's generation_config.json has {min(unknown)}, which is no token: remove it"
+            )
+    settings = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[end for end in stop_ids(language_model.generation_config, processor) if end in known],
+        eos_token_id=[end for end in stop_ids(own, processor) if end in known and end not in stray],
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[*config.vision_token_ids, *padding],
+        **forbid,
     )
+    if fault := stop_fault(settings, tokenizer, processor.end_of_turn_ids):
+        raise SoloError(f"the LLM's generation_config.json: {fault}")
+    return settings
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from solo_vlm.models.checks import (
     check_loaded,
     check_tokenizer,
     check_weights,
+    first_reason,
 )
 from solo_vlm.models.original import (
     has_tokenizer,
@@ -38,6 +39,7 @@ from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.models.solo.original_solo import is_original
 from solo_vlm.models.solo.processing_solo import SoloProcessor
+from solo_vlm.models.stops import complete_generation, stop_ids
 from solo_vlm.utils.errors import SoloError, first_line
 
 PATCH_EMBEDDING = "embed_vision_patch"
@@ -147,7 +149,7 @@ def is_solo(path: str | Path) -> bool:
     try:
         settings = PreTrainedConfig.get_config_dict(str(path))[0]
     except (OSError, ValueError) as error:
-        raise SoloError(f"cannot read a model from {path}: {first_line(error)}") from error
+        raise SoloError(f"cannot read a model from {path}: {first_reason(path, error)}") from error
     return _is_solo(settings)
 
 
@@ -164,7 +166,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     try:
         return kind.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # model families raise any type on odd settings
-        raise SoloError(f"cannot read a model from {path}: {first_line(error)}") from error
+        raise SoloError(f"cannot read a model from {path}: {first_reason(path, error)}") from error
 
 
 def load_tokenizer(path: str | Path, **options: Any) -> Any:
@@ -182,7 +184,7 @@ def load_tokenizer(path: str | Path, **options: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **options)
     except Exception as error:  # tokenizers raises any type on a broken file
-        raise SoloError(f"cannot read a tokenizer from {path}: {first_line(error)}") from error
+        raise SoloError(f"cannot read a tokenizer from {path}: {first_reason(path, error)}") from error
 
 
 def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
@@ -205,7 +207,7 @@ def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
             str(path), trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:  # transformers raises any type on a broken file
-        raise SoloError(f"cannot read a language model from {path}: {first_line(error)}") from error
+        raise SoloError(f"cannot read a language model from {path}: {first_reason(path, error)}") from error
     check_loaded(path, model, info)
     compute_without_kernels_on_cpu(model)
     return model
@@ -221,12 +223,15 @@ def _use_original_vocabulary(model: SoloForConditionalGeneration, path: str | Pa
 
 
 def _read_settings(path: str | Path) -> dict[str, Any]:
-    """Check a folder and read its `config.json`; without one, return no settings: `_load` reports it."""
+    """Check a folder and read its `config.json`; a folder without one has no settings: `_load` reports it."""
     check_files(path)
     try:
         return PreTrainedConfig.get_config_dict(str(path))[0]
-    except (OSError, ValueError):
-        return {}
+    except (OSError, ValueError) as error:
+        if Path(path).exists():
+            return {}
+        # Here, because the hub would be asked, and waited for, again.
+        raise SoloError(f"cannot load {path}: {first_reason(path, error)}") from error
 
 
 def _is_solo(settings: dict[str, Any]) -> bool:
@@ -239,8 +244,7 @@ def _load(cls: Any, path: str | Path, **options: Any) -> Any:
     try:
         return cls.from_pretrained(str(path), **options)
     except Exception as error:  # transformers raises any type on a broken file
-        reason = first_line(error)
-        raise SoloError(f"cannot load {path}: {reason}") from error
+        raise SoloError(f"cannot load {path}: {first_reason(path, error)}") from error
 
 
 def _default_device() -> str:
@@ -285,7 +289,7 @@ def save_model(folder: Path, model: PreTrainedModel, processor: Any, **options: 
     """Save a model with its processor, or an LLM with its tokenizer, for generation in any software.
 
     The saved tokenizer pads on the left, and the saved generation config stops where the chat template ends a
-    turn.
+    turn, or where an LLM's documents end.
 
     Args:
         folder: Existing folder.
@@ -293,8 +297,11 @@ def save_model(folder: Path, model: PreTrainedModel, processor: Any, **options: 
         processor: Processor of the SOLO model, or tokenizer of the LLM.
         **options: Options of `PreTrainedModel.save_pretrained`.
     """
+    settings = model.generation_config
     if isinstance(processor, SoloProcessor):
-        model.generation_config.eos_token_id = stop_ids(model.generation_config, processor)
+        complete_generation(settings, model.config, processor)
+    elif processor.eos_token_id not in (ends := stop_ids(settings)):
+        settings.eos_token_id = [*ends, processor.eos_token_id]
     pad_left(getattr(processor, "tokenizer", processor))
     model.save_pretrained(folder, **options)
     processor.save_pretrained(folder)
@@ -303,15 +310,3 @@ def save_model(folder: Path, model: PreTrainedModel, processor: Any, **options: 
 def pad_left(tokenizer: Any) -> None:
     """Make a tokenizer pad on the left, also after saving and loading (which keep `init_kwargs`)."""
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-
-
-def stop_ids(settings: Any, processor: SoloProcessor | None = None) -> list[int]:
-    """Return the IDs of all tokens that end an answer.
-
-    Args:
-        settings: `GenerationConfig` or model configuration, with `eos_token_id`.
-        processor: Processor whose EOS token and end-of-turn tokens are added.
-    """
-    ids = getattr(settings, "eos_token_id", None)
-    own = [ids] if isinstance(ids, int) else list(ids or [])
-    return list(dict.fromkeys([*own, *(processor.end_of_turn_ids if processor else [])]))

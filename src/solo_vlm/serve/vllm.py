@@ -9,8 +9,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from solo_vlm.models.load import load_config
+from transformers import GenerationConfig
+
+from solo_vlm.models.load import is_solo, load_config, load_processor
 from solo_vlm.models.solo.configuration_solo import SoloConfig
+from solo_vlm.models.stops import check_stops, named, stop_ids
 from solo_vlm.serve.limits import Limits
 from solo_vlm.utils.errors import SoloError
 
@@ -68,6 +71,27 @@ def check_design(model: str) -> None:
         raise SoloError(
             f"--engine vllm runs causal attention with 1-D positions only, but {model} has image_attention="
             f"{config.image_attention} and image_positions={config.image_positions}: leave --engine out"
+        )
+
+
+def check_ends(model: str) -> None:
+    """Check that vLLM, which reads generation_config.json alone, ends answers where the chat template does.
+
+    Raises:
+        SoloError: The settings would cut answers, or let them never end.
+    """
+    if not is_solo(model):
+        return
+    processor = load_processor(model)
+    try:
+        settings = GenerationConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise SoloError(f"--engine vllm: {model} has no generation_config.json to end answers") from error
+    check_stops(model, settings, processor)
+    if missing := set(processor.end_of_turn_ids) - set(stop_ids(settings)):
+        raise SoloError(
+            f"--engine vllm: eos_token_id of {model}/generation_config.json lacks "
+            f"{named(processor.tokenizer, missing)}, where answers end: add it, or leave --engine out"
         )
 
 

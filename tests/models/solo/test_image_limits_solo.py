@@ -27,7 +27,7 @@ from tests.serve.hostile_images import (
 )
 
 from solo_vlm import SoloImageProcessor
-from solo_vlm.models.solo import image_loading_solo
+from solo_vlm.models.solo import image_colors_solo, image_loading_solo
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image, load_pixels
 
 
@@ -360,7 +360,7 @@ def test_bands_of_a_large_image_equal_the_whole(monkeypatch, mode):
         image = image.convert("RGB").quantize(16) if mode == "P" else image.convert(mode)
     data = saved(image, "TIFF" if mode == "CMYK" else "PNG", **({"transparency": 3} if mode == "P" else {}))
     whole = load_pixels(data)
-    monkeypatch.setattr(image_loading_solo, "_BAND_PIXELS", 170)
+    monkeypatch.setattr(image_colors_solo, "_BAND_PIXELS", 170)
     np.testing.assert_array_equal(load_pixels(data), whole)
     np.testing.assert_array_equal(load_image(data), whole)
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from solo_vlm.train.parallel.context import ParallelDims, store_of_attempt
+from solo_vlm.train.parallel.context import ParallelDims, launched_as, store_of_attempt
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -115,3 +115,55 @@ def test_missing_process_is_reported():
     server = dist.TCPStore("127.0.0.1", 0, is_master=True)
     assert join(server.port, [0, 2], 1)[0] == "only 2 of 3 processes joined the run within 0:00:01"
     assert join(server.port, [1], 1) == ["process 0 of 3 did not join the run within 0:00:01"]
+
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+
+
+def without(*names):
+    return {name: value for name, value in TORCHRUN.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "place"),
+    [
+        ({}, 0, (0, 1, 0)),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, 1, (0, 1, 0)),
+        (
+            {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4", "PMI_SIZE": "1"},
+            1,
+            (0, 1, 0),
+        ),  # srun --pty bash
+        (TORCHRUN, 2, (5, 8, 1)),
+        (TORCHRUN, 0, (5, 8, 1)),
+        (TORCHRUN | {"SLURM_STEP_NUM_TASKS": "4"}, 2, (5, 8, 1)),  # srun torchrun
+        (without("LOCAL_RANK"), 1, (5, 8, 0)),  # one device per container
+    ],
+)
+def test_process_learns_its_place_from_torchrun(environment, devices, place):
+    assert launched_as(environment, devices) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "message"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "8"}, 1, "srun started 8 processes that do not know each other"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 0, "mpirun started 2 processes"),
+        ({"PMI_SIZE": "2"}, 0, "mpiexec started 2 processes"),
+        (
+            without("RANK", "MASTER_PORT"),
+            0,
+            r"WORLD_SIZE is set \(8\), but RANK and MASTER_PORT not: start the processes with torchrun",
+        ),
+        (without("LOCAL_RANK"), 8, "LOCAL_RANK not: start the processes with torchrun"),
+        (TORCHRUN, 1, "process 1 of this machine has no device, because it sees 1: start at most 1"),
+    ],
+)
+def test_process_without_a_place_of_its_own_is_rejected(environment, devices, message):
+    with pytest.raises(SoloError, match=message):
+        launched_as(environment, devices)
+
+
+def test_unused_devices_are_reported(caplog):
+    assert launched_as({}, 8) == (0, 1, 0)
+    assert "training on one of 8 devices; on all: torchrun --nproc-per-node 8" in caplog.text

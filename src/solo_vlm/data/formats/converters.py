@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from string import ascii_uppercase
 from typing import Any
 
 from solo_vlm.data.formats.rows import (
@@ -39,10 +38,7 @@ QUESTIONS = {
 }
 """Columns that may contain a question, with those that may contain its answer."""
 
-_CHOICES = ("choices", "options")
-_ASKS_FOR_LETTER = (
-    "Answer with the option's letter from the given choices directly."  # as in LLaVA-1.5's data
-)
+_FIRST_OPTIONS = ("A", "B")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 
 
@@ -135,13 +131,18 @@ def row_images(row: RawRow) -> list[ImageSource]:
     for name in _OTHER_MEDIA:
         if row.get(name):
             raise SampleError("media", f"{name} cannot be read, only images")
-    filled = [images for name in COLUMNS if (images := _images(row.get(name)))]
+    filled = [images for name in COLUMNS if (images := images_of(row.get(name)))]
     if len(filled) > 1 and filled[0] != filled[1]:
         raise SampleError("image-count", "image and images differ: fill one of them")
     return filled[0] if filled else []
 
 
-def _images(value: Any) -> list[ImageSource]:
+def images_of(value: Any) -> list[ImageSource]:
+    """Return the images of a column, which holds one or a list.
+
+    Raises:
+        SampleError: A value is no image ("image-path"), or an item of a list is empty ("image-missing").
+    """
     if isinstance(value, list):
         return list(map(image, value))
     source = source_of(value)
@@ -196,7 +197,7 @@ def captions(row: RawRow) -> SampleRow:
         raise SampleError(
             "raw-schema", f"{' and '.join(texts)} differ: choose one, such as columns: {{text: caption}}"
         )
-    images = next((images for name in named if (images := _images(row[name]))), None)
+    images = next((images for name in named if (images := images_of(row[name]))), None)
     if not images:
         raise SampleError("image-missing", f"{named[0]} is empty")
     return document(first, images, row.get("id"))
@@ -211,9 +212,8 @@ def instruction(row: RawRow) -> SampleRow:
     found = answer_columns(row)
     if len(found) != 1:
         raise SampleError("raw-schema", "no question and answer" if not found else f"several of {found}")
-    for name in _CHOICES:
-        if row.get(name):
-            raise SampleError("raw-schema", f"{name} are not read: set format: questions")
+    if has_options(row) or any(row.get(name) for name in ("choices", "options")):
+        raise SampleError("raw-schema", "the row has options, which are not read: set format: questions")
     ((asked, answered),) = found
     if isinstance(row[asked], list):
         return chat({**row, "conversations": row[asked] + list_field(row, answered)})
@@ -228,6 +228,11 @@ def instruction(row: RawRow) -> SampleRow:
     return conversation(turns, row_images(row), row.get("id"))
 
 
+def has_options(row: RawRow) -> bool:
+    """Return whether the row has columns of options by letter."""
+    return all(letter in row for letter in _FIRST_OPTIONS)
+
+
 def answer_columns(row: RawRow) -> list[tuple[str, str]]:
     """Return the pairs of columns of a row that have a question and its answer."""
     return [
@@ -237,54 +242,6 @@ def answer_columns(row: RawRow) -> list[tuple[str, str]]:
         for answered in answers
         if row.get(answered) is not None
     ]
-
-
-def questions(row: RawRow) -> SampleRow:
-    """Build a conversation of a question and its first accepted answer; options are listed with letters.
-
-    The answer of a question with `options` is a letter, or the text of one option. What an evaluation needs
-    stays beside the conversation: `answers`, a list of texts; `options`; `metric`, "number" where the answer
-    is one, unless the row names another.
-    """
-    given = field(row, "answer")
-    values = given if isinstance(given, list) else [given]
-    answers = [_answer(value) for value in values]
-    if not answers:
-        raise SampleError("no-answer", "answer is an empty list")
-    is_number = not any(isinstance(value, str) for value in values)
-    question = parts(field(row, "question"))
-    options = (
-        [str(text(option)["text"]) for option in list_field(row, "options")] if row.get("options") else []
-    )
-    if options:
-        answers = [_letter(answers, options)]
-        listed = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
-        question.append(text("\n".join([*listed, _ASKS_FOR_LETTER])))
-    turns = [("user", _joined(question)), ("assistant", [text(answers[0])])]
-    return {
-        **conversation(turns, row_images(row), row.get("id")),
-        "answers": answers,
-        "options": options,
-        "metric": row.get("metric") or ("choice" if options else "number" if is_number else None),
-    }
-
-
-def _answer(value: Any) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number else str(text(value)["text"])
-
-
-def _letter(answers: list[str], options: list[str]) -> str:
-    """Return the letter of the option that an answer names."""
-    letters = ascii_uppercase[: len(options)]
-    if len(answers) == 1 and 1 < len(options) == len(letters):
-        (answer,) = answers
-        same = [letter for letter, option in zip(letters, options, strict=True) if option == answer]
-        if len(same) == 1 or (not same and answer in [*letters]):
-            return same[0] if same else answer
-    raise SampleError(
-        "no-answer", f"answer {answers} is not the letter or the text of one of the options {options}"
-    )
 
 
 def _joined(content: list[dict[str, Any]]) -> list[dict[str, Any]]:

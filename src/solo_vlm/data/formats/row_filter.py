@@ -12,35 +12,61 @@ from typing import Any
 from solo_vlm.data.sample import SampleError
 from solo_vlm.utils.errors import SoloError
 
+_MISSING = frozenset({"na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "none"})
+"""Words that stand for a missing number or truth value in tables of text."""
+
+_TRUTHS = {"true": True, "false": False}
+
 
 def _alike(left: Any, right: Any) -> tuple[Any, Any]:
-    """Return both, and a text beside a number as a number, because CSV files have numbers as text."""
+    """Return both, and a text beside a number or a truth value as one, as CSV files have them."""
     if isinstance(left, str) is isinstance(right, str):
         return left, right
     text, other = (left, right) if isinstance(left, str) else (right, left)
-    if isinstance(other, bool) or not isinstance(other, int | float):
-        raise TypeError(f"{type(left).__name__} and {type(right).__name__} are never equal")
+    value = _read(text, other)
+    return (value, other) if text is left else (other, value)
+
+
+def _read(text: str, other: Any) -> Any:
+    """Return a text as a value of the other's kind; None if it says that there is none."""
+    if not isinstance(other, int | float):
+        raise TypeError(f"{type(other).__name__} and str are never equal")
+    word = text.strip().lower()
+    if word in _MISSING:
+        return None
+    if isinstance(other, bool):
+        if word in _TRUTHS:
+            return _TRUTHS[word]
+        raise TypeError(f"{text!r} is neither true nor false: compare it")
     try:
-        number = float(text)
+        return float(text)
     except ValueError as error:
         raise TypeError(f"{text!r} is no number to compare with {other}") from error
-    return (number, other) if text is left else (other, number)
 
 
-def _compares(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], bool]:
-    return lambda left, right: bool(compare(*_alike(left, right)))
+def _compares(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], bool | None]:
+    def compared(left: Any, right: Any) -> bool | None:
+        left, right = _alike(left, right)
+        return None if left is None or right is None else bool(compare(left, right))
+
+    return compared
 
 
 _is_equal = _compares(operator.eq)
 
 
-def _is_in(item: Any, items: Any) -> bool:
+def _is_in(item: Any, items: Any) -> bool | None:
     if isinstance(items, str):
         return item in items
-    return any(_is_equal(item, each) for each in items if each is not None)
+    return _combined(False, [_is_equal(item, each) for each in items if each is not None])
 
 
-_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+def _is_not_in(item: Any, items: Any) -> bool | None:
+    found = _is_in(item, items)
+    return None if found is None else not found
+
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool | None]] = {
     ast.Lt: _compares(operator.lt),
     ast.LtE: _compares(operator.le),
     ast.Gt: _compares(operator.gt),
@@ -48,7 +74,7 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: _is_equal,
     ast.NotEq: _compares(operator.ne),
     ast.In: _is_in,
-    ast.NotIn: lambda item, items: not _is_in(item, items),
+    ast.NotIn: _is_not_in,
 }
 _ALLOWED = "comparisons, and, or, not, in, is None, len(), numbers, strings and names of columns"
 
@@ -153,7 +179,9 @@ def _compared(left: Any, op: ast.cmpop, right: Any) -> bool | None:
 
 
 def _truth(value: Any) -> bool | None:
-    """Return the truth of a condition, which may be a number, but no text: that of "false" would be true."""
+    """Return the truth of a condition: a number, or a truth value, which may be text; no other text."""
+    if isinstance(value, str):
+        value = _read(value, True)
     if value is None:
         return None
     if not isinstance(value, int | float):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
 
-from solo_vlm.data.formats import converters
+from solo_vlm.data.formats import converters, questions
 from solo_vlm.data.formats.converters import CAPTION_IMAGES, CAPTION_TEXTS, QUESTIONS, TURNS
 from solo_vlm.data.formats.row_filter import RowFilter
 from solo_vlm.data.formats.rows import RawRow, SampleRow
@@ -140,17 +141,17 @@ FORMATS: dict[FormatName, _Format] = {
     ),
     "instruction": _Format(
         converters.instruction,
-        lambda row: len(converters.answer_columns(row)) == 1,
+        lambda row: len(converters.answer_columns(row)) == 1 and not questions.is_question(row),
         (*_ALL_QUESTIONS, "input", "history", *COLUMNS, "system", "id"),
         "one of instruction, query, question or prompt, its output, response, answer or completion, image or "
         "images if there are any",
     ),
     "questions": _Format(
-        converters.questions,
-        lambda row: False,  # other formats have rows of questions and answers, too
-        ("question", "answer", "options", "metric", *COLUMNS, "id"),
-        "question, answer (a text, a number or a list of accepted ones), image or images, options (a list) "
-        "and metric if there are any",
+        questions.questions,
+        questions.is_question,  # others may be of `instruction`, too
+        (*questions.READS, *questions.CATEGORIES, *ascii_uppercase),
+        "question, answer (a text, a number or a list of accepted ones), image, images or image_path, "
+        "options (a list, or columns A, B, ...), hint and metric if there are any",
     ),
     "captions": _Format(
         converters.captions,
@@ -288,7 +289,7 @@ def _recognize(where: str, rows: Sequence[Any], found: Sequence[str], own: Forma
     rows = [row for row in rows if isinstance(row, dict)]
     if not rows or any(map(FORMATS[own].matches, rows)):
         return own
-    named_only = ("samples", "webdataset", "questions")
+    named_only = ("samples", "webdataset")
     others = {name: kind for name, kind in FORMATS.items() if name not in named_only}
     matching = {name: sum(map(kind.matches, rows)) for name, kind in others.items()}
     near = [name for name, count in matching.items() if count and count == max(matching.values())]

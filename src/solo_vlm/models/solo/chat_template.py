@@ -149,6 +149,11 @@ Render = Callable[[Sequence[Message], bool], str]  # (messages, add_generation_p
 
 _MARK = "\ue002{index}\ue003"
 
+PROMPTS = [
+    (*system, *turns * ("user", "assistant"), "user") for system in ((), ("system",)) for turns in range(3)
+]
+"""Roles of chats that wait for an answer, with and without a system message."""
+
 
 class ChatTemplateError(ValueError):
     """Chat that the template rejects, or whose answers cannot be separated from its prompts."""
@@ -236,15 +241,30 @@ def end_tokens(render: Render, candidates: Collection[str], eos_token: str) -> s
     return ends
 
 
+def left_out(roles: Sequence[str], render: Render) -> str | None:
+    """Return the role of a message that a chat template leaves out of a prompt without an error, or None.
+
+    Args:
+        roles: Roles of the messages of a chat.
+        render: Function that applies the chat template.
+
+    Raises:
+        ChatTemplateError: The template rejects the chat.
+    """
+    marks = [_MARK.format(index=index) for index in range(len(roles))]
+    text = render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)], True)
+    return next((role for role, mark in zip(roles, marks, strict=True) if mark not in text), None)
+
+
 def drops_system(render: Render) -> bool:
-    """Return whether a chat template leaves out system messages, before and after answers, without error."""
-    mark = _MARK.format(index=0)
-    roles = {"system": mark, "user": "Hi.", "assistant": "Hello."}
-    chat = [{"role": role, "content": text} for role, text in roles.items()]
-    try:
-        return mark not in render(chat[:-1], True) + render(chat, False)
-    except ChatTemplateError:
-        return False
+    """Return whether a chat template leaves out a message of a chat with a system message without error."""
+    for roles in PROMPTS:
+        try:
+            if roles[0] == "system" and left_out(roles, render):
+                return True
+        except ChatTemplateError:  # then nothing is left out in silence
+            continue
+    return False
 
 
 def check_roles(roles: Sequence[str], render: Render) -> None:

@@ -27,9 +27,9 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
+from .image_colors_solo import ChannelOrder
 from .image_limits_solo import MAX_ASPECT_RATIO, LimitError, check_aspect_ratio
 from .image_loading_solo import (
-    ChannelOrder,
     ImageError,
     LoadOptions,
     image_size,

@@ -210,7 +210,11 @@ class _Recorder(TorchDispatchMode):
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **kwargs or {})
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
+            left, right, *others = args  # on the meta device, it only takes bfloat16
+            output = func(left.bfloat16(), right.bfloat16(), *others, **kwargs or {}).float()
+        else:
+            output = func(*args, **kwargs or {})
         if self._layer is not None and func._schema.name in SAVED_OPERATORS:
             self._keep("selective", output)
         return output

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,6 +14,7 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
@@ -30,6 +32,11 @@ DP, CP, TP = "dp", "cp", "tp"  # dimensions of the mesh by which data is divided
 REPLICATE, SHARD = "replicate", "shard"  # and, with TP, of the mesh by which parameters are
 
 T = TypeVar("T")
+
+# Variables in which launchers that start several processes, but not as torchrun does, give their number.
+_OTHER_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,14 @@ class DistributedContext:
         """Return each value summed over the data-parallel groups."""
         return self._sum(DP, values)
 
+    def sum_groups(self, values: Tensor) -> Tensor:
+        """Return the values of the first process of each data-parallel group, summed, in every process."""
+        if self.mesh is None:
+            return values
+        total = values * (self.cp_rank == 0 and self.rank % self.dims.tp == 0)
+        dist.all_reduce(total)
+        return total
+
     def sum_slices(self, *values: float) -> list[float]:
         """Return each value of this process's slices of packed sequences summed over all slices."""
         return list(values) if self.dims.cp == 1 else self._sum(CP, values)
@@ -241,6 +256,46 @@ class DistributedContext:
         return opened or unpack_sources(packed, mixture.root, self.rank % others, others)
 
 
+def launched_as(environment: Mapping[str, str], devices: int) -> tuple[int, int, int]:
+    """Return rank, number of processes, and rank on this machine, as torchrun and its like tell a process.
+
+    Args:
+        devices: Accelerators that this process sees.
+
+    Raises:
+        SoloError: A variable is missing, this process has no accelerator of its own, or a launcher started
+            several processes that would all train alone.
+    """
+    world_size = int(environment.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        for variable, launcher in _OTHER_LAUNCHERS.items():
+            if (started := int(environment.get(variable, 1))) > 1:
+                raise SoloError(
+                    f"{launcher} started {started} processes that do not know each other, so each would "
+                    "train alone: let it start torchrun once per machine, as in examples/cluster/slurm.sh"
+                )
+        if devices > 1:
+            logger.warning(
+                "training on one of %d devices; on all: torchrun --nproc-per-node %d -m solo_vlm train ...",
+                devices,
+                devices,
+            )
+        return 0, 1, int(environment.get("LOCAL_RANK", 0))
+    needed = ["RANK", "MASTER_ADDR", "MASTER_PORT", *(["LOCAL_RANK"] if devices > 1 else [])]
+    if missing := [name for name in needed if name not in environment]:
+        raise SoloError(
+            f"WORLD_SIZE is set ({world_size}), but {' and '.join(missing)} not: "
+            "start the processes with torchrun"
+        )
+    local_rank = int(environment.get("LOCAL_RANK", 0))
+    if 0 < devices <= local_rank:
+        raise SoloError(
+            f"process {local_rank} of this machine has no device, because it sees {devices}: "
+            f"start at most {devices} per machine (torchrun --nproc-per-node {devices})"
+        )
+    return int(environment["RANK"]), world_size, local_rank
+
+
 @contextmanager
 def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterator[DistributedContext]:
     """Join the process group of torchrun; an exception in the body ends all processes of the run.
@@ -248,7 +303,7 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
     A single CPU process needs no group. A single accelerator gets one, so that its weights are stored and
     cast by the same code as those of many.
     """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    rank, world_size, local_rank = launched_as(os.environ, torch.accelerator.device_count())
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None and world_size == 1:
         yield DistributedContext(rank, ParallelDims.from_recipe(recipe, world_size), torch.device("cpu"))
@@ -256,7 +311,7 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
     device = torch.device("cpu")
     backend = "gloo"
     if accelerator is not None:
-        device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device(accelerator.type, local_rank)
         torch.accelerator.set_device_index(device.index)
         # gloo carries the coordination of asynchronous checkpoints, which runs in its own thread.
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device.type)}"
