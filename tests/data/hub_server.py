@@ -54,12 +54,18 @@ class HubServer:
         repos: Data sets by name.
         requests: Answered requests.
         faults: Answers to the next requests for data: a status, or "drop" after half of the bytes.
+        api_faults: Answers to the next other requests: a status, or "stall" for no answer.
+        retry_after: Seconds that an answer 429 asks to wait.
+        tokens: Tokens that came with requests for stored data, which is on another host.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.faults: deque[int | str] = deque()
+        self.api_faults: deque[int | str] = deque()
+        self.retry_after = 0
+        self.tokens: list[str | None] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self.storage = f"http://localhost:{self._server.server_port}/cdn"
@@ -91,10 +97,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         if url.path.startswith("/cdn/"):
+            self.hub.tokens.append(self.headers.get("Authorization"))
             return self._send_file(unquote(url.path), self.hub_file(unquote(url.path)))
         if match := _RESOLVE.fullmatch(url.path):
             return self._resolve(**{name: unquote(value) for name, value in match.groupdict().items()})
         if match := _API.fullmatch(url.path):
+            if self.hub.api_faults:
+                return self._answer_fault(self.hub.api_faults.popleft())
             parts = {name: unquote(value or "") for name, value in match.groupdict().items()}
             return self._answer_api(parse_qs(url.query), **parts)
         return self._fail(404, "EntryNotFound")
@@ -143,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(self, path: str, data: bytes, headers: dict[str, str] | None = None) -> None:
         fault = self.hub.faults.popleft() if self.hub.faults and self.command == "GET" else None
         if isinstance(fault, int):
-            return self._fail(fault, "", {"Retry-After": "0"})
+            return self._answer_fault(fault)
         status, part = 200, data
         headers = {"ETag": f'"{_sha(data)}"', "Accept-Ranges": "bytes", **(headers or {})}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
@@ -200,6 +209,13 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         found += [_entry(path, data) for path, data in inside.items()]
         return self._json([e for e in found if recursive or "/" not in str(e["path"])[len(start) :]])
+
+    def _answer_fault(self, fault: int | str) -> None:
+        if isinstance(fault, int):
+            return self._fail(fault, "", {"Retry-After": str(self.hub.retry_after)})
+        threading.Event().wait(1)  # longer than the clients' timeouts
+        self.close_connection = True
+        return None
 
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

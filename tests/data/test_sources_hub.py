@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -22,7 +23,9 @@ from tests.factories import png, tar_bytes
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.data.mixture import Mixture, make_loader
 from solo_vlm.data.sources import is_same_data, open_source
+from solo_vlm.data.sources.files import read_url
 from solo_vlm.data.sources.hub import HubPath
+from solo_vlm.data.sources.retries import retried
 from solo_vlm.utils.errors import SoloError
 
 _FILE_PATH = "{repo_id}/resolve/{revision}/{filename}"
@@ -68,7 +71,15 @@ def server() -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def hub(server, monkeypatch, tmp_path) -> HubServer:
+def waits(monkeypatch) -> list[float]:
+    """Return the list of waits between attempts, also those of huggingface_hub, which are skipped."""
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    return slept
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path, waits) -> HubServer:
     """Return the server with the data set owner/pets, as the hub of this process and of those it starts."""
     for module, name, value in (
         ("huggingface_hub.constants", "ENDPOINT", server.url),
@@ -83,12 +94,14 @@ def hub(server, monkeypatch, tmp_path) -> HubServer:
     for name, text in environment(server, tmp_path).items():
         monkeypatch.setenv(name, text)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
     huggingface_hub.HfFileSystem.clear_instance_cache()
     server.repos = {"owner/pets": Repo()}
     server.repos["owner/pets"].commit(PETS)
     server.requests.clear()
     server.faults.clear()
+    server.api_faults.clear()
+    server.tokens.clear()
+    server.retry_after = 0
     yield server
     huggingface_hub.HfFileSystem.clear_instance_cache()
 
@@ -218,8 +231,7 @@ def test_offline_is_one_line(hub, monkeypatch, run_data):
     assert not hub.requests
 
 
-def test_faults_of_the_network_are_retried(hub, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+def test_faults_of_the_network_are_retried(hub):
     source = open_source("hf://datasets/owner/pets:dogs", format="auto")
     hub.faults.extend([429, "drop", 503, "drop"])
     assert texts(source) == rows_of("dog")
@@ -237,10 +249,7 @@ def test_lost_access_stops_without_retries(hub):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("fault", "message"), [("gated", "401 Client Error"), ("down", "503 Service")])
-def test_hub_that_fails_for_good_stops_training_in_one_line(
-    hub, monkeypatch, solo_folder, workers, fault, message
-):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+def test_hub_that_fails_for_good_stops_training_in_one_line(hub, solo_folder, workers, fault, message):
     data = {"sources": [{"path": "hf://datasets/owner/pets:dogs"}], "streams": 2, "workers": workers}
     mixture = Mixture.parse({"model": str(solo_folder), "data": {**data, "sequence_length": 64}})
     loader = make_loader(mixture, load_encoder(solo_folder).processor, mixture.open_sources())
@@ -248,6 +257,73 @@ def test_hub_that_fails_for_good_stops_training_in_one_line(
     hub.faults.extend([503] * 1000)
     with pytest.raises(SoloError, match=rf"^cannot read the data: .*{message}.*; run .* again to resume$"):
         loader.take(1)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "problem"),
+    [("http://127.0.0.1:9", "refused"), ("http://hub.invalid", "not known|resolution")],
+)
+def test_hub_that_cannot_be_reached_ends_a_command_at_once(
+    hub, waits, monkeypatch, run_data, endpoint, problem
+):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    code, out, error = run_data("preview", "hf://datasets/owner/pets:dogs")
+    assert (code, out, len(waits)) == (2, "", 1)
+    line = error.splitlines()[-1]
+    assert re.search(rf"cannot read hf://datasets/owner/pets:dogs: .*({problem})", line)
+    assert line.endswith("; check its address and the network, or name local files")
+
+
+def waits_said(caplog, place: str) -> list[str]:
+    """Return the numbers of the attempts that lines about waits for a place announce."""
+    lines = [line for line in caplog.messages if line.startswith(f"waiting for {place}")]
+    return [re.search(r"attempt (\d of \d)", line)[1] for line in lines]
+
+
+def test_hub_that_does_not_answer_is_asked_five_times_and_every_wait_is_said(hub, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    hub.api_faults.extend(["stall"] * 100)
+    with pytest.raises(SoloError, match=r"cannot read hf://datasets/owner/pets:dogs: .*timed out"):
+        open_source("hf://datasets/owner/pets:dogs", format="auto")
+    assert waits_said(caplog, "hf://datasets/owner/pets:dogs (") == ["2 of 5", "3 of 5", "4 of 5", "5 of 5"]
+
+
+@pytest.mark.parametrize("stalls", [1, 2, 3])
+def test_stalled_requests_of_every_kind_are_repeated(hub, monkeypatch, stalls):
+    """Access, the listing, and facts of files beside rows: none waits for ever."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    repo = hub.repos["owner/photos"] = Repo()
+    repo.commit({"rows/x.jsonl": b'{"text": "a"}\n', "photos/a.txt": b"A caption."})
+    hub.api_faults.extend(["stall"] * stalls)
+    assert texts(open_source("hf://datasets/owner/photos/rows", format="auto")) == ["a"]
+    assert not hub.api_faults
+    hub.api_faults.extend(["stall"] * stalls)
+    assert retried(read_url)("hf://datasets/owner/photos/photos/a.txt") == b"A caption."
+    assert not hub.api_faults
+
+
+def test_hub_that_dies_during_a_run_is_asked_longer(hub, caplog):
+    source = open_source("hf://datasets/owner/pets:dogs", format="auto")
+    hub.faults.extend([503] * 1000)
+    with pytest.raises(OSError, match="503"):
+        source.read(0)
+    assert waits_said(caplog, "hf://datasets/owner/pets@") == ["2 of 5", "3 of 5", "4 of 5", "5 of 5"]
+    assert len(hub.faults) <= 1000 - 5 * 5  # huggingface_hub repeats requests, too
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_wait_that_the_hub_asks_for_is_kept(hub, waits, status):
+    hub.retry_after = 7
+    hub.api_faults.extend([status, status])
+    assert texts(open_source("hf://datasets/owner/pets:dogs", format="auto")) == rows_of("dog")
+    assert waits[:2] == [7, 7]
+
+
+def test_token_is_not_sent_to_the_host_that_stores_files(hub, monkeypatch):
+    hub.repos["owner/pets"].private = True
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert texts(open_source("hf://datasets/owner/pets:dogs", format="auto")) == rows_of("dog")
+    assert {*hub.tokens} == {None}
 
 
 def test_threads_read_at_the_same_time(hub):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import threading
@@ -11,11 +12,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.factories import tar_bytes
+from tests.factories import png, tar_bytes
 from tests.s3_server import s3_server
 
 from solo_vlm.data.sample import parse_sample
-from solo_vlm.data.sources import open_source
+from solo_vlm.data.sources import is_same_data, open_source
 from solo_vlm.utils.errors import SoloError
 
 TEXTS = [f"row {i}" for i in range(60)]
@@ -113,7 +114,7 @@ def test_stopped_server_is_an_error_not_a_skipped_sample(s3, name, waits):
 
 @pytest.fixture
 def web():
-    """Run a web server with FILES; yield (its address, the requested ranges)."""
+    """Run a web server with FILES, and `b.jsonl` with an ETag as `tagged.jsonl`; yield (address, ranges)."""
     flask = pytest.importorskip("flask")
     from werkzeug.serving import make_server
 
@@ -123,9 +124,13 @@ def web():
     def serve(name: str):
         if "Range" in flask.request.headers:
             ranges.append(flask.request.headers["Range"])
-        if name not in FILES:
+        data = FILES.get("b.jsonl" if name == "tagged.jsonl" else name)
+        if data is None:
             flask.abort(404)
-        return flask.send_file(io.BytesIO(FILES[name]), "application/octet-stream", conditional=True)
+        answer = flask.send_file(io.BytesIO(data), "application/octet-stream", conditional=True)
+        if name == "tagged.jsonl":
+            answer.set_etag(hashlib.sha256(data).hexdigest())
+        return answer
 
     server = make_server("127.0.0.1", 0, app, threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -139,3 +144,43 @@ def test_every_format_is_read_over_http(web, name):
     assert texts(open_source(f"{address}/{name}")) == TEXTS
     assert ranges or name.endswith(".gz")  # ranges of the file, not the whole file per shard
     assert type(fsspec.filesystem("https")) is type(fsspec.filesystem("http"))
+
+
+def test_file_on_s3_that_was_replaced_by_one_of_the_same_size_is_noticed(s3, tmp_path):
+    bucket = fsspec.filesystem("s3")
+    bucket.pipe("s3://bucket/same/x.jsonl", FILES["b.jsonl"])
+    before = open_source("s3://bucket/same/x.jsonl").fingerprint()
+    assert is_same_data(before, open_source("s3://bucket/same").fingerprint())
+    bucket.pipe("s3://bucket/same/x.jsonl", FILES["b.jsonl"].replace(b"row 7", b"row 8"))
+    for path in ("s3://bucket/same/x.jsonl", "s3://bucket/same", "s3://bucket/same/*.jsonl"):
+        assert not is_same_data(before, open_source(path).fingerprint())
+
+
+@pytest.mark.parametrize(("name", "is_noticed"), [("tagged.jsonl", True), ("b.jsonl", False)])
+def test_file_on_a_web_server_that_was_replaced_is_noticed_by_its_etag(
+    web, monkeypatch, caplog, name, is_noticed
+):
+    address, _ = web
+    before = open_source(f"{address}/{name}").fingerprint()
+    assert is_same_data(before, open_source(f"{address}/{name}").fingerprint())
+    monkeypatch.setitem(FILES, "b.jsonl", FILES["b.jsonl"].replace(b"row 7", b"row 8"))
+    caplog.clear()
+    assert is_same_data(before, open_source(f"{address}/{name}").fingerprint()) is not is_noticed
+    said = [line for line in caplog.messages if "does not state what identifies contents" in line]
+    assert len(said) == (0 if is_noticed else 1)
+
+
+def test_images_and_captions_of_a_folder_are_compared(s3, tmp_path, picture):
+    """Captions by content, images by what the file system states."""
+    bucket = fsspec.filesystem("s3")
+    photo, other = png(picture()), bytearray(png(picture()))
+    other[-1] ^= 1
+    (tmp_path / "cat.png").write_bytes(photo)
+    (tmp_path / "cat.txt").write_text("A cat.")
+    bucket.put(str(tmp_path), "s3://bucket/photos", recursive=True)
+    folders = (str(tmp_path), "s3://bucket/photos")
+    before = [open_source(folder, format="auto").fingerprint() for folder in folders]
+    (tmp_path / "cat.txt").write_text("A dog.")
+    bucket.pipe("s3://bucket/photos/cat.png", bytes(other))
+    for folder, earlier in zip(folders, before, strict=True):
+        assert not is_same_data(earlier, open_source(folder, format="auto").fingerprint())

@@ -1,29 +1,46 @@
-"""Auxiliary loss of routers and load of experts, against transformers' own loss and counts by hand."""
+"""Auxiliary loss, load and biases of routers, against transformers' own loss and counts by hand."""
 
 from __future__ import annotations
 
 import inspect
+import os
+import re
+import signal
+import sys
 from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from tests.factories import make_llm, make_solo
+from safetensors.torch import load_file, save_file
+from tests.factories import (
+    image_rows,
+    make_llm,
+    make_solo,
+    read_steps,
+    run_recipe,
+    run_settings,
+    text_rows,
+    write_training_data,
+)
 from torch._dynamo.utils import counters
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from solo_vlm.check.tiny import text_families, tiny_llm
-from solo_vlm.data.collate import collate
+from solo_vlm.data.collate import collate, model_inputs
 from solo_vlm.data.encode import Document
 from solo_vlm.models.packed.isolation import isolate_documents
+from solo_vlm.train import Recipe, train, trainer
 from solo_vlm.train.activation_checkpointing import prepare_layers
-from solo_vlm.train.experts import ExpertRouting
-from solo_vlm.train.model import add_adapters
-from solo_vlm.train.parallel.context import DistributedContext, ParallelDims
+from solo_vlm.train.checkpoint import export_checkpoint
+from solo_vlm.train.experts import ExpertRouting, prepare_biases
+from solo_vlm.train.model import add_adapters, load_base_model, make_model
+from solo_vlm.train.optimizer import make_optimizer
+from solo_vlm.train.parallel.context import DistributedContext, ParallelDims, init_distributed
 from solo_vlm.train.recipe import LoraSettings
-from solo_vlm.train.trainer import forward_backward
+from solo_vlm.train.trainer import forward_backward, optimizer_step
 from solo_vlm.utils.errors import SoloError
 
 CONTEXT = DistributedContext(0, ParallelDims(1, 1, 1), torch.device("cpu"))
@@ -215,3 +232,345 @@ def test_own_kind_of_auxiliary_loss_is_rejected():
     model = tiny_llm("doge", is_moe=True)
     with pytest.raises(SoloError, match="the auxiliary loss of doge models is not supported; set it to 0"):
         ExpertRouting.of(model)
+
+
+# ---------------------------------------------------------------------------------- biases of routers
+
+RATE = 0.01
+OTHER_RULES = {"longcat_flash", "zaya"}  # a share of their tokens skips the experts
+
+
+def families_that_may_have_biases():
+    """Return the families with experts whose source has buffers or frozen parameters in zeros."""
+    for family in text_families():
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[family], None)
+        source = inspect.getsource(sys.modules[kind.__module__]) if kind else ""
+        if "router_logits" in source and re.search(r"nn\.Buffer\(torch\.zeros|requires_grad=False", source):
+            yield family
+
+
+@pytest.mark.parametrize("family", [*families_that_may_have_biases()])
+def test_all_untrained_weights_beside_routers_are_found_and_decide(family):
+    model = tiny_llm(family)
+    layers = model.get_decoder().layers
+    found = {
+        name
+        for name, tensor in [*layers.named_parameters(), *layers.named_buffers()]
+        if re.search("(mlp|feed_forward|mixer)[.]", name)
+        and tensor.is_floating_point()
+        and not tensor.requires_grad
+    }
+    if family in OTHER_RULES:
+        assert found
+        with pytest.raises(SoloError, match=f"{family} models do not balance experts by a bias as DeepSeek"):
+            prepare_biases(model, is_updated=True)
+        return
+    prepare_biases(model, is_updated=bool(found))
+    biases = {name.partition("layers.")[2]: model.get_buffer(name) for name in model.trained_buffers}
+    assert biases.keys() == found
+    for bias in biases.values():
+        bias.view(-1)[1] = 100
+    if found:
+        experts = ExpertRouting.of(model, 0)
+        with experts.recording() as routed, torch.no_grad():
+            model(torch.randint(2, 300, (1, 24)), use_cache=False)
+        assert len(routed) == len(found)
+        assert all((chosen == 1).any(dim=1).all() for _, chosen in routed)
+
+
+def router_biases(tensors):
+    """Return the biases of routers among tensors by name."""
+    ends = ("e_score_correction_bias", "expert_bias")
+    return {name: tensor.clone() for name, tensor in tensors.items() if name.endswith(ends)}
+
+
+def updated_by_hand(model, rows, tokens):
+    """Return the biases after a step, by counting one by one which experts each token is sent to."""
+    counts, handles = {}, []
+
+    def count(module, inputs):
+        (chosen,) = (states for states in inputs if not states.is_floating_point())
+        for expert in chosen[:length].flatten().tolist():
+            counts[module][expert] += 1
+
+    for layer in model.model.layers:
+        experts = getattr(layer.mlp, "experts", None)
+        if experts is not None:
+            counts[experts] = [0] * 4
+            handles.append(experts.register_forward_pre_hook(count))
+    for batch, length in zip(rows, tokens, strict=True):  # noqa: B007, see count
+        with torch.no_grad():
+            model(**model_inputs(model, batch), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    biases = router_biases(model.state_dict())
+    for bias, loads in zip(biases.values(), counts.values(), strict=True):
+        assert sum(loads) == 2 * sum(tokens)
+        signs = [(load < sum(loads) / 4) - (load > sum(loads) / 4) for load in loads]
+        bias += torch.tensor([RATE * (sign - sum(signs) / 4) for sign in signs]).view_as(bias)
+    return biases
+
+
+def step_recipe(**changes):
+    return Recipe.parse(run_settings(".", "out", precision="fp32", router_bias_update=RATE, **changes))
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "minimax_m2"])
+def test_biases_follow_counts_by_hand(family, mode):
+    """Padding, a row of padding, and recomputation count nothing; micro-batches count together."""
+    model = make_llm(family)[0].train()
+    prepare_biases(model, is_updated=True)
+    prepare_layers(model, mode)
+    isolate_documents(model)
+    recipe = step_recipe()
+    optimizer = make_optimizer(model, recipe.optimizer)
+    experts = ExpertRouting.of(model, bias_update=RATE)
+    documents = [DOCUMENTS, DOCUMENTS[:2], [], [DOCUMENTS[2][::-1].copy()]]
+    rows, tokens = [row(each, 64) for each in documents], [sum(map(len, each)) for each in documents]
+    supervised = sum(int((batch["labels"] != -100).sum()) for batch in rows)
+    for _ in range(5):
+        expected = updated_by_hand(model, rows, tokens)
+        experts.start_step(tokens, sum(tokens))
+        optimizer_step(model, optimizer, rows, supervised, recipe, CONTEXT, experts)
+        torch.testing.assert_close(router_biases(model.state_dict()), expected)
+        ranges = [float(bias.max() - bias.min()) for bias in expected.values()]
+        assert experts.metrics(CONTEXT)["moe/bias_range"] == pytest.approx(max(ranges))
+    assert all(bias.dtype == torch.float32 and bias.any() for bias in expected.values())
+
+
+def test_biases_balance_the_load():
+    model = make_llm("deepseek_v3")[0].train()
+    prepare_biases(model, is_updated=True)
+    experts = ExpertRouting.of(model, bias_update=RATE)
+    loads = []
+    for _ in range(60):
+        experts.start_step([42], 42)
+        with experts.recording() as routed, torch.no_grad():
+            model(torch.from_numpy(np.concatenate(DOCUMENTS))[None], use_cache=False)
+        experts.add_row(0, routed)
+        experts.update_biases(CONTEXT)
+        loads.append(experts.metrics(CONTEXT)["moe/max_load"])
+    assert loads[-1] < 1.2 < loads[0]
+
+
+def test_skipped_step_leaves_biases():
+    model = make_llm("deepseek_v3")[0].train()
+    prepare_biases(model, is_updated=True)
+    isolate_documents(model)
+    recipe = step_recipe()
+    experts = ExpertRouting.of(model, bias_update=RATE)
+    experts.start_step([42], 42)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)
+    optimizer = make_optimizer(model, recipe.optimizer)
+    result = optimizer_step(model, optimizer, [row(DOCUMENTS, 64)], 39, recipe, CONTEXT, experts)
+    assert not result.is_finite
+    assert not any(bias.any() for bias in router_biases(model.state_dict()).values())
+
+
+def test_updated_biases_reach_compiled_layers(monkeypatch):
+    """An update compiles nothing again."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    ids = torch.arange(3, 35)[None]
+
+    def run(is_compiled):
+        model = make_llm("minimax_m2")[0].train()
+        prepare_biases(model, is_updated=True)
+        prepare_layers(model, "full", is_compiled=is_compiled)
+        experts = ExpertRouting.of(model, bias_update=0.1)
+        losses = []
+        for _ in range(4):
+            experts.start_step([32], 32)
+            with experts.recording() as routed:
+                loss = model(ids, labels=ids, use_cache=False).loss
+            (loss + experts.add_row(0, routed)).backward()
+            experts.update_biases(CONTEXT)
+            losses.append(loss.item())
+        return losses, router_biases(model.state_dict())
+
+    torch._dynamo.reset()
+    counters.clear()
+    (expected, biases), (losses, same) = run(False), run(True)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert len(set(losses)) > 1
+    torch.testing.assert_close(same, biases, rtol=0, atol=0)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
+def test_bias_update_without_biases_is_rejected(family):
+    with pytest.raises(SoloError, match=f"{family} models do not balance experts by a bias .* set it to 0"):
+        prepare_biases(tiny_llm(family), is_updated=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "frozen"),
+    [({"lora": {"rank": 2}}, "lora"), ({"trainable": "patch_embedding"}, "trainable = patch_embedding")],
+)
+def test_bias_update_of_frozen_routers_is_rejected(changes, frozen):
+    with pytest.raises(
+        SoloError, match=f"^settings: router_bias_update = 0.01: routers are not trained with {frozen}"
+    ):
+        step_recipe(**changes)
+
+
+# ------------------------------------------------------------------------------- biases in whole runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder with data and models whose biases bfloat16 would round."""
+    folder = tmp_path_factory.mktemp("biases")
+    write_training_data(folder, image_rows(24), text_rows(64))
+    for family in ("deepseek_v3", "ernie4_5_moe"):
+        solo = make_solo(family)
+        for name, bias in solo.model.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(torch.linspace(-0.011, 0.013, bias.numel()).view_as(bias))
+        solo.save(folder / family)
+    return folder
+
+
+def settings(folder, out, **changes):
+    changes = {"model": "deepseek_v3", "steps": 6, "router_bias_update": RATE, **changes}
+    return run_settings(folder, out, **changes)
+
+
+def saved_biases(model):
+    return router_biases(load_file(model / "model.safetensors"))
+
+
+def run_and_write_biases(plain, path):
+    """Train, and write the biases that this process ends with."""
+    export_model = trainer.export_model
+
+    def export(out, model, *arguments):
+        save_file(router_biases(model.state_dict()), f"{path}-{arguments[-1].rank}")
+        return export_model(out, model, *arguments)
+
+    trainer.export_model = export
+    run_recipe(plain)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Return the output of a run in one process, and its biases after each step."""
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def step(model, *arguments):
+            result = optimizer_step(model, *arguments)
+            steps.append(router_biases(model.state_dict()))
+            return result
+
+        patch.setattr(trainer, "optimizer_step", step)
+        train(Recipe.parse(settings(folder, folder / "alone")))
+    return folder / "alone", steps
+
+
+def test_exported_models_have_the_biases_of_their_step(folder, alone, tmp_path):
+    """Those of the run's end, and of a checkpoint in between."""
+    out, steps = alone
+    start, end = saved_biases(folder / "deepseek_v3"), saved_biases(out / "model")
+    assert end.keys() == start.keys() and len(end) == 3
+    export_checkpoint(out, tmp_path / "fourth", step=4)
+    for saved, biases in ((end, steps[5]), (saved_biases(tmp_path / "fourth"), steps[3])):
+        torch.testing.assert_close(saved, biases, rtol=0, atol=0)
+    for before in (start, steps[3]):
+        assert any(not torch.equal(end[name], before[name]) for name in end)
+
+
+def test_validation_does_not_move_biases(folder, alone, tmp_path):
+    held_out = {"sources": [{"path": "images.parquet"}], "interval": 1, "sequences": 2}
+    train(Recipe.parse(settings(folder, tmp_path / "out", validation=held_out)))
+    torch.testing.assert_close(
+        saved_biases(tmp_path / "out" / "model"), saved_biases(alone[0] / "model"), rtol=0, atol=0
+    )
+
+
+def test_biases_stay_by_default(folder, tmp_path):
+    train(Recipe.parse(settings(folder, tmp_path / "out", steps=2, router_bias_update=0)))
+    torch.testing.assert_close(
+        saved_biases(tmp_path / "out" / "model"), saved_biases(folder / "deepseek_v3"), rtol=0, atol=0
+    )
+    assert "moe/bias_range" not in read_steps(tmp_path / "out")[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "parallel"),
+    [
+        (2, {}),
+        (2, {"replicate": 2, "defer_reduction": True}),
+        (2, {"tensor": 2}),
+        (2, {"context": 2}),
+        (4, {"tensor": 2, "context": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.distributed
+def test_every_process_has_the_biases_of_a_single_process(folder, alone, tmp_path, start, size, parallel):
+    plain = settings(folder, tmp_path / "out", parallel=parallel, activation_checkpointing="full")
+    assert start(size, run_and_write_biases, plain, tmp_path / "rank").wait() == [0] * size
+    for biases in [load_file(f"{tmp_path}/rank-{rank}") for rank in range(size)]:
+        torch.testing.assert_close(biases, saved_biases(tmp_path / "out" / "model"), rtol=0, atol=0)
+        torch.testing.assert_close(biases, alone[1][-1], rtol=0, atol=0)
+    ours, theirs = read_steps(tmp_path / "out"), read_steps(alone[0])
+    for name in ("moe/max_load", "moe/unused_experts", "moe/bias_range"):
+        assert [line[name] for line in ours] == [line[name] for line in theirs], name
+
+
+def run_four_steps(plain):
+    """Train until the fifth step, in which the process ends."""
+    calls, step = [], trainer.optimizer_step
+
+    def counted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*arguments)
+
+    trainer.optimizer_step = counted
+    run_recipe(plain)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)])
+@pytest.mark.distributed
+def test_biases_resume_on_any_number_of_processes(folder, alone, tmp_path, start, sizes):
+    """A checkpoint has them; the run in between has ended by SIGKILL."""
+    before, after = sizes
+    plain = settings(folder, tmp_path / "out", checkpoint={"save_interval": 4, "asynchronous": False})
+    assert 0 not in start(before, run_four_steps, plain).wait()
+    assert start(after, run_recipe, plain).wait() == [0] * after
+    torch.testing.assert_close(saved_biases(tmp_path / "out" / "model"), alone[1][-1], rtol=0, atol=0)
+    ours, theirs = (read_steps(path) for path in (tmp_path / "out", alone[0]))
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)
+
+
+def write_biases_in_use(plain, path):
+    """Write what a sharded model in bfloat16 adds to the scores of its experts."""
+    recipe = Recipe.parse(plain)
+    with init_distributed(recipe) as context:
+        model, _ = make_model(recipe, context)
+        added = {}
+
+        def record(name, module, inputs, output):
+            added[name] = output - inputs[0]
+
+        for name, module in model.named_modules():
+            if name.endswith("moe_statics"):
+                module.register_forward_hook(partial(record, name))
+        batch = model_inputs(model, row(DOCUMENTS, 64))
+        model(**batch, use_cache=False)
+        save_file({name: bias[0] for name, bias in added.items()}, f"{path}-{context.rank}")
+
+
+@pytest.mark.distributed
+def test_biases_that_are_parameters_are_not_rounded_by_sharding(folder, tmp_path, start):
+    plain = settings(folder, tmp_path / "out", model="ernie4_5_moe", precision="bf16", router_bias_update=0)
+    assert start(2, write_biases_in_use, plain, tmp_path / "used").wait() == [0, 0]
+    used = load_file(tmp_path / "used-0")
+    biases = router_biases(load_base_model(folder / "ernie4_5_moe")[0].state_dict())
+    assert len(used) == len(biases) == 3
+    for name, bias in biases.items():
+        torch.testing.assert_close(used[name.rpartition(".")[0]], bias[0], rtol=0, atol=1e-7)

@@ -127,16 +127,23 @@ def test_resume_after_crash_is_bit_exact(run_folder, tmp_path, monkeypatch, prec
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_experts_resume_exactly_and_reload(run_folder, tmp_path, monkeypatch, family):
-    """The routers of DeepSeek-V3 have a bias that is no parameter."""
+@pytest.mark.parametrize(
+    ("family", "update"),
+    [("qwen3_moe", 0), ("deepseek_v3", 0), ("deepseek_v3", 0.01), ("ernie4_5_moe", 0.01)],
+)
+def test_experts_resume_exactly_and_reload(run_folder, tmp_path, monkeypatch, family, update):
+    """The routers of DeepSeek-V3 have a bias that is no parameter, those of Ernie one that is frozen."""
     start = make_solo(family)
-    for name, bias in start.model.named_buffers():
-        if "e_score_correction_bias" in name:
-            bias.copy_(torch.linspace(-0.3, 0.3, len(bias)))
+    biases = {
+        name: bias
+        for name, bias in start.model.state_dict().items()
+        if name.endswith("e_score_correction_bias")
+    }
+    for bias in biases.values():
+        bias.copy_(torch.linspace(-0.3, 0.3, bias.numel()).view_as(bias))
     start.save(tmp_path / "start")
     validation = {"sources": [{"path": "images.parquet"}], "interval": 4, "sequences": 2}
-    changes = {"model": str(tmp_path / "start"), "router_aux_loss": "auto", "validation": validation}
+    changes = {"model": str(tmp_path / "start"), "router_bias_update": update, "validation": validation}
     whole, cut = (recipe(run_folder, tmp_path / name, **changes) for name in ("whole", "cut"))
     trained = []
     with monkeypatch.context() as patch:
@@ -150,7 +157,7 @@ def test_experts_resume_exactly_and_reload(run_folder, tmp_path, monkeypatch, fa
             train(cut)
     train(cut, resume=True)
     ours, theirs = (read_steps(tmp_path / name) for name in ("cut", "whole"))
-    assert ("moe/aux_loss" in theirs[0]) == (family == "qwen3_moe")
+    assert ("moe/aux_loss" in theirs[0]) == (family != "deepseek_v3")
     for key in {"loss", "validation_loss", *(name for name in theirs[0] if name.startswith("moe/"))}:
         assert [line.get(key) for line in ours] == [line.get(key) for line in theirs], key
     model, reloaded = trained[0].eval(), load_model(exported)
@@ -161,8 +168,8 @@ def test_experts_resume_exactly_and_reload(run_folder, tmp_path, monkeypatch, fa
     state, saved = model.state_dict(), reloaded.state_dict()
     assert state.keys() == saved.keys()
     assert all(torch.equal(state[name], saved[name]) for name in state)
-    if family == "deepseek_v3":
-        assert any("e_score_correction_bias" in name and saved[name].any() for name in saved)
+    assert biases or family == "qwen3_moe"
+    assert all(torch.equal(saved[name], bias) == (update == 0) for name, bias in biases.items())
 
 
 def test_manifest_reproduces_run(run_folder, tmp_path):

@@ -179,12 +179,15 @@ def _run_lines(plan: Plan) -> list[str]:
     copies = f" (parameters on {dims.replicate} x {dims.shards})" if dims.replicate > 1 else ""
     slices = f" x context parallel {dims.cp}" if dims.cp > 1 else ""
     layout = f"data parallel {dims.dp}{copies}{slices} x tensor parallel {dims.tp}"
+    update = recipe.router_bias_update
+    routers = [f"routers     biases move by {update:g} per step to balance experts"] if update else []
     return [
         f"step        {batch:,} sequences of {length:,} tokens: {plan.tokens_per_step:,} tokens",
         f"run         {run}",
         f"data        {data}",
         f"processes   {dims.world_size}: {layout}, "
         f"{dims.gradient_accumulation_steps} gradient accumulation steps",
+        *routers,
         f"time        {_duration(plan.seconds_per_step)} per step{total}, on {dims.world_size} x "
         f"{device.name} at {plan.mfu:.0%} of {device.peak_flops / 1e12:,.0f} TFLOP/s",
     ]

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solo_vlm.data.sample import Sample, SampleError
-from solo_vlm.data.sources.files import read_url, retried
+from solo_vlm.data.sources.files import read_url
+from solo_vlm.data.sources.retries import retried
 from solo_vlm.data.values import ImageSource
 from solo_vlm.utils.errors import SoloError
 

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from solo_vlm.data.collate import PackedBatch, collate, num_supervised_tokens
 from solo_vlm.data.sources import Source, fingerprints, is_same_data
-from solo_vlm.data.sources.files import is_read_failure
 from solo_vlm.data.sources.hub import HubPath
+from solo_vlm.data.sources.retries import is_read_failure
 from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
 from solo_vlm.models.solo.processing_solo import num_vision_tokens
 from solo_vlm.utils.errors import SoloError, first_line

@@ -92,8 +92,9 @@ class TrainState:
 class Checkpointer:
     """Writer of checkpoints in torch's distributed format.
 
-    They hold the trainable parameters, the optimizer's state, `training_state.json`, and the checksums of
-    all files. No RNG state is needed, because each step reseeds. Any number of processes can load them.
+    They hold the trainable parameters and buffers, the optimizer's state, `training_state.json`, and the
+    checksums of all files. No RNG state is needed, because each step reseeds. Any number of processes can
+    load them.
 
     Args:
         keep: Number of newest checkpoints to keep, besides the best.
@@ -199,7 +200,7 @@ def load_train_state(path: Folder) -> TrainState:
 
 
 def load_checkpoint(path: Folder, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Load the trainable parameters, and the optimizer's moments, in place.
+    """Load the trainable parameters and buffers, and the optimizer's moments, in place.
 
     Raises:
         SoloError: A file is missing, damaged or not the checkpoint's, or the tensors do not fit the model.
@@ -350,6 +351,7 @@ def _trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
     """Return everything that training changes, by name; the tensors share memory with the model's."""
     parameters = dict(named_trainable(model))
     tensors = {f"model/{name}": parameter.detach() for name, parameter in parameters.items()}
+    tensors |= {f"model/{name}": model.get_buffer(name) for name in getattr(model, "trained_buffers", ())}
     if optimizer is None:
         return tensors
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}

@@ -1,4 +1,4 @@
-"""Mixtures of experts in training: auxiliary loss of the routers, and load of the experts."""
+"""Mixtures of experts in training: auxiliary loss and biases of the routers, and load of the experts."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ _AUX_LOSS = "load_balancing_loss_func"  # in the module of every family that has
 _AUX_LOSS_ARGUMENTS = {"gate_logits", "num_experts", "top_k", "attention_mask"}
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")  # the latter: JetMoe, DBRX
 _TOP_K = ("num_experts_per_tok", "moe_top_k")  # the latter: DBRX
+_BIASES = ("e_score_correction_bias", "expert_bias")  # the latter: AFMoE, LFM2 MoE
 
 
 class ExpertRouting:
@@ -40,8 +41,13 @@ class ExpertRouting:
     the mean over its rows, weighted by their tokens, so its strength depends neither on gradient accumulation
     nor on the number of processes.
 
+    Biases of routers affect the choice of experts alone. After a step, they rise for experts with less than
+    an equal share of its tokens, and fall for those with more (Wang et al. 2024, "Auxiliary-loss-free load
+    balancing strategy for mixture-of-experts", algorithm 1).
+
     Attributes:
         coefficient: Factor of the auxiliary loss.
+        bias_update: Change of a bias per step.
     """
 
     def __init__(
@@ -51,8 +57,10 @@ class ExpertRouting:
         aux_loss: Callable[..., Tensor] | None,
         coefficient: float,
         slices: DeviceMesh | None,
+        biases: Sequence[Tensor | None],
+        bias_update: float,
     ) -> None:
-        self.coefficient = coefficient
+        self.coefficient, self.bias_update, self._biases = coefficient, bias_update, biases
         self._top_k, self._aux_loss, self._slices = top_k, aux_loss, slices
         self._routers = [router for router, _ in routers]
         self._is_recording = False
@@ -66,6 +74,7 @@ class ExpertRouting:
         model: PreTrainedModel,
         coefficient: float | Literal["auto"] = "auto",
         slices: DeviceMesh | None = None,
+        bias_update: float = 0.0,
     ) -> Self | None:
         """Observe the routers of a model; None if it has none.
 
@@ -73,6 +82,7 @@ class ExpertRouting:
             coefficient: Factor of the auxiliary loss. "auto": the model's own; 0 if its routers are frozen,
                 or if transformers has no auxiliary loss for its family.
             slices: Processes that compute a slice of each row, in order. None: this one computes whole rows.
+            bias_update: Change of the routers' biases per step; see `prepare_biases`.
 
         Raises:
             SoloError: The family has no auxiliary loss for the given coefficient, or one of its own kind.
@@ -80,6 +90,7 @@ class ExpertRouting:
         config = model.config.get_text_config()
         decoder, routers = _find_routers(model)
         aux_loss = _family_function(decoder, _AUX_LOSS) if routers else None
+        biases = _find_biases(model)
         if coefficient not in ("auto", 0) and aux_loss is None:
             raise SoloError(
                 f"router_aux_loss = {coefficient}: transformers has no auxiliary loss for the routers of "
@@ -87,9 +98,11 @@ class ExpertRouting:
             )
         if coefficient == "auto":
             is_trained = any(p.requires_grad for router, _ in routers for p in router.parameters())
-            if is_trained and aux_loss is None:
+            if is_trained and aux_loss is None and not bias_update:
+                advice = "; router_bias_update balances them by biases" if biases else ""
                 logger.warning(
-                    "no auxiliary loss balances the experts: transformers has none for %s", config.model_type
+                    "no auxiliary loss balances the experts: transformers has none for %s%s",
+                    *(config.model_type, advice),
                 )
             coefficient = _setting(config, _COEFFICIENTS) or 0.0 if aux_loss and is_trained else 0.0
         if aux_loss and inspect.signature(aux_loss).parameters.keys() != _AUX_LOSS_ARGUMENTS:
@@ -100,7 +113,11 @@ class ExpertRouting:
                 )
             aux_loss = None
         top_k = _setting(config, _TOP_K) or 1
-        return cls(routers, top_k, aux_loss, coefficient, slices) if routers else None
+        tensors = [
+            model.get_buffer(biases[router]) if bias_update and router in biases else None
+            for router, _ in routers
+        ]
+        return cls(routers, top_k, aux_loss, coefficient, slices, tensors, bias_update) if routers else None
 
     def start_step(self, tokens: Sequence[int], total: int) -> None:
         """Start an optimizer step.
@@ -133,11 +150,11 @@ class ExpertRouting:
             routed: Record of its forward pass.
         """
         tokens, weight = self._tokens[row], 1
-        if self._slices is not None:  # a row counts in the process of its first slice
+        if self._slices is not None:  # the loss of a row is that of the process of its first slice
             routed = [_whole_row(*router, self._slices) for router in routed]
             weight = int(self._slices.get_local_rank() == 0)
         is_token = torch.arange(len(routed[0][0]), device=routed[0][0].device) < tokens
-        load = [weight * _tokens_per_expert(*router, is_token) for router in routed]
+        load = [_tokens_per_expert(*router, is_token) for router in routed]
         self._load = [a + b for a, b in zip(self._load, load, strict=True)] if self._load else load
         if self._aux_loss is None or not tokens:
             return 0.0
@@ -148,22 +165,44 @@ class ExpertRouting:
         self._aux.append(aux.detach())
         return self.coefficient * aux
 
+    @torch.no_grad()
+    def update_biases(self, context: DistributedContext) -> None:
+        """Move the biases, if they are to be, by the load of the step over all processes; a collective call.
+
+        The change is centered, as in torchtitan: the same for all experts would change no choice, but add up.
+        """
+        if not self.bias_update:
+            return
+        for bias, load in zip(self._biases, self._sum_load(context), strict=True):
+            if bias is not None:
+                missing = (load.sum() - len(load) * load).sign().to(bias.dtype)  # of integers, so exact
+                bias += self.bias_update * (missing - missing.mean()).view_as(bias)
+
     def metrics(self, context: DistributedContext) -> dict[str, float]:
         """Return the metrics of the step over all processes; a collective call.
 
         `moe/max_load` is the load of the busiest expert of any layer, relative to an equal share;
         `moe/unused_experts` the number of experts, over all layers, without a token; `moe/aux_loss` the
-        auxiliary loss before its coefficient.
+        auxiliary loss before its coefficient; `moe/bias_range` the largest difference between two biases of a
+        layer, if they are updated.
         """
-        aux = torch.stack(self._aux).sum().item() if self._aux else 0.0
-        flat = torch.cat(self._load).tolist()
-        aux, *flat = context.sum(aux, *flat)
-        counts = torch.tensor(flat, dtype=torch.float64).split([len(load) for load in self._load])
+        counts = [load.double().cpu() for load in self._sum_load(context)]
         metrics = {
             "moe/max_load": max(float(load.max() / load.mean().clamp(min=1e-9)) for load in counts),
             "moe/unused_experts": sum(int((load == 0).sum()) for load in counts),
         }
-        return metrics if self._aux_loss is None else {"moe/aux_loss": aux, **metrics}
+        if self._aux_loss is not None:
+            aux = torch.stack(self._aux).sum().item() if self._aux else 0.0
+            (metrics["moe/aux_loss"],) = context.sum(aux)
+        if self.bias_update:
+            ranges = [bias.max() - bias.min() for bias in self._biases if bias is not None]
+            metrics["moe/bias_range"] = torch.stack(ranges).max().item()
+        return metrics
+
+    def _sum_load(self, context: DistributedContext) -> list[Tensor]:
+        """Return the tokens of the step per expert of each layer, the same in every process."""
+        sizes = [len(load) for load in self._load]
+        return list(context.sum_groups(torch.cat(self._load)).split(sizes))
 
     def _record(self, index: int, router: nn.Module, arguments: Any, output: Any) -> None:
         if not self._is_recording:
@@ -189,6 +228,47 @@ def router_modules(model: nn.Module) -> set[nn.Module]:
     # JetMoe's attention is found as well, because it has a router in it.
     inner = {router for router in found if found.isdisjoint([*router.modules()][1:])}
     return {part for router in named | inner for part in router.modules()}
+
+
+def prepare_biases(model: PreTrainedModel, is_updated: bool) -> None:
+    """Make float32 buffers of the routers' biases, in place; training may update them.
+
+    Some families have frozen parameters instead, which FSDP would round to bfloat16.
+
+    Raises:
+        SoloError: There are no biases to update.
+    """
+    biases = _find_biases(model)
+    if is_updated and not biases:
+        raise SoloError(
+            f"router_bias_update: {model.config.get_text_config().model_type} models do not balance experts "
+            "by a bias as DeepSeek-V3 does; set it to 0"
+        )
+    for name in biases.values():
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        bias = getattr(module, own).detach().float()
+        delattr(module, own)
+        module.register_buffer(own, bias)
+    model.trained_buffers = [*biases.values()] if is_updated else []  # type: ignore[assignment]
+
+
+def _find_biases(model: PreTrainedModel) -> dict[nn.Module, str]:
+    """Map routers to the names of the biases that balance their experts; some families have it beside.
+
+    Those of LongCat-Flash and Zaya also set the share of tokens that skip the experts, which is not an equal
+    one.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    found: dict[nn.Module, str] = {}
+    if getattr(model.config.get_text_config(), "zero_expert_num", None):  # LongCat-Flash
+        return found
+    for router, _ in _find_routers(model)[1]:
+        block = names[router].rpartition(".")[0]
+        for name in model.get_submodule(block).state_dict(prefix=f"{block}."):
+            if name.rpartition(".")[2] in _BIASES:
+                found[router] = name
+    return found
 
 
 def _find_routers(model: nn.Module) -> tuple[PreTrainedModel | None, list[tuple[nn.Module, int]]]:

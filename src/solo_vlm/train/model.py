@@ -26,6 +26,7 @@ from solo_vlm.models.load import (
 )
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.stops import check_stops
+from solo_vlm.train.experts import prepare_biases
 from solo_vlm.train.parallel.context import DistributedContext
 from solo_vlm.train.parallel.context_parallel import check_context_parallel, exchange_heads
 from solo_vlm.train.parallel.sharding import load_full_state_dict, shard_model
@@ -96,6 +97,7 @@ def set_trainable(model: PreTrainedModel, recipe: Recipe, world_size: int = 1) -
         raise SoloError("quantize: 4-bit weights cannot be sharded; start one process, or unset quantize")
     if recipe.lora and recipe.parallel.tensor > 1:
         raise SoloError("lora: adapters do not support tensor parallelism; set parallel.tensor to 1")
+    prepare_biases(model, recipe.router_bias_update > 0)
     new_tokens = recipe.trainable == "new_tokens"
     if recipe.lora or new_tokens:
         add_adapters(model, recipe.lora, new_tokens)

@@ -238,6 +238,9 @@ class Recipe(Settings):
         router_aux_loss: Coefficient of the auxiliary loss that balances the load of experts. "auto": the
             model's own (`router_aux_loss_coef`); 0 if its routers are frozen, or if transformers has no such
             loss for its family.
+        router_bias_update: Change per step of the biases by which routers choose experts, up for experts with
+            less than an equal share of the step's tokens, down for those with more (0.001 in DeepSeek-V3);
+            0: the biases stay.
         parallel: Parallelism of data, context and layers.
         validation: Evaluation on held-out data while training, if any.
         checkpoint: Checkpoint intervals and retention.
@@ -264,6 +267,7 @@ class Recipe(Settings):
     compile: bool = False
     float8: bool = False
     router_aux_loss: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    router_bias_update: float = Field(0.0, ge=0, allow_inf_nan=False)
     parallel: ParallelSettings = ParallelSettings()
     validation: ValidationSettings | None = None
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -273,6 +277,20 @@ class Recipe(Settings):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     max_nonfinite: PositiveInt = 5
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_routers(self) -> Self:
+        if self.router_bias_update and self.is_decoder_frozen:
+            raise PydanticCustomError(
+                "frozen_routers",
+                "router_bias_update = {update}: routers are not trained with {frozen}, and their biases stay "
+                "with the frozen weights; set it to 0",
+                {
+                    "update": self.router_bias_update,
+                    "frozen": "lora" if self.lora else f"trainable = {self.trainable}",
+                },
+            )
+        return self
 
     @property
     def mixture(self) -> Mixture:

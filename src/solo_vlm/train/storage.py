@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from solo_vlm.data.sources.files import retried
+from solo_vlm.data.sources.retries import retried
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import causes, explain_os_error, remove, sync, write_text

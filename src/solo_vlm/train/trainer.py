@@ -138,7 +138,9 @@ class Trainer:
         modes = layout.modes if layout else recipe.activation_checkpointing
         assert modes != "auto"  # without a layout there is none
         self.modes = prepare_layers(self.model, modes, recipe.compile, is_split=context.dims.tp > 1)
-        self.experts = ExpertRouting.of(self.model, recipe.router_aux_loss, context.slices)
+        self.experts = ExpertRouting.of(
+            self.model, recipe.router_aux_loss, context.slices, recipe.router_bias_update
+        )
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
         dp = context.dims.dp
         self.loader = make_loader(recipe.mixture, self.processor, self.sources, context.dp_rank, dp)
@@ -481,6 +483,8 @@ def optimizer_step(
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if is_finite:
         optimizer.step()
+        if experts:
+            experts.update_biases(context)
     optimizer.zero_grad()
     return StepResult(loss, norm, is_finite, losses)
 

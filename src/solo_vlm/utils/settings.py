@@ -185,7 +185,7 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(step) for step in first["loc"])
     if first["type"] != "extra_forbidden":
-        return f"{key}: {first['msg']}"
+        return f"{key}: {first['msg']}" if key else first["msg"]
     *parents, name = map(str, first["loc"])
     beside = did_you_mean(name, kind.model_fields) if not parents else ""
     return f"unknown key {key}" + (beside or did_you_mean(name, _known_keys(kind)))

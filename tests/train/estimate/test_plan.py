@@ -308,6 +308,18 @@ def test_dry_run_prints_plan(run):
     assert "H100" in out and "until the data ends" in out
 
 
+def test_dry_run_shows_or_rejects_an_update_of_biases(run, tmp_path):
+    for family in ("deepseek_v3", "qwen3_moe"):
+        make_solo(family).save(tmp_path / family)
+    command = ("train", "quickstart/stage1", "--dry-run", f"root={tmp_path}", "router_bias_update=0.001")
+    code, out, _ = run(*command, "model=deepseek_v3")
+    assert code == 0
+    assert "routers     biases move by 0.001 per step to balance experts" in out
+    code, _, error = run(*command, "model=qwen3_moe")
+    assert code == 2
+    assert "qwen3_moe models do not balance experts by a bias as DeepSeek-V3 does; set it to 0" in error
+
+
 def test_dry_run_has_as_many_processes_as_the_layout_needs(run):
     code, out, _ = run("train", "smollm2-135m/stage1", "--dry-run", "parallel={tensor: 3, replicate: 2}")
     assert code == 0

@@ -26,6 +26,7 @@ from solo_vlm.data.sources.image_folder import ImageFolderSource
 from solo_vlm.data.sources.jsonl import JsonlSource
 from solo_vlm.data.sources.megatron_indexed import TEXT_INDEX, MegatronIndexedSource
 from solo_vlm.data.sources.parquet import ParquetSource
+from solo_vlm.data.sources.retries import is_unreachable
 from solo_vlm.data.sources.tables import ArrowSource, CsvSource
 from solo_vlm.data.sources.webdataset import WebDatasetSource
 from solo_vlm.utils.errors import SoloError, first_line
@@ -155,7 +156,8 @@ def open_source(
     except SoloError:
         raise
     except Exception as error:  # file systems have own errors for missing packages, credentials, network
-        raise SoloError(f"cannot read {path}: {first_line(error)}") from error
+        hint = "; check its address and the network, or name local files" if is_unreachable(error) else ""
+        raise SoloError(f"cannot read {path}: {first_line(error)}{hint}") from error
     if isinstance(raw, MegatronIndexedSource):
         if format not in ("auto", "samples") or images or columns or filter:
             raise SoloError(f"{path}: packed data takes no format, images, columns or filter")
@@ -197,6 +199,12 @@ def _open_raw(
         )
     if kind == TEXT_INDEX:
         return MegatronIndexedSource(path, files)
+    if any(file.modified is None and not file.content for file in files):
+        logger.warning(
+            "%s: its server does not state what identifies contents, so that resuming notices a changed file "
+            "only by its size",
+            path,
+        )
     files = [replace(file, images=images or "", cached=cache) for file in files]
     return _ALL_READERS[kind](path, files)
 
@@ -233,7 +241,7 @@ def fingerprints(sources: Sequence[Source]) -> list[tuple[str, str]]:
 def is_same_data(before: str, now: str) -> bool:
     """Return whether two fingerprints are of the same files.
 
-    Contents are compared if both have them: not those of web servers and S3, nor of earlier versions.
+    Contents are compared if both have them: not those of some web servers, nor of earlier versions.
     """
     files_before, _, contents_before = before.partition("-")
     files_now, _, contents_now = now.partition("-")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, ParamSpec, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 import numpy as np
@@ -21,16 +21,16 @@ import pyarrow as pa
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from numpy.typing import NDArray
-from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from solo_vlm.data.formats.row_format import FormatName
 from solo_vlm.data.sample import SampleError
+from solo_vlm.data.sources.retries import bound_waits_for_hub, is_system_error, retried, retried_at_start
 from solo_vlm.data.values import OutsidePathError, locate_images
 from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import hash_blocks
 
-P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".lz4": "lz4"}
 
@@ -38,42 +38,9 @@ _BLOCK_SIZE = 1 << 20
 _HASH_BLOCK_SIZE, _HASH_BLOCKS = 1 << 14, 16
 _CLOSE = 1 << 12  # bytes between ranges that are read in one request
 _FIRST_SHARDS = 8  # shards in which rows are looked for to recognize their format
+# Of the hub, S3, Azure and GCS, and web servers, the most exact first.
+_CONTENT_STATED = ("blob_id", "md5Hash", "ETag", "etag", "Content-MD5", "Last-Modified")
 _OPEN_AT_A_TIME = 16  # files indexed in parallel when a source is opened
-_ATTEMPTS = 5
-_FIRST_WAIT = 0.5  # seconds, doubled each time
-_NETWORKING = ("aiohttp", "asyncio", "botocore", "httpx", "httpx2")  # not all of their errors are OSErrors
-
-
-def retried(read: Callable[P, R]) -> Callable[P, R]:
-    """Retry with exponential backoff when the disk or the network fails; then raise the error."""
-    return retry(
-        retry=retry_if_exception(_is_transient),
-        stop=stop_after_attempt(_ATTEMPTS),
-        wait=wait_exponential_jitter(multiplier=_FIRST_WAIT, max=30),
-        reraise=True,
-    )(read)
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Return whether a retry can help: not if content is broken or a file is missing."""
-    if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
-        return False
-    status = getattr(getattr(error, "response", None), "status_code", None)  # of the hub
-    if status is not None and status < 500 and status not in (408, 429):
-        return False
-    return is_read_failure(error)
-
-
-def is_read_failure(error: BaseException) -> bool:
-    """Return whether the disk or the network failed, or access was lost."""
-    if isinstance(error, OSError):
-        return _is_system_error(error)
-    return type(error).__module__.partition(".")[0] in _NETWORKING
-
-
-def _is_system_error(error: OSError) -> bool:
-    """Return whether disk or network failed; pyarrow raises OSError without errno for broken content."""
-    return error.errno is not None or type(error) is not OSError
 
 
 @dataclass(frozen=True)
@@ -120,7 +87,7 @@ class DataFile:
         limits: Limits for reading the file.
         modified: Time of the last modification in ns; None for remote files.
         images: Folder that relative paths in the file refer to; default: the file's own.
-        content: Hash of the content, if it is known without reading the file: the hub states it.
+        content: Hash of the content, if the file system states it, as the hub and S3 do.
         cached: Whether to download the file into the hub's cache when it is first read.
     """
 
@@ -186,7 +153,7 @@ class DataFile:
 
     def _locate(self) -> tuple[Any, str]:
         """Return the file system and the path on it; a cached file is downloaded first."""
-        system, path = fsspec.core.url_to_fs(self.url)
+        system, path = file_system(self.url)
         if not self.cached:
             return system, path
         at = system.resolve_path(path)
@@ -254,6 +221,13 @@ def _read_from(stream: BinaryIO, places: list[tuple[int, int]]) -> list[bytes]:
     return [block[start - first : end - first] for start, end in places]
 
 
+def file_system(url: str) -> tuple[Any, str]:
+    """Return the file system of a path or URL, and the path on it."""
+    if url.startswith("hf://"):
+        bound_waits_for_hub()
+    return fsspec.core.url_to_fs(url)
+
+
 def read_url(url: str) -> bytes:
     """Return the content of a file on any file system of fsspec.
 
@@ -261,11 +235,11 @@ def read_url(url: str) -> bytes:
         ValueError, ImportError: The protocol is unknown, or its package is not installed.
         OSError: There is no such file, or the network failed.
     """
-    system, path = fsspec.core.url_to_fs(url)
+    system, path = file_system(url)
     return system.cat_file(path)
 
 
-@retried
+@retried_at_start
 def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> list[DataFile]:
     """Find the data files of a path: a single file, or those of a folder or a glob pattern, sorted.
 
@@ -278,11 +252,9 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
         SoloError: A folder is named like a data file, as Spark's are, or a subfolder contains data files,
             which would be missed.
     """
-    system, root = fsspec.core.url_to_fs(path)
-    contents = {}
+    system, root = file_system(path)
     if system.isfile(root):
         names, source_folder = [root], root.rpartition("/")[0]
-        contents[root] = system.info(root).get("blob_id", "")
     else:
         listed = system.isdir(root)
         found = system.ls(root, detail=True) if listed else system.glob(root, detail=True).values()
@@ -294,7 +266,6 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
             # Hidden files and folders may be incomplete downloads of other programs.
             if not any(part.startswith(".") for part in entry["name"][fixed:].split("/"))
         }
-        contents = {entry["name"]: entry.get("blob_id", "") for entry in found}
         names = sorted(name for name in folders if _is_data(name, suffixes))
         if folder := next((name for name in names if folders[name]), None):
             raise SoloError(f"{folder} is a folder among files: make it a separate source, or move it away")
@@ -318,9 +289,14 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
         ]
     folder = system.unstrip_protocol(source_folder)
     return [
-        DataFile(system.unstrip_protocol(name), size, folder, limits, content=contents.get(name, ""))
-        for name, size in zip(names, system.sizes(names), strict=True)
+        DataFile(system.unstrip_protocol(name), entry["size"], folder, limits, content=stated_content(entry))
+        for name, entry in zip(names, read_each(system.info, names), strict=True)
     ]
+
+
+def stated_content(entry: dict[str, Any]) -> str:
+    """Return what a file system states that changes with a file's content; empty if it states nothing."""
+    return next((str(entry[name]) for name in _CONTENT_STATED if entry.get(name)), "")
 
 
 def is_directory(system: Any, entry: dict[str, Any]) -> bool:
@@ -328,21 +304,21 @@ def is_directory(system: Any, entry: dict[str, Any]) -> bool:
     return entry["type"] == "directory" or bool(entry.get("islink") and system.isdir(entry["name"]))
 
 
-@retried
+@retried_at_start
 def is_folder(path: str) -> bool:
     """Return whether a path or URL is a folder."""
-    system, folder = fsspec.core.url_to_fs(path)
+    system, folder = file_system(path)
     return bool(system.isdir(folder))
 
 
-@retried
+@retried_at_start
 def find_folder(path: str) -> str:
     """Return the absolute path or the URL of a folder.
 
     Raises:
         SoloError: There is no such folder.
     """
-    system, folder = fsspec.core.url_to_fs(path)
+    system, folder = file_system(path)
     if not system.isdir(folder):
         raise SoloError(f"no folder {path}")
     return folder if _is_local(system) else system.unstrip_protocol(folder)
@@ -357,10 +333,10 @@ def _is_data(name: str, suffixes: Sequence[str]) -> bool:
 
 
 def fingerprint(files: Sequence[DataFile]) -> str:
-    """Return a hash of the names and sizes of files, and one of the contents of files here or on the hub.
+    """Return a hash of the names and sizes of files, and one of their contents, if those are known.
 
-    Of a large file, blocks are hashed, so that runs start fast: a file that was replaced has other blocks.
-    The hub states hashes of whole files.
+    Of a large local file, blocks are hashed, so that runs start fast: a file that was replaced has other
+    blocks. Of remote files, it is what their file systems state.
     """
     digest = hashlib.sha256()
     for file in files:
@@ -381,7 +357,7 @@ def hash_content(file: DataFile) -> str:
         return hash_blocks(content, file.size, _HASH_BLOCK_SIZE, _HASH_BLOCKS)
 
 
-def read_each(read: Callable[[DataFile], R], files: Sequence[DataFile]) -> list[R]:
+def read_each(read: Callable[[T], R], files: Sequence[T]) -> list[R]:
     """Return `read` of each file, called in parallel because remote files have a high latency."""
     with ThreadPoolExecutor(_OPEN_AT_A_TIME) as pool:
         return list(pool.map(read, files))
@@ -465,7 +441,7 @@ def broken_shard(error: Exception, where: str) -> BrokenShard:
         error: Error of pyarrow. A disk or network error is raised again, since the shard may be intact.
         where: File and position, for the message.
     """
-    if isinstance(error, OSError) and _is_system_error(error):
+    if isinstance(error, OSError) and is_system_error(error):
         raise error
     return BrokenShard(SampleError("broken-shard", f"{where}: {first_line(error)}"))
 

@@ -10,7 +10,8 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from solo_vlm.data.sources.files import DataFile, Limits, find_files, retried
+from solo_vlm.data.sources.files import DataFile, Limits, find_files
+from solo_vlm.data.sources.retries import bound_waits_for_hub, retried_at_start
 from solo_vlm.utils.errors import SoloError, did_you_mean, first_line
 
 _PREFIX = "hf://datasets/"
@@ -57,6 +58,11 @@ class HubPath:
         parts = {name: value or "" for name, value in match.groupdict().items()}
         return cls(**parts | {"revision": unquote(parts["revision"])})
 
+    @property
+    def url(self) -> str:
+        """URL of the place."""
+        return str(self)
+
     def __str__(self) -> str:
         revision = f"@{quote(self.revision, safe='')}" if self.revision else ""
         config, split = self.config, f"/{self.split}" if self.split else ""
@@ -75,6 +81,7 @@ def pin(url: str) -> str:
         return url
     if constants.HF_HUB_OFFLINE:
         raise SoloError(f"cannot read {url}: HF_HUB_OFFLINE is set; unset it, or name local files")
+    bound_waits_for_hub()
     return str(replace(place, revision=_commit(place)))
 
 
@@ -84,7 +91,7 @@ def without_revision(url: str) -> str:
     return url if place is None else str(replace(place, revision=""))
 
 
-@retried
+@retried_at_start
 def _commit(place: HubPath) -> str:
     api = huggingface_hub.HfApi()
     try:
@@ -132,7 +139,7 @@ def split_files(place: HubPath, limits: Limits) -> list[DataFile]:
     return [replace(file, root=root) for file in files]
 
 
-@retried
+@retried_at_start
 def _data_files(place: HubPath) -> dict[str, list[str]]:
     """Return the URLs of the files of each split."""
     try:
@@ -158,7 +165,7 @@ def _configs(place: HubPath) -> list[str]:
     return list(get_dataset_config_names(place.repo, revision=place.revision))
 
 
-@retried
+@retried_at_start
 def what_exists(url: str) -> str:
     """Return the end of a message that lists the top of a data set; empty for URLs of other places."""
     place = HubPath.parse(url)

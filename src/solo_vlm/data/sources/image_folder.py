@@ -7,11 +7,19 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import fsspec
-
 from solo_vlm.data.formats.rows import RawRow
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.sources.files import DataFile, Limits, RawSource, is_directory, read_url, retried
+from solo_vlm.data.sources.files import (
+    DataFile,
+    Limits,
+    RawSource,
+    file_system,
+    is_directory,
+    read_each,
+    read_url,
+    stated_content,
+)
+from solo_vlm.data.sources.retries import retried
 from solo_vlm.utils.errors import SoloError
 
 _IMAGES_PER_SHARD = 256
@@ -38,7 +46,8 @@ class ImageFolderSource(RawSource):
     def __init__(self, name: str, folder: str, limits: Limits) -> None:
         self.name = name
         self._folder = DataFile(folder, 0, folder, limits, images=folder)
-        sizes = _list(folder)
+        found = _list(folder)
+        sizes = {path: entry["size"] for path, entry in found.items()}
         if captions_file := next(filter(_METADATA.search, sizes), None):
             raise SoloError(
                 f"{name}: captions in {captions_file} would be missed: set path to "
@@ -49,10 +58,7 @@ class ImageFolderSource(RawSource):
         stems = {path.rpartition(".")[0] for path in self._names}
         captions = [path for path in sizes if path.lower().endswith(".txt") and path[:-4] in stems]
         self._captions = {path[:-4]: (path, sizes[path]) for path in captions}
-        digest = hashlib.sha256()
-        for path in sorted([*self._names, *captions]):
-            digest.update(f"{path} {sizes[path]}\n".encode())
-        self._fingerprint = digest.hexdigest()[:16]
+        self._fingerprint = _fingerprint(self._folder, self._names, captions, found)
 
     def __len__(self) -> int:
         return -(-len(self._names) // _IMAGES_PER_SHARD)
@@ -74,7 +80,10 @@ class ImageFolderSource(RawSource):
         return f"{self._folder.url}/{self._names_of(shard)[row]}"
 
     def fingerprint(self) -> str:
-        """Return a hash of the paths and sizes of images and captions."""
+        """Return a hash of the paths and sizes of images and captions, and one of contents.
+
+        Of local images, which may be many, the contents are not read.
+        """
         return self._fingerprint
 
     def _names_of(self, shard: int) -> list[str]:
@@ -110,21 +119,34 @@ class _Rows(Sequence[RawRow]):
 
 
 @retried
-def _list(folder: str) -> dict[str, int]:
-    """Return the size of every file below a folder by its relative path, without hidden ones."""
-    system, root = fsspec.core.url_to_fs(folder)
+def _list(folder: str) -> dict[str, dict[str, Any]]:
+    """Return the entry of every file below a folder by its relative path, without hidden ones."""
+    system, root = file_system(folder)
     found = system.find(root, detail=True)
     if link := next((path for path, entry in found.items() if is_directory(system, entry)), None):
         raise SoloError(
             f"{link} is a link to a folder, whose images would be missed: make it a separate source, or move "
             "it away"
         )
-    sizes = {path[len(root) :].lstrip("/"): entry["size"] for path, entry in found.items()}
+    below = {path[len(root) :].lstrip("/"): entry for path, entry in found.items()}
     return {
-        path: size
-        for path, size in sizes.items()
+        path: entry
+        for path, entry in below.items()
         if not any(part.startswith(".") for part in path.split("/"))
     }
+
+
+def _fingerprint(
+    folder: DataFile, images: list[str], captions: list[str], found: dict[str, dict[str, Any]]
+) -> str:
+    paths = sorted([*images, *captions])
+    names = hashlib.sha256("".join(f"{path} {found[path]['size']}\n" for path in paths).encode())
+    stated = {path: stated_content(found[path]) for path in paths}
+    unread = [path for path in captions if not stated[path]]
+    texts = read_each(retried(read_url), [f"{folder.url}/{path}" for path in unread])
+    stated |= {path: hashlib.sha256(text).hexdigest() for path, text in zip(unread, texts, strict=True)}
+    contents = hashlib.sha256("".join(f"{stated[path]}\n" for path in paths).encode())
+    return f"{names.hexdigest()[:16]}-{contents.hexdigest()[:16]}"
 
 
 @retried

@@ -21,8 +21,8 @@ from solo_vlm.data.sources.files import (
     ShardIndex,
     broken_shard,
     fingerprint,
-    retried,
 )
+from solo_vlm.data.sources.retries import retried
 from solo_vlm.data.values import load_json
 from solo_vlm.utils.errors import SoloError
 

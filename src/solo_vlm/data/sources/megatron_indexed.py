@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.sources.files import DataFile, find_files, fingerprint, retried
+from solo_vlm.data.sources.files import DataFile, file_system, find_files, fingerprint
+from solo_vlm.data.sources.retries import retried
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
@@ -205,9 +206,7 @@ def _pixels(patches: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _exists(url: str) -> bool:
-    import fsspec
-
-    system, path = fsspec.core.url_to_fs(url)
+    system, path = file_system(url)
     return system.isfile(path)
 
 

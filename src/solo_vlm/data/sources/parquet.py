@@ -22,8 +22,8 @@ from solo_vlm.data.sources.files import (
     broken_shard,
     fingerprint,
     readable_rows,
-    retried,
 )
+from solo_vlm.data.sources.retries import retried
 from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.files import new_file
 

@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from solo_vlm.data.formats.rows import RawRow
-from solo_vlm.data.sources.files import DataFile, RawSource, ShardIndex, fingerprint, retried
+from solo_vlm.data.sources.files import DataFile, RawSource, ShardIndex, fingerprint
 from solo_vlm.data.sources.parquet import TableRows
+from solo_vlm.data.sources.retries import retried
 from solo_vlm.data.values import load_json
 from solo_vlm.utils.errors import SoloError, first_line
 

@@ -12,14 +12,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from solo_vlm.data.sample import SampleError
-from solo_vlm.data.sources.files import (
-    DataFile,
-    RawSource,
-    broken_shard,
-    fingerprint,
-    readable_rows,
-    retried,
-)
+from solo_vlm.data.sources.files import DataFile, RawSource, broken_shard, fingerprint, readable_rows
+from solo_vlm.data.sources.retries import retried
 from solo_vlm.data.values import COLUMNS, load_json, natural_key
 
 _FIRST_MEMBERS = 64  # members read to recognize the format

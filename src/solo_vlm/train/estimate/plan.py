@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.data.sources import Source
 from solo_vlm.models.flops import Flops, ModelShape, ParameterCounts, forward_flops
-from solo_vlm.models.load import load_config
+from solo_vlm.models.load import load_config, model_without_weights
 from solo_vlm.train.estimate.communication import (
     Collective,
     Network,
@@ -34,6 +34,7 @@ from solo_vlm.train.estimate.memory import (
     trained_parameters,
 )
 from solo_vlm.train.estimate.questions import QuestionEstimate, estimate_questions, forward_passes
+from solo_vlm.train.experts import prepare_biases
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.parallel.context_parallel import check_context_parallel
 from solo_vlm.train.parallel.tensor_parallel import check_tensor_parallel
@@ -265,8 +266,8 @@ def make_plan(
         network: Network between the devices, if it is known.
 
     Raises:
-        SoloError: There is no configuration of the model, its family is not supported, or global batch or
-            layers cannot be divided among the processes.
+        SoloError: There is no configuration of the model, its family is not supported, it has no biases of
+            routers to update, or global batch or layers cannot be divided among the processes.
     """
     _check_end(recipe)
     source = _config_source(recipe, config_folder)
@@ -275,6 +276,8 @@ def make_plan(
         shape = ModelShape.of(config)
     except SoloError as error:
         raise SoloError(f"no plan: {error}; the run needs none: start it without --dry-run") from error
+    if recipe.router_bias_update:
+        prepare_biases(model_without_weights(config), is_updated=True)
     dims = _parallel_dims(recipe, processes, config)
     layout = plan_layout(config, recipe, dims, device.memory, shape)
     data, missing = _estimate(recipe, source)

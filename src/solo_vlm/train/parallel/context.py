@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
@@ -147,6 +148,14 @@ class DistributedContext:
     def sum(self, *values: float) -> list[float]:
         """Return each value summed over the data-parallel groups."""
         return self._sum(DP, values)
+
+    def sum_groups(self, values: Tensor) -> Tensor:
+        """Return the values of the first process of each data-parallel group, summed, in every process."""
+        if self.mesh is None:
+            return values
+        total = values * (self.cp_rank == 0 and self.rank % self.dims.tp == 0)
+        dist.all_reduce(total)
+        return total
 
     def sum_slices(self, *values: float) -> list[float]:
         """Return each value of this process's slices of packed sequences summed over all slices."""
