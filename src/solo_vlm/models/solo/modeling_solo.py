@@ -35,6 +35,9 @@ from .positions_solo import image_layout, rotated_by, use_2d_positions
 PACKED_ATTENTION = "solo_packed"  # the training attention, which makes its own masks per document
 _TAKE_MASKS = ("eager", "sdpa", "flex_attention")
 
+# Families that would ignore masks of images in silence, or compute text differently with them.
+_IGNORE_MASKS = ("gpt_neo", "inkling2_text", "inkling_text", "rwkv", "xlstm")
+
 # Families that compute logits in float32 whatever the dtype of their weights, which matters before a cap.
 _FLOAT32_LOGITS = ("beam", "inkling2_text", "xlstm")
 
@@ -171,8 +174,14 @@ class SoloModel(SoloPreTrainedModel):
         """Use a base model as the decoder, with the positions of the configuration.
 
         Raises:
-            ValueError: The configuration asks for 2-D positions, which the decoder does not support.
+            ValueError: The configuration asks for 2-D positions or bidirectional images, which the decoder does
+                not support.
         """
+        family = self.config.text_config.model_type
+        if self.config.image_attention == "bidirectional" and family in _IGNORE_MASKS:
+            raise ValueError(
+                f"image_attention=bidirectional: {family} follows no masks of images: use causal"
+            )
         if self.config.image_positions == "2d":
             use_2d_positions(decoder, self.config.text_config, self.config.rope_base_2d)
         self.language_model = decoder
