@@ -89,6 +89,33 @@ def test_unreadable_model_folder_is_a_one_line_error(run, tmp_path, content):
     assert str(folder) in error
 
 
+MODEL_COMMANDS = [
+    "chat --model {}",
+    "check {}",
+    "generate --model {} --prompt y",
+    "init --llm {} --out out",
+    "inspect --model {} --image x.png --out y.png",
+    "serve --model {}",
+]
+
+
+@pytest.mark.parametrize("command", MODEL_COMMANDS)
+@pytest.mark.parametrize("path", ["./typo", "runs/sft/typo", "/tmp/typo"])
+def test_missing_model_folder_is_not_looked_for_on_the_hub(run, command, path):
+    code, _, error = run(*command.format(path).split())
+    assert (code, error) == (2, f"solo: no model at {path}\n")
+
+
+@pytest.mark.parametrize("command", MODEL_COMMANDS)
+def test_unreachable_hub_is_named_beside_the_missing_folder(run, command):
+    """A name with at most one slash may be a folder or a model of the hub; tests are offline."""
+    code, _, error = run(*command.format("runs/typo").split())
+    assert code == 2
+    (line,) = error.splitlines()
+    assert line.startswith("solo: cannot ")
+    assert "runs/typo: no such folder, and from the hub: " in line
+
+
 def test_truncated_weights_are_a_one_line_error(run, tmp_path):
     make_solo("qwen3").save(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"

@@ -7,6 +7,7 @@ import torch
 from tests.factories import ask, make_llm, make_solo
 
 from solo_vlm.generate import BatchGenerator, GenerationPipeline, GenerationRequest, PrefixCache
+from solo_vlm.generate.exactness import padding_error
 from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.utils.errors import SoloError
 
@@ -136,6 +137,33 @@ def test_answer_beyond_the_original_length_of_long_rope(has_cache, positions, pi
         found = [ours.generate(ours.encode([chat]), tokens)[0][0].tolist() for chat in chats]
         assert found == expected
         assert ours.answer(chats, tokens) == [ours.answer([chat], tokens)[0] for chat in chats]
+
+
+def test_long_rope_of_one_kind_of_layers_counts(picture):
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    long_rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [6.0] * 8,
+        "original_max_position_embeddings": 40,
+    }
+    settings = {"rope_parameters": {"sliding_attention": rope, "full_attention": long_rope}}
+    ours = pipeline("olmo3", settings)
+    ours.model.generation_config.eos_token_id = None
+    chats = [ask("what is this?", picture(96, 160)), ask("hello")]
+    for tokens in (4, 30):
+        expected = [uncached(ours, chat, tokens) for chat in chats]
+        assert [ours.generate(ours.encode([chat]), tokens)[0][0].tolist() for chat in chats] == expected
+        assert ours.answer(chats, tokens) == [ours.answer([chat], tokens)[0] for chat in chats]
+
+
+def test_chats_join_a_batch_up_to_the_place_where_scores_are_scaled():
+    """Llama 4 and Inkling scale scores by a token's place in its row, which counts padding."""
+    assert padding_error(pipeline("llama4_text", {"floor_scale": 8, "attn_scale": 1.0}).model) > 1e-3
+    for family, name in (("llama4_text", "floor_scale"), ("inkling_text", "log_scaling_n_floor")):
+        ours = pipeline(family, {name: 40})
+        assert (ours.may_batch(39), ours.may_batch(40)) == (True, False)
 
 
 def test_compile_with_prefix_cache_is_rejected():

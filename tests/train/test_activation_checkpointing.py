@@ -9,8 +9,9 @@ import torch
 from tests.factories import make_llm, without_layers
 from torch._dynamo.utils import counters
 
-from solo_vlm.check.tiny import tiny_llm
+from solo_vlm.check.tiny import text_families, tiny_llm
 from solo_vlm.models.load import decoder_layers
+from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.train.activation_checkpointing import LayerModes, prepare_layers
 from solo_vlm.utils.errors import SoloError
 
@@ -72,3 +73,28 @@ def test_layers_that_transformers_does_not_mark_are_recomputed(family):
     prepare_layers(model.train(), "full")
     model(input_ids=ids, use_cache=False).logits.sum().backward()
     assert len(calls) == 2 * len(decoder_layers(model))
+
+
+def packed_gradients(family, modes):
+    """Return the gradients of three documents in one row."""
+    model = tiny_llm(family).train()
+    isolate_documents(model)
+    prepare_layers(model, modes)
+    torch.manual_seed(0)  # of dropout
+    ids, positions = torch.arange(3, 33)[None], torch.cat([torch.arange(n) for n in (17, 4, 9)])[None]
+    model(input_ids=ids, position_ids=positions, use_cache=False).logits.square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("modes", ["full", "selective"])
+@pytest.mark.parametrize("family", ["ctrl", "gpt_neox_japanese", "hrm_text", "zamba"])
+def test_recomputed_layers_know_the_documents_of_their_row(family, modes):
+    torch.testing.assert_close(packed_gradients(family, modes), packed_gradients(family, "none"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted({*text_families()} - {"openai-gpt"}))  # which cannot be packed
+def test_recomputed_layers_know_the_documents_of_their_row_in_every_family(family):
+    expected = packed_gradients(family, "none")
+    for modes in ("full", "selective"):
+        torch.testing.assert_close(packed_gradients(family, modes), expected, atol=1e-4, rtol=1e-4)

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from solo_vlm.check.probe import TOLERANCES, Probe
 from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.data.encode import Encoder, load_encoder
-from solo_vlm.models.checks import check_files, check_loaded, check_tokenizer
+from solo_vlm.models.checks import check_files, check_loaded, check_tokenizer, first_reason
 from solo_vlm.models.load import is_solo, load_config, load_llm, load_model
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.utils.errors import SoloError, first_line
@@ -71,7 +71,7 @@ def _load_image_text(path: str, dtype: str) -> tuple[PreTrainedModel, Any]:
             path, trust_remote_code=False, dtype=getattr(torch, dtype), output_loading_info=True
         )
     except Exception as error:  # transformers raises any type on a broken file
-        raise SoloError(f"cannot read a model from {path}: {first_line(error)}") from error
+        raise SoloError(f"cannot read a model from {path}: {first_reason(path, error)}") from error
     check_loaded(path, model, info)
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)

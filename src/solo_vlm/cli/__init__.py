@@ -51,6 +51,7 @@ def _settings(
         format="%(message)s",
         handlers=[RichHandler(console=STDERR, show_path=False)],
     )
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
     if not verbose:
         # If torchao is installed, transformers imports it with every model, and it warns about kernels that
         # this machine lacks and nothing here calls.

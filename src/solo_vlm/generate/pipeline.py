@@ -40,7 +40,7 @@ from solo_vlm.models.load import (
 from solo_vlm.models.solo.image_loading_solo import ImageError, load_image
 from solo_vlm.models.solo.modeling_solo import (
     SoloForConditionalGeneration,
-    long_rope_length,
+    long_rope_lengths,
     takes_dynamic_cache,
 )
 from solo_vlm.models.solo.processing_solo import ChatTemplateError, Message, SoloProcessor
@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 MIN_TEMPERATURE = 1e-4  # dividing logits by less would overflow
 _SORT_WINDOW = 16  # batches sorted by length together; their images are in memory at the same time
 _ROWS_PER_CHAT = ("num_beams", "num_return_sequences")  # options by which `generate` repeats a prompt
+# Places in a row from which Llama 4 and Inkling scale scores by the place, which counts padding.
+_PLACES_WITHOUT_SCALE = ("floor_scale", "log_scaling_n_floor")
 _PREFETCH = 4  # batches encoded ahead of the model
 
 T = TypeVar("T")
@@ -344,12 +346,18 @@ class GenerationPipeline:
         Args:
             length: Tokens of the longest prompt and answer together.
         """
-        return self.batches and length <= self._max_shared_length
+        return self.batches and length <= min(self._max_shared_length, self._max_padded_length)
 
     @property
     def _max_shared_length(self) -> int:
         """Length up to which the keys of a token do not depend on how long a sequence or a batch becomes."""
-        return long_rope_length(self.model.config.text_config) or sys.maxsize
+        return min(long_rope_lengths(self.model.config.text_config), default=sys.maxsize)
+
+    @property
+    def _max_padded_length(self) -> int:
+        """Length up to which attention does not depend on the place of a token in its padded row."""
+        scales = (getattr(self.model.config.text_config, name, None) for name in _PLACES_WITHOUT_SCALE)
+        return min((places - 1 for places in scales if places), default=sys.maxsize)
 
     @cached_property
     def batches(self) -> bool:

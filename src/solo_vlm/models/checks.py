@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -59,6 +61,12 @@ _INTEGER_METHODS = ("bitsandbytes", "compressed-tensors")
 """Quantization methods of transformers that store integers under the name and in the shape of the weight."""
 
 
+def first_reason(path: str | Path, error: BaseException) -> str:
+    """Return why a model or tokenizer cannot be read, in one line; if it is no path, the hub's reason."""
+    line = first_line(error)
+    return line if Path(path).exists() else f"no such folder, and from the hub: {line}"
+
+
 def check_files(path: str | Path) -> None:
     """Check the files of a local model folder, or a `config.json`, without reading weights.
 
@@ -66,14 +74,20 @@ def check_files(path: str | Path) -> None:
     folder, and SOLO_MAX_FILE_BYTES is the largest size of a file of settings or of a tokenizer.
 
     Raises:
-        SoloError: The folder has only an adapter, a link leads out of it, a file is a pipe or device, one
-            that is read as a whole is too large, a file of settings is broken or has absurd sizes or NaN,
-            or a shard that the index lists is missing or elsewhere.
+        SoloError: There is no such path, and it is no hub ID; the folder has only an adapter, a link leads
+            out of it, a file is a pipe or device, one that is read as a whole is too large, a file of
+            settings is broken or has absurd sizes or NaN, or a shard that the index lists is missing or
+            elsewhere.
     """
     folder = Path(path)
     if folder.is_file():
         _check_numbers(folder)
-    if not folder.is_dir():  # a hub ID
+    if not folder.exists():
+        try:
+            validate_repo_id(str(path))
+        except HFValidationError:
+            raise SoloError(f"no model at {path}") from None
+    if not folder.is_dir():
         return
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise SoloError(

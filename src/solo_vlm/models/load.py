@@ -24,6 +24,7 @@ from solo_vlm.models.checks import (
     check_loaded,
     check_tokenizer,
     check_weights,
+    first_reason,
 )
 from solo_vlm.models.original import (
     has_tokenizer,
@@ -146,7 +147,7 @@ def is_solo(path: str | Path) -> bool:
     try:
         settings = PreTrainedConfig.get_config_dict(str(path))[0]
     except (OSError, ValueError) as error:
-        raise SoloError(f"cannot read a model from {path}: {first_line(error)}") from error
+        raise SoloError(f"cannot read a model from {path}: {first_reason(path, error)}") from error
     return _is_solo(settings)
 
 
@@ -163,7 +164,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     try:
         return kind.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # model families raise any type on odd settings
-        raise SoloError(f"cannot read a model from {path}: {first_line(error)}") from error
+        raise SoloError(f"cannot read a model from {path}: {first_reason(path, error)}") from error
 
 
 def load_tokenizer(path: str | Path, **options: Any) -> Any:
@@ -181,7 +182,7 @@ def load_tokenizer(path: str | Path, **options: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **options)
     except Exception as error:  # tokenizers raises any type on a broken file
-        raise SoloError(f"cannot read a tokenizer from {path}: {first_line(error)}") from error
+        raise SoloError(f"cannot read a tokenizer from {path}: {first_reason(path, error)}") from error
 
 
 def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
@@ -204,7 +205,7 @@ def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
             str(path), trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:  # transformers raises any type on a broken file
-        raise SoloError(f"cannot read a language model from {path}: {first_line(error)}") from error
+        raise SoloError(f"cannot read a language model from {path}: {first_reason(path, error)}") from error
     check_loaded(path, model, info)
     compute_without_kernels_on_cpu(model)
     return model
@@ -220,12 +221,15 @@ def _use_original_vocabulary(model: SoloForConditionalGeneration, path: str | Pa
 
 
 def _read_settings(path: str | Path) -> dict[str, Any]:
-    """Check a folder and read its `config.json`; without one, return no settings: `_load` reports it."""
+    """Check a folder and read its `config.json`; a folder without one has no settings: `_load` reports it."""
     check_files(path)
     try:
         return PreTrainedConfig.get_config_dict(str(path))[0]
-    except (OSError, ValueError):
-        return {}
+    except (OSError, ValueError) as error:
+        if Path(path).exists():
+            return {}
+        # Here, because the hub would be asked, and waited for, again.
+        raise SoloError(f"cannot load {path}: {first_reason(path, error)}") from error
 
 
 def _is_solo(settings: dict[str, Any]) -> bool:
@@ -238,8 +242,7 @@ def _load(cls: Any, path: str | Path, **options: Any) -> Any:
     try:
         return cls.from_pretrained(str(path), **options)
     except Exception as error:  # transformers raises any type on a broken file
-        reason = first_line(error)
-        raise SoloError(f"cannot load {path}: {reason}") from error
+        raise SoloError(f"cannot load {path}: {first_reason(path, error)}") from error
 
 
 def _default_device() -> str:

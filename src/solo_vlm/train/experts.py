@@ -217,7 +217,7 @@ class ExpertRouting:
         ]
         # Routers that do not return their choice choose by the logits (DBRX, JetMoe, Llama 4). It is kept in
         # the module, because compiled layers would be specialized to the length of a common list.
-        routed = logits, chosen[0] if chosen else logits.topk(self._top_k).indices
+        routed = logits, chosen[0] if chosen else logits.detach().topk(self._top_k).indices
         router.routed = routed  # type: ignore[assignment]
 
 
@@ -241,8 +241,8 @@ def prepare_biases(model: PreTrainedModel, is_updated: bool) -> None:
     biases = _find_biases(model)
     if is_updated and not biases:
         raise SoloError(
-            f"router_bias_update: {model.config.get_text_config().model_type} models do not balance experts "
-            "by a bias as DeepSeek-V3 does; set it to 0"
+            f"router_bias_update: the routers of this {model.config.get_text_config().model_type} model have "
+            "no biases that balance experts as in DeepSeek-V3; set it to 0"
         )
     for name in biases.values():
         owner, _, own = name.rpartition(".")
@@ -256,8 +256,7 @@ def prepare_biases(model: PreTrainedModel, is_updated: bool) -> None:
 def _find_biases(model: PreTrainedModel) -> dict[nn.Module, str]:
     """Map routers to the names of the biases that balance their experts; some families have it beside.
 
-    Those of LongCat-Flash and Zaya also set the share of tokens that skip the experts, which is not an equal
-    one.
+    Not those of LongCat-Flash and Zaya, which also decide how many tokens skip the experts.
     """
     names = {module: name for name, module in model.named_modules()}
     found: dict[nn.Module, str] = {}

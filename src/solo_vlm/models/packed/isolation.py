@@ -125,7 +125,8 @@ def _counts_positions(model: PreTrainedModel) -> bool:
 
 def _mixers(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost parts of decoder layers that compute over tokens, which a cache argument shows."""
-    is_part = not isinstance(module, PreTrainedModel | GradientCheckpointingLayer)
+    holds_layers = any(isinstance(part, GradientCheckpointingLayer) for part in module.modules())
+    is_part = not (holds_layers or isinstance(module, PreTrainedModel))
     if is_part and CACHES & signature(module.forward).parameters.keys():
         yield module
     else:

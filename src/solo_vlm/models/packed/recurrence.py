@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from solo_vlm.models.load import decoder_layers
 from solo_vlm.models.packed.attention import PackedMask
 from solo_vlm.models.packed.groups import IsolationError, document_groups
 from solo_vlm.models.packed.kernels import Use, kernel_fault, row_arguments, takes_row_arguments
@@ -112,9 +112,8 @@ class PackedRow:
         model.forward = told  # type: ignore[method-assign]
         decoder: Any = getattr(model.base_model, "language_model", model.base_model)
         decoder.register_forward_pre_hook(self._learn_images, with_kwargs=True)
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.register_forward_hook(self._restore_in_backward)
+        for layer in decoder_layers(model):
+            layer.register_forward_hook(self._restore_in_backward)
 
     def _learn_images(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Keep the images for the layers, to which not every decoder passes its arguments."""

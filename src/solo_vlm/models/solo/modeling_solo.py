@@ -447,12 +447,12 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
                     f"the {cached} tokens of the cache: leave out prefill_chunk_size"
                 )
             layout = image_layout(input_ids, self.config.vision_token_ids)  # (4, batch, length)
-        limit = long_rope_length(self.config.text_config)
-        if limit and cached:
+        limits = long_rope_lengths(self.config.text_config)
+        if limits and cached:
             position = torch.arange(input_ids.shape[1], device=input_ids.device)
             if layout is not None and self.config.image_positions == "2d":
                 position = position + layout[1]
-            if position[..., :cached].max() < limit <= position.max():
+            if any(position[..., :cached].max() < limit <= position.max() for limit in limits):
                 past_key_values = None
         if all(past is None for past in (past_key_values, kwargs.get("cache_params"), kwargs.get("state"))):
             next_sequence_length, is_first_iteration = None, True
@@ -671,10 +671,14 @@ def takes_dynamic_cache(decoder: type[PreTrainedModel]) -> bool:
     return takes_cache and GenerationMixin._supports_default_dynamic_cache.__func__(decoder)
 
 
-def long_rope_length(config: PreTrainedConfig) -> int | None:
-    """Return the length of a sequence beyond which LongRoPE rotates all of its keys by other frequencies."""
+def long_rope_lengths(config: PreTrainedConfig) -> list[int]:
+    """Return the lengths of a sequence beyond which LongRoPE rotates its keys by other frequencies.
+
+    Families with several kinds of layers have settings of RoPE for each.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
-    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    return [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
 
 
 def image_masks(
