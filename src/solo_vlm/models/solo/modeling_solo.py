@@ -174,7 +174,7 @@ class SoloModel(SoloPreTrainedModel):
         """Use a base model as the decoder, with the positions of the configuration.
 
         Raises:
-            ValueError: The decoder does not support the configuration's 2-D positions or bidirectional images.
+            ValueError: The decoder does not support the configuration's positions or attention in images.
         """
         family = self.config.text_config.model_type
         if self.config.image_attention == "bidirectional" and family in _IGNORE_MASKS:
