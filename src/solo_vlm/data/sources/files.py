@@ -300,7 +300,7 @@ def stated_content(entry: dict[str, Any]) -> str:
 
 
 def _is_hidden(name: str, fixed: str) -> bool:
-    """Return whether a part of a path starts with a dot that the constant start of a pattern does not have."""
+    """Return whether a part of a path starts with a dot that the start of the pattern does not have."""
     rest = name[len(fixed) :]
     return "/." in rest or (fixed.endswith("/") and rest.startswith("."))
 
