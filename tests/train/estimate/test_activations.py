@@ -1,4 +1,4 @@
-"""What layers keep for the backward pass, against the tensors that autograd saves when they run."""
+"""Memory kept for the backward pass, against the tensors that autograd saves when layers run."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Layout:
         dims: Parallel dimensions.
         modes: Activation checkpointing of the layers.
         tokens: Tokens of a packed sequence that a process computes.
-        activations: What the layers keep of these.
+        activations: Memory that the layers keep for these.
     """
 
     shape: ModelShape
