@@ -22,6 +22,7 @@ from tests.factories import png, tar_bytes
 from solo_vlm.data.encode import encode
 from solo_vlm.data.sample import SampleError, parse_sample
 from solo_vlm.data.sources import is_same_data, open_source
+from solo_vlm.data.sources.files import find_files
 from solo_vlm.data.sources.parquet import write_samples
 from solo_vlm.models.solo.image_loading_solo import image_suffixes
 from solo_vlm.utils.errors import SoloError
@@ -507,3 +508,21 @@ def test_row_groups_are_bounded_in_rows_and_bytes(tmp_path, size, rows):
     file = pq.ParquetFile(tmp_path / "a.parquet")
     assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == rows
     assert file.read(columns=["id"])["id"].to_pylist() == [str(number) for number in range(count)]
+
+
+def test_pattern_finds_names_that_end_where_its_star_begins(tmp_path):
+    """`a*.jsonl` is also a.jsonl; files that begin with a dot are hidden unless the pattern has the dot."""
+    for name in ("a.jsonl", "a1.jsonl", ".a.jsonl", ".b/c.jsonl", "d/e.jsonl", "d/.f.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+
+    def found(pattern: str) -> list[str]:
+        files = find_files(str(tmp_path / pattern), (".jsonl",))
+        return [file.url.removeprefix(f"{tmp_path}/") for file in files]
+
+    assert found("a*.jsonl") == found("a*") == ["a.jsonl", "a1.jsonl"]
+    assert found("*.jsonl") == ["a.jsonl", "a1.jsonl"]
+    assert found(".a*.jsonl") == [".a.jsonl"]
+    assert found("**/*.jsonl") == ["a.jsonl", "a1.jsonl", "d/e.jsonl"]
+    assert found(".b/*.jsonl") == [".b/c.jsonl"]
+    assert found("d*/e*.jsonl") == ["d/e.jsonl"]

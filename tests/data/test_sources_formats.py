@@ -275,7 +275,7 @@ def test_arrow_files_of_save_to_disk_are_read(tmp_path):
     assert "data-00000-of-00002.arrow, batch at byte" in source.where(1, 2)
     whole = (tmp_path / "data-00001-of-00002.arrow").read_bytes()
     (tmp_path / "data-00001-of-00002.arrow").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SoloError, match=r"data-00001-of-00002\.arrow is not a readable Arrow stream"):
+    with pytest.raises(SoloError, match=r"data-00001-of-00002\.arrow is not readable Arrow data"):
         open_source(tmp_path)
 
 

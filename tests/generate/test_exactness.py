@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 
 import pytest
@@ -11,7 +12,13 @@ from tests.factories import make_solo
 from solo_vlm.check.tiny import text_families, tiny_config
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.generate.cache import supports_prefix_cache
-from solo_vlm.generate.exactness import cache_error, padding_error, prefix_cache_error, reads_padding
+from solo_vlm.generate.exactness import (
+    _with_image,
+    cache_error,
+    padding_error,
+    prefix_cache_error,
+    reads_padding,
+)
 from solo_vlm.utils.errors import SoloError
 
 KINDS = {
@@ -73,7 +80,9 @@ def check_beams(family: str) -> None:
         "output_scores": True,
     }
     expected = model.generate(ids, use_cache=False, **options)
-    if family == "xlstm":  # its cache fails by itself
+    if family == "xlstm":
+        with pytest.raises(ValueError, match="the cache of xlstm fails in transformers: set use_cache=False"):
+            model.generate(ids, **options)
         return
     if family in NO_BEAMS:
         with pytest.raises(ValueError, match=f"cannot reorder the states of {family}: set num_beams=1"):
@@ -94,6 +103,77 @@ def test_every_family_searches_beams_exactly_or_refuses():
     for family in text_families():
         with suppress(SoloError):
             check_beams(family)
+
+
+@torch.no_grad()
+def check_family_in_transformers(family: str) -> None:
+    """Compare answers of plain `generate` with those without a cache, or see that it refuses in one line."""
+    model = make_model(family).model
+    image = _with_image(model)
+    repeated = torch.tensor([[40, 41, 42, 40, 43, 41, 40, 42]]).repeat(1, 4)  # has tokens to look up
+    ids = torch.cat([image["input_ids"], repeated], 1)
+    inputs = {**image, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def prefer_repeated(ids, scores):
+        return scores.index_add(1, repeated[0, :5], torch.full((len(scores), 5), 50.0))
+
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "logits_processor": [prefer_repeated]}
+    expected = model.generate(**inputs, use_cache=False, **options)
+    for mode, refusal in {
+        (): "fails in transformers: set use_cache=False",
+        (
+            ("cache_implementation", "static"),
+            ("disable_compile", True),
+        ): "with a static cache|use_cache=False",
+        (("prompt_lookup_num_tokens", 3),): "with stateful models|requires a cache",
+    }.items():
+        try:
+            found = model.generate(**inputs, **options, **dict(mode))
+        except (ValueError, RuntimeError) as error:
+            assert re.search(refusal, str(error)), (mode, error)
+        else:
+            assert torch.equal(found, expected), mode
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neo", "bloom", "zaya", "xlstm", "minimax", "gemma3n_text"])
+def test_plain_generate_is_exact_or_refuses(family):
+    check_family_in_transformers(family)
+
+
+@pytest.mark.slow
+def test_plain_generate_of_every_family_is_exact_or_refuses():
+    for family in text_families():
+        with suppress(SoloError):
+            check_family_in_transformers(family)
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search is not supported: decode greedily"),
+        ({"dola_layers": "low"}, "dola_generation is not supported: decode greedily"),
+        ({"num_beams": 2, "force_words_ids": [[5]]}, "constrained_beam_search is not supported"),
+        (
+            {"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 0.5},
+            "group_beam_search is not supported",
+        ),
+        ({"assistant_early_exit": 1}, "assistant_early_exit is not supported: set prompt_lookup_num_tokens"),
+        ({"assistant_model": make_solo().model}, "an assistant_model gets no images from transformers"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_mode_of_generate_that_cannot_be_right_is_refused(options, refusal):
+    model = make_solo().model
+    with pytest.raises(ValueError, match=refusal):
+        model.generate(**_with_image(model), **options, trust_remote_code=True, max_new_tokens=4)
+
+
+def test_assistant_proposes_tokens_for_a_chat_without_images():
+    model, assistant = make_solo().model, make_solo(seed=1).model
+    ids = torch.tensor([[40, 41, 42] * 5])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "min_new_tokens": 8}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, assistant_model=assistant, **options), expected)
 
 
 @pytest.mark.parametrize("family", ["recurrent_gemma", "qwen3_5_text", "mamba2"])

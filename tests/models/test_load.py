@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from tests.factories import ask, make_llm, make_solo
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from solo_vlm.check.tiny import tiny_llm
+from solo_vlm.check.tiny import text_families, tiny_llm
 from solo_vlm.generate import GenerationPipeline
+from solo_vlm.generate.exactness import _with_image
 from solo_vlm.models.from_llm import ImageDesign, compose, from_llm
 from solo_vlm.models.load import decoder_layers, load_model, save_model
 from solo_vlm.train.model import load_base_model
@@ -110,6 +112,35 @@ def test_edited_configuration_that_no_layer_follows_is_rejected(family, tmp_path
     edit_config(tmp_path / "model", image_attention="bidirectional")
     with pytest.raises(SoloError, match=r"image_attention=bidirectional: .*: use causal"):
         load_model(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize("family", ["rwkv", "xlstm", "gpt_neo", "inkling_text", "inkling2_text"])
+def test_edited_configuration_is_not_ignored_by_transformers_either(family, tmp_path):
+    make_solo(family).save(tmp_path / "model")
+    edit_config(tmp_path / "model", image_attention="bidirectional")
+    with pytest.raises(ValueError, match=f"image_attention=bidirectional: {family} follows no masks"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [{"image_attention": "bidirectional"}, {"image_positions": "2d"}, {"patch_embedding": "conv"}],
+    ids=str,
+)
+def test_edited_configuration_is_followed_or_rejected_by_every_family(settings, tmp_path):
+    followed = 0
+    for family in text_families():
+        with suppress(SoloError):
+            solo = make_solo(family)
+            inputs = _with_image(solo.model)
+            solo.save(tmp_path / family)
+            edit_config(tmp_path / family, **settings)
+            changed = load_model(tmp_path / family, device="cpu")
+            assert not torch.equal(changed(**inputs).logits, solo.model(**inputs).logits), family
+            followed += 1
+    assert followed >= {"image_attention": 115, "image_positions": 100, "patch_embedding": 0}[min(settings)]
 
 
 @pytest.mark.parametrize("settings", [{"vision_row_token_id": 5}, {"image_mean": [0.5, 0.5, 0.5]}], ids=str)

@@ -20,6 +20,7 @@ from solo_vlm.data.sources.files import (
     find_folder,
     is_folder,
 )
+from solo_vlm.data.sources.foreign import check_splits, explained, is_index_of_shards, saved_files
 from solo_vlm.data.sources.formatted import FIRST_ROWS, FormattedSource
 from solo_vlm.data.sources.hub import HubPath, pin, split_files, what_exists
 from solo_vlm.data.sources.image_folder import ImageFolderSource
@@ -113,7 +114,7 @@ _READERS: _Readers = {
     ".tar": WebDatasetSource,
 }
 # Folders of the kinds above have files of those below as notes, so these are looked for in this order.
-_ARROW: _Readers = {".arrow": ArrowSource}
+_ARROW: _Readers = {".arrow": ArrowSource, ".feather": ArrowSource}
 _JSON: _Readers = {".json": JsonlSource, **{f".json{compression}": JsonlSource for compression in CODECS}}
 _CSV: _Readers = {".csv": CsvSource, ".tsv": CsvSource}
 _ALL_READERS = _READERS | _ARROW | _JSON | _CSV
@@ -133,8 +134,8 @@ def open_source(
     Data sets of the hub are read in place, at the commit that their revision stands for now.
 
     The kind of file follows from the names: .parquet, .jsonl, .json (also .gz, .zst, .lz4), .csv, .tsv, .tar
-    (WebDataset), .arrow (`datasets`' save_to_disk) or -text.idx (the original SOLO code's packed data in
-    Megatron's files); a folder without any is one of images.
+    (WebDataset), .arrow and .feather (also `datasets`' save_to_disk) or -text.idx (the original SOLO code's
+    packed data in Megatron's files); a folder without any is one of images.
 
     Args:
         path: Path or URL.
@@ -181,17 +182,21 @@ def _open_raw(
     hub = HubPath.parse(path)
     if cache and hub is None:
         raise SoloError(f"{path}: cache is for data of the hub, hf://datasets/OWNER/NAME")
+    if not (hub and not hub.path) and not set("*?[") & {*path}:
+        check_splits(path)
     files = split_files(hub, limits) if hub and not hub.path else _find(path, limits, format)
     if not files and format in ("auto", "imagefolder") and is_folder(path):
         folder = ImageFolderSource(path, find_folder(path), limits)
         if len(folder):
             return folder
     if not files:
-        raise SoloError(f"no data files at {path}{what_exists(path)}")
+        raise SoloError(f"no data files at {path}{what_exists(path) if hub else explained(path)}")
     kind, *others = sorted({_kind(file) or "" for file in files})
     if not kind:
         known = ", ".join([*_ALL_READERS, TEXT_INDEX])
-        raise SoloError(f"{path}: expected files of one of the formats {known}")
+        raise SoloError(f"{path}{explained(path)}; expected files of one of the formats {known}")
+    if kind == ".json" and is_index_of_shards(path, files):
+        raise SoloError(f"{path}{explained(path)}")
     if others:
         raise SoloError(
             f"{path} has several formats, {', '.join([kind, *others])}: choose some by a pattern, such "
@@ -217,6 +222,8 @@ def _find(path: str, limits: Limits, format: SourceFormat) -> list[DataFile]:
         path, searches = f"{path.rstrip('/')}/metadata.*", [[*_ALL_READERS]]
     for suffixes in searches:
         if files := find_files(path, suffixes, limits):
+            if suffixes == [*_ARROW]:
+                return saved_files(path, files)
             # Megatron writes .jsonl files with counts next to its data.
             return [file for file in files if file.name.endswith(TEXT_INDEX)] or files
     return []

@@ -258,13 +258,13 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
     else:
         listed = system.isdir(root)
         found = system.ls(root, detail=True) if listed else system.glob(root, detail=True).values()
-        fixed = len(root) if listed else len(re.split(r"[*?\[]", root)[0])
-        source_folder = root if listed else root[:fixed].rpartition("/")[0]
+        fixed = root if listed else re.split(r"[*?\[]", root)[0]
+        source_folder = root if listed else fixed.rpartition("/")[0]
         folders = {
             entry["name"]: is_directory(system, entry)
             for entry in found
             # Hidden files and folders may be incomplete downloads of other programs.
-            if not any(part.startswith(".") for part in entry["name"][fixed:].split("/"))
+            if not _is_hidden(entry["name"], fixed)
         }
         names = sorted(name for name in folders if _is_data(name, suffixes))
         if folder := next((name for name in names if folders[name]), None):
@@ -297,6 +297,12 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
 def stated_content(entry: dict[str, Any]) -> str:
     """Return what a file system states that changes with a file's content; empty if it states nothing."""
     return next((str(entry[name]) for name in _CONTENT_STATED if entry.get(name)), "")
+
+
+def _is_hidden(name: str, fixed: str) -> bool:
+    """Return whether a part of a path starts with a dot that the start of the pattern does not have."""
+    rest = name[len(fixed) :]
+    return "/." in rest or (fixed.endswith("/") and rest.startswith("."))
 
 
 def is_directory(system: Any, entry: dict[str, Any]) -> bool:

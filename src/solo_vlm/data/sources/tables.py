@@ -1,4 +1,4 @@
-"""Tables that are not parquet: CSV and TSV files, and Arrow files of `datasets`' save_to_disk."""
+"""Tables that are not parquet: CSV and TSV files, and Arrow files."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from solo_vlm.data.sources.retries import retried
 from solo_vlm.data.values import load_json
 from solo_vlm.utils.errors import SoloError, first_line
 
+_FILE_START = b"ARROW1\0\0"  # of files with a footer; what follows is a stream
 _ROWS_PER_BATCH = 4096
 _LARGEST = 2**63
 _LONGEST_NUMBER = 32  # characters
@@ -80,7 +81,7 @@ class CsvSource(RawSource):
 
 
 class ArrowSource(RawSource):
-    """Rows of .arrow files, as save_to_disk of `datasets` writes them; a shard is a record batch."""
+    """Rows of .arrow and .feather files, with or without a footer; a shard is a record batch."""
 
     def __init__(self, name: str, files: Sequence[DataFile]) -> None:
         self.name = name
@@ -91,9 +92,9 @@ class ArrowSource(RawSource):
 
     def read(self, shard: int) -> Sequence[RawRow]:
         """Return all rows of a record batch."""
-        file, (start, end, schema_end) = self._shards[shard]
+        file, (start, end, *schema_span) = self._shards[shard]
         file.limits.check_shard(end - start, f"{file.url}, batch at byte {start}")
-        schema, batch = (pa.ipc.read_message(_read(file, *span)) for span in ((0, schema_end), (start, end)))
+        schema, batch = (pa.ipc.read_message(_read(file, *span)) for span in (schema_span, (start, end)))
         return TableRows(pa.Table.from_batches([pa.ipc.read_record_batch(batch, pa.ipc.read_schema(schema))]))
 
     def file(self, shard: int) -> DataFile:
@@ -102,7 +103,7 @@ class ArrowSource(RawSource):
 
     def memory(self, shard: int) -> int:
         """Return the size of a record batch."""
-        _, (start, end, _) = self._shards[shard]
+        _, (start, end, *_) = self._shards[shard]
         return end - start
 
     def where(self, shard: int, row: int) -> str:
@@ -236,20 +237,25 @@ def _shared_images(table: pa.Table) -> dict[int, int]:
 
 @retried
 def _batches(file: DataFile) -> NDArray[np.int64]:
-    """Return start, end and the end of the schema for each record batch, (batches, 3)."""
-    places, end = [], 0
+    """Return start and end of each record batch and of the schema, (batches, 4)."""
+    places = []
     try:
         with file.open() as stream:
+            end = len(_FILE_START) if stream.read(len(_FILE_START)) == _FILE_START else 0
+            stream.seek(end)
             for message in pa.ipc.MessageReader.open_stream(stream):
                 start, end = end, stream.tell()
                 places.append((message.type, start, end))
     except pa.ArrowException as error:
-        raise SoloError(f"{file.url} is not a readable Arrow stream: {first_line(error)}") from error
+        raise SoloError(f"{file.url} is not readable Arrow data: {first_line(error)}") from error
     kinds = [kind for kind, _, _ in places]
     if kinds[:1] != ["schema"] or any(kind != "record batch" for kind in kinds[1:]):
-        raise SoloError(f"{file.url} has {', '.join(sorted({*kinds}))}: expected a schema and record batches")
-    schema_end = places[0][2]
-    return np.array([(start, end, schema_end) for _, start, end in places[1:]], np.int64).reshape(-1, 3)
+        raise SoloError(
+            f"{file.url} has {', '.join(sorted({*kinds}))}: expected a schema and record batches, without "
+            "dictionaries, as of categories; write it as parquet"
+        )
+    _, *schema_span = places[0]
+    return np.array([(*span, *schema_span) for _, *span in places[1:]], np.int64).reshape(-1, 4)
 
 
 @retried

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -34,8 +35,25 @@ from .positions_solo import image_layout, rotated_by, use_2d_positions
 PACKED_ATTENTION = "solo_packed"  # the training attention, which makes its own masks per document
 _TAKE_MASKS = ("eager", "sdpa", "flex_attention")
 
+# Families that would ignore masks of images in silence, or compute text differently with them.
+_IGNORE_MASKS = ("gpt_neo", "inkling2_text", "inkling_text", "rwkv", "xlstm")
+
 # Families that compute logits in float32 whatever the dtype of their weights, which matters before a cap.
 _FLOAT32_LOGITS = ("beam", "inkling2_text", "xlstm")
+
+# Caches of transformers 5.23 that fail or change logits; tests compare all families.
+_WITHOUT_CACHE = ("xlstm",)
+_WITHOUT_STATIC_CACHE = ("bloom", "gpt_neo", "inkling2_text", "inkling_text", "zaya")
+_CANNOT_CUT_CACHE = ("zaya",)
+_DYNAMIC_CACHES = (None, "dynamic", "offloaded", "quantized")
+
+_GENERATION_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,
+)
 
 IGNORE_INDEX = -100
 CHUNK_SIZE = 1024  # supervised positions per chunk of logits
@@ -156,8 +174,13 @@ class SoloModel(SoloPreTrainedModel):
         """Use a base model as the decoder, with the positions of the configuration.
 
         Raises:
-            ValueError: The configuration asks for 2-D positions, which the decoder does not support.
+            ValueError: The decoder does not support the configuration's positions or attention in images.
         """
+        family = self.config.text_config.model_type
+        if self.config.image_attention == "bidirectional" and family in _IGNORE_MASKS:
+            raise ValueError(
+                f"image_attention=bidirectional: {family} follows no masks of images: use causal"
+            )
         if self.config.image_positions == "2d":
             use_2d_positions(decoder, self.config.text_config, self.config.rope_base_2d)
         self.language_model = decoder
@@ -453,7 +476,56 @@ class SoloForConditionalGeneration(SoloPreTrainedModel, GenerationMixin):
     def _is_stateful(self) -> bool:
         """Whether a past cannot be cut, which transformers then rejects for assisted generation."""
         decoder = self.model.language_model
-        return decoder._is_stateful or _keeps_state(decoder)
+        is_uncut = self.config.text_config.model_type in _CANNOT_CUT_CACHE
+        return is_uncut or decoder._is_stateful or _keeps_state(decoder)
+
+    def _validate_generation_mode(
+        self, generation_mode: GenerationMode, generation_config: GenerationConfig, options: dict[str, Any]
+    ) -> None:
+        """Reject modes of `generate` that are code of the hub, which was not tried with images.
+
+        Raises:
+            ValueError: The mode is none of transformers' own.
+        """
+        if generation_mode not in _GENERATION_MODES:
+            raise ValueError(
+                f"{generation_mode.value} is not supported: decode greedily, sample, search beams, or set "
+                "prompt_lookup_num_tokens"
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, options)
+
+    def _assisted_decoding(self, *args: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
+        """Verify tokens proposed from the prompt, or for a chat without images by another model.
+
+        Raises:
+            ValueError: An assistant would not see the images, or transformers does not know SOLO as one.
+        """
+        for name in ("assistant_early_exit", "use_mtp", "speculation_type"):
+            if getattr(generation_config, name, None):
+                raise ValueError(f"{name} is not supported: set prompt_lookup_num_tokens instead")
+        has_images = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
+        if has_images and kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                "an assistant_model gets no images from transformers: leave it out, or set "
+                "prompt_lookup_num_tokens instead"
+            )
+        return super()._assisted_decoding(*args, generation_config=generation_config, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> Any:
+        """Prepare the cache, if it works with the decoder's family.
+
+        Raises:
+            ValueError: It fails, or would change answers.
+        """
+        family, past = self.config.text_config.model_type, model_kwargs.get("past_key_values")
+        if family in _WITHOUT_CACHE and generation_config.use_cache is not False:
+            raise ValueError(f"the cache of {family} fails in transformers: set use_cache=False")
+        is_static = generation_config.cache_implementation not in _DYNAMIC_CACHES
+        if family in _WITHOUT_STATIC_CACHE and (is_static or isinstance(past, StaticCache)):
+            raise ValueError(f"{family} does not work with a static cache: use a dynamic one")
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
     def _reorder_cache(self, past: Any, beam_idx: Tensor) -> Any:
         """Reorder the rows of a decoder's past for beam search.
