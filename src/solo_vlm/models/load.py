@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,7 +36,7 @@ from solo_vlm.models.original import (
 )
 from solo_vlm.models.packed.kernels import compute_without_kernels_on_cpu
 from solo_vlm.models.solo.configuration_solo import SoloConfig
-from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+from solo_vlm.models.solo.modeling_solo import ROUTER_BIASES, SoloForConditionalGeneration
 from solo_vlm.models.solo.original_solo import is_original
 from solo_vlm.models.solo.processing_solo import SoloProcessor
 from solo_vlm.models.stops import complete_generation, stop_ids
@@ -200,15 +201,28 @@ def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
         check_weights(
             path, lambda: AutoModelForCausalLM.from_config(load_config(path), trust_remote_code=False)
         )
+    kind = _causal_lm_class(path) if "gguf_file" not in options else AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             str(path), trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:  # transformers raises any type on a broken file
         raise SoloError(f"cannot read a language model from {path}: {first_reason(path, error)}") from error
+    if kind is not AutoModelForCausalLM:
+        model.__class__ = kind.__base__
     check_loaded(path, model, info)
     compute_without_kernels_on_cpu(model)
     return model
+
+
+def _causal_lm_class(path: str | Path) -> Any:
+    """Return a class that loads an LLM with float32 biases of its routers, as SOLO models have them."""
+    config = load_config(path)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None or kind.config_class is not type(config):  # part of a multimodal model, or no LLM
+        return AutoModelForCausalLM
+    kept = {*(kind._keep_in_fp32_modules_strict or ()), *ROUTER_BIASES}
+    return type(kind.__name__, (kind,), {"_keep_in_fp32_modules_strict": kept, "__module__": kind.__module__})
 
 
 def _use_original_vocabulary(model: SoloForConditionalGeneration, path: str | Path) -> None:

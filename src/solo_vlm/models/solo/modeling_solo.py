@@ -38,6 +38,9 @@ _TAKE_MASKS = ("eager", "sdpa", "flex_attention")
 # Families that would ignore masks of images in silence, or compute text differently with them.
 _IGNORE_MASKS = ("gpt_neo", "inkling2_text", "inkling_text", "rwkv", "xlstm")
 
+# Biases by which routers choose experts; in bfloat16 they would choose others. Families differ in keeping them.
+ROUTER_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+
 # Families that compute logits in float32 whatever the dtype of their weights, which matters before a cap.
 _FLOAT32_LOGITS = ("beam", "inkling2_text", "xlstm")
 
@@ -107,6 +110,7 @@ class SoloPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ROUTER_BIASES
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
