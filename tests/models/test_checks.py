@@ -483,6 +483,33 @@ def test_valid_folders_load(models):
     from_llm(models / "llm")
 
 
+@pytest.mark.parametrize("load", [load_llm, load_tokenizer])
+def test_adapter_beside_a_model_is_rejected(load, llm):
+    """transformers would add it to the model."""
+    (llm / "adapter_config.json").write_text("{}")
+    with pytest.raises(SoloError, match="has an adapter beside the model: merge it"):
+        load(llm)
+
+
+def test_configuration_without_names_of_outputs_is_rejected(llm):
+    set_config(llm, return_dict=False)
+    with pytest.raises(SoloError, match="return_dict = false"):
+        load_llm(llm)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "qwen3"])
+def test_folder_without_a_tokenizer_is_rejected(family, tmp_path):
+    """Their classes make a tokenizer of special tokens alone, to which all text is unknown."""
+    make_llm(family)[0].save_pretrained(tmp_path)
+    with pytest.raises(SoloError, match="has no vocabulary of a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_file_in_place_of_a_folder_is_rejected(llm):
+    with pytest.raises(SoloError, match="is a file: give the folder"):
+        load_tokenizer(llm / "config.json")
+
+
 def test_adapter_alone_is_rejected(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(SoloError, match="only an adapter: use the merged model"):

@@ -90,6 +90,7 @@ def test_text_logits_equal_the_llm(family, tmp_path):
     [
         ("gemma3", {"image_size": 28, "patch_size": 14}),
         ("qwen3_5", {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}),
+        ("llama4", {"image_size": 28, "patch_size": 14}),
     ],
 )
 def test_multimodal_checkpoint_becomes_a_model_by_its_text_model(family, vision, tmp_path):
@@ -279,6 +280,37 @@ def test_template_that_rewrites_or_repeats_images_is_replaced(change, picture, c
     assert solo.chat_template == "solo"
     assert "leaves out, repeats or rewrites an image" in caplog.text
     assert GenerationPipeline(solo.model, solo.processor).answer([ask("what?", picture())], max_new_tokens=1)
+
+
+def test_multimodal_checkpoint_without_a_causal_language_model_is_rejected(tmp_path):
+    CONFIG_MAPPING["llava"]().save_pretrained(tmp_path)
+    make_llm()[1].save_pretrained(tmp_path)
+    with pytest.raises(SoloError, match="is a llava model, which is no causal language model"):
+        from_llm(tmp_path)
+
+
+def test_solo_model_as_llm_is_rejected(tmp_path):
+    make_solo().save(tmp_path / "solo")
+    with pytest.raises(SoloError, match="is a solo model, which is no causal language model"):
+        from_llm(tmp_path / "solo")
+
+
+def test_configuration_is_blamed_for_its_errors(tmp_path):
+    model, tokenizer = make_llm("qwen3")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": "1e-6"}))
+    with pytest.raises(SoloError, match=r"cannot read a model from .*rms_norm_eps"):
+        from_llm(tmp_path)
+
+
+def test_llm_that_cannot_compute_is_rejected():
+    """RoPE of StableLM follows a head_dim that its attention does not have."""
+    llm, tokenizer = make_llm("stablelm")
+    llm.model.rotary_emb.inv_freq = llm.model.rotary_emb.inv_freq.repeat(3)
+    with pytest.raises(SoloError, match="StableLmForCausalLM cannot compute with the settings"):
+        compose(llm, tokenizer)
 
 
 @pytest.mark.parametrize("content", [{}, {"config.json": "{}"}, {"config.json": "not json"}])

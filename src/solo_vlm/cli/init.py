@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from solo_vlm.models.from_llm import SoloModelAndProcessor
     from solo_vlm.models.solo.image_processing_solo import SoloImageProcessor
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ImageAttention = Literal["causal", "bidirectional"]
 ImagePositions = Literal["1d", "2d"]
 PatchEmbedding = Literal["linear", "conv"]
@@ -27,7 +28,7 @@ def init(
     llm: Annotated[str, typer.Option(help="Hub ID or local folder of a causal language model.")],
     out: Annotated[Path, typer.Option(help="New folder for the model.")],
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file in that folder.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights; auto: as stored.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed for the new weights.")] = 0,
     image_size: Annotated[
         str,

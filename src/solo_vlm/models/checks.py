@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,8 @@ def check_files(path: str | Path) -> None:
     folder, and SOLO_MAX_FILE_BYTES is the largest size of a file of settings or of a tokenizer.
 
     Raises:
-        SoloError: There is no such path, and it is no hub ID; the folder has only an adapter, a link leads
-            out of it, a file is a pipe or device, one that is read as a whole is too large, a file of
+        SoloError: There is no such path, and it is no hub ID; the folder has an adapter, a link leads out of
+            it, a file is a pipe or device, one that is read as a whole is too large, a file of
             settings is broken or has absurd sizes or NaN, or a shard that the index lists is missing or
             elsewhere.
     """
@@ -89,7 +89,11 @@ def check_files(path: str | Path) -> None:
             raise SoloError(f"no model at {path}") from None
     if not folder.is_dir():
         return
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / "adapter_config.json").is_file():
+        if (folder / "config.json").is_file():  # transformers would add the adapter to the model
+            raise SoloError(
+                f"{path} has an adapter beside the model: merge it with PEFT, or remove its files"
+            )
         raise SoloError(
             f"{path} contains only an adapter: use the merged model that training wrote, "
             f"{folder.parent / 'model'}, or merge it with PEFT"
@@ -192,23 +196,44 @@ def check_tokenizer(path: str | Path) -> None:
             )
 
 
-def check_loaded(path: str | Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+def check_vocabulary(path: str | Path, tokenizer: Any) -> None:
+    """Check that a loaded tokenizer knows text: without its files, some classes have special tokens alone.
+
+    Raises:
+        SoloError: It does not.
+    """
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if special.issuperset(tokenizer.get_vocab()):
+        raise SoloError(f"{path} has no vocabulary of a tokenizer: copy the LLM's tokenizer.json into it")
+
+
+def check_loaded(
+    path: str | Path, model: PreTrainedModel, info: Mapping[str, Any], left_out: Container[str] = ()
+) -> None:
     """Check that a model got all of its weights from the files, and that they and its buffers are finite.
 
     Args:
         path: Folder or hub ID, for messages.
         model: Loaded model.
         info: Loading info of transformers.
+        left_out: Names of parts of the files that the model does not have.
 
     Raises:
         SoloError: A weight is missing, belongs to a layer that the model does not have, or is not finite, or
-            settings imply such a buffer, or a head that is the token embedding, but the files have another.
+            settings imply such a buffer, outputs without names, or a head that is the token embedding, but
+            the files have another.
     """
+    if not model.config.get_text_config().return_dict:
+        raise SoloError(f"{path}: config.json says return_dict = false, without which outputs have no names")
     if missing := sorted(info["missing_keys"]):
         raise SoloError(
             f"{path} lacks the weight {missing[0]}, one of {len(missing)} that config.json implies"
         )
-    unexpected = sorted(key for key in info["unexpected_keys"] if not key.endswith(_OBSOLETE))
+    unexpected = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if not key.endswith(_OBSOLETE) and not any(part in left_out for part in key.split(".")[:2])
+    )
     if unexpected:
         raise SoloError(f"{path}: {unexpected[0]} is no weight of the model that config.json describes")
     # transformers keeps both with a warning; a model made anew from this configuration would tie them.

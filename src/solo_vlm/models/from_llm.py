@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from solo_vlm.models.checks import check_image_attention
-from solo_vlm.models.load import load_llm, load_tokenizer, pad_left, save_model
+from solo_vlm.models.load import load_config, load_llm, load_tokenizer, pad_left, save_model
 from solo_vlm.models.solo.bounded_template import render
 from solo_vlm.models.solo.chat_template import (
     CHATML_TEMPLATE,
@@ -147,7 +147,13 @@ def compose(
     vocabulary = min(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
     probe = torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
     probe[1, -1] = (probe[1, -1] + 1) % vocabulary
-    expected = _text_logits(language_model, probe)
+    try:
+        expected = _text_logits(language_model, probe)
+    except Exception as error:  # of any type, from the code of any family
+        raise SoloError(
+            f"{type(language_model).__name__} cannot compute with the settings of its config.json: "
+            f"{first_line(error)}"
+        ) from error
     _check_causality(language_model, expected)
     image_processor = image_processor or SoloImageProcessor()
     spelling = _add_vision_tokens(tokenizer)
@@ -210,6 +216,8 @@ def _load(llm: str | Path, gguf_file: str | None, dtype: str) -> tuple[Any, PreT
     source, options = str(llm), {"gguf_file": gguf_file} if gguf_file else {}
     if gguf_file and not (Path(source) / gguf_file).is_file() and Path(source).is_dir():
         raise SoloError(f"{source} has no file {gguf_file}")
+    if not gguf_file:
+        load_config(source)  # the tokenizer is read by it, and would be blamed for its errors
     tokenizer = load_tokenizer(source, **options)
     model = load_llm(source, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **options)
     if gguf_file:

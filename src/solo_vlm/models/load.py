@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +10,10 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -24,6 +27,7 @@ from solo_vlm.models.checks import (
     check_image_attention,
     check_loaded,
     check_tokenizer,
+    check_vocabulary,
     check_weights,
     first_reason,
 )
@@ -50,9 +54,10 @@ Quantization = Literal["int8", "nf4"]
 
 def model_without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the LLM of a SOLO model's or an LLM's configuration on the meta device."""
+    text_config = copy.deepcopy(config.get_text_config(decoder=True))  # which the model may change
     # Initialization must not advance the random state of a run.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(text_config)
     return model
 
 
@@ -178,16 +183,22 @@ def load_tokenizer(path: str | Path, **options: Any) -> Any:
     Raises:
         SoloError: The folder has no readable tokenizer.
     """
+    if Path(path).is_file():
+        raise SoloError(f"{path} is a file: give the folder that it is in")
     check_files(path)
     check_tokenizer(path)
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **options)
     except Exception as error:  # tokenizers raises any type on a broken file
         raise SoloError(f"cannot read a tokenizer from {path}: {first_reason(path, error)}") from error
+    check_vocabulary(path, tokenizer)
+    return tokenizer
 
 
 def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
     """Load a causal language model that is not a SOLO model without running code of its folder.
+
+    Of a multimodal model that transformers loads as one, this is the text model.
 
     Args:
         path: Folder or hub ID.
@@ -197,11 +208,17 @@ def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
         SoloError: The folder cannot be read as a language model, or its weights do not fit its configuration.
     """
     check_files(path)
+    kind: Any = AutoModelForCausalLM
+    left_out: set[str] = set()
     if "gguf_file" not in options:
-        check_weights(
-            path, lambda: AutoModelForCausalLM.from_config(load_config(path), trust_remote_code=False)
-        )
-    kind = _causal_lm_class(path) if "gguf_file" not in options else AutoModelForCausalLM
+        config = load_config(path)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise SoloError(
+                f"{path} is a {config.model_type} model, which is no causal language model of transformers: "
+                "choose an LLM"
+            )
+        check_weights(path, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        kind, left_out = _causal_lm_class(config), _other_parts(config)
     try:
         model, info = kind.from_pretrained(
             str(path), trust_remote_code=False, output_loading_info=True, **options
@@ -210,19 +227,29 @@ def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
         raise SoloError(f"cannot read a language model from {path}: {first_reason(path, error)}") from error
     if kind is not AutoModelForCausalLM:
         model.__class__ = kind.__base__
-    check_loaded(path, model, info)
+    check_loaded(path, model, info, left_out)
     compute_without_kernels_on_cpu(model)
     return model
 
 
-def _causal_lm_class(path: str | Path) -> Any:
+def _causal_lm_class(config: PreTrainedConfig) -> Any:
     """Return a class that loads an LLM with float32 biases of its routers, as SOLO models have them."""
-    config = load_config(path)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if kind is None or kind.config_class is not type(config):  # part of a multimodal model, or no LLM
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if kind.config_class is not type(config):  # a part of a multimodal model
         return AutoModelForCausalLM
     kept = {*(kind._keep_in_fp32_modules_strict or ()), *ROUTER_BIASES}
     return type(kind.__name__, (kind,), {"_keep_in_fp32_modules_strict": kept, "__module__": kind.__module__})
+
+
+def _other_parts(config: PreTrainedConfig) -> set[str]:
+    """Return the names of the parts of a multimodal model besides its text model, such as vision_model."""
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return set()
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    text = {model.get_decoder(), model.get_output_embeddings()}
+    parts = [*model.named_children(), *model.base_model.named_children()]
+    return {name for name, part in parts if text.isdisjoint(part.modules())}
 
 
 def _use_original_vocabulary(model: SoloForConditionalGeneration, path: str | Path) -> None:

@@ -228,7 +228,7 @@ class ExpertRouting:
         for weights in outputs[index + 1 :]:  # Zaya's choice of tokens that skip is expert 0, with weight 0
             if isinstance(weights, Tensor) and weights.is_floating_point() and weights.shape == choice.shape:
                 choice = choice.masked_fill(weights.detach() == 0, -1)
-        # It is kept in the module, because compiled layers would be specialized to the length of a common list.
+        # In the module, because compiled layers would be specialized to the length of a common list.
         router.routed = logits, choice  # type: ignore[assignment]
 
 
@@ -302,7 +302,7 @@ def _find_routers(model: nn.Module) -> tuple[PreTrainedModel | None, list[tuple[
 
 
 def _innermost(routers: Sequence[nn.Module]) -> set[nn.Module]:
-    """Return routers without those that have another in them: JetMoe's attention is found besides its router."""
+    """Return routers without those with another in them: JetMoe's attention is found besides its router."""
     return {router for router in routers if set(routers).isdisjoint([*router.modules()][1:])}
 
 

@@ -18,7 +18,7 @@ from solo_vlm.data.formats.rows import (
     source_of,
     text,
 )
-from solo_vlm.data.sample import IMAGE_PLACEHOLDER, SampleError
+from solo_vlm.data.sample import IMAGE_PLACEHOLDER, SampleError, check_turn
 from solo_vlm.data.values import COLUMNS, ImageSource
 
 TURNS = ("conversations", "messages", "conversation")
@@ -118,7 +118,9 @@ def _turn(turn: Any, number: int) -> tuple[str, Any]:
     content = field(turn, said)
     if not isinstance(content, str | list):
         raise SampleError("text", f"turn {number} is {type(content).__name__}, not text")
-    return role(field(turn, speaker)), content
+    name = role(field(turn, speaker))
+    check_turn(turn, name)
+    return name, content
 
 
 def row_images(row: RawRow) -> list[ImageSource]:

@@ -294,10 +294,9 @@ def _recognize(where: str, rows: Sequence[Any], found: Sequence[str], own: Forma
     matching = {name: sum(map(kind.matches, rows)) for name, kind in others.items()}
     near = [name for name, count in matching.items() if count and count == max(matching.values())]
     if not near:
-        near = [name for name, kind in others.items() if {*kind.reads} & {*found} - {"id"}] or [*others]
-        raise SoloError(
-            f"{where}: unknown rows; {_listed(found)}, but {_expected(near)}: set format and columns"
-        )
+        near = [name for name, kind in others.items() if {*kind.reads} & {*found} - {"id"}]
+        expected = f"but {_expected(near)}" if near else f"which no format reads: {', '.join(others)}"
+        raise SoloError(f"{where}: unknown rows; {_listed(found)}, {expected}: set format and columns")
     if len({FORMATS[name].convert for name in near}) > 1:
         raise SoloError(
             f"{where}: rows may be {' or '.join(near)}; {_listed(found)}, and {_expected(near)}: set format"

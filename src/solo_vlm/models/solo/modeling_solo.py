@@ -38,8 +38,12 @@ _TAKE_MASKS = ("eager", "sdpa", "flex_attention")
 # Families that would ignore masks of images in silence, or compute text differently with them.
 _IGNORE_MASKS = ("gpt_neo", "inkling2_text", "inkling_text", "rwkv", "xlstm")
 
-# Biases by which routers choose experts; in bfloat16 they would choose others. Families differ in keeping them.
+# Biases by which routers choose experts: rounded to bfloat16, as some families do, they choose others.
 ROUTER_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+
+# Families that scale by the norm of an embedding, whose gradient at zero would be NaN.
+NORMED_EMBEDDINGS = ("gemma3n_text",)
+_ALMOST_ZERO = 1e-12
 
 # Families that compute logits in float32 whatever the dtype of their weights, which matters before a cap.
 _FLOAT32_LOGITS = ("beam", "inkling2_text", "xlstm")
@@ -200,6 +204,8 @@ class SoloModel(SoloPreTrainedModel):
         embeddings: Tensor = self.get_input_embeddings()(input_ids)
         if self.config.text_config.model_type == "falcon_h1":  # others scale within the module, or afterwards
             embeddings = embeddings * self.config.text_config.embedding_multiplier
+        if self.config.text_config.model_type in NORMED_EMBEDDINGS:
+            embeddings = without_zeros(embeddings)
         return embeddings
 
     @can_return_tuple
@@ -380,6 +386,11 @@ class SoloModel(SoloPreTrainedModel):
             return input_ids == self.config.image_token_id
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.embed_tokens(placeholder)).all(-1)
+
+
+def without_zeros(embeddings: Tensor) -> Tensor:
+    """Move embeddings of zeros, (..., hidden), such as Gemma's padding, by far less than a norm's epsilon."""
+    return embeddings + (embeddings == 0).all(-1, keepdim=True) * _ALMOST_ZERO
 
 
 def _require_count(count: Tensor, patches: int, things: str) -> None:
