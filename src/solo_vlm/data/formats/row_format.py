@@ -295,7 +295,8 @@ def _recognize(where: str, rows: Sequence[Any], found: Sequence[str], own: Forma
     matching = {name: sum(map(kind.matches, rows)) for name, kind in others.items()}
     near = [name for name, count in matching.items() if count and count == max(matching.values())]
     if not near:
-        shared = {name: len({*kind.reads} & {*found} - {"id"}) for name, kind in others.items()}
+        named = {*found} - {"id", "index", *questions.CATEGORIES}
+        shared = {name: len({*kind.reads} & named) for name, kind in others.items()}
         near = [name for name, count in shared.items() if count and count == max(shared.values())]
         known = ", ".join(near or others)
         expected = f"but {_expected(near)}" if 0 < len(near) <= _NEAR else f"which no format reads: {known}"
