@@ -65,6 +65,24 @@ def test_unknown_or_ambiguous_rows_give_one_line_with_found_and_expected(row, me
         chosen(row)
 
 
+def test_message_about_unknown_rows_describes_the_nearest_formats_alone():
+    with pytest.raises(SoloError) as error:
+        chosen({"image": "a.jpg", "conversations": "[]", "split": "train"})
+    assert str(error.value).count(" has ") == 3
+    assert "sharegpt has" in str(error.value)
+    assert "llava has" in str(error.value)
+
+
+def test_turns_whose_other_keys_a_table_filled_up_are_read():
+    empty = {"role": None, "content": None}
+    turn = [{"from": "human", "value": "Q", **empty}, {"from": "gpt", "value": "A", **empty}]
+    row_format = chosen({"conversations": turn})
+    assert [message["role"] for message in row_format({"conversations": turn})["messages"]] == [
+        "user",
+        "assistant",
+    ]
+
+
 def test_columns_are_read_by_the_names_of_the_format():
     row_format = chosen(PHOTO, columns={"image": "photo", "text": "title"})
     assert row_format.name == "captions"

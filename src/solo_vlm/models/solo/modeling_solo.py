@@ -38,6 +38,9 @@ _TAKE_MASKS = ("eager", "sdpa", "flex_attention")
 # Families that would ignore masks of images in silence, or compute text differently with them.
 _IGNORE_MASKS = ("gpt_neo", "inkling2_text", "inkling_text", "rwkv", "xlstm")
 
+# Biases by which routers choose experts: rounded to bfloat16, as some families do, they choose others.
+ROUTER_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+
 # Families that scale by the norm of an embedding, whose gradient at zero would be NaN.
 NORMED_EMBEDDINGS = ("gemma3n_text",)
 _ALMOST_ZERO = 1e-12
@@ -111,6 +114,7 @@ class SoloPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ROUTER_BIASES
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
