@@ -108,12 +108,11 @@ class ModelShape:
         vocabulary: Rows of the token embedding.
         patch: Values of an image patch; 0 in a plain LLM.
         tied: Whether the head is the embedding.
-        heads, key_heads: Heads of queries, and of keys and values.
+        key_heads: Heads of keys and values.
         query, key: Width of the queries (mean of queries and attention output), and of the keys (mean of keys
             and values), all heads together.
         mlp: Width inside the MLP, mean of the layers; with experts, of those that a token is routed to, all
             together.
-        norms, head_norms: Norms per layer as wide as the hidden states, and of other widths.
         attention: Attention layers.
         projection_flops, mlp_flops: FLOPs per token in all layers, of the projections around attention (with
             all that is not MLP) and of the MLPs.
@@ -129,13 +128,10 @@ class ModelShape:
     vocabulary: int
     patch: int
     tied: bool
-    heads: int
     key_heads: int
     query: int
     key: int
     mlp: int
-    norms: int
-    head_norms: int
     attention: tuple[AttentionLayer, ...]
     projection_flops: int
     mlp_flops: int
@@ -423,13 +419,6 @@ def _count(text: Any, patch: int, reduce: Callable[[Any], None] | None) -> Model
     for name, module in model.base_model.named_modules():
         if isinstance(module, _LINEAR):
             linear_sizes[name.rpartition(".")[2]] += sum(module.weight.shape)
-    norms = [
-        sum(weight.numel() for weight in module.parameters())
-        for layer in layers
-        for module in layer.modules()
-        if _is_norm(module)
-    ]
-    wide = norms.count(text.hidden_size)
     counts = _parameters(model, layers, patch)
     routed = sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name)
     return ModelShape(
@@ -438,13 +427,10 @@ def _count(text: Any, patch: int, reduce: Callable[[Any], None] | None) -> Model
         vocabulary=text.vocab_size,
         patch=patch,
         tied=counts.head == 0,
-        heads=sizes[0].heads,
         key_heads=sizes[0].key_heads,
         query=_mean(call.heads * (call.key_dim + call.value_dim) / 2 for call in sizes),
         key=_mean(call.key_heads * (call.key_dim + call.value_dim) / 2 for call in sizes),
         mlp=(mlp // (6 * text.hidden_size) if routed else one["width"]) // len(layers),
-        norms=wide // len(layers),
-        head_norms=(len(norms) - wide) // len(layers),
         attention=(*attention, *([AttentionLayer(own_attention)] if own_attention else ())),
         projection_flops=projections,
         mlp_flops=mlp,
@@ -480,8 +466,16 @@ def _run_twice(
     raise failure
 
 
-def _build(text: Any, attention: str) -> Any:
-    """Build the causal language model on the meta device; its weights take no memory."""
+def build_without_weights(text: Any, attention: str, **implementations: str) -> Any:
+    """Build a causal language model on the meta device, which does not look for padding among its tokens.
+
+    Args:
+        attention: Implementation of attention.
+        **implementations: Those of other layers.
+
+    Raises:
+        SoloError: transformers has no such model, or cannot build it.
+    """
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
     if kind is None:
         raise SoloError(f"cannot count {text.model_type}: it is not a causal language model of transformers")
@@ -491,11 +485,14 @@ def _build(text: Any, attention: str) -> Any:
     try:
         # Initialization must not advance the random state of a run.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                text, attn_implementation=attention, experts_implementation=_EXPERTS
-            ).eval()
+            return AutoModelForCausalLM.from_config(text, attn_implementation=attention, **implementations)
     except Exception as error:  # code of any family, or of a model's own
         raise SoloError(f"cannot count {text.model_type}: {first_line(error)}") from error
+
+
+def _build(text: Any, attention: str) -> Any:
+    """Build a model that computes the experts that tokens are routed to, without looking at values."""
+    model = build_without_weights(text, attention, experts_implementation=_EXPERTS).eval()
     for name, module in model.named_modules():
         if name.endswith(".experts") and not hasattr(type(module).forward, "__wrapped__"):
             module.forward = partial(_compute_routed, module, text)  # its class takes no implementation

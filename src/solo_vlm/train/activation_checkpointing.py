@@ -17,8 +17,7 @@ from solo_vlm.utils.errors import SoloError
 Mode = Literal["full", "selective", "none"]
 MODES: tuple[Mode, ...] = ("full", "selective", "none")
 
-# Results that are expensive to compute: matrix products and attention. Everything else is recomputed.
-_SAVED_OPERATORS = {
+SAVED_OPERATORS = {
     "aten::mm",
     "aten::addmm",
     "aten::_scaled_mm",
@@ -28,6 +27,8 @@ _SAVED_OPERATORS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "torch_attn::_varlen_attn",
 }
+"""Operators that are expensive to compute: matrix products and attention. "selective" saves their results,
+and recomputes everything else."""
 
 
 @dataclass(frozen=True)
@@ -119,5 +120,5 @@ def _compile(layer: nn.Module) -> None:
 def _checkpoint_policy(
     context: Any, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
-    is_saved = operator._schema.name in _SAVED_OPERATORS
+    is_saved = operator._schema.name in SAVED_OPERATORS
     return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE

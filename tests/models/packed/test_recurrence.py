@@ -99,7 +99,7 @@ def test_patches_of_an_image_see_each_other_in_attention_that_runs_document_by_d
     """GPT-2's attention: its mask, opened within images, is the reference."""
     model = tiny_llm("gpt2")
     alone, rows = reference(model), documents()
-    assert isolate_documents(model) == {"GPT2Attention": "document by document"}
+    assert isolate_documents(model) == {"GPT2Attention": "masks by document"}
     batch = packed(rows)
     image = torch.full(batch["input_ids"].shape, -1)
     start = sum(LENGTHS[:3])

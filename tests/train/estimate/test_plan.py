@@ -117,6 +117,8 @@ def test_kept_activations_match_autograd_saved_tensors(modes):
     model, batch = start(CONFIG)
     prepare_layers(model, modes)
     expected = saved_bytes(model, batch) + batch["pixel_values"].nbytes
+    if not modes.none:  # checkpoints hold cosines and sines of positions without saving them
+        expected += 2 * 2 * TOKENS * SIZES["head_dim"]
     kept = kept_activations(replace(Layout.of(CONFIG, recipe(), ALONE), modes=modes), recipe())
     assert kept == pytest.approx(expected, rel=0.05)
 
@@ -177,14 +179,16 @@ def test_auto_recomputes_nothing_in_main_memory():
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("mixtral", "what experts keep depends on the tokens that are routed to them"),
-        ("falcon_h1", "what FalconH1Mixer keeps for the backward pass is not counted"),
+        ("gpt2", "what GPT2Attention keeps grows with the square of a document's length"),
+        ("mamba2", "what layers of mamba2 keep grows with the square of a document's length"),
+        ("longcat_flash", "cannot measure what layers of longcat_flash keep: .*"),
         ("deepseek_v4", "cannot count FLOPs of deepseek_v4: it compresses keys"),
     ],
 )
 def test_auto_is_rejected_where_activations_are_not_known(family, reason):
+    settings = recipe("activation_checkpointing=auto", "data.sequence_length=32768")
     with pytest.raises(SoloError, match=f"auto: {reason}; set it to full, selective or none"):
-        plan_layout(tiny_config(family), recipe("activation_checkpointing=auto"), ALONE, A100.memory)
+        plan_layout(tiny_config(family), settings, ALONE, A100.memory)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])  # with tied and untied head

@@ -243,8 +243,13 @@ def _merges_images(query: Tensor, bounds: Tensor, window: int | None) -> bool:
 
 
 def _supports_flash(query: Tensor) -> bool:
-    """Return whether torch's flash attention supports a query's device, head_dim and dtype (not float32)."""
+    """Return whether torch's flash attention supports a query's device, head_dim and dtype (not float32).
+
+    On the meta device, what layers keep is measured (`estimate/activations.py`): as fused kernels do it.
+    """
     head_dim = query.shape[-1]
+    if query.device.type == "meta":
+        return True
     is_half = _compute_dtype(query) in (torch.bfloat16, torch.float16)
     return query.device.type == "cuda" and is_half and head_dim % 8 == 0 and head_dim <= 256
 
@@ -366,9 +371,10 @@ def _capped(
         position = torch.arange(index.shape[1], device=query.device)
         step = max(1, _SCORES // (k.shape[0] * k.shape[1] * k.shape[2]))
         parts = []
-        for part in position.split(step):
-            end = int(part[-1]) + 1
-            start = 0 if window is None else max(0, int(part[0]) + 1 - window)
+        for first in range(0, len(position), step):
+            part = position[first : first + step]
+            end = first + len(part)
+            start = 0 if window is None else max(0, first + 1 - window)
             shown = None
             if images is not None:  # which can reach beyond, and behind a window
                 start, end = 0, len(position)
@@ -412,6 +418,8 @@ def _capped_part(
 def _compute_dtype(states: Tensor) -> torch.dtype:
     """Return the dtype SDPA casts to; under autocast, rotary embeddings leave queries in float32."""
     device = states.device.type
+    if device == "meta":  # which has no autocast
+        return states.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 

@@ -10,19 +10,19 @@ from functools import cache
 from inspect import getsource, signature
 from typing import Any, Literal, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from solo_vlm.models.packed.attention import packed_attention, packed_mask
 from solo_vlm.models.packed.recurrence import CACHES, PackedRow, close_mask, compute_apart
 from solo_vlm.models.packed.rotary import rotate_apart
-from solo_vlm.models.solo.modeling_solo import PACKED_ATTENTION
+from solo_vlm.models.solo.modeling_solo import NORMED_EMBEDDINGS, PACKED_ATTENTION, without_zeros
 from solo_vlm.utils.errors import SoloError
 
 _REPLACED = (None, "eager", "sdpa", PACKED_ATTENTION)
 
-Isolation = Literal["packed attention", "document by document", "mask"]
+Isolation = Literal["packed attention", "document by document", "masks by document", "mask"]
 
 
 def isolate_documents(model: PreTrainedModel) -> dict[str, Isolation]:
@@ -34,8 +34,9 @@ def isolate_documents(model: PreTrainedModel) -> dict[str, Isolation]:
       elsewhere. Models loaded with flash-attn or flex attention keep these, which isolate documents by
       `position_ids`.
     - "document by document": the layer runs for groups of documents, see `compute_apart`: state-space,
-      linear-attention and convolution layers, and attention that is more than one call of transformers'
-      attention interface.
+      linear-attention and convolution layers.
+    - "masks by document": the same with a dense mask for each group: attention that is more than one call of
+      transformers' attention interface.
     - "mask": transformers' dense mask, closed between documents, where attention does not use the interface.
 
     Call it after the last change of the layers or their forward methods.
@@ -91,9 +92,8 @@ def _isolate(model: PreTrainedModel, attention: str | None) -> PackedRow:
         part._can_set_attn_implementation() for part in model.modules() if isinstance(part, PreTrainedModel)
     )
     treatments = {layer: _treatment(layer, makes_masks) for layer in layers}
-    attends = {layer: any(map(_calls_interface, layer.modules())) for layer in layers}
     for layer, treatment in treatments.items():
-        if treatment == "document by document" and attends[layer] and attention not in _REPLACED:
+        if treatment == "masks by document" and attention not in _REPLACED:
             raise SoloError(
                 f"{type(layer).__name__} cannot keep packed documents apart with {attention} attention; "
                 'load the model with attn_implementation="sdpa" or "eager"'
@@ -108,12 +108,19 @@ def _isolate(model: PreTrainedModel, attention: str | None) -> PackedRow:
             close_mask(layer, row)
         else:
             dense = "sdpa" if attention == "sdpa" else "eager"
-            compute_apart(layer, row, dense if attends[layer] else None, pad=not _chooses_tokens(layer))
+            has_mask = treatment == "masks by document"
+            compute_apart(layer, row, dense if has_mask else None, pad=not _chooses_tokens(layer))
     for module in list(model.modules()):
         if hasattr(module, "rope_type"):
             rotate_apart(module, row)
+    if model.config.model_type in NORMED_EMBEDDINGS:  # SOLO models do this themselves
+        model.get_input_embeddings().register_forward_hook(_without_zeros)
     row.follow(model)
     return row
+
+
+def _without_zeros(module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor:
+    return without_zeros(embeddings)
 
 
 def _counts_positions(model: PreTrainedModel) -> bool:
@@ -143,8 +150,9 @@ def _treatment(layer: nn.Module, makes_masks: bool) -> Isolation:
     if makes_masks and "attention_mask" in signature(layer.forward).parameters:
         return "mask"
     has_parts = any(True for child in layer.children() for _ in _mixers(child))
-    is_packed = _calls_interface(layer) and not has_parts and _only_attends(layer)
-    return "packed attention" if is_packed else "document by document"
+    if _calls_interface(layer) and not has_parts and _only_attends(layer):
+        return "packed attention"
+    return "masks by document" if any(map(_calls_interface, layer.modules())) else "document by document"
 
 
 def _calls_interface(layer: nn.Module) -> bool:

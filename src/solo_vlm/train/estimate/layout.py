@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
+import torch
 from transformers import PreTrainedConfig
 
 from solo_vlm.models.flops import ModelShape
 from solo_vlm.train.activation_checkpointing import LayerModes
+from solo_vlm.train.estimate.activations import Activations
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.parallel.tensor_parallel import keep_share
 from solo_vlm.train.parallel.vocabulary import can_split_head
@@ -26,29 +28,37 @@ class Layout:
             attention or state-space layers are whole in every process, or only their weights are split.
         dims: Parallel dimensions.
         modes: Activation checkpointing of the layers.
+        tokens: Tokens of a packed sequence that a process computes.
+        activations: Memory that the layers keep for these.
     """
 
     shape: ModelShape
     own: ModelShape
     dims: ParallelDims
     modes: LayerModes
+    tokens: int
+    activations: Activations
 
     @classmethod
     def of(
-        cls, config: PreTrainedConfig, recipe: Recipe, dims: ParallelDims, shape: ModelShape | None = None
+        cls, config: PreTrainedConfig, recipe: Recipe, dims: ParallelDims, known: Layout | None = None
     ) -> Self:
         """Count a model that tensor parallelism supports; with "auto", every layer is checkpointed at first.
 
         Args:
-            shape: The whole model, if it is counted already.
+            known: Layout of the same model and precision, with counts to use again.
 
         Raises:
             SoloError: See `ModelShape.of`.
         """
-        shape = shape or ModelShape.of(config)
+        mode, tokens = recipe.activation_checkpointing, recipe.data.sequence_length // dims.cp
+        shape = known.shape if known else ModelShape.of(config)
+        modes = LayerModes.uniform("full" if mode == "auto" else mode, shape.layers)
+        if known and known.dims.tp == dims.tp:
+            return cls(shape, known.own, dims, modes, tokens, known.activations)
         own = shape if dims.tp == 1 else _share(config, shape, dims.tp)
-        mode = recipe.activation_checkpointing
-        return cls(shape, own, dims, LayerModes.uniform("full" if mode == "auto" else mode, shape.layers))
+        dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        return cls(shape, own, dims, modes, tokens, Activations(config, dtype, dims.tp))
 
     @property
     def replicated(self) -> float:

@@ -1,11 +1,8 @@
 """Published accelerator specifications, and the memory per device that a run needs.
 
-Weights, gradients and moments are exact except for padding. Activations are counted tensor by tensor, as
-PyTorch saves them for the backward pass of transformers' decoders, by the method of Korthikanti et al. 2022,
-"Reducing Activation Recomputation in Large Transformer Models", section 4, adapted to flash attention, gated
-MLPs, grouped queries, RMS norms in float32, no dropout, and a chunked loss. Not counted: the CUDA context
-(about 0.5 GiB), NCCL buffers and fragmentation. torch.compile saves less; attention that saves its scores
-(eager attention) saves far more.
+Weights, gradients and moments are exact except for padding. What layers keep for the backward pass is
+measured (`estimate/activations.py`). Not counted: the CUDA context (about 0.5 GiB), NCCL buffers and
+fragmentation. torch.compile saves less.
 """
 
 from __future__ import annotations
@@ -18,10 +15,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from solo_vlm.models.flops import ModelShape
-from solo_vlm.models.load import model_without_weights
-from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.solo.modeling_solo import CHUNK_SIZE
-from solo_vlm.train.activation_checkpointing import MODES, LayerModes, Mode
+from solo_vlm.train.activation_checkpointing import LayerModes
 from solo_vlm.train.estimate.layout import Layout, layer_weights, outside_weights
 from solo_vlm.train.optimizer import BLOCK_SIZE
 from solo_vlm.train.parallel.context import DistributedContext, ParallelDims
@@ -163,29 +158,24 @@ def kept_activations(layout: Layout, recipe: Recipe) -> int:
 
     An upper bound: every token counts as a patch and as supervised.
     """
-    kept = _kept_of_modes(layout.own, compute_bytes(recipe))
-    layers = sum(kept[mode] for mode in layout.modes.layers)
-    return round(_tokens(layout, recipe) * (layers + _kept_outside(layout.own, compute_bytes(recipe))))
+    layers = zip(layout.activations.layers(layout.tokens), layout.modes.layers, strict=True)
+    return round(_kept_outside(layout, recipe) + sum(kept[mode] for kept, mode in layers))
 
 
 def peak_activations(layout: Layout, recipe: Recipe) -> int:
     """Return the bytes of activations at the peak of the backward pass, with its working memory.
 
-    The peak is in the loss, or in the last layer of one of the modes: the pass has freed the activations of
-    the layers behind it.
+    The peak is in the loss or in a layer: the pass has freed the activations of the layers behind it.
     """
-    compute, tokens, own = compute_bytes(recipe), _tokens(layout, recipe), layout.own
-    kept = _kept_of_modes(own, compute)
+    tokens, own = layout.tokens, layout.own
     # Gradients of the gate, the up projection and their product, which itself is freed by then.
-    gradients = 2 * compute * own.mlp
-    held, peak = _kept_outside(own, compute), 0.0
-    for mode, count in zip(MODES, astuple(layout.modes), strict=True):
-        held += count * kept[mode]
-        if count:
-            peak = max(peak, held + kept["none"] - kept[mode] + gradients)
-    logits = min(CHUNK_SIZE, tokens) * own.vocabulary
-    loss = 3 * _FLOAT32 * logits  # logits, softmax, gradient
-    return round(max(tokens * peak, tokens * held + loss))
+    gradients = 2 * tokens * compute_bytes(recipe) * own.mlp
+    held, peak = _kept_outside(layout, recipe), 0.0
+    for kept, mode in zip(layout.activations.layers(tokens), layout.modes.layers, strict=True):
+        held += kept[mode]
+        peak = max(peak, held + kept["none"] - kept[mode] + gradients)
+    loss = 3 * _FLOAT32 * min(CHUNK_SIZE, tokens) * own.vocabulary  # logits, softmax, gradient
+    return round(max(peak, held + loss))
 
 
 def plan_layout(
@@ -193,38 +183,29 @@ def plan_layout(
     recipe: Recipe,
     dims: ParallelDims,
     memory: int | None,
-    shape: ModelShape | None = None,
+    known: Layout | None = None,
 ) -> Layout:
     """Count a model on the processes of a run, and choose its activation checkpointing if that is "auto".
 
     Args:
         memory: Memory of a device in bytes; None where it is main memory: then nothing is recomputed.
-        shape: The whole model, if it is counted already.
+        known: See `Layout.of`.
 
     Raises:
         SoloError: See `ModelShape.of`; or what the model's layers keep is not known.
     """
     if recipe.activation_checkpointing != "auto":
-        return Layout.of(config, recipe, dims, shape)
+        return Layout.of(config, recipe, dims, known)
     try:
-        layout = Layout.of(config, recipe, dims, shape)
+        layout = Layout.of(config, recipe, dims, known)
         if memory is None:
             return replace(layout, modes=LayerModes(none=layout.shape.layers))
-        _require_known_activations(config, layout.shape)
+        layout.activations.require_linear(layout.tokens)
     except SoloError as error:
         raise SoloError(
             f"activation_checkpointing = auto: {error}; set it to full, selective or none"
         ) from error
     return replace(layout, modes=_fit_modes(layout, recipe, memory))
-
-
-def _require_known_activations(config: PreTrainedConfig, shape: ModelShape) -> None:
-    """Raise SoloError if layers keep what is not counted here."""
-    if shape.active_parameters < shape.parameters.total:
-        raise SoloError("what experts keep depends on the tokens that are routed to them")
-    for name, treatment in isolate_documents(model_without_weights(config)).items():
-        if treatment != "packed attention":
-            raise SoloError(f"what {name} keeps for the backward pass is not counted")
 
 
 def _fit_modes(layout: Layout, recipe: Recipe, memory: int) -> LayerModes:
@@ -286,42 +267,12 @@ def _adapter_weights(shape: ModelShape, lora: LoraSettings) -> int:
     return lora.rank * sum(sizes.get(target, 0) for target in targets)
 
 
-def _tokens(layout: Layout, recipe: Recipe) -> int:
-    """Return the tokens of a packed sequence that one process computes."""
-    return recipe.data.sequence_length // layout.dims.cp
-
-
-def _kept_outside(own: ModelShape, compute: int) -> int:
-    """Return the bytes per token that are saved outside layers."""
-    # The last norm, and the hidden states at supervised tokens; patches as bytes, and normalized.
-    return (_FLOAT32 + 2 * compute) * own.hidden + (1 + compute) * own.patch
-
-
-def _kept_of_modes(own: ModelShape, compute: int) -> dict[Mode, float]:
-    """Return the bytes per token that one layer saves for its backward pass, by mode."""
-    return {
-        "full": compute * own.hidden,  # its input
-        "selective": _products_of_layer(own, compute),
-        "none": _all_of_layer(own, compute),
-    }
-
-
-def _all_of_layer(own: ModelShape, compute: int) -> float:
-    """Return the bytes per token of everything that a layer's backward pass needs."""
-    # A norm saves its input in float32 and its result before scaling; the next layer saves the scaled result.
-    norms = own.norms * (_FLOAT32 + compute) * own.hidden + 2 * compute * own.hidden
-    head_norms = (_FLOAT32 + compute) * (own.query + own.key) if own.head_norms else 0
-    # Queries, keys, values, the result, and one log-sum-exp per head.
-    attention = 2 * compute * (own.query + own.key) + _FLOAT32 * own.heads
-    # Gate before and after its activation, up projection, and their product.
-    mlp = 4 * compute * own.mlp
-    return norms + head_norms + attention + mlp
-
-
-def _products_of_layer(own: ModelShape, compute: int) -> float:
-    """Return the bytes per token of a layer's input and of its matrix products and attention."""
-    projected = compute * (2 * own.query + 2 * own.key) + _FLOAT32 * own.heads
-    return 3 * compute * own.hidden + projected + 2 * compute * own.mlp
+def _kept_outside(layout: Layout, recipe: Recipe) -> float:
+    """Return the bytes of a sequence that are saved outside layers, by the decoder and around it."""
+    compute, own = compute_bytes(recipe), layout.own
+    # Hidden states at supervised tokens; patches as bytes, and normalized.
+    around = compute * own.hidden + (1 + compute) * own.patch
+    return layout.activations.outside(layout.tokens) + layout.tokens * around
 
 
 def compute_bytes(recipe: Recipe) -> int:

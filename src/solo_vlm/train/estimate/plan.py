@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ class Plan:
                 dims = _parallel_dims(new, processes, self.config)
             except SoloError:  # does not divide processes or layers
                 continue
-            layout = plan_layout(self.config, new, dims, self.device.memory, self.shape)
+            layout = plan_layout(self.config, new, dims, self.device.memory, self.layout)
             total = memory_per_device(layout, new).total
             if total < self.memory.total:
                 totals[change] = total
@@ -272,23 +273,23 @@ def make_plan(
     _check_end(recipe)
     source = _config_source(recipe, config_folder)
     config = _read_config(source)
-    try:
-        shape = ModelShape.of(config)
-    except SoloError as error:
-        raise SoloError(f"no plan: {error}; the run needs none: start it without --dry-run") from error
+    dims = _parallel_dims(recipe, processes, config)
+    with _needed_by_plan_alone():
+        layout = Layout.of(config, recipe, dims)
     if recipe.router_bias_update:
         prepare_biases(model_without_weights(config), is_updated=True)
-    dims = _parallel_dims(recipe, processes, config)
-    layout = plan_layout(config, recipe, dims, device.memory, shape)
+    layout = plan_layout(config, recipe, dims, device.memory, layout)
+    with _needed_by_plan_alone():
+        memory = memory_per_device(layout, recipe)
     data, missing = _estimate(recipe, source)
-    questions, questions_missing = _estimate_questions(recipe, source, shape)
+    questions, questions_missing = _estimate_questions(recipe, source, layout.shape)
     return Plan(
         recipe=recipe,
         config=config,
         layout=layout,
         shape_from=str(source),
         device=device,
-        memory=memory_per_device(layout, recipe),
+        memory=memory,
         steps=_steps(recipe, data) if data and recipe.steps is None else recipe.steps,
         data=data,
         data_missing=missing,
@@ -300,6 +301,14 @@ def make_plan(
         ),
         network=network,
     )
+
+
+@contextmanager
+def _needed_by_plan_alone() -> Iterator[None]:
+    try:
+        yield
+    except SoloError as error:
+        raise SoloError(f"no plan: {error}; the run needs none: start it without --dry-run") from error
 
 
 def planned_steps(recipe: Recipe, sources: Sequence[Source]) -> int:
