@@ -300,6 +300,16 @@ def test_gradient_that_is_not_finite_is_found(probe):
     assert finding.detail.startswith("not finite (NaN or infinite) for ")
 
 
+def test_gradients_that_overflow_at_an_embedding_of_zeros_are_found():
+    """A document's first token sees only itself, so each norm multiplies its gradient by a thousand."""
+    solo = make_solo(num_hidden_layers=16)
+    with torch.no_grad():
+        solo.model.get_input_embeddings().weight[0] = 0.0  # BOS
+    finding = gradients(Probe(solo.model, Encoder(solo.processor)))
+    assert finding.status == "fails"
+    assert finding.detail.endswith("the embedding of token 0 is zero: initialize it")
+
+
 def test_error_inside_a_model_is_one_finding(probe, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no kernel\nfor this device")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from solo_vlm.data.formats.row_format import RowFormat
 from solo_vlm.data.sample import SampleError, parse_sample
 
 
@@ -238,3 +239,75 @@ def test_lone_surrogate_error_is_printable(row):
     assert error.value.reason == "schema"
     assert "\\ud" in str(error.value)
     str(error.value).encode()
+
+
+def talk(*turns: tuple[str, object], **more: object) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in turns], **more}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [("assistant", "Hello."), ("user", "Q"), ("assistant", "A")],
+        [("user", "Q"), ("user", "And?"), ("assistant", "A")],
+        [("user", "Q"), ("system", "S"), ("assistant", "A")],
+        [("system", ""), ("user", "Q"), ("assistant", "A")],
+        [("user", [IMAGE | {"image": "a.png"}]), ("assistant", "A")],
+        [("user", "Draw."), ("assistant", [IMAGE | {"image": "a.png"}])],
+        [("system", [IMAGE | {"image": "a.png"}]), ("user", "Q"), ("assistant", "A")],
+    ],
+)
+def test_order_of_turns_and_places_of_images_are_kept(turns):
+    """What a chat template makes of them is the template's matter."""
+    sample = parse_sample(talk(*turns))
+    assert [message["role"] for message in sample.messages] == [role for role, _ in turns]
+    kinds = [[part["type"] for part in message["content"]] for message in sample.messages]
+    assert kinds == [["text"] if isinstance(content, str) else ["image"] for _, content in turns]
+
+
+@pytest.mark.parametrize("empty", ["", " \n", [], [{"type": "text", "text": ""}]])
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_empty_turn_is_rejected(role, empty):
+    other = {"user": "assistant", "assistant": "user"}[role]
+    with pytest.raises(SampleError, match=f"text-empty: turn 1, of the {role}, is empty"):
+        parse_sample(talk((other, "Hi"), (role, empty)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tool_calls", [{"function": {"name": "f"}}]),
+        ("function_call", {"name": "f"}),
+        ("reasoning_content", "Hmm."),
+        ("weight", 0),
+        ("weight", 0.5),
+        ("train", False),
+        ("loss", False),
+    ],
+)
+def test_turn_whose_content_is_not_all_or_not_to_be_learned_is_rejected(name, value):
+    row = talk(("user", "Q"), ("assistant", "A"))
+    for empty in (None, 1) if name == "weight" else (None,):
+        row["messages"][1][name] = empty
+        assert parse_sample(row).messages[1]["content"] == [{"type": "text", "text": "A"}]
+    row["messages"][1][name] = value
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", name: value}]
+    for given, read in ((row, parse_sample), ({"conversations": turns}, RowFormat("sharegpt"))):
+        with pytest.raises(SampleError, match=f"^turn: {name} .*not read"):
+            read(given)
+    row["messages"] = [{"role": "user", "content": "Q", name: value}, {"role": "assistant", "content": "A"}]
+    assert len(parse_sample(row).messages) == 2  # as in SlimOrca, whose questions have the weight 0
+
+
+@pytest.mark.parametrize(
+    "mark",
+    ["<|image_1|>", "<|image|>", "<image_1>", "<image 2>", "<ImageHere>", "<start_of_image>", "[IMG]",
+     "<|vision_start|><|image_pad|><|vision_end|>", "<image_placeholder>", "<img>a.png</img>", "<video>"],
+)  # fmt: skip
+def test_placeholder_of_another_program_is_not_trained_as_text(mark):
+    row = talk(("user", f"What is in {mark}?"), ("assistant", "A cat."), image="a.png")
+    with pytest.raises(SampleError, match=r"image-count: .* is not read as an image's place"):
+        parse_sample(row)
+    answer = talk(("user", "Write HTML."), ("assistant", f"<p>{mark}</p>"), image="a.png")
+    assert len(parse_sample(answer).images) == 1
+    assert parse_sample(talk(("user", f"What does {mark} mean?"), ("assistant", "A place."))).images == []

@@ -296,3 +296,15 @@ def test_format_is_recognized_behind_unreadable_rows(tmp_path, fault):
         (tmp_path / "0.tar").write_bytes(b"no tar")
         write_tar(tmp_path / "1.tar", rows)
     assert open_source(tmp_path, format="auto").row_format.name == "sharegpt"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['[\n{"text": "a"},\n{"text": "b"}\n]\n', '{"text": "a"},\n{"text": "b"},\n', '{\n "text": "a"\n}\n'],
+)
+def test_lines_of_an_array_are_named_as_such(tmp_path, content):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(SampleError, match=r"^json: .*; a file with an array, .* must be named \.json$"):
+        open_source(tmp_path / "x.jsonl", format="auto").read(0)[0]
+    (tmp_path / "x.jsonl").rename(tmp_path / "x.json")
+    assert read(open_source(tmp_path / "x.json", format="auto"))[0] == "a:a"

@@ -68,7 +68,13 @@ def test_all_row_formats_give_the_same_sample(compressed, tmp_path, picture, sol
 def test_text_only_rows_and_chats_are_read(tmp_path, picture):
     rows = [
         {"role": "assistant", "content": "only text, as a string"},
-        {"id": 1, "conversations": [turn("user", text("what?"), base64_image(picture())), turn("assistant")]},
+        {
+            "id": 1,
+            "conversations": [
+                turn("user", text("what?"), base64_image(picture())),
+                turn("assistant", text("it")),
+            ],
+        },
         {"messages": [turn("user", text("hello")), turn("assistant", text("yes"))], "source": "x"},
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,6 +10,7 @@ from tests.factories import png
 
 from solo_vlm.data.sample import parse_sample
 from solo_vlm.data.values import (
+    OutsidePathError,
     check_text,
     load_json,
     locate_images,
@@ -163,3 +164,17 @@ def test_empty_struct_fields_are_skipped(folders, key, empty):
 )
 def test_image_after_empty_values_is_recognized(value):
     assert looks_like_image(value)
+
+
+def test_separators_of_windows_are_read(tmp_path):
+    (tmp_path / "photos").mkdir()
+    red, odd = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    red.save(tmp_path / "photos" / "A.PNG")
+    odd.save(tmp_path / "odd\\name.png")  # a name that a file here may have
+    for place in PLACES:
+        for path in ("photos\\A.PNG", ".\\photos\\A.PNG"):
+            assert load_image(located(place, path, tmp_path)).getpixel((0, 0)) == (255, 0, 0)
+        assert load_image(located(place, "odd\\name.png", tmp_path)).getpixel((0, 0)) == (0, 0, 255)
+        assert located(place, "photos\\A.PNG", "s3://bucket/rows") == "s3://bucket/rows/photos/A.PNG"
+    with pytest.raises(OutsidePathError, match=r"\.\./photos/A\.PNG is outside"):
+        locate_images({"image": "..\\photos\\A.PNG"}, str(tmp_path / "rows"), str(tmp_path / "rows"))

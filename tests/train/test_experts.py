@@ -28,10 +28,13 @@ from torch._dynamo.utils import counters
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from solo_vlm.check.tiny import text_families, tiny_llm
+from solo_vlm.check.tiny import text_families, tiny_llm, tiny_solo
 from solo_vlm.data.collate import collate, model_inputs
 from solo_vlm.data.encode import Document
+from solo_vlm.models.load import load_llm, load_model
 from solo_vlm.models.packed.isolation import isolate_documents
+from solo_vlm.models.solo.configuration_solo import SoloConfig
+from solo_vlm.models.solo.modeling_solo import ROUTER_BIASES
 from solo_vlm.train import Recipe, train, trainer
 from solo_vlm.train.activation_checkpointing import prepare_layers
 from solo_vlm.train.checkpoint import export_checkpoint
@@ -151,6 +154,49 @@ def test_load_matches_counts_by_hand(moe):
     metrics = experts.metrics(CONTEXT)
     assert metrics["moe/max_load"] == pytest.approx(counts.max().item() / (42 * 2 / 4))
     assert metrics["moe/unused_experts"] == (counts == 0).sum()
+
+
+def families_with_experts():
+    return [family for family in text_families() if ExpertRouting.of(tiny_llm(family), 0)]
+
+
+def counts_of_inputs(model):
+    """Return the lists that fill with the tokens of each expert, by what its module computes with."""
+    counts = []
+
+    def count(module, inputs):
+        if "Parallel" in type(module).__name__:  # JetMoe sorts tokens by expert
+            counts.append(torch.tensor(inputs[1]))
+        elif len(inputs) == 1:  # Llama 4 scales by zero what is not for an expert
+            counts.append(inputs[0].unflatten(0, (4, -1)).any(-1).sum(-1))
+        else:
+            _, chosen, weights = inputs
+            counts.append(torch.bincount(chosen[weights != 0], minlength=4)[:4])
+
+    for name, module in model.named_modules():
+        block, _, own = name.rpartition(".")
+        gate = getattr(model.get_submodule(block), "gate", None)
+        # JetMoe's experts of attention are two modules; DeepSeek-V4 first chooses experts by token ID.
+        is_moe = (
+            own == "experts" and not hasattr(module, "input_linear") and "Hash" not in type(gate).__name__
+        )
+        if is_moe or (own == "input_linear" and "Parallel" in type(module).__name__):
+            module.register_forward_pre_hook(count)
+    return counts
+
+
+@pytest.mark.parametrize("family", families_with_experts())
+def test_load_matches_the_inputs_of_the_experts(family):
+    model = tiny_llm(family)
+    counts = counts_of_inputs(model)
+    experts = ExpertRouting.of(model, 0)
+    experts.start_step([24], 24)
+    with experts.recording() as routed, torch.no_grad():
+        model(torch.randint(2, 300, (1, 24)), use_cache=False)
+    experts.add_row(0, routed)
+    metrics = experts.metrics(CONTEXT)
+    assert metrics["moe/max_load"] == pytest.approx(max(float(c.max() / c.double().mean()) for c in counts))
+    assert metrics["moe/unused_experts"] == sum(int((c == 0).sum()) for c in counts)
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
@@ -290,10 +336,37 @@ def test_all_untrained_weights_beside_routers_are_found_and_decide(family):
         assert all((chosen == 1).any(dim=1).all() for _, chosen in routed)
 
 
+@pytest.mark.parametrize("kind", ["llm", "solo"])
+@pytest.mark.parametrize("family", [*families_that_may_have_biases()])
+def test_loading_in_bfloat16_keeps_biases(family, kind, tmp_path):
+    """The saved float32 biases choose among experts; some families would round them."""
+    model = tiny_llm(family)
+    load = load_llm
+    if kind == "solo":
+        model, load = tiny_solo(SoloConfig(text_config=model.config)), load_model
+    biases = router_biases(model.state_dict())
+    for bias in biases.values():  # Zaya's last one is fixed
+        bias.view(-1)[:-1] = torch.linspace(-0.0113, 0.0137, bias.numel() - 1)
+    model.load_state_dict(biases, strict=False)
+    model.save_pretrained(tmp_path / "float32")
+    loaded = load(tmp_path / "float32", dtype="bfloat16")
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(router_biases(loaded.state_dict()), biases, rtol=0, atol=0)
+    if family == "deepseek_v4" and kind == "solo":  # needs token IDs beside embeddings
+        return
+    loaded.save_pretrained(tmp_path / "bfloat16")
+    ids = torch.randint(2, 300, (1, 24))
+    chosen = []
+    for each in (loaded, load(tmp_path / "bfloat16")):
+        with ExpertRouting.of(each, 0).recording() as routed, torch.no_grad():
+            each(ids, use_cache=False)
+        chosen.append([choice for _, choice in routed])
+    torch.testing.assert_close(*chosen)
+
+
 def router_biases(tensors):
     """Return the biases of routers among tensors by name."""
-    ends = ("e_score_correction_bias", "expert_bias")
-    return {name: tensor.clone() for name, tensor in tensors.items() if name.endswith(ends)}
+    return {name: tensor.clone() for name, tensor in tensors.items() if name.endswith(ROUTER_BIASES)}
 
 
 def updated_by_hand(model, rows, tokens):

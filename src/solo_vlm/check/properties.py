@@ -275,7 +275,10 @@ def gradients(probe: Probe) -> Finding:
         text_only = probe.model.get_decoder() if probe.is_foreign and not probe.image_inputs else None
         missing, broken, count = _without_gradient(probe.model, batch, text_only)
     if broken:
-        return Finding("fails", f"not finite (NaN or infinite) for {_some(broken)}")
+        rows = probe.model.get_input_embeddings().weight[batch["input_ids"]]  # type: ignore[index]
+        zeros = batch["input_ids"][(rows == 0).all(-1)]
+        note = f"; the embedding of token {int(zeros[0])} is zero: initialize it" if len(zeros) else ""
+        return Finding("fails", f"not finite (NaN or infinite) for {_some(broken)}{note}")
     idle = [name for name in missing if any(part in name for part in _CHOOSERS)]
     missing = [name for name in missing if name not in idle]
     note = f"; none reaches {len(idle)} of experts or indexers ({idle[0]}, ...)" if idle else ""

@@ -301,7 +301,8 @@ class Encoder:
     def padding_id(self) -> int:
         """Token that fills packed rows: EOS, which training knows.
 
-        The embedding of a padding token may be zero, as Gemma's, where the gradients of Gemma 3n are NaN.
+        The embedding of a padding token may be zero, as Gemma's. At the start of a document, where a token
+        sees itself alone, each norm would multiply its gradient by a thousand.
         """
         return int(self.tokenizer.eos_token_id)
 

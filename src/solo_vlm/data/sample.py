@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,13 @@ from solo_vlm.data.values import (
 )
 
 IMAGE_PLACEHOLDER = "<image>"
+
+_OTHER_PLACEHOLDERS = re.compile(
+    r"<\|(image(_\d+|_pad|_start)?|vision_start)\|>|<image[ _]\d+>|<image_placeholder>|<start_of_image>"
+    r"|<ImageHere>|\[IMG\]|<img>[^<]*</img>|<(video|audio)>"
+)
+_UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_MASKS = ("weight", "train", "loss")  # OpenAI's, axolotl's and ms-swift's
 
 Part = str | tuple[ImageSource | None]  # a text, or an image with its source, if it is known
 _WAITING: Part = (None,)
@@ -150,7 +158,8 @@ def parse_sample(row: dict[str, Any]) -> Sample:
     user, or of a document. A message may have its own `image` or `images`.
 
     Raises:
-        SampleError: The row is invalid; `reason` is "schema", "image-count" or "image-column".
+        SampleError: The row is invalid; `reason` is "schema", "turn", "text-empty", "image-count" or
+            "image-column".
     """
     try:
         parsed = _Row.model_validate(row)
@@ -158,6 +167,8 @@ def parse_sample(row: dict[str, Any]) -> Sample:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(step) for step in first["loc"])
         raise SampleError("schema", f"field {field}: {first['msg']}") from error
+    for message in row["messages"]:
+        check_turn(message, message["role"])
     roles = [message.role for message in parsed.messages]
     first_text = roles.index("user") if "user" in roles else 0
     contents = _place(
@@ -168,11 +179,47 @@ def parse_sample(row: dict[str, Any]) -> Sample:
     images = [part[0] for content in contents for part in content if isinstance(part, tuple)]
     if not images:
         _check_for_lost_image(row, parsed)
+    _check_texts(roles, contents, bool(images))
     messages = [
         {"role": role, "content": [_plain(part) for part in content]}
         for role, content in zip(roles, contents, strict=True)
     ]
     return Sample(messages, [image for image in images if image is not None], sample_id(row.get("id")))
+
+
+def check_turn(turn: Mapping[str, Any], role: str) -> None:
+    """Reject a turn of the assistant with parts that are not read, or that must not be learned.
+
+    Raises:
+        SampleError: It has tool calls or reasoning beside its content, or a weight ("turn").
+    """
+    if role != "assistant":
+        return
+    for name in _UNREAD:
+        if turn.get(name):
+            raise SampleError(
+                "turn", f"{name} of the assistant is not read: put it into the content, or remove it"
+            )
+    for name in _MASKS:
+        value = turn.get(name)
+        is_mask = isinstance(value, bool) or (name == "weight" and isinstance(value, int | float))
+        if is_mask and value != 1:
+            raise SampleError("turn", f"{name} = {value} of a turn is not read: every answer is supervised")
+
+
+def _check_texts(roles: Sequence[str], contents: Sequence[list[Part]], has_images: bool) -> None:
+    """Reject turns without content, and texts with another program's placeholder of an image."""
+    asking = "user" if "user" in roles else "assistant"
+    for number, (role, content) in enumerate(zip(roles, contents, strict=True)):
+        texts = [part for part in content if isinstance(part, str)]
+        if role != "system" and len(texts) == len(content) and not any(map(str.strip, texts)):
+            raise SampleError("text-empty", f"turn {number}, of the {role}, is empty")
+        found = filter(None, map(_OTHER_PLACEHOLDERS.search, texts))
+        if has_images and role == asking and (mark := next(found, None)):
+            raise SampleError(
+                "image-count",
+                f"{mark.group()[:80]} is not read as an image's place: write {IMAGE_PLACEHOLDER}",
+            )
 
 
 def _plain(part: Part) -> dict[str, str]:

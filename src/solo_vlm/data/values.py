@@ -246,6 +246,8 @@ def _located_text(text: str, place: _Place) -> str:
     if _URL.match(text) or (path != text and path.startswith("/")):  # an absolute file URL
         _check_inside(path, place.root)
         return text
+    if "\\" in path and not ("://" not in place.folder and _is_path(f"{place.folder}/{path}", path)):
+        path = path.replace("\\", "/")  # written on Windows
     absolute = path if path.startswith("/") else f"{place.folder}/{path}"
     if _is_base64(path) and not _is_path(absolute, path):
         return str(data_url(text))

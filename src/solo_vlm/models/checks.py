@@ -237,7 +237,8 @@ def check_loaded(
     if unexpected:
         raise SoloError(f"{path}: {unexpected[0]} is no weight of the model that config.json describes")
     # transformers keeps both with a warning; a model made anew from this configuration would tie them.
-    if model._tied_weights_keys and model.config.get_text_config().tie_word_embeddings:
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)  # Inkling has no setting
+    if model._tied_weights_keys and is_tied:
         head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
         if head is not None and head.weight is not tokens.weight:
             raise SoloError(

@@ -40,7 +40,7 @@ from solo_vlm.models.original import (
 )
 from solo_vlm.models.packed.kernels import compute_without_kernels_on_cpu
 from solo_vlm.models.solo.configuration_solo import SoloConfig
-from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
+from solo_vlm.models.solo.modeling_solo import ROUTER_BIASES, SoloForConditionalGeneration
 from solo_vlm.models.solo.original_solo import is_original
 from solo_vlm.models.solo.processing_solo import SoloProcessor
 from solo_vlm.models.stops import complete_generation, stop_ids
@@ -59,6 +59,13 @@ def model_without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(text_config)
     return model
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Return the maximum length of a sequence, or None if the configuration names none, as Mamba's."""
+    text_config = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_seq_len")  # the latter: MPT
+    return next((getattr(text_config, name) for name in names if hasattr(text_config, name)), None)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -208,6 +215,7 @@ def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
         SoloError: The folder cannot be read as a language model, or its weights do not fit its configuration.
     """
     check_files(path)
+    kind: Any = AutoModelForCausalLM
     left_out: set[str] = set()
     if "gguf_file" not in options:
         config = load_config(path)
@@ -217,16 +225,27 @@ def load_llm(path: str | Path, **options: Any) -> PreTrainedModel:
                 "choose an LLM"
             )
         check_weights(path, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-        left_out = _other_parts(config)
+        kind, left_out = _causal_lm_class(config), _other_parts(config)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             str(path), trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:  # transformers raises any type on a broken file
         raise SoloError(f"cannot read a language model from {path}: {first_reason(path, error)}") from error
+    if kind is not AutoModelForCausalLM:
+        model.__class__ = kind.__base__
     check_loaded(path, model, info, left_out)
     compute_without_kernels_on_cpu(model)
     return model
+
+
+def _causal_lm_class(config: PreTrainedConfig) -> Any:
+    """Return a class that loads an LLM with float32 biases of its routers, as SOLO models have them."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if kind.config_class is not type(config):  # a part of a multimodal model
+        return AutoModelForCausalLM
+    kept = {*(kind._keep_in_fp32_modules_strict or ()), *ROUTER_BIASES}
+    return type(kind.__name__, (kind,), {"_keep_in_fp32_modules_strict": kept, "__module__": kind.__module__})
 
 
 def _other_parts(config: PreTrainedConfig) -> set[str]:

@@ -24,12 +24,13 @@ from solo_vlm.utils.errors import SoloError
 logger = logging.getLogger(__name__)
 
 Routed = tuple[Tensor, Tensor]
-"""Output of a router: logits (tokens, experts), and chosen experts (tokens, top_k)."""
+"""Output of a router: logits (tokens, experts), and chosen experts (tokens, top_k), -1 for none."""
 
 _AUX_LOSS = "load_balancing_loss_func"  # in the module of every family that has one
 _AUX_LOSS_ARGUMENTS = {"gate_logits", "num_experts", "top_k", "attention_mask"}
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")  # the latter: JetMoe, DBRX
 _TOP_K = ("num_experts_per_tok", "moe_top_k")  # the latter: DBRX
+_EXPERTS = ("n_routed_experts", "num_experts")  # the latter: Zaya
 _BIASES = ("e_score_correction_bias", "expert_bias")  # the latter: AFMoE, LFM2 MoE
 
 
@@ -54,6 +55,7 @@ class ExpertRouting:
         self,
         routers: Sequence[tuple[nn.Module, int]],
         top_k: int,
+        experts: int | None,
         aux_loss: Callable[..., Tensor] | None,
         coefficient: float,
         slices: DeviceMesh | None,
@@ -63,6 +65,7 @@ class ExpertRouting:
         self.coefficient, self.bias_update, self._biases = coefficient, bias_update, biases
         self._top_k, self._aux_loss, self._slices = top_k, aux_loss, slices
         self._routers = [router for router, _ in routers]
+        self._experts = experts  # LongCat-Flash and Zaya have more classes, whose tokens skip the experts
         self._is_recording = False
         self.start_step([], 0)
         for router, index in routers:
@@ -112,12 +115,15 @@ class ExpertRouting:
                     "set it to 0"
                 )
             aux_loss = None
+        if not routers:
+            return None
         top_k = _setting(config, _TOP_K) or 1
         tensors = [
             model.get_buffer(biases[router]) if bias_update and router in biases else None
             for router, _ in routers
         ]
-        return cls(routers, top_k, aux_loss, coefficient, slices, tensors, bias_update) if routers else None
+        experts = _setting(config, _EXPERTS)
+        return cls(routers, top_k, experts, aux_loss, coefficient, slices, tensors, bias_update)
 
     def start_step(self, tokens: Sequence[int], total: int) -> None:
         """Start an optimizer step.
@@ -154,7 +160,7 @@ class ExpertRouting:
             routed = [_whole_row(*router, self._slices) for router in routed]
             weight = int(self._slices.get_local_rank() == 0)
         is_token = torch.arange(len(routed[0][0]), device=routed[0][0].device) < tokens
-        load = [_tokens_per_expert(*router, is_token) for router in routed]
+        load = [_tokens_per_expert(*router, is_token)[: self._experts] for router in routed]
         self._load = [a + b for a, b in zip(self._load, load, strict=True)] if self._load else load
         if self._aux_loss is None or not tokens:
             return 0.0
@@ -186,7 +192,9 @@ class ExpertRouting:
         auxiliary loss before its coefficient; `moe/bias_range` the largest difference between two biases of a
         layer, if they are updated.
         """
-        counts = [load.double().cpu() for load in self._sum_load(context)]
+        inner = _innermost(self._routers)
+        loads = zip(self._routers, self._sum_load(context), strict=True)
+        counts = [load.double().cpu() for router, load in loads if router in inner]
         metrics = {
             "moe/max_load": max(float(load.max() / load.mean().clamp(min=1e-9)) for load in counts),
             "moe/unused_experts": sum(int((load == 0).sum()) for load in counts),
@@ -215,19 +223,20 @@ class ExpertRouting:
             for states in outputs
             if isinstance(states, Tensor) and not states.is_floating_point() and states.ndim > 1
         ]
-        # Routers that do not return their choice choose by the logits (DBRX, JetMoe, Llama 4). It is kept in
-        # the module, because compiled layers would be specialized to the length of a common list.
-        routed = logits, chosen[0] if chosen else logits.detach().topk(self._top_k).indices
-        router.routed = routed  # type: ignore[assignment]
+        # Routers that do not return their choice choose by the logits (DBRX, JetMoe, Llama 4).
+        choice = chosen[0] if chosen else logits.detach().topk(self._top_k).indices
+        for weights in outputs[index + 1 :]:  # Zaya's choice of tokens that skip is expert 0, with weight 0
+            if isinstance(weights, Tensor) and weights.is_floating_point() and weights.shape == choice.shape:
+                choice = choice.masked_fill(weights.detach() == 0, -1)
+        # In the module, because compiled layers would be specialized to the length of a common list.
+        router.routed = logits, choice  # type: ignore[assignment]
 
 
 def router_modules(model: nn.Module) -> set[nn.Module]:
     """Return the modules that choose experts, with all modules in them."""
     named = {module for module in model.modules() if "Router" in type(module).__name__}
-    found = {router for router, _ in _find_routers(model)[1]}
-    # JetMoe's attention is found as well, because it has a router in it.
-    inner = {router for router in found if found.isdisjoint([*router.modules()][1:])}
-    return {part for router in named | inner for part in router.modules()}
+    found = _innermost([router for router, _ in _find_routers(model)[1]])
+    return {part for router in named | found for part in router.modules()}
 
 
 def prepare_biases(model: PreTrainedModel, is_updated: bool) -> None:
@@ -292,6 +301,11 @@ def _find_routers(model: nn.Module) -> tuple[PreTrainedModel | None, list[tuple[
     return None, []
 
 
+def _innermost(routers: Sequence[nn.Module]) -> set[nn.Module]:
+    """Return routers without those with another in them: JetMoe's attention is found besides its router."""
+    return {router for router in routers if set(routers).isdisjoint([*router.modules()][1:])}
+
+
 def _family_function(model: nn.Module | None, name: str) -> Callable[..., Tensor] | None:
     """Return a function of the module that defines a model's class; FSDP derives a class of its own."""
     modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)
@@ -312,5 +326,5 @@ def _whole_row(logits: Tensor, chosen: Tensor, slices: DeviceMesh) -> Routed:
 
 def _tokens_per_expert(logits: Tensor, chosen: Tensor, is_token: Tensor) -> Tensor:
     """Return the number of tokens routed to each expert, (experts,) int64."""
-    counted = is_token[:, None].expand_as(chosen).flatten().long()
-    return counted.new_zeros(logits.shape[-1]).scatter_add_(0, chosen.flatten(), counted)
+    counted = (is_token[:, None] & (chosen >= 0)).flatten().long()
+    return counted.new_zeros(logits.shape[-1]).scatter_add_(0, chosen.flatten().clamp(min=0), counted)

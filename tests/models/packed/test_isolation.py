@@ -118,3 +118,17 @@ def test_packed_documents_equal_each_alone(family):
         change = (model(**packed(rows)).logits[0, : sum(LENGTHS)] - output).abs().amax(-1)
     assert change[start:stop].min() > 1e-3
     assert max(change[:start].max(), change[stop:].max()) < 1e-5
+
+
+def test_plain_llm_trains_at_an_embedding_of_zeros():
+    """Gemma 3n divides by the norms of embeddings."""
+    model = tiny_llm("gemma3n_text")
+    row = torch.arange(5, 17)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[[2, 9]] = 0.0  # padding of a row, and a token
+    expected = logits_alone(model, [row])
+    isolate_documents(model)
+    logits = model(**packed([row])).logits[0, :12]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    F.cross_entropy(logits[:-1], row[1:]).backward()
+    assert all(each.grad.isfinite().all() for each in model.parameters() if each.grad is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tests.factories import ROOT, ask, make_solo, png
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from solo_vlm import SoloConfig, SoloForConditionalGeneration
+from solo_vlm.check.tiny import text_families
 from solo_vlm.data.collate import collate
 from solo_vlm.data.encode import Encoder, encode
 from solo_vlm.data.sample import Sample, parse_sample
@@ -20,6 +22,7 @@ from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.packed.attention import packed_attention
 from solo_vlm.models.packed.isolation import isolate_documents
 from solo_vlm.models.solo.positions_solo import image_layout
+from solo_vlm.utils.errors import SoloError
 
 GOLDEN = ROOT / "tests" / "golden" / "original_tiny"
 
@@ -236,6 +239,31 @@ def test_batch_without_supervision_or_images_has_zero_loss_and_gradient():
     loss.backward()
     assert loss.item() == 0.0
     assert solo.model.model.embed_vision_patch.weight.grad.abs().max() == 0.0
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "llama"])
+def test_gradients_at_an_embedding_of_zeros_are_finite(family):
+    """Gemma's padding is such a row, and new tokens may be."""
+    check_zero_embedding(make_solo(family).model)
+
+
+@pytest.mark.slow
+def test_gradients_at_an_embedding_of_zeros_are_finite_in_every_family():
+    for family in text_families():
+        with suppress(SoloError):
+            check_zero_embedding(make_solo(family).model)
+
+
+def check_zero_embedding(model):
+    """Check that a token of zeros changes no logits of others, and gets a gradient."""
+    ids = torch.arange(5, 17)[None]
+    rows = model.get_input_embeddings().weight
+    with torch.no_grad():
+        rows[9] = 0.0
+    model.train()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert all(each.grad.isfinite().all() for each in model.parameters() if each.grad is not None)
+    assert rows.grad[9].any()
 
 
 def test_gradient_checkpointing_changes_nothing(picture):

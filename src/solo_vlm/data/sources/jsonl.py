@@ -92,7 +92,14 @@ class _Rows(Sequence[Any]):
         try:
             return load_json(self._rows[index])
         except ValueError as error:
-            raise SampleError("json", str(error)) from error
+            raise SampleError("json", f"{error}{_hint(self._rows[index])}") from error
+
+
+def _hint(line: bytes) -> str:
+    """Return what to do about a line of an array, or of an object on several lines; empty for others."""
+    if line.strip() in (b"[", b"{") or line.rstrip().endswith((b",", b"[", b"]")):
+        return "; a file with an array, or with objects on several lines, must be named .json"
+    return ""
 
 
 @retried

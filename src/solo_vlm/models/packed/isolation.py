@@ -10,14 +10,14 @@ from functools import cache
 from inspect import getsource, signature
 from typing import Any, Literal, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from solo_vlm.models.packed.attention import packed_attention, packed_mask
 from solo_vlm.models.packed.recurrence import CACHES, PackedRow, close_mask, compute_apart
 from solo_vlm.models.packed.rotary import rotate_apart
-from solo_vlm.models.solo.modeling_solo import PACKED_ATTENTION
+from solo_vlm.models.solo.modeling_solo import NORMED_EMBEDDINGS, PACKED_ATTENTION, without_zeros
 from solo_vlm.utils.errors import SoloError
 
 _REPLACED = (None, "eager", "sdpa", PACKED_ATTENTION)
@@ -113,8 +113,14 @@ def _isolate(model: PreTrainedModel, attention: str | None) -> PackedRow:
     for module in list(model.modules()):
         if hasattr(module, "rope_type"):
             rotate_apart(module, row)
+    if model.config.model_type in NORMED_EMBEDDINGS:  # SOLO models do this themselves
+        model.get_input_embeddings().register_forward_hook(_without_zeros)
     row.follow(model)
     return row
+
+
+def _without_zeros(module: nn.Module, args: tuple[Any, ...], embeddings: Tensor) -> Tensor:
+    return without_zeros(embeddings)
 
 
 def _counts_positions(model: PreTrainedModel) -> bool:

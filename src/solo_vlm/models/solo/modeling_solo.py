@@ -38,6 +38,13 @@ _TAKE_MASKS = ("eager", "sdpa", "flex_attention")
 # Families that would ignore masks of images in silence, or compute text differently with them.
 _IGNORE_MASKS = ("gpt_neo", "inkling2_text", "inkling_text", "rwkv", "xlstm")
 
+# Biases by which routers choose experts: rounded to bfloat16, as some families do, they choose others.
+ROUTER_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+
+# Families that scale by the norm of an embedding, whose gradient at zero would be NaN.
+NORMED_EMBEDDINGS = ("gemma3n_text",)
+_ALMOST_ZERO = 1e-12
+
 # Families that compute logits in float32 whatever the dtype of their weights, which matters before a cap.
 _FLOAT32_LOGITS = ("beam", "inkling2_text", "xlstm")
 
@@ -107,6 +114,7 @@ class SoloPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ROUTER_BIASES
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -124,17 +132,24 @@ class SoloPreTrainedModel(PreTrainedModel):
 
         An original checkpoint gets the vision IDs of SOLO-7B; `solo_vlm.models.load.load_model` reads them
         from its tokenizer.
+
+        Raises:
+            ValueError: The weights have another patch embedding than the configuration, as after an edit.
         """
         kwargs.setdefault("key_mapping", ORIGINAL_KEYS)
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if any("embed_vision_patch" in name for name in info["missing_keys"]):  # it would be random
+            raise ValueError(
+                f"patch_embedding={model.config.patch_embedding} in config.json, but the weights have another"
+            )
         # Otherwise transformers would save under the original names.
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or []
             if not ORIGINAL_KEYS.keys() & set(conversion.source_patterns)
         ]
-        return loaded
+        return (model, info) if wants_info else model
 
 
 def make_patch_embedding(config: SoloConfig) -> nn.Module:
@@ -196,6 +211,8 @@ class SoloModel(SoloPreTrainedModel):
         embeddings: Tensor = self.get_input_embeddings()(input_ids)
         if self.config.text_config.model_type == "falcon_h1":  # others scale within the module, or afterwards
             embeddings = embeddings * self.config.text_config.embedding_multiplier
+        if self.config.text_config.model_type in NORMED_EMBEDDINGS:
+            embeddings = without_zeros(embeddings)
         return embeddings
 
     @can_return_tuple
@@ -376,6 +393,11 @@ class SoloModel(SoloPreTrainedModel):
             return input_ids == self.config.image_token_id
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.embed_tokens(placeholder)).all(-1)
+
+
+def without_zeros(embeddings: Tensor) -> Tensor:
+    """Move embeddings of zeros, (..., hidden), such as Gemma's padding, by far less than a norm's epsilon."""
+    return embeddings + (embeddings == 0).all(-1, keepdim=True) * _ALMOST_ZERO
 
 
 def _require_count(count: Tensor, patches: int, things: str) -> None:
