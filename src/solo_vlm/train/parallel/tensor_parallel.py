@@ -141,7 +141,7 @@ class Exchange(NamedTuple):
 
     Attributes:
         kind: Kind of the collective.
-        forward, backward: In the forward pass, and in the backward pass without recomputation.
+        forward, backward: Values of the forward pass, and of the backward pass without recomputation.
         is_last: Whether no other module of its layer exchanges anything after it in the forward pass.
     """
 
