@@ -302,7 +302,7 @@ def test_turn_whose_content_is_not_all_or_not_to_be_learned_is_rejected(name, va
 @pytest.mark.parametrize(
     "mark",
     ["<|image_1|>", "<|image|>", "<image_1>", "<image 2>", "<ImageHere>", "<start_of_image>", "[IMG]",
-     "<|vision_start|><|image_pad|><|vision_end|>", "<image_placeholder>", "<img>a.png</img>"],
+     "<|vision_start|><|image_pad|><|vision_end|>", "<image_placeholder>", "<img>a.png</img>", "<video>"],
 )  # fmt: skip
 def test_placeholder_of_another_program_is_not_trained_as_text(mark):
     row = talk(("user", f"What is in {mark}?"), ("assistant", "A cat."), image="a.png")

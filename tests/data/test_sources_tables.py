@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tests.data.formats.test_converters import shown
 from tests.factories import png
 
@@ -80,6 +82,23 @@ def test_filters_take_words_for_missing_numbers_as_pandas_does(tmp_path):
         # pandas' NaN differs from everything; here, as in SQL, nothing is known of it.
         expected &= table["score"].notna()
         assert kept == table["n"][expected].tolist(), expression
+
+
+cells = st.text(st.sampled_from("ab,;\t\"'\n 0159.-+eäß🙂#\\"), max_size=6)
+tables = st.integers(1, 3).flatmap(
+    lambda columns: st.lists(st.lists(cells, min_size=columns, max_size=columns), min_size=1, max_size=5)
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(table=tables, separator=st.sampled_from([",", "\t"]))
+def test_any_table_that_pandas_wrote_keeps_its_cells(tmp_path, table, separator):
+    """Numbers, too: whatever a column was read as, each value is written as the cell was."""
+    path = tmp_path / ("x.tsv" if separator == "\t" else "x.csv")
+    frame = pd.DataFrame(table, columns=[f"column {n}" for n in range(len(table[0]))])
+    frame.to_csv(path, sep=separator, index=False)
+    read = [["" if value is None else str(value) for value in row.values()] for row in rows_of(path)]
+    assert read == table
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv"])

@@ -13,12 +13,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 from tests.evaluate.evaluation_runs import ScriptedBackend
-from tests.factories import make_solo, png
+from tests.factories import image_rows, make_solo, png, run_settings, text_rows, write_training_data
 
 from solo_vlm.data.sources import open_source
 from solo_vlm.evaluate.question_run import QuestionRun, load_files
 from solo_vlm.evaluate.questions import Answer, QuestionSettings, load_questions
 from solo_vlm.evaluate.run import ModelInfo
+from solo_vlm.train import Recipe, train
 from solo_vlm.utils.errors import SoloError
 
 
@@ -207,3 +208,17 @@ def test_command_evaluates_a_table(tmp_path, run):
     (score,) = json.loads(stdout)["scores"]
     assert (score["n"], score["bad_rows"]) == (5, 0)
     assert {"object", "count", "coarse", "dev", "test"} == set(score["breakdown"])
+
+
+def test_table_is_asked_while_training(tmp_path):
+    write_training_data(tmp_path, image_rows(8), text_rows(8))
+    make_solo().save(tmp_path / "llama")
+    write(tmp_path / "q.tsv", CHOICES)
+    data = run_settings(tmp_path, "")["data"] | {"sources": [{"path": "images.parquet"}]}
+    asked = {"questions": {"mmb": {"path": "q.tsv", "filter": 'split == "dev"'}}, "interval": 100}
+    train(Recipe.parse(run_settings(tmp_path, tmp_path / "out", steps=1, data=data, validation=asked)))
+    records = map(json.loads, (tmp_path / "out/answers.jsonl").read_text().splitlines())
+    expected = load_questions(write(tmp_path / "q.tsv", CHOICES).open())[0][1:]
+    assert [(record["id"], record["question"]) for record in records] == [
+        (q.id, q.question) for q in expected
+    ]

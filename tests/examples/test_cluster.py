@@ -65,16 +65,20 @@ def stub(folder: Path, **programs: str) -> dict[str, str]:
 TORCHRUN = f'exec {sys.executable} -m torch.distributed.run "$@"'
 
 
+def submit(folder, steps):
+    """Start a Slurm job of a run in a folder."""
+    write_training_data(folder, image_rows(24), text_rows(64))
+    make_solo().save(folder / "llama")
+    plain = run_settings(folder, folder / "out", steps=steps, checkpoint={"save_interval": 1000})
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    environment = stub(folder, sbatch=SBATCH, scontrol=SCONTROL, srun=SRUN, torchrun=TORCHRUN)
+    command = ["sbatch", str(CLUSTER / "slurm.sh"), "recipe.yaml"]
+    return subprocess.Popen(command, cwd=folder, env=environment)
+
+
 @pytest.mark.distributed
 def test_requeued_slurm_job_resumes_by_itself(tmp_path):
-    write_training_data(tmp_path, image_rows(24), text_rows(64))
-    make_solo().save(tmp_path / "llama")
-    plain = run_settings(tmp_path, tmp_path / "out", steps=60, checkpoint={"save_interval": 1000})
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
-    environment = stub(tmp_path, sbatch=SBATCH, scontrol=SCONTROL, srun=SRUN, torchrun=TORCHRUN)
-    job = subprocess.Popen(
-        ["sbatch", str(CLUSTER / "slurm.sh"), "recipe.yaml"], cwd=tmp_path, env=environment
-    )
+    job = submit(tmp_path, steps=60)
     try:
         metrics = tmp_path / "out" / "metrics.jsonl"
         while not metrics.exists() or len(read_steps(tmp_path / "out")) < 3:
@@ -95,6 +99,22 @@ def test_requeued_slurm_job_resumes_by_itself(tmp_path):
         if "saved after step" in log.read_text()
     ]
     assert len(stopped) == 1
+
+
+@pytest.mark.distributed
+def test_slurm_job_told_to_stop_while_it_exports_ends_with_its_model(tmp_path):
+    """torchrun fails after a signal, also where its processes do not: queued again, the job finds it done."""
+    job = submit(tmp_path, steps=3)
+    try:
+        while not (tmp_path / "out" / "manifest.json").exists():  # written just before the model
+            assert job.poll() is None
+            time.sleep(0.01)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+        assert job.wait(600) == 0
+    finally:
+        job.terminate()
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+    assert [line["step"] for line in read_steps(tmp_path / "out")] == [1, 2, 3]
 
 
 def test_slurm_job_that_finishes_after_a_signal_is_not_requeued(tmp_path):

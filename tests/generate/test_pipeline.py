@@ -206,6 +206,13 @@ def test_answer_is_capped_at_the_context_length(picture):
         ours.stream(ask("what is this?", picture(64, 64)), lambda text: None, 100)
 
 
+def test_answer_is_capped_at_the_distances_of_mpt():
+    ours = pipeline("mpt", {"max_seq_len": 64})
+    ours.model.generation_config.eos_token_id = None
+    reply = ours.stream(ask("hello"), lambda text: None, 100)
+    assert reply.prompt_tokens + reply.completion_tokens == 64
+
+
 def test_lowest_temperature_equals_greedy_decoding():
     greedy = pipeline().stream(ask("what?"), lambda text: None, max_new_tokens=4)
     for temperature in (1e-45, 1e-9):

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
+from tests.factories import make_llm, make_solo
 
 from solo_vlm.data.catalog.entry import DATA_SETS
 from solo_vlm.evaluate.benchmarks import get
 from solo_vlm.evaluate.run_folder import RunFolder
 from solo_vlm.hub.card import TrainingRun, catalog_entry, public_name
+from solo_vlm.models.from_llm import ImageDesign, compose
 from solo_vlm.models.load import load_model
 from solo_vlm.utils.errors import SoloError
 
@@ -152,6 +154,21 @@ def test_card_without_runs_and_evaluation(publication, tmp_path):
     card = ModelCard.load(tmp_path / "out/README.md")
     assert (card.data.license, card.data.eval_results) == (None, None)
     assert "This card gives no evidence of quality." in card.text
+
+
+def test_card_of_a_model_without_a_context_length_leaves_it_out(publication, tmp_path):
+    make_solo("mamba").save(tmp_path / "model")
+    alone = replace(publication, model=tmp_path / "model", runs=(), evaluation=None)
+    alone.write(tmp_path / "out")
+    assert "context length" not in ModelCard.load(tmp_path / "out/README.md").text
+
+
+def test_card_counts_the_parameters_of_any_patch_embedding(publication, tmp_path):
+    solo = compose(*make_llm(), design=ImageDesign(patch_embedding="conv"))
+    solo.save(tmp_path / "model")
+    replace(publication, model=tmp_path / "model", runs=(), evaluation=None).write(tmp_path / "out")
+    own = sum(parameter.numel() for parameter in solo.model.model.embed_vision_patch.parameters())
+    assert f"of which {own:,} embed patches" in ModelCard.load(tmp_path / "out/README.md").text
 
 
 def test_scores_of_other_weights_are_rejected(publication, home, tmp_path, evaluate):

@@ -42,7 +42,7 @@ def test_other_folders_are_rejected(tmp_path):
     llm.save_pretrained(tmp_path / "llm")
     cases = {
         "llm": "not a SOLO model",
-        "nothing": "no config",
+        "nothing": "no model at",
         "adapter": "use the merged model",
         "release": "solo convert release",
     }

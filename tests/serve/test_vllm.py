@@ -68,14 +68,18 @@ def test_decoder_whose_logits_vllm_would_change_is_rejected(tmp_path, run, famil
 
 
 @pytest.mark.parametrize(
-    ("ends", "fault"),
-    [(None, "lacks '</s>' (1), where answers end: add it"), ([1, 50], "has 'O' (50), where no answer ends")],
+    ("changes", "fault"),
+    [
+        ({"eos_token_id": None}, "lacks '</s>' (1), where answers end: add it"),
+        ({"eos_token_id": [1, 50]}, "has 'O' (50), where no answer ends"),
+        ({"begin_suppress_tokens": [50]}, "vLLM would not suppress 'O' (50)"),
+    ],
     ids=str,
 )
-def test_settings_by_which_vllm_would_end_answers_wrongly_are_rejected(tmp_path, run, ends, fault):
+def test_settings_that_vllm_would_not_follow_are_rejected(tmp_path, run, changes, fault):
     make_solo().save(tmp_path / "model")
     settings = tmp_path / "model" / "generation_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": ends}))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
     code, _, error = run("serve", "--model", tmp_path / "model", "--engine", "vllm")
     assert (code, fault in " ".join(error.split())) == (2, True)
 

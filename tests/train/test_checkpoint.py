@@ -100,7 +100,7 @@ def test_old_checkpoints_are_deleted_and_damaged_one_is_named(runs, tmp_path):
     plain = run_settings(runs, tmp_path / "out", steps=7)
     train(Recipe.parse(plain))
     checkpoints = tmp_path / "out" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000006", "step-00000007"]
     for path in checkpoints.glob("step-00000006/*.distcp"):
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(SoloError, match="step-00000006"):
@@ -108,7 +108,7 @@ def test_old_checkpoints_are_deleted_and_damaged_one_is_named(runs, tmp_path):
 
 
 def test_export_checkpoint_writes_model_of_its_step(runs, tmp_path, monkeypatch):
-    plain = run_settings(runs, tmp_path / "out", steps=7)
+    plain = run_settings(runs, tmp_path / "out", steps=7, checkpoint={"save_interval": 2, "keep": 3})
     after_four = {}
     optimizer_step = trainer.optimizer_step
 
@@ -123,7 +123,7 @@ def test_export_checkpoint_writes_model_of_its_step(runs, tmp_path, monkeypatch)
     exported = dict(load_model(tmp_path / "exported").named_parameters())
     assert exported.keys() == after_four.keys()
     assert all(torch.equal(exported[name], after_four[name]) for name in exported)
-    with pytest.raises(SoloError, match="there are steps 4, 6"):
+    with pytest.raises(SoloError, match="there are steps 4, 6, 7"):
         export_checkpoint(tmp_path / "out", tmp_path / "again", 5)
 
 

@@ -30,7 +30,8 @@ SHARD = "__0_0.distcp"
 def finished(runs, tmp_path_factory):
     """Train for seven steps, with checkpoints of steps 4 and 6."""
     out = tmp_path_factory.mktemp("damaged") / "out"
-    train(Recipe.parse(run_settings(runs, out, steps=7)))
+    train(Recipe.parse(run_settings(runs, out, steps=7, checkpoint={"save_interval": 2, "keep": 3})))
+    shutil.rmtree(out / "checkpoints" / "step-00000007")
     return out
 
 
@@ -173,7 +174,7 @@ def test_damaged_shard_of_one_process_ends_all_processes(runs, tmp_path):
     plain = run_settings(runs, tmp_path / "out", steps=7)
     assert ProcessGroup(2, run_recipe, plain).wait() == [0, 0]
     shutil.rmtree(tmp_path / "out" / "model")
-    newest = tmp_path / "out" / "checkpoints" / "step-00000006"
+    newest = tmp_path / "out" / "checkpoints" / "step-00000007"
     names = json.loads((newest / "checksums.json").read_text())
     assert {SHARD, "__1_0.distcp", ".metadata", "training_state.json"} == names.keys()
     flip_bit(newest / "__1_0.distcp")

@@ -276,6 +276,33 @@ def test_run_whose_packing_would_leak_is_rejected(folder, tmp_path, run, monkeyp
     assert f"solo check {folder / 'base'}" in err
 
 
+@pytest.mark.parametrize(
+    ("family", "positions"),
+    [
+        ("gpt2", "n_positions"),
+        ("gptj", "n_positions"),
+        ("opt", "max_position_embeddings"),
+        ("mpt", "max_seq_len"),
+    ],
+)
+def test_sequences_longer_than_a_table_of_positions_are_rejected(family, positions, folder, tmp_path):
+    solo = make_solo(family, **{positions: 64})
+    solo.save(tmp_path / "base")
+    settings = lora_recipe(folder, tmp_path / "out", model=str(tmp_path / "base"), lora=None, steps=1)
+    data = settings.data.model_copy(update={"sequence_length": 65})
+    with pytest.raises(
+        SoloError, match=f"sequence_length = 65: this {family} has positions for 64 tokens; set it"
+    ):
+        train(settings.model_copy(update={"data": data}))
+
+
+def test_sequences_may_be_longer_than_the_context_of_rope(folder, tmp_path):
+    make_solo("mistral", max_position_embeddings=64).save(tmp_path / "base")
+    settings = lora_recipe(folder, tmp_path / "out", model=str(tmp_path / "base"), lora=None, steps=1)
+    assert settings.data.sequence_length > 64
+    train(settings)
+
+
 def one_document(bounds):
     """Group all documents of a row as one."""
     return document_groups(bounds[[0, -1]])

@@ -40,8 +40,10 @@ def stopped(runs, tmp_path_factory):
                     tar.addfile(member, io.BytesIO(content))
     settings = run_settings(runs, folder / "out", steps=7)
     settings["data"]["sources"] = [{"path": str(data / name)} for name in ("parquet", "jsonl", "tar")]
+    settings["checkpoint"]["keep"] = 3
     train(Recipe.parse(settings))
     shutil.rmtree(folder / "out" / "model")
+    shutil.rmtree(folder / "out" / "checkpoints" / "step-00000007")
     return folder
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,17 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from tests.factories import ask, image_rows, make_llm, make_solo, png, read_steps, run_settings, text_rows
+from tests.factories import (
+    ask,
+    image_rows,
+    make_llm,
+    make_solo,
+    png,
+    read_steps,
+    run_settings,
+    text_rows,
+    write_training_data,
+)
 
 from solo_vlm.data.collate import collate, num_supervised_tokens
 from solo_vlm.data.encode import Encoder
@@ -250,8 +261,26 @@ def test_invalid_starts_are_rejected(run_folder, tmp_path):
     with pytest.raises(SoloError, match="nothing to resume"):
         train(recipe(run_folder, tmp_path / "c"), resume=True)
     train(recipe(run_folder, tmp_path / "d", steps=1))
-    with pytest.raises(SoloError, match="holds a finished run"):
+    with pytest.raises(
+        SoloError, match=r"holds a finished run of another recipe \(steps was 1, now 2\): remove"
+    ):
+        train(recipe(run_folder, tmp_path / "d", steps=2))
+    (tmp_path / "d" / "manifest.json").unlink()
+    with pytest.raises(SoloError, match="holds a model without the manifest of its run: remove"):
         train(recipe(run_folder, tmp_path / "d", steps=1))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_finished_run_returns_its_result_and_reads_nothing(tmp_path, resume, caplog):
+    write_training_data(tmp_path, image_rows(4), text_rows(8))
+    make_solo().save(tmp_path / "llama")
+    settings = Recipe.parse(run_settings(tmp_path, tmp_path / "out", steps=2))
+    first = train(settings)
+    shutil.rmtree(tmp_path / "llama")
+    (tmp_path / "text.parquet").unlink()
+    assert train(settings, resume=resume) == first
+    assert "holds the finished run of this recipe: nothing is left to do" in caplog.text
+    assert len(read_steps(tmp_path / "out")) == 2
 
 
 def test_exploding_loss_stops_run(run_folder, tmp_path):

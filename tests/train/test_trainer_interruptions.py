@@ -287,3 +287,60 @@ def test_checkpoint_saved_after_validation_loads_in_bf16(folder, tmp_path, start
         for name in ("out", "whole")
     )
     assert ours == theirs
+
+
+PLACES = {
+    "last step": (trainer, "optimizer_step"),
+    "last checkpoint": (filesystem, "_write_item"),
+    "export": (trainer, "export_model"),
+    "manifest": (trainer, "write_manifest"),
+}
+
+
+def run_to_the_end(plain, place, number):
+    """Train, with a signal to the first process at a place where all steps but the last are done."""
+    os.setsid()
+    owner, name = PLACES[place]
+    function = getattr(owner, name)
+    before = iter(range(plain["steps"] - 1 if place == "last step" else 0))
+
+    def interrupted(*arguments, **options):
+        if os.environ.get("RANK", "0") == "0" and next(before, None) is None:
+            os.killpg(0, number)
+        return function(*arguments, **options)
+
+    setattr(owner, name, interrupted)
+    train(Recipe.parse(plain))
+
+
+def finish(plain):
+    """Resume a run, in which no step may be left."""
+    trainer.optimizer_step = None
+    train(Recipe.parse(plain))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("place", PLACES)
+def test_run_told_to_stop_at_its_end_finishes(runs, tmp_path, start, place, size):
+    plain = run_settings(runs, tmp_path / "out", steps=4, checkpoint={"save_interval": 100})
+    assert start(size, run_to_the_end, plain, place, signal.SIGTERM).wait(90) == [0] * size
+    written = (tmp_path / "out" / "model" / "model.safetensors").stat().st_mtime_ns
+    assert start(size, finish, plain).wait(90) == [0] * size  # as a scheduler does that queued the job again
+    assert (tmp_path / "out" / "model" / "model.safetensors").stat().st_mtime_ns == written
+    assert [line["step"] for line in read_steps(tmp_path / "out")] == [1, 2, 3, 4]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("features", ["", "epochs"])
+def test_run_killed_while_it_exports_repeats_no_step(folder, tmp_path, start, features, size):
+    plain = {**plain_recipe(folder, tmp_path / "out", "one process", features), "parallel": {}}
+    plain["checkpoint"] = {"save_interval": 3}
+    codes = start(size, run_to_the_end, plain, "export", signal.SIGKILL).wait(90)
+    assert codes[0] == -signal.SIGKILL
+    assert not (tmp_path / "out" / "model").exists()
+    before = read_steps(tmp_path / "out")
+    assert start(size, finish, plain).wait(90) == [0] * size
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+    assert read_steps(tmp_path / "out") == before

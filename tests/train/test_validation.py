@@ -98,7 +98,7 @@ def steps_of(out):
 def test_best_checkpoint_survives_rotation(runs, tmp_path, scripted):
     scripted(3.0, 1.0, 2.0, 2.5, 2.0, 1.5)
     result = train(validating(runs, tmp_path / "out"))
-    assert steps_of(tmp_path / "out") == [4, 9]  # the best, and the newest
+    assert steps_of(tmp_path / "out") == [4, 12]  # the best, and the last
     assert result.metrics["best"] == {"metric": "validation_loss", "value": 1.0, "step": 4}
     assert load_train_state(Folder(tmp_path / "out/checkpoints/step-00000004")).best.step == 4
 
@@ -143,7 +143,7 @@ def test_export_of_the_best_needs_one(runs, tmp_path, run):
 def test_older_best_is_removed_once_the_new_one_is_saved(runs, tmp_path, scripted):
     scripted(3.0, 2.0, 2.5, 2.5, 1.0, 1.5)
     train(validating(runs, tmp_path / "out"))
-    assert steps_of(tmp_path / "out") == [10]
+    assert steps_of(tmp_path / "out") == [10, 12]
 
 
 def test_last_step_may_be_the_best(runs, tmp_path, scripted, run):
@@ -180,7 +180,7 @@ def test_resumed_run_knows_its_best(runs, tmp_path, monkeypatch):
     assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "whole")
 
 
-def test_early_stop_ends_with_a_model_and_says_why(runs, tmp_path, scripted):
+def test_early_stop_ends_with_a_model_and_says_why(runs, tmp_path, scripted, caplog):
     scripted(3.0, 2.0, 2.5, 2.5)
     result = train(validating(runs, tmp_path / "out", patience=2))
     assert result.metrics["steps"] == 8
@@ -189,9 +189,8 @@ def test_early_stop_ends_with_a_model_and_says_why(runs, tmp_path, scripted):
     assert (result.model / "model.safetensors").is_file()
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["outcome"]["stopped"] == reason
     assert 4 in steps_of(tmp_path / "out")
-    for resume in (False, True):
-        with pytest.raises(SoloError, match=f"holds a finished run.*{reason}"):
-            train(validating(runs, tmp_path / "out", patience=2), resume=resume)
+    assert train(validating(runs, tmp_path / "out", patience=2)) == result
+    assert f"holds the finished run of this recipe, which ended early ({reason})" in caplog.text
 
 
 def test_run_killed_after_an_early_stop_ends_in_the_same_way(runs, tmp_path, scripted):

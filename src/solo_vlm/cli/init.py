@@ -85,8 +85,8 @@ def init(
     STDOUT.print(
         f"{out}: {facts['llm']} with {facts['parameters']:,} parameters, of which "
         f"{facts['patch_embedding']:,} embed patches; train it next: solo train RECIPE model={out}\n"
-        "checked: text logits, labels, patches, weights on disk, and a tiny model of the family; all "
-        f"properties of this one: solo check {out} --llm {llm}\n"
+        "checked: text logits, settings, chat template, labels, patches, weights on disk, and a tiny model "
+        f"of the family; all properties of this one: solo check {out} --llm {llm}\n"
         f"chat template: {solo.chat_template_name}; answers end at {' '.join(facts['stop_tokens'])}",
         markup=False,
     )

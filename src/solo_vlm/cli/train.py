@@ -246,6 +246,8 @@ def _network_lines(plan: Plan) -> list[str]:
         lines.append(
             f"  {each.purpose:<21}{_gib(each.sent)}  {each.kind} over {each.size} processes{took}{hidden}"
         )
+    if plan.warning:
+        lines.append(f"warning     {plan.warning}")
     if plan.speeds:
         worst, best = plan.speeds
         parts = [

@@ -34,7 +34,7 @@ IMAGE_PLACEHOLDER = "<image>"
 
 _OTHER_PLACEHOLDERS = re.compile(
     r"<\|(image(_\d+|_pad|_start)?|vision_start)\|>|<image[ _]\d+>|<image_placeholder>|<start_of_image>"
-    r"|<ImageHere>|\[IMG\]|<img>[^<]*</img>"
+    r"|<ImageHere>|\[IMG\]|<img>[^<]*</img>|<(video|audio)>"
 )
 _UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _MASKS = ("weight", "train", "loss")  # OpenAI's, axolotl's and ms-swift's

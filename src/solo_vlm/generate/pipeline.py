@@ -32,6 +32,7 @@ from solo_vlm.generate.exactness import cache_fault, reads_padding
 from solo_vlm.models.checks import check_processor
 from solo_vlm.models.load import (
     Quantization,
+    context_length,
     load_config,
     load_model,
     load_processor,
@@ -389,7 +390,7 @@ class GenerationPipeline:
     @property
     def context_length(self) -> int | None:
         """Maximum length of prompt and answer together, or None if the configuration names none."""
-        return getattr(self.model.config.text_config, "max_position_embeddings", None)
+        return context_length(self.model.config)
 
     @property
     def eos_token_ids(self) -> Sequence[int]:

@@ -27,7 +27,7 @@ from solo_vlm.evaluate.benchmarks import BENCHMARKS, get
 from solo_vlm.evaluate.run_folder import RunFolder, weights_hash
 from solo_vlm.evaluate.scoring.score import Score, points, span
 from solo_vlm.hub.folder import weight_files
-from solo_vlm.models.load import load_config, load_processor
+from solo_vlm.models.load import PATCH_EMBEDDING, context_length, load_config, load_processor
 from solo_vlm.models.solo.processing_solo import num_image_tokens
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.train.run_folder import read_manifest_recipe
@@ -98,11 +98,16 @@ def _model_facts(model: Path) -> dict[str, Any]:
     config, images = load_config(model), load_processor(model).image_processor
     size = {side: pixels for side, pixels in dict(images.size).items() if pixels is not None}
     grids = [(width, height, *images.get_patch_grid(height, width)) for width, height in _IMAGE_SIZES]
-    tensors = (tensor for file in weight_files(model) for tensor in open_safetensors(file).values())
+    sizes = {
+        name: math.prod(tensor.shape)
+        for file in weight_files(model)
+        for name, tensor in open_safetensors(file).items()
+    }
     return {
-        "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
-        "patch_parameters": config.patch_dim * config.text_config.hidden_size,
+        "parameters": sum(sizes.values()),
+        "patch_parameters": sum(size for name, size in sizes.items() if PATCH_EMBEDDING in name),
         "config": config,
+        "context_length": context_length(config),
         "longest_edge": max(size.values()),
         "fixed_size": None if "longest_edge" in size else size,
         "grids": [(*grid, num_image_tokens(*grid[2:])) for grid in grids],

@@ -61,6 +61,13 @@ def model_without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Return the maximum length of a sequence, or None if the configuration names none, as Mamba's."""
+    text_config = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_seq_len")  # the latter: MPT
+    return next((getattr(text_config, name) for name in names if hasattr(text_config, name)), None)
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder's layers in order; none if they are not a list of modules.
 

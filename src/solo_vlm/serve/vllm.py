@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from solo_vlm.models.load import is_solo, load_config, load_processor
 from solo_vlm.models.solo.configuration_solo import SoloConfig
-from solo_vlm.models.stops import check_stops, named, stop_ids
+from solo_vlm.models.stops import check_stops, forbidden_ids, named, stop_ids
 from solo_vlm.serve.limits import Limits
 from solo_vlm.utils.errors import SoloError
 
@@ -92,6 +92,12 @@ def check_ends(model: str) -> None:
         raise SoloError(
             f"--engine vllm: eos_token_id of {model}/generation_config.json lacks "
             f"{named(processor.tokenizer, missing)}, where answers end: add it, or leave --engine out"
+        )
+    vocabulary = set(processor.tokenizer.get_vocab().values()) - set(processor.image_input_ids(2, 1).tolist())
+    if text := vocabulary & {*forbidden_ids(settings), *(settings.begin_suppress_tokens or ())}:
+        raise SoloError(
+            f"--engine vllm: vLLM would not suppress {named(processor.tokenizer, text)}, as "
+            f"{model}/generation_config.json says: leave --engine out"
         )
 
 

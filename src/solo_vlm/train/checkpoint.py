@@ -76,6 +76,7 @@ class TrainState:
         best: Best evaluation, whose checkpoint is kept.
         stale_evaluations: Evaluations since the best.
         stopped: Reason why the run ended early; empty if it did not.
+        is_data_used: Whether the data ended after this step.
     """
 
     step: int = 0
@@ -87,6 +88,7 @@ class TrainState:
     best: Best | None = None
     stale_evaluations: int = 0
     stopped: str = ""
+    is_data_used: bool = False
 
 
 class Checkpointer:

@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 
 from solo_vlm.check.certificate import require_exact_packing, require_exact_slices
 from solo_vlm.check.probe import QUANTIZED, TOLERANCES
+from solo_vlm.check.tiny import tiny_llm
 from solo_vlm.data.encode import load_encoder
 from solo_vlm.models.checks import check_processor
 from solo_vlm.models.load import (
     HEAD,
     PATCH_EMBEDDING,
+    context_length,
     decoder_layers,
     load_config,
     load_llm,
@@ -187,8 +189,27 @@ def _load_checked(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     source = recipe.mixture.model_source()
     model, processor = load_base_model(source, recipe)
     tolerance = QUANTIZED if recipe.quantize else TOLERANCES[torch.float32]
+    _require_positions(model, recipe.data.sequence_length)
     require_exact_packing(model, source, tolerance)
     return model, processor
+
+
+@torch.no_grad()
+def _require_positions(model: PreTrainedModel, length: int) -> None:
+    """Check that a document as long as a packed sequence has positions: tables of them end, RoPE does not."""
+    known, family = context_length(model.config), model.config.get_text_config().model_type
+    if known is None or length <= known:
+        return
+    with torch.random.fork_rng(devices=[]):
+        tiny = tiny_llm(family)
+    beyond = torch.zeros(1, (context_length(tiny.config) or 0) + 1, dtype=torch.long)
+    try:
+        tiny(input_ids=beyond, use_cache=False)
+    except (IndexError, RuntimeError) as error:
+        raise SoloError(
+            f"data.sequence_length = {length}: this {family} has positions for {known} tokens; set it to at "
+            f"most {known}"
+        ) from error
 
 
 def _load_sharded(recipe: Recipe, context: DistributedContext) -> tuple[PreTrainedModel, Any]:

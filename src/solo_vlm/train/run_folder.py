@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -29,6 +30,8 @@ from solo_vlm.train.storage import CheckpointStore, Folder, step_of
 from solo_vlm.utils.errors import SoloError
 from solo_vlm.utils.files import remove_partial, write_text
 from solo_vlm.utils.settings import describe_changes, find_changes
+
+logger = logging.getLogger(__name__)
 
 # Settings that may change on resume, because they do not affect the trained model.
 _RESUMABLE = (
@@ -63,11 +66,6 @@ def prepare_output_dir(
     out: Path, recipe: Recipe, held_out: list[Source], resume: bool, store: CheckpointStore
 ) -> Folder | None:
     """Write the recipe and input fingerprints; return the checkpoint to resume from, if there is one."""
-    if (out / "model").exists():
-        reason = f", which ended early ({stopped})" if (stopped := _early_stop(out)) else ""
-        raise SoloError(
-            f"{out} holds a finished run{reason}: remove it, or choose another folder with out=..."
-        )
     folders = run_folders(out, store)
     before = {folder: saved for folder in folders if (saved := load_recipe(folder))}
     for folder, saved in before.items():
@@ -171,12 +169,34 @@ def read_manifest_recipe(path: Path) -> Recipe:
         raise SoloError(f"{path} is not a manifest of a run: {error}") from error
 
 
-def _early_stop(out: Path) -> str:
-    """Return why a finished run ended early; empty if it did not, or has no manifest."""
+def read_outcome(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the outcome of a run that is finished already, with a warning; None if it is not.
+
+    A scheduler starts a job again that it stopped in its last seconds.
+
+    Raises:
+        SoloError: The output directory holds a finished run of another recipe.
+    """
+    out = recipe.output_dir
+    if not (out / "model").exists():
+        return None
+    elsewhere = "remove it, or choose another folder with out=..."
+    before = load_recipe(Folder(out))
+    changed = describe_recipe_changes(before, recipe) if before else "it has no recipe.yaml"
     try:
-        return str(json.loads((out / "manifest.json").read_text())["outcome"]["stopped"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
+        outcome: dict[str, Any] = json.loads((out / "manifest.json").read_text())["outcome"]
+        reason = f", which ended early ({outcome['stopped']})" if outcome["stopped"] else ""
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SoloError(f"{out} holds a model without the manifest of its run: {elsewhere}") from error
+    if changed:
+        raise SoloError(f"{out} holds a finished run of another recipe ({changed}){reason}: {elsewhere}")
+    logger.warning(
+        "%s holds the finished run of this recipe%s: nothing is left to do; to train again, %s",
+        out,
+        reason,
+        elsewhere,
+    )
+    return outcome
 
 
 def _version(package: str) -> str | None:

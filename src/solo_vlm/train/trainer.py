@@ -59,7 +59,7 @@ from solo_vlm.train.parallel.context import DistributedContext, init_distributed
 from solo_vlm.train.parallel.sharding import average_replicated_gradients, reduce_gradients
 from solo_vlm.train.profile import StepProfiler
 from solo_vlm.train.recipe import Recipe
-from solo_vlm.train.run_folder import prepare_output_dir, run_folders, write_manifest
+from solo_vlm.train.run_folder import prepare_output_dir, read_outcome, run_folders, write_manifest
 from solo_vlm.train.storage import CheckpointStore, Folder
 from solo_vlm.train.validation import Validation
 from solo_vlm.utils.errors import SoloError
@@ -91,8 +91,8 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     """Train a recipe to its end, with all processes that torchrun has started.
 
     An interrupted run resumes from its newest checkpoint when it is started again with the same recipe, on
-    any number of processes. On CPU with the same number of processes, its losses equal those of an
-    uninterrupted run bit for bit.
+    any number of processes; a finished one returns its result at once. On CPU with the same number of
+    processes, losses of a resumed run equal those of an uninterrupted one bit for bit.
 
     Args:
         resume: Fail unless there is a checkpoint to resume from.
@@ -111,6 +111,9 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
         writing(recipe.output_dir),
         worker_errors(),
     ):
+        outcome = context.broadcast_from_rank0(lambda: read_outcome(recipe))
+        if outcome:
+            return TrainResult(recipe.output_dir / "model", outcome)
         return Trainer(recipe, resume, context, shown, stop).run()
 
 
@@ -187,8 +190,7 @@ class Trainer:
             while not self._is_finished and self.train_step():
                 if self.state.step == first_step:  # which may have compiled the model
                     self.context.set_timeout(self.recipe.timeouts.step)
-            if self.store.is_separate:  # which may outlive the exported model
-                self._save()
+            self._save_last()
             self._finish_saving()
         except BaseException:
             self.loader.close()
@@ -243,6 +245,7 @@ class Trainer:
             if self.validation and not self._validates():
                 self._log(self._validate())
                 self._save_best()
+            state.is_data_used = True
             return False
         if self.balancer:
             sequences = self.balancer(sequences)
@@ -312,7 +315,8 @@ class Trainer:
 
     @property
     def _is_finished(self) -> bool:
-        return self.state.step >= (self.recipe.steps or sys.maxsize) or bool(self.state.stopped)
+        is_last = self.state.step >= (self.recipe.steps or sys.maxsize)
+        return is_last or self.state.is_data_used or bool(self.state.stopped)
 
     def _validates(self) -> bool:
         """Return whether the current step is one of those evaluated on held-out data."""
@@ -393,6 +397,16 @@ class Trainer:
 
     def _save_best(self) -> None:
         if self.state.best and self.state.best.step == self.state.step:
+            self._save()
+
+    def _save_last(self) -> None:
+        """Save the last step where a kill during the export would cost more than that.
+
+        That is so for a run that saves at all, and for one that was told to stop: its grace period may end.
+        """
+        is_long = self.state.step >= self.recipe.checkpoint.save_interval
+        # Checkpoints in a folder of their own may outlive the exported model.
+        if self.context.max(self.stop.signal) or is_long or self.store.is_separate:
             self._save()
 
     def _finish_saving(self) -> None:

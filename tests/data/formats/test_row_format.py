@@ -53,7 +53,7 @@ def test_text_only_rows_among_the_first_do_not_hide_the_images():
         (PHOTO, r"^x\.json: unknown rows; rows have photo, title, stars, which no format reads: sharegpt, .*"
                 r"captions.*: set format and columns$"),
         ({"image": "a.jpg", "title": "A"},
-         r"unknown rows; rows have image, title, but .*captions has image .*"),
+         r"unknown rows; rows have image, title, which no format reads: sharegpt, .*captions: set format"),
         ({"image": "a.jpg", "text": 7},
          r"^x\.json: raw-schema: text is int, not text; rows have image, text, but captions has image .*"),
         ({"image": "a.jpg", "text": "A", "question": "Q", "answer": "B"},
@@ -63,6 +63,24 @@ def test_text_only_rows_among_the_first_do_not_hide_the_images():
 def test_unknown_or_ambiguous_rows_give_one_line_with_found_and_expected(row, message):
     with pytest.raises(SoloError, match=message):
         chosen(row)
+
+
+def test_message_about_unknown_rows_describes_the_nearest_formats_alone():
+    with pytest.raises(SoloError) as error:
+        chosen({"image": "a.jpg", "conversations": "[]", "split": "train"})
+    assert str(error.value).count(" has ") == 3
+    assert "sharegpt has" in str(error.value)
+    assert "llava has" in str(error.value)
+
+
+def test_turns_whose_other_keys_a_table_filled_up_are_read():
+    empty = {"role": None, "content": None}
+    turn = [{"from": "human", "value": "Q", **empty}, {"from": "gpt", "value": "A", **empty}]
+    row_format = chosen({"conversations": turn})
+    assert [message["role"] for message in row_format({"conversations": turn})["messages"]] == [
+        "user",
+        "assistant",
+    ]
 
 
 def test_columns_are_read_by_the_names_of_the_format():

@@ -8,12 +8,15 @@ import re
 from collections import Counter
 
 import pytest
-from tests.factories import make_solo, run_settings
+from tests.factories import TEXTS, make_solo, run_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from solo_vlm.check.tiny import tiny_config, tiny_llm
+from solo_vlm.models.from_llm import compose
 from solo_vlm.models.load import load_config
+from solo_vlm.quickstart.llm import train_tokenizer
 from solo_vlm.train import Recipe, train, trainer
-from solo_vlm.train.estimate.communication import Network, collectives, exposed_seconds
+from solo_vlm.train.estimate.communication import Network, collectives, crossing_groups, exposed_seconds
 from solo_vlm.train.estimate.layout import Layout
 from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.utils.errors import SoloError
@@ -25,10 +28,12 @@ _SIZE = {  # whole tensors of an operation, from its arguments
     "_c10d_functional::all_to_all_single": lambda tensor, *_: [tensor],
     "_c10d_functional::all_reduce": lambda tensor, *_: [tensor],
     "_c10d_functional::all_reduce_": lambda tensor, *_: [tensor],
+    "_c10d_functional::all_gather_into_tensor": lambda tensor, size, *_: [tensor] * size,
 }
 _KIND = {
     "all_to_all": "all-to-all",
     "allgather": "all-gather",
+    "all_gather": "all-gather",
     "scatter": "reduce-scatter",
     "reduce": "all-reduce",
 }
@@ -82,10 +87,27 @@ def count(plain, out):
 )
 def test_bytes_are_those_counted(runs, tmp_path, start, family, size, changes):
     plain = run_settings(runs, tmp_path / "out", model=family, steps=2, **changes)
-    assert start(size, count, plain, tmp_path / "bytes.json").wait() == [0] * size
-    counted = json.loads((tmp_path / "bytes.json").read_text())
+    check_bytes(start, plain, size, tmp_path / "bytes.json")
+
+
+# Whole attention; attention and MLP of which only weights are split; experts; latents; a norm behind the MLP.
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", ["youtu", "granitemoe", "phi3", "qwen3_moe", "deepseek_v2", "gemma3_text"])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_bytes_of_split_families_are_those_counted(runs, tmp_path, start, family, mode):
+    compose(tiny_llm(family), train_tokenizer(TEXTS, vocab_size=320)).save(tmp_path / family)
+    changes = {"parallel": {"tensor": 2}, "activation_checkpointing": mode, "router_aux_loss": 0}
+    plain = run_settings(runs, tmp_path / "out", model=str(tmp_path / family), steps=2, **changes)
+    check_bytes(start, plain, 2, tmp_path / "bytes.json")
+
+
+def check_bytes(start, plain, size, path):
+    """Compare the planned bytes of a run with those counted in its second step."""
+    assert start(size, count, plain, path).wait(200) == [0] * size
+    counted = json.loads(path.read_text())
     recipe = Recipe.parse(plain)
-    layout = Layout.of(load_config(runs / family), recipe, ParallelDims.from_recipe(recipe, size))
+    config = load_config(recipe.mixture.model_source())
+    layout = Layout.of(config, recipe, ParallelDims.from_recipe(recipe, size))
     planned = Counter()
     for each in collectives(layout, recipe):
         planned[each.kind] += each.payload
@@ -96,9 +118,51 @@ def test_bytes_are_those_counted(runs, tmp_path, start, family, size, changes):
 
 def test_network_of_several_machines_is_as_slow_as_its_links():
     network = Network.parse("nvlink+400g", "H100")
-    assert network.bandwidth(1, 8) == pytest.approx(0.8 * 450e9)
-    assert network.bandwidth(2, 8) == network.bandwidth(1, 16) == pytest.approx(0.8 * 50e9)
+    assert network.bandwidth(1, 8, 64) == pytest.approx(0.8 * 450e9)
+    assert network.bandwidth(2, 8, 64) == network.bandwidth(1, 16, 64) == pytest.approx(0.8 * 50e9)
     assert Network.parse("NVLink", "A100-80GB").inside == 300e9
+
+
+# Which groups are on one machine of eight devices, by parallel dimensions and processes.
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "inside"),
+    [
+        (8, {"tensor": 8}, {"hidden states"}),  # a single machine
+        (16, {"tensor": 8}, {"hidden states"}),
+        (16, {"tensor": 16}, set()),
+        (6, {"tensor": 3}, {"hidden states", "weights", "gradients"}),
+        (24, {"tensor": 3}, set()),  # the third group is on two machines
+        (32, {"tensor": 4, "context": 2}, {"hidden states", "slices for heads"}),
+        (32, {"tensor": 4, "context": 4}, {"hidden states"}),
+        (16, {"replicate": 2}, {"weights", "gradients"}),
+        (16, {"replicate": 4}, {"weights", "gradients"}),
+        (32, {"replicate": 2}, set()),
+        (16, {"replicate": 16}, set()),
+    ],
+)
+def test_groups_that_cross_machines_are_as_slow_as_the_link_between(world_size, parallel, inside):
+    settings = {"parallel": parallel, "global_batch": 96, "precision": "bf16"}
+    data = {"sources": [{"path": "x"}], "streams": 96, "workers": 0}
+    recipe = Recipe.parse({"model": "m", "out": "o", "steps": 1, "data": data, **settings})
+    text = tiny_config("llama", hidden_size=192, num_attention_heads=48, num_key_value_heads=48)
+    dims = ParallelDims.from_recipe(recipe, world_size)
+    network, speeds = Network.parse("nvlink+400g", "H100"), {}
+    for each in collectives(Layout.of(text, recipe, dims), recipe):
+        speeds[each.purpose] = each.sent / each.seconds(network)
+    big = {purpose for purpose in speeds if purpose not in ("loss", "replicated gradients")}
+    assert {purpose for purpose in big if speeds[purpose] == pytest.approx(0.8 * 450e9)} == inside
+    assert all(speeds[purpose] == pytest.approx(0.8 * 50e9) for purpose in big - inside)
+    crossing = {"hidden states", "slices for heads"} & (big - inside)
+    assert bool(crossing_groups(dims, network)) == bool(crossing)
+
+
+def test_dry_run_warns_of_hidden_states_between_machines(run):
+    options = ("--dry-run", "--device", "H100", "--network", "nvlink+400g", "parallel.context=4")
+    code, out, error = run("train", "solo-7b/stage1", *options, "--processes", "64", "parallel.tensor=4")
+    assert code == 0, error
+    groups = "groups of parallel.context x parallel.tensor = 16 cross machines of 8 devices"
+    speeds = "hidden states travel at 50 GB/s, not 450; choose a divisor of 8"
+    assert f"warning     {groups}: {speeds}" in out.splitlines()
 
 
 @pytest.mark.parametrize("name", ["infiniband", "nvlink+fast", "nvlink+0g", "400g"])
@@ -115,7 +179,7 @@ def test_nvlink_is_refused_for_devices_without_it(device):
 
 def test_network_within_a_machine_is_refused_for_several(run):
     with pytest.raises(SoloError, match="16 devices need several machines of 8; add"):
-        Network.parse("nvlink", "H100").bandwidth(1, 16)
+        Network.parse("nvlink", "H100").bandwidth(1, 16, 16)
     options = ("--dry-run", "--processes", "16", "--device", "H100", "--network", "nvlink")
     code, out, error = run("train", "smollm2-135m/stage1", *options)
     assert (code, out) == (2, "")

@@ -114,7 +114,8 @@ def chat_turns(row: RawRow) -> list[tuple[str, Any]]:
 def _turn(turn: Any, number: int) -> tuple[str, Any]:
     if isinstance(turn, str):
         return ("assistant" if number % 2 else "user"), turn
-    speaker, said = ("role", "content") if isinstance(turn, dict) and "role" in turn else ("from", "value")
+    has_role = isinstance(turn, dict) and turn.get("role") is not None  # tables fill up missing keys
+    speaker, said = ("role", "content") if has_role else ("from", "value")
     content = field(turn, said)
     if not isinstance(content, str | list):
         raise SampleError("text", f"turn {number} is {type(content).__name__}, not text")
@@ -130,13 +131,16 @@ def row_images(row: RawRow) -> list[ImageSource]:
         SampleError: A value is no image ("image-path"), an item of a list is empty ("image-missing"), both
             columns are filled and differ ("image-count"), or the row has a video or sound ("media").
     """
-    for name in _OTHER_MEDIA:
-        if row.get(name):
-            raise SampleError("media", f"{name} cannot be read, only images")
+    _check_media(row)
     filled = [images for name in COLUMNS if (images := images_of(row.get(name)))]
     if len(filled) > 1 and filled[0] != filled[1]:
         raise SampleError("image-count", "image and images differ: fill one of them")
     return filled[0] if filled else []
+
+
+def _check_media(row: RawRow) -> None:
+    if name := next((name for name in _OTHER_MEDIA if row.get(name)), None):
+        raise SampleError("media", f"{name} cannot be read, only images")
 
 
 def images_of(value: Any) -> list[ImageSource]:
@@ -199,6 +203,7 @@ def captions(row: RawRow) -> SampleRow:
         raise SampleError(
             "raw-schema", f"{' and '.join(texts)} differ: choose one, such as columns: {{text: caption}}"
         )
+    _check_media(row)
     images = next((images for name in named if (images := images_of(row[name]))), None)
     if not images:
         raise SampleError("image-missing", f"{named[0]} is empty")
@@ -219,6 +224,9 @@ def instruction(row: RawRow) -> SampleRow:
     ((asked, answered),) = found
     if isinstance(row[asked], list):
         return chat({**row, "conversations": row[asked] + list_field(row, answered)})
+    if isinstance(row[answered], int | float | list):  # an index, or one of several
+        kind = type(row[answered]).__name__
+        raise SampleError("raw-schema", f"{answered} is {kind}, not text: set format: questions to read it")
     turns = [("system", parts(row["system"]))] if row.get("system") else []
     for pair in list_field(row, "history") if row.get("history") else ():
         if not isinstance(pair, list) or len(pair) != 2:
@@ -259,4 +267,5 @@ def _joined(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plain_text(row: RawRow) -> SampleRow:
     """Build a document of a text."""
+    _check_media(row)
     return document(field(row, "text"), id=row.get("id"))

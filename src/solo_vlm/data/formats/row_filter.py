@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,6 +53,19 @@ def _compares(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], bool |
     return compared
 
 
+def _orders(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], bool | None]:
+    """Order two texts as numbers if both are, because 9.50 is less than 10.00."""
+    compared = _compares(compare)
+
+    def ordered(left: Any, right: Any) -> bool | None:
+        if isinstance(left, str) and isinstance(right, str):
+            with suppress(TypeError):
+                left, right = _read(left, 0), _read(right, 0)
+        return None if left is None or right is None else compared(left, right)
+
+    return ordered
+
+
 _is_equal = _compares(operator.eq)
 
 
@@ -67,10 +81,10 @@ def _is_not_in(item: Any, items: Any) -> bool | None:
 
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool | None]] = {
-    ast.Lt: _compares(operator.lt),
-    ast.LtE: _compares(operator.le),
-    ast.Gt: _compares(operator.gt),
-    ast.GtE: _compares(operator.ge),
+    ast.Lt: _orders(operator.lt),
+    ast.LtE: _orders(operator.le),
+    ast.Gt: _orders(operator.gt),
+    ast.GtE: _orders(operator.ge),
     ast.Eq: _is_equal,
     ast.NotEq: _compares(operator.ne),
     ast.In: _is_in,

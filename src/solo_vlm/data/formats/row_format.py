@@ -29,6 +29,7 @@ FormatName = Literal[
     "text",
 ]
 
+_NEAR = 3  # formats described in a message
 _SAMPLE_ROLES = frozenset({"system", "user", "assistant"})
 _CHAT = (*TURNS, *COLUMNS, "system", "id")
 
@@ -294,8 +295,11 @@ def _recognize(where: str, rows: Sequence[Any], found: Sequence[str], own: Forma
     matching = {name: sum(map(kind.matches, rows)) for name, kind in others.items()}
     near = [name for name, count in matching.items() if count and count == max(matching.values())]
     if not near:
-        near = [name for name, kind in others.items() if {*kind.reads} & {*found} - {"id"}]
-        expected = f"but {_expected(near)}" if near else f"which no format reads: {', '.join(others)}"
+        named = {*found} - {"id", "index", *questions.CATEGORIES}
+        shared = {name: len({*kind.reads} & named) for name, kind in others.items()}
+        near = [name for name, count in shared.items() if count and count == max(shared.values())]
+        known = ", ".join(near or others)
+        expected = f"but {_expected(near)}" if 0 < len(near) <= _NEAR else f"which no format reads: {known}"
         raise SoloError(f"{where}: unknown rows; {_listed(found)}, {expected}: set format and columns")
     if len({FORMATS[name].convert for name in near}) > 1:
         raise SoloError(

@@ -132,17 +132,24 @@ class SoloPreTrainedModel(PreTrainedModel):
 
         An original checkpoint gets the vision IDs of SOLO-7B; `solo_vlm.models.load.load_model` reads them
         from its tokenizer.
+
+        Raises:
+            ValueError: The weights have another patch embedding than the configuration, as after an edit.
         """
         kwargs.setdefault("key_mapping", ORIGINAL_KEYS)
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if any("embed_vision_patch" in name for name in info["missing_keys"]):  # it would be random
+            raise ValueError(
+                f"patch_embedding={model.config.patch_embedding} in config.json, but the weights have another"
+            )
         # Otherwise transformers would save under the original names.
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or []
             if not ORIGINAL_KEYS.keys() & set(conversion.source_patterns)
         ]
-        return loaded
+        return (model, info) if wants_info else model
 
 
 def make_patch_embedding(config: SoloConfig) -> nn.Module:

@@ -11,11 +11,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Self
 
 from solo_vlm.models.flops import Flops
 from solo_vlm.train.estimate.layout import Layout, layer_weights, outside_weights
 from solo_vlm.train.estimate.memory import compute_bytes, trained_parameters
+from solo_vlm.train.parallel.context import ParallelDims
 from solo_vlm.train.parallel.sharding import layers_per_fsdp_unit
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
@@ -68,17 +70,21 @@ class Network:
         inside = _INSIDE[_NVLINK[device] if link == "nvlink" else link]
         return cls(name, inside, float(rate) * _GIGA / 8 if rate else None)
 
-    def bandwidth(self, stride: int, size: int) -> float:
-        """Return the bandwidth of a ring of `size` devices that are `stride` apart.
+    def crosses_machines(self, span: int, world_size: int) -> bool:
+        """Return whether one of the groups of `span` consecutive devices is on several machines."""
+        return world_size > self.devices and self.devices % span > 0
+
+    def bandwidth(self, stride: int, size: int, world_size: int) -> float:
+        """Return the bandwidth of the slowest ring of `size` devices that are `stride` apart.
 
         Raises:
             SoloError: It spans several machines, and the network has no rate between them.
         """
-        if stride * size <= self.devices:
+        if not self.crosses_machines(stride * size, world_size):
             return _EFFICIENCY * self.inside
         if self.between is None:
             raise SoloError(
-                f"network {self.name}: {stride * size} devices need several machines of {self.devices}; add "
+                f"network {self.name}: {world_size} devices need several machines of {self.devices}; add "
                 "the Gbit/s per device between them, such as nvlink+400g"
             )
         return _EFFICIENCY * min(self.inside, self.between)
@@ -91,6 +97,7 @@ class Collective:
     Attributes:
         payload: Bytes of the whole tensors; of an all-to-all, of what one process has.
         stride: Distance between the ranks of the group.
+        world_size: Processes of the run.
         overlaps: Whether computation can go on meanwhile.
         once: Whether it only runs in the backward pass of the step's last sequence.
     """
@@ -100,6 +107,7 @@ class Collective:
     payload: float
     size: int
     stride: int
+    world_size: int
     overlaps: bool
     once: bool = False
 
@@ -111,7 +119,7 @@ class Collective:
 
     def seconds(self, network: Network) -> float:
         """Return the seconds that it takes alone."""
-        return self.sent / network.bandwidth(self.stride, self.size)
+        return self.sent / network.bandwidth(self.stride, self.size, self.world_size)
 
 
 def collectives(layout: Layout, recipe: Recipe) -> list[Collective]:
@@ -128,8 +136,9 @@ def collectives(layout: Layout, recipe: Recipe) -> list[Collective]:
     gathers = 2 if recipe.parallel.reshard else 1
     reductions = 1 if recipe.parallel.defer_reduction else steps
     shards, copies = dims.shards, dims.replicate
+    collective = partial(Collective, world_size=dims.world_size)
     found = [
-        Collective(
+        collective(
             "weights",
             "all-gather",
             steps * compute * (gathers * layers + outside),
@@ -137,7 +146,7 @@ def collectives(layout: Layout, recipe: Recipe) -> list[Collective]:
             tp,
             overlaps=True,
         ),
-        Collective(
+        collective(
             "gradients",
             "reduce-scatter",
             reductions * _FLOAT32 * trained,
@@ -146,7 +155,7 @@ def collectives(layout: Layout, recipe: Recipe) -> list[Collective]:
             overlaps=True,
             once=recipe.parallel.defer_reduction,
         ),
-        Collective(
+        collective(
             "copies of gradients",
             "all-reduce",
             _FLOAT32 * trained / shards,
@@ -160,21 +169,48 @@ def collectives(layout: Layout, recipe: Recipe) -> list[Collective]:
     keys = own.key * math.lcm(own.key_heads or 1, dims.cp) / (own.key_heads or 1)
     states = (recipe.data.sequence_length / dims.cp) * 2 * (own.query + keys) * compute
     exchanged = steps * own.layers * passes * states
-    found.append(Collective("slices for heads", "all-to-all", exchanged, dims.cp, tp, overlaps=False))
+    found.append(collective("slices for heads", "all-to-all", exchanged, dims.cp, tp, overlaps=False))
     if tp > 1:
-        tokens = recipe.data.sequence_length / dims.cp
-        passes = 4 + layout.modes.recomputed
-        hidden = steps * own.layers * passes * tokens * own.hidden * compute
+        tokens = layout.tokens
+        hidden, gathered = (
+            steps * tokens * compute * _exchanged(layout, kind) for kind in ("all-reduce", "all-gather")
+        )
         is_split = own.vocabulary < layout.shape.vocabulary
         # Of every token: the gradient of its state; twice, the largest logit, and the logits' sum and target.
         loss = is_split * steps * tokens * (compute * own.hidden + 2 * 3 * _FLOAT32)
         replicated = _FLOAT32 * (trained if is_partial else layout.replicated) / shards
         found += [
-            Collective("hidden states", "all-reduce", hidden, tp, 1, overlaps=False),
-            Collective("loss", "all-reduce", loss, tp, 1, overlaps=False),
-            Collective("replicated gradients", "all-reduce", replicated, tp, 1, overlaps=False),
+            collective("hidden states", "all-reduce", hidden, tp, 1, overlaps=False),
+            collective("split features", "all-gather", gathered, tp, 1, overlaps=False),
+            collective("loss", "all-reduce", loss, tp, 1, overlaps=False),
+            collective("replicated gradients", "all-reduce", replicated, tp, 1, overlaps=False),
         ]
-    return [collective for collective in found if collective.size > 1 and collective.payload]
+    return [each for each in found if each.size > 1 and each.payload]
+
+
+def crossing_groups(dims: ParallelDims, network: Network) -> str | None:
+    """Return a warning if processes that exchange hidden states are not on one machine."""
+    sizes = {"parallel.tensor": dims.tp, "parallel.context x parallel.tensor": dims.cp * dims.tp}
+    for setting, span in sizes.items():
+        if network.between and network.crosses_machines(span, dims.world_size):
+            return (
+                f"groups of {setting} = {span} cross machines of {network.devices} devices: hidden states "
+                f"travel at {network.between / _GIGA:.3g} GB/s, not {network.inside / _GIGA:.3g}; choose a "
+                f"divisor of {network.devices}"
+            )
+    return None
+
+
+def _exchanged(layout: Layout, kind: str) -> float:
+    """Return the values per token that processes exchange for split layers, forward and backward."""
+    again, shape = layout.modes.recomputed, layout.shape
+    # Recomputation stops before the last exchange of a layer, unless a norm follows, which saves its result.
+    ends_in_norm = not shape.last_flops and shape.active_parameters == shape.parameters.total
+    return sum(
+        each.backward + each.forward * (1 + again * (ends_in_norm or not each.is_last))
+        for each in layout.exchanges
+        if each.kind == kind
+    )
 
 
 @dataclass(frozen=True)

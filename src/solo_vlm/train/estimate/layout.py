@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from solo_vlm.models.flops import ModelShape
+from solo_vlm.models.load import model_without_weights
 from solo_vlm.train.activation_checkpointing import LayerModes
 from solo_vlm.train.estimate.activations import Activations
 from solo_vlm.train.parallel.context import ParallelDims
-from solo_vlm.train.parallel.tensor_parallel import keep_share
+from solo_vlm.train.parallel.tensor_parallel import Exchange, keep_share, list_exchanges
 from solo_vlm.train.parallel.vocabulary import can_split_head
 from solo_vlm.train.recipe import Recipe
 
@@ -30,6 +31,7 @@ class Layout:
         modes: Activation checkpointing of the layers.
         tokens: Tokens of a packed sequence that a process computes.
         activations: Memory that the layers keep for these.
+        exchanges: Values per token that processes that split layers exchange.
     """
 
     shape: ModelShape
@@ -38,6 +40,7 @@ class Layout:
     modes: LayerModes
     tokens: int
     activations: Activations
+    exchanges: tuple[Exchange, ...] = ()
 
     @classmethod
     def of(
@@ -55,10 +58,13 @@ class Layout:
         shape = known.shape if known else ModelShape.of(config)
         modes = LayerModes.uniform("full" if mode == "auto" else mode, shape.layers)
         if known and known.dims.tp == dims.tp:
-            return cls(shape, known.own, dims, modes, tokens, known.activations)
-        own = shape if dims.tp == 1 else _share(config, shape, dims.tp)
+            return cls(shape, known.own, dims, modes, tokens, known.activations, known.exchanges)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-        return cls(shape, own, dims, modes, tokens, Activations(config, dtype, dims.tp))
+        activations = Activations(config, dtype, dims.tp)
+        if dims.tp == 1:
+            return cls(shape, shape, dims, modes, tokens, activations)
+        exchanges = tuple(list_exchanges(model_without_weights(config)))
+        return cls(shape, _share(config, shape, dims.tp), dims, modes, tokens, activations, exchanges)
 
     @property
     def replicated(self) -> float:

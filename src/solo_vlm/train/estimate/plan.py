@@ -21,6 +21,7 @@ from solo_vlm.train.estimate.communication import (
     Network,
     Speed,
     collectives,
+    crossing_groups,
     expected_speeds,
 )
 from solo_vlm.train.estimate.data import DataEstimate, estimate_data
@@ -135,6 +136,11 @@ class Plan:
         return collectives(self.layout, self.recipe)
 
     @property
+    def warning(self) -> str | None:
+        """Fault of the layout on the network; None if there is none, or the network is not known."""
+        return crossing_groups(self.dims, self.network) if self.network else None
+
+    @property
     def speeds(self) -> tuple[Speed, Speed] | None:
         """Worst and best expected speed of a step; None if the network is not known."""
         if self.network is None:
@@ -246,6 +252,7 @@ class Plan:
             "host_memory": {"total": self.host.total, **asdict(self.host)},
             "collectives": [{**asdict(each), "sent": each.sent} for each in self.collectives],
             "network": asdict(self.network) if self.network else None,
+            "warning": self.warning,
             "speeds": [asdict(speed) for speed in self.speeds] if self.speeds else None,
         }
 

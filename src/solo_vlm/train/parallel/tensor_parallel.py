@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from inspect import signature
-from typing import Any
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +134,70 @@ def keep_share(model: PreTrainedModel, size: int) -> None:
             _keep_experts(module, size)
         elif style in _SPLIT_FEATURES:
             _keep_features(module, style, size)
+
+
+class Exchange(NamedTuple):
+    """Values per token that processes exchange for one module of the plan.
+
+    Attributes:
+        kind: Kind of the collective.
+        forward, backward: Values of the forward pass, and of the backward pass without recomputation.
+        is_last: Whether no other module of its layer exchanges anything after it in the forward pass.
+    """
+
+    kind: Literal["all-reduce", "all-gather"]
+    forward: int
+    backward: int
+    is_last: bool = False
+
+
+def list_exchanges(model: PreTrainedModel) -> list[Exchange]:
+    """Return what processes that split the layers of a model exchange; it needs no weights."""
+    modules, plan = dict(model.named_modules()), _plan(model)
+    sharing = _sharing_inputs(model, plan)
+    by_layer: dict[str, list[Exchange]] = {}
+    for name, style in plan.items():
+        if name in modules and not (style == "colwise" and _owner(name) in sharing):
+            found = _exchanges_of(modules[name], modules[_owner(name)], style, model.config)
+            by_layer.setdefault(_layer_of(name), []).extend(found)
+    for layer in by_layer.values():
+        last = max((i for i, exchange in enumerate(layer) if exchange.forward), default=None)
+        if last is not None:
+            layer[last] = layer[last]._replace(is_last=True)
+    sums = [
+        Exchange("all-reduce", 0, next(c.in_features for c in modules[n].modules() if type(c) is nn.Linear))
+        for n in sharing
+    ]
+    return [*chain.from_iterable(by_layer.values()), *sums]
+
+
+def _exchanges_of(module: Any, owner: Any, style: str, config: PreTrainedConfig) -> list[Exchange]:
+    text: Any = config.get_text_config(decoder=True)
+    match style:
+        case "colwise":
+            return [Exchange("all-reduce", 0, module.in_features)]
+        case "rowwise":
+            return [Exchange("all-reduce", module.out_features, 0)]
+        case "colwise_gather_output":
+            return [
+                Exchange("all-reduce", 0, module.in_features),
+                Exchange("all-gather", module.out_features, 0),
+            ]
+        case "rowwise_split_input":
+            return [
+                Exchange("all-reduce", module.out_features, 0),
+                Exchange("all-gather", 0, module.in_features),
+            ]
+        case "mla_kv_a_proj":
+            return [Exchange("all-reduce", 0, owner.qk_rope_head_dim)]
+        case "moe_tp_experts" | "all_reduce":  # of states, and in the backward pass of their weights
+            routed = getattr(text, "num_experts_per_tok", 0) if style == "moe_tp_experts" else 0
+            return [Exchange("all-reduce", text.hidden_size, text.hidden_size + routed)]
+    return []
+
+
+def _layer_of(name: str) -> str:
+    return re.sub(r"([.]\d+)[.].*", r"\1", name, count=1)
 
 
 def _keep_features(module: nn.Module, style: str, size: int) -> None:
