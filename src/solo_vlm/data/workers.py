@@ -16,8 +16,8 @@ from solo_vlm.utils.signals import STOP_SIGNALS
 _OPEN_FILES = 65_536  # raised up to this: every tensor of a waiting batch is an open file
 
 WORKER_ENDED = (
-    "a worker process that reads data was ended, as by the system when memory runs out: use fewer workers or a "
-    "machine with more memory, and run the same command again"
+    "a worker process that reads data was ended, as by the system when memory runs out: use fewer workers or "
+    "a machine with more memory, and run the same command again"
 )
 
 # What torch reports of workers, and what to tell the user.
