@@ -256,8 +256,7 @@ def test_gradients_at_an_embedding_of_zeros_are_finite_in_every_family():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_embeddings_that_are_normed_keep_their_dtype(dtype):
-    llm, tokenizer = make_llm("gemma3n_text")
-    model = compose(llm.to(dtype), tokenizer).model
+    model = make_solo("gemma3n_text").model.to(dtype)
     model.get_input_embeddings().weight.data[9] = 0.0
     assert model.model.embed_tokens(torch.arange(5, 17)[None]).dtype == dtype
     assert model(input_ids=torch.arange(5, 17)[None]).logits.dtype == dtype
