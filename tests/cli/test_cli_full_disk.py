@@ -165,6 +165,15 @@ def test_small_shared_memory_is_a_one_line_error_and_the_run_resumes_with_more(i
     assert [line["step"] for line in read_steps(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
+def test_too_few_open_files_are_a_one_line_error(inputs, tmp_path):
+    """Each tensor of a batch that a worker has prepared is one."""
+    command = [sys.executable, "-m", "solo_vlm", "train", inputs / "recipe.yaml", f"out={tmp_path}/run"]
+    limited = ["sh", "-c", 'ulimit -n 64 && exec "$@"', "sh", *command, "data.workers=8"]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("solo: too many open files: raise the limit (ulimit -n)")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_full_standard_output_is_a_one_line_error():
     with Path("/dev/full").open("wb") as full:

@@ -7,6 +7,7 @@ import json
 import datasets
 import pyarrow as pa
 import pyarrow.feather
+import pyarrow.parquet
 import pytest
 from tests.data.formats.test_converters import shown
 from tests.data.hub_server import texts
@@ -165,3 +166,43 @@ def test_archives_beside_rows_are_no_obstacle(tmp_path):
     (tmp_path / "photos.zip").write_bytes(b"PK")
     (tmp_path / "chats.json").write_text('[{"text": "b"}]')
     assert read(tmp_path) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
+        ("pets-train.jsonl", "pets-validation.jsonl"),
+        ("TRAIN.csv", "dev.csv", "more.csv"),
+        ("pets-train.arrow", "pets-test.arrow"),
+        ("train/a.png", "val/b.png"),
+    ],
+)
+def test_splits_in_one_folder_are_not_mixed(tmp_path, picture, names):
+    """As datasets would tell them apart; a pattern says that all, or which, are meant."""
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        table = pa.table({"text": [name]})
+        if name.endswith(".parquet"):
+            pa.parquet.write_table(table, path)
+        elif name.endswith(".arrow"):
+            with pa.ipc.new_stream(str(path), table.schema) as sink:
+                sink.write_table(table)
+        elif name.endswith(".png"):
+            path.write_bytes(png(picture()))
+        else:
+            path.write_text(f"text\n{name}\n" if name.endswith("csv") else json.dumps({"text": name}))
+    with pytest.raises(SoloError, match=r"has several splits, such as .*: make each a source of its own"):
+        open_source(tmp_path, format="auto")
+    if "/" in names[0]:
+        assert len(open_source(tmp_path / "train", format="auto").read(0)) == 1
+    else:
+        assert sorted(read(f"{tmp_path}/*")) == sorted(names)
+        assert read(tmp_path / names[0]) == [names[0]]
+
+
+def test_names_that_only_contain_the_name_of_a_split_are_data(tmp_path):
+    for name in ("trains.jsonl", "contest.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    assert read(tmp_path) == ["contest.jsonl", "test.jsonl", "trains.jsonl"]

@@ -8,8 +8,6 @@ training consumes the filled slots in order, the same for any number of ranks an
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,10 +25,9 @@ from solo_vlm.data.sources import Source, fingerprints, is_same_data
 from solo_vlm.data.sources.hub import HubPath
 from solo_vlm.data.sources.retries import is_read_failure
 from solo_vlm.data.streams import ORDER_VERSION, Key, State, VirtualStream
+from solo_vlm.data.workers import WORKER_ENDED, end_with, explain_worker_error, raise_open_files_limit
 from solo_vlm.models.solo.processing_solo import num_vision_tokens
 from solo_vlm.utils.errors import SoloError, first_line
-from solo_vlm.utils.files import process_exists
-from solo_vlm.utils.signals import STOP_SIGNALS
 
 MakeStream = Callable[[int], VirtualStream]
 # (sequences of this rank, whether its data ended) -> (number of sequences per rank, whether all data ended)
@@ -141,7 +138,10 @@ class PackedLoader:
                 break
             if self._turns is None:
                 self._turns = self._read(first)
-            slot = next(self._turns)
+            try:
+                slot = next(self._turns)
+            except (ConnectionError, EOFError) as error:  # readers yield their own errors
+                raise SoloError(WORKER_ENDED) from error
             if isinstance(slot, SoloError):
                 self.close()
                 raise slot
@@ -165,6 +165,8 @@ class PackedLoader:
         turn = self._own.index(slot % self._streams)
         order = self._own[turn:] + self._own[:turn]
         dataset = _Slots(self._make_stream, self._form, order, dict(self._states), self._threads)
+        if self._workers:
+            raise_open_files_limit()
         loader: Any = DataLoader(
             dataset,
             batch_size=None,
@@ -327,7 +329,7 @@ class _Slots(IterableDataset[_Slot | SoloError]):
         cv2.setNumThreads(1)
         worker = get_worker_info()
         if worker:
-            _end_with(self._reader_for)
+            end_with(self._reader_for)
         mine = self._order[worker.id :: worker.num_workers] if worker else self._order
         slots = self._in_turn([self._slots_of(stream) for stream in mine])
         try:
@@ -340,11 +342,8 @@ class _Slots(IterableDataset[_Slot | SoloError]):
                 yield SoloError(
                     f"cannot read the data: {first_line(error)}; run the same command again to resume"
                 )
-            elif isinstance(error, RuntimeError) and "shared memory" in str(error):
-                yield SoloError(
-                    "shared memory (/dev/shm) is too small for the packed sequences that workers prepare: "
-                    "enlarge it, as with 'docker run --shm-size 16g', or set data.workers to fewer, or to 0"
-                )
+            elif explained := explain_worker_error(error):
+                yield explained
             else:
                 raise
 
@@ -373,25 +372,6 @@ class _Slots(IterableDataset[_Slot | SoloError]):
         yield replace(ended, skipped=stream.take_skipped())
         while True:
             yield ended
-
-
-def _end_with(owner: int) -> None:
-    """End this worker when its owner requests it or exits, but not on signals to the process group.
-
-    The owner handles those signals, and needs its workers until it has saved a checkpoint.
-    """
-    if not hasattr(signal, "sigtimedwait"):  # macOS
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-    def wait() -> None:
-        while process_exists(owner):
-            sent = signal.sigtimedwait(STOP_SIGNALS, 5.0)
-            if sent and sent.si_pid == owner:
-                break
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _check_unchanged(before: State, now: State) -> None:

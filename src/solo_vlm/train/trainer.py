@@ -27,6 +27,7 @@ from solo_vlm.data.collate import PackedBatch, model_inputs
 from solo_vlm.data.loader import LoadedSequence, PackedLoader
 from solo_vlm.data.mixture import make_loader
 from solo_vlm.data.sources import Source
+from solo_vlm.data.workers import worker_errors
 from solo_vlm.models.flops import training_flops
 from solo_vlm.train.activation_checkpointing import prepare_layers
 from solo_vlm.train.answers import AnswerLog
@@ -108,6 +109,7 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
         catch_signals(stop),
         nullcontext(progress) if progress else progress_bar(quiet=not context.is_main_process) as shown,
         writing(recipe.output_dir),
+        worker_errors(),
     ):
         outcome = context.broadcast_from_rank0(lambda: read_outcome(recipe))
         if outcome:

@@ -31,6 +31,7 @@ _OS_ERRORS = {
     errno.ENOTDIR: ("access", "choose another place"),
     errno.EEXIST: ("access", "choose another place"),
     errno.EISDIR: ("access", "choose another name"),
+    errno.EMFILE: ("access", "raise the limit of open files (ulimit -n)"),
     errno.ENAMETOOLONG: ("access", "choose a shorter name"),
     errno.ELOOP: ("access", "remove the loop of links"),
 }

@@ -20,7 +20,13 @@ from solo_vlm.data.sources.files import (
     find_folder,
     is_folder,
 )
-from solo_vlm.data.sources.foreign import check_splits, explained, is_index_of_shards, saved_files
+from solo_vlm.data.sources.foreign import (
+    check_split_names,
+    check_splits,
+    explained,
+    is_index_of_shards,
+    saved_files,
+)
 from solo_vlm.data.sources.formatted import FIRST_ROWS, FormattedSource
 from solo_vlm.data.sources.hub import HubPath, pin, split_files, what_exists
 from solo_vlm.data.sources.image_folder import ImageFolderSource
@@ -182,9 +188,13 @@ def _open_raw(
     hub = HubPath.parse(path)
     if cache and hub is None:
         raise SoloError(f"{path}: cache is for data of the hub, hf://datasets/OWNER/NAME")
-    if not (hub and not hub.path) and not set("*?[") & {*path}:
+    is_split = hub is not None and not hub.path
+    is_pattern = bool({*"*?["} & {*path})
+    if not is_split and not is_pattern:
         check_splits(path)
-    files = split_files(hub, limits) if hub and not hub.path else _find(path, limits, format)
+    files = split_files(hub, limits) if hub and is_split else _find(path, limits, format)
+    if not is_split and not is_pattern:
+        check_split_names(path, [file.name for file in files])
     if not files and format in ("auto", "imagefolder") and is_folder(path):
         folder = ImageFolderSource(path, find_folder(path), limits)
         if len(folder):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -29,6 +30,12 @@ _FOREIGN = {
     **dict.fromkeys(("*.tgz", "*.tar.*"), ("a compressed tar", "decompress it: rows are read by position")),
     "*.txt": ("a text", 'write rows {"text": ...} as JSON lines'),
 }
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "testmini", "eval", "evaluation"),
+}
+_SPLIT = re.compile(rf"(?i)(?:^|[-_. ])({'|'.join(sum(_SPLITS.values(), ()))})(?=[-_. ]|$)")
 _SHOWN = 8  # names listed in a message
 _DICT, _STATE = "dataset_dict.json", "state.json"  # of `datasets`
 _ENERGON = ".nv-meta/split.yaml"
@@ -54,6 +61,25 @@ def check_splits(path: str) -> None:
             raise SoloError(
                 f"{folder}/{_ENERGON} {apart}: name the shards to read by a pattern, such as {folder}/*.tar"
             )
+
+
+def check_split_names(path: str, names: Iterable[str]) -> None:
+    """Reject names of several splits, such as train-0.parquet and test-0.parquet, in one folder.
+
+    Raises:
+        SoloError: There are files, or folders of images, of several splits.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        if match := _SPLIT.search(name):
+            split = next(split for split, words in _SPLITS.items() if match[1].lower() in words)
+            found.setdefault(split, name)
+    if len(found) > 1:
+        first, *others = found.values()
+        raise SoloError(
+            f"{path} has several splits, such as {first} and {', '.join(others)}: make each a source of its "
+            "own, by a pattern or its folder"
+        )
 
 
 def saved_files(path: str, files: Sequence[DataFile]) -> list[DataFile]:
@@ -85,7 +111,7 @@ def explained(path: str) -> str:
     names = _names(path)
     if (known := _known(names)) is not None:
         name, (what, advice) = known
-        return f": {name} is {what}, which is not read: {advice} (docs/data.md, Other formats)"
+        return f": {name} is {what}, which is not read: {advice} (docs/data.md, Splits and other formats)"
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f": it has {', '.join(names[:_SHOWN])}{more}" if names else ""
 

@@ -19,6 +19,7 @@ from solo_vlm.data.sources.files import (
     read_url,
     stated_content,
 )
+from solo_vlm.data.sources.foreign import check_split_names
 from solo_vlm.data.sources.retries import retried
 from solo_vlm.utils.errors import SoloError
 
@@ -38,7 +39,8 @@ class ImageFolderSource(RawSource):
         limits: Limits for reading the images.
 
     Raises:
-        SoloError: A folder below is a link or has a file of captions; its images or captions would be missed.
+        SoloError: A folder below is a link or has a file of captions, and its images or captions would be
+            missed; or the folders below are splits.
     """
 
     own_format = "captions"
@@ -54,6 +56,7 @@ class ImageFolderSource(RawSource):
                 f"{name.rstrip('/')}/**/{captions_file.rpartition('/')[2]} and format to captions"
             )
         suffixes = _image_suffixes()
+        check_split_names(name, sorted({path.partition("/")[0] for path in sizes if "/" in path}))
         self._names = sorted(path for path in sizes if path.lower().endswith(suffixes))
         stems = {path.rpartition(".")[0] for path in self._names}
         captions = [path for path in sizes if path.lower().endswith(".txt") and path[:-4] in stems]

@@ -14,6 +14,7 @@ from solo_vlm.data.mixture import Mixture
 from solo_vlm.data.sample import FilteredRow, Sample, SampleError, parse_sample
 from solo_vlm.data.sources import Source
 from solo_vlm.data.survey.reading import OnProgress, ShardProgress
+from solo_vlm.data.workers import worker_errors
 from solo_vlm.evaluate.contamination.matching import (
     MAX_OCCURRENCES,
     HashIndex,
@@ -90,6 +91,7 @@ class Contamination:
             self.matches.append(match)
 
 
+@worker_errors()
 def check_mixture(
     benchmarks: Mapping[str, Rows],
     mixture: Mixture,
