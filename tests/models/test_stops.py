@@ -35,6 +35,7 @@ def edit_generation(folder: Path, **settings) -> None:
     ("setting", "value", "fault"),
     [
         ("eos_token_id", [1, 50], r"eos_token_id has 'O' \(50\), where no answer ends: remove it"),
+        ("eos_token_id", [1, 312], r"eos_token_id has '<vision>' \(312\), where no answer ends: remove it"),
         ("suppress_tokens", [1], r"suppress_tokens has '</s>' \(1\), an end of answers: remove it"),
     ],
     ids=str,
@@ -105,6 +106,16 @@ def test_init_leaves_out_an_end_that_would_cut_answers(caplog, tmp_path):
     assert solo.model.generation_config.eos_token_id == [1]
     assert solo.model.config.text_config.eos_token_id == 1
     assert "the LLM stops at 'O' (50), where no answer ends: left out" in caplog.text
+
+
+def test_token_of_reasoning_is_no_end(caplog):
+    """It is in the middle of an answer."""
+    llm, tokenizer = make_llm()
+    tokenizer.add_tokens(["</think>"])
+    llm.resize_token_embeddings(len(tokenizer))
+    llm.generation_config.eos_token_id = [1, len(tokenizer) - 1]
+    assert compose(llm, tokenizer).model.generation_config.eos_token_id == [1]
+    assert "the LLM stops at '</think>' (311), where no answer ends: left out" in caplog.text
 
 
 def test_gap_in_the_vocabulary_is_no_padding_at_its_end():

@@ -46,9 +46,7 @@ def _fault_of_stops(probe: Probe) -> str | None:
     generation, rows = probe.model.generation_config, _rows(probe)
     if beyond := [end for end in stop_ids(generation) if not 0 <= end < rows]:
         return f"eos_token_id = {beyond[0]} is not in the vocabulary of {rows:,} tokens: remove it"
-    if stops := _without_text(probe) & set(stop_ids(generation)):
-        return f"eos_token_id has {named(probe.tokenizer, stops)}, where no answer ends: remove it"
-    if fault := stop_fault(generation, probe.tokenizer, answer_ends(probe)):
+    if fault := stop_fault(generation, probe.tokenizer, answer_ends(probe), _without_text(probe)):
         return fault
     for name in ("min_length", "min_new_tokens"):
         if value := getattr(generation, name):

@@ -25,18 +25,21 @@ def stop_ids(settings: Any, processor: SoloProcessor | None = None) -> list[int]
     return list(dict.fromkeys([*own, *(processor.end_of_turn_ids if processor else [])]))
 
 
-def stray_stops(settings: Any, tokenizer: Any, ends: Collection[int]) -> list[int]:
-    """Return the stop tokens of settings that would cut answers short: tokens of ordinary text, or none.
+def stray_stops(
+    settings: Any, tokenizer: Any, ends: Collection[int], images: Collection[int] = ()
+) -> list[int]:
+    """Return the stop tokens of settings that would cut answers short, as tokens of text, or cannot occur.
 
-    Tokens that were added to the vocabulary, such as one that opens a turn, may stop a model, too.
+    Special tokens, such as one that opens a turn, may stop a model, too; tokens of reasoning are text.
 
     Args:
         settings: See `stop_ids`.
         tokenizer: The model's tokenizer.
         ends: IDs of EOS and of the tokens that the chat template writes after answers.
+        images: IDs of tokens of images.
     """
-    known = {*ends, *tokenizer.added_tokens_decoder}
-    return sorted(set(stop_ids(settings)) - known)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(set(stop_ids(settings)) - {*ends, *(special - set(images))})
 
 
 def forbidden_ids(settings: GenerationConfig) -> set[int]:
@@ -50,9 +53,11 @@ def unused_ids(tokenizer: Any, rows: int) -> set[int]:
     return set(range(rows)) - set(tokenizer.get_vocab().values())
 
 
-def stop_fault(settings: GenerationConfig, tokenizer: Any, ends: Collection[int]) -> str | None:
+def stop_fault(
+    settings: GenerationConfig, tokenizer: Any, ends: Collection[int], images: Collection[int] = ()
+) -> str | None:
     """Return why answers would be cut short, or would not end; see `stray_stops` for arguments."""
-    if stray := stray_stops(settings, tokenizer, ends):
+    if stray := stray_stops(settings, tokenizer, ends, images):
         return f"eos_token_id has {named(tokenizer, stray)}, where no answer ends: remove it"
     if both := forbidden_ids(settings) & {*ends, *stop_ids(settings)}:
         where = "suppress_tokens" if both & {*(settings.suppress_tokens or ())} else "bad_words_ids"
@@ -68,7 +73,8 @@ def check_stops(path: str | Path, settings: GenerationConfig, processor: SoloPro
     Raises:
         SoloError: Text would end an answer, or an end is forbidden.
     """
-    if fault := stop_fault(settings, processor.tokenizer, processor.end_of_turn_ids):
+    images = processor.image_input_ids(2, 1).tolist()
+    if fault := stop_fault(settings, processor.tokenizer, processor.end_of_turn_ids, images):
         raise SoloError(f"{path}: generation_config.json: {fault}")
 
 

@@ -254,6 +254,14 @@ def test_gradients_at_an_embedding_of_zeros_are_finite_in_every_family():
             check_zero_embedding(make_solo(family).model)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_embeddings_that_are_normed_keep_their_dtype(dtype):
+    model = make_solo("gemma3n_text").model.to(dtype)
+    model.get_input_embeddings().weight.data[9] = 0.0
+    assert model.model.embed_tokens(torch.arange(5, 17)[None]).dtype == dtype
+    assert model(input_ids=torch.arange(5, 17)[None]).logits.dtype == dtype
+
+
 def check_zero_embedding(model):
     """Check that a token of zeros changes no logits of others, and gets a gradient."""
     ids = torch.arange(5, 17)[None]

@@ -397,7 +397,8 @@ class SoloModel(SoloPreTrainedModel):
 
 def without_zeros(embeddings: Tensor) -> Tensor:
     """Move embeddings of zeros, (..., hidden), such as Gemma's padding, by far less than a norm's epsilon."""
-    return embeddings + (embeddings == 0).all(-1, keepdim=True) * _ALMOST_ZERO
+    is_zero = (embeddings == 0).all(-1, keepdim=True)
+    return embeddings + is_zero.to(embeddings.dtype) * _ALMOST_ZERO
 
 
 def _require_count(count: Tensor, patches: int, things: str) -> None:
