@@ -308,3 +308,17 @@ def test_lines_of_an_array_are_named_as_such(tmp_path, content):
         open_source(tmp_path / "x.jsonl", format="auto").read(0)[0]
     (tmp_path / "x.jsonl").rename(tmp_path / "x.json")
     assert read(open_source(tmp_path / "x.json", format="auto"))[0] == "a:a"
+
+
+def test_hidden_members_of_a_tar_are_ignored(tmp_path, photo):
+    """As macOS writes them: notes on every member, and on the folder."""
+    image = (tmp_path / photo).read_bytes()
+    members = {
+        ".DS_Store": b"\0\1",
+        "._a.png": b"\0\5\x16\7",
+        "a.png": image,
+        "._a.txt": b"\0\5",
+        "a.txt": b"A cat.",
+    }
+    (tmp_path / "x.tar").write_bytes(tar_bytes({**members, "__MACOSX/._a.png": b"\0\5", "b/.c.png": image}))
+    assert read(open_source(tmp_path / "x.tar", format="auto")) == [f"a:<{image!s}>A cat."]

@@ -169,6 +169,7 @@ def test_chats_and_several_images_are_read_from_a_table(tmp_path, picture):
         ("image,text\na.png,Käse\n".encode("latin-1"), "can't decode byte 0xe4"),
         ("image,text\na.png,A\n".encode("utf-16"), "can't decode byte 0xff"),
         (b"", "it is empty"),
+        (b"image;text\na.png;A\n", "its only column is 'image;text': cells are separated by ','"),
         (b"index,image\n1,%b\n1,%b\n2,1\n" % (b"i" * 80, b"j" * 80), "which rows [0, 1] have"),
     ],
 )

@@ -14,6 +14,7 @@ from solo_vlm.models.packed.kernels import compute_without_kernels_on_cpu
 from solo_vlm.models.solo.configuration_solo import SoloConfig
 from solo_vlm.models.solo.modeling_solo import SoloForConditionalGeneration
 from solo_vlm.train import Recipe
+from solo_vlm.train.estimate.activations import Activations
 from solo_vlm.train.estimate.layout import Layout
 from solo_vlm.train.estimate.memory import kept_activations
 from solo_vlm.train.parallel.context import ParallelDims
@@ -105,3 +106,10 @@ def test_kept_activations_of_every_family_are_those_saved_or_refused(precision, 
 def test_kept_activations_follow_sizes_and_tokens(family, settings, flash):
     planned, saved = planned_and_saved(family, "bf16", 700, **settings)
     assert planned == pytest.approx(saved, rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "afmoe"])
+def test_process_keeps_its_share_of_experts(family):
+    whole, share = (Activations(tiny_config(family), torch.bfloat16, tp).layers(512) for tp in (1, 2))
+    for of_whole, own in zip(whole, share, strict=True):
+        assert of_whole["none"] / 2 < own["none"] <= of_whole["none"]

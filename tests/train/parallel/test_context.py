@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from solo_vlm.train.parallel.context import ParallelDims, launched_as, store_of_attempt
+from solo_vlm.train.parallel.context import ParallelDims, init_distributed, launched_as, store_of_attempt
 from solo_vlm.train.recipe import Recipe
 from solo_vlm.utils.errors import SoloError
 
@@ -156,12 +157,37 @@ def test_process_learns_its_place_from_torchrun(environment, devices, place):
             r"WORLD_SIZE is set \(8\), but RANK and MASTER_PORT not: start the processes with torchrun",
         ),
         (without("LOCAL_RANK"), 8, "LOCAL_RANK not: start the processes with torchrun"),
+        ({"WORLD_SIZE": "two"}, 0, "WORLD_SIZE = two is not a number: unset it, or start"),
+        ({**TORCHRUN, "RANK": "8"}, 8, "RANK = 8 is not below WORLD_SIZE = 8: start the processes with"),
         (TORCHRUN, 1, "process 1 of this machine has no device, because it sees 1: start at most 1"),
     ],
 )
 def test_process_without_a_place_of_its_own_is_rejected(environment, devices, message):
     with pytest.raises(SoloError, match=message):
         launched_as(environment, devices)
+
+
+@pytest.mark.parametrize(
+    ("rank", "port", "message"),
+    [
+        (0, "taken", "EADDRINUSE"),
+        (0, "0", "Timed out .* 1/2 clients joined"),
+        (1, "1", "The client socket has timed out"),
+        (1, "http", "invalid literal"),
+    ],
+)
+def test_processes_that_do_not_meet_are_rejected(monkeypatch, rank, port, message):
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1]) if port == "taken" else port
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        joined = init_distributed(recipe("global_batch=2", "timeouts.start=1"))
+        with (
+            pytest.raises(SoloError, match=f"2 processes did not meet at localhost:{port} .*{message}"),
+            joined,
+        ):
+            pass
 
 
 def test_unused_devices_are_reported(caplog):

@@ -253,6 +253,7 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
             which would be missed.
     """
     system, root = file_system(path)
+    entries: dict[str, dict[str, Any]] = {}
     if system.isfile(root):
         names, source_folder = [root], root.rpartition("/")[0]
     else:
@@ -260,6 +261,7 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
         found = system.ls(root, detail=True) if listed else system.glob(root, detail=True).values()
         fixed = root if listed else re.split(r"[*?\[]", root)[0]
         source_folder = root if listed else fixed.rpartition("/")[0]
+        entries = {entry["name"]: entry for entry in found}
         folders = {
             entry["name"]: is_directory(system, entry)
             for entry in found
@@ -288,9 +290,11 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
             for name, state in found_at
         ]
     folder = system.unstrip_protocol(source_folder)
+    unstated = [name for name in names if not stated_content(entries.get(name, {}))]
+    entries |= zip(unstated, read_each(system.info, unstated), strict=True)
     return [
         DataFile(system.unstrip_protocol(name), entry["size"], folder, limits, content=stated_content(entry))
-        for name, entry in zip(names, read_each(system.info, names), strict=True)
+        for name, entry in ((name, entries[name]) for name in names)
     ]
 
 

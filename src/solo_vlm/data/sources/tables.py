@@ -27,6 +27,7 @@ from solo_vlm.data.values import load_json
 from solo_vlm.utils.errors import SoloError, first_line
 
 _FILE_START = b"ARROW1\0\0"  # of files with a footer; what follows is a stream
+_SEPARATORS = ",;|\t"
 _ROWS_PER_BATCH = 4096
 _LARGEST = 2**63
 _LONGEST_NUMBER = 32  # characters
@@ -146,6 +147,8 @@ def _parse(content: bytes, delimiter: str) -> pa.Table:
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     if not (names := next(reader, [])):
         raise ValueError("it is empty")
+    if len(names) == 1 and any(mark in names[0] for mark in _SEPARATORS):
+        raise ValueError(f"its only column is {names[0]!r}: cells are separated by {delimiter!r}")
     if len(set(names)) < len(names):
         raise ValueError("two columns have the same name")
     schema = pa.schema([(name, pa.large_string()) for name in names])

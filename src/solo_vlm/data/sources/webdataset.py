@@ -34,7 +34,7 @@ class WebDatasetSource(RawSource):
     """Rows of tar files, as webdataset and img2dataset write them.
 
     A row has the columns of its `.json`, and its other members by suffix, if they are text. `image` has its
-    image members, in natural order of their names.
+    image members, in natural order of their names. Hidden members are ignored.
     """
 
     own_format = "webdataset"
@@ -144,6 +144,8 @@ def _index(file: DataFile, first: int | None = None) -> tuple[list[list[_Member]
         if member.isfile() or member.islnk() or member.issym():
             folder, name = posixpath.split(posixpath.normpath(member.name))
             stem, _, extension = name.partition(".")
+            if not stem:  # hidden, as macOS adds ._a.png to each a.png
+                continue
             place = _Member(sys.intern(extension.lower()), *_place(member, by_name))
             samples.setdefault(f"{folder}/{stem}", []).append(place)
     return list(samples.values()), error

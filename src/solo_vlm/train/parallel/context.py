@@ -25,7 +25,7 @@ from solo_vlm.data.sources import Source
 from solo_vlm.data.sources.sharing import pack_sources, unpack_sources
 from solo_vlm.train.failures import Stopped, StopRequest, fail_together
 from solo_vlm.train.recipe import Recipe, TimeoutSettings
-from solo_vlm.utils.errors import SoloError
+from solo_vlm.utils.errors import SoloError, first_line
 from solo_vlm.utils.settings import describe_changes, find_changes
 
 DP, CP, TP = "dp", "cp", "tp"  # dimensions of the mesh by which data is divided
@@ -266,10 +266,11 @@ def launched_as(environment: Mapping[str, str], devices: int) -> tuple[int, int,
         SoloError: A variable is missing, this process has no accelerator of its own, or a launcher started
             several processes that would all train alone.
     """
-    world_size = int(environment.get("WORLD_SIZE", 1))
+    world_size = _number(environment, "WORLD_SIZE", 1)
+    local_rank = _number(environment, "LOCAL_RANK", 0)
     if world_size == 1:
         for variable, launcher in _OTHER_LAUNCHERS.items():
-            if (started := int(environment.get(variable, 1))) > 1:
+            if (started := _number(environment, variable, 1)) > 1:
                 raise SoloError(
                     f"{launcher} started {started} processes that do not know each other, so each would "
                     "train alone: let it start torchrun once per machine, as in examples/cluster/slurm.sh"
@@ -280,20 +281,35 @@ def launched_as(environment: Mapping[str, str], devices: int) -> tuple[int, int,
                 devices,
                 devices,
             )
-        return 0, 1, int(environment.get("LOCAL_RANK", 0))
+        return 0, 1, local_rank
     needed = ["RANK", "MASTER_ADDR", "MASTER_PORT", *(["LOCAL_RANK"] if devices > 1 else [])]
-    if missing := [name for name in needed if name not in environment]:
+    if missing := [name for name in needed if not environment.get(name)]:
         raise SoloError(
             f"WORLD_SIZE is set ({world_size}), but {' and '.join(missing)} not: "
             "start the processes with torchrun"
         )
-    local_rank = int(environment.get("LOCAL_RANK", 0))
     if 0 < devices <= local_rank:
         raise SoloError(
             f"process {local_rank} of this machine has no device, because it sees {devices}: "
             f"start at most {devices} per machine (torchrun --nproc-per-node {devices})"
         )
-    return int(environment["RANK"]), world_size, local_rank
+    rank = _number(environment, "RANK", 0)
+    if not 0 <= rank < world_size:
+        raise SoloError(
+            f"RANK = {rank} is not below WORLD_SIZE = {world_size}: start the processes with torchrun"
+        )
+    return rank, world_size, local_rank
+
+
+def _number(environment: Mapping[str, str], variable: str, default: int) -> int:
+    """Return the number in a variable of the environment, or the default if it is unset or empty."""
+    try:
+        return int(environment.get(variable) or default)
+    except ValueError as error:
+        raise SoloError(
+            f"{variable} = {environment[variable]} is not a number: unset it, or start the processes with "
+            "torchrun"
+        ) from error
 
 
 @contextmanager
@@ -324,7 +340,14 @@ def init_distributed(recipe: Recipe, stop: StopRequest | None = None) -> Iterato
             dist.destroy_process_group()
         return
     timeout = timedelta(seconds=recipe.timeouts.start)
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise SoloError(
+            f"the {world_size} processes did not meet at {address} (MASTER_ADDR, MASTER_PORT): "
+            f"{first_line(error)}; process 0 has to run there, and the port to be free and open to the others"
+        ) from error
     dist.init_process_group(
         backend,
         timeout=timedelta(seconds=recipe.timeouts.step),

@@ -218,6 +218,8 @@ def _keep_experts(experts: nn.Module, size: int) -> None:
     """Keep a share of the experts, and of the tokens that are routed to any."""
     for name, _ in list(experts.named_parameters(recurse=False)):
         _narrow(experts, name, 0, size)
+    if len(signature(type(experts).forward).parameters) - 1 == _ROUTED:  # besides self
+        experts.num_experts = next(experts.parameters()).shape[0]  # type: ignore[assignment]
     forward = experts.forward
 
     def run(*args: Tensor, **kwargs: Tensor) -> Tensor:
