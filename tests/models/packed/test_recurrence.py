@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.factories import make_solo
-from tests.models.packed.test_isolation import LENGTHS, documents, packed, reference
+from tests.models.packed.test_isolation import LENGTHS, documents, logits_alone, packed, reference
 
 from solo_vlm.check.probe import Probe
 from solo_vlm.check.tiny import tiny_llm
@@ -71,6 +71,17 @@ def test_positions_that_restart_mark_documents(family):
     batch = packed(documents())
     positions_only = {name: batch[name] for name in ("input_ids", "position_ids")}
     torch.testing.assert_close(model(**positions_only).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("family", ["hy_v4", "minimax", "xlstm"])
+def test_documents_may_have_as_many_tokens_as_there_are_heads(family):
+    """Weights of attention and states, by document and head, are then shaped as if by token."""
+    rows = [document[:length] for document, length in zip(documents()[3:], (17, 4), strict=True)]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    with torch.no_grad():
+        expected = logits_alone(reference(tiny_llm(family)), rows)
+        found = isolated(family).eval()(torch.cat(rows)[None], position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["mamba", "rwkv", "bloom"])

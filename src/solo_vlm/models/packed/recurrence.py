@@ -343,15 +343,16 @@ def _is_states(value: Any) -> bool:
 
 def _join(results: list[tuple[Any, Tensor]], order: Tensor) -> Any:
     """Return the output for the row from those of groups of documents and the validity of their tokens."""
-    first, valid = results[0]
+    first = results[0][0]
     if isinstance(first, tuple | list):
         columns = zip(*(output for output, _ in results), strict=True)
         masks = [valid for _, valid in results]
         return type(first)(_join(list(zip(column, masks, strict=True)), order) for column in columns)
     if not isinstance(first, Tensor):
         return first
-    if first.shape[:2] != valid.shape:
-        return None  # weights of attention, or a state, which belong to no token of the row
+    # Weights of attention, or a state, belong to no token of the row; a document may have as many as heads.
+    if any(output.shape[:2] != valid.shape for output, valid in results):
+        return None
     if not first.is_floating_point():  # tokens that sparse attention chooses; repeat some in short documents
         width = torch.arange(max(output.shape[-1] for output, _ in results), device=first.device)
         results = [(output[..., width.clamp(max=output.shape[-1] - 1)], valid) for output, valid in results]
