@@ -287,7 +287,7 @@ def test_empty_turn_is_rejected(role, empty):
 )
 def test_turn_whose_content_is_not_all_or_not_to_be_learned_is_rejected(name, value):
     row = talk(("user", "Q"), ("assistant", "A"))
-    for empty in (None, 1) if name == "weight" else (None,):
+    for empty in {"weight": (None, 1), "reasoning_content": (None, "", True)}.get(name, (None,)):
         row["messages"][1][name] = empty
         assert parse_sample(row).messages[1]["content"] == [{"type": "text", "text": "A"}]
     row["messages"][1][name] = value

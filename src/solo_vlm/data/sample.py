@@ -196,7 +196,7 @@ def check_turn(turn: Mapping[str, Any], role: str) -> None:
     if role != "assistant":
         return
     for name in _UNREAD:
-        if turn.get(name):
+        if turn.get(name) and not isinstance(turn[name], bool):  # some mark turns that have reasoning
             raise SampleError(
                 "turn", f"{name} of the assistant is not read: put it into the content, or remove it"
             )

@@ -61,6 +61,19 @@ def test_values_and_gradients_equal_a_dense_mask(row, heads, seed):
     )
 
 
+def test_gradients_with_large_scores_equal_a_dense_mask():
+    """Documents of different lengths are padded, and exponentials of padding must not overflow."""
+    images = torch.full((46,), -1)
+    images[3:9], images[18:30] = 0, 1
+    bounds = torch.tensor([0, 17, 46])
+    generator = torch.Generator().manual_seed(0)
+    states = [60 * torch.randn(46, 2, 8, dtype=torch.float64, generator=generator) for _ in range(3)]
+    states = [part.requires_grad_() for part in states]
+    found, expected = attend_with_images(*states, bounds, images, 1.0), dense(*states, bounds, images, 1.0)
+    gradients, reference = (torch.autograd.grad(each.sum(), states) for each in (found, expected))
+    torch.testing.assert_close(gradients, reference)
+
+
 @given(rows())
 def test_parts_reach_each_pair_once(row):
     images, _ = row

@@ -146,13 +146,13 @@ def _attend_backward(
     """Return the gradients of the queries, keys and values, given those of the merged output."""
     gradients = [torch.empty_like(states) for states in (query, key, value)]
     for index, valid in document_groups(bounds):
-        # Padding gets no gradient; the kernel would let it reach tokens of other documents.
-        incoming = (gradient[index] * valid[..., None, None]).transpose(1, 2)
+        # Padding has no weights: those by the sum of a token of another document could be infinite.
+        sums = total[index].masked_fill(~valid[..., None], torch.inf)
         of_batch = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            incoming,
+            gradient[index].transpose(1, 2),
             *_batch(query, key, value, index),
             output[index].transpose(1, 2),
-            total[index].transpose(1, 2).contiguous(),
+            sums.transpose(1, 2).contiguous(),
             0.0,
             True,
             scale=scaling,
