@@ -179,6 +179,14 @@ def test_init_from_a_folder(run, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("rank", ["", "0", "none"])
+def test_any_variable_of_a_launcher_leaves_errors_to_one_line(run, monkeypatch, tmp_path, rank):
+    monkeypatch.setenv("RANK", rank)
+    code, _, error = run("train", tmp_path / "none.yaml")
+    assert code == 2
+    assert error.startswith("solo: no recipe")
+
+
 def test_train_rejects_an_invalid_recipe(run, tmp_path):
     (tmp_path / "r.yaml").write_text(
         "model: a\nout: b\nsteps: 1\ndata: {sources: [{path: x}], sequence_lenght: 4}\n"

@@ -91,7 +91,7 @@ def _train(recipe: Recipe, resume: bool, json: bool) -> None:
     from solo_vlm.train.trainer import train as run
 
     result = run(recipe, resume=resume)
-    if int(os.environ.get("RANK", 0)):  # only the first process prints
+    if (os.environ.get("RANK") or "0") != "0":  # only the first process prints
         return
     metrics = result.metrics
     if json:
@@ -128,10 +128,11 @@ def _plan(
     from solo_vlm.train.estimate.communication import Network
     from solo_vlm.train.estimate.memory import find_device, recognize_device
     from solo_vlm.train.estimate.plan import make_plan
+    from solo_vlm.train.parallel.context import number_in
     from solo_vlm.utils.settings import find_settings
 
     # Default: torchrun's world size, or one process per accelerator; at least what the layout needs.
-    found = int(os.environ.get("WORLD_SIZE", 0)) or torch.accelerator.device_count()
+    found = number_in(os.environ, "WORLD_SIZE", 0) or torch.accelerator.device_count()
     here = recognize_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     chosen = find_device(device) if device else here or find_device(_DEFAULT_DEVICE)
     parallel = recipe.parallel

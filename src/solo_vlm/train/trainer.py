@@ -302,7 +302,8 @@ class Trainer:
             if self.experts:
                 metrics.update(self.experts.metrics(context))
             metrics.update(slowest_process(context))
-            metrics["goodput"] = state.productive_seconds / (time.time() - self.started)
+            since_start = max(time.time() - self.started, state.productive_seconds)  # a clock may be set back
+            metrics["goodput"] = state.productive_seconds / since_start
             self._log(metrics)
         if self.metrics_logger:
             self.metrics_logger.advance(state.step)

@@ -266,11 +266,11 @@ def launched_as(environment: Mapping[str, str], devices: int) -> tuple[int, int,
         SoloError: A variable is missing, this process has no accelerator of its own, or a launcher started
             several processes that would all train alone.
     """
-    world_size = _number(environment, "WORLD_SIZE", 1)
-    local_rank = _number(environment, "LOCAL_RANK", 0)
+    world_size = number_in(environment, "WORLD_SIZE", 1)
+    local_rank = number_in(environment, "LOCAL_RANK", 0)
     if world_size == 1:
         for variable, launcher in _OTHER_LAUNCHERS.items():
-            if (started := _number(environment, variable, 1)) > 1:
+            if (started := number_in(environment, variable, 1)) > 1:
                 raise SoloError(
                     f"{launcher} started {started} processes that do not know each other, so each would "
                     "train alone: let it start torchrun once per machine, as in examples/cluster/slurm.sh"
@@ -293,7 +293,7 @@ def launched_as(environment: Mapping[str, str], devices: int) -> tuple[int, int,
             f"process {local_rank} of this machine has no device, because it sees {devices}: "
             f"start at most {devices} per machine (torchrun --nproc-per-node {devices})"
         )
-    rank = _number(environment, "RANK", 0)
+    rank = number_in(environment, "RANK", 0)
     if not 0 <= rank < world_size:
         raise SoloError(
             f"RANK = {rank} is not below WORLD_SIZE = {world_size}: start the processes with torchrun"
@@ -301,7 +301,7 @@ def launched_as(environment: Mapping[str, str], devices: int) -> tuple[int, int,
     return rank, world_size, local_rank
 
 
-def _number(environment: Mapping[str, str], variable: str, default: int) -> int:
+def number_in(environment: Mapping[str, str], variable: str, default: int) -> int:
     """Return the number in a variable of the environment, or the default if it is unset or empty."""
     try:
         return int(environment.get(variable) or default)
