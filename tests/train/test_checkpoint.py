@@ -165,7 +165,7 @@ def forget(folder):
 def test_sharded_export_keeps_generation_config_of_base_model(tmp_path, changes):
     write_training_data(tmp_path, image_rows(16), text_rows(40))
     solo = make_solo()
-    solo.model.generation_config.eos_token_id = [7, solo.processor.tokenizer.eos_token_id]
+    solo.model.generation_config.eos_token_id = [2, solo.processor.tokenizer.eos_token_id]
     solo.save(tmp_path / "llama")
     plain = run_settings(tmp_path, tmp_path / "out", steps=2, **changes)
     assert ProcessGroup(2, run_recipe, plain).wait() == [0, 0]
