@@ -50,10 +50,10 @@ def test_text_only_rows_among_the_first_do_not_hide_the_images():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (PHOTO, r"^x\.json: unknown rows; rows have photo, title, stars, which no format reads: sharegpt, .*"
-                r"captions.*: set format and columns$"),
+        (PHOTO, r"^x\.json: unknown rows; rows have photo, title, stars, but captions has image .*; "
+                r"llava has conversations .*, and there are sharegpt, .*: set format and columns$"),
         ({"image": "a.jpg", "title": "A"},
-         r"unknown rows; rows have image, title, which no format reads: sharegpt, .*captions: set format"),
+         r"unknown rows; rows have image, title, but captions has image .*, and there are sharegpt, .*: set format"),
         ({"image": "a.jpg", "text": 7},
          r"^x\.json: raw-schema: text is int, not text; rows have image, text, but captions has image .*"),
         ({"image": "a.jpg", "text": "A", "question": "Q", "answer": "B"},

@@ -30,6 +30,7 @@ FormatName = Literal[
 ]
 
 _NEAR = 3  # formats described in a message
+_USUAL: tuple[FormatName, ...] = ("captions", "llava")  # described where none is near
 _SAMPLE_ROLES = frozenset({"system", "user", "assistant"})
 _CHAT = (*TURNS, *COLUMNS, "system", "id")
 
@@ -298,8 +299,12 @@ def _recognize(where: str, rows: Sequence[Any], found: Sequence[str], own: Forma
         named = {*found} - {"id", "index", *questions.CATEGORIES}
         shared = {name: len({*kind.reads} & named) for name, kind in others.items()}
         near = [name for name, count in shared.items() if count and count == max(shared.values())]
-        known = ", ".join(near or others)
-        expected = f"but {_expected(near)}" if 0 < len(near) <= _NEAR else f"which no format reads: {known}"
+        listed = near or list(others)
+        described = near or list(_USUAL)
+        if len(near) > _NEAR:
+            described = [name for name in _USUAL if name in near] or near[:_NEAR]
+        more = ", ".join(name for name in listed if name not in described)
+        expected = f"but {_expected(described)}{f', and there are {more}' if more else ''}"
         raise SoloError(f"{where}: unknown rows; {_listed(found)}, {expected}: set format and columns")
     if len({FORMATS[name].convert for name in near}) > 1:
         raise SoloError(
