@@ -53,7 +53,7 @@ def test_text_only_rows_among_the_first_do_not_hide_the_images():
         (PHOTO, r"^x\.json: unknown rows; rows have photo, title, stars, but captions has image .*; "
                 r"llava has conversations .*, and there are sharegpt, .*: set format and columns$"),
         ({"image": "a.jpg", "title": "A"},
-         r"unknown rows; rows have image, title, but captions has image .*, and there are sharegpt, .*: set format"),
+         r"unknown rows; rows have image, title, but captions has image .*, and there are sharegpt, .*: set"),
         ({"image": "a.jpg", "text": 7},
          r"^x\.json: raw-schema: text is int, not text; rows have image, text, but captions has image .*"),
         ({"image": "a.jpg", "text": "A", "question": "Q", "answer": "B"},
