@@ -83,6 +83,13 @@ BUSY = """
 """
 
 
+def printed_port(process: subprocess.Popen[str]) -> int:
+    """Return the port that a server prints; libraries that are imported before may print notes."""
+    lines = iter(process.stderr.readline, "")
+    found = (re.search(r"http://[\d.]+:(\d+)", line) for line in lines)
+    return int(next(filter(None, found))[1])
+
+
 def ask_about_images(port: int, names: list[str]) -> list[socket.socket]:
     """Send one request for each costly image, all at once."""
     build = hostile_images.costly_images()
@@ -105,7 +112,7 @@ def test_sigterm_ends_a_server_that_decodes_costly_images(solo, tmp_path, drain_
     command += ["--max-drain-seconds", str(drain_seconds)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            port = int(re.search(r"http://[\d.]+:(\d+)", process.stderr.readline())[1])
+            port = printed_port(process)
             server = psutil.Process(process.pid)
             idle = server.memory_info().rss
             connections = ask_about_images(
@@ -150,7 +157,7 @@ def test_sigterm_ends_a_busy_server_within_its_limit(solo, tmp_path, drain_secon
         subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
         socket.create_server(("127.0.0.1", 0)) as silent,
     ):
-        port = int(re.search(r"http://[\d.]+:(\d+)", process.stderr.readline())[1])
+        port = printed_port(process)
         urls = [
             "data:image/png;base64,x",
             "http://slow.test/",
