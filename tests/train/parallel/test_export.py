@@ -26,7 +26,7 @@ def export(plain, out):
         save_sharded(out, model, processor, context, file_size=50_000)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def models(runs):
     """Return a folder with models, one of which has biases of routers, whole in every process."""
     solo = make_solo("inkling_text")
