@@ -12,8 +12,9 @@ from itertools import chain
 from typing import Any, Literal, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
@@ -157,7 +158,7 @@ class ExpertRouting:
         """
         tokens, weight = self._tokens[row], 1
         if self._slices is not None:  # the loss of a row is that of the process of its first slice
-            routed = [_whole_row(*router, self._slices) for router in routed]
+            routed = _whole_row(routed, self._slices)
             weight = int(self._slices.get_local_rank() == 0)
         is_token = torch.arange(len(routed[0][0]), device=routed[0][0].device) < tokens
         load = [_tokens_per_expert(*router, is_token)[: self._experts] for router in routed]
@@ -318,10 +319,17 @@ def _setting(config: Any, names: Sequence[str]) -> Any:
     return next((getattr(part, name) for part in sections for name in names if hasattr(part, name)), None)
 
 
-def _whole_row(logits: Tensor, chosen: Tensor, slices: DeviceMesh) -> Routed:
-    """Return the output of a router for all slices of a row."""
-    whole = all_gather_tensor_autograd(logits.contiguous(), 0, slices)
-    return whole, all_gather_tensor(chosen.contiguous(), 0, slices)
+def _whole_row(routed: Sequence[Routed], slices: DeviceMesh) -> list[Routed]:
+    """Return the outputs of routers for all slices of a row, exchanged for all layers at once.
+
+    The choices are waited for first: gloo was seen to corrupt memory with many gathers under way.
+    """
+    logits, chosen = (torch.cat(outputs, dim=1) for outputs in zip(*routed, strict=True))
+    choices = chosen.new_empty(slices.size() * len(chosen), chosen.shape[1])
+    dist.all_gather_into_tensor(choices, chosen, group=slices.get_group())
+    scores = all_gather_tensor_autograd(logits, 0, slices)
+    experts, counts = ([output.shape[1] for output in outputs] for outputs in zip(*routed, strict=True))
+    return list(zip(scores.split(experts, dim=1), choices.split(counts, dim=1), strict=True))
 
 
 def _tokens_per_expert(logits: Tensor, chosen: Tensor, is_token: Tensor) -> Tensor:
