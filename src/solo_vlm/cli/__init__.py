@@ -14,7 +14,7 @@ import warnings
 import typer
 from rich.logging import RichHandler
 
-from solo_vlm.cli._common import STDERR
+from solo_vlm.cli._common import STDERR, is_first_process
 from solo_vlm.cli.ablate import ablate
 from solo_vlm.cli.chat import chat
 from solo_vlm.cli.check import check
@@ -59,7 +59,7 @@ def _settings(
             logging.getLogger(name).setLevel(logging.ERROR)
     # An image file can cause hundreds of warnings, and a full pipe behind stderr blocks the process.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    if (os.environ.get("RANK") or "0") == "0":  # one process says which format it took data for
+    if is_first_process():  # one process says which format it took data for
         logging.getLogger("solo_vlm.data.sources").setLevel(logging.INFO)
 
 
@@ -88,7 +88,7 @@ def main() -> None:
         if debug:
             raise
         # An error common to all processes of torchrun is printed by the main process alone.
-        if not error.raised_by_all or (os.environ.get("RANK") or "0") == "0":
+        if not error.raised_by_all or is_first_process():
             print(f"solo: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -31,6 +32,11 @@ QuantizeOption = Annotated[
     Literal["int8", "nf4"] | None,
     typer.Option(help="Quantize the weights to 8 or 4 bits (pip install 'solo-vlm\\[quantize]')."),
 ]
+
+
+def is_first_process() -> bool:
+    """Return whether this is the process of a launcher such as torchrun that prints, or the only one."""
+    return (os.environ.get("RANK") or "0") == "0"
 
 
 def print_json(value: Any) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solo_vlm.cli._common import STDOUT, JsonOption, print_json, quiet_libraries
+from solo_vlm.cli._common import STDOUT, JsonOption, is_first_process, print_json, quiet_libraries
 from solo_vlm.utils.errors import SoloError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _train(recipe: Recipe, resume: bool, json: bool) -> None:
     from solo_vlm.train.trainer import train as run
 
     result = run(recipe, resume=resume)
-    if (os.environ.get("RANK") or "0") != "0":  # only the first process prints
+    if not is_first_process():
         return
     metrics = result.metrics
     if json:

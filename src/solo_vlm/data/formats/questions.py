@@ -17,9 +17,8 @@ CATEGORIES = ("split", "category", "l2-category")
 READS = ("question", "answer", "options", "metric", "image", "images", "id", "index", "hint", "image_path")
 """Columns that are read, besides `CATEGORIES` and options A, B, ..."""
 
-_ASKS_FOR_LETTER = (
-    "Answer with the option's letter from the given choices directly."  # as in LLaVA-1.5's data
-)
+# As in LLaVA-1.5's data.
+_ASKS_FOR_LETTER = "Answer with the option's letter from the given choices directly."
 _NUMBERED = re.compile(r"<image (\d{1,3})>")  # as in MMMU
 
 

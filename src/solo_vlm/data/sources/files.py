@@ -293,8 +293,14 @@ def find_files(path: str, suffixes: Sequence[str], limits: Limits = DEFAULT_LIMI
     unstated = [name for name in names if not stated_content(entries.get(name, {}))]
     entries |= zip(unstated, read_each(system.info, unstated), strict=True)
     return [
-        DataFile(system.unstrip_protocol(name), entry["size"], folder, limits, content=stated_content(entry))
-        for name, entry in ((name, entries[name]) for name in names)
+        DataFile(
+            system.unstrip_protocol(name),
+            entries[name]["size"],
+            folder,
+            limits,
+            content=stated_content(entries[name]),
+        )
+        for name in names
     ]
 
 

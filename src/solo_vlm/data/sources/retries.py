@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from huggingface_hub import constants, get_session
 from tenacity import RetryCallState, retry, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
 from solo_vlm.utils.errors import first_line
+from solo_vlm.utils.files import causes
 
 logger = logging.getLogger(__name__)
 
@@ -130,11 +131,5 @@ def is_unreachable(error: BaseException) -> bool:
     """Return whether a host has no address, or accepts no connections."""
     return any(
         isinstance(cause, ConnectionRefusedError | socket.gaierror) or type(cause).__name__ in _UNREACHABLE
-        for cause in _causes(error)
+        for cause in causes(error)
     )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -31,9 +31,8 @@ _SEPARATORS = ",;|\t"
 _ROWS_PER_BATCH = 4096
 _LARGEST = 2**63
 _LONGEST_NUMBER = 32  # characters
-_LONGEST_INDEX = (
-    64  # characters of an `image` that is an index, as in VLMEvalKit; the smallest images have more
-)
+# Characters of an `image` that is an index, as in VLMEvalKit; the smallest images have more.
+_LONGEST_INDEX = 64
 _QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
 _TEXT = re.compile(_QUOTED, re.DOTALL)
 _TEXTS = re.compile(rf"\[\s*+(?:(?:{_QUOTED})[\s,]*+)*+\]", re.DOTALL)  # NumPy writes no commas
